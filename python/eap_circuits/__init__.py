@@ -1,0 +1,49 @@
+"""Find circuits in Hugging Face language models by edge attribution patching, and measure how faithful they are."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .errors import InputError
+    from .evaluation import Comparison, Curve, EvaluationResult, compare, evaluate, faithfulness_curve
+    from .graph import Circuit, EdgeScores, Graph, edge_overlap, node_overlap
+    from .methods import attribute
+    from .metrics import METRICS
+    from .tasks import PairedDataset, load_task
+
+# Public names are loaded on first use, so that graphs load without transformers.
+_HOME = {
+    "InputError": "errors",
+    "Comparison": "evaluation",
+    "Curve": "evaluation",
+    "EvaluationResult": "evaluation",
+    "compare": "evaluation",
+    "evaluate": "evaluation",
+    "faithfulness_curve": "evaluation",
+    "Circuit": "graph",
+    "EdgeScores": "graph",
+    "Graph": "graph",
+    "edge_overlap": "graph",
+    "node_overlap": "graph",
+    "attribute": "methods",
+    "METRICS": "metrics",
+    "PairedDataset": "tasks",
+    "load_task": "tasks",
+}
+__all__ = sorted([*_HOME, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

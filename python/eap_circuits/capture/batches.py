@@ -1,0 +1,90 @@
+"""Which examples run together, and what of them has to run at all.
+
+A causal model gives the same activations to the clean and the corrupted prompt before the first token in which they
+differ. With prefix reuse only the tokens from there on (the suffix) run clean, corrupted and along the path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..tasks import PairedDataset
+
+TOKENS_PER_BATCH = 1024  # of whole prompts; bounds memory, and a pass this large keeps a processor busy
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples that run together.
+
+    Tokens of the suffix, right padded: `clean`, `corrupted` int64 [E, T]. `prefix` int64 [U, P]: the distinct
+    prefixes; `prefix_of` int64 [E]: which one each example has. `rows` int64 [n]: the tokens of [E·T] that can
+    differ between clean and corrupted, in order. `scored` int64 [E]: the scored position within the suffix.
+    `index` int64 [E]: positions in the dataset. `answers`, `lengths` as in the dataset.
+    """
+
+    index: Tensor
+    clean: Tensor
+    corrupted: Tensor
+    prefix: Tensor
+    prefix_of: Tensor
+    rows: Tensor
+    scored: Tensor
+    answers: Tensor
+    lengths: Tensor
+
+    @property
+    def n_examples(self) -> int:
+        return len(self.index)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(E, T) of the suffix."""
+        return self.clean.shape[0], self.clean.shape[1]
+
+    def steps_at_once(self, steps: int) -> int:
+        """Path points per pass: as many as make a pass no larger than one over the whole prompts."""
+        suffix = self.shape[1]
+        return max(1, min(steps, (suffix + self.prefix.shape[1]) // suffix))
+
+
+def make_batches(
+    data: PairedDataset, batch_size: int | None, reuse_prefix: bool, device: torch.device
+) -> Iterator[Batch]:
+    """Batches of examples that have about the same first differing token and length."""
+    first = data.first_difference.clamp(max=data.lengths - 1)
+    start = first if reuse_prefix else torch.zeros_like(first)
+    order = sorted(range(len(data)), key=lambda i: (int(data.lengths[i]), int(first[i])))
+    while order:
+        count = batch_size or max(1, TOKENS_PER_BATCH // int(data.lengths[order[-1]]))
+        # From the longest down: an error for want of memory comes with the first batch.
+        index = torch.tensor(order[-count:])
+        del order[-count:]
+        yield _batch(data, index, first[index], int(start[index].min()), device)
+
+
+def _batch(data: PairedDataset, index: Tensor, first: Tensor, start: int, device: torch.device) -> Batch:
+    lengths = data.lengths[index]
+    end = int(lengths.max())
+    position = torch.arange(start, end)
+    active = (position >= first[:, None]) & (position < lengths[:, None])
+    shared = data.clean[index, :start]
+    if start:
+        prefix, prefix_of = shared.unique(dim=0, return_inverse=True)
+    else:
+        prefix, prefix_of = shared, torch.arange(len(index))
+    return Batch(
+        index=index,
+        clean=data.clean[index, start:end].to(device),
+        corrupted=data.corrupted[index, start:end].to(device),
+        prefix=prefix.to(device),
+        prefix_of=prefix_of.to(device),
+        rows=active.flatten().nonzero()[:, 0].to(device),
+        scored=(lengths - 1 - start).to(device),
+        answers=data.answers[index].to(device),
+        lengths=lengths.to(device),
+    )

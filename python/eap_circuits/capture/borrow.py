@@ -1,0 +1,74 @@
+"""A model is borrowed: frozen, in eval mode, with our hooks; it comes back exactly as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def borrowed(model: nn.Module) -> Iterator[None]:
+    """Weights frozen and every module in eval mode inside; what was so before is so after, also after an error.
+
+    Gradients can be computed inside whatever grad or inference mode the caller is in.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        for parameter, _ in frozen:
+            parameter.requires_grad_(False)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in frozen:
+            parameter.requires_grad_(requires_grad)
+
+
+class Hooks:
+    """Hooks and attribute changes on modules, all undone on exit."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Hooks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def on_input(self, module: nn.Module, hook: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+        """Call `hook(x)` with the module's first input; what it returns, if anything, takes its place."""
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                new = hook(args[0])
+                return None if new is None else ((new, *args[1:]), kwargs)
+            new = hook(kwargs["hidden_states"])
+            return None if new is None else (args, {**kwargs, "hidden_states": new})
+
+        self._stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+
+    def on_output(self, module: nn.Module, hook: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+        """Call `hook(y)` with the module's (first) output; what it returns, if anything, takes its place."""
+
+        def after(_: nn.Module, __: object, output: Any) -> Any:
+            if isinstance(output, tuple):
+                new = hook(output[0])
+                return None if new is None else (new, *output[1:])
+            return hook(output)
+
+        self._stack.callback(module.register_forward_hook(after).remove)
+
+    def set_attribute(self, module: nn.Module, name: str, value: object) -> None:
+        """Give the module another value of a plain attribute until exit."""
+        old = getattr(module, name)
+        self._stack.callback(setattr, module, name, old)
+        setattr(module, name, value)

@@ -1,0 +1,107 @@
+"""Run a batch through the model: embeddings in, logits at the scored positions out, shared prefixes from the cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from ..adapters import Architecture, Projection
+from ..graph import Graph
+from .batches import Batch
+from .borrow import Hooks
+
+
+class Runner:
+    """The model as a function of the suffix's embeddings.
+
+    Args:
+        arch: the bound model.
+        graph: its edge graph; with query-head receivers under grouped-query attention, keys and values are given
+            to attention per query head (the value is the same, the gradient and the mask are per head).
+    """
+
+    def __init__(self, arch: Architecture, graph: Graph, batch: Batch) -> None:
+        self.arch = arch
+        self.batch = batch
+        self.spread = [
+            layer.groups if graph.heads == "query" else 1 for layer in arch.layers
+        ]  # key/value copies per layer
+        self._model: Any = arch.model
+        self._keep = "logits_to_keep" in inspect.signature(self._model.forward).parameters
+        self._prefix = self._run_prefix() if batch.prefix.shape[1] else None
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64 [E, T] -> [E, T, D], without gradient."""
+        with torch.no_grad():
+            return self._model.get_input_embeddings()(tokens)  # type: ignore[no-any-return]
+
+    def hooks(self) -> Hooks:
+        """Hooks for a run; while they last, attention takes keys and values as `spread` says.
+
+        Hooks added on a projection come after these: they see its output with keys and values already spread.
+        """
+        hooks = Hooks()
+        for layer, spread in zip(self.arch.layers, self.spread, strict=True):
+            if spread > 1:
+                hooks.set_attribute(layer.attention, "num_key_value_groups", 1)
+                for module, sites in layer.projection_modules.items():
+                    hooks.on_output(module, partial(_spread, sites, spread))
+        return hooks
+
+    def projection_sites(self, index: int) -> Iterator[tuple[nn.Module, dict[str, slice]]]:
+        """Each projection module of a layer, with the features of its (spread) output for "q", "k" or "v"."""
+        for module, sites in self.arch.layers[index].projection_modules.items():
+            columns, start = {}, 0
+            for letter, projection in sites.items():
+                width = projection.columns.stop - projection.columns.start
+                stop = start + (width if letter == "q" else width * self.spread[index])
+                columns[letter] = slice(start, stop)
+                start = stop
+            yield module, columns
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """Logits at the scored positions: [m·E, T, D] -> [m·E, V], for m copies of the batch, one after another."""
+        copies = embeddings.shape[0] // self.batch.n_examples
+        scored = self.batch.scored.repeat(copies)
+        positions, which = scored.unique(return_inverse=True)
+        cache = self._cache(copies)
+        kept = {"logits_to_keep": positions} if self._keep else {}
+        out = self._model(
+            inputs_embeds=embeddings, past_key_values=cache, use_cache=cache is not None, **kept
+        ).logits
+        return out[torch.arange(len(out), device=out.device), which if self._keep else scored]  # type: ignore[no-any-return]
+
+    def _run_prefix(self) -> list[tuple[Tensor, Tensor]]:
+        with torch.no_grad():
+            cache = DynamicCache()
+            kept = {"logits_to_keep": 1} if self._keep else {}
+            self._model(input_ids=self.batch.prefix, past_key_values=cache, use_cache=True, **kept)
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _cache(self, copies: int) -> DynamicCache | None:
+        """A fresh cache that holds each example's prefix; a run adds to it, so none serves twice."""
+        if self._prefix is None:
+            return None
+        cache = DynamicCache()
+        which = self.batch.prefix_of.repeat(copies)
+        for index, (pair, spread) in enumerate(zip(self._prefix, self.spread, strict=True)):
+            keys, values = (x[which].repeat_interleave(spread, 1) if spread > 1 else x[which] for x in pair)
+            cache.update(keys, values, index)
+        return cache
+
+
+def _spread(sites: dict[str, Projection], spread: int, y: Tensor) -> Tensor:
+    """A projection's output with every key and value head repeated for each of its query heads."""
+    parts = []
+    for letter, projection in sites.items():
+        part = y[..., projection.columns]
+        if letter != "q":
+            part = part.unflatten(-1, (projection.n_heads, -1)).repeat_interleave(spread, -2).flatten(-2)
+        parts.append(part)
+    return torch.cat(parts, -1)

@@ -1,0 +1,22 @@
+"""The one kind of error that bad input raises, and the one sentence it carries."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Something handed in is not what was expected: `name: expected …, found …`.
+
+    Raised before any work is done wherever that is possible; the model and the files are as they were.
+    """
+
+
+def expected(name: str, wanted: str, found: object) -> InputError:
+    """The error sentence `name: expected wanted, found found.`"""
+    return InputError(f"{name}: expected {wanted}, found {found}.")
+
+
+def one_of(name: str, value: object, choices: object) -> None:
+    """Refuse a value that is not among `choices` (a collection of strings)."""
+    names = sorted(choices)  # type: ignore[call-overload]
+    if value not in names:
+        raise expected(name, "one of " + ", ".join(map(repr, names)), repr(value))

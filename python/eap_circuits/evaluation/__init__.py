@@ -1,0 +1,18 @@
+"""Circuits run and measured: faithfulness, curves, comparisons, and the self-check of a model."""
+
+from .check import Check, check_model
+from .compare import Comparison, compare
+from .curve import FRACTIONS, Curve, faithfulness_curve
+from .evaluate import EvaluationResult, evaluate
+
+__all__ = [
+    "FRACTIONS",
+    "Check",
+    "Comparison",
+    "Curve",
+    "EvaluationResult",
+    "check_model",
+    "compare",
+    "evaluate",
+    "faithfulness_curve",
+]

@@ -1,0 +1,219 @@
+"""The self-check: does the mathematics hold on this very model?
+
+Random prompts, a float64 copy of the model: what is exact there is exact but for rounding, so that a wrong site, a
+missing term or a hook that changes the run shows at once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..adapters import Architecture, Norm, bind
+from ..capture import (
+    Batch,
+    CorruptedRun,
+    ReceiverGradients,
+    Runner,
+    SenderDifferences,
+    borrowed,
+    contract,
+    make_batches,
+    run_circuit,
+)
+from ..errors import InputError
+from ..graph import Graph, Heads
+from ..tasks import PairedDataset
+
+EXACT = 1e-8  # relative; float64 rounding through a deep model stays far below
+_STEP = 1e-5  # of a mask entry, for finite differences; their error is of this order
+
+
+@dataclass(frozen=True)
+class Check:
+    """One statement about a model and whether it was seen to hold."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+class StayDouble(TorchFunctionMode):
+    """Inside, float64 tensors are not cast down to float32, as many models' norms and softmaxes do."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def check_model(model: nn.Module, n_edges: int = 8, seed: int = 0) -> list[Check]:
+    """Check a model against first principles; the model itself is only read and comes back as it was.
+
+    Takes memory for a float64 copy of the weights and a few short passes.
+
+    Args:
+        model: a Hugging Face causal language model.
+        n_edges: how many random edges are compared with finite differences, for each head graph.
+        seed: of the random prompts and edges.
+
+    Returns:
+        The checks, in order; a model whose architecture is not supported gets one, which failed.
+    """
+    try:
+        arch = bind(model)
+    except InputError as error:
+        return [Check("architecture", False, str(error))]
+    layers, graph = len(arch.layers), arch.graph("kv")
+    checks = [Check("architecture", True, f"{arch.family.name}: {layers} layers, {graph.n_edges} edges")]
+    before = _state(model)
+    exact = copy.deepcopy(model).double()
+    arch = bind(exact)
+    data = _random_pairs(exact, seed)
+    with borrowed(exact), StayDouble():
+        (batch,) = make_batches(data, len(data), True, arch.device)
+        (whole,) = make_batches(data, len(data), False, arch.device)
+        kinds: list[Heads] = ["kv", "query"] if any(layer.groups > 1 for layer in arch.layers) else ["kv"]
+        checks += [_contributions(arch, batch), *_runs(arch, batch, whole, data)]
+        checks += [_finite_differences(arch, heads, batch, n_edges, seed) for heads in kinds]
+        checks += [_group_sums(arch, batch)] if len(kinds) > 1 else []
+    with borrowed(model):
+        pass
+    checks.append(_same("model untouched", float(_state(model) != before), "hooks, modes, gradients, attributes"))
+    return checks
+
+
+def _random_pairs(model: Any, seed: int) -> PairedDataset:
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    examples, tokens, shared = 3, 9, 4
+    clean = torch.randint(vocabulary, (examples, tokens), generator=generator)
+    corrupted = clean.clone()
+    corrupted[:, shared] = (clean[:, shared] + 1) % vocabulary
+    answers = torch.stack([clean[:, 0], (clean[:, 0] + 1) % vocabulary], 1)
+    return PairedDataset.from_tokens(clean, corrupted, torch.tensor([tokens, tokens, tokens - 2]), answers)
+
+
+def _state(model: nn.Module) -> list[object]:
+    """Everything about a model that capture could leave changed, but for the weights' values."""
+    state: list[object] = []
+    for module in model.modules():
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
+        state.append((module.training, [list(h) for h in hooks], plain))
+    state += [(p.requires_grad, p.grad is None, p.data_ptr()) for p in model.parameters()]
+    return [*state, getattr(model.config, "_attn_implementation", None)]
+
+
+def _same(name: str, error: float, what: str, bound: float = EXACT) -> Check:
+    return Check(name, error <= bound, f"{what}: error {error:.1e}, at most {bound:.0e}")
+
+
+def _relative(found: Tensor, right: Tensor) -> float:
+    return float((found - right).norm() / right.norm().clamp(min=1e-300))
+
+
+def _contributions(arch: Architecture, batch: Batch) -> Check:
+    """At every norm the residual's difference is the sum of the differences of the senders before it."""
+    graph = arch.graph("kv")
+    runner = Runner(arch, graph, batch)
+    delta = SenderDifferences(runner, graph).expand(slice(None))
+    runs = []
+    for tokens in (batch.corrupted, batch.clean):
+        inputs: dict[int, Tensor] = {}
+
+        def read(norm: Norm, inputs: dict[int, Tensor] = inputs) -> Callable[[Tensor], None]:
+            return lambda x: inputs.__setitem__(id(norm.module), x.flatten(0, 1)[batch.rows])
+
+        with torch.no_grad(), runner.hooks() as hooks:
+            for norm in arch.norms:
+                hooks.on_input(norm.module, read(norm))
+            runner.logits(runner.embed(tokens))
+        runs.append(inputs)
+    worst = 0.0
+    sites = [(arch.final_norm, graph.n_senders)]
+    for index, layer in enumerate(arch.layers):
+        sites += [(layer.attention_norm, graph.attention_reach(index)), (layer.mlp_norm, graph.mlp_reach(index))]
+    for norm, reach in sites:
+        difference = runs[0][id(norm.module)] - runs[1][id(norm.module)]
+        worst = max(worst, _relative(delta[:reach].sum(0), difference))
+    return _same("contributions sum to the residual", worst, f"{len(sites)} norms")
+
+
+def _runs(arch: Architecture, batch: Batch, whole: Batch, data: PairedDataset) -> list[Check]:
+    graph = arch.graph("kv")
+    model: Any = arch.model
+    runner = Runner(arch, graph, batch)
+    rows, last = torch.arange(len(batch.index)), data.lengths[batch.index] - 1
+    with torch.no_grad():
+        plain = model(input_ids=data.clean[batch.index].to(arch.device), use_cache=False).logits[rows, last]
+        corrupted = model(input_ids=data.corrupted[batch.index].to(arch.device), use_cache=False).logits[rows, last]
+        record = CorruptedRun(runner)
+        # Whole and closed receivers take short cuts; a mask just off 1 or 0 takes none.
+        nearly = graph.edge_mask.double() * (1 - 1e-12)
+        full = run_circuit(runner, graph, record, nearly)
+        empty = run_circuit(runner, graph, record, graph.edge_mask.double() * 1e-12)
+    first, second = _scores(arch, "kv", batch), _scores(arch, "kv", whole)
+    return [
+        _same("captured run equals the plain model's", _relative(record.logits, corrupted), "logits"),
+        _same("all edges kept is the model on clean prompts", _relative(full, plain), "logits"),
+        _same("no edge kept is the model on corrupted prompts", _relative(empty, corrupted), "logits"),
+        _same("prefix reuse is exact", _relative(first, second), "scores with and without"),
+    ]
+
+
+def _loss(logits: Tensor, batch: Batch) -> Tensor:
+    good, bad = batch.answers.T
+    rows = torch.arange(len(logits), device=logits.device)
+    return (logits[rows, bad] - logits[rows, good]).sum()
+
+
+def _scores(arch: Architecture, heads: Heads, batch: Batch) -> Tensor:
+    """EAP scores, summed over the batch."""
+    graph = arch.graph(heads)
+    runner = Runner(arch, graph, batch)
+    senders, receivers = SenderDifferences(runner, graph), ReceiverGradients(runner, graph)
+    receivers.run(senders.clean_embeddings, torch.ones(1), lambda logits: _loss(logits, batch))
+    return contract(senders, receivers)
+
+
+def _finite_differences(arch: Architecture, heads: Heads, batch: Batch, n_edges: int, seed: int) -> Check:
+    """The score of an edge is the derivative of the loss as the edge is corrupted."""
+    graph: Graph = arch.graph(heads)
+    scores = _scores(arch, heads, batch).cpu()
+    runner = Runner(arch, graph, batch)
+    record = CorruptedRun(runner)
+    edges = graph.edge_mask.nonzero()
+    chosen = edges[torch.randperm(len(edges), generator=torch.Generator().manual_seed(seed))[:n_edges]]
+    found = []
+    for u, v in chosen.tolist():
+        losses = []
+        for step in (-_STEP, _STEP):
+            mask = graph.edge_mask.double()
+            mask[u, v] -= step
+            losses.append(_loss(run_circuit(runner, graph, record, mask), batch))
+        found.append((losses[1] - losses[0]) / (2 * _STEP))
+    right = torch.stack(found).cpu()
+    error = float((scores[chosen[:, 0], chosen[:, 1]] - right).abs().max() / scores.abs().max())
+    return _same(f"scores equal finite differences, heads={heads!r}", error, f"{len(chosen)} random edges", 1e-6)
+
+
+def _group_sums(arch: Architecture, batch: Batch) -> Check:
+    query, columns = _scores(arch, "query", batch), arch.graph("kv").kv_receiver.to(arch.device)
+    kv = _scores(arch, "kv", batch)
+    return _same(
+        "key/value head scores are their group's sums",
+        _relative(torch.zeros_like(kv).index_add(1, columns, query), kv),
+        "scores",
+    )

@@ -1,0 +1,57 @@
+"""Compare two circuits: what they share, and how well each does the other's task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..graph import Circuit, Overlap, edge_overlap, node_overlap
+from ..tasks import PairedDataset
+from .evaluate import EvaluationResult, evaluate
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Overlap of two circuits and their results on both tasks.
+
+    `results[i][j]` is circuit i on task j; the paper (arXiv 2403.17806, §5) argues that the off-diagonal
+    faithfulness, not the overlap, says whether two circuits do the same.
+    """
+
+    nodes: Overlap
+    edges: Overlap
+    results: tuple[tuple[EvaluationResult, EvaluationResult], tuple[EvaluationResult, EvaluationResult]]
+
+    @property
+    def faithfulness(self) -> list[list[float]]:
+        """[circuit][task]"""
+        return [[result.faithfulness for result in row] for row in self.results]
+
+
+def compare(
+    model: nn.Module,
+    first: Circuit,
+    second: Circuit,
+    first_data: PairedDataset,
+    second_data: PairedDataset,
+    metric: Any = None,
+    batch_size: int | None = None,
+) -> Comparison:
+    """Node and edge overlap of two circuits, and each one's faithfulness on both tasks.
+
+    Args:
+        first, second: two circuits of the model's graph.
+        first_data, second_data: the task that each was found on.
+        metric: for both tasks; by default each dataset's own.
+
+    Raises:
+        InputError: circuits of different graphs, or anything that `evaluate` refuses.
+    """
+    nodes, edges = node_overlap(first, second), edge_overlap(first, second)
+    on_first, on_second = (
+        evaluate(model, [first, second], data, metric or data.metric, batch_size=batch_size)
+        for data in (first_data, second_data)
+    )
+    return Comparison(nodes, edges, ((on_first[0], on_second[0]), (on_first[1], on_second[1])))

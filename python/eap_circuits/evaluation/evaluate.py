@@ -1,0 +1,138 @@
+"""Run circuits and measure how much of the model's behaviour they keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from ..capture import CorruptedRun, Progress, Runner, borrowed, make_batches, prepare, run_circuit
+from ..errors import expected
+from ..graph import Circuit
+from ..tasks import PairedDataset
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationResult:
+    """A metric of a circuit, of the whole model and of the corrupted run, per example: float64 [E] each."""
+
+    values: Tensor
+    clean_values: Tensor
+    corrupted_values: Tensor
+
+    @property
+    def mean(self) -> float:
+        """The circuit's metric, mean over examples."""
+        return float(self.values.mean())
+
+    @property
+    def clean(self) -> float:
+        """The whole model's metric on the clean prompts, mean over examples."""
+        return float(self.clean_values.mean())
+
+    @property
+    def corrupted(self) -> float:
+        """The whole model's metric on the corrupted prompts, mean over examples."""
+        return float(self.corrupted_values.mean())
+
+    @property
+    def faithfulness(self) -> float:
+        """(m(circuit) − m(corrupted)) / (m(model) − m(corrupted)); not a number where the two runs do not differ."""
+        span = self.clean - self.corrupted
+        return (self.mean - self.corrupted) / span if span else float("nan")
+
+    def __repr__(self) -> str:
+        return (
+            f"EvaluationResult(mean={self.mean:.4g}, faithfulness={self.faithfulness:.4g}, "
+            f"clean={self.clean:.4g}, corrupted={self.corrupted:.4g}, {len(self.values)} examples)"
+        )
+
+
+@overload
+def evaluate(
+    model: nn.Module,
+    circuit: Circuit,
+    data: PairedDataset,
+    metric: Any = ...,
+    ablation: str = ...,
+    batch_size: int | None = ...,
+    reuse_prefix: bool = ...,
+    progress: Progress | None = ...,
+) -> EvaluationResult: ...
+@overload
+def evaluate(
+    model: nn.Module,
+    circuit: Sequence[Circuit],
+    data: PairedDataset,
+    metric: Any = ...,
+    ablation: str = ...,
+    batch_size: int | None = ...,
+    reuse_prefix: bool = ...,
+    progress: Progress | None = ...,
+) -> list[EvaluationResult]: ...
+def evaluate(
+    model: nn.Module,
+    circuit: Circuit | Sequence[Circuit],
+    data: PairedDataset,
+    metric: Any = "logit_diff",
+    ablation: str = "patching",
+    batch_size: int | None = None,
+    reuse_prefix: bool = True,
+    progress: Progress | None = None,
+) -> EvaluationResult | list[EvaluationResult]:
+    """Run a circuit on the clean prompts, every edge outside it carrying the corrupted prompt's activation.
+
+    The model comes back as it was, also after an error.
+
+    Args:
+        model: a Hugging Face causal language model, on one device.
+        circuit: the circuit, or a list of them; the corrupted and the clean run are then shared.
+        data: clean and corrupted prompts with answers.
+        metric: "logit_diff", "prob_diff", "kl_divergence", or a callable (logits [E, V], batch) -> [E], higher is
+            better.
+        ablation: "patching".
+        batch_size: examples per batch; by default about a thousand tokens.
+        reuse_prefix: run the tokens before the first difference once and keep their keys and values; exact.
+        progress: called with (examples done, examples in all) after each batch.
+
+    Returns:
+        An EvaluationResult, or a list of them for a list of circuits.
+
+    Raises:
+        InputError: a circuit of another graph, or anything that `attribute` refuses.
+    """
+    circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
+    run = prepare(model, data, metric, ablation, batch_size)
+    for item in circuits:
+        if not isinstance(item, Circuit):
+            raise expected("circuit", "a Circuit or a list of them", type(item).__name__)
+        if item.graph != run.arch.graph(item.graph.heads):
+            raise expected("circuit", f"one of {run.arch.graph(item.graph.heads)!r}", f"one of {item.graph!r}")
+
+    results = torch.empty(2 + len(circuits), len(data), dtype=torch.float64)
+    done = 0
+    with borrowed(model), torch.no_grad():
+        for batch in make_batches(data, batch_size, reuse_prefix, run.arch.device):
+            runners: dict[str, tuple[Runner, CorruptedRun]] = {}
+            first = Runner(run.arch, run.arch.graph("kv"), batch)
+            clean = first.logits(first.embed(batch.clean))
+            corrupted = first.logits(first.embed(batch.corrupted))
+            outputs = [clean, corrupted]
+            for item in circuits:
+                graph = item.graph
+                if graph.heads not in runners:
+                    runner = Runner(run.arch, graph, batch)
+                    runners[graph.heads] = runner, CorruptedRun(runner)
+                runner, record = runners[graph.heads]
+                outputs.append(run_circuit(runner, graph, record, item.mask))
+            for row, logits in enumerate(outputs):
+                values = run.values(logits, batch, clean, corrupted)
+                results[row, batch.index] = values.double().cpu()
+            done += batch.n_examples
+            if progress is not None:
+                progress(done, len(data))
+    found = [EvaluationResult(values, results[0], results[1]) for values in results[2:]]
+    return found[0] if isinstance(circuit, Circuit) else found

@@ -1,0 +1,134 @@
+"""A circuit: a set of edges; every other edge carries the corrupted value."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import expected
+from .layout import Graph
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """Edges kept, of one graph.
+
+    Args:
+        graph: the graph whose edges these are.
+        mask: bool [S, R], True where the edge is kept; only real edges may be.
+        values: float32 [S, R] edge scores it was selected by, or None.
+        info: where it came from (method, metric, task, selection …), plain JSON values.
+    """
+
+    graph: Graph
+    mask: Tensor
+    values: Tensor | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = (self.graph.n_senders, self.graph.n_receivers)
+        for name, tensor in (("mask", self.mask), ("values", self.values)):
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise expected(
+                    f"circuit {name}", f"shape {list(shape)} [senders, receivers]", list(tensor.shape)
+                )
+        if self.mask.dtype != torch.bool:
+            raise expected("circuit mask", "dtype torch.bool", self.mask.dtype)
+        object.__setattr__(self, "mask", self.mask.detach().cpu().clone())
+        outside = self.mask & ~self.graph.edge_mask
+        if outside.any():
+            u, v = outside.nonzero()[0].tolist()
+            raise expected(
+                "circuit mask",
+                "only edges that exist",
+                f"{int(outside.sum())} that do not, the first {self.graph.edge_name(u, v)}",
+            )
+
+    @classmethod
+    def from_mask(cls, graph: Graph, mask: Tensor) -> Circuit:
+        """A circuit from a bool mask [S, R]."""
+        return cls(graph, torch.as_tensor(mask))
+
+    @property
+    def n_edges(self) -> int:
+        return int(self.mask.sum())
+
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the senders in the circuit: those with a kept edge going out or, but for `input`, coming in."""
+        present = self.mask.any(1)
+        receivers, senders = self.graph.inputs_of
+        present[senders[self.mask.any(0)[receivers]]] = True
+        return [name for name, here in zip(self.graph.senders, present.tolist()) if here]
+
+    @property
+    def edges(self) -> list[tuple[str, str]]:
+        """(sender, receiver) names of the kept edges."""
+        return [(self.graph.senders[u], self.graph.receivers[v]) for u, v in self.mask.nonzero().tolist()]
+
+    def pruned(self) -> Circuit:
+        """The circuit without edges that lead nowhere or come from nowhere."""
+        return Circuit(self.graph, prune(self.graph, self.mask), self.values, self.info)
+
+    def complement(self) -> Circuit:
+        """Every other edge."""
+        return Circuit(self.graph, self.graph.edge_mask & ~self.mask)
+
+    def to_query(self) -> Circuit:
+        """The same circuit over query heads: an edge to a key/value head becomes one to each head of its group."""
+        if self.graph.heads == "query":
+            return self
+        query = self.graph.with_heads("query")
+        columns = self.graph.kv_receiver
+        values = None
+        if self.values is not None:
+            values = (self.values / columns.bincount())[:, columns]
+        return Circuit(query, self.mask[:, columns], values, self.info)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `.safetensors`, or EAP-IG's `.json` or `.pt`; whole or not at all."""
+        from .formats import save
+
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Circuit:
+        """Read what `save` or EAP-IG wrote; nothing is unpickled. Raises `InputError` for anything else."""
+        from .formats import load_circuit
+
+        return load_circuit(path)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Circuit) and self.graph == other.graph and bool((self.mask == other.mask).all())
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Circuit({self.n_edges} of {self.graph.n_edges} edges, {self.graph!r})"
+
+
+def prune(graph: Graph, mask: Tensor) -> Tensor:
+    """Remove edges that are on no path from `input` to `logits` until none is left. bool [S, R] -> bool [S, R].
+
+    A node stays while it has a kept edge going out and, but for `input`, one coming in; an edge stays while its
+    sender's node and its receiver's node do (EAP-IG's rule; a key/value head's input belongs to its whole group).
+    """
+    mask = mask & graph.edge_mask
+    receivers, senders = graph.inputs_of
+    while True:
+        alive = mask.any(1)
+        fed = torch.zeros_like(alive)
+        fed[senders[mask.any(0)[receivers]]] = True
+        fed[0] = True
+        alive &= fed
+        read = torch.zeros(graph.n_receivers, dtype=torch.bool)
+        read[receivers[alive[senders]]] = True
+        read[graph.logits_receiver] = True
+        kept = mask & alive[:, None] & read
+        if torch.equal(kept, mask):
+            return kept
+        mask = kept

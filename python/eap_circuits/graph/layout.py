@@ -1,0 +1,206 @@
+"""Nodes of a transformer's edge graph and their tensor indices.
+
+Names, order and index arithmetic are those of EAP-IG (Hanna et al. 2024, arXiv 2403.17806). Senders are ordered by
+depth: `input`, then for each layer its heads `a{l}.h{h}` and its MLP `m{l}`. Receivers: for each layer all `<q>`, all
+`<k>`, all `<v>` inputs and `m{l}`; last `logits`. With `heads="kv"` a layer has one `<k>` and one `<v>` receiver per
+key/value head, with `heads="query"` one per query head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import expected, one_of
+
+Heads = Literal["kv", "query"]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The edge graph of one model; pure index arithmetic, no model.
+
+    Args:
+        n_heads: query heads of each layer, [L].
+        n_kv_heads: key/value heads of each layer, [L]; each divides its layer's `n_heads`.
+        d_model: width of the residual stream.
+        parallel: attention and MLP of a layer read the same residual (GPT-NeoX, Phi).
+        heads: "kv" or "query", what a `<k>` or `<v>` receiver is.
+    """
+
+    n_heads: tuple[int, ...]
+    n_kv_heads: tuple[int, ...]
+    d_model: int
+    parallel: bool = False
+    heads: Heads = "kv"
+
+    def __post_init__(self) -> None:
+        one_of("heads", self.heads, ("kv", "query"))
+        object.__setattr__(self, "n_heads", tuple(int(n) for n in self.n_heads))
+        object.__setattr__(self, "n_kv_heads", tuple(int(n) for n in self.n_kv_heads))
+        if not self.n_heads or len(self.n_heads) != len(self.n_kv_heads):
+            raise expected(
+                "graph", "n_heads and n_kv_heads for each layer", f"{self.n_heads} and {self.n_kv_heads}"
+            )
+        for h, g in zip(self.n_heads, self.n_kv_heads):
+            if h < 1 or g < 1 or h % g:
+                raise expected(
+                    "graph", "a number of query heads that key/value heads divide", f"{h} and {g}"
+                )
+
+    # Index arithmetic.
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.n_heads)
+
+    @cached_property
+    def _sender_starts(self) -> tuple[int, ...]:
+        starts = [1]
+        for h in self.n_heads:
+            starts.append(starts[-1] + h + 1)
+        return tuple(starts)
+
+    @cached_property
+    def _receiver_starts(self) -> tuple[int, ...]:
+        starts = [0]
+        for layer, h in enumerate(self.n_heads):
+            starts.append(starts[-1] + h + 2 * self.n_kv_receivers(layer) + 1)
+        return tuple(starts)
+
+    def n_kv_receivers(self, layer: int) -> int:
+        """How many `<k>` (and as many `<v>`) receivers the layer has."""
+        return self.n_kv_heads[layer] if self.heads == "kv" else self.n_heads[layer]
+
+    @property
+    def n_senders(self) -> int:
+        return self._sender_starts[-1]
+
+    @property
+    def n_receivers(self) -> int:
+        return self._receiver_starts[-1] + 1
+
+    def head_senders(self, layer: int) -> slice:
+        """Indices of the layer's heads among the senders."""
+        start = self._sender_starts[layer]
+        return slice(start, start + self.n_heads[layer])
+
+    def mlp_sender(self, layer: int) -> int:
+        return self._sender_starts[layer + 1] - 1
+
+    def receivers_at(self, layer: int, site: str) -> slice:
+        """Indices of the layer's receivers at `site`: "q", "k", "v" or "mlp"."""
+        h, g = self.n_heads[layer], self.n_kv_receivers(layer)
+        offset, count = {"q": (0, h), "k": (h, g), "v": (h + g, g), "mlp": (h + 2 * g, 1)}[site]
+        start = self._receiver_starts[layer] + offset
+        return slice(start, start + count)
+
+    @property
+    def logits_receiver(self) -> slice:
+        return slice(self.n_receivers - 1, self.n_receivers)
+
+    def attention_reach(self, layer: int) -> int:
+        """How many senders the layer's attention inputs can see."""
+        return self._sender_starts[layer]
+
+    def mlp_reach(self, layer: int) -> int:
+        """How many senders the layer's MLP can see."""
+        return self._sender_starts[layer] + (0 if self.parallel else self.n_heads[layer])
+
+    # Names and tensors.
+
+    @cached_property
+    def senders(self) -> list[str]:
+        """Sender names, [S]."""
+        names = ["input"]
+        for layer, h in enumerate(self.n_heads):
+            names += [f"a{layer}.h{i}" for i in range(h)] + [f"m{layer}"]
+        return names
+
+    @cached_property
+    def receivers(self) -> list[str]:
+        """Receiver names, [R]."""
+        names = []
+        for layer, h in enumerate(self.n_heads):
+            for letter, n in zip("qkv", (h, self.n_kv_receivers(layer), self.n_kv_receivers(layer))):
+                names += [f"a{layer}.h{i}<{letter}>" for i in range(n)]
+            names.append(f"m{layer}")
+        return [*names, "logits"]
+
+    @cached_property
+    def reach(self) -> Tensor:
+        """reach[v] = how many senders receiver v can see. int64 [R]."""
+        reach = torch.empty(self.n_receivers, dtype=torch.int64)
+        for layer in range(self.n_layers):
+            reach[self._receiver_starts[layer] : self._receiver_starts[layer + 1]] = self.attention_reach(layer)
+            reach[self.receivers_at(layer, "mlp")] = self.mlp_reach(layer)
+        reach[-1] = self.n_senders
+        return reach
+
+    @cached_property
+    def edge_mask(self) -> Tensor:
+        """edge_mask[u, v]: is there an edge from sender u to receiver v? bool [S, R]."""
+        return torch.arange(self.n_senders)[:, None] < self.reach
+
+    @cached_property
+    def n_edges(self) -> int:
+        return int(self.reach.sum())
+
+    @cached_property
+    def inputs_of(self) -> tuple[Tensor, Tensor]:
+        """Pairs (receiver, sender): the receivers that are inputs of a sender's own node. int64 [P] each.
+
+        Every head has its `<q>`, and the `<k>` and `<v>` of its group; an MLP has its one input.
+        """
+        receivers, senders = [], []
+        for layer, h in enumerate(self.n_heads):
+            heads = torch.arange(h)
+            first = self.head_senders(layer).start
+            for site, n in zip("qkv", (h, self.n_kv_receivers(layer), self.n_kv_receivers(layer))):
+                receivers.append(self.receivers_at(layer, site).start + heads // (h // n))
+                senders.append(first + heads)
+            receivers.append(torch.tensor([self.receivers_at(layer, "mlp").start]))
+            senders.append(torch.tensor([self.mlp_sender(layer)]))
+        return torch.cat(receivers), torch.cat(senders)
+
+    def edge_name(self, sender: int, receiver: int) -> str:
+        """`a0.h1->m0`, `input->a0.h0<q>`: EAP-IG's name of the edge."""
+        return f"{self.senders[sender]}->{self.receivers[receiver]}"
+
+    # The two head graphs.
+
+    def with_heads(self, heads: Heads) -> Graph:
+        """The same model's graph with the other kind of `<k>` and `<v>` receivers."""
+        return Graph(self.n_heads, self.n_kv_heads, self.d_model, self.parallel, heads)
+
+    @cached_property
+    def kv_receiver(self) -> Tensor:
+        """For each receiver of the query-head graph, the receiver of the kv graph it belongs to. int64 [R_query]."""
+        query, kv = self.with_heads("query"), self.with_heads("kv")
+        index = torch.empty(query.n_receivers, dtype=torch.int64)
+        for layer, h in enumerate(self.n_heads):
+            for site in ("q", "k", "v", "mlp"):
+                mine, theirs = query.receivers_at(layer, site), kv.receivers_at(layer, site)
+                n, m = mine.stop - mine.start, theirs.stop - theirs.start
+                index[mine] = theirs.start + torch.arange(n) // (n // m)
+        index[-1] = kv.n_receivers - 1
+        return index
+
+    # Storage.
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Graph:
+        return cls(**fields)
+
+    def __repr__(self) -> str:
+        return (
+            f"Graph({self.n_layers} layers, heads={self.heads!r}, {self.n_senders} senders, "
+            f"{self.n_receivers} receivers, {self.n_edges} edges)"
+        )

@@ -1,0 +1,87 @@
+"""Ways to choose edges by score."""
+
+from __future__ import annotations
+
+import heapq
+
+import torch
+from torch import Tensor
+
+from ..errors import expected, one_of
+from .layout import Graph
+
+SELECTIONS = ("top", "greedy", "threshold")
+
+
+def select_edges(
+    graph: Graph, values: Tensor, n_edges: int | None, how: str, signed: bool, threshold: float | None
+) -> Tensor:
+    """Edges chosen by score, not yet pruned: bool [S, R]. See `EdgeScores.select`."""
+    one_of("how", how, SELECTIONS)
+    bad = ~values.isfinite() & graph.edge_mask
+    if bad.any():
+        u, v = bad.nonzero()[0].tolist()
+        raise expected("scores", "finite values", f"{values[u, v].item()} at {graph.edge_name(u, v)}")
+    rank = values if signed else values.abs()
+    rank = rank.masked_fill(~graph.edge_mask, -torch.inf)
+    if how == "threshold":
+        if threshold is None or n_edges is not None:
+            raise expected(
+                "select(how='threshold')",
+                "threshold= and no n_edges",
+                f"threshold={threshold}, n_edges={n_edges}",
+            )
+        return rank >= threshold
+    if threshold is not None or isinstance(n_edges, bool) or not isinstance(n_edges, int):
+        raise expected(
+            f"select(how={how!r})",
+            "a whole number n_edges and no threshold",
+            f"n_edges={n_edges!r}, threshold={threshold}",
+        )
+    if not 0 <= n_edges <= graph.n_edges:
+        raise expected("n_edges", f"0 to {graph.n_edges}, the edges of the graph", n_edges)
+    return _top(rank, n_edges) if how == "top" else _greedy(graph, rank, n_edges)
+
+
+def _top(rank: Tensor, n_edges: int) -> Tensor:
+    order = rank.flatten().argsort(descending=True, stable=True)
+    mask = torch.zeros(rank.numel(), dtype=torch.bool)
+    mask[order[:n_edges]] = True
+    return mask.view_as(rank)
+
+
+def _greedy(graph: Graph, rank: Tensor, n_edges: int) -> Tensor:
+    """Take the best edge into a node already reached, from the logits up, n_edges times (fewer where none is left)."""
+    inputs: list[list[int]] = [[] for _ in range(graph.n_senders)]
+    for receiver, sender in zip(*(t.tolist() for t in graph.inputs_of), strict=True):
+        inputs[sender].append(receiver)
+    reach = graph.reach.tolist()
+    mask = torch.zeros_like(rank, dtype=torch.bool)
+    candidates: dict[int, tuple[list[float], list[int]]] = {}  # receiver -> its edges' ranks and senders, best first
+    heap: list[tuple[float, int, int]] = []  # (-rank, receiver, position among its candidates)
+    reached = [False] * graph.n_senders
+
+    def push(receiver: int, position: int) -> None:
+        ranks = candidates[receiver][0]
+        if position < len(ranks):
+            heapq.heappush(heap, (-ranks[position], receiver, position))
+
+    def reach_inputs(receivers: list[int]) -> None:
+        for receiver in receivers:
+            if receiver not in candidates:
+                ranks, senders = rank[: reach[receiver], receiver].sort(descending=True, stable=True)
+                candidates[receiver] = ranks.tolist(), senders.tolist()
+                push(receiver, 0)
+
+    reach_inputs([graph.n_receivers - 1])
+    for _ in range(n_edges):
+        if not heap:
+            break
+        _, receiver, position = heapq.heappop(heap)
+        sender = candidates[receiver][1][position]
+        mask[sender, receiver] = True
+        push(receiver, position + 1)
+        if not reached[sender]:
+            reached[sender] = True
+            reach_inputs(inputs[sender])
+    return mask

@@ -5,4 +5,14 @@ from .families import FAMILIES
 from .family import Family
 from .pretrained import DEMO_MODEL, load_model
 
-__all__ = ["DEMO_MODEL", "FAMILIES", "Architecture", "Family", "Layer", "Norm", "Projection", "bind", "load_model"]
+__all__ = [
+    "DEMO_MODEL",
+    "FAMILIES",
+    "Architecture",
+    "Family",
+    "Layer",
+    "Norm",
+    "Projection",
+    "bind",
+    "load_model",
+]

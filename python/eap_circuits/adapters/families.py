@@ -31,6 +31,4 @@ GPT2 = Family(
     mlp="mlp",
 )
 
-FAMILIES: dict[str, Family] = {
-    model_type: family for family in (LLAMA, GPT2) for model_type in family.model_types
-}
+FAMILIES: dict[str, Family] = {model_type: family for family in (LLAMA, GPT2) for model_type in family.model_types}

@@ -34,7 +34,7 @@ def load_model(name: str, dtype: torch.dtype | None = None, device: str | None =
     source = str(demo_model_folder()) if name == DEMO_MODEL else name
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]

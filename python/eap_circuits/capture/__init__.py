@@ -1,8 +1,8 @@
 """The only place that touches hooks: contributions, gradients, the masked read and the prefix cache."""
 
 from .batches import Batch, make_batches
-from .borrow import borrowed
-from .contract import contract
+from .borrow import Hooks, borrowed
+from .contraction import contract
 from .inputs import ABLATIONS, Progress, Run, prepare
 from .masked import CorruptedRun, run_circuit
 from .receivers import ReceiverGradients
@@ -13,6 +13,7 @@ __all__ = [
     "ABLATIONS",
     "Batch",
     "CorruptedRun",
+    "Hooks",
     "Progress",
     "ReceiverGradients",
     "Run",

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..tasks import PairedDataset
 
 TOKENS_PER_BATCH = 1024  # of whole prompts; bounds memory, and a pass this large keeps a processor busy
+_PASS_OVERHEAD = 32  # tokens of padding that cost about as much as one pass more
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,32 @@ class Batch:
 def make_batches(
     data: PairedDataset, batch_size: int | None, reuse_prefix: bool, device: torch.device
 ) -> Iterator[Batch]:
-    """Batches of examples that have about the same first differing token and length."""
-    first = data.first_difference.clamp(max=data.lengths - 1)
+    """Batches of examples that have the same, or about the same, first token to run and length."""
+    first = data.first_difference
     start = first if reuse_prefix else torch.zeros_like(first)
-    order = sorted(range(len(data)), key=lambda i: (int(data.lengths[i]), int(first[i])))
-    while order:
-        count = batch_size or max(1, TOKENS_PER_BATCH // int(data.lengths[order[-1]]))
-        # From the longest down: an error for want of memory comes with the first batch.
-        index = torch.tensor(order[-count:])
-        del order[-count:]
-        yield _batch(data, index, first[index], int(start[index].min()), device)
+    # From the longest down: an error for want of memory comes with the first batch.
+    for group in reversed(_groups(start.tolist(), data.lengths.tolist())):
+        longest = int(data.lengths[group].max())
+        for index in torch.tensor(group).split(batch_size or max(1, TOKENS_PER_BATCH // longest)):
+            yield _batch(data, index, first[index], int(start[index].min()), device)
+
+
+def _groups(start: list[int], stop: list[int]) -> list[list[int]]:
+    """Examples that run the same tokens together, neighbouring groups merged where padding costs less than a pass."""
+    alike: dict[tuple[int, int], list[int]] = {}
+    for example, (low, high) in enumerate(zip(start, stop, strict=True)):
+        alike.setdefault((high, low), []).append(example)
+    groups: list[tuple[list[int], int, int]] = []
+    for (high, low), examples in sorted(alike.items()):
+        if groups:
+            before, least, most = groups[-1]
+            apart = len(before) * (most - least) + len(examples) * (high - low)
+            together = (len(before) + len(examples)) * (high - min(least, low))
+            if together <= apart + _PASS_OVERHEAD:
+                groups[-1] = before + examples, min(least, low), high
+                continue
+        groups.append((examples, low, high))
+    return [examples for examples, _, _ in groups]
 
 
 def _batch(data: PairedDataset, index: Tensor, first: Tensor, start: int, device: torch.device) -> Batch:

@@ -37,13 +37,11 @@ class Run:
             index=batch.index,
         )
         values = self.metric(logits, given)
-        check_metric_values(values, given)
+        check_metric_values(values, given, logits)
         return values
 
 
-def prepare(
-    model: nn.Module, data: PairedDataset, metric: object, ablation: str, batch_size: int | None
-) -> Run:
+def prepare(model: nn.Module, data: PairedDataset, metric: object, ablation: str, batch_size: int | None) -> Run:
     """Check a request; raises InputError with what is wrong."""
     run = Run(bind(model), data, get_metric(metric))  # type: ignore[arg-type]
     one_of("ablation", ablation, ABLATIONS)
@@ -69,6 +67,4 @@ def _check_tokens(model: Any, data: PairedDataset) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = int(torch.argmax(data.lengths))
     if limit is not None and int(data.lengths[longest]) > limit:
-        raise expected(
-            f"example {longest}", f"at most the model's {limit} tokens", f"{int(data.lengths[longest])}"
-        )
+        raise expected(f"example {longest}", f"at most the model's {limit} tokens", f"{int(data.lengths[longest])}")

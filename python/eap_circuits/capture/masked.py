@@ -11,8 +11,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from eap_kernels import masked_read
 from torch import Tensor
+
+from eap_kernels import masked_read
 
 from ..adapters import Layer, Norm
 from ..graph import Graph
@@ -38,7 +39,7 @@ class CorruptedRun:
         def read(norm: Norm) -> Callable[[Tensor], None]:
             return lambda x: self.norm_inputs.__setitem__(id(norm.module), x)
 
-        with torch.no_grad(), runner.hooks() as hooks:
+        def register(hooks: Hooks) -> None:
             for norm in arch.norms:
                 hooks.on_input(norm.module, read(norm))
             for index, layer in enumerate(arch.layers):
@@ -46,7 +47,9 @@ class CorruptedRun:
                 _on_projections(runner, hooks, index, self.projections[-1].__setitem__)
                 hooks.on_input(layer.out, self.values.append)
                 hooks.on_output(layer.mlp, self.mlps.append)
-            self.logits = runner.logits(self.embeddings)
+
+        with torch.no_grad():
+            self.logits = runner.logits(self.embeddings, register)
 
 
 def run_circuit(runner: Runner, graph: Graph, corrupted: CorruptedRun, mask: Tensor) -> Tensor:
@@ -77,22 +80,19 @@ class _CircuitRun:
         self.differences = mask.new_zeros(int(rows[-1]), batch * length, runner.arch.d_model)
 
     def logits(self) -> Tensor:
-        runner, graph, corrupted = self.runner, self.graph, self.corrupted
-        embeddings = runner.embed(runner.batch.clean)
-        self._write(0, corrupted.embeddings, embeddings)
-        with runner.hooks() as hooks:
-            for index, layer in enumerate(runner.arch.layers):
-                _on_projections(runner, hooks, index, partial(self._project, index, layer))
-                hooks.on_input(layer.out, partial(self._write_heads, index, layer))
-                hooks.on_input(layer.mlp, partial(self._read_mlp, index, layer))
-                hooks.on_output(
-                    layer.mlp, partial(self._write, graph.mlp_sender(index), corrupted.mlps[index])
-                )
-            final = runner.arch.final_norm
-            hooks.on_input(
-                final.module, lambda _: self._read_one(graph.logits_receiver, graph.n_senders, final)
-            )
-            return runner.logits(embeddings)
+        embeddings = self.runner.embed(self.runner.batch.clean)
+        self._write(0, self.corrupted.embeddings, embeddings)
+        return self.runner.logits(embeddings, self._register)
+
+    def _register(self, hooks: Hooks) -> None:
+        arch, graph = self.runner.arch, self.graph
+        for index, layer in enumerate(arch.layers):
+            _on_projections(self.runner, hooks, index, partial(self._project, index, layer))
+            hooks.on_input(layer.out, partial(self._write_heads, index, layer))
+            hooks.on_input(layer.mlp, partial(self._read_mlp, index, layer))
+            hooks.on_output(layer.mlp, partial(self._write, graph.mlp_sender(index), self.corrupted.mlps[index]))
+        final = arch.final_norm
+        hooks.on_input(final.module, lambda _: self._read_one(graph.logits_receiver, graph.n_senders, final))
 
     # Senders.
 
@@ -120,9 +120,7 @@ class _CircuitRun:
         """y_v of some receivers behind one norm, in the model's dtype: [r, E, T, D]."""
         base = self.corrupted.norm_inputs[id(norm.module)]
         seen = self.row[reach - 1] + 1  # rows of the senders before the receivers
-        y = masked_read(
-            base.flatten(0, 1).to(self.dtype), self.differences[:seen], self.mask[:seen][:, receivers]
-        )
+        y = masked_read(base.flatten(0, 1).to(self.dtype), self.differences[:seen], self.mask[:seen][:, receivers])
         return y.to(base.dtype).unflatten(1, base.shape[:2])
 
     def _read_one(self, receiver: slice, reach: int, norm: Norm) -> Tensor | None:
@@ -162,9 +160,7 @@ class _CircuitRun:
         return out.flatten(-2)
 
 
-def _on_projections(
-    runner: Runner, hooks: Hooks, index: int, hook: Callable[[str, Tensor], Tensor | None]
-) -> None:
+def _on_projections(runner: Runner, hooks: Hooks, index: int, hook: Callable[[str, Tensor], Tensor | None]) -> None:
     """Call `hook(letter, y)` with each projection's output, [E, T, heads·K]; what it returns takes its place."""
     for module, columns in runner.projection_sites(index):
 

@@ -76,13 +76,10 @@ class ReceiverGradients:
             loss: logits [m·E, V] -> scalar, summed over examples and path points.
         """
         self._weights = weights.to(self._arch.device, self._arch.accumulate)
-        with self._runner.hooks() as hooks:
-            if self._sites:
-                sites = iter(self._sites)
-                self._register(hooks, lambda *_: next(sites))
-            else:
-                self._register(hooks, self._new_site)
-            loss(self._runner.logits(embeddings.detach().requires_grad_(True))).backward()
+        made = iter(self._sites)
+        site = (lambda *_: next(made)) if self._sites else self._new_site
+        register = partial(self._register, site)
+        loss(self._runner.logits(embeddings.detach().requires_grad_(True), register)).backward()
 
     def held_bytes(self) -> int:
         """Bytes of the normalised inputs held, which grow with every pass until `clear`."""
@@ -127,7 +124,7 @@ class ReceiverGradients:
         self._sites.append(_Site(*args))  # type: ignore[arg-type]
         return self._sites[-1]
 
-    def _register(self, hooks: Hooks, site: Callable[..., _Site]) -> None:
+    def _register(self, site: Callable[..., _Site], hooks: Hooks) -> None:
         arch, graph = self._arch, self.graph
         for reads in self._reads.values():
             hooks.on_input(reads.norm.module, partial(self._read, reads))
@@ -203,4 +200,3 @@ class ReceiverGradients:
         total = gradient.sum(0)
         site.gradient = total if site.gradient is None else site.gradient.add_(total)
         site.coefficients.append(coefficients)
-

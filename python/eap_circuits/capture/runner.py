@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -39,20 +39,7 @@ class Runner:
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [E, T] -> [E, T, D], without gradient."""
         with torch.no_grad():
-            return self._model.get_input_embeddings()(tokens)  # type: ignore[no-any-return]
-
-    def hooks(self) -> Hooks:
-        """Hooks for a run; while they last, attention takes keys and values as `spread` says.
-
-        Hooks added on a projection come after these: they see its output with keys and values already spread.
-        """
-        hooks = Hooks()
-        for layer, spread in zip(self.arch.layers, self.spread, strict=True):
-            if spread > 1:
-                hooks.set_attribute(layer.attention, "num_key_value_groups", 1)
-                for module, sites in layer.projection_modules.items():
-                    hooks.on_output(module, partial(_spread, sites, spread))
-        return hooks
+            return self._model.get_input_embeddings()(tokens)
 
     def projection_sites(self, index: int) -> Iterator[tuple[nn.Module, dict[str, slice]]]:
         """Each projection module of a layer, with the features of its (spread) output for "q", "k" or "v"."""
@@ -65,24 +52,39 @@ class Runner:
                 start = stop
             yield module, columns
 
-    def logits(self, embeddings: Tensor) -> Tensor:
-        """Logits at the scored positions: [m·E, T, D] -> [m·E, V], for m copies of the batch, one after another."""
+    def logits(self, embeddings: Tensor, register: Callable[[Hooks], None] | None = None) -> Tensor:
+        """Logits at the scored positions: [m·E, T, D] -> [m·E, V], for m copies of the batch, one after another.
+
+        `register` adds hooks for this run. Those on a projection see its output with keys and values spread.
+        """
         copies = embeddings.shape[0] // self.batch.n_examples
         scored = self.batch.scored.repeat(copies)
         positions, which = scored.unique(return_inverse=True)
         cache = self._cache(copies)
         kept = {"logits_to_keep": positions} if self._keep else {}
-        out = self._model(
-            inputs_embeds=embeddings, past_key_values=cache, use_cache=cache is not None, **kept
-        ).logits
-        return out[torch.arange(len(out), device=out.device), which if self._keep else scored]  # type: ignore[no-any-return]
+        with Hooks() as hooks:
+            self._spread_heads(hooks)
+            if register is not None:
+                register(hooks)
+            out = self._model(
+                inputs_embeds=embeddings, past_key_values=cache, use_cache=cache is not None, **kept
+            ).logits
+        return out[torch.arange(len(out), device=out.device), which if self._keep else scored]
+
+    def _spread_heads(self, hooks: Hooks) -> None:
+        for layer, spread in zip(self.arch.layers, self.spread, strict=True):
+            if spread > 1:
+                hooks.set_attribute(layer.attention, "num_key_value_groups", 1)
+                for module, sites in layer.projection_modules.items():
+                    hooks.on_output(module, partial(_spread, sites, spread))
 
     def _run_prefix(self) -> list[tuple[Tensor, Tensor]]:
         with torch.no_grad():
             cache = DynamicCache()
             kept = {"logits_to_keep": 1} if self._keep else {}
             self._model(input_ids=self.batch.prefix, past_key_values=cache, use_cache=True, **kept)
-        return [(layer.keys, layer.values) for layer in cache.layers]
+        layers: Any = cache.layers
+        return [(layer.keys, layer.values) for layer in layers]
 
     def _cache(self, copies: int) -> DynamicCache | None:
         """A fresh cache that holds each example's prefix; a run adds to it, so none serves twice."""

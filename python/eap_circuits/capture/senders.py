@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..adapters import Architecture
 from ..graph import Graph
+from .borrow import Hooks
 from .runner import Runner
 
 
@@ -22,7 +23,10 @@ class SenderDifferences:
         self.arch: Architecture = runner.arch
         self.graph = graph
         batch = runner.batch
-        self.clean_embeddings, self.corrupted_embeddings = runner.embed(batch.clean), runner.embed(batch.corrupted)
+        self.clean_embeddings, self.corrupted_embeddings = (
+            runner.embed(batch.clean),
+            runner.embed(batch.corrupted),
+        )
         dtype = self.arch.accumulate
 
         def difference(both: Tensor) -> Tensor:
@@ -32,11 +36,14 @@ class SenderDifferences:
         self.embedding = difference(torch.cat([self.corrupted_embeddings, self.clean_embeddings]))  # [n, D]
         self.values: list[Tensor] = []  # per layer [n, H·K]
         self.mlps: list[Tensor] = []  # per layer [n, D]
-        with torch.no_grad(), runner.hooks() as hooks:
+
+        def register(hooks: Hooks) -> None:
             for layer in self.arch.layers:
                 hooks.on_input(layer.out, lambda z: self.values.append(difference(z)))
                 hooks.on_output(layer.mlp, lambda y: self.mlps.append(difference(y)))
-            logits = runner.logits(torch.cat([self.corrupted_embeddings, self.clean_embeddings]))
+
+        with torch.no_grad():
+            logits = runner.logits(torch.cat([self.corrupted_embeddings, self.clean_embeddings]), register)
         self.corrupted_logits, self.clean_logits = logits.chunk(2)
 
     @property

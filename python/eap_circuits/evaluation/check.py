@@ -19,6 +19,7 @@ from ..adapters import Architecture, Norm, bind
 from ..capture import (
     Batch,
     CorruptedRun,
+    Hooks,
     ReceiverGradients,
     Runner,
     SenderDifferences,
@@ -136,15 +137,20 @@ def _contributions(arch: Architecture, batch: Batch) -> Check:
         def read(norm: Norm, inputs: dict[int, Tensor] = inputs) -> Callable[[Tensor], None]:
             return lambda x: inputs.__setitem__(id(norm.module), x.flatten(0, 1)[batch.rows])
 
-        with torch.no_grad(), runner.hooks() as hooks:
+        def register(hooks: Hooks, read: Any = read) -> None:
             for norm in arch.norms:
                 hooks.on_input(norm.module, read(norm))
-            runner.logits(runner.embed(tokens))
+
+        with torch.no_grad():
+            runner.logits(runner.embed(tokens), register)
         runs.append(inputs)
     worst = 0.0
     sites = [(arch.final_norm, graph.n_senders)]
     for index, layer in enumerate(arch.layers):
-        sites += [(layer.attention_norm, graph.attention_reach(index)), (layer.mlp_norm, graph.mlp_reach(index))]
+        sites += [
+            (layer.attention_norm, graph.attention_reach(index)),
+            (layer.mlp_norm, graph.mlp_reach(index)),
+        ]
     for norm, reach in sites:
         difference = runs[0][id(norm.module)] - runs[1][id(norm.module)]
         worst = max(worst, _relative(delta[:reach].sum(0), difference))

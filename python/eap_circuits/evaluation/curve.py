@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -88,7 +89,7 @@ def faithfulness_curve(
         InputError: fractions that do not grow within (0, 1], or anything that `evaluate` or `select` refuses.
     """
     fractions = tuple(float(f) for f in fractions)
-    grows = all(a < b for a, b in zip(fractions, fractions[1:], strict=False))
+    grows = all(a < b for a, b in pairwise(fractions))
     if not fractions or not grows or not 0 < fractions[0] <= fractions[-1] <= 1:
         raise expected("fractions", "growing numbers in (0, 1]", fractions)
     circuits = tuple(scores.select(int(f * scores.graph.n_edges), how, signed) for f in fractions)
@@ -99,4 +100,4 @@ def faithfulness_curve(
 def _area(x: Sequence[float], y: Sequence[float]) -> float:
     """The trapezoid rule between the first and the last fraction, as MIB has it."""
     points = list(zip(x, y, strict=True))
-    return sum((b - a) * (p + q) / 2 for (a, p), (b, q) in zip(points, points[1:], strict=False))
+    return sum((b - a) * (p + q) / 2 for (a, p), (b, q) in pairwise(points))

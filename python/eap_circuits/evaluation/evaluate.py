@@ -112,24 +112,24 @@ def evaluate(
         if item.graph != run.arch.graph(item.graph.heads):
             raise expected("circuit", f"one of {run.arch.graph(item.graph.heads)!r}", f"one of {item.graph!r}")
 
+    if not circuits:
+        return []
     results = torch.empty(2 + len(circuits), len(data), dtype=torch.float64)
     done = 0
     with borrowed(model), torch.no_grad():
         for batch in make_batches(data, batch_size, reuse_prefix, run.arch.device):
-            runners: dict[str, tuple[Runner, CorruptedRun]] = {}
-            first = Runner(run.arch, run.arch.graph("kv"), batch)
-            clean = first.logits(first.embed(batch.clean))
-            corrupted = first.logits(first.embed(batch.corrupted))
-            outputs = [clean, corrupted]
+            records: dict[str, tuple[Runner, CorruptedRun]] = {}
+            for graph in {item.graph.heads: item.graph for item in circuits}.values():
+                runner = Runner(run.arch, graph, batch)
+                records[graph.heads] = runner, CorruptedRun(runner)
+            runner, record = next(iter(records.values()))
+            clean = runner.logits(runner.embed(batch.clean))
+            outputs = [clean, record.logits]
             for item in circuits:
-                graph = item.graph
-                if graph.heads not in runners:
-                    runner = Runner(run.arch, graph, batch)
-                    runners[graph.heads] = runner, CorruptedRun(runner)
-                runner, record = runners[graph.heads]
-                outputs.append(run_circuit(runner, graph, record, item.mask))
+                runner, record = records[item.graph.heads]
+                outputs.append(run_circuit(runner, item.graph, record, item.mask))
             for row, logits in enumerate(outputs):
-                values = run.values(logits, batch, clean, corrupted)
+                values = run.values(logits, batch, clean, outputs[1])
                 results[row, batch.index] = values.double().cpu()
             done += batch.n_examples
             if progress is not None:

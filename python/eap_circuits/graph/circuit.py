@@ -33,9 +33,7 @@ class Circuit:
         shape = (self.graph.n_senders, self.graph.n_receivers)
         for name, tensor in (("mask", self.mask), ("values", self.values)):
             if tensor is not None and tuple(tensor.shape) != shape:
-                raise expected(
-                    f"circuit {name}", f"shape {list(shape)} [senders, receivers]", list(tensor.shape)
-                )
+                raise expected(f"circuit {name}", f"shape {list(shape)} [senders, receivers]", list(tensor.shape))
         if self.mask.dtype != torch.bool:
             raise expected("circuit mask", "dtype torch.bool", self.mask.dtype)
         object.__setattr__(self, "mask", self.mask.detach().cpu().clone())
@@ -63,7 +61,7 @@ class Circuit:
         present = self.mask.any(1)
         receivers, senders = self.graph.inputs_of
         present[senders[self.mask.any(0)[receivers]]] = True
-        return [name for name, here in zip(self.graph.senders, present.tolist()) if here]
+        return [name for name, here in zip(self.graph.senders, present.tolist(), strict=True) if here]
 
     @property
     def edges(self) -> list[tuple[str, str]]:

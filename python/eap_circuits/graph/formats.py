@@ -93,7 +93,7 @@ def _read_safetensors(path: Path) -> _Content:
         metadata = file.metadata() or {}
         if metadata.get("format") != _FORMAT:
             raise expected("metadata", f"format {_FORMAT!r}", repr(metadata.get("format")))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
     graph = Graph.from_dict(json.loads(metadata["graph"]))
     return graph, tensors.get("values"), tensors.get("mask"), json.loads(metadata["info"])
 
@@ -132,9 +132,7 @@ def _node_flags(circuit: Circuit) -> Tensor:
 def _eap_ig_json(what: Circuit | EdgeScores) -> dict[str, Any]:
     circuit = _as_query(what)
     graph = circuit.graph
-    nodes = {
-        name: {"in_graph": flag} for name, flag in zip(graph.senders, _node_flags(circuit).tolist())
-    }
+    nodes = {name: {"in_graph": flag} for name, flag in zip(graph.senders, _node_flags(circuit).tolist(), strict=True)}
     nodes["logits"] = {"in_graph": True}
     assert circuit.values is not None
     scores, kept = circuit.values.tolist(), circuit.mask.tolist()
@@ -162,9 +160,7 @@ def _graph_of(cfg: dict[str, Any]) -> Graph:
     layers, heads = int(cfg["n_layers"]), int(cfg["n_heads"])
     kv_heads = int(cfg.get("n_key_value_heads") or heads)
     kind = cfg.get("heads", "query")
-    return Graph(
-        (heads,) * layers, (kv_heads,) * layers, int(cfg["d_model"]), bool(cfg["parallel_attn_mlp"]), kind
-    )
+    return Graph((heads,) * layers, (kv_heads,) * layers, int(cfg["d_model"]), bool(cfg["parallel_attn_mlp"]), kind)
 
 
 def _from_query(graph: Graph, values: Tensor, mask: Tensor, info: dict[str, Any]) -> _Content:
@@ -218,6 +214,4 @@ def _read_pt(path: Path) -> _Content:
         found = f"{list(values.shape)} scores and {list(mask.shape)} edges"
         raise expected("edges", f"shape {list(query.edge_mask.shape)}", found)
     # EAP-IG fills its tensors beyond the real edges too; only real ones mean anything.
-    return _from_query(
-        graph, values.masked_fill(~query.edge_mask, 0), mask & query.edge_mask, {}
-    )
+    return _from_query(graph, values.masked_fill(~query.edge_mask, 0), mask & query.edge_mask, {})

@@ -43,14 +43,10 @@ class Graph:
         object.__setattr__(self, "n_heads", tuple(int(n) for n in self.n_heads))
         object.__setattr__(self, "n_kv_heads", tuple(int(n) for n in self.n_kv_heads))
         if not self.n_heads or len(self.n_heads) != len(self.n_kv_heads):
-            raise expected(
-                "graph", "n_heads and n_kv_heads for each layer", f"{self.n_heads} and {self.n_kv_heads}"
-            )
-        for h, g in zip(self.n_heads, self.n_kv_heads):
+            raise expected("graph", "n_heads and n_kv_heads for each layer", f"{self.n_heads} and {self.n_kv_heads}")
+        for h, g in zip(self.n_heads, self.n_kv_heads, strict=True):
             if h < 1 or g < 1 or h % g:
-                raise expected(
-                    "graph", "a number of query heads that key/value heads divide", f"{h} and {g}"
-                )
+                raise expected("graph", "a number of query heads that key/value heads divide", f"{h} and {g}")
 
     # Index arithmetic.
 
@@ -103,6 +99,11 @@ class Graph:
     def logits_receiver(self) -> slice:
         return slice(self.n_receivers - 1, self.n_receivers)
 
+    def _attention_sites(self, layer: int) -> tuple[tuple[str, int], ...]:
+        """("q", "k" or "v", how many receivers) of the layer."""
+        n = self.n_kv_receivers(layer)
+        return ("q", self.n_heads[layer]), ("k", n), ("v", n)
+
     def attention_reach(self, layer: int) -> int:
         """How many senders the layer's attention inputs can see."""
         return self._sender_starts[layer]
@@ -126,7 +127,7 @@ class Graph:
         """Receiver names, [R]."""
         names = []
         for layer, h in enumerate(self.n_heads):
-            for letter, n in zip("qkv", (h, self.n_kv_receivers(layer), self.n_kv_receivers(layer))):
+            for letter, n in self._attention_sites(layer):
                 names += [f"a{layer}.h{i}<{letter}>" for i in range(n)]
             names.append(f"m{layer}")
         return [*names, "logits"]
@@ -160,7 +161,7 @@ class Graph:
         for layer, h in enumerate(self.n_heads):
             heads = torch.arange(h)
             first = self.head_senders(layer).start
-            for site, n in zip("qkv", (h, self.n_kv_receivers(layer), self.n_kv_receivers(layer))):
+            for site, n in self._attention_sites(layer):
                 receivers.append(self.receivers_at(layer, site).start + heads // (h // n))
                 senders.append(first + heads)
             receivers.append(torch.tensor([self.receivers_at(layer, "mlp").start]))
@@ -182,7 +183,7 @@ class Graph:
         """For each receiver of the query-head graph, the receiver of the kv graph it belongs to. int64 [R_query]."""
         query, kv = self.with_heads("query"), self.with_heads("kv")
         index = torch.empty(query.n_receivers, dtype=torch.int64)
-        for layer, h in enumerate(self.n_heads):
+        for layer in range(self.n_layers):
             for site in ("q", "k", "v", "mlp"):
                 mine, theirs = query.receivers_at(layer, site), kv.receivers_at(layer, site)
                 n, m = mine.stop - mine.start, theirs.stop - theirs.start

@@ -32,9 +32,7 @@ class EdgeScores:
     def __post_init__(self) -> None:
         shape = (self.graph.n_senders, self.graph.n_receivers)
         if tuple(self.values.shape) != shape:
-            raise expected(
-                "score values", f"shape {list(shape)} [senders, receivers]", list(self.values.shape)
-            )
+            raise expected("score values", f"shape {list(shape)} [senders, receivers]", list(self.values.shape))
         object.__setattr__(self, "values", self.values.detach().cpu())
 
     def select(

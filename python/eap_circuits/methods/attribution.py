@@ -80,9 +80,9 @@ def attribute(
     graph = run.arch.graph(heads)
     path = METHODS[method].path(steps, quadrature)
 
-    total = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64)
     done = 0
     with borrowed(model):
+        total = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64)
         for batch in make_batches(data, batch_size, reuse_prefix, run.arch.device):
             total += _score_batch(run, graph, batch, path)
             done += batch.n_examples

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from eap_kernels import edge_scores
 from torch import Tensor
+
+from eap_kernels import edge_scores
 
 from .receivers import ReceiverGradients
 from .senders import SenderDifferences

@@ -1,0 +1,52 @@
+// What the operator library asks of the CPU kernels. No torch header: pointers, sizes and strides in elements.
+#pragma once
+#include <cstdint>
+
+namespace eap {
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+enum class Dtype { f64, f32, bf16, f16 };
+
+// A strided [rows, tokens, features] array.
+struct View {
+  const void* data;
+  int64_t size[3];
+  int64_t stride[3];
+};
+
+// out[segment(n), u, v] += sum_d delta[u, n, d] * grad[v, n, d]   for u < reach[v]
+struct EdgeScores {
+  View delta;               // [S, N, D]
+  View grad;                // [R, N, D]
+  Dtype dtype;              // of delta and grad; out is fp64 for fp64, else fp32
+  const int64_t* reach;     // [R]
+  const int64_t* segments;  // [N], or null for one segment
+  void* out;                // [segments, S, R]
+  int64_t out_stride[3];
+  int64_t senders_per_task, receivers_per_task;
+
+  int64_t tasks() const;
+  void plan(int64_t threads);
+  void run(int64_t task) const;  // tasks write disjoint tiles of out
+};
+
+// out[v, n, d] = base[v, n, d] + sum_i weight[i] * delta[sender[i], n, d]   for i in [first[v], first[v + 1])
+struct MaskedRead {
+  View delta;             // [S, N, D]
+  View base;              // [R, N, D]; receivers share it when stride[0] is 0
+  Dtype dtype;            // of base, delta and out
+  const int64_t* first;   // [R + 1]
+  const int64_t* sender;  // kept edges, grouped by receiver
+  const double* weight;   // kept edges
+  int64_t senders_used;   // rows of delta that some receiver keeps
+  void* out;              // [R, N, D] contiguous
+  int64_t chunk;          // elements of a token row handled at once
+  int64_t receivers_per_task;
+
+  int64_t tasks() const;
+  void plan(int64_t threads);
+  void run(int64_t task) const;
+};
+
+}  // namespace eap

@@ -1,0 +1,86 @@
+// Masked read: each receiver sums the senders it keeps, so cost follows the kept edges, not the size of the graph.
+// Token rows are cut into chunks small enough that the chunk of every used sender stays in cache for all receivers.
+#include <algorithm>
+
+#include "dispatch.h"
+
+namespace eap {
+namespace {
+
+constexpr int64_t kChunk = 2048;            // elements, at most
+constexpr int64_t kCacheBytes = 1 << 20;    // that the chunks of all used senders may fill
+
+template <class T, class A>
+EAP_INLINE void axpy(A* __restrict acc, const T* x, int64_t step, A weight, int64_t count) {
+  if (step == 1)
+    for (int64_t i = 0; i < count; ++i) acc[i] += weight * load(x[i]);
+  else
+    for (int64_t i = 0; i < count; ++i) acc[i] += weight * load(x[i * step]);
+}
+
+// Four senders at once: one load and one store of the accumulator for four products.
+template <class T, class A>
+EAP_INLINE void axpy4(A* __restrict acc, const T* const* x, const A* weight, int64_t count) {
+  const T *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];
+  const A w0 = weight[0], w1 = weight[1], w2 = weight[2], w3 = weight[3];
+  for (int64_t i = 0; i < count; ++i)
+    acc[i] += w0 * load(x0[i]) + w1 * load(x1[i]) + w2 * load(x2[i]) + w3 * load(x3[i]);
+}
+
+template <class T, int BYTES> struct Body {
+  using A = acc_t<T>;
+
+  EAP_INLINE static void run(const MaskedRead& p, int64_t task) {
+    const int64_t R = p.base.size[0], D = p.delta.size[2];
+    const int64_t chunks = divide_up(D, p.chunk), groups = divide_up(R, p.receivers_per_task);
+    const int64_t v0 = task % groups * p.receivers_per_task, v1 = std::min(R, v0 + p.receivers_per_task);
+    const int64_t d = task / groups % chunks * p.chunk, n = task / groups / chunks;
+    for (int64_t v = v0; v < v1; ++v) receiver(p, v, n, d, std::min(p.chunk, D - d));
+  }
+
+  EAP_INLINE static void receiver(const MaskedRead& p, int64_t v, int64_t n, int64_t d, int64_t count) {
+    const int64_t N = p.delta.size[1], D = p.delta.size[2], step = p.delta.stride[2];
+    const T* const delta = static_cast<const T*>(p.delta.data) + n * p.delta.stride[1] + d * step;
+    const T* const base = static_cast<const T*>(p.base.data) + v * p.base.stride[0] + n * p.base.stride[1] +
+                          d * p.base.stride[2];
+    A acc[kChunk];
+    for (int64_t i = 0; i < count; ++i) acc[i] = load(base[i * p.base.stride[2]]);
+    int64_t e = p.first[v];
+    const int64_t end = p.first[v + 1];
+    for (; step == 1 && e + 4 <= end; e += 4) {
+      const T* rows[4];
+      A weights[4];
+      for (int j = 0; j < 4; ++j) {
+        rows[j] = delta + p.sender[e + j] * p.delta.stride[0];
+        weights[j] = A(p.weight[e + j]);
+      }
+      axpy4(acc, rows, weights, count);
+    }
+    for (; e < end; ++e) axpy(acc, delta + p.sender[e] * p.delta.stride[0], step, A(p.weight[e]), count);
+    T* const out = static_cast<T*>(p.out) + (v * N + n) * D + d;
+    for (int64_t i = 0; i < count; ++i) store(out[i], acc[i]);
+  }
+};
+
+}  // namespace
+
+void MaskedRead::plan(int64_t threads) {
+  const int64_t D = delta.size[2], element = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+  if (delta.stride[2] == 1 && base.stride[2] == 1 && delta.stride[1] == D && base.stride[1] == D) {
+    // Tokens follow each other without gaps: one long row, so that small D does not mean short loops.
+    for (View* x : {&delta, &base}) x->size[2] *= x->size[1], x->stride[1] *= x->size[1], x->size[1] = 1;
+  }
+  const int64_t row = delta.size[2], tokens = delta.size[1], R = base.size[0];
+  chunk = std::clamp(kCacheBytes / element / std::max<int64_t>(senders_used, 1), int64_t(256), kChunk) / 64 * 64;
+  const int64_t blocks = std::max<int64_t>(1, tokens * divide_up(row, chunk));
+  const int64_t groups = std::clamp(divide_up(4 * threads, blocks), int64_t(1), std::max<int64_t>(R, 1));
+  receivers_per_task = std::max<int64_t>(1, divide_up(R, groups));
+}
+
+int64_t MaskedRead::tasks() const {
+  return delta.size[1] * divide_up(delta.size[2], chunk) * divide_up(base.size[0], receivers_per_task);
+}
+
+void MaskedRead::run(int64_t task) const { dispatch<Body>(dtype, *this, task); }
+
+}  // namespace eap

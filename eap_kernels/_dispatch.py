@@ -1,0 +1,149 @@
+"""Which backend runs an operator, and the checks that need to look at values or memory.
+
+Registers the implementations: the reference as every device's default kernel, and the choice among backends.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eap_kernels import _native
+from eap_kernels._schemas import accumulation_dtype, lib
+from eap_kernels.reference import edge_scores as reference_edge_scores
+from eap_kernels.reference import masked_read as reference_masked_read
+from eap_kernels.reference.edge_scores import flattens
+
+IMPLS = ("auto", "reference", "cpu")
+# Receivers for which the library's matrix product is too narrow on flat memory; a single one is a plain
+# matrix-vector product, where it wins again: see bench/kernels/bench_edge_scores.py.
+FEW_RECEIVERS = range(2, 17)
+# Below this share of kept edges the sparse walk wins: see bench/kernels/bench_masked_read.py.
+SPARSE = 0.3
+
+
+class Choice(NamedTuple):
+    """What `auto` picks for some tensors, and the measured rule behind it."""
+
+    impl: str
+    reason: str
+
+
+def missing(impl: str) -> str | None:
+    """Why a backend cannot run on this machine, or None where it can."""
+    return _native.failure if impl == "cpu" else None
+
+
+def check_impl(op: str, impl: str, device: torch.device) -> None:
+    """An explicit backend either runs or raises: it is never replaced by another one."""
+    if impl not in IMPLS:
+        raise ValueError(f"{op}: expected impl to be one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl != "cpu":
+        return
+    if device.type != "cpu":
+        raise ValueError(f"{op}: expected CPU tensors for impl='cpu', got {device}")
+    if _native.failure is not None:
+        raise RuntimeError(f"{op}: impl='cpu' is not available: {_native.failure}")
+
+
+def choose_edge_scores(delta: Tensor, grad: Tensor, segments: Tensor | None) -> Choice:
+    unavailable = _without_native(delta)
+    if unavailable:
+        return unavailable
+    if segments is not None:
+        return Choice("cpu", "segments cut the library's matrix product into short ones")
+    if delta.dtype != accumulation_dtype(delta.dtype):
+        return Choice("cpu", "low precision is widened on the way, not in a copy")
+    if not (flattens(delta) and flattens(grad)):
+        return Choice("cpu", "these strides are read in place, the library would copy")
+    if grad.shape[0] in FEW_RECEIVERS:
+        return Choice(
+            "cpu", f"{grad.shape[0]} receivers make a narrow product, which the library reads slowly"
+        )
+    return Choice("reference", "the library's matrix product is fastest on flat memory")
+
+
+def choose_masked_read(delta: Tensor, mask: Tensor) -> Choice:
+    unavailable = _without_native(delta)
+    if unavailable:
+        return unavailable
+    kept = int(torch.count_nonzero(mask))
+    if kept <= SPARSE * mask.numel():
+        return Choice("cpu", f"{kept} of {mask.numel()} edges are kept, and cost follows them")
+    return Choice(
+        "reference", f"{kept} of {mask.numel()} edges are kept, enough for the library's matrix product"
+    )
+
+
+def _without_native(x: Tensor) -> Choice | None:
+    if x.device.type != "cpu":
+        return Choice("reference", f"no native kernel exists for {x.device.type}")
+    if _native.failure is not None:
+        return Choice("reference", _native.failure)
+    return None
+
+
+def _byte_range(x: Tensor) -> tuple[int, int]:
+    """First and one-past-last byte that a tensor's elements occupy."""
+    if x.numel() == 0:
+        return 0, 0
+    steps = [(size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    start, end = sum(min(s, 0) for s in steps), sum(max(s, 0) for s in steps)
+    return x.data_ptr() + start * x.element_size(), x.data_ptr() + (end + 1) * x.element_size()
+
+
+def _check_memory(delta: Tensor, grad: Tensor, out: Tensor) -> None:
+    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(
+            "edge_scores: expected every entry of out to have its own memory, got an expanded out"
+        )
+    first, last = _byte_range(out)
+    for name, x in (("delta", delta), ("grad", grad)):
+        low, high = _byte_range(x)
+        if x.device == out.device and first < high and low < last:
+            raise ValueError(f"edge_scores: expected out in its own memory, got an out that overlaps {name}")
+
+
+def _check_range(name: str, values: Tensor, high: int) -> None:
+    if values.numel() == 0:
+        return
+    lowest, highest = (int(x) for x in torch.aminmax(values))
+    if lowest < 0 or highest > high:
+        got = lowest if lowest < 0 else highest
+        raise ValueError(f"edge_scores: expected {name} within [0, {high}], got {got}")
+
+
+def _edge_scores(
+    delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segments: Tensor | None, impl: str
+) -> None:
+    check_impl("edge_scores", impl, delta.device)
+    reach = reach.cpu()
+    _check_range("reach", reach, delta.shape[0])
+    if segments is not None:
+        segments = segments.cpu()
+        _check_range("segments", segments, out.shape[0] - 1)
+    _check_memory(delta, grad, out)
+    if impl == "auto":
+        impl = choose_edge_scores(delta, grad, segments).impl
+    if impl == "reference":
+        reference_edge_scores.edge_scores(delta, grad, reach, out, segments)
+    else:
+        torch.ops.eap_kernels.edge_scores.default(delta, grad, reach, out, segments)
+
+
+def _masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str) -> Tensor:
+    check_impl("masked_read", impl, delta.device)
+    if impl == "auto":
+        impl = choose_masked_read(delta, mask).impl
+    if impl == "reference":
+        return reference_masked_read.masked_read(base, delta, mask)
+    result: Tensor = torch.ops.eap_kernels.masked_read.default(base, delta, mask)
+    return result
+
+
+lib.impl("edge_scores", reference_edge_scores.edge_scores, "CompositeExplicitAutograd")
+lib.impl("masked_read", reference_masked_read.masked_read, "CompositeExplicitAutograd")
+lib.impl("edge_scores.select", _edge_scores, "CompositeExplicitAutograd")
+lib.impl("masked_read.select", _masked_read, "CompositeExplicitAutograd")

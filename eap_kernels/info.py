@@ -1,0 +1,41 @@
+"""`python -m eap_kernels.info`: versions, backends, and why something is missing."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+import eap_kernels
+from eap_kernels import _native
+
+
+def facts() -> dict[str, str]:
+    """What this installation can do, as printable pairs."""
+    lines = {
+        "eap-kernels": eap_kernels.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+    }
+    for backend, reason in eap_kernels.backends().items():
+        lines[f"backend {backend}"] = "available" if reason is None else f"missing: {reason}"
+    build = _native.build_info()
+    if build is None:
+        lines["native build"] = "no description for this Python version"
+    else:
+        lines["compiler"] = build.compiler
+        lines["instruction sets"] = ", ".join(build.instruction_sets)
+        lines["instruction set in use"] = build.instruction_set()
+    return lines
+
+
+def main() -> None:
+    lines = facts()
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        print(f"{name:<{width}}  {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Edge scores in plain PyTorch: one matrix product per block of receivers along the staircase of `reach`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+# Elements of delta copied at once where a copy is needed (strides that do not flatten, low precision).
+_CHUNK = 1 << 20
+# Share of a block's products that may lie outside the staircase: wider products are worth it.
+_WASTE = 0.125
+
+
+def edge_scores(delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segments: Tensor | None) -> None:
+    """out[segment(n), u, v] += <delta[u, n], grad[v, n]> for u < reach[v], in place.
+
+    delta [S, N, D], grad [R, N, D], reach int64 [R], out [S, R] or [segments, S, R], segments int64 [N].
+    """
+    depths = reach.tolist()
+    if segments is None:
+        _add(delta, grad, depths, out)
+        return
+    for segment in segments.unique().tolist():
+        tokens = _index((segments == segment).nonzero().flatten().tolist())
+        _add(_take(delta, 1, tokens), _take(grad, 1, tokens), depths, out[segment])
+
+
+_Index = slice | list[int]
+
+
+def _index(positions: list[int]) -> _Index:
+    """A slice where the positions follow each other: slicing is free, gathering copies."""
+    first = positions[0] if positions else 0
+    run = range(first, first + len(positions))
+    return slice(run.start, run.stop) if positions == list(run) else positions
+
+
+def _take(x: Tensor, dim: int, index: _Index) -> Tensor:
+    if isinstance(index, slice):
+        return x.narrow(dim, index.start, index.stop - index.start)
+    return x.index_select(dim, torch.tensor(index, device=x.device))
+
+
+def _blocks(reach: list[int]) -> Iterator[list[int]]:
+    """Receivers in the order of their reach, cut into blocks that waste little."""
+    order = sorted((v for v, r in enumerate(reach) if r > 0), key=lambda v: (reach[v], v))
+    start = 0
+    while start < len(order):
+        end, useful = start, 0
+        while end < len(order):
+            useful += reach[order[end]]
+            products = reach[order[end]] * (end + 1 - start)
+            if products - useful > _WASTE * products:
+                break
+            end += 1
+        yield order[start:end]
+        start = end
+
+
+def _add(delta: Tensor, grad: Tensor, reach: list[int], out: Tensor) -> None:
+    for block in _blocks(reach):
+        deepest = reach[block[-1]]
+        scores = _product(delta[:deepest], _take(grad, 0, _index(block)), out.dtype)  # [deepest, block]
+        column = 0
+        for depth, group in groupby(block, key=reach.__getitem__):
+            receivers = list(group)
+            part = scores[:depth, column : column + len(receivers)]
+            column += len(receivers)
+            to = _index(receivers)
+            if isinstance(to, slice):
+                out[:depth, to] += part
+            else:
+                out[:depth].index_add_(1, torch.tensor(to, device=out.device), part)
+
+
+def _product(delta: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """[s, n, D] x [r, n, D] -> [s, r] in `dtype`."""
+    if delta.dtype == dtype and flattens(delta) and flattens(grad):
+        return delta.flatten(1) @ grad.flatten(1).T
+    scores = delta.new_zeros((delta.shape[0], grad.shape[0]), dtype=dtype)
+    step = max(1, _CHUNK // max(1, delta.shape[0] * delta.shape[2]))
+    for a in range(0, delta.shape[1], step):
+        d, g = (x[:, a : a + step].to(dtype).flatten(1) for x in (delta, grad))
+        scores.addmm_(d, g.T)
+    return scores
+
+
+def flattens(x: Tensor) -> bool:
+    """Whether tokens and features are one dimension in memory."""
+    return (x.stride(2) == 1 or x.shape[2] == 1) and (x.stride(1) == x.shape[2] or x.shape[1] == 1)

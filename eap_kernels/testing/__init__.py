@@ -1,0 +1,102 @@
+"""Helpers for testing a backend: oracles in float64, the tolerance rule, odd inputs, the backends to test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import eap_kernels
+
+LAYOUTS = ("contiguous", "tokens_first", "reversed", "padded", "expanded")
+
+
+def available_backends() -> list[str]:
+    """Backends that can run here. One that EAP_REQUIRE names ("cpu,...") and that cannot run is an error."""
+    backends = eap_kernels.backends()
+    for name in filter(None, os.environ.get("EAP_REQUIRE", "").split(",")):
+        if name not in backends:
+            raise RuntimeError(f"EAP_REQUIRE: expected one of {', '.join(backends)}, got {name!r}")
+        if backends[name] is not None:
+            raise RuntimeError(f"EAP_REQUIRE asks for {name}, which is not available: {backends[name]}")
+    return [name for name, reason in backends.items() if reason is None]
+
+
+class Oracle(NamedTuple):
+    """A result in float64, and the largest sum of absolute terms of any entry: the scale of rounding."""
+
+    value: Tensor
+    scale: float
+
+
+def _oracle(value: Tensor, magnitude: Tensor) -> Oracle:
+    return Oracle(value, float(magnitude.max()) if magnitude.numel() else 0.0)
+
+
+def edge_scores_oracle(
+    delta: Tensor, grad: Tensor, reach: Tensor, segments: Tensor | None = None, count: int | None = None
+) -> Oracle:
+    """Scores in float64, zero outside the staircase: [S, R], or [count, S, R] with segments."""
+    staircase = torch.arange(delta.shape[0])[:, None] < reach[None]
+    segments_ = torch.zeros(delta.shape[1], dtype=torch.int64) if segments is None else segments
+    shape = (count or 1, delta.shape[0], grad.shape[0])
+
+    def contract(d: Tensor, g: Tensor) -> Tensor:
+        per_token = torch.einsum("snd,rnd->nsr", d.double(), g.double())
+        scores = torch.zeros(shape, dtype=torch.float64).index_add_(0, segments_, per_token) * staircase
+        return scores[0] if segments is None else scores
+
+    return _oracle(contract(delta, grad), contract(delta.abs(), grad.abs()))
+
+
+def masked_read_oracle(base: Tensor, delta: Tensor, mask: Tensor) -> Oracle:
+    """The read in float64: [R, N, D]."""
+
+    def read(b: Tensor, d: Tensor, m: Tensor) -> Tensor:
+        return b.double() + torch.einsum("sr,snd->rnd", m.double(), d.double())
+
+    return _oracle(read(base, delta, mask), read(base.abs(), delta.abs(), mask.double().abs()))
+
+
+def assert_close(actual: Tensor, reference: Tensor, oracle: Oracle) -> None:
+    """The one tolerance rule: error <= 2 x (error of the reference in that dtype + eps x scale)."""
+    if actual.shape != oracle.value.shape:
+        raise AssertionError(f"shape: expected {list(oracle.value.shape)}, got {list(actual.shape)}")
+    if actual.numel() == 0:
+        return
+    eps = torch.finfo(actual.dtype).eps
+    allowed = 2 * (_error(reference, oracle) + eps * oracle.scale)
+    error = _error(actual, oracle)
+    if not error <= allowed:
+        raise AssertionError(
+            f"error {error:.3g} exceeds {allowed:.3g} (eps {eps:.1g}, scale {oracle.scale:.3g})"
+        )
+
+
+def _error(x: Tensor, oracle: Oracle) -> float:
+    return float((x.double() - oracle.value).abs().max())
+
+
+def random_tensor(
+    shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator, layout: str = "contiguous"
+) -> Tensor:
+    """Normal values in [rows, N, D], laid out in memory as one of LAYOUTS says."""
+    rows, tokens, features = shape
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float32).to(dtype)
+
+    if layout == "contiguous":
+        return normal(rows, tokens, features)
+    if layout == "tokens_first":
+        return normal(tokens, rows, features).transpose(0, 1)
+    if layout == "reversed":
+        return normal(features, tokens, rows).permute(2, 1, 0)
+    if layout == "padded":
+        return normal(rows + 1, tokens + 2, 2 * features + 1)[1:, 1 : tokens + 1, : 2 * features : 2]
+    if layout == "expanded":
+        return normal(rows, 1, features).expand(rows, tokens, features)
+    raise ValueError(f"random_tensor: expected layout to be one of {', '.join(LAYOUTS)}, got {layout!r}")

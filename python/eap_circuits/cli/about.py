@@ -1,0 +1,116 @@
+"""The commands that tell what there is: tasks, check, info."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import session
+from .console import check_outputs, check_suffix, say, show_json, show_table, working
+from .options import Device, Dtype, Json, Model
+
+
+def tasks(
+    name: Annotated[str | None, typer.Argument(help="Show prompts of this task.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="The model whose tokenizer the prompts are made for.")] = "smollm2",
+    n: Annotated[int, typer.Option("-n", help="Prompt pairs.", min=1)] = 5,
+    seed: Annotated[int, typer.Option(help="Which prompts.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Save the prompt pairs as tokens (.safetensors).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the tasks that come with the package, or show and save prompts of one.
+
+    A task makes pairs of a clean and a corrupted prompt of equal length, with the answers that its metric
+    compares.
+
+    Examples:
+
+      eap tasks
+
+      eap tasks ioi --tokenizer gpt2 -n 64 -o ioi.safetensors
+    """
+    from ..errors import expected, one_of
+    from ..report.tables import Column, Table
+    from ..tasks import TASKS
+
+    check_outputs(out)
+    check_suffix(out, ".safetensors")
+    if name is None:
+        if out is not None:
+            raise expected("--out", "a task whose prompts to save", "no task")
+        columns: tuple[Column, ...] = (
+            Column("name", "task"),
+            Column("metric", "metric"),
+            Column("description", "description"),
+        )
+        rows = tuple((task.name, task.metric, task.description) for task in TASKS.values())
+        table = Table("Tasks", columns, rows)
+    else:
+        one_of("task", name, TASKS)
+        pairs = session.Prompts(name, None, n, seed).load(session.load_tokenizer(tokenizer))
+        if out is not None:
+            pairs.save(out)
+        columns = (Column("clean", "clean"), Column("corrupted", "corrupted"))
+        table = Table(f"{name}: {len(pairs)} prompt pairs", columns, tuple(pairs.prompts or ()))
+    if as_json:
+        show_json(table.records())
+        return
+    show_table(table)
+    if out is not None:
+        say(f"Wrote {out}.")
+
+
+def check(model: Model, dtype: Dtype = None, device: Device = None, as_json: Json = False) -> None:
+    """Check that the package reads a model rightly: its sums add up, and circuits agree with the model.
+
+    Run it once on a new architecture. The exit code is 1 when a check fails.
+
+    Examples:
+
+      eap check smollm2
+
+      eap check meta-llama/Llama-3.2-1B --dtype bfloat16
+    """
+    from ..evaluation import check_model
+    from ..report.tables import Column, Table
+
+    loaded, _ = session.load_model(model, dtype, device)
+    with working("Checking …"):
+        checks = check_model(loaded)
+    columns = (
+        Column("passed", "", lambda passed: "✓" if passed else "✗"),
+        Column("name", "check"),
+        Column("detail", "found"),
+    )
+    table = Table(f"Checks of {model}", columns, tuple((c.passed, c.name, c.detail) for c in checks))
+    failed = sum(not c.passed for c in checks)
+    if as_json:
+        show_json(table.records())
+    else:
+        show_table(table)
+        say(f"{failed} of {len(checks)} checks failed." if failed else f"All {len(checks)} checks passed.")
+    if failed:
+        raise typer.Exit(1)
+
+
+def info() -> None:
+    """Show versions, the compiled backends, and what is missing and why: what to add to a bug report.
+
+    Examples:
+
+      eap info
+
+      eap info > info.txt
+    """
+    from eap_kernels.info import facts
+
+    from ..report.tables import installed
+
+    pairs = {**facts(), **{name: installed(name) for name in ("transformers", "matplotlib", "gguf")}}
+    width = max(map(len, pairs))
+    for name, value in pairs.items():
+        say(f"{name:<{width}}  {value}")

@@ -1,0 +1,124 @@
+"""The command line: one group, its commands, and what becomes of errors."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .console import quiet, say_error
+
+EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+class _Group(TyperGroup):
+    """Turns expected errors into one line, and takes `--debug` before or after the command's name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "--debug" in args:
+            args = ["--debug", *(arg for arg in args if arg != "--debug")]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        if ctx.params.get("debug"):
+            return super().invoke(ctx)
+        quiet()
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say_error("interrupted")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except Exception as error:
+            message = _expected(error)
+            if message is None:
+                raise
+            say_error(message)
+            raise typer.Exit(EXIT_ERROR) from None
+
+
+def _expected(error: Exception) -> str | None:
+    """What to tell about an error that is the input's or the machine's; None for one that is ours."""
+    from ..errors import InputError
+
+    if isinstance(error, OSError) and error.errno == errno.EPIPE:
+        return None  # the reader of our output has gone: typer ends quietly
+    if isinstance(error, ImportError) and (error.name or "").split(".")[0] in ("eap_circuits", "eap_kernels"):
+        return None
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"not enough memory ({_line(error)}); try a smaller --batch-size"
+    if isinstance(error, (InputError, OSError, ImportError)):
+        return _line(error)
+    return None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+app = typer.Typer(
+    name="eap",
+    cls=_Group,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from .. import __version__
+
+        typer.echo(f"eap-kernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Start with: [bold]eap demo[/bold]. Each command has its own [bold]--help[/bold].")
+def eap(
+    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and tracebacks of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Find circuits in Hugging Face language models.
+
+    Every edge between two nodes of the model is scored by how much the metric falls when it is corrupted
+    (EAP-IG); a circuit is a set of the strongest edges; its faithfulness is how much of the model's behaviour
+    it keeps.
+    """
+
+
+def main() -> None:
+    """The console entry point."""
+    app()
+
+
+def _help(command: Callable[..., None]) -> str:
+    """The docstring with the lines of each paragraph joined, so that it wraps to the terminal."""
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    joined = [text if text.startswith(" ") else " ".join(text.split()) for text in paragraphs]
+    return "\n\n".join(joined).replace("Examples:", "[bold]Examples[/bold]")
+
+
+def _register() -> None:
+    from . import about, demo, report, run
+
+    commands: tuple[Callable[..., None], ...] = (
+        demo.demo,
+        run.attribute,
+        run.evaluate,
+        run.curve,
+        report.report,
+        about.tasks,
+        about.check,
+        about.info,
+    )
+    for command in commands:
+        app.command(help=_help(command))(command)
+
+
+_register()

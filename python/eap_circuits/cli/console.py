@@ -1,0 +1,118 @@
+"""What the command line shows: tables and JSON on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..report.tables import Table
+
+Progress = Callable[[int, int], None]
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def say(text: str = "") -> None:
+    """A line on stdout; square brackets are themselves."""
+    _console().print(text, markup=False)
+
+
+def say_error(message: str) -> None:
+    print(f"eap: error: {message}", file=sys.stderr)
+
+
+def note(text: str) -> None:
+    """A line about progress: on stderr, where that is a terminal."""
+    console = _console(stderr=True)
+    if console.is_terminal:
+        console.print(text, style="dim", markup=False)
+
+
+def show_table(table: Table) -> None:
+    """A table on stdout, with its marked row in bold."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table as RichTable
+
+    shown = RichTable(title=escape(table.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for column in table.columns:
+        shown.add_column(escape(column.title), justify="right" if column.numeric else "left")
+    for index, cells in enumerate(table.cells()):
+        shown.add_row(*map(escape, cells), style="bold green" if index == table.marked else None)
+    _console().print(shown, soft_wrap=False)
+
+
+def show_json(value: Any) -> None:
+    from ..report.curves import jsonable
+
+    print(json.dumps(jsonable(value), indent=2, allow_nan=False))
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Progress]:
+    """A bar on stderr that goes when it is done; nothing where stderr is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    console = _console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(32), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        bar = bars.add_task(what, total=None)
+        yield lambda done, total: bars.update(bar, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """A spinner on stderr while something of unknown length runs; nothing where stderr is no terminal."""
+    console = _console(stderr=True)
+    if console.is_terminal:
+        with console.status(what):
+            yield
+    else:
+        yield
+
+
+def quiet() -> None:
+    """Keep warnings and the progress bars of other libraries off the terminal."""
+    warnings.filterwarnings("ignore")
+    for name, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("HF_HUB_VERBOSITY", "error"),
+        ("TQDM_DISABLE", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
+        os.environ.setdefault(name, value)
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """Refuse what cannot be written, before any work; two outputs in one file as well."""
+    from ..errors import expected
+    from ..files import check_writable
+
+    given = [path for path in paths if path is not None]
+    for path in given:
+        check_writable(path)
+    if len({path.resolve() for path in given}) < len(given):
+        raise expected("outputs", "a file for each", ", ".join(map(str, given)))
+
+
+def check_suffix(path: Path | None, *suffixes: str) -> None:
+    from ..errors import expected
+
+    if path is not None and path.suffix not in suffixes:
+        raise expected(str(path), "a name ending in " + ", ".join(suffixes), repr(path.suffix))

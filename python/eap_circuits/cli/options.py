@@ -1,0 +1,88 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MODEL_HELP = "A Hugging Face name or folder, or [bold]smollm2[/bold], the demo model."
+
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1 …  [dim]\\[default: CUDA where there is one][/dim]", rich_help_panel="Model"),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, bfloat16 or float16.  [dim]\\[default: as the model was saved][/dim]",
+        rich_help_panel="Model",
+    ),
+]
+
+Task = Annotated[
+    str | None, typer.Option(help="A task of [bold]eap tasks[/bold], such as ioi.", rich_help_panel="Prompts")
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="Prompt pairs in a file instead: .csv, .jsonl, .safetensors or .pt.",
+        rich_help_panel="Prompts",
+    ),
+]
+Number = Annotated[int, typer.Option("-n", help="Prompt pairs of the task.", min=1, rich_help_panel="Prompts")]
+Seed = Annotated[int, typer.Option(help="Which prompts of the task.", rich_help_panel="Prompts")]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        help="logit_diff, prob_diff or kl_divergence.  [dim]\\[default: the task's own][/dim]",
+        rich_help_panel="Prompts",
+    ),
+]
+
+Method = Annotated[
+    str,
+    typer.Option(
+        help="How edges are scored: eap, eap-ig-inputs or clean-corrupted.",
+        rich_help_panel="Scoring",
+    ),
+]
+Steps = Annotated[int, typer.Option(help="Steps of eap-ig-inputs.", min=1, rich_help_panel="Scoring")]
+Quadrature = Annotated[
+    str,
+    typer.Option(
+        help="Where its steps stand: right (the paper), left, midpoint or gauss-legendre.",
+        rich_help_panel="Scoring",
+    ),
+]
+Heads = Annotated[
+    str,
+    typer.Option(
+        help="Keys and values per key/value head (kv, the real model) or per query head (query, as EAP-IG).",
+        rich_help_panel="Scoring",
+    ),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Examples at once; results do not depend on it.  [dim]\\[default: by tokens][/dim]",
+        min=1,
+        rich_help_panel="Model",
+    ),
+]
+
+How = Annotated[
+    str,
+    typer.Option(help="top: the strongest edges anywhere; greedy: grown from the logits.", rich_help_panel="Circuit"),
+]
+Signed = Annotated[
+    bool,
+    typer.Option("--signed", help="Rank by the score itself, not by its absolute value.", rich_help_panel="Circuit"),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Results as JSON on stdout instead of tables.", rich_help_panel="Output"),
+]
+Top = Annotated[int, typer.Option(help="Edges to show.", min=0, rich_help_panel="Output")]

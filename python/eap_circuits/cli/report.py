@@ -1,0 +1,57 @@
+"""The command that writes a report from saved files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import check_outputs, check_suffix, say
+from .options import How, Signed
+
+
+def report(
+    scores: Annotated[Path, typer.Argument(help="Scores that eap attribute -o saved.")],
+    circuit: Annotated[Path | None, typer.Option(help="The circuit to show.", rich_help_panel="Circuit")] = None,
+    edges: Annotated[
+        int,
+        typer.Option(help="Without --circuit: choose one of so many edges.", min=1, rich_help_panel="Circuit"),
+    ] = 200,
+    how: How = "top",
+    signed: Signed = False,
+    curve: Annotated[Path | None, typer.Option(help="Faithfulness by size that eap curve -o saved (.json).")] = None,
+    title: Annotated[str | None, typer.Option(help="The page's title.")] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The page to write (.html).", rich_help_panel="Output")
+    ] = Path("report.html"),
+) -> None:
+    """Write a report of saved scores as one HTML page. Needs no model.
+
+    The page shows the circuit, the strongest edges and, with --curve, faithfulness by size. It loads nothing
+    from elsewhere, so it can be sent or archived as it is.
+
+    Examples:
+
+      eap report scores.safetensors -o report.html
+
+      eap report scores.safetensors --circuit circuit.json --curve curve.json -o report.html
+    """
+    import eap_circuits as eap
+
+    from ..errors import one_of
+    from ..report import load_curve, write_report
+
+    check_outputs(out)
+    check_suffix(out, ".html", ".htm")
+    one_of("--how", how, ("top", "greedy"))
+    loaded = eap.EdgeScores.load(scores)
+    files = {"scores": scores.name}
+    if circuit is not None:
+        chosen = eap.Circuit.load(circuit)
+        files["circuit"] = circuit.name
+    else:
+        chosen = loaded.select(n_edges=min(edges, loaded.graph.n_edges), how=how, signed=signed)
+    measured = None if curve is None else load_curve(curve)
+    write_report(out, loaded, chosen, measured, title=title, files=files)
+    say(f"Wrote {out}.")

@@ -1,0 +1,273 @@
+"""The commands that run a model: attribute, evaluate, curve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from . import session
+from .console import check_outputs, check_suffix, progress, say, show_json, show_table
+from .options import (
+    BatchSize,
+    Data,
+    Device,
+    Dtype,
+    Heads,
+    How,
+    Json,
+    Method,
+    Metric,
+    Model,
+    Number,
+    Quadrature,
+    Seed,
+    Signed,
+    Steps,
+    Task,
+    Top,
+)
+
+_SAVED = (".safetensors", ".json", ".pt")
+
+
+def attribute(
+    model: Model,
+    task: Task = None,
+    data: Data = None,
+    n: Number = 64,
+    seed: Seed = 0,
+    metric: Metric = None,
+    method: Method = "eap-ig-inputs",
+    steps: Steps = 5,
+    quadrature: Quadrature = "right",
+    heads: Heads = "kv",
+    batch_size: BatchSize = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Save the scores (.safetensors, or EAP-IG's .json, .pt).",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    edges: Annotated[
+        int | None,
+        typer.Option(help="Choose a circuit of so many edges (fewer once pruned).", min=1, rich_help_panel="Circuit"),
+    ] = None,
+    how: How = "top",
+    signed: Signed = False,
+    circuit: Annotated[
+        Path | None,
+        typer.Option(help="Save that circuit (.json, .pt or .safetensors).", rich_help_panel="Circuit"),
+    ] = None,
+    top: Top = 20,
+    as_json: Json = False,
+) -> None:
+    """Score every edge of a model on a task, and choose a circuit by the scores.
+
+    A score says how much the metric is expected to fall when the edge carries the corrupted prompt's value.
+    The strongest edges are shown; -o saves the scores, --edges and --circuit a circuit of the strongest.
+
+    Examples:
+
+      eap attribute smollm2 --task ioi -o scores.safetensors
+
+      eap attribute gpt2 --data pairs.csv --steps 10 --edges 200 --circuit circuit.json
+    """
+    import eap_circuits as eap
+
+    from ..errors import expected, one_of
+    from ..methods import METHODS, QUADRATURES
+    from ..report.tables import edge_table
+
+    check_outputs(out, circuit)
+    check_suffix(out, *_SAVED)
+    check_suffix(circuit, *_SAVED)
+    if circuit is not None and edges is None:
+        raise expected("--circuit", "--edges with it, the size of the circuit", "no --edges")
+    one_of("--method", method, METHODS)
+    one_of("--quadrature", quadrature, QUADRATURES)
+    one_of("--heads", heads, ("kv", "query"))
+    one_of("--how", how, ("top", "greedy"))
+    prompts = session.Prompts(task, data, n, seed)
+    prompts.check(metric)
+
+    loaded, tokenizer = session.load_model(model, dtype, device)
+    pairs = prompts.load(tokenizer)
+    with progress("Scoring edges") as bar:
+        scores = eap.attribute(
+            loaded,
+            pairs,
+            metric=metric or pairs.metric,
+            method=method,
+            steps=steps,
+            quadrature=quadrature,
+            heads=cast(Any, heads),
+            batch_size=batch_size,
+            progress=bar,
+        )
+    chosen = None if edges is None else scores.select(n_edges=edges, how=how, signed=signed)
+    files = {}
+    if out is not None:
+        scores.save(out)
+        files["scores"] = str(out)
+    if circuit is not None and chosen is not None:
+        chosen.save(circuit)
+        files["circuit"] = str(circuit)
+    table = edge_table(scores, chosen, top)
+    if as_json:
+        found: dict[str, Any] = {
+            "info": scores.info,
+            "graph": scores.graph.to_dict(),
+            "edges": table.records(),
+        }
+        if chosen is not None:
+            found["circuit"] = {"n_edges": chosen.n_edges, "n_nodes": len(chosen.nodes)}
+        show_json({**found, "files": files})
+        return
+    show_table(table)
+    if chosen is not None:
+        say(f"Circuit: {chosen.n_edges:,} of {chosen.graph.n_edges:,} edges, {len(chosen.nodes):,} nodes.")
+    for file in files.values():
+        say(f"Wrote {file}.")
+
+
+def evaluate(
+    model: Model,
+    circuit: Annotated[Path, typer.Argument(help="A circuit: .json, .pt or .safetensors.")],
+    task: Task = None,
+    data: Data = None,
+    n: Number = 64,
+    seed: Seed = 0,
+    metric: Metric = None,
+    batch_size: BatchSize = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Run a circuit alone, every other edge corrupted, and measure what it keeps of the model's behaviour.
+
+    Faithfulness is 1 where the circuit does as the whole model does, and 0 where it does as the model does on
+    the corrupted prompts.
+
+    Examples:
+
+      eap evaluate smollm2 circuit.json --task ioi
+
+      eap evaluate gpt2 circuit.json --data held-out.csv --json
+    """
+    import eap_circuits as eap
+
+    from ..report.tables import result_table
+
+    prompts = session.Prompts(task, data, n, seed)
+    prompts.check(metric)
+    kept = eap.Circuit.load(circuit)
+
+    loaded, tokenizer = session.load_model(model, dtype, device)
+    pairs = prompts.load(tokenizer)
+    with progress("Running the circuit") as bar:
+        result = eap.evaluate(loaded, kept, pairs, metric=metric or pairs.metric, batch_size=batch_size, progress=bar)
+    if as_json:
+        names = ("faithfulness", "mean", "clean", "corrupted", "values")
+        numbers = {name: getattr(result, name) for name in names}
+        show_json({"n_edges": kept.n_edges, "metric": metric or pairs.metric, "n_examples": len(pairs), **numbers})
+    else:
+        show_table(result_table(result, kept))
+
+
+def curve(
+    model: Model,
+    scores: Annotated[Path, typer.Argument(help="Scores that eap attribute -o saved.")],
+    task: Task = None,
+    data: Data = None,
+    n: Number = 64,
+    seed: Seed = 0,
+    metric: Metric = None,
+    fractions: Annotated[
+        str | None,
+        typer.Option(
+            help="Shares of all edges, with commas between.  [dim]\\[default: ten from 0.001 to 1][/dim]",
+            rich_help_panel="Circuit",
+        ),
+    ] = None,
+    how: How = "top",
+    signed: Signed = False,
+    batch_size: BatchSize = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Save the curve (.json).", rich_help_panel="Output")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a report (.html).", rich_help_panel="Output")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure faithfulness by circuit size.
+
+    Circuits of growing size are chosen by the scores and run on the prompts. CPR is the area under
+    faithfulness over the share of edges, CMD the area between it and 1 (Mechanistic Interpretability
+    Benchmark).
+
+    Examples:
+
+      eap curve smollm2 scores.safetensors --task ioi -o curve.json --html report.html
+
+      eap curve gpt2 scores.safetensors --data held-out.csv --fractions 0.001,0.01,0.1
+    """
+    import eap_circuits as eap
+
+    from ..errors import one_of
+    from ..files import write_whole
+    from ..report import smallest_faithful
+    from ..report.curves import jsonable
+    from ..report.tables import curve_table, number
+
+    check_outputs(out, html)
+    check_suffix(out, ".json")
+    check_suffix(html, ".html", ".htm")
+    one_of("--how", how, ("top", "greedy"))
+    sizes = session.parse_fractions(fractions)
+    prompts = session.Prompts(task, data, n, seed)
+    prompts.check(metric)
+    loaded_scores = eap.EdgeScores.load(scores)
+
+    loaded, tokenizer = session.load_model(model, dtype, device)
+    pairs = prompts.load(tokenizer)
+    options: dict[str, Any] = {} if sizes is None else {"fractions": sizes}
+    with progress("Running circuits") as bar:
+        measured = eap.faithfulness_curve(
+            loaded,
+            loaded_scores,
+            pairs,
+            metric=metric or pairs.metric,
+            how=how,
+            signed=signed,
+            batch_size=batch_size,
+            progress=bar,
+            **options,
+        )
+    content = jsonable(measured.to_dict())
+    files = {}
+    if out is not None:
+        text = json.dumps(content, indent=2, allow_nan=False)
+        write_whole(out, lambda file: file.write_text(text + "\n", encoding="utf-8"))
+        files["curve"] = str(out)
+    if html is not None:
+        from ..report import write_report
+
+        chosen = measured.circuits[smallest_faithful(measured)]
+        write_report(html, loaded_scores, chosen, measured, pairs, files={"scores": scores.name})
+        files["report"] = str(html)
+    if as_json:
+        show_json({**content, "files": files})
+        return
+    show_table(curve_table(measured))
+    say(f"CPR {number(measured.cpr)}, CMD {number(measured.cmd)}.")
+    for file in files.values():
+        say(f"Wrote {file}.")

@@ -1,0 +1,95 @@
+"""A model and its prompts, as the commands' options name them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError, expected, one_of
+from .console import note, working
+
+if TYPE_CHECKING:
+    from ..tasks import PairedDataset
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Which prompts: a task, or a file."""
+
+    task: str | None
+    data: Path | None
+    n: int = 64
+    seed: int = 0
+
+    def check(self, metric: str | None = None) -> None:
+        """Refuse what can be refused before a model is loaded."""
+        from ..metrics import METRICS
+        from ..tasks import TASKS
+
+        if (self.task is None) == (self.data is None):
+            found = "neither" if self.task is None else "both"
+            raise expected("--task, --data", "one of them (eap tasks lists the tasks)", found)
+        if self.task is not None:
+            one_of("--task", self.task, TASKS)
+        elif self.data is None or not self.data.is_file():
+            raise expected(f"--data {self.data}", "a file", "nothing there")
+        if metric is not None:
+            one_of("--metric", metric, METRICS)
+
+    def load(self, tokenizer: Any) -> PairedDataset:
+        from ..tasks import PairedDataset, load_task
+
+        if self.data is not None:
+            return PairedDataset.from_file(self.data, tokenizer)
+        return load_task(str(self.task), tokenizer, n=self.n, seed=self.seed)
+
+
+def load_model(name: str, dtype: str | None = None, device: str | None = None) -> tuple[Any, Any]:
+    """The model and its tokenizer; other libraries' words are kept off the terminal."""
+    import torch
+
+    if dtype is not None:
+        one_of("--dtype", dtype, _DTYPES)
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise expected("--device", "a device of this machine", repr(device)) from error
+    with working(f"Loading {name} …"):
+        from transformers.utils import logging
+
+        from ..adapters import pretrained
+
+        logging.disable_progress_bar()
+        found = pretrained.load_model(name, dtype=getattr(torch, dtype) if dtype else None, device=device)
+    note(f"Loaded {name}.")
+    return found
+
+
+def parse_fractions(text: str | None) -> Sequence[float] | None:
+    """`0.001,0.01,0.1` -> numbers."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise expected("--fractions", "numbers in (0, 1] with commas between", repr(text)) from error
+
+
+def load_tokenizer(name: str) -> Any:
+    """A model's tokenizer, without the model."""
+    from transformers import AutoTokenizer
+
+    from ..adapters import DEMO_MODEL
+    from ..adapters.pretrained import demo_model_folder
+
+    source = str(demo_model_folder()) if name == DEMO_MODEL else name
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"tokenizer {name!r}: cannot be loaded ({reason}).") from error

@@ -1,0 +1,122 @@
+"""Metrics over the logits at the scored position: `(logits [E, V], batch) -> [E]`, higher is better.
+
+The mean over examples is reported; the negative sum is differentiated. Half precision is computed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import expected, one_of
+
+
+@dataclass(frozen=True, eq=False)
+class MetricBatch:
+    """What a metric may look at besides the logits of the run.
+
+    Args:
+        answers: int64 [E, 2] (good, bad), or [E, 2, A] sets of token ids padded with -1.
+        clean_logits: [E, V] the whole model's logits on the clean prompts, without gradient.
+        corrupted_logits: [E, V] the same on the corrupted prompts.
+        lengths: int64 [E] tokens of each prompt; `lengths - 1` is the scored position.
+        index: int64 [E] position of each example in the dataset.
+    """
+
+    answers: Tensor
+    clean_logits: Tensor
+    corrupted_logits: Tensor
+    lengths: Tensor
+    index: Tensor
+
+
+Metric = Callable[[Tensor, MetricBatch], Tensor]
+
+
+def logit_diff(logits: Tensor, batch: MetricBatch) -> Tensor:
+    """Good logit less bad logit; of sets, logsumexp(good) - logsumexp(bad). [E, V] -> [E], in logits."""
+    good, bad = _of_answers(_at_least_float32(logits), batch.answers, -torch.inf).logsumexp(2).unbind(1)
+    return good - bad
+
+
+def prob_diff(logits: Tensor, batch: MetricBatch) -> Tensor:
+    """Probability of the good answers less that of the bad ones. [E, V] -> [E], from -1 to 1."""
+    probabilities = _at_least_float32(logits).softmax(-1)
+    good, bad = _of_answers(probabilities, batch.answers, 0.0).sum(2).unbind(1)
+    return good - bad
+
+
+def kl_divergence(logits: Tensor, batch: MetricBatch) -> Tensor:
+    """-KL(clean || run) of the next token: minus how far the run is from the whole model on the clean prompt.
+
+    [E, V] -> [E], in nats, at most 0. Its gradient vanishes where the run is the clean run itself.
+    """
+    run = _at_least_float32(logits).log_softmax(-1)
+    clean = _at_least_float32(batch.clean_logits.to(logits.device)).log_softmax(-1)
+    weight = clean.exp()
+    # A token that the clean run excludes (logit -inf) adds nothing, and -inf - -inf must not reach the sum.
+    return -(weight * (clean - run).masked_fill(weight == 0, 0)).sum(-1)
+
+
+METRICS: dict[str, Metric] = {
+    "logit_diff": logit_diff,
+    "prob_diff": prob_diff,
+    "kl_divergence": kl_divergence,
+}
+
+
+def get_metric(metric: str | Metric) -> Metric:
+    """The function a metric's name stands for, or the callable itself. Raises `InputError` otherwise."""
+    if isinstance(metric, str):
+        one_of("metric", metric, METRICS)
+        return METRICS[metric]
+    if not callable(metric):
+        raise expected("metric", "a name or a callable (logits, batch) -> values", repr(metric))
+    return metric
+
+
+def check_metric_values(values: Tensor, batch: MetricBatch, logits: Tensor | None = None) -> None:
+    """Refuse what a metric must not return.
+
+    Args:
+        values: what the metric returned; must be a floating tensor [E] of finite values.
+        batch: what the metric was given; `batch.index` names the examples.
+        logits: [E, V] what the metric was given; where they require grad, so must the values.
+
+    Raises:
+        InputError: not such a tensor, not finite (names the example), or cut off from the logits' gradient.
+    """
+    shape = [len(batch.index)]
+    if not isinstance(values, Tensor):
+        raise expected("metric", f"a tensor of shape {shape}, one value per example", type(values).__name__)
+    if not values.is_floating_point() or list(values.shape) != shape:
+        raise expected(
+            "metric",
+            f"a floating-point tensor of shape {shape}, one value per example",
+            f"{values.dtype} of shape {list(values.shape)}",
+        )
+    bad = ~values.detach().isfinite()
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        raise expected(f"metric value of example {int(batch.index[first])}", "a finite number", values[first].item())
+    if torch.is_grad_enabled() and logits is not None and logits.requires_grad and not values.requires_grad:
+        raise expected(
+            "metric",
+            "values that depend differentiably on the logits",
+            "values without a gradient (a detached tensor, argmax, or torch.no_grad in the metric)",
+        )
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _of_answers(values: Tensor, answers: Tensor, padding: float) -> Tensor:
+    """values [E, V] at the answers' ids: [E, 2, A], `padding` where a set is shorter than A."""
+    answers = answers.to(values.device)
+    sets = answers if answers.dim() == 3 else answers[..., None]
+    picked = values.gather(1, sets.clamp(min=0).flatten(1)).view(sets.shape)
+    return picked.masked_fill(sets < 0, padding)

@@ -1,0 +1,101 @@
+"""What the report needs of a faithfulness curve, measured just now or read from a file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import InputError, expected
+
+
+class CurveLike(Protocol):
+    """Faithfulness by circuit size: `eap_circuits.Curve`, or `SavedCurve`."""
+
+    @property
+    def fractions(self) -> Sequence[float]: ...
+    @property
+    def n_edges(self) -> Sequence[int]: ...
+    @property
+    def faithfulness(self) -> Sequence[float]: ...
+    @property
+    def cpr(self) -> float: ...
+    @property
+    def cmd(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class SavedCurve:
+    """A curve read back from JSON: its numbers, without circuits and per-example values."""
+
+    fractions: tuple[float, ...]
+    n_edges: tuple[int, ...]
+    faithfulness: tuple[float, ...]
+    mean: tuple[float, ...]
+    clean: float
+    corrupted: float
+    cpr: float
+    cmd: float
+
+    def __post_init__(self) -> None:
+        lengths = [len(self.fractions), len(self.n_edges), len(self.faithfulness), len(self.mean)]
+        if len(set(lengths)) > 1:
+            raise expected("curve", "as many fractions as edge counts, faithfulness values and means", lengths)
+        if not self.fractions:
+            raise expected("curve", "at least one circuit size", "none")
+
+
+def load_curve(path: str | os.PathLike[str]) -> SavedCurve:
+    """Read the JSON that `eap curve -o` writes. Raises `InputError` for anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise expected(str(path), "a file", "a folder" if path.is_dir() else "nothing there")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        fractions, faithfulness, mean = (
+            tuple(_number(x) for x in content[name]) for name in ("fractions", "faithfulness", "mean")
+        )
+        sums = (_number(content[name]) for name in ("clean", "corrupted", "cpr", "cmd"))
+        return SavedCurve(fractions, tuple(int(n) for n in content["n_edges"]), faithfulness, mean, *sums)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise expected(str(path), "a curve written by `eap curve -o`", "something else") from error
+
+
+def smallest_faithful(curve: CurveLike, at_least: float = 0.8) -> int:
+    """Index of the smallest circuit with faithfulness ≥ `at_least`; else the largest short of the model."""
+    sizes = sorted(range(len(curve.n_edges)), key=lambda i: curve.n_edges[i])
+    partial = [i for i in sizes if curve.fractions[i] < 1 and curve.n_edges[i] > 0] or sizes[-1:]
+    return next((i for i in partial if curve.faithfulness[i] >= at_least), partial[-1])
+
+
+def curve_levels(curve: CurveLike) -> tuple[Sequence[float], float, float]:
+    """The metric's mean of each circuit, of the whole model and of the corrupted run."""
+    if isinstance(curve, SavedCurve):
+        return curve.mean, curve.clean, curve.corrupted
+    results = curve.results  # type: ignore[attr-defined]
+    return [result.mean for result in results], results[0].clean, results[0].corrupted
+
+
+def jsonable(value: Any) -> Any:
+    """Plain JSON values: not-a-number and infinities become null, tensors and tuples lists."""
+    if isinstance(value, dict):
+        return {str(key): jsonable(entry) for key, entry in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [jsonable(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    return str(value)
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)

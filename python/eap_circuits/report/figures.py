@@ -1,0 +1,222 @@
+"""Figures: faithfulness by circuit size, and a circuit. No state of matplotlib's is left changed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyBboxPatch, PathPatch
+from matplotlib.path import Path
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from ..graph import Circuit
+from .curves import CurveLike
+from .placement import HEIGHT, WIDTH, Line, Placement, place
+from .style import FAINT, INK, LETTERS, MUTED, NEGATIVE, NODE, PAPER, POSITIVE, RC
+from .tables import count, number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_UNIT = (0.66, 0.46)  # inches of one column and one layer
+
+
+def draw_curve(curve: CurveLike, ax: Axes | None = None) -> Figure:
+    """Faithfulness against the number of edges kept; 1 is the whole model, 0 the corrupted one.
+
+    Args:
+        curve: what `faithfulness_curve` returned, or `load_curve`.
+        ax: axes to draw in; by default a new figure's.
+    """
+    with matplotlib.rc_context(RC):
+        if ax is None:
+            figure = Figure(figsize=(6.8, 4.0), layout="constrained")
+            ax = figure.add_subplot()
+        pairs = sorted(zip(curve.n_edges, curve.faithfulness, strict=True))
+        sizes = [n for n, _ in pairs]
+        if min(sizes) > 0:
+            ax.set_xscale("log")
+        else:
+            ax.set_xscale("symlog", linthresh=1)
+        # Curves begin low at the left and end high at the right: the names stand in the other two corners.
+        for level, name, x, side in ((1.0, "whole model", 0, "left"), (0.0, "corrupted", 1, "right")):
+            ax.axhline(level, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+            ax.annotate(
+                name,
+                (x, level),
+                (4 - 8 * x, 3),
+                ha=side,
+                xycoords=ax.get_yaxis_transform(),
+                textcoords="offset points",
+                color=MUTED,
+                fontsize=8,
+            )
+        ax.plot(
+            sizes,
+            [f for _, f in pairs],
+            color=POSITIVE,
+            linewidth=1.8,
+            marker="o",
+            markersize=5,
+            markerfacecolor=PAPER,
+            markeredgewidth=1.5,
+            zorder=3,
+            gid="curve",
+        )
+        ax.margins(x=0.06, y=0.1)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(round(value))))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.set_xlabel(_curve_caption(curve), color=INK, linespacing=1.7)
+        ax.set_ylabel("faithfulness", color=INK)
+        ax.tick_params(which="both", colors=MUTED, labelcolor=INK)
+        ax.grid(axis="y", color=FAINT, linewidth=0.6)
+        ax.set_axisbelow(True)
+        ax.set_facecolor("none")
+        for side, spine in ax.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(MUTED)
+        found = ax.get_figure(root=True)
+        assert isinstance(found, Figure)
+        return found
+
+
+def _curve_caption(curve: CurveLike) -> str:
+    return f"edges kept\nCPR {number(curve.cpr)} · CMD {number(curve.cmd)}"
+
+
+def draw_circuit(circuit: Circuit, max_edges: int = 300) -> Figure:
+    """A picture of a circuit: `input` below, `logits` above, heads by index, MLPs at the right side.
+
+    Blue edges raise the metric and orange ones lower it; width and opacity follow the absolute score. The tip
+    of an edge tells which input of a head it enters: query, key or value. Layers and head indices without a
+    node are left out, and so are heads that share a key or value with others but send nothing themselves.
+
+    Args:
+        circuit: what to draw; without scores all edges look alike.
+        max_edges: of a larger circuit only the strongest edges are drawn, and the caption says so.
+    """
+    with matplotlib.rc_context(RC):
+        placement = place(circuit, max_edges)
+        left, right, bottom, top = -1.0, placement.right + 0.15, -1.3, placement.height + 0.45
+        size = ((right - left) * _UNIT[0], (top - bottom) * _UNIT[1])
+        figure = Figure(figsize=(max(size[0], 6.4), max(size[1], 2.6)))
+        ax = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+        ax.set_axis_off()
+        ax.set_xlim(left, right)
+        ax.set_ylim(bottom, top)
+        _draw_bars(ax, placement)
+        _draw_lines(ax, placement.lines)
+        _draw_nodes(ax, placement)
+        _draw_legend(ax, placement)
+        ax.annotate(
+            _circuit_caption(circuit, placement),
+            (placement.width / 2, 0),
+            (0, 8),
+            xycoords=ax.get_xaxis_transform(),
+            textcoords="offset points",
+            ha="center",
+            color=MUTED,
+            fontsize=8,
+        )
+        return figure
+
+
+def _circuit_caption(circuit: Circuit, placement: Placement) -> str:
+    size = f"{count(circuit.n_edges)} of {count(circuit.graph.n_edges)} edges."
+    if len(placement.lines) < circuit.n_edges:
+        size += f" The {count(len(placement.lines))} strongest edges and their nodes are drawn."
+    return size
+
+
+def _box(ax: Axes, x: float, y: float, width: float, height: float, **style: Any) -> None:
+    shape = "round,pad=0,rounding_size=0.1"
+    ax.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, boxstyle=shape, linewidth=0.8, **style))
+
+
+def _draw_bars(ax: Axes, placement: Placement) -> None:
+    middle = placement.width / 2
+    bottom, top = placement.bars
+    for y, name in ((bottom - 0.15, "input"), (top + 0.15, "logits")):
+        _box(ax, middle, y, placement.width, 0.3, facecolor=NODE, edgecolor=MUTED, zorder=6)
+        ax.text(middle, y, name, ha="center", va="center_baseline", color=INK, fontsize=8, zorder=7)
+    for layer, y in placement.layers:
+        ax.text(-0.2, y, f"layer {layer}", ha="right", va="center_baseline", color=MUTED, fontsize=7)
+        ax.plot([-0.12, placement.width], [y, y], color=FAINT, linewidth=0.5, zorder=0)
+
+
+def _draw_lines(ax: Axes, lines: list[Line]) -> None:
+    largest = max((abs(line.score) for line in lines if line.score is not None), default=0.0)
+    for order, line in enumerate(lines):
+        size = 0.4 if line.score is None or not largest else (abs(line.score) / largest) ** 0.5
+        colour = MUTED if line.score is None else POSITIVE if line.score >= 0 else NEGATIVE
+        codes = [Path.MOVETO] + [Path.CURVE4] * (len(line.points) - 1)
+        name = f"{line.sender} → {line.receiver}" + ("" if line.score is None else f"  {line.score:+.4g}")
+        ax.add_patch(
+            PathPatch(
+                Path(list(line.points), codes),
+                facecolor="none",
+                edgecolor=colour,
+                linewidth=0.5 + 2.1 * size,
+                alpha=0.3 + 0.65 * size,
+                capstyle="round",
+                zorder=2 + order / max(len(lines), 1),  # strongest on top
+                gid=f"edge {name}",
+            )
+        )
+    for letter in ("", *LETTERS):
+        tips = {line.points[-1] for line in lines if line.letter == letter and line.receiver != "logits"}
+        if tips:
+            ax.plot(
+                [x for x, _ in sorted(tips)],
+                [y - 0.05 for _, y in sorted(tips)],
+                linestyle="none",
+                marker="^",
+                markersize=4.5,
+                color=LETTERS.get(letter, MUTED),
+                markeredgecolor=PAPER,
+                markeredgewidth=0.4,
+                zorder=5,
+            )
+
+
+def _draw_nodes(ax: Axes, placement: Placement) -> None:
+    for (x0, y0), (x1, _) in placement.groups:
+        ax.plot([x0, x1], [y0 + 0.035] * 2, color=MUTED, linewidth=1.6, solid_capstyle="round", zorder=5)
+    for box in placement.boxes:
+        mlp = box.name.startswith("m")
+        _box(ax, box.x, box.y, WIDTH, HEIGHT, facecolor=NODE if mlp else PAPER, edgecolor=MUTED, zorder=6)
+        ax.text(box.x, box.y, box.name, ha="center", va="center_baseline", color=INK, fontsize=7, zorder=7)
+
+
+def _draw_legend(ax: Axes, placement: Placement) -> None:
+    signs = {line.score >= 0 for line in placement.lines if line.score is not None}
+    letters = {line.letter for line in placement.lines}
+    handles = [
+        Line2D([], [], color=colour, linewidth=2, label=label)
+        for sign, colour, label in ((True, POSITIVE, "raises the metric"), (False, NEGATIVE, "lowers it"))
+        if sign in signs
+    ]
+    names = {"q": "into query", "k": "into key", "v": "into value"}
+    handles += [
+        Line2D([], [], linestyle="none", marker="^", markersize=5, color=LETTERS[letter], label=names[letter])
+        for letter in LETTERS
+        if letter in letters
+    ]
+    if placement.groups:
+        handles.append(Line2D([], [], color=MUTED, linewidth=1.6, label="heads sharing keys and values"))
+    if handles:
+        ax.legend(
+            handles=handles,
+            loc="center",
+            bbox_to_anchor=(placement.width / 2, -0.62),
+            bbox_transform=ax.transData,
+            ncols=len(handles),
+            frameon=False,
+            fontsize=8,
+            labelcolor=INK,
+            handlelength=1.3,
+            handletextpad=0.5,
+            columnspacing=1.2,
+        )

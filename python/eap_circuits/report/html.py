@@ -1,0 +1,120 @@
+"""A report as one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib import resources
+from typing import TYPE_CHECKING
+
+import jinja2
+from markupsafe import Markup
+
+from ..errors import expected
+from ..files import write_whole
+from ..graph import Circuit, EdgeScores
+from .curves import CurveLike, curve_levels
+from .figures import draw_circuit, draw_curve
+from .svg import to_svg
+from .tables import count, curve_index, curve_table, edge_table, number, percent, settings, versions
+
+if TYPE_CHECKING:
+    from ..tasks import PairedDataset
+
+N_EDGES = 40
+N_PROMPTS = 5
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    scores: EdgeScores,
+    circuit: Circuit,
+    curve: CurveLike | None = None,
+    data: PairedDataset | None = None,
+    title: str | None = None,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Write a report of a circuit: what was run, how faithful it is, its picture and its strongest edges.
+
+    Args:
+        path: the HTML file; written whole or not at all.
+        scores: the edge scores that the circuit was chosen by.
+        circuit: the circuit.
+        curve: faithfulness by circuit size, measured or read by `load_curve`.
+        data: the prompts, of which a few are shown.
+        title: the page's title; by default the model and the task.
+        files: names under which "scores" and perhaps "circuit" were saved, for the lines that read them back.
+
+    Raises:
+        InputError: a circuit of another graph than the scores, or a path that cannot be written.
+    """
+    if circuit.graph != scores.graph:
+        raise expected("circuit", f"one of {scores.graph!r}", f"one of {circuit.graph!r}")
+    info = {**scores.info, "heads": scores.graph.heads, **circuit.info}
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    source = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
+    run = dict(settings(info))
+    page = environment.from_string(source).render(
+        title=title or _title(run),
+        subtitle=_subtitle(run),
+        headline=_headline(circuit, curve),
+        picture=Markup(to_svg(draw_circuit(circuit), "the circuit")),
+        chart=Markup(to_svg(draw_curve(curve), "faithfulness by circuit size")) if curve else None,
+        sizes=curve_table(curve, circuit) if curve else None,
+        edges=edge_table(scores, circuit, N_EDGES),
+        prompts=_prompts(data),
+        settings=run,
+        versions=dict(versions(info)),
+        code=_code(circuit, files or {"scores": "scores.safetensors", "circuit": "circuit.json"}),
+    )
+    write_whole(path, lambda file: file.write_text(page, encoding="utf-8"))
+
+
+def _title(run: Mapping[str, str]) -> str:
+    parts = [run.get("model"), run.get("task") or run.get("data")]
+    return "Circuit of " + " on ".join(part for part in parts if part) if any(parts) else "Circuit"
+
+
+def _subtitle(run: Mapping[str, str]) -> str:
+    parts = [run.get("method"), f"metric {run['metric']}" if "metric" in run else None]
+    parts.append(f"{run['prompt pairs']} prompt pairs" if "prompt pairs" in run else None)
+    return " · ".join(part for part in parts if part)
+
+
+def _headline(circuit: Circuit, curve: CurveLike | None) -> list[tuple[str, str, str]]:
+    """(value, name, explanation) of the few numbers to see first."""
+    total = circuit.graph.n_edges
+    share = f"{percent(circuit.n_edges / total)} of {count(total)}"
+    found = [
+        (count(circuit.n_edges), "edges in the circuit", share),
+        (count(len(circuit.nodes)), "nodes", f"of {count(circuit.graph.n_senders)}"),
+    ]
+    if curve is None:
+        return found
+    index = curve_index(curve, circuit)
+    if index is not None:
+        faithfulness = number(curve.faithfulness[index])
+        found.insert(0, (faithfulness, "faithfulness", "1 is the whole model, 0 corrupted"))
+    _, clean, corrupted = curve_levels(curve)
+    return [
+        *found,
+        (number(curve.cpr), "CPR", "area under faithfulness; more is better"),
+        (number(curve.cmd), "CMD", "area between it and 1; less is better"),
+        (f"{number(clean, 2)} / {number(corrupted, 2)}", "mean metric", "whole model / corrupted"),
+    ]
+
+
+def _code(circuit: Circuit, files: Mapping[str, str]) -> str:
+    """Python that reads the scores and gets the circuit: from its file, or chosen again as it was."""
+    lines = ["import eap_circuits as eap", "", f"scores = eap.EdgeScores.load({files['scores']!r})"]
+    chosen = circuit.info.get("selection")
+    if "circuit" in files:
+        lines.append(f"circuit = eap.Circuit.load({files['circuit']!r})")
+    elif isinstance(chosen, Mapping):
+        options = ", ".join(f"{key}={value!r}" for key, value in chosen.items() if value not in (None, False))
+        lines.append(f"circuit = scores.select({options})")
+    return "\n".join(lines)
+
+
+def _prompts(data: PairedDataset | None) -> list[tuple[str, str]]:
+    return [] if data is None or data.prompts is None else list(data.prompts[:N_PROMPTS])

@@ -1,0 +1,177 @@
+"""The tables of the command line and of the HTML report: one place for their rows and number formats."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+from ..graph import Circuit, EdgeScores
+from .curves import CurveLike, curve_levels, jsonable
+
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its key in JSON, its heading, and how a value is shown."""
+
+    key: str
+    title: str
+    show: Callable[[Any], str] = str
+    numeric: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of raw values; `cells` is what a reader sees, `records` what a program reads."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    marked: int | None = None
+
+    def cells(self) -> list[list[str]]:
+        return [[c.show(value) for c, value in zip(self.columns, row, strict=True)] for row in self.rows]
+
+    def records(self) -> list[dict[str, Any]]:
+        return [{c.key: jsonable(value) for c, value in zip(self.columns, row, strict=True)} for row in self.rows]
+
+
+def number(value: float, decimals: int = 3) -> str:
+    """Fixed decimals; a dash where there is no number."""
+    return f"{value:.{decimals}f}" if math.isfinite(value) else NONE
+
+
+def count(value: int) -> str:
+    return f"{value:,}"
+
+
+def percent(value: float) -> str:
+    """A share with three significant digits: 0.1 %, 12.3 %."""
+    return f"{100 * value:.3g} %" if math.isfinite(value) else NONE
+
+
+def edge_table(scores: EdgeScores, circuit: Circuit | None = None, n: int = 20) -> Table:
+    """The n edges of largest absolute score, and whether the circuit has them."""
+    edges = scores.top_edges(n)
+    largest = abs(edges[0][2]) if edges else 0.0
+    decimals = 4 if largest == 0 else min(max(3 - math.floor(math.log10(largest)), 2), 12)
+    columns = [
+        Column("sender", "sender"),
+        Column("receiver", "receiver"),
+        Column("score", "score", lambda value: f"{value:+.{decimals}f}", numeric=True),
+    ]
+    rows: list[tuple[Any, ...]] = [(sender, receiver, score) for sender, receiver, score in edges]
+    if circuit is not None:
+        kept = set(circuit.edges)
+        columns.append(Column("in_circuit", "in circuit", lambda value: "yes" if value else "no"))
+        rows = [(*row, row[:2] in kept) for row in rows]
+    return Table("Strongest edges", tuple(columns), tuple(rows))
+
+
+def curve_table(curve: CurveLike, circuit: Circuit | None = None) -> Table:
+    """Faithfulness by circuit size; the row of `circuit` is marked where its size is one of the curve's."""
+    columns = [
+        Column("fraction", "share of edges taken", percent, numeric=True),
+        Column("n_edges", "edges kept", count, numeric=True),
+        Column("faithfulness", "faithfulness", number, numeric=True),
+        Column("mean", "mean metric", number, numeric=True),
+    ]
+    means = curve_levels(curve)[0]
+    rows = zip(curve.fractions, curve.n_edges, curve.faithfulness, means, strict=True)
+    return Table("Faithfulness by circuit size", tuple(columns), tuple(rows), curve_index(curve, circuit))
+
+
+def result_table(result: Any, circuit: Circuit) -> Table:
+    """One circuit's result beside the whole model and the corrupted run."""
+    columns = (
+        Column("run", "run"),
+        Column("n_edges", "edges kept", count, numeric=True),
+        Column("mean", "mean metric", number, numeric=True),
+        Column("faithfulness", "faithfulness", number, numeric=True),
+    )
+    rows = (
+        ("whole model", circuit.graph.n_edges, result.clean, 1.0),
+        ("circuit", circuit.n_edges, result.mean, result.faithfulness),
+        ("corrupted", 0, result.corrupted, 0.0),
+    )
+    return Table("Faithfulness of the circuit", columns, rows, marked=1)
+
+
+def curve_index(curve: CurveLike, circuit: Circuit | None) -> int | None:
+    """Where in the curve the circuit stands, or None."""
+    if circuit is None or circuit.n_edges not in tuple(curve.n_edges):
+        return None
+    return tuple(curve.n_edges).index(circuit.n_edges)
+
+
+_LABELS = {
+    "model": "model",
+    "task": "task",
+    "data": "data",
+    "n_examples": "prompt pairs",
+    "metric": "metric",
+    "method": "method",
+    "steps": "steps",
+    "quadrature": "quadrature",
+    "ablation": "ablation",
+    "heads": "heads",
+    "compat": "compatibility",
+    "selection": "selection",
+}
+
+
+def settings(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was run, as (label, value) pairs: the well-known entries first, then any others."""
+    keys = [key for key in _LABELS if key in info] + [key for key in info if key not in _LABELS]
+    pairs = []
+    for key in keys:
+        value = info[key]
+        if value is None or value == {} or key == "versions":
+            continue
+        if key == "model":
+            value = _without_folder(str(value))
+        pairs.append((_LABELS.get(key, str(key).replace("_", " ")), _shown(value)))
+    return pairs
+
+
+def versions(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The versions that the scores carry; without them, those installed here."""
+    carried = info.get("versions")
+    if isinstance(carried, Mapping) and carried:
+        return [(str(name), str(version)) for name, version in carried.items()]
+    found = [("python", platform.python_version())]
+    return [*found, *((name, installed(name)) for name in ("eap-kernels", "torch", "transformers"))]
+
+
+def installed(package: str) -> str:
+    """The version of a package, or that it is not installed as one (a source tree on the path)."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _without_folder(name: str) -> str:
+    """A report must not tell where on a disk a model lay; names on the hub (`org/name`) stay whole."""
+    for kind in (PurePosixPath, PureWindowsPath):
+        if kind(name).is_absolute():
+            return kind(name).name
+    return name
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_shown(x)}" for key, x in value.items() if x not in (None, False))
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_shown, value[:8])) + (" …" if len(value) > 8 else "")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)

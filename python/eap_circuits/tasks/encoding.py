@@ -1,0 +1,71 @@
+"""Text to token ids: the only place that calls a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import expected
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    if not callable(tokenizer) or not hasattr(tokenizer, "bos_token_id"):
+        raise expected("tokenizer", "a Hugging Face tokenizer", type(tokenizer).__name__)
+
+
+def encode_prompts(tokenizer: Any, texts: Sequence[str], prepend_bos: bool) -> list[list[int]]:
+    """Ids of each prompt with the tokenizer's own special tokens.
+
+    BOS is prepended where the tokenizer has one and did not add it. An EOS that the tokenizer puts behind the
+    text is dropped: the scored position is the text's last token.
+    """
+    prompts = _encode(tokenizer, texts, special=True)
+    bos, eos = tokenizer.bos_token_id, getattr(tokenizer, "eos_token_id", None)
+    for text, ids in zip(texts, prompts, strict=True):
+        if eos is not None and ids[-1:] == [eos] and encode_plain(tokenizer, text)[-1:] != [eos]:
+            ids.pop()
+        if prepend_bos and bos is not None and ids[:1] != [bos]:
+            ids.insert(0, bos)
+    return prompts
+
+
+def encode_plain(tokenizer: Any, text: str) -> list[int]:
+    """Ids of the text alone, without special tokens."""
+    return _encode(tokenizer, [text], special=False)[0]
+
+
+def next_token(tokenizer: Any, context: str, text: str) -> int | None:
+    """The one token that `text` adds behind `context`; None where it adds more, changes it, or is unknown."""
+    before, after = encode_plain(tokenizer, context), encode_plain(tokenizer, context + text)
+    if len(after) != len(before) + 1 or after[:-1] != before or after[-1] == unknown_id(tokenizer):
+        return None
+    return after[-1]
+
+
+def unknown_id(tokenizer: Any) -> int | None:
+    """Id of the token that stands for text outside the vocabulary, if there is one."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return None if unknown is None else int(unknown)
+
+
+def answer_id(tokenizer: Any, answer: str, prompt: str, label: str) -> int:
+    """Id of an answer's text: one token by itself, or one token behind the prompt.
+
+    The second form is for tokenizers that put a space before every text of its own (Llama 2's).
+
+    Raises:
+        InputError: more or less than one token, or a text outside the vocabulary.
+    """
+    alone = encode_plain(tokenizer, answer)
+    token = alone[0] if len(alone) == 1 else next_token(tokenizer, prompt, answer)
+    if token is None:
+        pieces = tokenizer.convert_ids_to_tokens(alone)
+        raise expected(label, "an answer of one token", f"{answer!r}, which is {len(alone)} tokens {pieces}")
+    if token == unknown_id(tokenizer) and answer.strip() != tokenizer.unk_token:
+        raise expected(label, "an answer in the tokenizer's vocabulary", repr(answer))
+    return token
+
+
+def _encode(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
+    encoded = tokenizer(list(texts), add_special_tokens=special, padding=False, truncation=False)
+    return [list(map(int, ids)) for ids in encoded["input_ids"]]

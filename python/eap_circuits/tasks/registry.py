@@ -1,0 +1,71 @@
+"""The tasks that come with the package."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import expected, one_of
+from . import greater_than, ioi
+from .dataset import PairedDataset
+from .encoding import check_tokenizer
+
+Generator = Callable[[Any, int, random.Random], "list[dict[str, Any]]"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: `generator(tokenizer, n, rng)` gives n records for `PairedDataset.from_records`."""
+
+    name: str
+    description: str
+    metric: str
+    generator: Generator
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "ioi",
+            "Indirect object identification: 'When Mary and John arrived at the park, John gave a book to' "
+            "-> ' Mary'; corrupted by a third name in place of the second 'John' (Wang et al. 2022).",
+            "logit_diff",
+            ioi.generate,
+        ),
+        Task(
+            "greater-than",
+            "'The war lasted from the year 1732 to the year 17' -> digits above 32; corrupted by a first "
+            "year so early that every end follows it (Hanna et al. 2023).",
+            "prob_diff",
+            greater_than.generate,
+        ),
+    )
+}
+
+
+def load_task(name: str, tokenizer: Any, n: int = 64, seed: int = 0, prepend_bos: bool = True) -> PairedDataset:
+    """Generate prompt pairs of a task for a tokenizer.
+
+    Args:
+        name: one of `TASKS`.
+        tokenizer: a Hugging Face tokenizer.
+        n: how many pairs; none comes twice while there are others.
+        seed: the same seed gives the same pairs.
+        prepend_bos: see `PairedDataset.from_records`.
+
+    Raises:
+        InputError: unknown task, an n that is no positive whole number, or a tokenizer that the task cannot
+            be put to (its answers are not single tokens).
+    """
+    one_of("task", name, TASKS)
+    check_tokenizer(tokenizer)
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise expected("n", "a positive whole number", repr(n))
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise expected("seed", "a whole number", repr(seed))
+    task = TASKS[name]
+    records = task.generator(tokenizer, n, random.Random(seed))
+    return PairedDataset.from_records(records, tokenizer, prepend_bos, name, task.metric)

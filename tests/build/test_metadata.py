@@ -1,0 +1,87 @@
+"""What an installation promises: metadata, entry point, licence, and the packages in a wheel."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import eap_kernels
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_metadata():
+    assert metadata.version("eap-kernels") == eap_kernels.__version__
+    requires = metadata.requires("eap-kernels")
+    assert {"torch>=2.10", "transformers>=5", 'gguf; extra == "demo"'} <= set(requires)
+    assert not [r for r in requires if re.match("triton(?!.*extra)", r)], "triton is optional"
+
+
+def test_console_script():
+    (script,) = [e for e in metadata.entry_points(group="console_scripts") if e.name == "eap"]
+    assert script.value == "eap_circuits.cli:main"
+
+
+def test_the_headers_of_every_source_are_in_the_source_distribution():
+    rules = (ROOT / "MANIFEST.in").read_text()
+    for suffix in {path.suffix for path in (ROOT / "csrc").rglob("*.*")}:
+        assert re.search(rf"recursive-include csrc .*\*\{suffix}\b", rules), suffix
+
+
+def build_wheel(
+    folder: Path, python: Path | str = sys.executable, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Builds a copy, because a build leaves files beside the sources."""
+    source = folder / "source"
+    if not source.exists():
+        source.mkdir()
+        for name in ("csrc", "eap_kernels", "python"):
+            shutil.copytree(
+                ROOT / name,
+                source / name,
+                ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build_failure.txt"),
+            )
+        for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
+            shutil.copy(ROOT / name, source)
+    command = [str(python), "-m", "pip", "wheel", "--no-deps", "-w", str(folder), str(source)]
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_isolated_wheel_has_both_packages_and_the_library(tmp_path):
+    done = build_wheel(tmp_path, EAP_REQUIRE_EXT="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-cp310-abi3-" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    for name in ("eap_kernels/_C.abi3.so", "eap_kernels/py.typed", "eap_circuits/py.typed"):
+        assert name in names
+    assert not [n for n in names if n.startswith(("tests", "bench", "csrc"))]
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_reason_is_installed(tmp_path):
+    done = build_wheel(tmp_path, PATH=str(tmp_path), CXX="no-such-compiler")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    note = zipfile.ZipFile(wheel).read("eap_kernels/_build_failure.txt").decode()
+    assert note == "no C++ compiler was found when the package was installed\n"
+    required = build_wheel(tmp_path, PATH=str(tmp_path), CXX="no-such-compiler", EAP_REQUIRE_EXT="1")
+    assert required.returncode != 0
+
+
+@pytest.mark.slow
+def test_without_torch_headers_the_reason_is_installed(tmp_path):
+    venv.create(tmp_path / "bare", with_pip=True)
+    done = build_wheel(tmp_path, tmp_path / "bare/bin/python")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    note = zipfile.ZipFile(wheel).read("eap_kernels/_build_failure.txt").decode()
+    assert note == "the headers of torch >= 2.10 were not found when the package was installed\n"

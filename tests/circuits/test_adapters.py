@@ -1,0 +1,150 @@
+"""Binding: what is found, and one clear sentence for what is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig
+
+import eap_circuits as eap
+from eap_circuits.adapters import bind
+
+
+def test_weights_in_canonical_layout(family, make_model):
+    """Each head's projection, by its weights, is what the module computes for that head."""
+    model = make_model(family)
+    arch = bind(model)
+    x = torch.randn(5, arch.d_model, dtype=torch.float64)
+    for layer in arch.layers:
+        for projection in (layer.q, layer.k, layer.v):
+            y = torch.einsum("nd,hkd->nhk", x, projection.weight(x.dtype))
+            bias = projection.bias(x.dtype)
+            y = y if bias is None else y + bias
+            torch.testing.assert_close(y.flatten(1), projection.module(x)[:, projection.columns])
+        z = torch.randn(5, layer.q.n_heads, layer.out_weight(x.dtype).shape[1], dtype=torch.float64)
+        constant = layer.out(torch.zeros_like(z.flatten(1)))
+        torch.testing.assert_close(
+            torch.einsum("nhk,hkd->nd", z, layer.out_weight(x.dtype)), layer.out(z.flatten(1)) - constant
+        )
+
+
+def test_norm_statistics_are_the_norms(family, make_model):
+    arch = bind(make_model(family, dtype=torch.float32))
+    for norm in arch.norms:
+        x = torch.randn(4, arch.d_model) * 3 + 1
+        normalised, scale = norm.statistics(x)
+        y = normalised * norm.gain(x) + (0 if norm.bias is None else norm.bias)
+        torch.testing.assert_close(y, norm.module(x))
+        centred = x - x.mean(-1, keepdim=True) if norm.centred else x
+        torch.testing.assert_close(centred * scale[:, None], normalised)
+
+
+def refused(model):
+    with pytest.raises(eap.InputError) as error:
+        bind(model)
+    text = str(error.value)
+    assert "\n" not in text and text.endswith(".")
+    return text
+
+
+def test_unsupported_architecture_names_what_is_and_what_was_found():
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    text = refused(BertForMaskedLM(config))
+    assert "gpt2" in text and "llama" in text and "'bert'" in text and "BertForMaskedLM" in text
+
+
+def test_model_without_a_head_names_the_site(make_model):
+    config = LlamaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    text = refused(AutoModel.from_config(config))
+    assert "LlamaModel" in text and "'model.layers'" in text
+
+
+def test_no_model_at_all():
+    assert "Linear" in refused(torch.nn.Linear(2, 2))
+    assert "str" in refused("gpt2")
+
+
+def test_several_devices(make_model):
+    model = make_model("llama")
+    model.model.layers[1].to("meta")
+    text = refused(model)
+    assert "one device" in text and "cpu, meta" in text
+
+
+def test_site_of_another_kind_is_named(make_model):
+    model = make_model("llama")
+    model.model.layers[0].self_attn.q_proj = torch.nn.Sequential(model.model.layers[0].self_attn.q_proj)
+    assert "self_attn.q_proj" in refused(model) and "Sequential" in refused(model)
+
+
+def test_head_counts_that_do_not_fit_are_named(make_model):
+    model = make_model("llama")
+    model.config.num_key_value_heads = 3
+    text = refused(model)
+    assert "k_proj" in text
+
+
+def test_graph_of_a_model(make_model):
+    graph = bind(make_model("llama")).graph("kv")
+    assert graph.senders[:8] == ["input", *(f"a0.h{h}" for h in range(6)), "m0"]
+    assert graph.receivers[:11] == [
+        *(f"a0.h{h}<q>" for h in range(6)),
+        *(f"a0.h{g}<{s}>" for s in "kv" for g in range(2)),
+        "m0",
+    ]
+
+
+def test_self_check_passes_on_every_family_and_fails_on_a_broken_site(family, make_model, monkeypatch):
+    from eap_circuits.evaluation import check_model
+
+    checks = check_model(make_model(family, dtype=torch.float32), n_edges=3)
+    assert all(check.passed for check in checks), [check for check in checks if not check.passed]
+    # The wrong norm for the MLP: what senders add up to there is not what it reads.
+    from eap_circuits.adapters import architecture
+
+    right = architecture._layer
+
+    def wrong(*args):
+        layer = right(*args)
+        return architecture.Layer(**{**vars(layer), "mlp_norm": layer.attention_norm})
+
+    monkeypatch.setattr(architecture, "_layer", wrong)
+    failed = {check.name for check in check_model(make_model(family, dtype=torch.float32)) if not check.passed}
+    assert {"contributions sum to the residual", "all edges kept is the model on clean prompts"} <= failed
+
+
+def test_self_check_of_an_unsupported_model_says_so():
+    from eap_circuits.evaluation import check_model
+
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    (check,) = check_model(BertForMaskedLM(config))
+    assert not check.passed and "bert" in check.detail
+
+
+def test_load_model_says_what_is_wrong(tmp_path):
+    from eap_circuits.adapters import load_model
+
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(eap.InputError, match="cannot be loaded"):
+        load_model(str(tmp_path))
+
+
+def test_load_model_from_a_folder(tmp_path, make_model):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from eap_circuits.adapters import load_model
+
+    model = make_model("gpt2", dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a").save_pretrained(tmp_path)
+    loaded, tokenizer = load_model(str(tmp_path), device="cpu")
+    assert isinstance(loaded, type(model)) and not loaded.training and tokenizer("b").input_ids == [1]
+    tokens = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
+
+
+def test_every_family_loads_as_a_causal_model(family, make_model):
+    assert isinstance(make_model(family), tuple(AutoModelForCausalLM._model_mapping.values()))

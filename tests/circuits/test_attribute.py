@@ -1,0 +1,282 @@
+"""Edge scores: first principles, invariance, methods, and everything that is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import eap_circuits as eap
+from eap_circuits.capture import CorruptedRun, Runner, borrowed, make_batches, prepare, run_circuit
+from eap_circuits.evaluation.check import StayDouble
+from eap_circuits.methods.spec import QUADRATURES
+from eap_circuits.metrics import get_metric
+
+
+def losses(model, graph, data, mask, metric="logit_diff"):
+    """−metric summed over the data with a soft mask, by the circuit run."""
+    total = 0.0
+    run = prepare(model, data, metric, "patching", None)
+    with borrowed(model), torch.no_grad():
+        for batch in make_batches(data, 3, True, run.arch.device):
+            runner = Runner(run.arch, graph, batch)
+            clean = runner.logits(runner.embed(batch.clean))
+            record = CorruptedRun(runner)
+            logits = run_circuit(runner, graph, record, mask)
+            total -= float(run.values(logits, batch, clean, record.logits).sum())
+    return total
+
+
+@pytest.mark.parametrize("heads", ["kv", "query"])
+def test_score_is_derivative_of_loss_by_edge(family, heads, make_model, make_pairs):
+    """EAP's score of an edge is d loss / d ε where the edge carries clean + ε (corrupted − clean)."""
+    model, data = make_model(family), make_pairs()
+    with StayDouble():
+        scores = eap.attribute(model, data, method="eap", heads=heads)
+        graph, scale = scores.graph, scores.values.abs().max()
+        edges = graph.edge_mask.nonzero()
+        chosen = edges[torch.randperm(len(edges), generator=torch.Generator().manual_seed(1))[:12]]
+        step = 1e-5
+        for u, v in chosen.tolist():
+            difference = 0.0
+            for sign in (1, -1):
+                mask = graph.edge_mask.double()
+                mask[u, v] -= sign * step
+                difference += sign * losses(model, graph, data, mask)
+            derivative = difference / (2 * step) / len(data)
+            # float32 storage of the scores is the largest error: 6e-8; the difference's own is about 1e-9.
+            assert abs(float(scores.values[u, v]) - derivative) <= 1e-6 * scale, graph.edge_name(u, v)
+
+
+@pytest.mark.parametrize("metric", ["prob_diff", "kl_divergence"])
+def test_path_scores_are_the_mean_of_derivatives_along_the_path(metric, make_model, make_pairs, relative):
+    """IG's score of the edges into `logits` and the sum over the path, recomputed by plain autograd."""
+    model, data = make_model("llama"), make_pairs(n=3)
+    steps = 4
+    with StayDouble():
+        scores = eap.attribute(model, data, metric=metric, steps=steps, quadrature="midpoint", batch_size=1)
+        total = torch.zeros(scores.graph.n_senders, dtype=torch.float64)
+        for e in range(len(data)):
+            one = data[[e]]
+            n = int(one.lengths[0])
+            embed = model.get_input_embeddings()
+            x, y = embed(one.clean[:, :n]).detach(), embed(one.corrupted[:, :n]).detach()
+            read: list[torch.Tensor] = []
+
+            def keep(_, args, read=read):
+                args[0].retain_grad()
+                read.append(args[0])
+
+            run = prepare(model, one, metric, "patching", None)
+            (batch,) = make_batches(one, None, False, run.arch.device)
+            with torch.no_grad():
+                clean, corrupted = (model(inputs_embeds=z).logits[:, -1] for z in (x, y))
+            gradient = torch.zeros(n, x.shape[-1], dtype=torch.float64)
+            for k in range(steps):
+                read.clear()
+                point = (y + (k + 0.5) / steps * (x - y)).requires_grad_(True)
+                handle = model.model.norm.register_forward_pre_hook(keep)
+                logits = model(inputs_embeds=point).logits[:, -1]
+                handle.remove()
+                (-run.values(logits, batch, clean, corrupted).sum()).backward()
+                gradient += read[0].grad[0] / steps
+            model.zero_grad()
+            total += _contribution_differences(model, x, y) @ gradient.flatten()
+    found = scores.values[:, -1] * len(data)
+    assert relative(found, total) < 1e-6
+
+
+def _contribution_differences(model, clean, corrupted):
+    """Δ of every sender, [S, T·D], from the modules' plain outputs."""
+    runs = []
+    for x in (corrupted, clean):
+        outputs = [x]
+        handles = []
+        for layer in model.model.layers:
+            weight = layer.self_attn.o_proj.weight
+            heads = model.config.num_attention_heads
+
+            def split(_, args, weight=weight, heads=heads):
+                z = args[0].unflatten(-1, (heads, -1))
+                w = weight.unflatten(1, (heads, -1))
+                outputs.extend(z[..., h, :] @ w[:, h].T for h in range(heads))  # noqa: B023
+
+            handles.append(layer.self_attn.o_proj.register_forward_pre_hook(split))
+            handles.append(layer.mlp.register_forward_hook(lambda _, __, y: outputs.append(y)))  # noqa: B023
+        with torch.no_grad():
+            model(inputs_embeds=x)
+        for handle in handles:
+            handle.remove()
+        runs.append(torch.stack(outputs).flatten(1))
+    return (runs[0] - runs[1]).detach()
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 1}, {"batch_size": 3}, {"reuse_prefix": False}])
+def test_scores_do_not_depend_on_batching(family, settings, make_model, make_pairs, relative):
+    model, data = make_model(family), make_pairs(seed=3)
+    for heads in ("kv", "query"):
+        right = eap.attribute(model, data, heads=heads, steps=3)
+        assert relative(eap.attribute(model, data, heads=heads, steps=3, **settings).values, right.values) < 1e-6
+
+
+def test_scores_do_not_depend_on_order_padding_or_threads(family, make_model, make_pairs, relative):
+    model, data = make_model(family), make_pairs(seed=4)
+    right = eap.attribute(model, data, steps=2).values
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    assert relative(eap.attribute(model, data[order], steps=2, batch_size=2).values, right) < 1e-6
+    wide = (
+        torch.nn.functional.pad(data.clean, (0, 6), value=7),
+        torch.nn.functional.pad(data.corrupted, (0, 6)),
+    )
+    padded = eap.PairedDataset.from_tokens(*wide, data.lengths, data.answers)
+    assert relative(eap.attribute(model, padded, steps=2).values, right) < 1e-6
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        assert relative(eap.attribute(model, data, steps=2).values, right) < 1e-6
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_kv_scores_are_group_sums_of_query_scores(family, make_model, make_pairs, relative):
+    model, data = make_model(family), make_pairs(seed=5)
+    query = eap.attribute(model, data, heads="query", steps=3)
+    kv = eap.attribute(model, data, heads="kv", steps=3)
+    assert query.to_kv().graph == kv.graph
+    assert relative(query.to_kv().values, kv.values) < 1e-6
+
+
+def test_attention_implementations_agree(make_model, make_pairs, relative):
+    for family in ("llama", "gpt2", "mistral-window"):
+        data = make_pairs(seed=6)
+        values = []
+        for attention in ("sdpa", "eager"):
+            model = make_model(family, attn_implementation=attention)
+            with StayDouble():
+                values.append(eap.attribute(model, data, heads="query").values)
+            assert model.config._attn_implementation == attention
+        assert relative(*values) < 1e-6
+
+
+def test_eap_is_the_path_of_one_point_and_clean_corrupted_of_two_ends(make_model, make_pairs, relative):
+    model, data = make_model("gpt2"), make_pairs(seed=7)
+    one = eap.attribute(model, data, steps=1, quadrature="right").values
+    assert relative(eap.attribute(model, data, method="eap", steps=9).values, one) < 1e-6
+    ends = (one + eap.attribute(model, data, steps=1, quadrature="left").values) / 2
+    assert relative(eap.attribute(model, data, method="clean-corrupted").values, ends) < 1e-6
+
+
+@pytest.mark.parametrize("name", sorted(QUADRATURES))
+def test_quadratures_integrate(name):
+    """Weights sum to one; each rule is exact for what it must be exact for."""
+    for steps in (1, 2, 5, 8):
+        alpha, weight = (torch.tensor(x, dtype=torch.float64) for x in zip(*QUADRATURES[name](steps)))
+        assert abs(float(weight.sum()) - 1) < 1e-12
+        degree = {"gauss-legendre": 2 * steps - 1, "midpoint": 1}.get(name, 0)
+        for power in range(degree + 1):
+            assert abs(float((weight * alpha**power).sum()) - 1 / (power + 1)) < 1e-12
+    assert QUADRATURES["right"](4) == [(0.25, 0.25), (0.5, 0.25), (0.75, 0.25), (1.0, 0.25)]
+    assert QUADRATURES["left"](2) == [(0.0, 0.5), (0.5, 0.5)]
+
+
+def test_accumulation_is_flushed_in_bounded_memory(make_model, make_pairs, relative, monkeypatch):
+    model, data = make_model("qwen2"), make_pairs(seed=8)
+    right = eap.attribute(model, data, steps=4).values
+    monkeypatch.setattr("eap_circuits.methods.attribution.HELD_BYTES", 1)
+    monkeypatch.setattr("eap_circuits.capture.contraction.WORKSPACE", 1)
+    assert relative(eap.attribute(model, data, steps=4).values, right) < 1e-6
+
+
+def test_half_precision_weights(make_model, make_pairs, relative):
+    data = make_pairs(seed=9)
+    right = eap.attribute(make_model("llama"), data).values
+    found = eap.attribute(make_model("llama", dtype=torch.bfloat16), data)
+    assert found.values.dtype == torch.float32
+    # bfloat16 keeps 8 bits and the gradient passes three layers of them: the order of 2⁻⁸ times ten.
+    assert relative(found.values, right) < 0.1
+
+
+def test_callable_metric_gets_what_it_was_promised(make_model, make_pairs, relative):
+    model, data = make_model("gpt2"), make_pairs(seed=10)
+    plain = {}
+    with torch.no_grad():
+        for e in range(len(data)):
+            n = int(data.lengths[e])
+            plain[e] = [model(input_ids=x[None, e, :n]).logits[0, -1] for x in (data.clean, data.corrupted)]
+
+    def metric(logits, batch):
+        assert logits.shape == batch.clean_logits.shape == (len(batch.index), model.config.vocab_size)
+        for row, e in enumerate(batch.index.tolist()):
+            torch.testing.assert_close(batch.clean_logits[row], plain[e][0])
+            torch.testing.assert_close(batch.corrupted_logits[row], plain[e][1])
+            assert batch.answers[row].tolist() == data.answers[e].tolist()
+            assert batch.lengths[row] == data.lengths[e]
+        return get_metric("logit_diff")(logits, batch)
+
+    found = eap.attribute(model, data, metric=metric, batch_size=3)
+    assert relative(found.values, eap.attribute(model, data).values) < 1e-6
+    assert found.info["metric"] == "metric"
+
+
+def test_progress_counts_examples(make_model, make_pairs):
+    seen = []
+    eap.attribute(make_model("gpt2"), make_pairs(), batch_size=3, progress=lambda *x: seen.append(x))
+    assert [n for n, _ in seen] == sorted({n for n, _ in seen}) and seen[-1] == (7, 7)
+
+
+def test_works_whatever_the_callers_grad_mode(make_model, make_pairs, relative):
+    model, data = make_model("llama"), make_pairs()
+    right = eap.attribute(model, data).values
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert relative(eap.attribute(model, data).values, right) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"steps": 0}, ["steps", "at least 1", "0"]),
+        ({"steps": 2.5}, ["steps", "2.5"]),
+        ({"method": "eap-gi"}, ["method", "'eap-ig-inputs'", "'eap-gi'"]),
+        ({"quadrature": "simpson"}, ["quadrature", "'gauss-legendre'", "'simpson'"]),
+        ({"heads": "all"}, ["heads", "'kv'", "'all'"]),
+        ({"ablation": "zero"}, ["ablation", "'patching'", "'zero'"]),
+        ({"metric": "accuracy"}, ["metric", "'logit_diff'", "'accuracy'"]),
+        ({"batch_size": 0}, ["batch_size", "at least 1", "0"]),
+        ({"compat": "acdc"}, ["compat", "'eap-ig'", "'acdc'"]),
+    ],
+)
+def test_bad_settings_are_one_sentence(settings, words, make_model, make_pairs):
+    with pytest.raises(eap.InputError) as error:
+        eap.attribute(make_model("gpt2"), make_pairs(), **settings)
+    text = str(error.value)
+    assert all(word in text for word in words) and "\n" not in text and text.endswith(".")
+
+
+def test_token_beyond_the_vocabulary_is_named(make_model, make_pairs):
+    data = make_pairs()
+    clean = data.clean.clone()
+    clean[2, 1] = 1000
+    bad = eap.PairedDataset.from_tokens(clean, data.corrupted, data.lengths, data.answers)
+    with pytest.raises(eap.InputError, match=r"clean of example 2.*59.*1000"):
+        eap.attribute(make_model("gpt2"), bad)
+
+
+def test_prompt_beyond_the_models_context_is_named(make_model):
+    tokens = torch.ones(2, 60, dtype=torch.int64)
+    data = eap.PairedDataset.from_tokens(tokens, tokens, torch.tensor([9, 60]), torch.tensor([[1, 2], [1, 2]]))
+    with pytest.raises(eap.InputError, match=r"example 1.*48.*60"):
+        eap.attribute(make_model("gpt2"), data)
+
+
+def test_metric_that_is_not_finite_names_the_example(make_model, make_pairs):
+    def metric(logits, batch):
+        values = logits[:, 0]
+        return torch.where(batch.index == 4, values * float("nan"), values)
+
+    with pytest.raises(eap.InputError, match=r"example 4.*nan"):
+        eap.attribute(make_model("gpt2"), make_pairs(), metric=metric, batch_size=2)
+
+
+def test_data_of_another_kind_are_refused(make_model):
+    with pytest.raises(eap.InputError, match=r"PairedDataset.*list"):
+        eap.attribute(make_model("gpt2"), [("a", "b")])

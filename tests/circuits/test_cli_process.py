@@ -1,0 +1,101 @@
+"""The command in a process of its own: help, exit codes, streams, and what it imports."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMANDS = ("demo", "attribute", "evaluate", "curve", "report", "tasks", "check", "info")
+SOURCES = [str(folder) for folder in (Path(__file__).parents[2] / "python", Path(__file__).parents[2])]
+
+
+def eap(*args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([*SOURCES, os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "100", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", "eap_circuits.cli", *args],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert result.returncode == code, (result.stdout, result.stderr)
+    return result
+
+
+def test_help_lists_the_commands() -> None:
+    shown = eap("--help").stdout
+    assert all(re.search(rf"\b{command}\b", shown) for command in COMMANDS)
+    assert eap(code=2).stderr + eap(code=2).stdout != ""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command_teaches(command: str) -> None:
+    result = eap(command, "--help")
+    assert result.stderr == ""
+    assert result.stdout.count(f"eap {command}") >= 2, "two examples"
+    from eap_circuits.cli.app import app
+
+    (found,) = [c.callback for c in app.registered_commands if c.callback and c.callback.__name__ == command]
+    for name, parameter in inspect.signature(found).parameters.items():
+        option = {"as_json": "--json", "n": "-n"}.get(name, f"--{name}".replace("_", "-"))
+        if parameter.default is not inspect.Parameter.empty and name != "name":
+            assert option in result.stdout
+        if isinstance(parameter.default, (int, str)) and parameter.default not in (False, None):
+            assert f"default: {parameter.default}" in re.sub(r"[\s│]+", " ", result.stdout)
+
+
+def test_help_names_what_the_registries_hold() -> None:
+    from eap_circuits.methods import METHODS, QUADRATURES
+    from eap_circuits.metrics import METRICS
+
+    shown = eap("attribute", "--help").stdout
+    for name in (*METHODS, *QUADRATURES, *METRICS):
+        assert name in shown, name
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from eap_circuits.cli import app\n"
+        "assert CliRunner().invoke(app, ['attribute', '--help']).exit_code == 0\n"
+        "print([m for m in ('torch', 'transformers', 'matplotlib', 'jinja2', 'numpy') if m in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*SOURCES, os.environ.get("PYTHONPATH", "")])}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_results_on_stdout_and_errors_on_stderr(tmp_path: Path) -> None:
+    good = eap("tasks", "--json")
+    assert json.loads(good.stdout)
+    assert good.stderr == ""
+    bad = eap("attribute", str(tmp_path / "no-model"), "--task", "ioi", code=2)
+    assert bad.stdout == ""
+    assert bad.stderr.startswith("eap: error: model ")
+    assert bad.stderr.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    missing = str(tmp_path / "none.safetensors")
+    assert "Traceback" not in eap("report", missing, "-o", str(tmp_path / "r.html"), code=2).stderr
+    debug = eap("report", missing, "-o", str(tmp_path / "r.html"), "--debug", code=1).stderr
+    assert "Traceback" in debug
+    assert "InputError" in debug
+
+
+def test_unknown_options_and_numbers_out_of_range_are_refused() -> None:
+    assert "--nonsense" in eap("attribute", "x", "--nonsense", code=2).stderr
+    assert "-n" in eap("attribute", "x", "--task", "ioi", "-n", "0", code=2).stderr
+
+
+def test_version() -> None:
+    import eap_circuits
+
+    assert eap_circuits.__version__ in eap("--version").stdout

@@ -1,0 +1,247 @@
+"""Circuits run: against first principles, the two ends, batching, curves, comparisons, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import eap_circuits as eap
+from eap_circuits.evaluation.check import StayDouble
+from eap_circuits.graph import Graph, prune
+
+
+def random_circuit(graph: Graph, seed: int, share: float) -> eap.Circuit:
+    generator = torch.Generator().manual_seed(seed)
+    mask = (torch.rand(graph.n_senders, graph.n_receivers, generator=generator) < share) & graph.edge_mask
+    return eap.Circuit.from_mask(graph, prune(graph, mask))
+
+
+def graph_of(model, heads="kv") -> Graph:
+    c = model.config
+    kv = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    layers = c.num_hidden_layers
+    return Graph((c.num_attention_heads,) * layers, (kv,) * layers, c.hidden_size, heads=heads)
+
+
+def plain_values(model, data, tokens):
+    values = []
+    with torch.no_grad():
+        for e in range(len(data)):
+            logits = model(input_ids=tokens[None, e, : int(data.lengths[e])]).logits[0, -1]
+            values.append(logits[data.answers[e, 0]] - logits[data.answers[e, 1]])
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize("heads", ["kv", "query"])
+def test_all_edges_are_the_model_and_none_the_corrupted_run(family, heads, make_model, make_pairs):
+    model, data = make_model(family), make_pairs(seed=1)
+    graph = graph_of(model, heads)
+    full = eap.Circuit.from_mask(graph, graph.edge_mask)
+    none = eap.Circuit.from_mask(graph, torch.zeros_like(graph.edge_mask))
+    kept, ablated = eap.evaluate(model, [full, none], data, batch_size=3)
+    clean, corrupted = plain_values(model, data, data.clean), plain_values(model, data, data.corrupted)
+    for found, right in (
+        (kept.values, clean),
+        (kept.clean_values, clean),
+        (ablated.values, corrupted),
+        (ablated.corrupted_values, corrupted),
+    ):
+        torch.testing.assert_close(found, right)
+    assert kept.faithfulness == pytest.approx(1) and ablated.faithfulness == pytest.approx(0)
+    assert kept.clean == pytest.approx(float(clean.mean()))
+
+
+def naive_llama_circuit(model, graph, mask, clean, corrupted):
+    """Logits of a circuit by the definition, head by head, without a hook, a cache or a batch."""
+    c = model.config
+    heads, dim = c.num_attention_heads, getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    group = heads // c.num_key_value_heads
+    per_kv = 1 if graph.heads == "query" else group
+    positions = torch.arange(clean.shape[1])[None]
+    causal = torch.ones(clean.shape[1], clean.shape[1], dtype=torch.bool).tril()
+    rope = model.model.rotary_emb(model.model.embed_tokens(clean), positions)
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    def run(tokens, other):
+        """Contributions of every sender on `tokens`; inputs mix in `other`'s contributions where mask is off."""
+        contributions = [model.model.embed_tokens(tokens)]
+
+        def read(v):
+            total = 0
+            for u, own in enumerate(contributions):
+                total = total + (own if other is None or mask[u, v] else other[u])
+            return total
+
+        for index, layer in enumerate(model.model.layers):
+            attention = layer.self_attn
+            values = []
+            for h in range(heads):
+                g = h // per_kv
+                parts = []
+                for site, module, slot, kv in (
+                    ("q", attention.q_proj, h, h),
+                    ("k", attention.k_proj, g, h // group),
+                    ("v", attention.v_proj, g, h // group),
+                ):
+                    x = layer.input_layernorm(read(graph.receivers_at(index, site).start + slot))
+                    rows = slice(kv * dim, (kv + 1) * dim)
+                    y = x @ module.weight[rows].T
+                    parts.append((y if module.bias is None else y + module.bias[rows])[:, None])
+                q, k = apply_rotary_pos_emb(parts[0], parts[1], *rope)
+                weights = (q @ k.transpose(-1, -2) * attention.scaling).masked_fill(~causal, -torch.inf)
+                z = weights.softmax(-1) @ parts[2]
+                values.append(z[:, 0] @ attention.o_proj.weight[:, h * dim : (h + 1) * dim].T)
+            contributions += values
+            if attention.o_proj.bias is not None:
+                raise AssertionError("the naive run has no place for an output bias")
+            x = layer.post_attention_layernorm(read(graph.receivers_at(index, "mlp").start))
+            contributions.append(layer.mlp(x))
+        return contributions, model.lm_head(model.model.norm(read(graph.n_receivers - 1)))[:, -1]
+
+    with torch.no_grad():
+        other, _ = run(corrupted, None)
+        return run(clean, other)[1]
+
+
+@pytest.mark.parametrize("heads", ["kv", "query"])
+def test_circuit_run_is_its_definition(heads, make_model, make_pairs):
+    model, data = make_model("llama"), make_pairs(seed=2, n=4)
+    graph = graph_of(model, heads)
+    with StayDouble():
+        for seed, share in enumerate((0.1, 0.4, 0.8, 0.97)):
+            circuit = random_circuit(graph, seed, share)
+            found = eap.evaluate(model, circuit, data)
+            for e in range(len(data)):
+                n = int(data.lengths[e])
+                logits = naive_llama_circuit(
+                    model, graph, circuit.mask, data.clean[e : e + 1, :n], data.corrupted[e : e + 1, :n]
+                )[0]
+                right = logits[data.answers[e, 0]] - logits[data.answers[e, 1]]
+                assert float(found.values[e]) == pytest.approx(float(right), abs=1e-9)
+
+
+@given(share=st.floats(0.02, 0.98), seed=st.integers(0, 10**6), size=st.integers(1, 7), reuse=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_results_do_not_depend_on_batching(share, seed, size, reuse):
+    model, data = _model(), _pairs()
+    for heads in ("kv", "query"):
+        circuit = random_circuit(graph_of(model, heads), seed, share)
+        right = eap.evaluate(model, circuit, data)
+        found = eap.evaluate(model, circuit, data, batch_size=size, reuse_prefix=reuse)
+        assert float((found.values - right.values).abs().max()) < 1e-6
+
+
+_cache: dict[str, object] = {}
+
+
+def _model():
+    """hypothesis runs without function fixtures; one model serves all examples."""
+    if "model" not in _cache:
+        from transformers import AutoModelForCausalLM, LlamaConfig
+
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=31,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.4,
+        )
+        _cache["model"] = AutoModelForCausalLM.from_config(config).double().eval()
+    return _cache["model"]
+
+
+def _pairs():
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randint(31, (6, 9), generator=generator)
+    corrupted = clean.clone()
+    for row, first in enumerate((0, 2, 2, 5, 6, 3)):
+        corrupted[row, first] = (clean[row, first] + 1) % 31
+    lengths = torch.tensor([9, 9, 7, 6, 8, 5])
+    return eap.PairedDataset.from_tokens(clean, corrupted, lengths, torch.tensor([[1, 2]] * 6))
+
+
+def test_query_circuit_equals_its_kv_circuit(make_model, make_pairs):
+    """Keeping an edge to a key/value head is keeping it to every head of the group."""
+    model, data = make_model("llama"), make_pairs(seed=3)
+    circuit = random_circuit(graph_of(model), 5, 0.5)
+    kv, query = eap.evaluate(model, [circuit, circuit.to_query()], data)
+    torch.testing.assert_close(kv.values, query.values)
+
+
+def test_list_equals_one_by_one(make_model, make_pairs):
+    model, data = make_model("gpt2"), make_pairs(seed=4)
+    circuits = [random_circuit(graph_of(model), seed, 0.5) for seed in range(3)]
+    for circuit, found in zip(circuits, eap.evaluate(model, circuits, data)):
+        torch.testing.assert_close(found.values, eap.evaluate(model, circuit, data).values)
+    assert eap.evaluate(model, [], data) == []
+
+
+def test_curve_ends_at_the_model_and_areas_are_trapezoids(make_model, make_pairs):
+    model, data = make_model("llama"), make_pairs(seed=5)
+    scores = eap.attribute(model, data)
+    fractions = (0.05, 0.2, 0.6, 1.0)
+    curve = eap.faithfulness_curve(model, scores, data, fractions, how="greedy")
+    assert curve.faithfulness[-1] == pytest.approx(1) and curve.n_edges[-1] == scores.graph.n_edges
+    for fraction, circuit, found in zip(fractions, curve.circuits, curve.faithfulness):
+        chosen = scores.select(int(fraction * scores.graph.n_edges), how="greedy")
+        assert chosen == circuit
+        assert eap.evaluate(model, chosen, data).faithfulness == pytest.approx(found)
+    x, y = torch.tensor(fractions), torch.tensor(curve.faithfulness)
+    assert curve.cpr == pytest.approx(float(torch.trapezoid(y, x)))
+    assert curve.cmd == pytest.approx(float(torch.trapezoid((1 - y).abs(), x)))
+    assert curve.to_dict()["faithfulness"] == list(curve.faithfulness)
+
+
+@pytest.mark.parametrize("fractions", [(), (0.0, 1.0), (0.5, 0.2), (0.5, 0.5), (0.1, 1.1), (float("nan"),)])
+def test_bad_fractions_are_refused(fractions, make_model, make_pairs):
+    model, data = make_model("gpt2"), make_pairs()
+    graph = graph_of(model)
+    scores = eap.EdgeScores(graph, torch.zeros(graph.n_senders, graph.n_receivers))
+    with pytest.raises(eap.InputError, match="fractions"):
+        eap.faithfulness_curve(model, scores, data, fractions)
+
+
+def test_compare_two_circuits_on_both_tasks(make_model, make_pairs):
+    model = make_model("llama")
+    tasks = [make_pairs(seed=6), make_pairs(seed=7)]
+    circuits = [random_circuit(graph_of(model), seed, 0.6) for seed in (1, 2)]
+    found = eap.compare(model, *circuits, *tasks)
+    for i, circuit in enumerate(circuits):
+        for j, data in enumerate(tasks):
+            right = eap.evaluate(model, circuit, data).faithfulness
+            assert found.faithfulness[i][j] == pytest.approx(right)
+    shared = int((circuits[0].mask & circuits[1].mask).sum())
+    assert found.edges.n_shared == shared
+    assert found.edges.iou == pytest.approx(shared / int((circuits[0].mask | circuits[1].mask).sum()))
+    assert set(circuits[0].nodes) & set(circuits[1].nodes) and 0 < found.nodes.iou <= 1
+
+
+def test_circuit_of_another_model_is_refused(make_model, make_pairs):
+    graph = graph_of(make_model("gpt2"))
+    with pytest.raises(eap.InputError, match=r"circuit.*3 layers.*2 layers"):
+        eap.evaluate(make_model("llama"), eap.Circuit.from_mask(graph, graph.edge_mask), make_pairs())
+    with pytest.raises(eap.InputError, match=r"circuit.*str"):
+        eap.evaluate(make_model("llama"), ["circuit.json"], make_pairs())
+
+
+def test_mask_of_the_wrong_shape_is_refused(make_model):
+    graph = graph_of(make_model("gpt2"))
+    with pytest.raises(eap.InputError, match=r"mask.*\[9, 21\].*\[3, 4\]"):
+        eap.Circuit.from_mask(graph, torch.ones(3, 4, dtype=torch.bool))
+    with pytest.raises(eap.InputError, match="edges that exist"):
+        eap.Circuit.from_mask(graph, torch.ones(9, 21, dtype=torch.bool))
+
+
+def test_no_difference_between_the_runs_is_not_a_number(make_model):
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    data = eap.PairedDataset.from_tokens(tokens, tokens, torch.tensor([4]), torch.tensor([[5, 6]]))
+    model = make_model("gpt2")
+    graph = graph_of(model)
+    result = eap.evaluate(model, eap.Circuit.from_mask(graph, graph.edge_mask), data)
+    assert result.faithfulness != result.faithfulness
+    assert float(eap.attribute(model, data).values.abs().max()) == 0

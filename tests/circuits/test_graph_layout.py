@@ -1,0 +1,141 @@
+"""Names, order and reach of a graph's nodes, by hand and as the published EAP-IG package has them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from eap_circuits import Graph, InputError
+
+DATA = Path(__file__).parents[1] / "parity" / "data"
+
+
+def oracle_graph(family: str) -> Graph:
+    config = json.loads((DATA / family / "config.json").read_text())
+    if family == "gpt2":
+        layers, heads, kv, width = config["n_layer"], config["n_head"], config["n_head"], config["n_embd"]
+    else:
+        layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+        kv, width = config["num_key_value_heads"], config["hidden_size"]
+    return Graph((heads,) * layers, (kv,) * layers, width, heads="query")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+def test_nodes_and_edges_are_those_of_the_published_package(family: str) -> None:
+    graph = oracle_graph(family)
+    oracle = json.loads((DATA / family / "oracle.json").read_text())
+    assert graph.senders == oracle["senders"]
+    assert graph.receivers == oracle["receivers"]
+    assert graph.n_edges == oracle["n_edges"]
+    assert torch.equal(graph.edge_mask, load_file(DATA / family / "oracle.safetensors")["real_edges"])
+
+
+def test_a_small_graph_by_hand() -> None:
+    graph = Graph((2, 2), (1, 1), d_model=8)
+    assert graph.senders == ["input", "a0.h0", "a0.h1", "m0", "a1.h0", "a1.h1", "m1"]
+    assert graph.receivers == [
+        *["a0.h0<q>", "a0.h1<q>", "a0.h0<k>", "a0.h0<v>", "m0"],
+        *["a1.h0<q>", "a1.h1<q>", "a1.h0<k>", "a1.h0<v>", "m1"],
+        "logits",
+    ]
+    assert graph.reach.tolist() == [1, 1, 1, 1, 3, 4, 4, 4, 4, 6, 7]
+    assert graph.n_edges == 36
+    assert graph.edge_name(2, 4) == "a0.h1->m0"
+    assert graph.head_senders(1) == slice(4, 6)
+    assert graph.mlp_sender(1) == 6
+    assert [graph.receivers_at(1, site) for site in ("q", "k", "v", "mlp")] == [
+        *[slice(5, 7), slice(7, 8), slice(8, 9), slice(9, 10)],
+    ]
+    assert graph.logits_receiver == slice(10, 11)
+
+
+def test_query_heads_have_their_own_keys_and_values() -> None:
+    graph = Graph((2,), (1,), d_model=8, heads="query")
+    assert graph.receivers == [
+        *["a0.h0<q>", "a0.h1<q>", "a0.h0<k>", "a0.h1<k>", "a0.h0<v>", "a0.h1<v>", "m0", "logits"]
+    ]
+    assert graph.kv_receiver.tolist() == [0, 1, 2, 2, 3, 3, 4, 5]
+
+
+def test_attention_and_mlp_of_a_parallel_layer_see_the_same_senders() -> None:
+    graph = Graph((2, 2), (2, 2), d_model=8, parallel=True)
+    assert graph.reach.tolist() == [*[1] * 7, *[4] * 7, 7]
+
+
+def test_layers_may_differ_in_heads() -> None:
+    graph = Graph((4, 2), (2, 1), d_model=8)
+    assert graph.senders == ["input", "a0.h0", "a0.h1", "a0.h2", "a0.h3", "m0", "a1.h0", "a1.h1", "m1"]
+    assert graph.reach.tolist() == [*[1] * 8, 5, *[6] * 4, 8, 9]
+
+
+def test_inputs_of_a_group_belong_to_all_of_its_heads() -> None:
+    graph = Graph((4,), (2,), d_model=8)
+    pairs = {(graph.receivers[v], graph.senders[u]) for v, u in zip(*graph.inputs_of, strict=True)}
+    assert pairs == {
+        *[("a0.h0<q>", "a0.h0"), ("a0.h1<q>", "a0.h1"), ("a0.h2<q>", "a0.h2"), ("a0.h3<q>", "a0.h3")],
+        *[("a0.h0<k>", "a0.h0"), ("a0.h0<k>", "a0.h1"), ("a0.h1<k>", "a0.h2"), ("a0.h1<k>", "a0.h3")],
+        *[("a0.h0<v>", "a0.h0"), ("a0.h0<v>", "a0.h1"), ("a0.h1<v>", "a0.h2"), ("a0.h1<v>", "a0.h3")],
+        ("m0", "m0"),
+    }
+
+
+layers = st.lists(
+    st.tuples(st.integers(1, 3), st.integers(1, 3)).map(lambda gn: (gn[0] * gn[1], gn[0])),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(layers, st.booleans(), st.sampled_from(["kv", "query"]))
+def test_an_edge_goes_forward_and_every_forward_pair_is_one(
+    shape: list[tuple[int, int]], parallel: bool, heads: str
+) -> None:
+    graph = Graph(tuple(h for h, _ in shape), tuple(g for _, g in shape), 8, parallel, heads)  # type: ignore[arg-type]
+
+    def depth(name: str) -> float:
+        if name in ("input", "logits"):
+            return -1 if name == "input" else 99
+        layer = int(name[1:].partition(".")[0])
+        return layer + (0.5 if name.startswith("m") and not parallel else 0)
+
+    assert len(set(graph.senders)) == graph.n_senders == len(graph.edge_mask)
+    assert len(set(graph.receivers)) == graph.n_receivers == graph.edge_mask.shape[1]
+    for u, sender in enumerate(graph.senders):
+        for v, receiver in enumerate(graph.receivers):
+            assert bool(graph.edge_mask[u, v]) == (depth(sender) < depth(receiver))
+
+
+def test_dict_round_trip_and_equality() -> None:
+    graph = Graph((4, 2), (2, 1), 8, True, "query")
+    assert Graph.from_dict(json.loads(json.dumps(graph.to_dict()))) == graph
+    assert graph.with_heads("kv") != graph
+    assert graph.with_heads("kv").with_heads("query") == graph
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"n_heads": (), "n_kv_heads": ()},
+        {"n_heads": (2, 2), "n_kv_heads": (2,)},
+        {"n_heads": (4,), "n_kv_heads": (3,)},
+        {"n_heads": (4,), "n_kv_heads": (0,)},
+        {"n_heads": (4,), "n_kv_heads": (4,), "heads": "group"},
+    ],
+)
+def test_a_graph_that_cannot_be(wrong: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=r"^\w+: expected .*, found .*\.$"):
+        Graph(**wrong, d_model=8)  # type: ignore[arg-type]
+
+
+def test_a_graph_of_an_8b_model_is_arithmetic() -> None:
+    graph = Graph((32,) * 32, (8,) * 32, 4096)
+    assert graph.n_senders == 1 + 32 * 33
+    assert graph.n_receivers == 32 * (32 + 8 + 8 + 1) + 1
+    assert graph.n_edges == sum(48 * (1 + 33 * layer) + 1 + 33 * layer + 32 for layer in range(32)) + 1 + 32 * 33

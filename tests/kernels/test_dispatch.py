@@ -1,0 +1,154 @@
+"""Choosing a backend, missing backends, tracing, and what an import costs."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import eap_kernels as ek
+from eap_kernels import info, testing
+
+BLOCK = """
+import importlib.abc, sys
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name in {blocked!r}:
+            raise ImportError(f"{{name}} is blocked")
+sys.meta_path.insert(0, Block())
+"""
+SCORES = "ek.edge_scores(torch.ones(2, 1, 3), torch.ones(1, 1, 3), torch.tensor([2]){})"
+
+
+def python(code, blocked=(), **env):
+    """The last line that a fresh interpreter prints."""
+    script = BLOCK.format(blocked=set(blocked)) + "import json, torch\nimport eap_kernels as ek\n" + code
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **env}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_import_is_light():
+    code = "print(json.dumps([torch.cuda.is_initialized(), sorted(sys.modules)]))"
+    initialised, modules = python(code)
+    assert not initialised
+    heavy = {"triton", "transformers", "matplotlib", "eap_circuits"}
+    assert not heavy & set(modules)
+
+
+def test_without_the_extension_the_reference_runs_and_cpu_says_why():
+    code = f"""
+scores = {SCORES.format("")}.tolist()
+try:
+    {SCORES.format(", impl='cpu'")}
+except RuntimeError as error:
+    message = str(error)
+print(json.dumps([scores, message, ek.backends(), ek.explain("edge_scores", *[torch.ones(1, 1, 1)] * 3)]))
+"""
+    scores, message, backends, explained = python(code, blocked=["eap_kernels._C", "eap_kernels._build_info"])
+    assert scores == [[3], [3]]
+    reason = "the compiled library could not be loaded (eap_kernels._C is blocked)"
+    assert message == f"edge_scores: impl='cpu' is not available: {reason}"
+    assert backends == {"reference": None, "cpu": reason}
+    assert explained == f"edge_scores: auto runs reference: {reason}"
+
+
+def test_a_required_backend_that_is_missing_is_an_error():
+    code = """
+from eap_kernels import testing
+try:
+    message = str(testing.available_backends())
+except RuntimeError as error:
+    message = str(error)
+print(json.dumps(message))
+"""
+    assert python(code, EAP_REQUIRE="cpu", blocked=["eap_kernels._C"]).startswith(
+        "EAP_REQUIRE asks for cpu, which"
+    )
+    assert "expected one of reference, cpu, got 'gpu'" in python(code, EAP_REQUIRE="gpu")
+
+
+def test_the_operator_library_loads_without_the_build_description():
+    code = "from eap_kernels import info; print(json.dumps([ek.backends(), info.facts()['native build']]))"
+    if "cpu" in testing.available_backends():
+        backends, description = python(code, blocked=["eap_kernels._build_info"])
+        assert backends["cpu"] is None
+        assert description == "no description for this Python version"
+
+
+@pytest.mark.parametrize("level", ["default", "x86-64-v3", "x86-64-v4"])
+def test_every_instruction_set_level_is_right(level):
+    """Integers small enough to be exact in every dtype, so that all levels must agree to the bit."""
+    if "cpu" not in testing.available_backends():
+        return
+    code = """
+ok = True
+for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    delta, grad = (torch.randint(-2, 3, (rows, 5, 67)).to(dtype) for rows in (31, 23))
+    reach, mask = torch.randint(0, 32, (23,)), torch.randint(0, 2, (31, 23)).bool()
+    scores = torch.einsum("und,vnd->uv", delta.double(), grad.double()) * (torch.arange(31)[:, None] < reach)
+    ok &= torch.equal(ek.edge_scores(delta, grad, reach, impl="cpu").double(), scores)
+    read = delta[0].double() + torch.einsum("uv,und->vnd", mask.double(), delta.double())
+    ok &= torch.equal(ek.masked_read(delta[0], delta, mask, impl="cpu").double(), read)
+from eap_kernels import _native
+build = _native.build_info()
+print(json.dumps([ok, build and build.instruction_set()]))
+"""
+    ok, used = python(code, EAP_CPU_ISA=level)
+    assert ok
+    assert used is None or info.facts()["instruction set in use"] >= used
+
+
+def test_auto_follows_its_rule(generator):
+    if "cpu" not in testing.available_backends():
+        return
+    delta, grad = torch.randn(3, 4, 5, generator=generator), torch.randn(20, 4, 5, generator=generator)
+    strided, reach, mask = (
+        delta.transpose(0, 1).contiguous().transpose(0, 1),
+        torch.tensor([1, 3]),
+        torch.ones(3, 2),
+    )
+    assert "auto runs reference" in ek.explain("edge_scores", delta, grad, reach)
+    assert "auto runs reference" in ek.explain("edge_scores", delta, grad[:1], reach)
+    assert "auto runs cpu" in ek.explain("edge_scores", delta, grad[:9], reach)
+    assert "auto runs cpu" in ek.explain("edge_scores", strided, grad, reach)
+    assert "auto runs cpu" in ek.explain("edge_scores", delta.bfloat16(), grad.bfloat16(), reach)
+    assert "auto runs cpu" in ek.explain("edge_scores", delta, grad, reach, None, torch.zeros(4).long())
+    assert "auto runs reference" in ek.explain("masked_read", delta[0], delta, mask)
+    assert "auto runs cpu" in ek.explain("masked_read", delta[0], delta, mask * 0)
+    with pytest.raises(ValueError, match="explain: expected edge_scores or masked_read, got 'scores'"):
+        ek.explain("scores", delta, grad, reach)
+    with pytest.raises(TypeError, match="explain: expected the tensors of masked_read, got 2 arguments"):
+        ek.explain("masked_read", delta, mask)
+
+
+def test_meta_tensors_have_no_native_kernel():
+    delta = torch.ones(2, 1, 3, device="meta")
+    with pytest.raises(ValueError, match="expected CPU tensors for impl='cpu', got meta"):
+        ek.masked_read(delta[0], delta, torch.ones(2, 1, device="meta"), impl="cpu")
+    assert ek.masked_read(delta[0], delta, torch.ones(2, 1, device="meta")).shape == (1, 1, 3)
+
+
+def test_both_operators_compile_in_one_graph(impl, generator):
+    def both(base, delta, mask, reach, out):
+        y = ek.masked_read(base, delta, mask, impl=impl)
+        return ek.edge_scores(delta, y, reach, out, impl=impl) * 2
+
+    delta, mask = torch.randn(3, 4, 5, generator=generator), torch.rand(3, 2, generator=generator)
+    args = (delta[0], delta, mask, torch.tensor([1, 3]))
+    out = torch.ones(3, 2)
+    result = torch.compile(both, backend="aot_eager", fullgraph=True)(*args, out)
+    expected = torch.ones(3, 2)
+    torch.testing.assert_close(result, both(*args, expected))
+    torch.testing.assert_close(out, expected)
+
+
+def test_info_prints_facts(capsys):
+    info.main()
+    printed = capsys.readouterr().out
+    assert ek.__version__ in printed
+    assert "backend cpu" in printed

@@ -1,0 +1,223 @@
+"""edge_scores of every backend against the float64 oracle."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+import eap_kernels as ek
+from eap_kernels import testing
+
+CASES = st.fixed_dictionaries(
+    {
+        "senders": st.integers(1, 40),
+        "receivers": st.integers(1, 70),
+        "tokens": st.integers(0, 9),
+        "features": st.sampled_from([1, 2, 5, 8, 16, 37, 64, 131]),
+        "layouts": st.tuples(st.sampled_from(testing.LAYOUTS), st.sampled_from(testing.LAYOUTS)),
+        "reach": st.sampled_from(["full", "zero", "sorted", "shuffled"]),
+        "segments": st.sampled_from([None, "runs", "shuffled"]),
+        "seed": st.integers(0, 99),
+    }
+)
+# Larger than one packed block in every dimension, and a remainder in each.
+LARGE = {
+    "senders": 200,
+    "receivers": 67,
+    "tokens": 5,
+    "features": 1100,
+    "layouts": ("contiguous", "tokens_first"),
+    "reach": "sorted",
+    "segments": None,
+    "seed": 0,
+}
+
+
+def make_reach(kind, senders, receivers, generator):
+    if kind in ("full", "zero"):
+        return torch.full((receivers,), senders if kind == "full" else 0)
+    reach = torch.randint(0, senders + 1, (receivers,), generator=generator)
+    return reach.sort().values if kind == "sorted" else reach
+
+
+def make_inputs(case, dtype):
+    generator = torch.Generator().manual_seed(case["seed"])
+    s, r, n, d = (case[k] for k in ("senders", "receivers", "tokens", "features"))
+    delta = testing.random_tensor((s, n, d), dtype, generator, case["layouts"][0])
+    grad = testing.random_tensor((r, n, d), dtype, generator, case["layouts"][1])
+    segments = None
+    if case["segments"]:
+        segments = torch.randint(0, 3, (n,), generator=generator)
+        segments = segments.sort().values if case["segments"] == "runs" else segments
+    return delta, grad, make_reach(case["reach"], s, r, generator), segments
+
+
+def wide(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def poisoned(shape, reach, dtype, inside=0.0):
+    """NaN outside the staircase, `inside` within."""
+    staircase = torch.arange(shape[-2])[:, None] < reach
+    return torch.where(staircase, inside, math.nan).to(dtype).expand(shape).contiguous()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(case=CASES)
+@example(case=LARGE)
+@example(case={**LARGE, "segments": "shuffled", "tokens": 9, "layouts": ("reversed", "padded")})
+def test_agrees_with_oracle(impl, dtype, case):
+    delta, grad, reach, segments = make_inputs(case, dtype)
+    shape = (*([] if segments is None else [3]), delta.shape[0], grad.shape[0])
+    oracle = testing.edge_scores_oracle(delta, grad, reach, segments, 3)
+    reference = ek.edge_scores(
+        delta, grad, reach, torch.zeros(shape, dtype=wide(dtype)), segments, "reference"
+    )
+
+    out = poisoned(shape, reach, wide(dtype))
+    staircase = ~out.isnan()
+    assert ek.edge_scores(delta, grad, reach, out, segments, impl) is out
+    assert torch.equal(~out.isnan(), staircase), (
+        "entries outside the staircase were touched, or NaN leaked in"
+    )
+    testing.assert_close(out.nan_to_num(), reference, oracle)
+
+
+def test_accumulates_into_strided_out(impl, generator):
+    delta, grad = torch.randn(7, 3, 5, generator=generator), torch.randn(4, 3, 5, generator=generator)
+    reach = torch.tensor([0, 2, 7, 5])
+    once = ek.edge_scores(delta, grad, reach, impl=impl)
+    whole = poisoned((7, 4), reach, torch.float32, inside=1.0).repeat_interleave(2, dim=1)
+    out = whole[:, ::2]
+    for _ in range(2):
+        ek.edge_scores(delta, grad, reach, out, impl=impl)
+    staircase = torch.arange(7)[:, None] < reach
+    torch.testing.assert_close(out[staircase], 1 + 2 * once[staircase])
+    assert out[~staircase].isnan().all()
+    assert (whole[:, 1::2][staircase] == 1).all()
+
+
+def test_values_outside_the_staircase_do_not_leak_in(impl):
+    delta, grad = torch.ones(3, 2, 4), torch.ones(2, 2, 4)
+    delta[2] = math.nan
+    assert ek.edge_scores(delta, grad, torch.tensor([1, 2]), impl=impl).tolist() == [[8, 8], [0, 8], [0, 0]]
+
+
+def test_allocates_out_from_segments(impl):
+    scores = ek.edge_scores(
+        torch.ones(1, 3, 2),
+        torch.ones(1, 3, 2),
+        torch.tensor([1]),
+        segments=torch.tensor([2, 0, 2]),
+        impl=impl,
+    )
+    assert scores.flatten().tolist() == [2, 0, 4]
+
+
+def test_is_deterministic_for_any_number_of_threads(impl, generator):
+    delta, grad = torch.randn(90, 20, 64, generator=generator), torch.randn(50, 20, 64, generator=generator)
+    delta = delta.transpose(0, 1).contiguous().transpose(0, 1)
+    reach = torch.randint(0, 91, (50,), generator=generator)
+    first = ek.edge_scores(delta, grad, reach, impl=impl)
+    assert torch.equal(first, ek.edge_scores(delta, grad, reach, impl=impl))
+    if impl == "cpu":
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            assert torch.equal(first, ek.edge_scores(delta, grad, reach, impl=impl))
+        finally:
+            torch.set_num_threads(threads)
+
+
+D, G, REACH = torch.zeros(3, 4, 5), torch.zeros(2, 4, 5), torch.tensor([1, 3])
+SHARED = torch.zeros(60)
+BAD = {
+    "rank": ((D[0], G, REACH), {}, ValueError, "expected delta of shape [S, N, D], got [4, 5]"),
+    "not a tensor": ((D, None, REACH), {}, TypeError, "expected grad to be a tensor, got NoneType"),
+    "integers": ((D.int(), G, REACH), {}, TypeError, "expected delta in float64"),
+    "mixed dtypes": ((D, G.double(), REACH), {}, TypeError, "expected grad in delta's dtype torch.float32"),
+    "mixed devices": (
+        (D, G.to("meta"), REACH),
+        {},
+        ValueError,
+        "expected grad on delta's device cpu, got meta",
+    ),
+    "features": ((D, G[..., :4], REACH), {}, ValueError, "expected grad of shape [R, 4, 5], got [2, 4, 4]"),
+    "reach dtype": ((D, G, REACH.int()), {}, TypeError, "expected reach in int64, got torch.int32"),
+    "reach length": ((D, G, REACH[:1]), {}, ValueError, "expected reach of shape [2], got [1]"),
+    "reach high": ((D, G, REACH + 1), {}, ValueError, "expected reach within [0, 3], got 4"),
+    "reach low": ((D, G, REACH - 2), {}, ValueError, "expected reach within [0, 3], got -1"),
+    "out shape": (
+        (D, G, REACH, torch.zeros(2, 3)),
+        {},
+        ValueError,
+        "expected out of shape [3, 2], got [2, 3]",
+    ),
+    "out dtype": ((D, G, REACH, torch.zeros(3, 2).double()), {}, TypeError, "expected out in torch.float32"),
+    "out expanded": (
+        (D, G, REACH, torch.zeros(3, 1).expand(3, 2)),
+        {},
+        ValueError,
+        "expected every entry of out",
+    ),
+    "out needs grad": (
+        (D, G, REACH, torch.zeros(3, 2, requires_grad=True)),
+        {},
+        ValueError,
+        "expected an out that does not require grad",
+    ),
+    "out overlaps": (
+        (SHARED.view(3, 4, 5), G, REACH, SHARED[54:].view(3, 2)),
+        {},
+        ValueError,
+        "expected out in its own memory, got an out that overlaps delta",
+    ),
+    "segments length": (
+        (D, G, REACH, None, REACH),
+        {},
+        ValueError,
+        "expected segments of shape [4], got [2]",
+    ),
+    "segments range": (
+        (D, G, REACH, torch.zeros(2, 3, 2), torch.tensor([0, 1, 2, 0])),
+        {},
+        ValueError,
+        "expected segments within [0, 1], got 2",
+    ),
+    "segments negative": ((D, G, REACH, None, torch.full((4,), -1)), {}, ValueError, "expected segments"),
+    "impl": ((D, G, REACH), {"impl": "fast"}, ValueError, "expected impl to be one of auto, reference, cpu"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_one_sentence_and_write_nothing(name):
+    args, kwargs, error, message = BAD[name]
+    with pytest.raises(error) as raised:
+        ek.edge_scores(*args, **kwargs)
+    text = str(raised.value)
+    assert text.startswith("edge_scores: expected ")
+    assert message in text
+    assert ", got " in text
+    assert "\n" not in text
+    assert not any(
+        x.any() for x in args if isinstance(x, torch.Tensor) and x.is_floating_point() and not x.is_meta
+    )
+
+
+def test_inputs_that_require_grad_are_detached(impl):
+    delta = torch.ones(2, 1, 3, requires_grad=True)
+    scores = ek.edge_scores(delta, torch.ones(1, 1, 3), torch.tensor([2]), impl=impl)
+    assert not scores.requires_grad
+
+
+@pytest.mark.parametrize("overload", ["default", "select"])
+def test_opcheck(overload, impl, generator):
+    delta, grad = torch.randn(3, 4, 5, generator=generator), torch.randn(2, 4, 5, generator=generator)
+    op = getattr(torch.ops.eap_kernels.edge_scores, overload)
+    extra = (impl,) if overload == "select" else ()
+    opcheck(op, (delta, grad, torch.tensor([1, 3]), torch.zeros(3, 2), None, *extra))
+    segments = torch.tensor([0, 0, 1, 1])
+    opcheck(op, (delta, grad, torch.tensor([1, 3]), torch.zeros(2, 3, 2), segments, *extra))

@@ -1,0 +1,165 @@
+"""masked_read of every backend against the float64 oracle, and its gradients."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+import eap_kernels as ek
+from eap_kernels import testing
+
+CASES = st.fixed_dictionaries(
+    {
+        "senders": st.integers(1, 40),
+        "receivers": st.integers(1, 20),
+        "tokens": st.integers(0, 9),
+        "features": st.sampled_from([1, 2, 5, 8, 37, 64, 131]),
+        "layouts": st.tuples(st.sampled_from(testing.LAYOUTS), st.sampled_from(testing.LAYOUTS)),
+        "mask": st.sampled_from(["bool", "soft", "low"]),
+        "density": st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+        "shared": st.booleans(),
+        "seed": st.integers(0, 99),
+    }
+)
+LARGE = {
+    "senders": 90,
+    "receivers": 21,
+    "tokens": 3,
+    "features": 2500,
+    "layouts": ("tokens_first", "contiguous"),
+    "mask": "soft",
+    "density": 0.5,
+    "shared": True,
+    "seed": 0,
+}
+
+
+def make_inputs(case, dtype):
+    generator = torch.Generator().manual_seed(case["seed"])
+    s, r, n, d = (case[k] for k in ("senders", "receivers", "tokens", "features"))
+    delta = testing.random_tensor((s, n, d), dtype, generator, case["layouts"][0])
+    base = testing.random_tensor((1 if case["shared"] else r, n, d), dtype, generator, case["layouts"][1])
+    mask = torch.rand(r, s, generator=generator).T.lt(case["density"])
+    if case["mask"] != "bool":
+        weights = torch.randn(s, r, generator=generator) * mask
+        mask = weights.bfloat16() if case["mask"] == "low" else weights
+    return base[0] if case["shared"] else base, delta, mask
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(case=CASES)
+@example(case=LARGE)
+@example(case={**LARGE, "shared": False, "layouts": ("contiguous", "contiguous"), "mask": "bool"})
+def test_agrees_with_oracle(impl, dtype, case):
+    base, delta, mask = make_inputs(case, dtype)
+    y = ek.masked_read(base, delta, mask, impl=impl)
+    assert y.dtype == dtype
+    reference = ek.masked_read(base, delta, mask, impl="reference")
+    testing.assert_close(y, reference, testing.masked_read_oracle(base, delta, mask))
+
+
+def test_unused_senders_are_never_read(impl, dtype):
+    delta = torch.ones(4, 2, 3, dtype=dtype)
+    delta[1:3] = math.nan
+    mask = torch.tensor([[1, 0], [0, 0], [0, 0], [1, 1]], dtype=torch.bool)
+    y = ek.masked_read(torch.ones(2, 3, dtype=dtype), delta, mask, impl=impl)
+    assert y[:, 0, 0].tolist() == [3, 2]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 65504.0, 6e-8, -0.0])
+def test_special_values_survive(impl, dtype, value):
+    delta = torch.full((1, 1, 17), value).to(dtype)
+    y = ek.masked_read(torch.zeros_like(delta[0]), delta, torch.ones(1, 1), impl=impl)
+    torch.testing.assert_close(y, delta, rtol=0, atol=0, equal_nan=True)
+
+
+def test_every_half_precision_value_is_rounded_to_nearest(impl):
+    for dtype in (torch.float16, torch.bfloat16):
+        values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+        values = values[values.isfinite()]
+        weight = torch.tensor([[1 / 3]])
+        y = ek.masked_read(torch.zeros(1, len(values), dtype=dtype), values.view(1, 1, -1), weight, impl=impl)
+        torch.testing.assert_close(y[0, 0], (values.float() * weight[0]).to(dtype), rtol=0, atol=0)
+
+
+def gradient_inputs(generator, shared=True):
+    base = torch.randn(*([] if shared else [2]), 3, 4, dtype=torch.float64, generator=generator)
+    delta = torch.randn(5, 3, 4, dtype=torch.float64, generator=generator)
+    mask = torch.rand(5, 2, dtype=torch.float64, generator=generator)
+    mask[1] = 0
+    return [x.requires_grad_() for x in (base, delta, mask)]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_gradcheck(impl, generator, shared):
+    inputs = gradient_inputs(generator, shared)
+    assert torch.autograd.gradcheck(lambda *x: ek.masked_read(*x, impl=impl), inputs)
+
+
+def test_mask_gradient_is_the_edge_score(impl, dtype, generator):
+    base, delta, mask = (x.detach().to(dtype) for x in gradient_inputs(generator))
+    mask = mask.float().requires_grad_()
+    grad_y = testing.random_tensor((2, 3, 4), dtype, generator)
+    ek.masked_read(base, delta, mask, impl=impl).backward(grad_y)
+    oracle = testing.edge_scores_oracle(delta, grad_y, torch.tensor([5, 5]))
+    scores = ek.edge_scores(delta, grad_y, torch.tensor([5, 5]), impl="reference")
+    assert mask.grad.dtype == torch.float32
+    testing.assert_close(mask.grad, scores, oracle)
+
+
+def test_only_what_is_needed_gets_a_gradient(impl, generator):
+    base, delta, mask = gradient_inputs(generator)
+    (grad,) = torch.autograd.grad(ek.masked_read(base.detach(), delta, mask > 0.5, impl=impl).sum(), delta)
+    expected = (mask > 0.5).double().sum(1)[:, None, None].expand_as(delta)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_double_backward_raises(impl, generator):
+    base, delta, mask = gradient_inputs(generator)
+    y = ek.masked_read(base, delta, mask, impl=impl)
+    with pytest.raises(RuntimeError, match="masked_read: expected a first-order backward"):
+        torch.autograd.grad(y.square().sum(), mask, create_graph=True)
+
+
+@pytest.mark.parametrize("overload", ["default", "select"])
+def test_opcheck(overload, impl, generator):
+    base, delta, mask = gradient_inputs(generator)
+    extra = (impl,) if overload == "select" else ()
+    op = getattr(torch.ops.eap_kernels.masked_read, overload)
+    opcheck(op, (base, delta, mask, *extra))
+    opcheck(op, (base.detach(), delta.detach(), mask.detach() > 0.5, *extra))
+
+
+def test_is_deterministic(impl, generator):
+    delta, mask = torch.randn(50, 20, 33, generator=generator), torch.rand(50, 30, generator=generator)
+    first = ek.masked_read(delta[0], delta, mask, impl=impl)
+    assert torch.equal(first, ek.masked_read(delta[0], delta, mask, impl=impl))
+
+
+B, D, M = torch.zeros(4, 5), torch.zeros(3, 4, 5), torch.zeros(3, 2)
+BAD = {
+    "rank": ((B, D[0], M), ValueError, "expected delta of shape [S, N, D], got [4, 5]"),
+    "base type": ((None, D, M), TypeError, "expected base to be a tensor, got NoneType"),
+    "base dtype": ((B.double(), D, M), TypeError, "expected base in delta's dtype torch.float32"),
+    "base device": ((B.to("meta"), D, M), ValueError, "expected base on delta's device cpu, got meta"),
+    "base shape": ((B[:, :4], D, M), ValueError, "expected base of shape [4, 5] or [2, 4, 5], got [4, 4]"),
+    "base receivers": ((D, D, M), ValueError, "expected base of shape [4, 5] or [2, 4, 5], got [3, 4, 5]"),
+    "mask type": ((B, D, [[1]]), TypeError, "expected mask to be a tensor, got list"),
+    "mask dtype": ((B, D, M.int()), TypeError, "expected a bool or floating mask, got torch.int32"),
+    "mask device": ((B, D, M.to("meta")), ValueError, "expected mask on cpu, got meta"),
+    "mask shape": ((B, D, M.T), ValueError, "expected mask of shape [3, R], got [2, 3]"),
+    "impl": ((B, D, M, "fast"), ValueError, "expected impl to be one of auto, reference, cpu, got 'fast'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_one_sentence(name):
+    args, error, message = BAD[name]
+    with pytest.raises(error) as raised:
+        ek.masked_read(*args)
+    assert str(raised.value) == f"masked_read: {message}" or str(raised.value).startswith(
+        f"masked_read: {message},"
+    )

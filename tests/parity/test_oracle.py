@@ -1,0 +1,118 @@
+"""Parity with the published EAP-IG package, whose float64 results on tiny models and float32 results on SmolLM2
+are in data/ (see each oracle.json)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import eap_circuits as eap
+
+DATA = Path(__file__).parent / "data"
+FAMILIES = ("gpt2", "llama", "qwen2")
+PERCENTS = (2, 5, 10, 20, 50, 100)
+METHODS = {
+    "eap": {"method": "eap"},
+    "eap_ig_inputs": {"method": "eap-ig-inputs", "quadrature": "left"},
+    "eap_ig_inputs_kl": {"method": "eap-ig-inputs", "quadrature": "left", "metric": "kl_divergence"},
+    "clean_corrupted": {"method": "clean-corrupted"},
+}
+TOLERANCE = 1e-5
+
+
+def relative(found, right):
+    return float((found.double() - right.double()).norm() / right.double().norm())
+
+
+def group_sums(graph, values):
+    """Query-head columns summed over each group, written out from the names."""
+    kv = graph.with_heads("kv")
+    right = torch.zeros(kv.n_senders, kv.n_receivers, dtype=values.dtype)
+    for column, name in enumerate(graph.receivers):
+        if name.endswith(("<k>", "<v>")):
+            layer, head = name[1:-3].split(".h")
+            group = graph.n_heads[int(layer)] // graph.n_kv_heads[int(layer)]
+            name = f"a{layer}.h{int(head) // group}{name[-3:]}"
+        right[:, kv.receivers.index(name)] += values[:, column]
+    return right
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request):
+    folder = DATA / request.param
+    oracle = load_file(folder / "oracle.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    data = eap.PairedDataset.from_tokens(oracle["clean"], oracle["corrupted"], oracle["lengths"], oracle["answers"])
+    return model, data, oracle, json.loads((folder / "oracle.json").read_text())
+
+
+@pytest.mark.parametrize("reuse_prefix", [True, False])
+@pytest.mark.parametrize("name", METHODS)
+def test_scores(case, name, reuse_prefix):
+    model, data, oracle, facts = case
+    right = oracle[f"scores.{name}"]
+    query = eap.attribute(model, data, heads="query", reuse_prefix=reuse_prefix, **METHODS[name])
+    assert query.graph.senders == facts["senders"] and query.graph.receivers == facts["receivers"]
+    assert torch.equal(query.graph.edge_mask, oracle["real_edges"])
+    assert relative(query.values, right) <= TOLERANCE
+    kv = eap.attribute(model, data, heads="kv", reuse_prefix=reuse_prefix, **METHODS[name])
+    assert relative(kv.values, group_sums(query.graph, right)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("how", ["top", "greedy"])
+def test_circuits_and_their_metric(case, how):
+    model, data, oracle, _ = case
+    scores = eap.attribute(model, data, heads="query", **METHODS["eap_ig_inputs"])
+    circuits = [scores.select(int(scores.graph.n_edges * p / 100), how=how) for p in PERCENTS]
+    results = eap.evaluate(model, circuits, data)
+    spread = float((oracle["metric.clean"] - oracle["metric.corrupted"]).abs().max())
+    key = {"top": "topn"}.get(how, how)
+    for percent, circuit, result in zip(PERCENTS, circuits, results):
+        assert torch.equal(circuit.mask, oracle[f"circuit.{key}.{percent}"])
+        error = (result.values - oracle[f"metric.{key}.{percent}.patching"]).abs().max()
+        assert float(error) <= 1e-4 * spread
+    for found, name in ((results[0].clean_values, "clean"), (results[0].corrupted_values, "corrupted")):
+        assert float((found - oracle[f"metric.{name}"]).abs().max()) <= 1e-4 * spread
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    from eap_circuits.adapters import load_model
+
+    oracle = load_file(DATA / "smollm2-ioi.safetensors")
+    model, _ = load_model("smollm2", device="cpu")
+    data = eap.PairedDataset.from_tokens(oracle["clean"], oracle["corrupted"], oracle["lengths"], oracle["answers"])
+    return model, data, oracle
+
+
+@pytest.mark.parametrize("name", ["eap", "eap_ig_inputs"])
+def test_smollm2(smollm2, name):
+    model, data, oracle = smollm2
+    scores = eap.attribute(model, data, heads="query", **METHODS[name])
+    right = oracle[f"scores.{name}"]
+    assert relative(scores.values, right) <= TOLERANCE
+    spread = float((oracle["metric.clean"] - oracle["metric.corrupted"]).abs().max())
+    sizes = (500, 2000, 8000, 30000)
+    circuits = [scores.select(size) for size in sizes]
+    exact = eap.EdgeScores(scores.graph, right)
+    for size, circuit, result in zip(sizes, circuits, eap.evaluate(model, circuits, data)):
+        assert circuit == exact.select(size)
+        assert circuit.n_edges == int(oracle[f"n_edges.{name}.{size}"])
+        error = (result.values - oracle[f"metric.{name}.{size}"]).abs().max()
+        assert float(error) <= 1e-4 * spread
+
+
+def test_smollm2_key_value_heads_and_batching(smollm2):
+    model, data, oracle = smollm2
+    right = eap.attribute(model, data, quadrature="left")
+    query = right.graph.with_heads("query")
+    assert relative(right.values, group_sums(query, oracle["scores.eap_ig_inputs"])) <= TOLERANCE
+    few = data[[3, 1, 0, 2]]
+    scores = eap.attribute(model, few)
+    for settings in ({"batch_size": 1}, {"batch_size": 3, "reuse_prefix": False}):
+        assert relative(eap.attribute(model, few, **settings).values, scores.values) <= 2e-6

@@ -59,9 +59,7 @@ def choose_edge_scores(delta: Tensor, grad: Tensor, segments: Tensor | None) -> 
     if not (flattens(delta) and flattens(grad)):
         return Choice("cpu", "these strides are read in place, the library would copy")
     if grad.shape[0] in FEW_RECEIVERS:
-        return Choice(
-            "cpu", f"{grad.shape[0]} receivers make a narrow product, which the library reads slowly"
-        )
+        return Choice("cpu", f"{grad.shape[0]} receivers make a narrow product, which the library reads slowly")
     return Choice("reference", "the library's matrix product is fastest on flat memory")
 
 
@@ -72,9 +70,7 @@ def choose_masked_read(delta: Tensor, mask: Tensor) -> Choice:
     kept = int(torch.count_nonzero(mask))
     if kept <= SPARSE * mask.numel():
         return Choice("cpu", f"{kept} of {mask.numel()} edges are kept, and cost follows them")
-    return Choice(
-        "reference", f"{kept} of {mask.numel()} edges are kept, enough for the library's matrix product"
-    )
+    return Choice("reference", f"{kept} of {mask.numel()} edges are kept, enough for the library's matrix product")
 
 
 def _without_native(x: Tensor) -> Choice | None:
@@ -96,9 +92,7 @@ def _byte_range(x: Tensor) -> tuple[int, int]:
 
 def _check_memory(delta: Tensor, grad: Tensor, out: Tensor) -> None:
     if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError(
-            "edge_scores: expected every entry of out to have its own memory, got an expanded out"
-        )
+        raise ValueError("edge_scores: expected every entry of out to have its own memory, got an expanded out")
     first, last = _byte_range(out)
     for name, x in (("delta", delta), ("grad", grad)):
         low, high = _byte_range(x)
@@ -115,9 +109,7 @@ def _check_range(name: str, values: Tensor, high: int) -> None:
         raise ValueError(f"edge_scores: expected {name} within [0, {high}], got {got}")
 
 
-def _edge_scores(
-    delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segments: Tensor | None, impl: str
-) -> None:
+def _edge_scores(delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segments: Tensor | None, impl: str) -> None:
     check_impl("edge_scores", impl, delta.device)
     reach = reach.cpu()
     _check_range("reach", reach, delta.shape[0])

@@ -69,9 +69,7 @@ def _read(base: Tensor, delta: Tensor, mask: Tensor, *impl: str) -> Tensor:
     return result
 
 
-def _score(
-    delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segments: Tensor | None, *impl: str
-) -> None:
+def _score(delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segments: Tensor | None, *impl: str) -> None:
     op = torch.ops.eap_kernels.edge_scores
     if impl:
         op.select(delta, grad, reach, out, segments, *impl)

@@ -71,9 +71,7 @@ def assert_close(actual: Tensor, reference: Tensor, oracle: Oracle) -> None:
     allowed = 2 * (_error(reference, oracle) + eps * oracle.scale)
     error = _error(actual, oracle)
     if not error <= allowed:
-        raise AssertionError(
-            f"error {error:.3g} exceeds {allowed:.3g} (eps {eps:.1g}, scale {oracle.scale:.3g})"
-        )
+        raise AssertionError(f"error {error:.3g} exceeds {allowed:.3g} (eps {eps:.1g}, scale {oracle.scale:.3g})")
 
 
 def _error(x: Tensor, oracle: Oracle) -> float:

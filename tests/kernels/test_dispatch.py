@@ -66,9 +66,7 @@ except RuntimeError as error:
     message = str(error)
 print(json.dumps(message))
 """
-    assert python(code, EAP_REQUIRE="cpu", blocked=["eap_kernels._C"]).startswith(
-        "EAP_REQUIRE asks for cpu, which"
-    )
+    assert python(code, EAP_REQUIRE="cpu", blocked=["eap_kernels._C"]).startswith("EAP_REQUIRE asks for cpu, which")
     assert "expected one of reference, cpu, got 'gpu'" in python(code, EAP_REQUIRE="gpu")
 
 

@@ -73,16 +73,12 @@ def test_agrees_with_oracle(impl, dtype, case):
     delta, grad, reach, segments = make_inputs(case, dtype)
     shape = (*([] if segments is None else [3]), delta.shape[0], grad.shape[0])
     oracle = testing.edge_scores_oracle(delta, grad, reach, segments, 3)
-    reference = ek.edge_scores(
-        delta, grad, reach, torch.zeros(shape, dtype=wide(dtype)), segments, "reference"
-    )
+    reference = ek.edge_scores(delta, grad, reach, torch.zeros(shape, dtype=wide(dtype)), segments, "reference")
 
     out = poisoned(shape, reach, wide(dtype))
     staircase = ~out.isnan()
     assert ek.edge_scores(delta, grad, reach, out, segments, impl) is out
-    assert torch.equal(~out.isnan(), staircase), (
-        "entries outside the staircase were touched, or NaN leaked in"
-    )
+    assert torch.equal(~out.isnan(), staircase), "entries outside the staircase were touched, or NaN leaked in"
     testing.assert_close(out.nan_to_num(), reference, oracle)
 
 
@@ -202,9 +198,7 @@ def test_bad_arguments_are_one_sentence_and_write_nothing(name):
     assert message in text
     assert ", got " in text
     assert "\n" not in text
-    assert not any(
-        x.any() for x in args if isinstance(x, torch.Tensor) and x.is_floating_point() and not x.is_meta
-    )
+    assert not any(x.any() for x in args if isinstance(x, torch.Tensor) and x.is_floating_point() and not x.is_meta)
 
 
 def test_inputs_that_require_grad_are_detached(impl):

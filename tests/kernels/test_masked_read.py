@@ -160,6 +160,4 @@ def test_bad_arguments_are_one_sentence(name):
     args, error, message = BAD[name]
     with pytest.raises(error) as raised:
         ek.masked_read(*args)
-    assert str(raised.value) == f"masked_read: {message}" or str(raised.value).startswith(
-        f"masked_read: {message},"
-    )
+    assert str(raised.value) == f"masked_read: {message}" or str(raised.value).startswith(f"masked_read: {message},")

@@ -129,7 +129,7 @@ class Architecture:
 
     @property
     def d_model(self) -> int:
-        return int(self.final_norm.module.weight.shape[0])  # type: ignore[operator, union-attr, index]
+        return int(self.final_norm.module.weight.shape[0])  # type: ignore[index]
 
     @property
     def accumulate(self) -> torch.dtype:

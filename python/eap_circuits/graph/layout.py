@@ -126,7 +126,7 @@ class Graph:
     def receivers(self) -> list[str]:
         """Receiver names, [R]."""
         names = []
-        for layer, h in enumerate(self.n_heads):
+        for layer in range(self.n_layers):
             for letter, n in self._attention_sites(layer):
                 names += [f"a{layer}.h{i}<{letter}>" for i in range(n)]
             names.append(f"m{layer}")

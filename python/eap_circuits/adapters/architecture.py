@@ -132,6 +132,10 @@ class Architecture:
         return int(self.final_norm.module.weight.shape[0])  # type: ignore[index]
 
     @property
+    def head_dim(self) -> int:
+        return linear_weight(self.layers[0].out).shape[1] // self.layers[0].q.n_heads
+
+    @property
     def accumulate(self) -> torch.dtype:
         """The dtype in which scores are accumulated: float32, or float64 for a float64 model."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32

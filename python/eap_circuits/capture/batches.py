@@ -15,6 +15,7 @@ from torch import Tensor
 from ..tasks import PairedDataset
 
 TOKENS_PER_BATCH = 1024  # of whole prompts; bounds memory, and a pass this large keeps a processor busy
+TOKENS_PER_SMALL_PASS = 128  # fewer do not keep a processor busy
 _PASS_OVERHEAD = 32  # tokens of padding that cost about as much as one pass more
 
 
@@ -48,9 +49,10 @@ class Batch:
         return self.clean.shape[0], self.clean.shape[1]
 
     def steps_at_once(self, steps: int) -> int:
-        """Path points per pass: as many as make a pass no larger than one over the whole prompts."""
-        suffix = self.shape[1]
-        return max(1, min(steps, (suffix + self.prefix.shape[1]) // suffix))
+        """Path points per pass: as many as make a pass no larger than one over the whole prompts, or than a small one."""
+        examples, suffix = self.shape
+        tokens = max(examples * (suffix + self.prefix.shape[1]), TOKENS_PER_SMALL_PASS)
+        return max(1, min(steps, tokens // (examples * suffix)))
 
 
 def make_batches(

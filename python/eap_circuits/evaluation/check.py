@@ -189,7 +189,7 @@ def _scores(arch: Architecture, heads: Heads, batch: Batch) -> Tensor:
     """EAP scores, summed over the batch."""
     graph = arch.graph(heads)
     runner = Runner(arch, graph, batch)
-    senders, receivers = SenderDifferences(runner, graph), ReceiverGradients(runner, graph)
+    senders, receivers = SenderDifferences(runner, graph), ReceiverGradients(runner, graph, 1)
     receivers.run(senders.clean_embeddings, torch.ones(1), lambda logits: _loss(logits, batch))
     return contract(senders, receivers)
 

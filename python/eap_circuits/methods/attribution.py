@@ -25,7 +25,10 @@ from ..graph import EdgeScores, Graph, Heads
 from ..tasks import PairedDataset
 from .spec import METHODS, QUADRATURES, Path
 
-HELD_BYTES = 256 * 2**20  # of normalised inputs, after which what has been accumulated is contracted
+# Normalised inputs of so many path points are held before what has been accumulated is contracted: fewer would
+# spend more time on contractions than on the passes, more only memory.
+HELD_POINTS = 4
+HELD_BYTES = 64 * 2**20
 
 
 def attribute(
@@ -111,8 +114,11 @@ def _score_batch(run: Run, graph: Graph, batch: Batch, path: Path) -> Tensor:
     """Scores summed over the batch's examples: float64 [S, R], on the CPU."""
     runner = Runner(run.arch, graph, batch)
     senders = SenderDifferences(runner, graph)
-    receivers = ReceiverGradients(runner, graph)
     corrupted, clean = senders.corrupted_embeddings, senders.clean_embeddings
+    per_point = len(run.arch.norms) * senders.embedding.nbytes
+    held = min(len(path), max(HELD_POINTS, HELD_BYTES // max(per_point, 1)))
+    size = min(batch.steps_at_once(len(path)), held)
+    receivers = ReceiverGradients(runner, graph, held)
 
     def loss(logits: Tensor) -> Tensor:
         points = logits.split(batch.n_examples)
@@ -120,12 +126,14 @@ def _score_batch(run: Run, graph: Graph, batch: Batch, path: Path) -> Tensor:
         return -torch.stack([value.sum() for value in values]).sum()
 
     total = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64)
-    size = batch.steps_at_once(len(path))
-    for first in range(0, len(path), size):
-        part = path[first : first + size]
-        points = torch.cat([torch.lerp(corrupted, clean, alpha) for alpha, _ in part])
-        receivers.run(points, torch.tensor([weight for _, weight in part]), loss)
-        if receivers.held_bytes() >= HELD_BYTES or first + size >= len(path):
-            total += contract(senders, receivers).double().cpu()
-            receivers.clear()
+    for points_held in _chunks(path, held):
+        for part in _chunks(points_held, size):
+            points = torch.cat([torch.lerp(corrupted, clean, alpha) for alpha, _ in part])
+            receivers.run(points, torch.tensor([weight for _, weight in part]), loss)
+        total += contract(senders, receivers).double().cpu()
+        receivers.clear()
     return total
+
+
+def _chunks(path: Path, size: int) -> list[Path]:
+    return [path[first : first + size] for first in range(0, len(path), size)]

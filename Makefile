@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 INPUTS := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
-.PHONY: setup demo test test-all lint bench clean
+.PHONY: setup demo test test-all lint bench record clean
 
 # What `make demo` needs; the tools for tests and linting are a second stamp.
 setup: $(VENV)/.setup
@@ -49,6 +49,11 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/pytest -q bench
+
+# Runs the benches and writes bench/results and the README's table from them.
+record: $(VENV)/.test
+	$(BIN)/pytest -q bench --benchmark-json=build/bench.json
+	$(BIN)/python bench/record.py build/bench.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info python/*.egg-info eap_kernels/*.so eap_kernels/_build_failure.txt

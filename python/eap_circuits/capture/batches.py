@@ -49,7 +49,7 @@ class Batch:
         return self.clean.shape[0], self.clean.shape[1]
 
     def steps_at_once(self, steps: int) -> int:
-        """Path points per pass: as many as make a pass no larger than one over the whole prompts, or than a small one."""
+        """Path points per pass: as many as make it no larger than one over the whole prompts, or than a small one."""
         examples, suffix = self.shape
         tokens = max(examples * (suffix + self.prefix.shape[1]), TOKENS_PER_SMALL_PASS)
         return max(1, min(steps, tokens // (examples * suffix)))

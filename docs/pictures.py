@@ -1,0 +1,56 @@
+"""Draw the README's picture: run the example into docs/results, then draw docs/img from what is there.
+
+python docs/pictures.py [--draw-only]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import eap_circuits as eap
+from eap_circuits.report.curves import load_curve
+from eap_circuits.report.figures import draw_circuit, draw_curve
+
+DOCS = Path(__file__).parent
+RESULTS = DOCS / "results"
+SHOWN = 60
+
+
+def run() -> None:
+    import json
+
+    from eap_circuits.adapters import load_model
+
+    model, tokenizer = load_model("smollm2", device="cpu")
+    data = eap.load_task("ioi", tokenizer, n=64, seed=0)
+    scores = eap.attribute(model, data)
+    curve = eap.faithfulness_curve(model, scores, data, how="greedy")
+    scores.save(RESULTS / "smollm2-ioi.safetensors")
+    (RESULTS / "smollm2-ioi-curve.json").write_text(json.dumps(curve.to_dict(), indent=1) + "\n")
+
+
+def draw() -> None:
+    from PIL import Image
+
+    scores = eap.EdgeScores.load(RESULTS / "smollm2-ioi.safetensors")
+    curve = load_curve(RESULTS / "smollm2-ioi-curve.json")
+    parts = []
+    for name, figure in (("circuit", draw_circuit(scores.select(SHOWN, how="greedy"))), ("curve", draw_curve(curve))):
+        path = DOCS / "img" / f"{name}.png"
+        figure.savefig(path, dpi=110, facecolor="white", bbox_inches="tight")
+        parts.append(Image.open(path).convert("RGB"))
+        path.unlink()
+    height = max(part.height for part in parts)
+    page = Image.new("RGB", (sum(part.width for part in parts) + 40, height), "white")
+    left = 0
+    for part in parts:
+        page.paste(part, (left, (height - part.height) // 2))
+        left += part.width + 40
+    page.quantize(64).save(DOCS / "img" / "smollm2-ioi.png", optimize=True)
+
+
+if __name__ == "__main__":
+    if "--draw-only" not in sys.argv:
+        run()
+    draw()

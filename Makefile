@@ -35,6 +35,9 @@ $(VENV)/.test: $(VENV)/.setup
 demo: setup
 	$(BIN)/eap demo
 
+# OpenMP threads that spin while they wait stand still where other processes use the cores.
+test test-all: export OMP_WAIT_POLICY = PASSIVE
+
 test: $(VENV)/.test
 	$(BIN)/pytest -q -m "not slow"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits.capture import CorruptedRun, Runner, borrowed, make_batches, prepare, run_circuit
+from eap_circuits.capture import CorruptedRun, Runner, borrowed, make_batches, prepare, run_circuits
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.methods.spec import QUADRATURES
 from eap_circuits.metrics import get_metric
@@ -21,7 +21,7 @@ def losses(model, graph, data, mask, metric="logit_diff"):
             runner = Runner(run.arch, graph, batch)
             clean = runner.logits(runner.embed(batch.clean))
             record = CorruptedRun(runner)
-            logits = run_circuit(runner, graph, record, mask)
+            (logits,) = run_circuits(runner, graph, record, [mask])
             total -= float(run.values(logits, batch, clean, record.logits).sum())
     return total
 

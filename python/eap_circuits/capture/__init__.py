@@ -4,7 +4,7 @@ from .batches import Batch, make_batches
 from .borrow import Hooks, borrowed
 from .contraction import contract
 from .inputs import ABLATIONS, Progress, Run, prepare
-from .masked import CorruptedRun, run_circuit
+from .masked import CorruptedRun, run_circuits
 from .receivers import ReceiverGradients
 from .runner import Runner
 from .senders import SenderDifferences
@@ -23,5 +23,5 @@ __all__ = [
     "contract",
     "make_batches",
     "prepare",
-    "run_circuit",
+    "run_circuits",
 ]

@@ -1,13 +1,14 @@
-"""Run a circuit: every receiver reads the clean run along kept edges and the corrupted run along all others.
+"""Run circuits: every receiver reads the circuit's own run along kept edges and the corrupted run along all others.
 
-Receiver v's input is y_v = corr_v + Σ_u mask[u, v]·(cur_u − corr_u), cur being the circuit's own run (DESIGN (i)). A
-receiver with no kept edge reads the corrupted run, one with all its edges the circuit's own residual stream; only the
-others are computed, and only from senders that one of them reads.
+Receiver v's input is y_v = corr_v + Σ_u mask[u, v]·(cur_u − corr_u), cur being the circuit's own run (DESIGN (i)). Many
+circuits run together, one after another along the batch dimension. A receiver with no kept edge takes what the
+corrupted run computed, one with all its edges the circuit's own residual stream; only the others are computed, and
+only from the senders that they read. Modules run only for circuits that need their output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -19,6 +20,9 @@ from ..adapters import Layer, Norm
 from ..graph import Graph
 from .borrow import Hooks
 from .runner import Runner
+
+WORKSPACE = 256 * 2**20  # bytes of sender differences of the circuits that run together
+TOKENS_TOGETHER = 2048
 
 
 class CorruptedRun:
@@ -39,12 +43,16 @@ class CorruptedRun:
         def read(norm: Norm) -> Callable[[Tensor], None]:
             return lambda x: self.norm_inputs.__setitem__(id(norm.module), x)
 
+        def project(index: int, columns: dict[str, slice], y: Tensor) -> None:
+            self.projections[index].update({letter: y[..., part] for letter, part in columns.items()})
+
         def register(hooks: Hooks) -> None:
             for norm in arch.norms:
                 hooks.on_input(norm.module, read(norm))
             for index, layer in enumerate(arch.layers):
                 self.projections.append({})
-                _on_projections(runner, hooks, index, self.projections[-1].__setitem__)
+                for module, columns in runner.projection_sites(index):
+                    hooks.on_output(module, partial(project, index, columns))
                 hooks.on_input(layer.out, self.values.append)
                 hooks.on_output(layer.mlp, self.mlps.append)
 
@@ -52,123 +60,207 @@ class CorruptedRun:
             self.logits = runner.logits(self.embeddings, register)
 
 
-def run_circuit(runner: Runner, graph: Graph, corrupted: CorruptedRun, mask: Tensor) -> Tensor:
-    """Logits [E, V] of a circuit at the scored positions.
+def run_circuits(runner: Runner, graph: Graph, corrupted: CorruptedRun, masks: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Logits [E, V] of each circuit at the scored positions, in order.
 
     Args:
-        mask: bool or floating [S, R]; values between 0 and 1 keep an edge in part.
+        masks: bool or floating [S, R] each; values between 0 and 1 keep an edge in part.
     """
-    with torch.no_grad():
-        return _CircuitRun(runner, graph, corrupted, mask).logits()
+    circuits = [_Circuit(runner, graph, mask) for mask in masks]
+    tokens = runner.batch.clean.numel()
+    while circuits:
+        count = size = 0
+        while count < len(circuits) and (
+            count == 0 or (size + circuits[count].nbytes <= WORKSPACE and (count + 1) * tokens <= TOKENS_TOGETHER)
+        ):
+            size += circuits[count].nbytes
+            count += 1
+        with torch.no_grad():
+            yield from _CircuitsRun(runner, graph, corrupted, circuits[:count]).logits()
+        del circuits[:count]
 
 
-class _CircuitRun:
-    def __init__(self, runner: Runner, graph: Graph, corrupted: CorruptedRun, mask: Tensor) -> None:
-        self.runner, self.graph, self.corrupted = runner, graph, corrupted
+class _Circuit:
+    """What a mask asks for: which receivers are computed, which senders run, which differences are stored."""
+
+    def __init__(self, runner: Runner, graph: Graph, mask: Tensor) -> None:
         self.dtype = runner.arch.accumulate
-        mask = mask.to(runner.arch.device, self.dtype)
-        kept = mask.sum(0)
-        edges = graph.edge_mask.to(mask.device)
-        self.closed = ~(mask != 0).any(0)  # [R] reads the corrupted run alone
-        self.whole = ((mask == 1) | ~edges).all(0) & (kept > 0)  # [R] reads the circuit's own run alone
-        partial = ~self.closed & ~self.whole
-        self.needed = (mask[:, partial] != 0).any(1).tolist()  # [S] read by a receiver that has to be computed
-        rows = torch.tensor(self.needed).cumsum(0)
-        self.row = (rows - 1).tolist()  # sender -> its row in `differences`
-        self.mask = mask[torch.tensor(self.needed, device=mask.device)]
-        batch, length = runner.batch.shape
-        self.differences = mask.new_zeros(int(rows[-1]), batch * length, runner.arch.d_model)
+        kept = mask != 0
+        self.closed = ~kept.any(0)  # [R] reads the corrupted run alone
+        self.whole = ((mask == 1) | ~graph.edge_mask).all(0) & ~self.closed  # [R] reads the circuit's own run alone
+        self.partial = ~self.closed & ~self.whole  # [R] has to be computed
+        self.has_whole = bool(self.whole.any())
+        self.needed = kept.any(1).tolist()  # [S] read by any receiver
+        stored = kept[:, self.partial].any(1)
+        self.stored = stored.tolist()  # [S] read by a receiver that has to be computed
+        self.row = (stored.cumsum(0) - 1).tolist()  # sender -> its row among the stored
+        self.mask = mask[stored].to(runner.arch.device, self.dtype)  # [stored, R]
+        self._shape = (int(stored.sum()), runner.batch.clean.numel(), runner.arch.d_model)
+        self.differences = torch.empty(0)
+
+    @property
+    def nbytes(self) -> int:
+        stored, tokens, width = self._shape
+        return stored * tokens * width * self.dtype.itemsize
+
+    def allocate(self, device: torch.device) -> None:
+        self.differences = torch.zeros(self._shape, dtype=self.dtype, device=device)  # cur − corr, [stored, N, D]
+
+    def read(self, base: Tensor, reach: int, receivers: Tensor) -> Tensor:
+        """y_v of some receivers, [r, N, D], base [N, D] being the corrupted residual."""
+        seen = self.row[reach - 1] + 1
+        return masked_read(base, self.differences[:seen], self.mask[:seen][:, receivers])
+
+
+class _CircuitsRun:
+    def __init__(self, runner: Runner, graph: Graph, corrupted: CorruptedRun, circuits: list[_Circuit]) -> None:
+        self.runner, self.graph, self.corrupted, self.circuits = runner, graph, corrupted, circuits
+        self.dtype = runner.arch.accumulate
+        self.ready: dict[str, Tensor] = {}  # the current layer's projections, made when the first is asked for
 
     def logits(self) -> Tensor:
+        """[C, E, V]"""
         embeddings = self.runner.embed(self.runner.batch.clean)
-        self._write(0, self.corrupted.embeddings, embeddings)
-        return self.runner.logits(embeddings, self._register)
+        for circuit in self.circuits:
+            circuit.allocate(embeddings.device)
+            if circuit.stored[0]:
+                self._store(circuit, 0, embeddings, self.corrupted.embeddings)
+        together = embeddings.repeat(len(self.circuits), 1, 1)
+        return self._split(self.runner.logits(together, self._register))
 
     def _register(self, hooks: Hooks) -> None:
         arch, graph = self.runner.arch, self.graph
         for index, layer in enumerate(arch.layers):
-            _on_projections(self.runner, hooks, index, partial(self._project, index, layer))
-            hooks.on_input(layer.out, partial(self._write_heads, index, layer))
-            hooks.on_input(layer.mlp, partial(self._read_mlp, index, layer))
-            hooks.on_output(layer.mlp, partial(self._write, graph.mlp_sender(index), self.corrupted.mlps[index]))
-        final = arch.final_norm
-        hooks.on_input(final.module, lambda _: self._read_one(graph.logits_receiver, graph.n_senders, final))
+            attention = slice(graph.receivers_at(index, "q").start, graph.receivers_at(index, "v").stop)
+            whole = [c for c, circuit in enumerate(self.circuits) if circuit.whole[attention].any()]
+            for module, columns in self.runner.projection_sites(index):
+                hooks.on_input(module, partial(self._keep, whole))
+                hooks.on_output(module, partial(self._project, index, layer, columns, whole))
+            own = [c for c, circuit in enumerate(self.circuits) if circuit.has_whole]
+            hooks.on_input(layer.out, partial(self._write_heads, index, layer, own))
+            hooks.on_output(layer.out, partial(self._fill, own))
+            sender, receiver = graph.mlp_sender(index), graph.receivers_at(index, "mlp").start
+            run = [
+                c for c, circuit in enumerate(self.circuits) if circuit.needed[sender] and not circuit.closed[receiver]
+            ]
+            hooks.on_input(layer.mlp, partial(self._read_mlp, index, layer, receiver, run))
+            hooks.on_output(layer.mlp, partial(self._write_mlp, index, sender, run))
+        hooks.on_input(arch.final_norm.module, self._read_final)
+
+    # Circuits along the batch dimension: [C·E, T, X] <-> [C, E, T, X].
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, self.runner.batch.n_examples))
+
+    def _keep(self, circuits: list[int], x: Tensor) -> Tensor:
+        """The rows of some circuits, so that a module runs for no others."""
+        return x if len(circuits) == len(self.circuits) else self._split(x)[circuits].flatten(0, 1)
+
+    def _fill(self, circuits: list[int], y: Tensor) -> Tensor:
+        """Put the rows of some circuits back in place; what the others hold there is read by nothing."""
+        if len(circuits) == len(self.circuits):
+            return y
+        full = y.new_zeros(len(self.circuits), self.runner.batch.n_examples, *y.shape[1:])
+        full[circuits] = self._split(y) if circuits else 0
+        return full.flatten(0, 1)
 
     # Senders.
 
-    def _write(self, sender: int, corrupted: Tensor, current: Tensor) -> None:
-        if self.needed[sender]:
-            difference = current.to(self.dtype) - corrupted.to(self.dtype)
-            self.differences[self.row[sender]] = difference.flatten(0, 1)
+    def _store(self, circuit: _Circuit, sender: int, current: Tensor, corrupted: Tensor) -> None:
+        difference = current.to(self.dtype) - corrupted.to(self.dtype)
+        circuit.differences[circuit.row[sender]] = difference.flatten(0, 1)
 
-    def _write_heads(self, index: int, layer: Layer, z: Tensor) -> None:
-        first = self.graph.head_senders(index).start
-        heads = [h for h in range(layer.q.n_heads) if self.needed[first + h]]
-        if heads:
-            difference = z.to(self.dtype) - self.corrupted.values[index].to(self.dtype)
-            per_head = difference.flatten(0, 1).unflatten(1, (layer.q.n_heads, -1)).transpose(0, 1)  # [H, N, K]
-            start = self.row[first + heads[0]]
-            torch.bmm(
-                per_head[heads],
-                layer.out_weight(self.dtype)[heads],
-                out=self.differences[start : start + len(heads)],
-            )
+    def _write_heads(self, index: int, layer: Layer, own: list[int], z: Tensor) -> Tensor:
+        first, n = self.graph.head_senders(index).start, layer.q.n_heads
+        corrupted, weight = self.corrupted.values[index].to(self.dtype), layer.out_weight(self.dtype)
+        for circuit, current in zip(self.circuits, self._split(z), strict=True):
+            heads = [h for h in range(n) if circuit.stored[first + h]]
+            if heads:
+                difference = (current.to(self.dtype) - corrupted).flatten(0, 1).unflatten(1, (n, -1))
+                start = circuit.row[first + heads[0]]
+                out = circuit.differences[start : start + len(heads)]
+                torch.bmm(difference.transpose(0, 1)[heads], weight[heads], out=out)
+        return self._keep(own, z)
+
+    def _write_mlp(self, index: int, sender: int, run: list[int], y: Tensor) -> Tensor:
+        corrupted = self.corrupted.mlps[index]
+        full = corrupted.repeat(len(self.circuits), 1, 1, 1).view(-1, *corrupted.shape)
+        for c, current in zip(run, self._split(y) if run else (), strict=True):
+            full[c] = current
+            if self.circuits[c].stored[sender]:
+                self._store(self.circuits[c], sender, current, corrupted)
+        return full.flatten(0, 1)
 
     # Receivers.
 
-    def _read(self, receivers: Tensor, reach: int, norm: Norm) -> Tensor:
-        """y_v of some receivers behind one norm, in the model's dtype: [r, E, T, D]."""
-        base = self.corrupted.norm_inputs[id(norm.module)]
-        seen = self.row[reach - 1] + 1  # rows of the senders before the receivers
-        y = masked_read(base.flatten(0, 1).to(self.dtype), self.differences[:seen], self.mask[:seen][:, receivers])
+    def _base(self, norm: Norm) -> Tensor:
+        """What the norm reads in the corrupted run, [E, T, D]."""
+        return self.corrupted.norm_inputs[id(norm.module)]
+
+    def _read(self, circuit: _Circuit, receivers: Tensor, reach: int, norm: Norm) -> Tensor:
+        """y_v of some of a circuit's receivers behind one norm, in the model's dtype: [r, E, T, D]."""
+        base = self._base(norm)
+        y = circuit.read(base.flatten(0, 1).to(self.dtype), reach, receivers.to(base.device))
         return y.to(base.dtype).unflatten(1, base.shape[:2])
 
-    def _read_one(self, receiver: slice, reach: int, norm: Norm) -> Tensor | None:
-        """The input of the one receiver behind a norm; None where it is the circuit's own residual stream."""
-        if self.whole[receiver]:
-            return None
-        if self.closed[receiver]:
-            return self.corrupted.norm_inputs[id(norm.module)]
-        return self._read(torch.tensor([receiver.start], device=self.mask.device), reach, norm)[0]
+    def _read_one(self, circuit: _Circuit, receiver: int, reach: int, norm: Norm) -> Tensor:
+        return self._read(circuit, torch.tensor([receiver]), reach, norm)[0]
 
-    def _read_mlp(self, index: int, layer: Layer, own: Tensor) -> Tensor | None:
-        y = self._read_one(self.graph.receivers_at(index, "mlp"), self.graph.mlp_reach(index), layer.mlp_norm)
-        return None if y is None else layer.mlp_norm(y)
+    def _read_mlp(self, index: int, layer: Layer, receiver: int, run: list[int], own: Tensor) -> Tensor:
+        x = self._split(own)[run]
+        for slot, c in enumerate(run):
+            circuit = self.circuits[c]
+            if circuit.partial[receiver]:
+                y = self._read_one(circuit, receiver, self.graph.mlp_reach(index), layer.mlp_norm)
+                x[slot] = layer.mlp_norm(y)
+        return x.flatten(0, 1)
 
-    def _project(self, index: int, layer: Layer, letter: str, own: Tensor) -> Tensor:
-        """A projection's output with every head's own input: [E, T, heads·K]."""
-        receivers = self.graph.receivers_at(index, letter)
-        closed, whole = self.closed[receivers], self.whole[receivers]
-        if whole.all():
-            return own
-        corrupted = self.corrupted.projections[index][letter]
-        if closed.all():
-            return corrupted
-        n = len(closed)
-        heads = (~closed & ~whole).nonzero()[:, 0]
-        out = corrupted.unflatten(-1, (n, -1)).clone()
-        out[..., whole, :] = own.unflatten(-1, (n, -1))[..., whole, :]
-        if len(heads):
-            projection = layer.projections[letter]
-            y = self._read(receivers.start + heads, self.graph.attention_reach(index), layer.attention_norm)
-            x = layer.attention_norm(y).flatten(1, 2)  # [r, E·T, D]
-            which = heads // (n // projection.n_heads)  # key/value head of each receiver
-            z = x @ projection.weight(x.dtype)[which].transpose(1, 2)  # [r, E·T, K]
-            bias = projection.bias(x.dtype)
-            z = z if bias is None else z + bias[which][:, None]
-            out[..., heads, :] = z.unflatten(1, out.shape[:2]).permute(1, 2, 0, 3)
-        return out.flatten(-2)
+    def _read_final(self, own: Tensor) -> Tensor:
+        norm, receiver = self.runner.arch.final_norm, self.graph.logits_receiver.start
+        x = self._split(own).clone()
+        for slot, circuit in enumerate(self.circuits):
+            if circuit.partial[receiver]:
+                x[slot] = self._read_one(circuit, receiver, self.graph.n_senders, norm)
+            elif circuit.closed[receiver]:
+                x[slot] = self._base(norm)
+        return x.flatten(0, 1)
 
+    def _project(self, index: int, layer: Layer, columns: dict[str, slice], whole: list[int], own: Tensor) -> Tensor:
+        """A projection's output with every head's own input: [C·E, T, features]."""
+        if not self.ready:
+            self.ready = self._projections(index, layer)
+        parts = []
+        for letter, features in columns.items():
+            part = self.ready.pop(letter)  # [C, E, T, heads, K]
+            for c, current in zip(whole, self._split(own) if whole else (), strict=True):
+                heads = self.circuits[c].whole[self.graph.receivers_at(index, letter)]
+                part[c][..., heads, :] = current[..., features].unflatten(-1, (len(heads), -1))[..., heads, :]
+            parts.append(part.flatten(-2))
+        return torch.cat(parts, -1).flatten(0, 1)
 
-def _on_projections(runner: Runner, hooks: Hooks, index: int, hook: Callable[[str, Tensor], Tensor | None]) -> None:
-    """Call `hook(letter, y)` with each projection's output, [E, T, heads·K]; what it returns takes its place."""
-    for module, columns in runner.projection_sites(index):
-
-        def after(y: Tensor, columns: dict[str, slice] = columns) -> Tensor | None:
-            parts = {letter: y[..., features] for letter, features in columns.items()}
-            new = {letter: hook(letter, part) for letter, part in parts.items()}
-            if all(part is None for part in new.values()):
-                return None
-            return torch.cat([parts[letter] if part is None else part for letter, part in new.items()], -1)
-
-        hooks.on_output(module, after)
+    def _projections(self, index: int, layer: Layer) -> dict[str, Tensor]:
+        """The layer's "q", "k" and "v", [C, E, T, heads, K] each; those of whole receivers are not yet right."""
+        graph, sites = self.graph, {letter: self.graph.receivers_at(index, letter) for letter in "qkv"}
+        found: dict[str, Tensor] = {}
+        for letter, receivers in sites.items():
+            corrupted = self.corrupted.projections[index][letter]
+            corrupted = corrupted.unflatten(-1, (receivers.stop - receivers.start, -1))
+            found[letter] = corrupted.repeat(len(self.circuits), 1, 1, 1, 1).view(-1, *corrupted.shape)
+        first, last = sites["q"].start, sites["v"].stop
+        wanted: dict[int, list[tuple[int, Tensor]]] = {}  # receiver -> (circuit, its normalised input)
+        for c, circuit in enumerate(self.circuits):
+            receivers = first + circuit.partial[first:last].nonzero()[:, 0]
+            if len(receivers):
+                y = self._read(circuit, receivers, graph.attention_reach(index), layer.attention_norm)
+                for receiver, x in zip(receivers.tolist(), layer.attention_norm(y), strict=True):
+                    wanted.setdefault(receiver, []).append((c, x))
+        for letter, receivers in sites.items():
+            projection, n = layer.projections[letter], receivers.stop - receivers.start
+            weight, bias = projection.weight(self.runner.arch.dtype), projection.bias(self.runner.arch.dtype)
+            for head in range(n):
+                if receivers.start + head in wanted:
+                    circuits, inputs = zip(*wanted[receivers.start + head], strict=True)
+                    slot = head // (n // projection.n_heads)
+                    y = torch.stack(inputs) @ weight[slot].T  # [c, E, T, K]
+                    found[letter][list(circuits), :, :, head] = y if bias is None else y + bias[slot]
+        return found

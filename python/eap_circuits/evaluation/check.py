@@ -26,7 +26,7 @@ from ..capture import (
     borrowed,
     contract,
     make_batches,
-    run_circuit,
+    run_circuits,
 )
 from ..errors import InputError
 from ..graph import Graph, Heads
@@ -168,8 +168,7 @@ def _runs(arch: Architecture, batch: Batch, whole: Batch, data: PairedDataset) -
         record = CorruptedRun(runner)
         # Whole and closed receivers take short cuts; a mask just off 1 or 0 takes none.
         nearly = graph.edge_mask.double() * (1 - 1e-12)
-        full = run_circuit(runner, graph, record, nearly)
-        empty = run_circuit(runner, graph, record, graph.edge_mask.double() * 1e-12)
+        full, empty = run_circuits(runner, graph, record, [nearly, graph.edge_mask.double() * 1e-12])
     first, second = _scores(arch, "kv", batch), _scores(arch, "kv", whole)
     return [
         _same("captured run equals the plain model's", _relative(record.logits, corrupted), "logits"),
@@ -202,15 +201,14 @@ def _finite_differences(arch: Architecture, heads: Heads, batch: Batch, n_edges:
     record = CorruptedRun(runner)
     edges = graph.edge_mask.nonzero()
     chosen = edges[torch.randperm(len(edges), generator=torch.Generator().manual_seed(seed))[:n_edges]]
-    found = []
+    masks = []
     for u, v in chosen.tolist():
-        losses = []
         for step in (-_STEP, _STEP):
             mask = graph.edge_mask.double()
             mask[u, v] -= step
-            losses.append(_loss(run_circuit(runner, graph, record, mask), batch))
-        found.append((losses[1] - losses[0]) / (2 * _STEP))
-    right = torch.stack(found).cpu()
+            masks.append(mask)
+    losses = torch.stack([_loss(logits, batch) for logits in run_circuits(runner, graph, record, masks)])
+    right = ((losses[1::2] - losses[::2]) / (2 * _STEP)).cpu()
     error = float((scores[chosen[:, 0], chosen[:, 1]] - right).abs().max() / scores.abs().max())
     return _same(f"scores equal finite differences, heads={heads!r}", error, f"{len(chosen)} random edges", 1e-6)
 

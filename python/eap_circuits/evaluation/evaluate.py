@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from ..capture import CorruptedRun, Progress, Runner, borrowed, make_batches, prepare, run_circuit
+from ..capture import CorruptedRun, Progress, Runner, borrowed, make_batches, prepare, run_circuits
 from ..errors import expected
 from ..graph import Circuit
 from ..tasks import PairedDataset
@@ -114,23 +114,23 @@ def evaluate(
 
     if not circuits:
         return []
+    graphs = {item.graph.heads: item.graph for item in circuits}
     results = torch.empty(2 + len(circuits), len(data), dtype=torch.float64)
     done = 0
     with borrowed(model), torch.no_grad():
         for batch in make_batches(data, batch_size, reuse_prefix, run.arch.device):
-            records: dict[str, tuple[Runner, CorruptedRun]] = {}
-            for graph in {item.graph.heads: item.graph for item in circuits}.values():
+            clean = corrupted = None
+            for heads, graph in graphs.items():
                 runner = Runner(run.arch, graph, batch)
-                records[graph.heads] = runner, CorruptedRun(runner)
-            runner, record = next(iter(records.values()))
-            clean = runner.logits(runner.embed(batch.clean))
-            outputs = [clean, record.logits]
-            for item in circuits:
-                runner, record = records[item.graph.heads]
-                outputs.append(run_circuit(runner, item.graph, record, item.mask))
-            for row, logits in enumerate(outputs):
-                values = run.values(logits, batch, clean, outputs[1])
-                results[row, batch.index] = values.double().cpu()
+                record = CorruptedRun(runner)
+                if clean is None or corrupted is None:
+                    clean, corrupted = runner.logits(runner.embed(batch.clean)), record.logits
+                    for row, logits in enumerate((clean, corrupted)):
+                        results[row, batch.index] = run.values(logits, batch, clean, corrupted).double().cpu()
+                rows = [row for row, item in enumerate(circuits, 2) if item.graph.heads == heads]
+                outputs = run_circuits(runner, graph, record, [circuits[row - 2].mask for row in rows])
+                for row, logits in zip(rows, outputs, strict=True):
+                    results[row, batch.index] = run.values(logits, batch, clean, corrupted).double().cpu()
             done += batch.n_examples
             if progress is not None:
                 progress(done, len(data))

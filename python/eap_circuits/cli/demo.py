@@ -14,7 +14,6 @@ from .console import check_outputs, progress, say, show_table, working
 MODEL = "smollm2"
 TASK = "ioi"
 TITLE = "SmolLM2-135M on indirect object identification"
-FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 1.0)
 FAITHFUL = 0.8
 SHOWN = 12
 
@@ -61,7 +60,7 @@ def demo(
     with progress("Scoring edges") as bar:
         scores = eap.attribute(model, data, metric=data.metric, progress=bar)
     with progress("Running circuits") as bar:
-        curve = eap.faithfulness_curve(model, scores, data, FRACTIONS, metric=data.metric, progress=bar)
+        curve = eap.faithfulness_curve(model, scores, data, metric=data.metric, progress=bar)
     if edges is None:
         circuit = curve.circuits[smallest_faithful(curve, FAITHFUL)]
     else:

@@ -46,13 +46,13 @@ class Check:
 
 
 class StayDouble(TorchFunctionMode):
-    """Inside, float64 tensors are not cast down to float32, as many models' norms and softmaxes do."""
+    """Inside, nothing is cast down to float32, as many models' norms, softmaxes and rotations do to float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+        if args and isinstance(args[0], Tensor) and args[0].dtype in (torch.float64, torch.int64):
             if func is Tensor.float:
-                return args[0]
+                return args[0].double()
             args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
             if kwargs.get("dtype") is torch.float32:
                 kwargs["dtype"] = torch.float64

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -83,9 +85,13 @@ def _convert(file: Path, folder: Path) -> None:
 
     if importlib.util.find_spec("gguf") is None:
         raise InputError(f"model {DEMO_MODEL!r}: expected the package gguf, found none; pip install gguf")
+    package = importlib.import_module("gguf")
+    if not hasattr(package, "__version__"):  # Python 3.10: where transformers looks when metadata name no module
+        package.__version__ = importlib.metadata.version("gguf")  # type: ignore[attr-defined]
     loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     config = loaded.config
-    del config.quantization_config  # the weights are dequantised; a model marked quantised cannot be saved
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are dequantised; a model marked quantised cannot be saved
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)

@@ -1,0 +1,69 @@
+"""SmolLM2 on IOI and the floor: the passes of the model itself that attribution cannot do without.
+
+python passes.py WHAT STEPS     # prints the most bytes resident while WHAT ran, less those before the model
+"""
+
+import gc
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+import eap_circuits as eap
+
+
+def model_and_data():
+    from eap_circuits.adapters import load_model
+
+    model, tokenizer = load_model("smollm2", device="cpu")
+    return model.requires_grad_(False), eap.load_task("ioi", tokenizer, n=16, seed=0)
+
+
+def scored_logits(model, data, **inputs):
+    """Logits at each prompt's last token, computed at no more positions than the batch needs: [E, V]."""
+    positions, which = (data.lengths - 1).unique(return_inverse=True)
+    logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
+    return logits[torch.arange(len(data)), which]
+
+
+def forward(model, data):
+    """One plain forward of the clean prompts, right padded, logits only where scored."""
+    with torch.no_grad():
+        scored_logits(model, data, input_ids=data.clean)
+
+
+def floor(model, data, steps):
+    """2 forwards and `steps` forwards and backwards to the input embeddings, weights frozen, logits where scored."""
+    embed = model.get_input_embeddings()
+    with torch.no_grad():
+        scored_logits(model, data, input_ids=data.clean)
+        scored_logits(model, data, input_ids=data.corrupted)
+    for _ in range(steps):
+        point = embed(data.clean).requires_grad_(True)
+        good, bad = scored_logits(model, data, inputs_embeds=point).gather(1, data.answers).unbind(1)
+        (bad - good).sum().backward()
+
+
+def resident(field):
+    """Bytes of this process: field VmRSS now, VmHWM at their highest since that was last reset."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def main():
+    import transformers  # noqa: F401 - part of what is there before the model
+
+    before = resident("VmRSS")
+    model, data = model_and_data()
+    what, steps = sys.argv[1], int(sys.argv[2])
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of loading
+    if what == "floor":
+        floor(model, data, steps)
+    else:
+        eap.attribute(model, data, steps=steps, reuse_prefix=what == "attribute")
+    print(resident("VmHWM") - before)
+
+
+if __name__ == "__main__":
+    main()

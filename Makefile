@@ -55,6 +55,7 @@ bench: $(VENV)/.test
 
 # Runs the benches and writes bench/results and the README's table from them.
 record: $(VENV)/.test
+	mkdir -p build
 	$(BIN)/pytest -q bench --benchmark-json=build/bench.json
 	$(BIN)/python bench/record.py build/bench.json
 

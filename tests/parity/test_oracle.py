@@ -112,7 +112,7 @@ def test_smollm2_key_value_heads_and_batching(smollm2):
     right = eap.attribute(model, data, quadrature="left")
     query = right.graph.with_heads("query")
     assert relative(right.values, group_sums(query, oracle["scores.eap_ig_inputs"])) <= TOLERANCE
-    few = data[[3, 1, 0, 2]]
-    scores = eap.attribute(model, few)
-    for settings in ({"batch_size": 1}, {"batch_size": 3, "reuse_prefix": False}):
-        assert relative(eap.attribute(model, few, **settings).values, scores.values) <= 2e-6
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    for settings in ({"batch_size": 5}, {"batch_size": 3, "reuse_prefix": False}):
+        scores = eap.attribute(model, data[order], quadrature="left", **settings)
+        assert relative(scores.values, right.values) <= 1e-6

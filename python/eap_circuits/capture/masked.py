@@ -130,13 +130,13 @@ class _CircuitsRun:
 
     def _register(self, hooks: Hooks) -> None:
         arch, graph = self.runner.arch, self.graph
+        own = [c for c, circuit in enumerate(self.circuits) if circuit.has_whole]
         for index, layer in enumerate(arch.layers):
             attention = slice(graph.receivers_at(index, "q").start, graph.receivers_at(index, "v").stop)
             whole = [c for c, circuit in enumerate(self.circuits) if circuit.whole[attention].any()]
             for module, columns in self.runner.projection_sites(index):
                 hooks.on_input(module, partial(self._keep, whole))
                 hooks.on_output(module, partial(self._project, index, layer, columns, whole))
-            own = [c for c, circuit in enumerate(self.circuits) if circuit.has_whole]
             hooks.on_input(layer.out, partial(self._write_heads, index, layer, own))
             hooks.on_output(layer.out, partial(self._fill, own))
             sender, receiver = graph.mlp_sender(index), graph.receivers_at(index, "mlp").start
@@ -184,7 +184,7 @@ class _CircuitsRun:
 
     def _write_mlp(self, index: int, sender: int, run: list[int], y: Tensor) -> Tensor:
         corrupted = self.corrupted.mlps[index]
-        full = corrupted.repeat(len(self.circuits), 1, 1, 1).view(-1, *corrupted.shape)
+        full = corrupted.repeat(len(self.circuits), 1, 1, 1)
         for c, current in zip(run, self._split(y) if run else (), strict=True):
             full[c] = current
             if self.circuits[c].stored[sender]:
@@ -245,7 +245,7 @@ class _CircuitsRun:
         for letter, receivers in sites.items():
             corrupted = self.corrupted.projections[index][letter]
             corrupted = corrupted.unflatten(-1, (receivers.stop - receivers.start, -1))
-            found[letter] = corrupted.repeat(len(self.circuits), 1, 1, 1, 1).view(-1, *corrupted.shape)
+            found[letter] = corrupted.repeat(len(self.circuits), 1, 1, 1, 1)
         first, last = sites["q"].start, sites["v"].stop
         wanted: dict[int, list[tuple[int, Tensor]]] = {}  # receiver -> (circuit, its normalised input)
         for c, circuit in enumerate(self.circuits):

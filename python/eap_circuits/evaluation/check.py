@@ -90,7 +90,9 @@ def check_model(model: nn.Module, n_edges: int = 8, seed: int = 0) -> list[Check
         checks += [_finite_differences(arch, heads, batch, n_edges, seed) for heads in kinds]
         checks += [_group_sums(arch, batch)] if len(kinds) > 1 else []
     with borrowed(model):
-        pass
+        arch = bind(model)
+        for heads in kinds:
+            _scores(arch, heads, batch)
     checks.append(_same("model untouched", float(_state(model) != before), "hooks, modes, gradients, attributes"))
     return checks
 

@@ -161,7 +161,7 @@ def test_tasks_lists_every_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     shown = run("tasks").stdout
     assert all(name in shown for name in TASKS)
 
-    monkeypatch.setattr(session, "load_tokenizer", lambda name: None)
+    monkeypatch.setattr("eap_circuits.adapters.pretrained.load_tokenizer", lambda name: None)
     monkeypatch.setattr(session.Prompts, "load", lambda self, tokenizer: make_pairs(n=self.n))
     run("tasks", "ioi", "-n", 3, "-o", tmp_path / "t.safetensors")
     assert len(eap.PairedDataset.from_file(tmp_path / "t.safetensors", None)) == 3

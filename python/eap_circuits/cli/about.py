@@ -51,7 +51,9 @@ def tasks(
         table = Table("Tasks", columns, rows)
     else:
         one_of("task", name, TASKS)
-        pairs = session.Prompts(name, None, n, seed).load(session.load_tokenizer(tokenizer))
+        from ..adapters import pretrained
+
+        pairs = session.Prompts(name, None, n, seed).load(pretrained.load_tokenizer(tokenizer))
         if out is not None:
             pairs.save(out)
         columns = (Column("clean", "clean"), Column("corrupted", "corrupted"))

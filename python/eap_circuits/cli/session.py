@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, expected, one_of
+from ..errors import expected, one_of
 from .console import note, working
 
 if TYPE_CHECKING:
@@ -78,18 +78,3 @@ def parse_fractions(text: str | None) -> Sequence[float] | None:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise expected("--fractions", "numbers in (0, 1] with commas between", repr(text)) from error
-
-
-def load_tokenizer(name: str) -> Any:
-    """A model's tokenizer, without the model."""
-    from transformers import AutoTokenizer
-
-    from ..adapters import DEMO_MODEL
-    from ..adapters.pretrained import demo_model_folder
-
-    source = str(demo_model_folder()) if name == DEMO_MODEL else name
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"tokenizer {name!r}: cannot be loaded ({reason}).") from error

@@ -5,6 +5,8 @@ Registers the implementations: the reference as every device's default kernel, a
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from eap_kernels.reference import edge_scores as reference_edge_scores
 from eap_kernels.reference import masked_read as reference_masked_read
 from eap_kernels.reference.edge_scores import flattens
 
-IMPLS = ("auto", "reference", "cpu")
+IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
 # Receivers for which the library's matrix product is too narrow on flat memory; a single one is a plain
 # matrix-vector product, where it wins again: see bench/kernels/bench_edge_scores.py.
 FEW_RECEIVERS = range(2, 17)
@@ -33,19 +35,45 @@ class Choice(NamedTuple):
 
 def missing(impl: str) -> str | None:
     """Why a backend cannot run on this machine, or None where it can."""
-    return _native.failure if impl == "cpu" else None
+    if impl == "cpu":
+        return _native.failure
+    if impl == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        return None if interpreted() else _no_device()
+    if impl == "cuda":
+        if _native.failure is None and not _native.has_cuda():
+            return "the library was built without nvcc"
+        return _native.failure or _no_device()
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors: for tests on machines without a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def device_of(impl: str) -> str | None:
+    """The device type whose tensors a backend takes; None for any."""
+    if impl == "triton":
+        return "cpu" if interpreted() else "cuda"
+    return impl if impl in ("cpu", "cuda") else None
 
 
 def check_impl(op: str, impl: str, device: torch.device) -> None:
     """An explicit backend either runs or raises: it is never replaced by another one."""
     if impl not in IMPLS:
         raise ValueError(f"{op}: expected impl to be one of {', '.join(IMPLS)}, got {impl!r}")
-    if impl != "cpu":
-        return
-    if device.type != "cpu":
-        raise ValueError(f"{op}: expected CPU tensors for impl='cpu', got {device}")
-    if _native.failure is not None:
-        raise RuntimeError(f"{op}: impl='cpu' is not available: {_native.failure}")
+    wanted = device_of(impl)
+    if wanted is not None and device.type != wanted:
+        raise ValueError(f"{op}: expected {wanted.upper()} tensors for impl={impl!r}, got {device}")
+    reason = missing(impl)
+    if reason is not None:
+        raise RuntimeError(f"{op}: impl={impl!r} is not available: {reason}")
+
+
+def _no_device() -> str | None:
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
 def choose_edge_scores(delta: Tensor, grad: Tensor, segments: Tensor | None) -> Choice:
@@ -75,7 +103,7 @@ def choose_masked_read(delta: Tensor, mask: Tensor) -> Choice:
 
 def _without_native(x: Tensor) -> Choice | None:
     if x.device.type != "cpu":
-        return Choice("reference", f"no native kernel exists for {x.device.type}")
+        return Choice("reference", f"nothing faster has been measured on {x.device.type}")
     if _native.failure is not None:
         return Choice("reference", _native.failure)
     return None
@@ -121,6 +149,10 @@ def _edge_scores(delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segmen
         impl = choose_edge_scores(delta, grad, segments).impl
     if impl == "reference":
         reference_edge_scores.edge_scores(delta, grad, reach, out, segments)
+    elif impl == "triton":
+        from eap_kernels.triton.edge_scores import edge_scores
+
+        edge_scores(delta, grad, reach, out, segments)
     else:
         torch.ops.eap_kernels.edge_scores.default(delta, grad, reach, out, segments)
 
@@ -131,6 +163,10 @@ def _masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str) -> Tensor
         impl = choose_masked_read(delta, mask).impl
     if impl == "reference":
         return reference_masked_read.masked_read(base, delta, mask)
+    if impl == "triton":
+        from eap_kernels.triton.masked_read import masked_read
+
+        return masked_read(base, delta, mask)
     result: Tensor = torch.ops.eap_kernels.masked_read.default(base, delta, mask)
     return result
 

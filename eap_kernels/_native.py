@@ -6,6 +6,8 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 _NOTE = Path(__file__).with_name("_build_failure.txt")
 
 
@@ -29,3 +31,8 @@ def build_info() -> ModuleType | None:
 
 # None when the library is loaded, otherwise one clause that says why not.
 failure: str | None = _load()
+
+
+def has_cuda() -> bool:
+    """Whether the library holds CUDA kernels: it is built without them where nvcc is missing."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("eap_kernels::edge_scores", "CUDA")

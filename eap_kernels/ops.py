@@ -34,7 +34,7 @@ def edge_scores(
         out: [S, R], or [segments, S, R] with `segments`; fp64 for fp64 inputs, else fp32; any strides without
             overlap. Allocated with zeros when absent.
         segments: int64 [N], the segment of each token; scores are kept per segment.
-        impl: "auto", "reference" or "cpu".
+        impl: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         `out`. Not differentiable: the inputs are detached.
@@ -83,7 +83,7 @@ def masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str = "auto") -
         base: [N, D], shared by all receivers, or [R, N, D]; delta's dtype and device, any strides.
         delta: [S, N, D], floating, any strides.
         mask: [S, R], bool or floating.
-        impl: "auto", "reference" or "cpu".
+        impl: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         [R, N, D] in delta's dtype; sums are kept in fp32 (fp64 for fp64).

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import eap_kernels
+from eap_kernels import _dispatch
 
 LAYOUTS = ("contiguous", "tokens_first", "reversed", "padded", "expanded")
 
@@ -23,6 +24,17 @@ def available_backends() -> list[str]:
         if backends[name] is not None:
             raise RuntimeError(f"EAP_REQUIRE asks for {name}, which is not available: {backends[name]}")
     return [name for name, reason in backends.items() if reason is None]
+
+
+def backends_on_devices() -> list[tuple[str, str]]:
+    """(backend, device type) for every backend that can run here and every device whose tensors it takes."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return [
+        (impl, device)
+        for impl in available_backends()
+        for device in ([_dispatch.device_of(impl)] if _dispatch.device_of(impl) else devices)
+        if device
+    ]
 
 
 class Oracle(NamedTuple):
@@ -39,9 +51,10 @@ def _oracle(value: Tensor, magnitude: Tensor) -> Oracle:
 def edge_scores_oracle(
     delta: Tensor, grad: Tensor, reach: Tensor, segments: Tensor | None = None, count: int | None = None
 ) -> Oracle:
-    """Scores in float64, zero outside the staircase: [S, R], or [count, S, R] with segments."""
+    """Scores in float64, zero outside the staircase: [S, R], or [count, S, R] with segments; on the CPU."""
+    delta, grad, reach = delta.cpu(), grad.cpu(), reach.cpu()
     staircase = torch.arange(delta.shape[0])[:, None] < reach[None]
-    segments_ = torch.zeros(delta.shape[1], dtype=torch.int64) if segments is None else segments
+    segments_ = torch.zeros(delta.shape[1], dtype=torch.int64) if segments is None else segments.cpu()
     shape = (count or 1, delta.shape[0], grad.shape[0])
 
     def contract(d: Tensor, g: Tensor) -> Tensor:
@@ -53,7 +66,8 @@ def edge_scores_oracle(
 
 
 def masked_read_oracle(base: Tensor, delta: Tensor, mask: Tensor) -> Oracle:
-    """The read in float64: [R, N, D]."""
+    """The read in float64: [R, N, D], on the CPU."""
+    base, delta, mask = base.cpu(), delta.cpu(), mask.cpu()
 
     def read(b: Tensor, d: Tensor, m: Tensor) -> Tensor:
         return b.double() + torch.einsum("sr,snd->rnd", m.double(), d.double())
@@ -75,17 +89,21 @@ def assert_close(actual: Tensor, reference: Tensor, oracle: Oracle) -> None:
 
 
 def _error(x: Tensor, oracle: Oracle) -> float:
-    return float((x.double() - oracle.value).abs().max())
+    return float((x.double().cpu() - oracle.value).abs().max())
 
 
 def random_tensor(
-    shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator, layout: str = "contiguous"
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    layout: str = "contiguous",
+    device: str = "cpu",
 ) -> Tensor:
-    """Normal values in [rows, N, D], laid out in memory as one of LAYOUTS says."""
+    """Normal values in [rows, N, D], laid out in memory as one of LAYOUTS says; the generator is a CPU one."""
     rows, tokens, features = shape
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float32).to(dtype)
+        return torch.randn(size, generator=generator, dtype=torch.float32).to(device, dtype)
 
     if layout == "contiguous":
         return normal(rows, tokens, features)

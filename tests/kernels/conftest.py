@@ -9,8 +9,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def pytest_generate_tests(metafunc):
-    if "impl" in metafunc.fixturenames:
-        metafunc.parametrize("impl", testing.available_backends())
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize(("impl", "device"), testing.backends_on_devices())
     if "dtype" in metafunc.fixturenames:
         metafunc.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -18,3 +18,21 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def tensors_on_the_backend_s_device(request):
+    """Where a test has a `device`, tensors that it makes lie there."""
+    with torch.device(request.node.callspec.params["device"] if "device" in request.fixturenames else "cpu"):
+        yield
+
+
+@pytest.fixture
+def randn(generator):
+    """Normal values, the same on every device."""
+
+    def make(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        values = torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
+        return values.to(torch.get_default_device())
+
+    return make

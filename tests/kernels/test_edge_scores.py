@@ -38,19 +38,19 @@ LARGE = {
 
 def make_reach(kind, senders, receivers, generator):
     if kind in ("full", "zero"):
-        return torch.full((receivers,), senders if kind == "full" else 0)
-    reach = torch.randint(0, senders + 1, (receivers,), generator=generator)
+        return torch.full((receivers,), senders if kind == "full" else 0, device="cpu")
+    reach = torch.randint(0, senders + 1, (receivers,), generator=generator, device="cpu")
     return reach.sort().values if kind == "sorted" else reach
 
 
-def make_inputs(case, dtype):
+def make_inputs(case, dtype, device):
     generator = torch.Generator().manual_seed(case["seed"])
     s, r, n, d = (case[k] for k in ("senders", "receivers", "tokens", "features"))
-    delta = testing.random_tensor((s, n, d), dtype, generator, case["layouts"][0])
-    grad = testing.random_tensor((r, n, d), dtype, generator, case["layouts"][1])
+    delta = testing.random_tensor((s, n, d), dtype, generator, case["layouts"][0], device)
+    grad = testing.random_tensor((r, n, d), dtype, generator, case["layouts"][1], device)
     segments = None
     if case["segments"]:
-        segments = torch.randint(0, 3, (n,), generator=generator)
+        segments = torch.randint(0, 3, (n,), generator=generator, device="cpu")
         segments = segments.sort().values if case["segments"] == "runs" else segments
     return delta, grad, make_reach(case["reach"], s, r, generator), segments
 
@@ -61,7 +61,7 @@ def wide(dtype):
 
 def poisoned(shape, reach, dtype, inside=0.0):
     """NaN outside the staircase, `inside` within."""
-    staircase = torch.arange(shape[-2])[:, None] < reach
+    staircase = torch.arange(shape[-2], device=reach.device)[:, None] < reach
     return torch.where(staircase, inside, math.nan).to(dtype).expand(shape).contiguous()
 
 
@@ -69,21 +69,22 @@ def poisoned(shape, reach, dtype, inside=0.0):
 @given(case=CASES)
 @example(case=LARGE)
 @example(case={**LARGE, "segments": "shuffled", "tokens": 9, "layouts": ("reversed", "padded")})
-def test_agrees_with_oracle(impl, dtype, case):
-    delta, grad, reach, segments = make_inputs(case, dtype)
+def test_agrees_with_oracle(impl, device, dtype, case):
+    delta, grad, reach, segments = make_inputs(case, dtype, device)
     shape = (*([] if segments is None else [3]), delta.shape[0], grad.shape[0])
     oracle = testing.edge_scores_oracle(delta, grad, reach, segments, 3)
-    reference = ek.edge_scores(delta, grad, reach, torch.zeros(shape, dtype=wide(dtype)), segments, "reference")
+    zeros = torch.zeros(shape, dtype=wide(dtype), device=device)
+    reference = ek.edge_scores(delta, grad, reach, zeros, segments, "reference")
 
-    out = poisoned(shape, reach, wide(dtype))
+    out = poisoned(shape, reach, wide(dtype)).to(device)
     staircase = ~out.isnan()
     assert ek.edge_scores(delta, grad, reach, out, segments, impl) is out
     assert torch.equal(~out.isnan(), staircase), "entries outside the staircase were touched, or NaN leaked in"
     testing.assert_close(out.nan_to_num(), reference, oracle)
 
 
-def test_accumulates_into_strided_out(impl, generator):
-    delta, grad = torch.randn(7, 3, 5, generator=generator), torch.randn(4, 3, 5, generator=generator)
+def test_accumulates_into_strided_out(impl, device, randn):
+    delta, grad = randn(7, 3, 5), randn(4, 3, 5)
     reach = torch.tensor([0, 2, 7, 5])
     once = ek.edge_scores(delta, grad, reach, impl=impl)
     whole = poisoned((7, 4), reach, torch.float32, inside=1.0).repeat_interleave(2, dim=1)
@@ -96,13 +97,13 @@ def test_accumulates_into_strided_out(impl, generator):
     assert (whole[:, 1::2][staircase] == 1).all()
 
 
-def test_values_outside_the_staircase_do_not_leak_in(impl):
+def test_values_outside_the_staircase_do_not_leak_in(impl, device):
     delta, grad = torch.ones(3, 2, 4), torch.ones(2, 2, 4)
     delta[2] = math.nan
     assert ek.edge_scores(delta, grad, torch.tensor([1, 2]), impl=impl).tolist() == [[8, 8], [0, 8], [0, 0]]
 
 
-def test_allocates_out_from_segments(impl):
+def test_allocates_out_from_segments(impl, device):
     scores = ek.edge_scores(
         torch.ones(1, 3, 2),
         torch.ones(1, 3, 2),
@@ -113,10 +114,10 @@ def test_allocates_out_from_segments(impl):
     assert scores.flatten().tolist() == [2, 0, 4]
 
 
-def test_is_deterministic_for_any_number_of_threads(impl, generator):
-    delta, grad = torch.randn(90, 20, 64, generator=generator), torch.randn(50, 20, 64, generator=generator)
+def test_is_deterministic_for_any_number_of_threads(impl, device, randn):
+    delta, grad = randn(90, 20, 64), randn(50, 20, 64)
     delta = delta.transpose(0, 1).contiguous().transpose(0, 1)
-    reach = torch.randint(0, 91, (50,), generator=generator)
+    reach = torch.randn(50, device="cpu").argsort() * 2 % 91
     first = ek.edge_scores(delta, grad, reach, impl=impl)
     assert torch.equal(first, ek.edge_scores(delta, grad, reach, impl=impl))
     if impl == "cpu":
@@ -201,15 +202,15 @@ def test_bad_arguments_are_one_sentence_and_write_nothing(name):
     assert not any(x.any() for x in args if isinstance(x, torch.Tensor) and x.is_floating_point() and not x.is_meta)
 
 
-def test_inputs_that_require_grad_are_detached(impl):
+def test_inputs_that_require_grad_are_detached(impl, device):
     delta = torch.ones(2, 1, 3, requires_grad=True)
     scores = ek.edge_scores(delta, torch.ones(1, 1, 3), torch.tensor([2]), impl=impl)
     assert not scores.requires_grad
 
 
 @pytest.mark.parametrize("overload", ["default", "select"])
-def test_opcheck(overload, impl, generator):
-    delta, grad = torch.randn(3, 4, 5, generator=generator), torch.randn(2, 4, 5, generator=generator)
+def test_opcheck(overload, impl, device, randn):
+    delta, grad = randn(3, 4, 5), randn(2, 4, 5)
     op = getattr(torch.ops.eap_kernels.edge_scores, overload)
     extra = (impl,) if overload == "select" else ()
     opcheck(op, (delta, grad, torch.tensor([1, 3]), torch.zeros(3, 2), None, *extra))

@@ -1,0 +1,1 @@
+"""Triton kernels. Imported only when they run: Triton itself is optional."""

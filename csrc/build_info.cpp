@@ -15,7 +15,7 @@ PYBIND11_MODULE(_build_info, m) {
       "g++ " __VERSION__;
 #endif
 #ifdef EAP_X86_LEVELS
-  m.attr("instruction_sets") = pybind11::make_tuple("default", "x86-64-v3", "x86-64-v4");
+  m.attr("instruction_sets") = pybind11::make_tuple("default", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16");
 #else
   m.attr("instruction_sets") = pybind11::make_tuple("default");
 #endif

@@ -33,14 +33,18 @@ View view(const Tensor& x) {
 }
 
 // Tasks differ in cost (staircase, sparsity), so threads draw them one by one; which thread runs one changes no result.
-template <class Kernel> void run(Kernel& kernel) {
+template <class Run> void run_tasks(int64_t tasks, const Run& run) {
   const int64_t threads = torch::stable::get_num_threads();
-  kernel.plan(threads);
-  const int64_t tasks = kernel.tasks();
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, std::min(threads, tasks), 1, [&](int64_t, int64_t) {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) kernel.run(task);
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run(task);
   });
+}
+
+void run(EdgeScores& kernel) {
+  kernel.plan();
+  run_tasks(kernel.tasks(), [&](int64_t task) { kernel.run(task); });
+  run_tasks(kernel.merges(), [&](int64_t tile) { kernel.merge(tile); });
 }
 
 std::vector<int64_t> indices(const char* op, const char* name, const Tensor& x, int64_t count, int64_t high) {
@@ -67,7 +71,7 @@ void edge_scores(Tensor delta, Tensor grad, Tensor reach, Tensor out, std::optio
 
   EdgeScores kernel{view(delta), view(grad), dtype, reach_values.data(), segments ? segment_values.data() : nullptr,
                     out.mutable_data_ptr(),
-                    {segments ? out.stride(0) : 0, out.stride(rank - 2), out.stride(rank - 1)}, 0, 0};
+                    {segments ? out.stride(0) : 0, out.stride(rank - 2), out.stride(rank - 1)}, {}, {}, {}, {}, {}};
   run(kernel);
 }
 
@@ -136,7 +140,8 @@ Tensor masked_read(Tensor base, Tensor delta, Tensor mask) {
   Tensor out = torch::stable::new_empty(delta, {R, N, D});
   MaskedRead kernel{view(delta), base_view, dtype, k.first.data(), k.sender.data(), k.weight.data(),
                     k.senders_used, out.mutable_data_ptr(), 0, 0};
-  run(kernel);
+  kernel.plan(torch::stable::get_num_threads());
+  run_tasks(kernel.tasks(), [&](int64_t task) { kernel.run(task); });
   return out;
 }
 

@@ -28,7 +28,7 @@ EAP_TARGET_V3 void level_v3(Dtype dtype, const Args& args, int64_t task) { by_dt
 template <template <class, int> class Body, class Args>
 void dispatch(Dtype dtype, const Args& args, int64_t task) {
 #ifdef EAP_X86_LEVELS
-  if (isa() == Isa::v4) return level_v4<Body>(dtype, args, task);
+  if (isa() >= Isa::v4) return level_v4<Body>(dtype, args, task);
   if (isa() == Isa::v3) return level_v3<Body>(dtype, args, task);
 #endif
   by_dtype<Body, 16>(dtype, args, task);

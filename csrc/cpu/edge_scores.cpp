@@ -1,157 +1,206 @@
 // Edge scores: a matrix product whose inner dimension (tokens x features) is strided and whose shape is a staircase.
-// Both operands are packed block by block into fp32 (fp64) panels, which is where strides and low precision end;
-// a register tile of dot products then runs over the panels. The copy never exceeds the panels.
+// A task owns a tile of the result and a chunk of the inner dimension. Block by block it packs both operands into
+// panels, which is where strides and low precision end, and multiplies those register tiles that hold an edge.
 #include <algorithm>
-#include <cstring>
+#include <numeric>
 
 #include "dispatch.h"
+#include "product.h"
 
 namespace eap {
 namespace {
 
-constexpr int64_t kReceivers = 64;  // of one task, at most
-constexpr int64_t kSenders = 192;   // of one task, at most
-constexpr int64_t kInner = 1024;    // elements of the inner dimension packed at once
-constexpr int64_t kRow = kInner + 64;  // rows are padded: a power of two apart they would share cache sets
-
-template <int BYTES> struct Tile { static constexpr int M = 2, N = 4; };
-template <> struct Tile<32> { static constexpr int M = 3, N = 4; };
-template <> struct Tile<64> { static constexpr int M = 6, N = 4; };
-
-template <class A, int BYTES> struct Vec { typedef A type __attribute__((vector_size(BYTES))); };
-
-template <class A, int BYTES> EAP_INLINE double sum(const typename Vec<A, BYTES>::type& x) {
-  if constexpr (BYTES > 16) {
-    typename Vec<A, BYTES / 2>::type half[2];
-    std::memcpy(half, &x, BYTES);
-    const typename Vec<A, BYTES / 2>::type folded = half[0] + half[1];
-    return sum<A, BYTES / 2>(folded);
-  } else {
-    A lane[BYTES / sizeof(A)], total = 0;
-    std::memcpy(lane, &x, BYTES);
-    for (A value : lane) total += value;
-    return double(total);
-  }
-}
-
-// c[m, n] += <a[m], b[n]> for one register tile; rows of a and b are `ld` apart, `inner` is a multiple of the vector.
-template <class A, int BYTES, int M, int N>
-EAP_INLINE void dots(const A* a, const A* b, int64_t ld, int64_t inner, double* c) {
-  using V = typename Vec<A, BYTES>::type;
-  V acc[M][N] = {};
-  for (int64_t k = 0; k < inner; k += BYTES / sizeof(A)) {
-    V row[M];
-    for (int m = 0; m < M; ++m) std::memcpy(&row[m], a + m * ld + k, BYTES);
-    for (int n = 0; n < N; ++n) {
-      V column;
-      std::memcpy(&column, b + n * ld + k, BYTES);
-      for (int m = 0; m < M; ++m) acc[m][n] += row[m] * column;
-    }
-  }
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) c[m * kReceivers + n] += sum<A, BYTES>(acc[m][n]);
-}
+constexpr int64_t kRows = 240;     // of a tile, at most: panels and sums of a task share the second-level cache
+constexpr int64_t kColumns = 192;  // of a tile, at most
+constexpr int64_t kInner = 384;    // elements of the inner dimension packed at once
+constexpr int64_t kLd = kInner + 16;  // rows are padded: a power of two apart they would share cache sets
+constexpr int64_t kTasks = 48;     // wanted, so that threads end together; cutting tiles smaller would pack more
+constexpr int64_t kBlocksPerChunk = 8;
 
 struct Block { int64_t token, tokens, feature, features; };
 
-// Rows [row, row + rows) of one block of x, as [padded_rows, ld] with zeros where there is no data.
-template <class T>
-EAP_INLINE void pack(const View& x, int64_t row, int64_t rows, int64_t padded_rows, Block block, acc_t<T>* to,
-                     int64_t ld) {
-  const bool flat = x.stride[2] == 1 && x.stride[1] == block.features;
-  const int64_t pieces = flat ? 1 : block.tokens, length = flat ? block.tokens * block.features : block.features;
-  for (int64_t r = 0; r < padded_rows; ++r, to += ld) {
-    int64_t filled = 0;
-    if (r < rows) {
-      const T* from = static_cast<const T*>(x.data) + (row + r) * x.stride[0] + block.token * x.stride[1] +
-                      block.feature * x.stride[2];
-      for (int64_t p = 0; p < pieces; ++p, from += x.stride[1], filled += length) {
-        acc_t<T>* __restrict dst = to + filled;
-        if (x.stride[2] == 1)
-          for (int64_t i = 0; i < length; ++i) dst[i] = load(from[i]);
-        else
-          for (int64_t i = 0; i < length; ++i) dst[i] = load(from[i * x.stride[2]]);
-      }
-    }
-    std::fill(to + filled, to + ld, acc_t<T>(0));
-  }
-}
-
-template <class T, int BYTES> struct Body {
-  using A = acc_t<T>;
-  static constexpr int M = Tile<BYTES>::M, N = Tile<BYTES>::N;
-
-  EAP_INLINE static void run(const EdgeScores& p, int64_t task) {
-    const int64_t S = p.delta.size[0], R = p.grad.size[0], tokens = p.delta.size[1], D = p.delta.size[2];
-    const int64_t columns = divide_up(R, p.receivers_per_task);
-    const int64_t v0 = task % columns * p.receivers_per_task, vs = std::min(p.receivers_per_task, R - v0);
-    const int64_t u0 = task / columns * p.senders_per_task;
-    const int64_t deepest = *std::max_element(p.reach + v0, p.reach + v0 + vs);
-    const int64_t us = std::min({p.senders_per_task, S - u0, deepest - u0});
-    if (us <= 0) return;
-
-    double* const total = scratch<double>(kSenders * kReceivers + (M + kReceivers) * kRow);
-    A* const a = reinterpret_cast<A*>(total + kSenders * kReceivers);
-    A* const b = a + M * kRow;
-    const int64_t features = std::min(D, kInner), per_block = std::max<int64_t>(1, kInner / std::max<int64_t>(D, 1));
-    for (int64_t n = 0; n < tokens;) {
-      const int64_t segment = p.segments ? p.segments[n] : 0;
-      std::fill(total, total + us * kReceivers, 0.0);
-      for (bool same = true; same;) {
-        int64_t end = n + 1;
-        while (end < tokens && end < n + per_block && (!p.segments || p.segments[end] == segment)) ++end;
-        for (int64_t d = 0; d < D; d += features)
-          block(p, Block{n, end - n, d, std::min(features, D - d)}, u0, us, v0, vs, a, b, total);
-        n = end;
-        same = n < tokens && (!p.segments || p.segments[n] == segment);
-      }
-      add(p, segment, u0, us, v0, vs, total);
-    }
-  }
-
-  EAP_INLINE static void block(const EdgeScores& p, Block block, int64_t u0, int64_t us, int64_t v0, int64_t vs, A* a,
-                               A* b, double* total) {
-    constexpr int64_t lanes = BYTES / sizeof(A);
-    const int64_t inner = divide_up(block.tokens * block.features, lanes) * lanes, ld = inner + lanes;
-    pack<T>(p.grad, v0, vs, vs, block, b, ld);
-    for (int64_t u = 0; u < us; u += M) {
-      pack<T>(p.delta, u0 + u, std::min<int64_t>(M, us - u), M, block, a, ld);
-      for (int64_t v = 0; v < vs; v += N) {
-        const int64_t width = std::min<int64_t>(N, vs - v);
-        if (*std::max_element(p.reach + v0 + v, p.reach + v0 + v + width) <= u0 + u) continue;
-        double* const c = total + u * kReceivers + v;
-        if (width == 4) dots<A, BYTES, M, 4>(a, b + v * ld, ld, inner, c);
-        else if (width == 3) dots<A, BYTES, M, 3>(a, b + v * ld, ld, inner, c);
-        else if (width == 2) dots<A, BYTES, M, 2>(a, b + v * ld, ld, inner, c);
-        else dots<A, BYTES, M, 1>(a, b + v * ld, ld, inner, c);
-      }
-    }
-  }
-
-  EAP_INLINE static void add(const EdgeScores& p, int64_t segment, int64_t u0, int64_t us, int64_t v0, int64_t vs,
-                             const double* total) {
-    A* const out = static_cast<A*>(p.out) + segment * p.out_stride[0] + u0 * p.out_stride[1] + v0 * p.out_stride[2];
-    for (int64_t u = 0; u < us; ++u)
-      for (int64_t v = 0; v < vs; ++v)
-        if (u0 + u < p.reach[v0 + v]) out[u * p.out_stride[1] + v * p.out_stride[2]] += A(total[u * kReceivers + v]);
+// How the inner dimension is cut: several tokens to a block, or several blocks to a token.
+struct Blocks {
+  int64_t tokens, features, per_block, per_token;
+  Blocks(int64_t tokens, int64_t features)
+      : tokens(tokens), features(features), per_block(std::max<int64_t>(1, kInner / std::max<int64_t>(features, 1))),
+        per_token(divide_up(features, kInner)) {}
+  int64_t count() const { return divide_up(tokens, per_block) * per_token; }
+  Block operator[](int64_t i) const {
+    const int64_t token = i / per_token * per_block, feature = i % per_token * kInner;
+    return {token, std::min(per_block, tokens - token), feature, std::min(kInner, features - feature)};
   }
 };
 
-}  // namespace
-
-void EdgeScores::plan(int64_t threads) {
-  const int64_t S = delta.size[0], R = grad.size[0], columns = std::max<int64_t>(1, divide_up(R, kReceivers));
-  receivers_per_task = std::max<int64_t>(4, divide_up(divide_up(R, columns), 4) * 4);
-  // Four tasks a thread even out the staircase; with fewer than 24 senders a task would mostly pack receivers.
-  const int64_t rows = threads == 1 ? divide_up(S, kSenders) : divide_up(4 * threads, columns);
-  const int64_t share = divide_up(divide_up(S, std::max<int64_t>(rows, 1)), 6) * 6;
-  senders_per_task = std::clamp(share, int64_t(24), kSenders);
+EAP_INLINE void copy(double* to, const double* from, int64_t step, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
+}
+template <class T> EAP_INLINE void copy(float* to, const T* from, int64_t step, int64_t count) {
+  if (step == 1)
+    for (int64_t i = 0; i < count; ++i) to[i] = load(from[i]);
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = load(from[i * step]);
+}
+// Pairs of neighbours as they lie in memory; the last of an odd number is paired with zero.
+EAP_INLINE void copy(bf16x2* to, const bf16* from, int64_t, int64_t count) {
+  std::memcpy(to, from, count * sizeof(bf16));
+  if (count % 2) to[count / 2].bits = from[count - 1].bits;
 }
 
-int64_t EdgeScores::tasks() const {
-  return divide_up(delta.size[0], senders_per_task) * divide_up(grad.size[0], receivers_per_task);
+// Some rows of one block of x as [rows, kLd], followed by zeros up to a multiple of `lanes`. Returns that width.
+template <class T, class E>
+EAP_INLINE int64_t pack(const View& x, const int64_t* order, int64_t row, int64_t rows, Block block, int64_t lanes, E* to) {
+  constexpr int64_t per_element = std::is_same_v<E, bf16x2> ? 2 : 1;
+  const bool flat = x.stride[2] == 1 && x.stride[1] == block.features;
+  const int64_t pieces = flat ? 1 : block.tokens, length = flat ? block.tokens * block.features : block.features;
+  const int64_t piece = divide_up(length, per_element), width = divide_up(pieces * piece, lanes) * lanes;
+  for (int64_t r = row; r < row + rows; ++r, to += kLd) {
+    const T* from = static_cast<const T*>(x.data) + (order ? order[r] : r) * x.stride[0] + block.token * x.stride[1] +
+                    block.feature * x.stride[2];
+    for (int64_t p = 0; p < pieces; ++p, from += x.stride[1]) copy(to + p * piece, from, x.stride[2], length);
+    std::fill(to + pieces * piece, to + width, E{});
+  }
+  return width;
+}
+
+// Adds sum(i, j) of every edge of a tile to out.
+template <class O, class Sum>
+void write(const EdgeScores& p, const Tile& t, int64_t segment, const Sum& sum) {
+  O* const out = static_cast<O*>(p.out) + segment * p.out_stride[0];
+  for (int64_t i = 0; i < t.rows; ++i)
+    for (int64_t j = 0; j < t.columns; ++j) {
+      const int64_t u = p.swapped ? t.column + j : t.row + i, v = p.order[p.swapped ? t.row + i : t.column + j];
+      if (u < p.reach[v]) out[u * p.out_stride[1] + v * p.out_stride[2]] += O(sum(i, j));
+    }
+}
+
+template <class T, class E, int BYTES> struct Tiles {
+  using A = acc_t<E>;
+  static constexpr int64_t lanes = BYTES / sizeof(E), width = tile_columns<E, BYTES>;
+
+  EAP_INLINE static void run(const EdgeScores& p, int64_t task) {
+    const Tile& tile = p.tiles[task / p.chunks];
+    const int64_t chunk = task % p.chunks, tokens = p.delta.size[1];
+    const Blocks blocks(tokens, p.delta.size[2]);
+    double* const total = scratch<double>(kRows * kColumns + (kRows + 2 * width) * kLd);
+    std::fill_n(total, tile.rows * kColumns, 0.0);
+    if (p.segments == nullptr) {
+      const int64_t count = blocks.count(), end = (chunk + 1) * count / p.chunks;
+      for (int64_t i = chunk * count / p.chunks; i < end; ++i) add_block(p, tile, blocks[i], total);
+      if (p.chunks == 1) return deliver(p, tile, 0, total);
+      double* const kept = p.partial.get() + tile.offset + chunk * tile.rows * tile.columns;
+      for (int64_t i = 0; i < tile.rows; ++i)
+        std::copy_n(total + i * kColumns, tile.columns, kept + i * tile.columns);
+      return;
+    }
+    for (int64_t n = 0; n < tokens;) {
+      const int64_t segment = p.segments[n];
+      int64_t end = n + 1;
+      while (end < tokens && p.segments[end] == segment) ++end;
+      const Blocks run(end - n, p.delta.size[2]);
+      for (int64_t i = 0; i < run.count(); ++i) {
+        Block block = run[i];
+        block.token += n;
+        add_block(p, tile, block, total);
+      }
+      deliver(p, tile, segment, total);
+      std::fill_n(total, tile.rows * kColumns, 0.0);
+      n = end;
+    }
+  }
+
+  EAP_INLINE static void add_block(const EdgeScores& p, const Tile& t, Block block, double* total) {
+    E* const a = reinterpret_cast<E*>(total + kRows * kColumns);
+    E* const b = a + kRows * kLd;
+    E* const rows = b + width * kLd;
+    const View &x = p.swapped ? p.grad : p.delta, &y = p.swapped ? p.delta : p.grad;
+    const int64_t *of_rows = p.swapped ? p.order.data() : nullptr, *of_columns = p.swapped ? nullptr : p.order.data();
+    const int64_t inner = pack<T>(x, of_rows, t.row, t.rows, block, lanes, a);
+    for (int64_t c = 0; c < t.columns; c += width) {
+      const int64_t columns = std::min(width, t.columns - c);
+      pack<T>(y, of_columns, t.column + c, columns, block, lanes, rows);
+      for (int64_t r = columns; r < width; ++r) std::fill_n(rows + r * kLd, inner, E{});
+      transpose<E, BYTES>(rows, kLd, inner, b);
+      const int64_t deepest = p.swapped ? 0 : p.reach[p.order[t.column + c + columns - 1]] - t.row;
+      const int64_t height = p.swapped ? t.rows : std::min(t.rows, deepest);
+      for_tiles<BYTES>(height, [&](auto m, int64_t row) EAP_INLINE_LAMBDA {
+        constexpr int M = decltype(m)::value;
+        if (p.swapped && p.reach[p.order[t.row + row + M - 1]] <= t.column + c) return;
+        vector_t<A, BYTES> sums[M][2] = {};
+        multiply<E, BYTES, M>(a + row * kLd, kLd, b, width, inner, sums);
+        A values[M][width];
+        std::memcpy(values, sums, sizeof(sums));
+        for (int i = 0; i < M; ++i)
+          for (int64_t j = 0; j < width; ++j) total[(row + i) * kColumns + c + j] += double(values[i][j]);
+      });
+    }
+  }
+
+  EAP_INLINE static void deliver(const EdgeScores& p, const Tile& tile, int64_t segment, const double* total) {
+    write<A>(p, tile, segment, [&](int64_t i, int64_t j) { return total[i * kColumns + j]; });
+  }
+};
+
+template <class T, int BYTES> struct Body {
+  EAP_INLINE static void run(const EdgeScores& p, int64_t task) {
+    if constexpr (std::is_same_v<T, bf16> && BYTES == 64)
+      if (isa() == Isa::v4_bf16 && p.delta.stride[2] == 1 && p.grad.stride[2] == 1)
+        return Tiles<T, bf16x2, BYTES>::run(p, task);
+    Tiles<T, acc_t<T>, BYTES>::run(p, task);
+  }
+};
+
+// Parts of nearly equal size, multiples of `step` but for the last.
+int64_t part(int64_t size, int64_t limit, int64_t step) {
+  return divide_up(divide_up(size, divide_up(size, limit)), step) * step;
+}
+
+}  // namespace
+
+void EdgeScores::plan() {
+  const int64_t S = delta.size[0], R = grad.size[0];
+  const auto flat = [](const View& x) { return x.stride[2] == 1 && (x.stride[1] == x.size[2] || x.size[1] == 1); };
+  if (segments == nullptr && flat(delta) && flat(grad))
+    for (View* x : {&delta, &grad}) x->size[2] *= x->size[1], x->size[1] = x->size[2] > 0, x->stride[1] = x->size[2];
+  order.resize(R);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return reach[a] < reach[b]; });
+  order.erase(order.begin(), std::find_if(order.begin(), order.end(), [&](int64_t v) { return reach[v] > 0; }));
+
+  // A vector's width of columns: few receivers would leave most of it empty.
+  swapped = R < 24 && S > R;
+  const int64_t seen = order.size(), deepest = seen ? reach[order.back()] : 0;
+  int64_t offset = 0;
+  const auto add = [&](int64_t row, int64_t rows, int64_t column, int64_t columns) {
+    tiles.push_back({row, rows, column, columns, offset});
+    offset += rows * columns;
+  };
+  const int64_t columns = swapped ? deepest : seen;
+  const int64_t across = columns ? part(columns, kColumns, 32) : 1;
+  for (int64_t c = 0; c < columns; c += across) {
+    const int64_t width = std::min(across, columns - c);
+    const int64_t height = swapped ? seen : reach[order[c + width - 1]], down = part(height, kRows, 12);
+    for (int64_t r = 0; r < height; r += down) add(r, std::min(down, height - r), c, width);
+  }
+  const int64_t blocks = Blocks(delta.size[1], delta.size[2]).count(), wanted = divide_up(kTasks, tiles.size() + 1);
+  chunks = segments ? 1 : std::max<int64_t>(1, std::min(wanted, blocks / kBlocksPerChunk));
+  for (Tile& tile : tiles) tile.offset *= chunks;
+  if (chunks > 1) partial.reset(new double[offset * chunks]);
 }
 
 void EdgeScores::run(int64_t task) const { dispatch<Body>(dtype, *this, task); }
+
+void EdgeScores::merge(int64_t index) const {
+  const Tile& tile = tiles[index];
+  const int64_t size = tile.rows * tile.columns;
+  const double* const kept = partial.get() + tile.offset;
+  const auto sum = [&](int64_t i, int64_t j) {
+    double total = 0;
+    for (int64_t c = 0; c < chunks; ++c) total += kept[c * size + i * tile.columns + j];
+    return total;
+  };
+  if (dtype == Dtype::f64) write<double>(*this, tile, 0, sum);
+  else write<float>(*this, tile, 0, sum);
+}
 
 }  // namespace eap

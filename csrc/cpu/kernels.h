@@ -1,6 +1,8 @@
 // What the operator library asks of the CPU kernels. No torch header: pointers, sizes and strides in elements.
 #pragma once
 #include <cstdint>
+#include <memory>
+#include <vector>
 
 namespace eap {
 
@@ -15,6 +17,9 @@ struct View {
   int64_t stride[3];
 };
 
+// A rectangle of the result. Its partial sums of one chunk of the inner dimension are kept at `offset`.
+struct Tile { int64_t row, rows, column, columns, offset; };
+
 // out[segment(n), u, v] += sum_d delta[u, n, d] * grad[v, n, d]   for u < reach[v]
 struct EdgeScores {
   View delta;               // [S, N, D]
@@ -24,11 +29,19 @@ struct EdgeScores {
   const int64_t* segments;  // [N], or null for one segment
   void* out;                // [segments, S, R]
   int64_t out_stride[3];
-  int64_t senders_per_task, receivers_per_task;
 
-  int64_t tasks() const;
-  void plan(int64_t threads);
-  void run(int64_t task) const;  // tasks write disjoint tiles of out
+  void plan();
+  int64_t tasks() const { return int64_t(tiles.size()) * chunks; }
+  void run(int64_t task) const;     // one tile over one chunk of the inner dimension
+  int64_t merges() const { return chunks > 1 ? int64_t(tiles.size()) : 0; }
+  void merge(int64_t tile) const;   // adds a tile's chunks to out, in their order
+
+  // Made by plan(). Rows are senders and columns receivers, or, for few receivers, the other way round.
+  bool swapped;
+  std::vector<int64_t> order;       // receivers, those that see least first
+  std::vector<Tile> tiles;          // only those with work in them
+  int64_t chunks;
+  std::unique_ptr<double[]> partial;  // [tiles, chunks, rows, columns], with more than one chunk
 };
 
 // out[v, n, d] = base[v, n, d] + sum_i weight[i] * delta[sender[i], n, d]   for i in [first[v], first[v + 1])

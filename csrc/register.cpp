@@ -75,6 +75,87 @@ void edge_scores(Tensor delta, Tensor grad, Tensor reach, Tensor out, std::optio
   run(kernel);
 }
 
+// What a tile of expanded rows may fill: it is written once and read a few times, so it should stay in cache.
+constexpr int64_t kTileBytes = 24 << 20;
+
+// Tokens and features of a tile of about `elements` per row: nearly square, since expanding reads both sides.
+std::pair<int64_t, int64_t> tile_shape(int64_t elements, int64_t N, int64_t D) {
+  const auto features = [&](int64_t wanted) {
+    const int64_t parts = std::max<int64_t>(1, D / std::max<int64_t>(wanted, 64));
+    return std::min(D, divide_up(divide_up(D, parts), 32) * 32);
+  };
+  int64_t side = 1;
+  while (side * side < elements) ++side;
+  int64_t width = features(side);
+  if (N * width < elements) width = features(elements / std::max<int64_t>(N, 1));
+  return {std::clamp<int64_t>(elements / std::max<int64_t>(width, 1), 1, std::max<int64_t>(N, 1)), width};
+}
+
+Nodes nodes(const char* op, const Tensor& values, const Tensor& weight, const Tensor& coefficients,
+            const Tensor& normalised, const Tensor& like, int64_t first, int64_t N, int64_t D) {
+  STD_TORCH_CHECK(values.dim() == 3 && values.size(0) == N, op, ": expected values [N, h, K] of ", N, " tokens");
+  const int64_t h = values.size(1), K = values.size(2);
+  const bool direct = weight.dim() != 3;
+  for (const Tensor* x : {&values, &weight, &coefficients, &normalised})
+    STD_TORCH_CHECK(x->is_cpu() && (x->numel() == 0 || x->scalar_type() == like.scalar_type()),
+                    op, ": expected all operands on the CPU and of one dtype");
+  STD_TORCH_CHECK(direct ? K == D : weight.size(0) > 0 && h % weight.size(0) == 0 && weight.size(1) == K && weight.size(2) == D,
+                  op, ": expected weight [g, K, D] with g a divisor of h, or values [N, h, D] without it");
+  Nodes g{first, {values.const_data_ptr(), {h, N, K}, {values.stride(1), values.stride(0), values.stride(2)}}, {}, 1, {}, {}};
+  if (!direct) g.weight = view(weight), g.per_weight = h / weight.size(0);
+  if (normalised.dim() == 3) {
+    STD_TORCH_CHECK(normalised.size(1) == N && normalised.size(2) == D && coefficients.dim() == 3 &&
+                        coefficients.size(0) == h && coefficients.size(1) == normalised.size(0) && coefficients.size(2) == N,
+                    op, ": expected coefficients [h, M, N] and normalised [M, N, D]");
+    g.coefficients = view(coefficients), g.normalised = view(normalised);
+  }
+  return g;
+}
+
+void head_space_scores(std::vector<Tensor> values, std::vector<Tensor> weights, std::vector<Tensor> coefficients,
+                       std::vector<Tensor> normalised, int64_t sender_groups, int64_t features, Tensor reach, Tensor out,
+                       int64_t workspace) {
+  const char* op = "head_space_scores";
+  const size_t count = values.size();
+  STD_TORCH_CHECK(count > 0 && weights.size() == count && coefficients.size() == count && normalised.size() == count &&
+                      0 < sender_groups && sender_groups < int64_t(count),
+                  op, ": expected one weight, coefficients and normalised for each of the groups of both sides");
+  STD_TORCH_CHECK(values[0].dim() == 3, op, ": expected values [N, h, K]");
+  const int64_t N = values[0].size(0), D = features;
+  const Dtype dtype = dtype_of(op, values[0]);
+  std::vector<Nodes> groups;
+  int64_t rows = 0, S = 0;
+  for (size_t i = 0; i < count; ++i) {
+    groups.push_back(nodes(op, values[i], weights[i], coefficients[i], normalised[i], values[0], rows, N, D));
+    rows += values[i].size(1);
+    if (int64_t(i) + 1 == sender_groups) S = rows;
+  }
+  const int64_t R = rows - S;
+  const auto reach_values = indices(op, "reach", reach, R, S);
+  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == S && out.size(1) == R &&
+                      out.scalar_type() == (dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float),
+                  op, ": expected out [S, R] in the accumulation dtype");
+  if (rows == 0 || N == 0 || D == 0) return;
+
+  const bool wide = dtype == Dtype::f64;
+  const int64_t element = wide ? 8 : 4, budget = std::min(workspace, kTileBytes);
+  const auto [tokens, width] = tile_shape(std::max<int64_t>(64, budget / (rows * element)), N, D);
+  Tensor space = torch::stable::new_empty(out, {rows, tokens * width});
+  char* const data = static_cast<char*>(space.mutable_data_ptr());
+  const int64_t row = tokens * width;
+  for (int64_t d = 0; d < D; d += width)
+    for (int64_t n = 0; n < N; n += tokens) {
+      const Expand expand{groups.data(), int64_t(count), dtype, n, std::min(tokens, N - n), d, std::min(width, D - d),
+                          data, row};
+      run_tasks(rows, [&](int64_t node) { expand.run(node); });
+      const int64_t inner = expand.tokens * expand.features;
+      EdgeScores kernel{{data, {S, 1, inner}, {row, inner, 1}}, {data + S * row * element, {R, 1, inner}, {row, inner, 1}},
+                        wide ? Dtype::f64 : Dtype::f32, reach_values.data(), nullptr, out.mutable_data_ptr(),
+                        {0, out.stride(0), out.stride(1)}, {}, {}, {}, {}, {}};
+      run(kernel);
+    }
+}
+
 // The non-zeros of a mask [S, R], grouped by receiver.
 struct Kept {
   std::vector<int64_t> first, sender;
@@ -151,6 +232,7 @@ Tensor masked_read(Tensor base, Tensor delta, Tensor mask) {
 STABLE_TORCH_LIBRARY_IMPL(eap_kernels, CPU, m) {
   m.impl("edge_scores", TORCH_BOX(&eap::edge_scores));
   m.impl("masked_read", TORCH_BOX(&eap::masked_read));
+  m.impl("head_space_scores", TORCH_BOX(&eap::head_space_scores));
 }
 
 // An empty module, so that importing it loads the library.

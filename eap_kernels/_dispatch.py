@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable
+from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 from eap_kernels import _native
 from eap_kernels._schemas import accumulation_dtype, lib
 from eap_kernels.reference import edge_scores as reference_edge_scores
+from eap_kernels.reference import head_space_scores as reference_head_space_scores
 from eap_kernels.reference import masked_read as reference_masked_read
 from eap_kernels.reference.edge_scores import flattens
 
@@ -101,6 +105,10 @@ def choose_masked_read(delta: Tensor, mask: Tensor) -> Choice:
     return Choice("reference", f"{kept} of {mask.numel()} edges are kept, enough for the library's matrix product")
 
 
+def choose_head_space_scores(values: Tensor) -> Choice:
+    return _without_native(values) or Choice("cpu", "tiles of expanded rows stay in cache")
+
+
 def _without_native(x: Tensor) -> Choice | None:
     if x.device.type != "cpu":
         return Choice("reference", f"nothing faster has been measured on {x.device.type}")
@@ -118,33 +126,33 @@ def _byte_range(x: Tensor) -> tuple[int, int]:
     return x.data_ptr() + start * x.element_size(), x.data_ptr() + (end + 1) * x.element_size()
 
 
-def _check_memory(delta: Tensor, grad: Tensor, out: Tensor) -> None:
+def _check_memory(op: str, out: Tensor, operands: Iterable[tuple[str, Tensor]]) -> None:
     if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError("edge_scores: expected every entry of out to have its own memory, got an expanded out")
+        raise ValueError(f"{op}: expected every entry of out to have its own memory, got an expanded out")
     first, last = _byte_range(out)
-    for name, x in (("delta", delta), ("grad", grad)):
+    for name, x in operands:
         low, high = _byte_range(x)
         if x.device == out.device and first < high and low < last:
-            raise ValueError(f"edge_scores: expected out in its own memory, got an out that overlaps {name}")
+            raise ValueError(f"{op}: expected out in its own memory, got an out that overlaps {name}")
 
 
-def _check_range(name: str, values: Tensor, high: int) -> None:
+def _check_range(op: str, name: str, values: Tensor, high: int) -> None:
     if values.numel() == 0:
         return
     lowest, highest = (int(x) for x in torch.aminmax(values))
     if lowest < 0 or highest > high:
         got = lowest if lowest < 0 else highest
-        raise ValueError(f"edge_scores: expected {name} within [0, {high}], got {got}")
+        raise ValueError(f"{op}: expected {name} within [0, {high}], got {got}")
 
 
 def _edge_scores(delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segments: Tensor | None, impl: str) -> None:
     check_impl("edge_scores", impl, delta.device)
     reach = reach.cpu()
-    _check_range("reach", reach, delta.shape[0])
+    _check_range("edge_scores", "reach", reach, delta.shape[0])
     if segments is not None:
         segments = segments.cpu()
-        _check_range("segments", segments, out.shape[0] - 1)
-    _check_memory(delta, grad, out)
+        _check_range("edge_scores", "segments", segments, out.shape[0] - 1)
+    _check_memory("edge_scores", out, (("delta", delta), ("grad", grad)))
     if impl == "auto":
         impl = choose_edge_scores(delta, grad, segments).impl
     if impl == "reference":
@@ -155,6 +163,35 @@ def _edge_scores(delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segmen
         edge_scores(delta, grad, reach, out, segments)
     else:
         torch.ops.eap_kernels.edge_scores.default(delta, grad, reach, out, segments)
+
+
+def _head_space_scores(
+    values: list[Tensor],
+    weights: list[Tensor],
+    coefficients: list[Tensor],
+    normalised: list[Tensor],
+    sender_groups: int,
+    features: int,
+    reach: Tensor,
+    out: Tensor,
+    workspace: int,
+    impl: str,
+) -> None:
+    check_impl("head_space_scores", impl, out.device)
+    reach = reach.cpu()
+    _check_range("head_space_scores", "reach", reach, out.shape[0])
+    operands = chain(values, weights, coefficients, normalised)
+    _check_memory("head_space_scores", out, (("an operand", x) for x in operands))
+    if impl == "auto":
+        impl = choose_head_space_scores(values[0]).impl
+    args = (values, weights, coefficients, normalised, sender_groups, features, reach, out, workspace)
+    if impl == "cpu":
+        torch.ops.eap_kernels.head_space_scores.default(*args)
+    elif impl == "reference":
+        reference_head_space_scores.head_space_scores(*args)
+    else:
+        # Tiles are expanded by the library's batched product and contracted by the backend's own kernel.
+        reference_head_space_scores.head_space_scores(*args, contract=partial(_edge_scores, impl=impl))
 
 
 def _masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str) -> Tensor:
@@ -172,6 +209,8 @@ def _masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str) -> Tensor
 
 
 lib.impl("edge_scores", reference_edge_scores.edge_scores, "CompositeExplicitAutograd")
+lib.impl("head_space_scores", reference_head_space_scores.head_space_scores, "CompositeExplicitAutograd")
 lib.impl("masked_read", reference_masked_read.masked_read, "CompositeExplicitAutograd")
 lib.impl("edge_scores.select", _edge_scores, "CompositeExplicitAutograd")
+lib.impl("head_space_scores.select", _head_space_scores, "CompositeExplicitAutograd")
 lib.impl("masked_read.select", _masked_read, "CompositeExplicitAutograd")

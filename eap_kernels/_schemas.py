@@ -16,8 +16,15 @@ lib = torch.library.Library("eap_kernels", "DEF")
 
 _EDGE_SCORES = "Tensor delta, Tensor grad, Tensor reach, Tensor(a!) out, Tensor? segments"
 _MASKED_READ = "Tensor base, Tensor delta, Tensor mask"
+# Groups of nodes, senders first; an absent operand is an empty tensor.
+_HEAD_SPACE_SCORES = (
+    "Tensor[] values, Tensor[] weights, Tensor[] coefficients, Tensor[] normalised, "
+    "int sender_groups, int features, Tensor reach, Tensor(a!) out, int workspace"
+)
 lib.define(f"edge_scores({_EDGE_SCORES}) -> ()")
 lib.define(f"edge_scores.select({_EDGE_SCORES}, str impl) -> ()")
+lib.define(f"head_space_scores({_HEAD_SPACE_SCORES}) -> ()")
+lib.define(f"head_space_scores.select({_HEAD_SPACE_SCORES}, str impl) -> ()")
 lib.define(f"masked_read({_MASKED_READ}) -> Tensor")
 lib.define(f"masked_read.select({_MASKED_READ}, str impl) -> Tensor")
 
@@ -30,6 +37,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def _edge_scores_fake(
     delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segments: Tensor | None, impl: str = "auto"
 ) -> None:
+    return None
+
+
+def _head_space_scores_fake(*args: Any, **kwargs: Any) -> None:
     return None
 
 
@@ -79,6 +90,7 @@ def _score(delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segments: Te
 
 for _overload in ("", ".select"):
     torch.library.register_fake(f"eap_kernels::edge_scores{_overload}", _edge_scores_fake, lib=lib)
+    torch.library.register_fake(f"eap_kernels::head_space_scores{_overload}", _head_space_scores_fake, lib=lib)
     torch.library.register_fake(f"eap_kernels::masked_read{_overload}", _masked_read_fake, lib=lib)
     torch.library.register_autograd(
         f"eap_kernels::masked_read{_overload}", _backward, setup_context=_setup_context, lib=lib

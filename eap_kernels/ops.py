@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
@@ -66,9 +68,97 @@ def edge_scores(
             _fail("edge_scores", "segments of at least 0", count[0] - 1)
         out = delta.new_zeros([*count, senders, receivers], dtype=wide)
     else:
-        _check_out(out, senders, receivers, segments is not None, wide, delta.device)
+        _check_out("edge_scores", out, senders, receivers, segments is not None, wide, delta.device)
     _dispatch.check_impl("edge_scores", impl, delta.device)
     torch.ops.eap_kernels.edge_scores.select(delta.detach(), grad.detach(), reach, out, segments, impl)
+    return out
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Consecutive senders or receivers in head space: node i stands for the residual-space rows
+
+        values[:, i] @ weight[i // (h // g)] - sum_m coefficients[i, m, :, None] * normalised[m]    [N, D]
+
+    A head that writes: the difference of its values and its slice of the output projection. A head that reads:
+    the gradient at its projection, the projection's weight times the norm's gain, and the norm's second term. One
+    dtype and device for all, any strides.
+
+    Args:
+        values: [N, h, K], or [N, h, D] where there is no weight.
+        weight: [g, K, D], g a divisor of h: nodes share a weight, as query heads share a key head's.
+        coefficients: [h, M, N], together with `normalised`.
+        normalised: [M, N, D], the normalised inputs of M path points.
+    """
+
+    values: Tensor
+    weight: Tensor | None = None
+    coefficients: Tensor | None = None
+    normalised: Tensor | None = None
+
+
+def head_space_scores(
+    senders: Sequence[Nodes],
+    receivers: Sequence[Nodes],
+    reach: Tensor,
+    out: Tensor | None = None,
+    impl: str = "auto",
+    workspace: int = 2**28,
+) -> Tensor:
+    """`edge_scores` of nodes kept in head space, without ever holding [S, N, D] or [R, N, D].
+
+    Tiles of the residual-space rows are expanded and contracted one after another: memory beyond the inputs is
+    bounded by `workspace`, whatever N. The norm's gradient is that of DESIGN (a), (b) in ARCHITECTURE.md.
+
+    Args:
+        senders: groups whose nodes, in order, are the S senders.
+        receivers: groups whose nodes, in order, are the R receivers.
+        reach: int64 [R], 0 <= reach <= S: how many senders each receiver sees.
+        out: [S, R], added to in place; fp64 for fp64 inputs, else fp32. Allocated with zeros when absent.
+        impl: "auto", "reference", "cpu", "triton" or "cuda".
+        workspace: bytes of expanded rows held at once; never less than one token's.
+
+    Returns:
+        `out`. Not differentiable: the inputs are detached.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; nothing has been written then.
+        RuntimeError: the backend asked for is not available.
+
+    Example:
+        >>> import torch, eap_kernels as ek
+        >>> head = ek.Nodes(torch.ones(3, 1, 2), weight=torch.ones(1, 2, 4))  # K = 2, D = 4
+        >>> ek.head_space_scores([head], [ek.Nodes(torch.ones(3, 1, 4))], torch.tensor([1]))
+        tensor([[24.]])
+    """
+    op = "head_space_scores"
+    groups = [*senders, *receivers]
+    if not senders or not receivers or not all(isinstance(group, Nodes) for group in groups):
+        _fail(
+            op, "senders and receivers to be lists of at least one Nodes", [type(g).__name__ for g in groups], TypeError
+        )
+    first = groups[0]
+    _check_floating(op, "values", first.values, 3, "[N, h, K]")
+    tokens = first.values.shape[0]
+    features = first.values.shape[2] if first.weight is None else first.weight.shape[-1]
+    for group in groups:
+        _check_nodes(group, first.values, tokens, features)
+    n_senders, n_receivers = (sum(group.values.shape[1] for group in side) for side in (senders, receivers))
+    _check_index(op, "reach", reach, n_receivers)
+    if isinstance(workspace, bool) or not isinstance(workspace, int) or workspace < 1:
+        _fail(op, "a workspace of at least 1 byte", repr(workspace))
+    wide = accumulation_dtype(first.values.dtype)
+    if out is None:
+        out = first.values.new_zeros((n_senders, n_receivers), dtype=wide)
+    else:
+        _check_out(op, out, n_senders, n_receivers, False, wide, first.values.device)
+    _dispatch.check_impl(op, impl, out.device)
+    none = first.values.new_empty(0)
+    lists = [
+        [none if x is None else x.detach() for x in column]
+        for column in zip(*((g.values, g.weight, g.coefficients, g.normalised) for g in groups), strict=True)
+    ]
+    torch.ops.eap_kernels.head_space_scores.select(*lists, len(senders), features, reach, out, workspace, impl)
     return out
 
 
@@ -123,21 +213,30 @@ def backends() -> dict[str, str | None]:
     return {impl: _dispatch.missing(impl) for impl in _dispatch.IMPLS if impl != "auto"}
 
 
-def explain(op: str, *args: Tensor | None) -> str:
-    """One sentence on what `impl="auto"` runs for these tensors, and why.
+def explain(op: str, *args: object) -> str:
+    """One sentence on what `impl="auto"` runs for these arguments, and why.
 
     Args:
-        op: "edge_scores" or "masked_read".
-        args: the operator's own tensors, in its own order; `out` and `segments` may be left out.
+        op: "edge_scores", "head_space_scores" or "masked_read".
+        args: the operator's own arguments, in its own order; those after the required ones may be left out.
     """
-    if op not in ("edge_scores", "masked_read"):
-        _fail("explain", "edge_scores or masked_read", repr(op))
-    required, allowed = 3, 5 if op == "edge_scores" else 3
-    tensors = [x for x in args[:required] if isinstance(x, Tensor)]
-    if len(tensors) != required or len(args) > allowed:
+    names = ("edge_scores", "head_space_scores", "masked_read")
+    if op not in names:
+        _fail("explain", f"one of {', '.join(names)}", repr(op))
+    if op == "head_space_scores":
+        if not args or not isinstance(args[0], Sequence) or not isinstance(args[0][0], Nodes):
+            _fail("explain", "the arguments of head_space_scores", f"{len(args)} arguments", TypeError)
+        choice = _dispatch.choose_head_space_scores(args[0][0].values)
+        return f"{op}: auto runs {choice.impl}: {choice.reason}"
+    allowed = 5 if op == "edge_scores" else 3
+    tensors = [x for x in args[:3] if isinstance(x, Tensor)]
+    if len(tensors) != 3 or len(args) > allowed:
         _fail("explain", f"the tensors of {op}", f"{len(args)} arguments", TypeError)
     if op == "edge_scores":
-        choice = _dispatch.choose_edge_scores(tensors[0], tensors[1], args[4] if len(args) == 5 else None)
+        segments = args[4] if len(args) == 5 else None
+        choice = _dispatch.choose_edge_scores(
+            tensors[0], tensors[1], segments if isinstance(segments, Tensor) else None
+        )
     else:
         choice = _dispatch.choose_masked_read(tensors[1], tensors[2])
     return f"{op}: auto runs {choice.impl}: {choice.reason}"
@@ -157,10 +256,11 @@ def _check_floating(op: str, name: str, x: Tensor, rank: int, shape: str) -> Non
 
 
 def _check_like(op: str, name: str, x: Tensor, delta: Tensor) -> None:
+    like_name = "values" if op == "head_space_scores" else "delta"
     if x.dtype != delta.dtype:
-        _fail(op, f"{name} in delta's dtype {delta.dtype}", x.dtype, TypeError)
+        _fail(op, f"{name} in {like_name}'s dtype {delta.dtype}", x.dtype, TypeError)
     if x.device != delta.device:
-        _fail(op, f"{name} on delta's device {delta.device}", x.device)
+        _fail(op, f"{name} on {like_name}'s device {delta.device}", x.device)
 
 
 def _check_index(op: str, name: str, x: Tensor, count: int) -> None:
@@ -172,10 +272,39 @@ def _check_index(op: str, name: str, x: Tensor, count: int) -> None:
         _fail(op, f"{name} of shape [{count}]", list(x.shape))
 
 
+def _check_nodes(group: Nodes, like: Tensor, tokens: int, features: int) -> None:
+    op = "head_space_scores"
+    _check_floating(op, "values", group.values, 3, "[N, h, K]")
+    _check_like(op, "values", group.values, like)
+    heads, width = group.values.shape[1:]
+    if group.values.shape[0] != tokens:
+        _fail(op, f"values of shape [{tokens}, h, K]", list(group.values.shape))
+    if group.weight is None:
+        if width != features:
+            _fail(op, f"values of shape [{tokens}, h, {features}] where there is no weight", list(group.values.shape))
+    else:
+        _check_floating(op, "weight", group.weight, 3, "[g, K, D]")
+        _check_like(op, "weight", group.weight, like)
+        shared = group.weight.shape[0]
+        if list(group.weight.shape[1:]) != [width, features] or not shared or heads % shared:
+            expected = f"weight of shape [g, {width}, {features}] with g a divisor of {heads}"
+            _fail(op, expected, list(group.weight.shape))
+    if (group.coefficients is None) != (group.normalised is None):
+        _fail(op, "coefficients and normalised together", "only one of them")
+    if group.coefficients is not None and group.normalised is not None:
+        for name, x in (("coefficients", group.coefficients), ("normalised", group.normalised)):
+            _check_floating(op, name, x, 3, "[h, M, N]" if name == "coefficients" else "[M, N, D]")
+            _check_like(op, name, x, like)
+        points = group.normalised.shape[0]
+        if list(group.normalised.shape[1:]) != [tokens, features]:
+            _fail(op, f"normalised of shape [M, {tokens}, {features}]", list(group.normalised.shape))
+        if list(group.coefficients.shape) != [heads, points, tokens]:
+            _fail(op, f"coefficients of shape [{heads}, {points}, {tokens}]", list(group.coefficients.shape))
+
+
 def _check_out(
-    out: Tensor, senders: int, receivers: int, segmented: bool, wide: torch.dtype, device: torch.device
+    op: str, out: Tensor, senders: int, receivers: int, segmented: bool, wide: torch.dtype, device: torch.device
 ) -> None:
-    op = "edge_scores"
     if not isinstance(out, Tensor):
         _fail(op, "out to be a tensor", type(out).__name__, TypeError)
     if out.dtype != wide:

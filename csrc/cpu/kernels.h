@@ -44,6 +44,28 @@ struct EdgeScores {
   std::unique_ptr<double[]> partial;  // [tiles, chunks, rows, columns], with more than one chunk
 };
 
+// Consecutive nodes in head space, as the rows first, first + 1, ... of what they expand to.
+struct Nodes {
+  int64_t first;
+  View values;        // [h, N, K]
+  View weight;        // [g, K, D], or no data: values are residual rows and K is D
+  int64_t per_weight;  // h / g
+  View coefficients;  // [h, M, N]
+  View normalised;    // [M, N, D]
+};
+
+// Their rows in the residual stream at some tokens and features, in the accumulation type: [nodes, tokens, features].
+struct Expand {
+  const Nodes* groups;
+  int64_t n_groups;
+  Dtype dtype;         // of all operands
+  int64_t token, tokens, feature, features;
+  void* out;
+  int64_t out_stride;  // elements from one node to the next
+
+  void run(int64_t node) const;
+};
+
 // out[v, n, d] = base[v, n, d] + sum_i weight[i] * delta[sender[i], n, d]   for i in [first[v], first[v + 1])
 struct MaskedRead {
   View delta;             // [S, N, D]

@@ -65,6 +65,33 @@ def edge_scores_oracle(
     return _oracle(contract(delta, grad), contract(delta.abs(), grad.abs()))
 
 
+def expanded(nodes: Sequence[eap_kernels.Nodes]) -> tuple[Tensor, Tensor]:
+    """Residual-space rows of nodes in float64, and the sums of their absolute terms: [nodes, N, D] each."""
+    rows: list[Tensor] = []
+    magnitudes: list[Tensor] = []
+    for group in nodes:
+        parts = [None if x is None else x.cpu().double() for x in (group.values, group.weight)]
+        terms = [None if x is None else x.cpu().double() for x in (group.coefficients, group.normalised)]
+        for sign, found in ((1, rows), (-1, magnitudes)):
+            values, weight, c, x = (y if y is None or sign == 1 else y.abs() for y in (*parts, *terms))
+            assert values is not None
+            y = values.transpose(0, 1)
+            if weight is not None:
+                y = y @ weight.repeat_interleave(len(y) // len(weight), 0)
+            if c is not None and x is not None:
+                y = y - sign * torch.einsum("hmn,mnd->hnd", c, x)
+            found.append(y)
+    return torch.cat(rows), torch.cat(magnitudes)
+
+
+def head_space_scores_oracle(
+    senders: Sequence[eap_kernels.Nodes], receivers: Sequence[eap_kernels.Nodes], reach: Tensor
+) -> Oracle:
+    """Scores in float64, zero outside the staircase: [S, R]; on the CPU."""
+    (delta, large), (grad, large_grad) = expanded(senders), expanded(receivers)
+    return _oracle(edge_scores_oracle(delta, grad, reach).value, edge_scores_oracle(large, large_grad, reach).value)
+
+
 def masked_read_oracle(base: Tensor, delta: Tensor, mask: Tensor) -> Oracle:
     """The read in float64: [R, N, D], on the CPU."""
     base, delta, mask = base.cpu(), delta.cpu(), mask.cpu()

@@ -183,7 +183,6 @@ def test_accumulation_is_flushed_in_bounded_memory(make_model, make_pairs, relat
     right = eap.attribute(model, data, steps=4).values
     monkeypatch.setattr("eap_circuits.methods.attribution.HELD_BYTES", 1)
     monkeypatch.setattr("eap_circuits.methods.attribution.HELD_POINTS", 1)
-    monkeypatch.setattr("eap_circuits.capture.contraction.WORKSPACE", 1)
     assert relative(eap.attribute(model, data, steps=4).values, right) < 1e-6
 
 

@@ -119,7 +119,9 @@ def test_auto_follows_its_rule(randn):
     assert "auto runs cpu" in ek.explain("edge_scores", delta, grad, reach, None, torch.zeros(4).long())
     assert "auto runs reference" in ek.explain("masked_read", delta[0], delta, mask)
     assert "auto runs cpu" in ek.explain("masked_read", delta[0], delta, mask * 0)
-    with pytest.raises(ValueError, match="explain: expected edge_scores or masked_read, got 'scores'"):
+    with pytest.raises(
+        ValueError, match="explain: expected one of edge_scores, head_space_scores, masked_read, got 'scores'"
+    ):
         ek.explain("scores", delta, grad, reach)
     with pytest.raises(TypeError, match="explain: expected the tensors of masked_read, got 2 arguments"):
         ek.explain("masked_read", delta, mask)

@@ -20,6 +20,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from eap_kernels import Nodes
+
 from ..adapters import Norm, Projection
 from ..graph import Graph
 from .borrow import Hooks
@@ -68,7 +70,7 @@ class ReceiverGradients:
         self.graph = graph
         self._runner = runner
         self._arch = arch = runner.arch
-        self._rows_held = n = len(runner.batch.rows)
+        n = len(runner.batch.rows)
         self._filled = slice(0, 0)
         self._weights = torch.empty(0)
         new = partial(torch.zeros, dtype=arch.accumulate, device=arch.device)
@@ -112,27 +114,18 @@ class ReceiverGradients:
         for site in self._sites():
             site.gradient.zero_()
 
-    def expand(self, rows: slice) -> Tensor:
-        """Σ_k w_k ∂loss/∂x_v of some rows in the residual stream: [R, n, D]."""
-        n = len(range(*rows.indices(self._rows_held)))
-        out = self._logits.gradient.new_empty(self.graph.n_receivers, n, self._arch.d_model)
-        for site in self._sites():
-            norm, target = site.reads.norm, out[site.receivers]
-            g = site.gradient[rows].transpose(0, 1)  # [heads, n, K]
-            gain = norm.gain(g)
-            if site.projection is None:
-                torch.mul(g, gain, out=target)
-                if norm.centred:
-                    target -= target.mean(-1, keepdim=True)
-            else:
-                weight = site.projection.weight(g.dtype) * gain  # [heads, K, D]
-                if norm.centred:
-                    weight = weight - weight.mean(-1, keepdim=True)
-                torch.bmm(g, weight.repeat_interleave(site.spread, 0), out=target)
-            along = site.coefficients[:, : self._filled.stop, rows].permute(2, 0, 1)  # [n, heads, k]
-            normalised = site.reads.normalised[: self._filled.stop, rows].transpose(0, 1)  # [n, k, D]
-            target.transpose(0, 1).sub_(along @ normalised)
-        return out
+    def nodes(self) -> list[Nodes]:
+        """Σ_k w_k ∂loss/∂x_v of what has been accumulated, in the graph's order."""
+        return [self._node(site) for site in sorted(self._sites(), key=lambda site: site.receivers.start)]
+
+    def _node(self, site: _Site) -> Nodes:
+        norm, values, weight = site.reads.norm, site.gradient, None
+        if site.projection is None:
+            values = _through(norm, values)
+        else:
+            weight = _through(norm, site.projection.weight(values.dtype))  # [heads, K, D]
+        filled = self._filled.stop
+        return Nodes(values, weight, site.coefficients[:, :filled], site.reads.normalised[:filled])
 
     def _sites(self) -> list[_Site]:
         return [*(site for _, sites in self._projected for site in sites), *self._mlps, self._logits]
@@ -203,3 +196,9 @@ class ReceiverGradients:
         """Add w_k r_k g, [m, n, heads, K], and w_k r_k ⟨x̂, γ ⊙ Wᵀ g⟩, [m, n, heads], of a pass."""
         site.gradient += gradient.sum(0)
         site.coefficients[:, self._filled] = products.permute(2, 0, 1) / self._arch.d_model
+
+
+def _through(norm: Norm, rows: Tensor) -> Tensor:
+    """P(γ ⊙ y) of rows y [..., D]."""
+    rows = rows * norm.gain(rows)
+    return rows - rows.mean(-1, keepdim=True) if norm.centred else rows

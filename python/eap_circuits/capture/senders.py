@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eap_kernels import Nodes
+
 from ..adapters import Architecture
 from ..graph import Graph
 from .borrow import Hooks
@@ -46,19 +48,10 @@ class SenderDifferences:
             logits = runner.logits(torch.cat([self.corrupted_embeddings, self.clean_embeddings]), register)
         self.corrupted_logits, self.clean_logits = logits.chunk(2)
 
-    @property
-    def n_rows(self) -> int:
-        return len(self.embedding)
-
-    def expand(self, rows: slice) -> Tensor:
-        """Δ of some rows in the residual stream: [S, n, D]."""
-        first = self.embedding[rows]
-        delta = first.new_empty(self.graph.n_senders, *first.shape)
-        delta[0] = first
-        for index, (layer, values, mlp) in enumerate(zip(self.arch.layers, self.values, self.mlps, strict=True)):
-            heads = self.graph.head_senders(index)
-            weight = layer.out_weight(first.dtype)  # [H, K, D]
-            z = values[rows].unflatten(1, weight.shape[:2]).transpose(0, 1)  # [H, n, K]
-            torch.bmm(z, weight, out=delta[heads])
-            delta[self.graph.mlp_sender(index)] = mlp[rows]
-        return delta
+    def nodes(self) -> list[Nodes]:
+        """The senders, in the graph's order."""
+        nodes = [Nodes(self.embedding[:, None])]
+        for layer, values, mlp in zip(self.arch.layers, self.values, self.mlps, strict=True):
+            weight = layer.out_weight(values.dtype)  # [H, K, D]
+            nodes += [Nodes(values.unflatten(1, weight.shape[:2]), weight), Nodes(mlp[:, None])]
+        return nodes

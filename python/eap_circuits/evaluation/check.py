@@ -131,7 +131,10 @@ def _contributions(arch: Architecture, batch: Batch) -> Check:
     """At every norm the residual's difference is the sum of the differences of the senders before it."""
     graph = arch.graph("kv")
     runner = Runner(arch, graph, batch)
-    delta = SenderDifferences(runner, graph).expand(slice(None))
+    nodes = SenderDifferences(runner, graph).nodes()
+    delta = torch.cat(
+        [x.values.transpose(0, 1) if x.weight is None else x.values.transpose(0, 1) @ x.weight for x in nodes]
+    )
     runs = []
     for tokens in (batch.corrupted, batch.clean):
         inputs: dict[int, Tensor] = {}

@@ -1,0 +1,61 @@
+"""Head-space scores in plain PyTorch: expand a tile of tokens to the residual stream, contract it, go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from eap_kernels.reference.edge_scores import edge_scores
+
+Contract = Callable[[Tensor, Tensor, Tensor, Tensor, None], None]
+
+
+def head_space_scores(
+    values: list[Tensor],
+    weights: list[Tensor],
+    coefficients: list[Tensor],
+    normalised: list[Tensor],
+    sender_groups: int,
+    features: int,
+    reach: Tensor,
+    out: Tensor,
+    workspace: int,
+    contract: Contract = edge_scores,
+) -> None:
+    """Add the scores to out [S, R]; each list holds one tensor a group, the first `sender_groups` are senders.
+
+    values [N, h, K], weights [g, K, D] or empty, coefficients [h, M, N] and normalised [M, N, D] or empty. At most
+    `workspace` bytes are expanded at once, but never less than one token. `contract` multiplies a tile.
+    """
+    groups = list(zip(values, weights, coefficients, normalised, strict=True))
+    senders, receivers = groups[:sender_groups], groups[sender_groups:]
+    tokens = values[0].shape[0]
+    tile = max(1, workspace // max(1, (out.shape[0] + out.shape[1]) * features * out.element_size()))
+    for start in range(0, tokens, tile):
+        rows = slice(start, start + tile)
+        delta, grad = (_expand(side, rows, features, out.dtype) for side in (senders, receivers))
+        contract(delta, grad, reach, out, None)
+
+
+def _expand(
+    groups: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], rows: slice, features: int, dtype: torch.dtype
+) -> Tensor:
+    """Residual-space rows of some tokens, in the accumulation dtype: [nodes, n, D]."""
+    first = groups[0][0]
+    tokens = len(range(*rows.indices(first.shape[0])))
+    out = first.new_empty((sum(group[0].shape[1] for group in groups), tokens, features), dtype=dtype)
+    start = 0
+    for values, weight, coefficients, normalised in groups:
+        x = values[rows].transpose(0, 1).to(dtype)  # [h, n, K]
+        to = out[start : start + len(x)]
+        start += len(x)
+        if weight.dim() == 3:
+            torch.bmm(x, weight.to(dtype).repeat_interleave(len(x) // max(len(weight), 1), 0), out=to)
+        else:
+            to.copy_(x)
+        if normalised.dim() == 3:
+            along = coefficients[:, :, rows].to(dtype).permute(2, 0, 1)  # [n, h, M]
+            to.transpose(0, 1).sub_(along @ normalised[:, rows].to(dtype).transpose(0, 1))
+    return out

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         node_overlap,
         normal_confidence,
         random_circuit,
+        score_agreement,
     )
     from .methods import Plan, attribute, plan
     from .metrics import METRICS
@@ -57,6 +58,7 @@ _HOME = {
     "node_overlap": "graph",
     "normal_confidence": "graph",
     "random_circuit": "graph",
+    "score_agreement": "graph",
     "Plan": "methods",
     "attribute": "methods",
     "plan": "methods",

@@ -105,7 +105,7 @@ def _help(command: Callable[..., None]) -> str:
 
 
 def _register() -> None:
-    from . import about, demo, report, run
+    from . import about, demo, report, reproduce, run
 
     commands: tuple[Callable[..., None], ...] = (
         demo.demo,
@@ -113,6 +113,7 @@ def _register() -> None:
         run.evaluate,
         run.curve,
         report.report,
+        reproduce.reproduce,
         about.tasks,
         about.check,
         about.info,

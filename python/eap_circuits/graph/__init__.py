@@ -2,7 +2,7 @@
 
 from .baseline import random_circuit
 from .circuit import Circuit, prune
-from .compare import Overlap, edge_auroc, edge_overlap, node_overlap
+from .compare import Agreement, Overlap, edge_auroc, edge_overlap, node_overlap, score_agreement
 from .confidence import bootstrap_confidence, normal_confidence
 from .layout import Graph, Heads
 from .scores import EdgeScores
@@ -10,6 +10,7 @@ from .selection import SELECTIONS
 
 __all__ = [
     "SELECTIONS",
+    "Agreement",
     "Circuit",
     "EdgeScores",
     "Graph",
@@ -22,4 +23,5 @@ __all__ = [
     "normal_confidence",
     "prune",
     "random_circuit",
+    "score_agreement",
 ]

@@ -1,8 +1,10 @@
-"""How much two circuits of one graph share."""
+"""How much two circuits of one graph share, and how alike two scores of its edges are."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from ..errors import expected
 from .circuit import Circuit
@@ -71,9 +73,43 @@ def edge_auroc(scores: EdgeScores, circuit: Circuit, signed: bool = False) -> fl
     n_in, n_out = int(inside.sum()), int((~inside).sum())
     if not n_in or not n_out:
         raise expected("circuit", "edges inside and outside it", f"{n_in} inside, {n_out} outside")
-    _, place, count = (values if signed else values.abs()).unique(return_inverse=True, return_counts=True)
-    midrank = count.cumsum(0).double() - (count - 1) / 2  # ranks from 1, equal values share their mean rank
-    return float((midrank[place][inside].sum() - n_in * (n_in + 1) / 2) / (n_in * n_out))
+    ranks = _ranks(values if signed else values.abs())
+    return float((ranks[inside].sum() - n_in * (n_in + 1) / 2) / (n_in * n_out))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How alike two methods score the edges: Pearson's correlation, and Spearman's, which is that of the ranks."""
+
+    pearson: float
+    spearman: float
+
+
+def score_agreement(first: EdgeScores, second: EdgeScores) -> Agreement:
+    """Correlations of two scores over all edges of one graph, not a number where either are all alike.
+
+    Raises:
+        InputError: different graphs, or scores that are not finite.
+    """
+    if first.graph != second.graph:
+        raise expected("second scores", f"those of {first.graph!r}", f"those of {second.graph!r}")
+    a, b = (scores.values[first.graph.edge_mask].double() for scores in (first, second))
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise expected("scores", "finite values", "some that are not")
+    return Agreement(_correlation(a, b), _correlation(_ranks(a), _ranks(b)))
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    norm = a.norm() * b.norm()
+    return float(a @ b / norm) if norm else float("nan")
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """From 1; equal values share their mean rank."""
+    _, place, count = values.unique(return_inverse=True, return_counts=True)
+    ranks: Tensor = count.cumsum(0).double() - (count - 1) / 2
+    return ranks[place]
 
 
 def _same_graph(first: Circuit, second: Circuit) -> None:

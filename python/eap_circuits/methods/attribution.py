@@ -170,15 +170,28 @@ def _request(
     *settings: Any,
 ) -> dict[str, Any]:
     """What two runs must have in common for one to go on where the other stopped."""
-    tokens = (data.clean, data.corrupted, data.lengths, data.answers)
-    embedding = model.get_input_embeddings().weight.detach()
     return {
-        "model": [_model_name(model), model.config.to_json_string(), str(embedding.dtype), float(embedding.sum())],
-        "data": [hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in (*tokens, edges)],
+        "model": model_identity(model),
+        "data": [*data_identity(data), _digest(edges)],
         "metric": metric,
         "graph": graph.to_dict(),
         "settings": list(settings),
     }
+
+
+def model_identity(model: Any) -> list[Any]:
+    """What tells models apart: name, configuration, dtype and a sum of weights; plain JSON values."""
+    embedding = model.get_input_embeddings().weight.detach()
+    return [_model_name(model), model.config.to_json_string(), str(embedding.dtype), float(embedding.sum())]
+
+
+def data_identity(data: PairedDataset) -> list[str]:
+    """What tells prompt pairs apart: digests of their tokens, lengths and answers."""
+    return [_digest(x) for x in (data.clean, data.corrupted, data.lengths, data.answers)]
+
+
+def _digest(x: Tensor) -> str:
+    return hashlib.sha256(x.numpy().tobytes()).hexdigest()
 
 
 def _model_name(model: Any) -> str:

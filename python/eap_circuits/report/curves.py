@@ -86,18 +86,23 @@ def load_curve(path: str | os.PathLike[str]) -> SavedCurve:
         raise expected(str(path), "a file", "a folder" if path.is_dir() else "nothing there")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        fractions, faithfulness, mean = (
-            tuple(_number(x) for x in content[name]) for name in ("fractions", "faithfulness", "mean")
-        )
-        clean, corrupted, cpr, cmd = (_number(content[name]) for name in ("clean", "corrupted", "cpr", "cmd"))
-        n_edges = tuple(int(n) for n in content["n_edges"])
-        # Curves saved before there were baselines have none.
-        baselines = {str(name): _baseline(entry) for name, entry in content.get("baselines", {}).items()}
-        return SavedCurve(fractions, n_edges, faithfulness, mean, clean, corrupted, cpr, cmd, baselines)
+        return saved_curve(content)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise expected(str(path), "a curve written by `eap curve -o`", "something else") from error
+
+
+def saved_curve(content: Any) -> SavedCurve:
+    """The curve of what `Curve.to_dict` gave; a LookupError, TypeError or ValueError for anything else."""
+    fractions, faithfulness, mean = (
+        tuple(_number(x) for x in content[name]) for name in ("fractions", "faithfulness", "mean")
+    )
+    clean, corrupted, cpr, cmd = (_number(content[name]) for name in ("clean", "corrupted", "cpr", "cmd"))
+    n_edges = tuple(int(n) for n in content["n_edges"])
+    # Curves saved before there were baselines have none.
+    baselines = {str(name): _baseline(entry) for name, entry in content.get("baselines", {}).items()}
+    return SavedCurve(fractions, n_edges, faithfulness, mean, clean, corrupted, cpr, cmd, baselines)
 
 
 def _baseline(content: Any) -> SavedBaseline:

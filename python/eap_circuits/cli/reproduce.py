@@ -1,0 +1,84 @@
+"""The command that repeats the comparison of EAP-IG's paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import session
+from .console import progress, say
+from .options import Device, Dtype, Seed
+
+
+def reproduce(
+    model: Annotated[
+        str, typer.Argument(help="A Hugging Face name or folder, or [bold]smollm2[/bold], the demo model.")
+    ] = "smollm2",
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks of [bold]eap tasks[/bold], with commas between.  "
+            "[dim]\\[default: all, or none with --data][/dim]",
+            rich_help_panel="Prompts",
+        ),
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="A file of your own prompt pairs, as a task; may come again.", rich_help_panel="Prompts"),
+    ] = None,
+    scored: Annotated[
+        int,
+        typer.Option(
+            help="Pairs of each task that score edges; the time is in proportion.", min=1, rich_help_panel="Prompts"
+        ),
+    ] = 4,
+    n: Annotated[
+        int, typer.Option("-n", help="Other pairs, on which circuits run.", min=1, rich_help_panel="Prompts")
+    ] = 32,
+    seed: Seed = 0,
+    steps: Annotated[int, typer.Option(help="Steps of EAP-IG.", min=1, rich_help_panel="Scoring")] = 5,
+    draws: Annotated[int, typer.Option(help="Random circuits of each size.", min=1, rich_help_panel="Circuit")] = 3,
+    dtype: Dtype = None,
+    device: Device = None,
+    out: Annotated[
+        Path,
+        typer.Option(help="Where to write; made if it is not there.", metavar="DIR", rich_help_panel="Output"),
+    ] = Path("."),
+) -> None:
+    """Compare EAP, EAP-IG and exact patching on a model: agreement, faithfulness, steps, and circuits across tasks.
+
+    Repeats the comparison of Hanna et al. 2024 (arXiv 2403.17806). Exact patching runs the model once for every edge:
+    hours on a few cores, minutes on a GPU. What is done is kept in DIR/reproduction, and the same command goes on from
+    there. Writes reproduction.md and, in DIR/reproduction, figures (.png, .pdf), tables (.csv) and results.json.
+
+    Examples:
+
+      eap reproduce --out results
+
+      eap reproduce gpt2 --data pairs.csv --scored 8
+    """
+    from ..errors import one_of
+    from ..reproduction import Experiment, Settings, write_page
+    from ..reproduction import reproduce as measure
+    from ..tasks import TASKS, PairedDataset
+
+    files = data or []
+    names = tasks.split(",") if tasks else [] if files else list(TASKS)
+    for name in names:
+        one_of("--tasks", name, TASKS)
+    for file in files:
+        session.Prompts(None, file).check()
+    settings = Settings(scored=scored, pairs=n, seed=seed, steps=steps, draws=draws)
+    folder = out / "reproduction"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    loaded, tokenizer = session.load_model(model, dtype, device)
+    experiments = [Experiment.from_task(name, tokenizer, settings) for name in names]
+    experiments += [
+        Experiment.from_data(file.stem, PairedDataset.from_file(file, tokenizer), settings) for file in files
+    ]
+    results = measure(loaded, experiments, folder, settings, progress)
+    for path in write_page(results, out):
+        say(f"Wrote {path}.")

@@ -1,0 +1,6 @@
+"""The comparison of methods that EAP-IG was introduced with, on any model: measured, drawn and written down."""
+
+from .experiment import Experiment, Settings, reproduce
+from .page import write_page
+
+__all__ = ["Experiment", "Settings", "reproduce", "write_page"]

@@ -1,0 +1,273 @@
+"""The comparison of EAP, EAP-IG and exact patching of Hanna et al. 2024 (arXiv 2403.17806), on any model and task.
+
+Edges are scored on a few pairs of each task, by all three methods on the same ones; circuits run on others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapters import bind
+from ..capture import Progress
+from ..errors import expected, one_of
+from ..evaluation import FRACTIONS, EvaluationResult, evaluate, faithfulness_curve
+from ..graph import Circuit, EdgeScores, edge_overlap, node_overlap, score_agreement
+from ..methods import QUADRATURES, attribute, data_identity, model_identity
+from ..metrics import DIFFERENTIABLE
+from ..report.curves import saved_curve, smallest_faithful
+from ..report.tables import installed
+from ..tasks import PairedDataset, load_task
+from .record import Record
+
+METHODS = ("eap", "eap-ig-inputs", "exact")
+GRADIENTS = METHODS[:2]
+HOW = "greedy"  # the paper's selection
+PACKAGES = ("eap-kernels", "torch", "transformers")
+
+Watch = Callable[[str], AbstractContextManager[Progress]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Args:
+        scored: pairs on which edges are scored; exact scores take most of the time, in proportion to them.
+        pairs: pairs on which circuits run.
+        seed: of the tasks' pairs: those that circuits run on are of the next seed.
+        steps: of EAP-IG.
+        draws: random circuits of each size.
+        faithful: the circuit of a task is the smallest of its curve that is so faithful (the paper's 85 %).
+        grid: steps M at which quadratures are compared.
+        reference: steps of Gauss–Legendre that they are compared with.
+        fractions: sizes of the circuits, as shares of all edges.
+    """
+
+    scored: int = 4
+    pairs: int = 32
+    seed: int = 0
+    steps: int = 5
+    draws: int = 3
+    faithful: float = 0.85
+    grid: tuple[int, ...] = (1, 2, 3, 5, 10, 20)
+    reference: int = 50
+    fractions: tuple[float, ...] = FRACTIONS
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A task: pairs that score edges, and pairs that circuits run on."""
+
+    name: str
+    scored: PairedDataset
+    held_out: PairedDataset
+
+    @classmethod
+    def from_task(cls, name: str, tokenizer: Any, settings: Settings) -> Experiment:
+        """One of the package's tasks."""
+        scored = load_task(name, tokenizer, settings.scored, settings.seed)
+        return cls(name, scored, load_task(name, tokenizer, settings.pairs, settings.seed + 1))
+
+    @classmethod
+    def from_data(cls, name: str, data: PairedDataset, settings: Settings) -> Experiment:
+        """A user's pairs: the first score edges, at most half of them; circuits run on those that follow."""
+        if len(data) < 2:
+            raise expected(name, "at least 2 pairs, to score edges and to run circuits on", len(data))
+        one_of(f"metric of {name}", data.metric, DIFFERENTIABLE)
+        first = min(settings.scored, len(data) // 2)
+        return cls(name, data[:first], data[first : first + settings.pairs])
+
+
+@contextlib.contextmanager
+def _unwatched(_: str) -> Iterator[Progress]:
+    yield lambda done, total: None
+
+
+def reproduce(
+    model: nn.Module,
+    experiments: Sequence[Experiment],
+    folder: Path,
+    settings: Settings | None = None,
+    watch: Watch = _unwatched,
+) -> dict[str, Any]:
+    """Measure everything that is not yet in `folder / "results.json"`, and return what stands there then.
+
+    Every stage is written as soon as it is done, exact scores about every minute; the same call goes on after an
+    interruption.
+
+    Args:
+        model: a Hugging Face causal language model.
+        experiments: one or more tasks, of different names.
+        folder: an existing folder of this comparison alone.
+        settings: what to measure.
+        watch: called with what is done next; gives a context whose value is told (examples done, examples in all).
+
+    Raises:
+        InputError: a folder with results of another model, other data or settings, or anything that `attribute` and
+            `evaluate` refuse.
+    """
+    settings = settings or Settings()
+    names = [experiment.name for experiment in experiments]
+    if not names or len(set(names)) < len(names):
+        raise expected("tasks", "one or more, of different names", ", ".join(names) or "none")
+    record = Record(folder / "results.json", {"model": _identity(model), "settings": asdict(settings)})
+    facts = {experiment.name: _facts(experiment) for experiment in experiments}
+    record.check({("tasks", name, "facts"): found for name, found in facts.items()})
+    record.get("environment", lambda: environment(model))
+    (folder / "scores").mkdir(exist_ok=True)
+
+    circuits = {}
+    for experiment in experiments:
+        entry = record.at("tasks", experiment.name)
+        entry.get("facts", partial(facts.get, experiment.name))
+        scores = {method: _scores(model, experiment, method, folder / "scores", settings, watch) for method in METHODS}
+        _agree(entry.at("agreement"), scores)
+        _integrate(entry.at("quadrature"), model, experiment, scores["exact"], settings, watch)
+        _run(entry.at("curves"), model, experiment, scores, settings, watch)
+        circuits[experiment.name] = _circuit(entry, scores["eap-ig-inputs"], settings)
+    _cross(record, model, experiments, circuits, watch)
+    return record.content
+
+
+def _identity(model: nn.Module) -> dict[str, str]:
+    name, *rest = model_identity(bind(model).model)  # whatever wraps it
+    return {"name": name, "digest": hashlib.sha256(json.dumps(rest).encode()).hexdigest()}
+
+
+def _facts(experiment: Experiment) -> dict[str, Any]:
+    scored, held_out = experiment.scored, experiment.held_out
+    identity = [data_identity(pairs) for pairs in (scored, held_out)]
+    return {"data": identity, "metric": scored.metric, "scored": len(scored), "held_out": len(held_out)}
+
+
+def environment(model: nn.Module) -> dict[str, Any]:
+    """The machine that a model is on, and the versions of what computes."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        listed = Path("/proc/cpuinfo")
+        names = re.findall(r"^model name\s*: (.+)$", listed.read_text() if listed.is_file() else "", re.MULTILINE)
+        machine = f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
+    versions = {"python": platform.python_version()}
+    return {"machine": machine, "versions": versions | {name: installed(name) for name in PACKAGES}}
+
+
+def _scores(
+    model: nn.Module, experiment: Experiment, method: str, folder: Path, settings: Settings, watch: Watch
+) -> EdgeScores:
+    path, data = folder / f"{experiment.name}-{method}.safetensors", experiment.scored
+    with watch(f"{experiment.name}: {method} scores") as bar:
+        if method == "exact":
+            # A finished checkpoint gives its scores at once.
+            return attribute(model, data, data.metric, method, checkpoint=path, progress=bar)
+        scores = attribute(model, data, data.metric, method, settings.steps, progress=bar)
+    scores.save(path)
+    return scores
+
+
+def _agree(entry: Record, scores: dict[str, EdgeScores]) -> None:
+    for method in GRADIENTS:
+        entry.get(method, partial(_agreement, scores[method], scores["exact"]))
+
+
+def _agreement(first: EdgeScores, second: EdgeScores) -> dict[str, float]:
+    return asdict(score_agreement(first, second))
+
+
+def _integrate(
+    entry: Record, model: nn.Module, experiment: Experiment, exact: EdgeScores, settings: Settings, watch: Watch
+) -> None:
+    """Each quadrature's distance from the integral, relative to it, and its correlation with exact scores."""
+    wanted = [(q, m) for q in QUADRATURES for m in settings.grid if str(m) not in entry.at(q).content]
+    if not wanted:
+        return
+    data = experiment.scored
+
+    def score(quadrature: str, steps: int) -> EdgeScores:
+        return attribute(model, data, data.metric, "eap-ig-inputs", steps, quadrature)
+
+    def compare(quadrature: str, steps: int) -> dict[str, float]:
+        found = score(quadrature, steps)
+        error = (found.values - integral.values).norm() / integral.values.norm()
+        return {"error": float(error), "pearson": score_agreement(found, exact).pearson}
+
+    with watch(f"{experiment.name}: steps of integration") as bar:
+        integral = score("gauss-legendre", settings.reference)
+        for done, (quadrature, steps) in enumerate(wanted, 1):
+            entry.at(quadrature).get(str(steps), partial(compare, quadrature, steps))
+            bar(done, len(wanted))
+
+
+def _run(
+    entry: Record,
+    model: nn.Module,
+    experiment: Experiment,
+    scores: dict[str, EdgeScores],
+    settings: Settings,
+    watch: Watch,
+) -> None:
+    data = experiment.held_out
+
+    def measure(method: str) -> dict[str, Any]:
+        # One random circuit of a size is as good as another's: they are measured beside EAP-IG's.
+        baselines = ("random",) if method == "eap-ig-inputs" else ()
+        with watch(f"{experiment.name}: circuits of {method}") as bar:
+            curve = faithfulness_curve(
+                model,
+                scores[method],
+                data,
+                settings.fractions,
+                data.metric,
+                HOW,
+                progress=bar,
+                baselines=baselines,
+                seeds=range(settings.draws),
+            )
+        return curve.to_dict()
+
+    for method in METHODS:
+        entry.get(method, partial(measure, method))
+
+
+def _circuit(entry: Record, scores: EdgeScores, settings: Settings) -> Circuit:
+    """The task's circuit: the smallest that is faithful."""
+    curve = saved_curve(entry.content["curves"]["eap-ig-inputs"])
+    index = smallest_faithful(curve, settings.faithful)
+    circuit = scores.select(int(curve.fractions[index] * scores.graph.n_edges), HOW)
+    entry.get("circuit", lambda: {"n_edges": circuit.n_edges, "n_nodes": len(circuit.nodes)})
+    return circuit
+
+
+def _cross(
+    record: Record, model: nn.Module, experiments: Sequence[Experiment], circuits: dict[str, Circuit], watch: Watch
+) -> None:
+    """What each task's circuit shares with the others', and does on their prompts."""
+    for experiment in experiments:
+        entry, data = record.at("cross", experiment.name), experiment.held_out
+        names = [name for name in circuits if name not in entry.content]
+        if not names:
+            continue
+        with watch(f"{experiment.name}: the other tasks' circuits") as bar:
+            results = evaluate(model, [circuits[name] for name in names], data, data.metric, progress=bar)
+        own = circuits[experiment.name]
+        for name, result in zip(names, results, strict=True):
+            entry.get(name, partial(_share, own, circuits[name], result))
+
+
+def _share(own: Circuit, other: Circuit, result: EvaluationResult) -> dict[str, float]:
+    edges, nodes = edge_overlap(own, other), node_overlap(own, other)
+    return {"faithfulness": result.faithfulness, "edges": edges.iou, "nodes": nodes.iou}

@@ -1,0 +1,225 @@
+"""The page of the comparison: what was found, in tables and figures, written from its results alone."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..files import write_whole
+from ..report.tables import NONE, count, number
+from .experiment import GRADIENTS, HOW, METHODS
+from .figures import NAMES, PAPER_PEARSON, draw_agreement, draw_cross, draw_faithfulness, draw_quadrature
+
+PAGE = "reproduction.md"
+FIGURES = {
+    "faithfulness": draw_faithfulness,
+    "agreement": draw_agreement,
+    "quadrature": draw_quadrature,
+    "cross": draw_cross,
+}
+_FORMATS: dict[str, dict[str, Any]] = {".png": {"dpi": 110}, ".pdf": {"metadata": {"CreationDate": None}}}
+Row = tuple[Any, ...]
+
+
+def write_page(results: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write the page, its figures (.png and .pdf) and its tables (.csv).
+
+    Args:
+        results: what `reproduce` returned.
+        folder: gets `reproduction.md`; its folder `reproduction` gets the rest.
+
+    Returns:
+        The files written.
+    """
+    beside = folder / "reproduction"
+    beside.mkdir(exist_ok=True)
+    files = []
+    for name, draw in FIGURES.items():
+        if name == "cross" and len(results["tasks"]) < 2:
+            continue
+        figure = draw(results)
+        for suffix, settings in _FORMATS.items():
+            save = partial(figure.savefig, facecolor="white", **settings)
+            files.append(write_whole(beside / f"{name}{suffix}", save))
+    for name, rows in _tables(results).items():
+        files.append(write_whole(beside / f"{name}.csv", partial(_write_csv, rows=rows)))
+    text = page(results)
+    files.append(write_whole(folder / PAGE, lambda file: file.write_text(text, encoding="utf-8")))
+    return files
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """The page's Markdown."""
+    request, where = results["request"], results["environment"]
+    settings, tables = request["settings"], _tables(results)
+    several = len(results["tasks"]) > 1
+    model = request["model"]["name"]
+    parts = [
+        f"# EAP, EAP-IG and exact patching on {model}",
+        "Written by `eap reproduce` from `reproduction/results.json`: the comparison of Hanna et al. 2024 "
+        "([arXiv 2403.17806](https://arxiv.org/abs/2403.17806)), whose own numbers are of GPT-2 small.",
+        _settings(results),
+        f"## Agreement with exact patching\n\n{_verdict(results)}",
+        "![Correlation with exact scores](reproduction/agreement.png)",
+        _markdown(tables["agreement"]),
+        "The correlations are over all edges: Pearson's of the scores, Spearman's of their ranks. "
+        "The two columns at the right are the paper's, for GPT-2 small and its own prompts.",
+        "## Faithfulness by circuit size\n\n"
+        f"Circuits are grown from the logits by absolute score ({HOW} selection) and run on pairs that did not score "
+        "them, every other edge carrying the corrupted prompt's value; "
+        f"{settings['draws']} random connected circuits of each size beside them.",
+        "![Faithfulness against edges kept](reproduction/faithfulness.png)",
+        _markdown(tables["areas"]),
+        "CPR is the area under the curve over the share of edges kept (more is better), CMD the area between it and 1 "
+        "(less is better), as the MIB benchmark defines them "
+        "([arXiv 2504.13151](https://arxiv.org/abs/2504.13151)).",
+        "## Steps of integration\n\n"
+        f"Distance of the scores from those of {settings['reference']} Gauss–Legendre steps, relative to their norm.",
+        "![Relative error against steps](reproduction/quadrature.png)",
+        _markdown(_errors(results)),
+        "Geometric means over the tasks; in brackets the mean Pearson correlation of these scores with exact ones. "
+        "One step of the right grid is EAP.",
+    ]
+    if several:
+        parts += [
+            "## Overlap and cross-task faithfulness\n\n"
+            f"The circuit of a task is the smallest of its EAP-IG curve with a faithfulness of {settings['faithful']} "
+            f"or more. {_cross_verdict(results)}",
+            "![Overlap and cross-task faithfulness](reproduction/cross.png)",
+            _markdown(tables["circuits"]),
+        ]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    parts.append(f"Machine: {where['machine']}. {versions}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _settings(results: Mapping[str, Any]) -> str:
+    settings, tasks = results["request"]["settings"], results["tasks"]
+    scored = _span(entry["facts"]["scored"] for entry in tasks.values())
+    held_out = _span(entry["facts"]["held_out"] for entry in tasks.values())
+    return (
+        f"Edges are scored on {scored} prompt pairs a task, by every method on the same ones; circuits run on "
+        f"{held_out} other pairs. EAP-IG takes {settings['steps']} steps; seed {settings['seed']}."
+    )
+
+
+def _verdict(results: Mapping[str, Any]) -> str:
+    tasks = results["tasks"]
+    sentences = []
+    for kind in ("pearson", "spearman"):
+        better = [t for t, e in tasks.items() if _higher(e["agreement"], kind)]
+        worse = [name for name in tasks if name not in better]
+        sentence = (
+            f"By {kind.title()}'s correlation EAP-IG agrees better than EAP on {len(better)} of {len(tasks)} tasks"
+        )
+        sentences.append(sentence + " tasks" + (f" (not on {', '.join(worse)})." if worse and better else "."))
+    return " ".join(sentences)
+
+
+def _higher(agreement: Mapping[str, Mapping[str, float | None]], kind: str) -> bool:
+    eap, ig = (agreement[method][kind] for method in GRADIENTS)
+    return eap is not None and ig is not None and ig > eap
+
+
+def _cross_verdict(results: Mapping[str, Any]) -> str:
+    cross = results["cross"]
+    pairs = [cross[a][b] for a in cross for b in cross if a != b and cross[a][b]["faithfulness"] is not None]
+    faithfulness = [pair["faithfulness"] for pair in pairs]
+    found = {kind: _correlation([pair[kind] for pair in pairs], faithfulness) for kind in ("edges", "nodes")}
+    return (
+        f"Over the {len(pairs)} ordered pairs of different tasks, the faithfulness of one task's circuit on the "
+        f"other's prompts correlates with the share of edges that the two have in common (intersection over union) by "
+        f"{number(found['edges'], 2)}, and with that of nodes by {number(found['nodes'], 2)}."
+    )
+
+
+def _correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    try:
+        return statistics.correlation(a, b)
+    except statistics.StatisticsError:  # fewer than two pairs, or all alike
+        return math.nan
+
+
+def _errors(results: Mapping[str, Any]) -> list[Row]:
+    """Each quadrature's error by its steps, over all tasks."""
+    entries = [entry["quadrature"] for entry in results["tasks"].values()]
+    steps = sorted(next(iter(entries[0].values())), key=int)
+    rows: list[Row] = [("quadrature", *(f"M = {m}" for m in steps))]
+    for quadrature in entries[0]:
+        cells = []
+        for m in steps:
+            points = [entry[quadrature][m] for entry in entries]
+            error = math.exp(statistics.fmean(math.log(max(point["error"], 1e-12)) for point in points))
+            agreement = statistics.fmean(point["pearson"] for point in points)
+            cells.append(f"{_cell(error)} ({number(agreement, 2)})")
+        rows.append((quadrature, *cells))
+    return rows
+
+
+def _tables(results: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """Rows of plain values, headings first."""
+    tasks = results["tasks"]
+    correlations = tuple(f"{NAMES[m]} {kind}" for kind in ("Pearson", "Spearman") for m in GRADIENTS)
+    published = tuple(f"{NAMES[m]} Pearson, paper" for m in GRADIENTS)
+    agreement: list[Row] = [("task", "metric", "clean", "corrupted", *correlations, *published)]
+    areas: list[Row] = [
+        ("task", *(f"{NAMES[m]} {area}" for area in ("CPR", "CMD") for m in METHODS), "random CPR", "random CMD")
+    ]
+    quadrature: list[Row] = [("task", "quadrature", "steps", "relative error", "Pearson with exact")]
+    curves: list[Row] = [("task", "circuits of", "share of edges", "edges", "faithfulness")]
+    circuits: list[Row] = [("task", "edges of its circuit", "nodes", "faithfulness on its own prompts")]
+    cross: list[Row] = [("prompts of", "circuit of", "faithfulness", "edge overlap (IoU)", "node overlap (IoU)")]
+    for task, entry in tasks.items():
+        first = entry["curves"]["exact"]
+        found = [entry["agreement"][method][kind] for kind in ("pearson", "spearman") for method in GRADIENTS]
+        said = PAPER_PEARSON.get(task, (None, None))
+        agreement.append((task, entry["facts"]["metric"], first["clean"], first["corrupted"], *found, *said))
+        random = entry["curves"]["eap-ig-inputs"]["baselines"]["random"]
+        own = [entry["curves"][method][area] for area in ("cpr", "cmd") for method in METHODS]
+        areas.append((task, *own, random["cpr"], random["cmd"]))
+        for name, points in entry["quadrature"].items():
+            quadrature += [(task, name, int(m), points[m]["error"], points[m]["pearson"]) for m in points]
+        for name, curve in {**entry["curves"], "random": None}.items():
+            values = random["faithfulness"] if curve is None else curve["faithfulness"]
+            sizes = entry["curves"]["eap-ig-inputs"] if curve is None else curve
+            curves += [(task, name, *row) for row in zip(sizes["fractions"], sizes["n_edges"], values, strict=True)]
+        faithful = results["cross"][task][task]["faithfulness"]
+        circuits.append((task, entry["circuit"]["n_edges"], entry["circuit"]["n_nodes"], faithful))
+        cross += [(task, o, f["faithfulness"], f["edges"], f["nodes"]) for o, f in results["cross"][task].items()]
+    return {
+        "agreement": agreement,
+        "areas": areas,
+        "quadrature": quadrature,
+        "curves": curves,
+        "circuits": circuits,
+        "cross": cross,
+    }
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return NONE
+    if isinstance(value, float):
+        return number(value, 3) if abs(value) >= 0.01 or value == 0 else f"{value:.1e}"
+    return count(value) if isinstance(value, int) else str(value)
+
+
+def _span(values: Iterable[int]) -> str:
+    low, *_, high = sorted([*values] * 2)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _write_csv(file: Path, rows: Sequence[Row]) -> None:
+    with file.open("w", newline="", encoding="utf-8") as out:
+        csv.writer(out, lineterminator="\n").writerows(rows)

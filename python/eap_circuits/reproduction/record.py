@@ -1,0 +1,70 @@
+"""Results as they come: a JSON file that is written whole after every stage, and read when the work goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import expected
+from ..files import check_writable, write_whole
+from ..report.curves import jsonable
+
+_FORMAT = "eap-circuits/reproduction-1"
+
+
+class Record:
+    """A JSON object in a file, or one inside it.
+
+    Args:
+        path: the file; read where it is there.
+        request: what must be the same for the work to go on, plain JSON values.
+
+    Raises:
+        InputError: the file is of another request, or not one of ours.
+    """
+
+    def __init__(self, path: Path, request: Mapping[str, Any]) -> None:
+        self._path = check_writable(path)
+        head = {"format": _FORMAT, "request": jsonable(dict(request))}
+        self.content: dict[str, Any] = _read(path) if path.exists() else dict(head)
+        for key, value in head.items():
+            if self.content.get(key) != value:
+                raise expected(str(path), f"results of this {key}", "another's; name another folder to keep both")
+        self._whole = self.content
+
+    def at(self, *keys: str) -> Record:
+        """The object at these keys, made where it is not there."""
+        inner = object.__new__(Record)
+        inner._path, inner._whole, inner.content = self._path, self._whole, self.content
+        for key in keys:
+            inner.content = inner.content.setdefault(key, {})
+        return inner
+
+    def check(self, entries: Mapping[tuple[str, ...], Any]) -> None:
+        """Raises `InputError` where something else stands at these keys."""
+        for keys, value in entries.items():
+            found: Any = self.content
+            for key in keys:
+                found = found.get(key) if isinstance(found, dict) else None
+            if found is not None and found != jsonable(value):
+                raise expected(str(self._path), f"the same {' '.join(keys)}", "another; name another folder")
+
+    def get(self, key: str, compute: Callable[[], Any]) -> Any:
+        """What stands at the key; computed and written where there is nothing."""
+        if key not in self.content:
+            self.content[key] = jsonable(compute())
+            text = json.dumps(self._whole, indent=1, allow_nan=False)
+            write_whole(self._path, lambda file: file.write_text(text + "\n", encoding="utf-8"))
+        return self.content[key]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise expected(str(path), "results of `eap reproduce`", f"a file that cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise expected(str(path), "results of `eap reproduce`", type(content).__name__)
+    return content

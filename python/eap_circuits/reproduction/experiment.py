@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import platform
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -161,7 +162,7 @@ def environment(model: nn.Module) -> dict[str, Any]:
     else:
         listed = Path("/proc/cpuinfo")
         names = re.findall(r"^model name\s*: (.+)$", listed.read_text() if listed.is_file() else "", re.MULTILINE)
-        machine = f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
+        machine = f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} of {os.cpu_count()} cores"
     versions = {"python": platform.python_version()}
     return {"machine": machine, "versions": versions | {name: installed(name) for name in PACKAGES}}
 

@@ -24,6 +24,7 @@ _GRIDS = dict(
     zip(("right", "left", "midpoint", "gauss-legendre"), (POSITIVE, NEGATIVE, *LETTERS.values()), strict=False)
 )
 _COLUMNS = 3
+_DARKEST = 1.4  # faithfulness may exceed 1; shares may not
 # The paper's Pearson correlations with exact patching, of EAP and of EAP-IG on GPT-2 (arXiv 2403.17806, §4).
 PAPER_PEARSON = {
     "ioi": (0.78, 0.95),
@@ -89,7 +90,7 @@ def draw_agreement(results: Mapping[str, Any]) -> Figure:
                 if kind == "pearson" and name in PAPER_PEARSON:
                     for method, value in zip(GRADIENTS, PAPER_PEARSON[name], strict=True):
                         label = f"{NAMES[method]}, GPT-2 in the paper" if row == len(names) - 1 else None
-                        mark = {"color": COLOURS[method], "markersize": 6, "markeredgewidth": 1.6}
+                        mark: dict[str, Any] = {"color": COLOURS[method], "markersize": 6, "markeredgewidth": 1.6}
                         ax.plot(value, row - 0.28, "|", label=label, **mark)
             ax.set_yticks(range(len(names)), names if index == 0 else [""] * len(names))
             ax.set_ylim(-0.6, len(names) - 0.5)
@@ -136,11 +137,12 @@ def draw_cross(results: Mapping[str, Any]) -> Figure:
             values = [[results["cross"][row][column][kind] for column in names] for row in names]
             # A number that could not be measured stays blank.
             grid = [[math.nan if value is None else value for value in row] for row in values]
-            ax.imshow(grid, cmap="Blues", vmin=0, vmax=1.4)
+            ax.imshow(grid, cmap="Blues", vmin=0, vmax=_DARKEST)
             for i, row in enumerate(values):
                 for j, value in enumerate(row):
                     if value is not None:
-                        ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=INK, fontsize=7)
+                        colour = PAPER if value > 1 and kind == "faithfulness" else INK
+                        ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7)
             ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
             ax.set_yticks(range(len(names)), names if index == 0 else [""] * len(names))
             ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=7.5, length=0)

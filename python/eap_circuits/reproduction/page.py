@@ -89,7 +89,7 @@ def page(results: Mapping[str, Any]) -> str:
         parts += [
             "## Overlap and cross-task faithfulness\n\n"
             f"The circuit of a task is the smallest of its EAP-IG curve with a faithfulness of {settings['faithful']} "
-            f"or more. {_cross_verdict(results)}",
+            f"or more, or the largest short of the model. {_cross_verdict(results)}",
             "![Overlap and cross-task faithfulness](reproduction/cross.png)",
             _markdown(tables["circuits"]),
         ]
@@ -114,9 +114,7 @@ def _verdict(results: Mapping[str, Any]) -> str:
     for kind in ("pearson", "spearman"):
         better = [t for t, e in tasks.items() if _higher(e["agreement"], kind)]
         worse = [name for name in tasks if name not in better]
-        sentence = (
-            f"By {kind.title()}'s correlation EAP-IG agrees better than EAP on {len(better)} of {len(tasks)} tasks"
-        )
+        sentence = f"By {kind.title()}'s correlation EAP-IG agrees better than EAP on {len(better)} of {len(tasks)}"
         sentences.append(sentence + " tasks" + (f" (not on {', '.join(worse)})." if worse and better else "."))
     return " ".join(sentences)
 

@@ -124,6 +124,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(model: Any, experiments: li
     else:
         raise AssertionError("no progress")
     assert found == right
+    part = reproduce(model, experiments[:1], pieces, SETTINGS)
+    assert list(part["tasks"]) == ["first"] and part["tasks"]["first"] == right["tasks"]["first"]
     begun.clear()
     reproduce(model, experiments, pieces, SETTINGS, lambda what: stop_at(-1, what))
     assert not [what for what in begun if "scores" not in what], "what is done is not done again"

@@ -104,7 +104,7 @@ def reproduce(
     settings: Settings | None = None,
     watch: Watch = _unwatched,
 ) -> dict[str, Any]:
-    """Measure everything that is not yet in `folder / "results.json"`, and return what stands there then.
+    """Measure everything that is not yet in `folder / "results.json"`, and return what stands there of these tasks.
 
     Every stage is written as soon as it is done, exact scores about every minute; the same call goes on after an
     interruption.
@@ -125,22 +125,25 @@ def reproduce(
     if not names or len(set(names)) < len(names):
         raise expected("tasks", "one or more, of different names", ", ".join(names) or "none")
     record = Record(folder / "results.json", {"model": _identity(model), "settings": asdict(settings)})
-    facts = {experiment.name: _facts(experiment) for experiment in experiments}
-    record.check({("tasks", name, "facts"): found for name, found in facts.items()})
+    for experiment in experiments:
+        record.at("tasks", experiment.name).require("facts", _facts(experiment))
     record.get("environment", lambda: environment(model))
     (folder / "scores").mkdir(exist_ok=True)
 
     circuits = {}
     for experiment in experiments:
         entry = record.at("tasks", experiment.name)
-        entry.get("facts", partial(facts.get, experiment.name))
         scores = {method: _scores(model, experiment, method, folder / "scores", settings, watch) for method in METHODS}
         _agree(entry.at("agreement"), scores)
         _integrate(entry.at("quadrature"), model, experiment, scores["exact"], settings, watch)
         _run(entry.at("curves"), model, experiment, scores, settings, watch)
         circuits[experiment.name] = _circuit(entry, scores["eap-ig-inputs"], settings)
     _cross(record, model, experiments, circuits, watch)
-    return record.content
+    return {
+        **record.content,
+        "tasks": {name: record.content["tasks"][name] for name in names},
+        "cross": {a: {b: record.content["cross"][a][b] for b in names} for a in names},
+    }
 
 
 def _identity(model: nn.Module) -> dict[str, str]:

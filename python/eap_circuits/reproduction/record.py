@@ -42,14 +42,10 @@ class Record:
             inner.content = inner.content.setdefault(key, {})
         return inner
 
-    def check(self, entries: Mapping[tuple[str, ...], Any]) -> None:
-        """Raises `InputError` where something else stands at these keys."""
-        for keys, value in entries.items():
-            found: Any = self.content
-            for key in keys:
-                found = found.get(key) if isinstance(found, dict) else None
-            if found is not None and found != jsonable(value):
-                raise expected(str(self._path), f"the same {' '.join(keys)}", "another; name another folder")
+    def require(self, key: str, value: Any) -> None:
+        """Put a value where there is nothing; raises `InputError` where another stands."""
+        if self.get(key, lambda: value) != jsonable(value):
+            raise expected(str(self._path), f"results of the same {key}", "others'; name another folder to keep both")
 
     def get(self, key: str, compute: Callable[[], Any]) -> Any:
         """What stands at the key; computed and written where there is nothing."""

@@ -188,11 +188,11 @@ def _head_space_scores(
     args = (values, weights, coefficients, normalised, sender_groups, features, reach, out, workspace)
     if impl == "cpu":
         torch.ops.eap_kernels.head_space_scores.default(*args)
-    elif impl == "reference":
-        reference_head_space_scores.head_space_scores(*args)
     else:
-        # Tiles are expanded by the library's batched product and contracted by the backend's own kernel.
-        reference_head_space_scores.head_space_scores(*args, contract=partial(_edge_scores, impl=impl))
+        # Tiles are expanded by the library's batched product and contracted by the backend's own kernel; on a GPU in
+        # the operands' own dtype, which is what its tensor cores multiply.
+        contract = partial(_edge_scores, impl=impl)
+        reference_head_space_scores.head_space_scores(*args, contract=contract, rounded=out.is_cuda)
 
 
 def _masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str) -> Tensor:

@@ -8,8 +8,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-# Elements of delta copied at once where a copy is needed (strides that do not flatten, low precision).
-_CHUNK = 1 << 20
+# Elements of delta copied at once where a copy is needed (strides that do not flatten, low precision): what a
+# processor's cache holds, and enough for a GPU not to wait for launches.
+_CHUNK, _CHUNK_CUDA = 1 << 20, 1 << 26
 # Share of a block's products that may lie outside the staircase: wider products are worth it.
 _WASTE = 0.125
 
@@ -78,10 +79,13 @@ def _add(delta: Tensor, grad: Tensor, reach: list[int], out: Tensor) -> None:
 
 def _product(delta: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """[s, n, D] x [r, n, D] -> [s, r] in `dtype`."""
-    if delta.dtype == dtype and flattens(delta) and flattens(grad):
-        return delta.flatten(1) @ grad.flatten(1).T
+    if flattens(delta) and flattens(grad):
+        if delta.dtype == dtype:
+            return delta.flatten(1) @ grad.flatten(1).T
+        if delta.is_cuda:  # tensor cores: low precision in, fp32 sums out
+            return torch.mm(delta.flatten(1), grad.flatten(1).T, out_dtype=dtype)
     scores = delta.new_zeros((delta.shape[0], grad.shape[0]), dtype=dtype)
-    step = max(1, _CHUNK // max(1, delta.shape[0] * delta.shape[2]))
+    step = max(1, (_CHUNK_CUDA if delta.is_cuda else _CHUNK) // max(1, delta.shape[0] * delta.shape[2]))
     for a in range(0, delta.shape[1], step):
         d, g = (x[:, a : a + step].to(dtype).flatten(1) for x in (delta, grad))
         scores.addmm_(d, g.T)

@@ -23,26 +23,29 @@ def head_space_scores(
     out: Tensor,
     workspace: int,
     contract: Contract = edge_scores,
+    rounded: bool = False,
 ) -> None:
     """Add the scores to out [S, R]; each list holds one tensor a group, the first `sender_groups` are senders.
 
     values [N, h, K], weights [g, K, D] or empty, coefficients [h, M, N] and normalised [M, N, D] or empty. At most
-    `workspace` bytes are expanded at once, but never less than one token. `contract` multiplies a tile.
+    `workspace` bytes are expanded at once, but never less than one token. `contract` multiplies a tile, whose rows are
+    in the accumulation dtype, or `rounded` to that of the values.
     """
     groups = list(zip(values, weights, coefficients, normalised, strict=True))
     senders, receivers = groups[:sender_groups], groups[sender_groups:]
     tokens = values[0].shape[0]
-    tile = max(1, workspace // max(1, (out.shape[0] + out.shape[1]) * features * out.element_size()))
+    dtype = values[0].dtype if rounded else out.dtype
+    tile = max(1, workspace // max(1, (out.shape[0] + out.shape[1]) * features * dtype.itemsize))
     for start in range(0, tokens, tile):
         rows = slice(start, start + tile)
-        delta, grad = (_expand(side, rows, features, out.dtype) for side in (senders, receivers))
+        delta, grad = (_expand(side, rows, features, dtype) for side in (senders, receivers))
         contract(delta, grad, reach, out, None)
 
 
 def _expand(
     groups: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], rows: slice, features: int, dtype: torch.dtype
 ) -> Tensor:
-    """Residual-space rows of some tokens, in the accumulation dtype: [nodes, n, D]."""
+    """Residual-space rows of some tokens: [nodes, n, D]."""
     first = groups[0][0]
     tokens = len(range(*rows.indices(first.shape[0])))
     out = first.new_empty((sum(group[0].shape[1] for group in groups), tokens, features), dtype=dtype)

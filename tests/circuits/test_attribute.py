@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits.capture import RecordedRun, Runner, borrowed, make_batches, prepare, run_circuits
+from eap_circuits.capture import RecordedRun, Runner, borrowed, contraction, make_batches, prepare, run_circuits
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.methods.spec import QUADRATURES
 from eap_circuits.metrics import get_metric
@@ -195,6 +195,16 @@ def test_half_precision_weights(make_model, make_pairs, relative):
     assert found.values.dtype == torch.float32
     # bfloat16 keeps 8 bits and the gradient passes three layers of them: the order of 2⁻⁸ times ten.
     assert relative(found.values, right) < 0.1
+
+
+def test_contraction_in_bfloat16_moves_scores_by_its_rounding(make_model, make_pairs, relative, monkeypatch):
+    """What a GPU does for a model in low precision, on this processor."""
+    model, data = make_model("llama", torch.bfloat16), make_pairs()
+    right = eap.attribute(model, data)
+    monkeypatch.setattr(contraction, "contracted_dtype", lambda arch: torch.bfloat16)
+    found = eap.attribute(model, data)
+    # Values, weights and the norm's term are each rounded by half an eps, on both sides; their errors are independent.
+    assert 0 < relative(found.values, right.values) <= 3 * torch.finfo(torch.bfloat16).eps
 
 
 def test_callable_metric_gets_what_it_was_promised(make_model, make_pairs, relative):

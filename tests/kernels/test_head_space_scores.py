@@ -10,6 +10,7 @@ from torch.library import opcheck
 
 import eap_kernels as ek
 from eap_kernels import testing
+from eap_kernels.reference.head_space_scores import head_space_scores
 
 CASES = st.fixed_dictionaries(
     {
@@ -86,6 +87,26 @@ def test_accumulates_and_repeats_to_the_bit(impl, device):
     assert torch.equal(once, out)
     ek.head_space_scores(senders, receivers, reach, out, impl)
     torch.testing.assert_close(out, 2 * once)
+
+
+@settings(deadline=None)
+@given(case=CASES, low=st.sampled_from([torch.bfloat16, torch.float16]))
+def test_rows_in_low_precision_cost_three_roundings_each(case, low):
+    """As on a GPU: the product with a weight, the norm's term and their difference are rounded, on both sides."""
+    case["layout"] = "contiguous"
+    senders, receivers, reach = make_inputs(case, low, "cpu")
+    oracle = testing.head_space_scores_oracle(senders, receivers, reach)
+    none = torch.empty(0, dtype=low)
+    groups = [*senders, *receivers]
+    lists = [
+        [none if x is None else x for x in column]
+        for column in zip(*((g.values, g.weight, g.coefficients, g.normalised) for g in groups), strict=True)
+    ]
+    out = torch.zeros(oracle.value.shape)
+    features, workspace = case["features"], case["workspace"]
+    head_space_scores(*lists, len(senders), features, reach, out, workspace, rounded=True)
+    # A rounding is half an eps of the terms' absolute sum; one more eps for what is of second order.
+    assert float((out.double() - oracle.value).abs().max()) <= 4 * torch.finfo(low).eps * oracle.scale
 
 
 @pytest.mark.parametrize("overload", ["default", "select"])

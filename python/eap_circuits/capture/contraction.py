@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
-from eap_kernels import head_space_scores
+from eap_kernels import Nodes, head_space_scores
 
+from ..adapters import Architecture
 from .receivers import ReceiverGradients
 from .senders import SenderDifferences
 
 
 def contract(senders: SenderDifferences, receivers: ReceiverGradients) -> Tensor:
     """Edge scores of what has been accumulated, summed over the batch: float32 (or float64) [S, R]."""
+    dtype = contracted_dtype(senders.arch)
     with torch.no_grad():
-        return head_space_scores(senders.nodes(), receivers.nodes(), senders.graph.reach)
+        sides = [[_to(group, dtype) for group in side.nodes()] for side in (senders, receivers)]
+        return head_space_scores(*sides, senders.graph.reach, workspace=_workspace(senders.arch.device))
+
+
+def contracted_dtype(arch: Architecture) -> torch.dtype:
+    """What senders meet receivers in; sums are in float32 (float64) all the same.
+
+    Of a model in low precision, on a GPU: bfloat16, which tensor cores multiply an order of magnitude faster than
+    float32. Rounding to it moves scores by a twentieth of what running the model in bfloat16 does (SmolLM2-135M on IOI:
+    0.1 % against 2.1 %). Not float16, whose range gradients leave.
+    """
+    low = arch.dtype in (torch.bfloat16, torch.float16)
+    return torch.bfloat16 if low and arch.device.type == "cuda" else arch.accumulate
+
+
+def _workspace(device: torch.device) -> int:
+    """Bytes of expanded rows held at once: on a GPU more than on a processor, or it would wait for launches."""
+    if device.type != "cuda":
+        return 2**28
+    return torch.cuda.get_device_properties(device).total_memory // 16
+
+
+def _to(group: Nodes, dtype: torch.dtype) -> Nodes:
+    parts = [getattr(group, field.name) for field in fields(Nodes)]
+    return Nodes(*(None if part is None else part.to(dtype) for part in parts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ def contract(senders: SenderDifferences, receivers: ReceiverGradients) -> Tensor
     """Edge scores of what has been accumulated, summed over the batch: float32 (or float64) [S, R]."""
     dtype = contracted_dtype(senders.arch)
     with torch.no_grad():
-        sides = [[_to(group, dtype) for group in side.nodes()] for side in (senders, receivers)]
-        return head_space_scores(*sides, senders.graph.reach, workspace=_workspace(senders.arch.device))
+        delta, grad = ([_to(group, dtype) for group in side.nodes()] for side in (senders, receivers))
+        workspace = _workspace(senders.arch.device)
+        return head_space_scores(delta, grad, senders.graph.reach, workspace=workspace)
 
 
 def contracted_dtype(arch: Architecture) -> torch.dtype:
@@ -41,5 +42,5 @@ def _workspace(device: torch.device) -> int:
 
 
 def _to(group: Nodes, dtype: torch.dtype) -> Nodes:
-    parts = [getattr(group, field.name) for field in fields(Nodes)]
-    return Nodes(*(None if part is None else part.to(dtype) for part in parts))
+    parts = {name: None if part is None else part.to(dtype) for name, part in vars(group).items()}
+    return replace(group, **parts)

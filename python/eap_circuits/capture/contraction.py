@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -42,5 +40,5 @@ def _workspace(device: torch.device) -> int:
 
 
 def _to(group: Nodes, dtype: torch.dtype) -> Nodes:
-    parts = {name: None if part is None else part.to(dtype) for name, part in vars(group).items()}
-    return replace(group, **parts)
+    rest = (None if x is None else x.to(dtype) for x in (group.weight, group.coefficients, group.normalised))
+    return Nodes(group.values.to(dtype), *rest)

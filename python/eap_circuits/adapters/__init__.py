@@ -7,7 +7,7 @@ from .families import FAMILIES
 from .family import Family
 from .norms import Norm
 from .pretrained import DEMO_MODEL, load_model
-from .projections import Projection, concatenate, group, linear_weight
+from .projections import Projection, concatenate, group, linear_shape, linear_weight
 from .registry import family_of, register_family
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "concatenate",
     "family_of",
     "group",
+    "linear_shape",
     "linear_weight",
     "load_model",
     "propose",

@@ -1,9 +1,10 @@
 """The only place that touches hooks: contributions, gradients, the masked read and the prefix cache."""
 
+from .ablation import ABLATIONS, Constants
 from .batches import Batch, make_batches
 from .borrow import Hooks, borrowed
 from .contraction import contract
-from .inputs import ABLATIONS, Progress, Run, prepare
+from .inputs import Progress, Run, prepare
 from .masked import TOKENS_TOGETHER, run_circuits
 from .memory import SHARE_OF_FREE, PeakBytes, free_bytes, in_memory, most_tokens, parse_bytes
 from .patched import PatchedEdges
@@ -18,6 +19,7 @@ __all__ = [
     "SHARE_OF_FREE",
     "TOKENS_TOGETHER",
     "Batch",
+    "Constants",
     "Hooks",
     "PatchedEdges",
     "PeakBytes",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,19 +13,35 @@ from ..adapters import Architecture, bind
 from ..errors import expected, one_of
 from ..metrics import MetricBatch, check_metric_values, get_metric
 from ..tasks import PairedDataset
+from .ablation import ABLATIONS, Constants, different_throughout, find_constants, zeros
 from .batches import Batch
 
-ABLATIONS = ("patching",)
 Progress = Callable[[int, int], None]  # (examples done, examples in all)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A checked request: the bound model, the data and the metric."""
+    """A checked request: the bound model, the data, the metric and the ablation.
+
+    `constants`, once `with_constants` has found them, are what the ablation puts in place of contributions; there are
+    none for patching.
+    """
 
     arch: Architecture
     data: PairedDataset
     metric: Callable[[Tensor, MetricBatch], Tensor]
+    ablation: str | Constants = "patching"
+    ablation_data: PairedDataset | None = None
+    constants: Constants | None = None
+
+    def with_constants(self) -> Run:
+        """The request with its constants, for which means are taken; the model is to be borrowed already."""
+        arch, given = self.arch, self.ablation
+        if isinstance(given, Constants):
+            found: Constants | None = given.map(lambda x: x.to(arch.device, arch.accumulate))
+        else:
+            found = find_constants(arch, given, self.ablation_data or self.data)
+        return replace(self, constants=found)
 
     def values(self, logits: Tensor, batch: Batch, clean: Tensor, corrupted: Tensor) -> Tensor:
         """The metric of each example: logits [E, V] -> [E]; raises InputError where it is not finite."""
@@ -41,16 +57,47 @@ class Run:
         return values
 
 
-def prepare(model: nn.Module, data: PairedDataset, metric: object, ablation: str, batch_size: int | None) -> Run:
+def prepare(
+    model: nn.Module,
+    data: PairedDataset,
+    metric: object,
+    ablation: str | Constants,
+    batch_size: int | None,
+    ablation_data: PairedDataset | None = None,
+) -> Run:
     """Check a request; raises InputError with what is wrong."""
-    run = Run(bind(model), data, get_metric(metric))  # type: ignore[arg-type]
-    one_of("ablation", ablation, ABLATIONS)
+    run = Run(bind(model), data, get_metric(metric), ablation, ablation_data)  # type: ignore[arg-type]
     if not isinstance(data, PairedDataset):
         raise expected("data", "a PairedDataset", type(data).__name__)
+    _check_ablation(run)
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise expected("batch_size", "a whole number of at least 1, or None", repr(batch_size))
     _check_tokens(run.arch.model, data)
-    return run
+    return run if ablation == "patching" else replace(run, data=different_throughout(data))
+
+
+def _check_ablation(run: Run) -> None:
+    ablation, other = run.ablation, run.ablation_data
+    if isinstance(ablation, Constants):
+        found, right = ([x.shape[1] for x in each.tensors] for each in (ablation, zeros(run.arch)))
+        if found != right:
+            raise expected("ablation", f"constants of this model, of widths {right}", found)
+        covered, longest = len(ablation.embedding), int(run.data.lengths.max())
+        if 1 < covered < longest:
+            raise expected("ablation", f"constants for {longest} positions, the data's most, or for all alike", covered)
+    else:
+        one_of("ablation", ablation, ABLATIONS)
+    if other is None:
+        return
+    if isinstance(ablation, Constants) or ablation in ("patching", "zero"):
+        what = "constants" if isinstance(ablation, Constants) else repr(ablation)
+        raise expected("ablation_data", 'none but for "mean", "mean-positional" and "optimal"', f"some for {what}")
+    if not isinstance(other, PairedDataset):
+        raise expected("ablation_data", "a PairedDataset", type(other).__name__)
+    _check_tokens(run.arch.model, other)
+    longest, covered = int(run.data.lengths.max()), int(other.lengths.max())
+    if ablation == "mean-positional" and covered < longest:
+        raise expected("ablation_data", f"prompts of {longest} tokens, the data's most", f"at most {covered}")
 
 
 def _check_tokens(model: Any, data: PairedDataset) -> None:

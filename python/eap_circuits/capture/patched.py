@@ -1,7 +1,7 @@
-"""Runs in which one edge carries its corrupted value and all else follows: the intervention that EAP approximates.
+"""Runs in which one edge carries its ablated value and all else follows: the intervention that EAP approximates.
 
 Nothing before the edge's receiver differs from the clean run, so receiver v reads x_v + Δ_u, Δ_u being the sender's
-corrupted less its clean contribution, and a run starts at the receiver's layer from the clean run's residual stream.
+ablated less its clean contribution, and a run starts at the receiver's layer from the clean run's residual stream.
 Many edges run together, one after another along the batch dimension.
 """
 
@@ -16,6 +16,7 @@ from eap_kernels import Nodes
 
 from ..adapters import Layer, Norm
 from ..graph import Graph
+from .ablation import Constants
 from .borrow import Hooks
 from .recorded import RecordedRun
 from .runner import Runner
@@ -28,11 +29,12 @@ class PatchedEdges:
     Args:
         runner: the model on one batch.
         graph: its edge graph.
+        constants: see `SenderDifferences`.
     """
 
-    def __init__(self, runner: Runner, graph: Graph) -> None:
+    def __init__(self, runner: Runner, graph: Graph, constants: Constants | None = None) -> None:
         self._runner, self._arch = runner, runner.arch
-        senders = SenderDifferences(runner, graph)
+        senders = SenderDifferences(runner, graph, constants=constants)
         self._groups = [(group, index) for group in senders.nodes() for index in range(group.values.shape[1])]  # [S]
         self._clean = RecordedRun(runner, runner.batch.clean)
         self.clean_logits, self.corrupted_logits = self._clean.logits, senders.corrupted_logits

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from ..adapters import Layer, Norm
+from .ablation import Constants
 from .borrow import Hooks
 from .runner import Runner
 
 
 class RecordedRun:
-    """A run of a batch's clean or corrupted tokens, as far as runs that differ from it read it.
+    """A run of a batch's clean or corrupted tokens, or with all senders ablated, as far as runs that differ from it
+    read it.
 
     Holds `embeddings` [E, T, D] and `logits` [E, V] and, per layer, its input [E, T, D], what the norms read [E, T, D],
     the projections' outputs [E, T, heads·K] (per query head where the graph is), what the heads write [E, T, H·K] and
@@ -23,11 +25,13 @@ class RecordedRun:
     Args:
         runner: the model on one batch.
         tokens: int64 [E, T], `batch.clean` or `batch.corrupted`.
+        constants: what every sender is to give instead of what it computes; the tokens then do not matter.
     """
 
-    def __init__(self, runner: Runner, tokens: Tensor) -> None:
+    def __init__(self, runner: Runner, tokens: Tensor, constants: Constants | None = None) -> None:
         arch = runner.arch
-        self.embeddings = runner.embed(tokens)
+        given = None if constants is None else constants.at(runner.batch)
+        self.embeddings = runner.embed(tokens) if given is None else given.embedding.to(arch.dtype)
         self.inputs: list[Tensor] = []
         self.results: list[object] = []  # of what kind each layer's result is
         self.norm_inputs: dict[int, Tensor] = {}
@@ -42,9 +46,12 @@ class RecordedRun:
             self.projections[index].update({letter: y[..., part] for letter, part in columns.items()})
 
         def write(layer: Layer, z: Tensor) -> None:
-            self.values.append(layer.written(z))
+            # Constants are of what is written.
+            self.values.append(layer.written(z) if given is None else z)
 
         def register(hooks: Hooks) -> None:
+            if given is not None:
+                given.replace(arch, hooks)
             for norm in arch.norms:
                 hooks.on_input(norm.module, read(norm))
             for index, layer in enumerate(arch.layers):

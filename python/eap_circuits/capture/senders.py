@@ -11,12 +11,13 @@ from eap_kernels import Nodes
 
 from ..adapters import Architecture, Layer
 from ..graph import Graph
+from .ablation import Constants
 from .borrow import Hooks
 from .runner import Runner
 
 
 class SenderDifferences:
-    """Δ_u = corrupted − clean contribution of every sender at the batch's rows.
+    """Δ_u = ablated − clean contribution of every sender at the batch's rows.
 
     A head's contribution is its values times its slice of the output projection; only the difference of the values
     is kept: per token L·(H·K + D) + D numbers instead of S·D. Also holds what the two runs gave besides:
@@ -27,9 +28,10 @@ class SenderDifferences:
         graph: its edge graph.
         clean: run the clean prompts too. Without, a later pass over them, which `register_clean` is to watch,
             completes the differences, and `clean_logits` are for its caller to set.
+        constants: what the ablated senders give, if not what they give in the corrupted run.
     """
 
-    def __init__(self, runner: Runner, graph: Graph, clean: bool = True) -> None:
+    def __init__(self, runner: Runner, graph: Graph, clean: bool = True, constants: Constants | None = None) -> None:
         self.arch: Architecture = runner.arch
         self.graph = graph
         self._batch = batch = runner.batch
@@ -37,20 +39,23 @@ class SenderDifferences:
             runner.embed(batch.clean),
             runner.embed(batch.corrupted),
         )
-        (self.embedding,) = self._rows(self.corrupted_embeddings) - self._rows(self.clean_embeddings)  # [n, D]
+        given = None if constants is None else constants.at(batch)
+        ablated = self.corrupted_embeddings if given is None else given.embedding
+        (self.embedding,) = self._rows(ablated) - self._rows(self.clean_embeddings)  # [n, D]
         self.values: list[Tensor] = []  # per layer [n, H·K]
         self.mlps: list[Tensor] = []  # per layer [n, D]
 
-        def keep_values(layer: Layer, z: Tensor) -> None:
-            self.values.append(self._difference(layer.written(z)))
+        def keep_values(layer: Layer, constant: Tensor | None, z: Tensor) -> None:
+            self.values.append(self._difference(layer.written(z), constant))
 
-        def keep_mlp(layer: Layer, y: Tensor) -> None:
-            self.mlps.append(self._difference(y) * layer.scale)
+        def keep_mlp(layer: Layer, constant: Tensor | None, y: Tensor) -> None:
+            self.mlps.append(self._difference(y, constant) * layer.scale)
 
         def register(hooks: Hooks) -> None:
-            for layer in self.arch.layers:
-                hooks.on_input(layer.out, partial(keep_values, layer))
-                hooks.on_output(layer.mlp_out, partial(keep_mlp, layer))
+            for index, layer in enumerate(self.arch.layers):
+                values, mlp = (None, None) if given is None else (given.values[index], given.mlps[index])
+                hooks.on_input(layer.out, partial(keep_values, layer, values))
+                hooks.on_output(layer.mlp_out, partial(keep_mlp, layer, mlp))
 
         runs = [self.corrupted_embeddings, self.clean_embeddings] if clean else [self.corrupted_embeddings]
         with torch.no_grad():
@@ -67,9 +72,11 @@ class SenderDifferences:
         """[m·E, T, X] -> [m, n, X] at the batch's rows, in the accumulation dtype; may share memory with x."""
         return self._batch.active(x).to(self.arch.accumulate)
 
-    def _difference(self, x: Tensor) -> Tensor:
-        corrupted, *clean = self._rows(x)
-        return corrupted - clean[0] if clean else corrupted.clone()  # later changed in place
+    def _difference(self, x: Tensor, constant: Tensor | None) -> Tensor:
+        ablated, *clean = self._rows(x)
+        if constant is not None:
+            (ablated,) = self._rows(constant)
+        return ablated - clean[0] if clean else ablated.clone()  # later changed in place
 
     def _subtract_values(self, layer: Layer, corrupted: Tensor, z: Tensor) -> None:
         self._subtract(corrupted, 1.0, layer.written(z[: self._batch.n_examples].detach()))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..capture import Progress
+from ..capture import Constants, Progress
 from ..errors import expected, one_of
 from ..graph import Circuit, EdgeScores
 from ..tasks import PairedDataset
@@ -83,22 +83,23 @@ def faithfulness_curve(
     metric: Any = "logit_diff",
     how: str = "top",
     signed: bool = False,
-    ablation: str = "patching",
+    ablation: str | Constants = "patching",
     batch_size: int | None = None,
     reuse_prefix: bool = True,
     progress: Progress | None = None,
     baselines: Sequence[str] = (),
     seeds: Sequence[int] = (0, 1, 2),
+    ablation_data: PairedDataset | None = None,
 ) -> Curve:
     """Select circuits of several sizes and measure each one's faithfulness, all in one go over the data.
 
-    Faithfulness is (m(C) − m(∅)) / (m(M) − m(∅)): C the circuit, M the whole model, ∅ the corrupted run.
+    Faithfulness is (m(C) − m(∅)) / (m(M) − m(∅)): C the circuit, M the whole model, ∅ the run with all edges ablated.
 
     Args:
         scores: edge scores of this model.
         fractions: shares of all edges, growing, each in (0, 1].
         how, signed: as in `EdgeScores.select` ("top" or "greedy").
-        model, data, metric, ablation, batch_size, reuse_prefix, progress: as in `evaluate`.
+        model, data, metric, ablation, batch_size, reuse_prefix, progress, ablation_data: as in `evaluate`.
         baselines: of "random" (connected circuits of as many edges) and "complement" (every other edge), which to
             measure at every size too; each costs about as much as the curve, "random" for every seed.
         seeds: of the random circuits.
@@ -119,7 +120,8 @@ def faithfulness_curve(
     circuits = tuple(scores.select(int(f * scores.graph.n_edges), how, signed) for f in fractions)
     others = {name: baseline_circuits(name, circuits, seeds) for name in baselines}
     rows = [circuits, *(row for draws in others.values() for row in draws)]
-    flat = evaluate(model, [c for row in rows for c in row], data, metric, ablation, batch_size, reuse_prefix, progress)
+    settings = (data, metric, ablation, batch_size, reuse_prefix, progress, ablation_data)
+    flat = evaluate(model, [c for row in rows for c in row], *settings)
     results = iter([tuple(flat[first : first + len(circuits)]) for first in range(0, len(flat), len(circuits))])
     own = next(results)
     measured = {name: Baseline(fractions, draws, tuple(next(results) for _ in draws)) for name, draws in others.items()}

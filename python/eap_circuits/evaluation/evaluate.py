@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..capture import (
     TOKENS_TOGETHER,
     Batch,
+    Constants,
     Progress,
     RecordedRun,
     Runner,
@@ -28,7 +29,11 @@ from ..tasks import PairedDataset
 
 @dataclass(frozen=True, eq=False)
 class EvaluationResult:
-    """A metric of a circuit, of the whole model and of the corrupted run, per example: float64 [E] each."""
+    """A metric of a circuit, of the whole model and of the fully ablated run, per example: float64 [E] each.
+
+    The fully ablated run, that of a circuit without edges, is the model's on the corrupted prompts where edges are
+    patched.
+    """
 
     values: Tensor
     clean_values: Tensor
@@ -46,7 +51,7 @@ class EvaluationResult:
 
     @property
     def corrupted(self) -> float:
-        """The whole model's metric on the corrupted prompts, mean over examples."""
+        """The metric with every edge ablated, mean over examples: patched, the model's on the corrupted prompts."""
         return float(self.corrupted_values.mean())
 
     @property
@@ -68,10 +73,11 @@ def evaluate(
     circuit: Circuit,
     data: PairedDataset,
     metric: Any = ...,
-    ablation: str = ...,
+    ablation: str | Constants = ...,
     batch_size: int | None = ...,
     reuse_prefix: bool = ...,
     progress: Progress | None = ...,
+    ablation_data: PairedDataset | None = ...,
 ) -> EvaluationResult: ...
 @overload
 def evaluate(
@@ -79,34 +85,39 @@ def evaluate(
     circuit: Sequence[Circuit],
     data: PairedDataset,
     metric: Any = ...,
-    ablation: str = ...,
+    ablation: str | Constants = ...,
     batch_size: int | None = ...,
     reuse_prefix: bool = ...,
     progress: Progress | None = ...,
+    ablation_data: PairedDataset | None = ...,
 ) -> list[EvaluationResult]: ...
 def evaluate(
     model: nn.Module,
     circuit: Circuit | Sequence[Circuit],
     data: PairedDataset,
     metric: Any = "logit_diff",
-    ablation: str = "patching",
+    ablation: str | Constants = "patching",
     batch_size: int | None = None,
     reuse_prefix: bool = True,
     progress: Progress | None = None,
+    ablation_data: PairedDataset | None = None,
 ) -> EvaluationResult | list[EvaluationResult]:
-    """Run a circuit on the clean prompts, every edge outside it carrying the corrupted prompt's activation.
+    """Run a circuit on the clean prompts, every edge outside it carrying an ablated contribution.
 
     The model comes back as it was, also after an error.
 
     Args:
         model: a Hugging Face causal language model, on one device.
-        circuit: the circuit, or a list of them; the corrupted and the clean run are then shared.
+        circuit: the circuit, or a list of them; the ablated and the clean run are then shared.
         data: clean and corrupted prompts with answers.
         metric: a name in `METRICS`, or a callable (logits [E, V], batch) -> [E], higher is better.
-        ablation: "patching".
+        ablation: what edges outside carry: "patching", the sender's contribution in the corrupted run; "zero",
+            nothing; "mean", its mean over all tokens of the ablation data's clean prompts; "mean-positional", its
+            mean at the same position. Faithfulness is 0 where all edges carry it.
         batch_size: examples per batch; by default about a thousand tokens.
         reuse_prefix: run the tokens before the first difference once and keep their keys and values; exact.
         progress: called with (examples done, examples in all) after each batch.
+        ablation_data: whose clean prompts means are taken over; by default the data themselves.
 
     Returns:
         An EvaluationResult, or a list of them for a list of circuits.
@@ -115,8 +126,8 @@ def evaluate(
         InputError: a circuit of another graph, or anything that `attribute` refuses.
     """
     circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
-    run = prepare(model, data, metric, ablation, batch_size)
-    model = run.arch.model
+    run = prepare(model, data, metric, ablation, batch_size, ablation_data)
+    model, data = run.arch.model, run.data
     for item in circuits:
         if not isinstance(item, Circuit):
             raise expected("circuit", "a Circuit or a list of them", type(item).__name__)
@@ -129,17 +140,20 @@ def evaluate(
     results = torch.empty(2 + len(circuits), len(data), dtype=torch.float64)
 
     def values(batch: Batch, tokens: int) -> Tensor:
-        """The metric of the clean run, the corrupted run and each circuit: float64 [2 + C, E]."""
+        """The metric of the clean run, the fully ablated run and each circuit: float64 [2 + C, E]."""
         found = torch.empty(len(results), batch.n_examples, dtype=torch.float64)
         clean = corrupted = None
         for heads, graph in graphs.items():
             runner = Runner(run.arch, graph, batch)
-            record = RecordedRun(runner, runner.batch.corrupted)
+            record = RecordedRun(runner, runner.batch.corrupted, run.constants)
             if clean is None or corrupted is None:
-                clean, corrupted = runner.logits(runner.embed(batch.clean)), record.logits
-                for row, logits in enumerate((clean, corrupted)):
+                clean = runner.logits(runner.embed(batch.clean))
+                # Metrics are given the corrupted run's logits whatever the ablation.
+                patched = run.constants is None
+                corrupted = record.logits if patched else runner.logits(runner.embed(batch.corrupted))
+                for row, logits in enumerate((clean, record.logits)):
                     found[row] = run.values(logits, batch, clean, corrupted)
-            plain = {graph.n_edges: 0, 0: 1}  # all edges are the clean run, none the corrupted run
+            plain = {graph.n_edges: 0, 0: 1}  # all edges are the clean run, none the fully ablated run
             rows = []
             for row, item in enumerate(circuits, 2):
                 if item.graph.heads == heads and item.n_edges in plain:
@@ -153,6 +167,7 @@ def evaluate(
 
     done = 0
     with borrowed(model), torch.no_grad():
+        run = run.with_constants()
         batches = make_batches(data, batch_size, reuse_prefix, run.arch.device)
         for batch, found in in_memory(data, batches, TOKENS_TOGETHER, values):
             results[:, batch.index] = found

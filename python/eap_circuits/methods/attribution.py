@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..capture import TOKENS_TOGETHER, Progress, Run, borrowed, make_batches, prepare
+from ..capture import TOKENS_TOGETHER, Constants, Progress, Run, borrowed, make_batches, prepare
 from ..errors import expected, one_of
 from ..graph import Circuit, EdgeScores, Graph, Heads
 from ..tasks import PairedDataset
@@ -27,7 +27,7 @@ def attribute(
     steps: int = 5,
     quadrature: str = "right",
     heads: Heads = "kv",
-    ablation: str = "patching",
+    ablation: str | Constants = "patching",
     batch_size: int | None = None,
     compat: str | None = None,
     reuse_prefix: bool = True,
@@ -35,11 +35,12 @@ def attribute(
     progress: Progress | None = None,
     edges: Circuit | Tensor | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    ablation_data: PairedDataset | None = None,
 ) -> EdgeScores:
     """Score every edge: S[u, v] = mean over examples of Σ_t ⟨Δ_u(t), Σ_k w_k ∂loss/∂x_v(t) at path point k⟩.
 
-    Δ_u is sender u's contribution in the corrupted run less that in the clean run, loss is −metric: a positive score
-    says that corrupting the edge hurts the metric. The model comes back as it was, also after an error.
+    Δ_u is sender u's ablated contribution less that in the clean run, loss is −metric: a positive score says that
+    ablating the edge hurts the metric. The model comes back as it was, also after an error.
 
     Args:
         model: a Hugging Face causal language model, on one device.
@@ -47,11 +48,14 @@ def attribute(
         metric: "logit_diff", "prob_diff", "kl_divergence", or a callable (logits [E, V], batch) -> [E], higher is
             better.
         method: "eap", "eap-ig-inputs", "clean-corrupted", or "exact", which measures what the others approximate:
-            S[u, v] = mean over examples of m(clean) − m(clean with this edge alone corrupted).
+            S[u, v] = mean over examples of m(clean) − m(clean with this edge alone ablated).
         steps: path points M of "eap-ig-inputs".
         quadrature: their grid: "right" (the paper), "left" (EAP-IG version 2), "midpoint", "gauss-legendre".
         heads: "kv" scores a key/value head's inputs once, "query" once for each query head that uses it.
-        ablation: "patching", the corrupted prompt's activations.
+        ablation: what an edge carries instead of the clean contribution: "patching", that of the corrupted prompt;
+            "zero", nothing; "mean", the sender's mean over all tokens of the ablation data's clean prompts;
+            "mean-positional", its mean at the same position; or constants from `eap.optimal_constants`. The path of
+            "eap-ig-inputs" runs between the two prompts' embeddings with every ablation.
         batch_size: examples per batch; by default about a thousand tokens. Scores do not depend on it.
         compat: None, or "eap-ig" for the published package's definition where it differs from ours: in models
             with a norm after attention (Gemma 2, Gemma 3, OLMo 2) a head's contribution is then what enters that
@@ -64,6 +68,7 @@ def attribute(
         edges: for "exact", the edges to measure, a circuit or a bool mask [S, R]; the others' scores are zero.
         checkpoint: for "exact", a `.safetensors` file that is written about every minute, and from which the same
             call goes on after an interruption.
+        ablation_data: whose clean prompts means are taken over; by default the data themselves.
 
     Returns:
         EdgeScores with float32 values [S, R] in units of the metric.
@@ -71,8 +76,10 @@ def attribute(
     Raises:
         InputError: see the message; raised before any work, except for a metric that is not finite.
     """
-    run, graph, path = _checked(model, data, metric, method, steps, quadrature, heads, ablation, batch_size, compat)
-    model = run.arch.model
+    run, graph, path = _checked(
+        model, data, metric, method, steps, quadrature, heads, ablation, batch_size, compat, ablation_data
+    )
+    model, data = run.arch.model, run.data
     allowed = budget(run, memory)
     if path is not None and (edges is not None or checkpoint is not None):
         raise expected("edges and checkpoint", 'method="exact"', repr(method))
@@ -80,10 +87,11 @@ def attribute(
     name = _metric_name(metric)
     started = None
     if path is None:
-        request = _request(model, data, name, graph, chosen, batch_size, reuse_prefix, compat)
+        request = _request(model, data, name, graph, chosen, batch_size, reuse_prefix, compat, *_ablated_by(run))
         started = Checkpoint(checkpoint, request, (graph.n_senders, graph.n_receivers))
 
     with borrowed(model):
+        run = run.with_constants()
         if path is not None:
             tokens = tokens_per_pass(run, graph, path, batch_size, reuse_prefix, allowed)
             batches = make_batches(data, batch_size, reuse_prefix, run.arch.device, tokens)
@@ -96,7 +104,7 @@ def attribute(
         "steps": None if path is None else len(path),
         "quadrature": quadrature if method == "eap-ig-inputs" else None,
         "metric": name,
-        "ablation": ablation,
+        "ablation": ablation if isinstance(ablation, str) else "constants",
         "data": data.name,
         "n_examples": len(data),
         "model": _model_name(model),
@@ -124,7 +132,7 @@ def plan(
     Raises:
         InputError: what `attribute` refuses, and "exact", whose memory is that of its passes alone.
     """
-    run, graph, path = _checked(model, data, metric, method, steps, "right", heads, "patching", batch_size, None)
+    run, graph, path = _checked(model, data, metric, method, steps, "right", heads, "patching", batch_size, None, None)
     if path is None:
         raise expected("method", "a gradient method", repr(method))
     with borrowed(run.arch.model):
@@ -139,9 +147,10 @@ def _checked(
     steps: int,
     quadrature: str,
     heads: Heads,
-    ablation: str,
+    ablation: str | Constants,
     batch_size: int | None,
     compat: str | None,
+    ablation_data: PairedDataset | None,
 ) -> tuple[Run, Graph, Path | None]:
     one_of("method", method, METHODS)
     one_of("quadrature", quadrature, QUADRATURES)
@@ -150,7 +159,9 @@ def _checked(
         raise expected("steps", "a whole number of at least 1", repr(steps))
     if compat not in (None, "eap-ig"):
         raise expected("compat", "None or 'eap-ig'", repr(compat))
-    run = prepare(model, data, metric, ablation, batch_size)
+    if ablation == "optimal":
+        raise expected("ablation", "constants from eap.optimal_constants, learned for a circuit", repr(ablation))
+    run = prepare(model, data, metric, ablation, batch_size, ablation_data)
     if compat == "eap-ig":
         run = replace(run, arch=run.arch.before_post_norms())
     find_path = METHODS[method].path
@@ -190,8 +201,15 @@ def data_identity(data: PairedDataset) -> list[str]:
     return [_digest(x) for x in (data.clean, data.corrupted, data.lengths, data.answers)]
 
 
+def _ablated_by(run: Run) -> list[str]:
+    """The ablation, and digests of what it is made from."""
+    if isinstance(run.ablation, Constants):
+        return ["constants", *map(_digest, run.ablation.tensors)]
+    return [run.ablation, *([] if run.ablation_data is None else data_identity(run.ablation_data))]
+
+
 def _digest(x: Tensor) -> str:
-    return hashlib.sha256(x.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(x.numpy(force=True).tobytes()).hexdigest()
 
 
 def _model_name(model: Any) -> str:

@@ -108,7 +108,7 @@ def exact_scores(
             finished += int(mask.sum()) * batch.n_examples
             continue
         finished += int(checkpoint.done.sum()) * batch.n_examples
-        patched = PatchedEdges(Runner(run.arch, graph, batch), graph)
+        patched = PatchedEdges(Runner(run.arch, graph, batch), graph, run.constants)
         clean = run.values(patched.clean_logits, batch, patched.clean_logits, patched.corrupted_logits)
         together = max(1, tokens // batch.clean.numel())
         for edges in _passes(patched, mask & ~checkpoint.done, together):

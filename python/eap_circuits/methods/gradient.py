@@ -54,7 +54,7 @@ def score_batch(
     # Where the clean prompts are a point of the path, that pass comes first and is their only one.
     path = sorted(path, reverse=True)
     shared = path[0][0] == 1.0
-    senders = SenderDifferences(runner, graph, clean=not shared)
+    senders = SenderDifferences(runner, graph, clean=not shared, constants=run.constants)
     corrupted, clean = senders.corrupted_embeddings, senders.clean_embeddings
     held = held or points_held(run, batch, len(path))
     size = min(steps_at_once(batch, len(path), tokens), held)

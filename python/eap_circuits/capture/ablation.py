@@ -1,0 +1,151 @@
+"""What a sender's contribution is replaced by where an edge is ablated.
+
+Patching takes the contribution of the corrupted run. Every other ablation takes a constant of the sender, the same for
+all prompts: nothing, its mean over all tokens of some prompts, its mean at each position, or one that was learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters import Architecture, Layer, linear_shape
+from ..tasks import PairedDataset
+from .batches import Batch, make_batches
+from .borrow import Hooks
+from .runner import Runner
+
+ABLATIONS = ("patching", "zero", "mean", "mean-positional", "optimal")
+
+
+class _DifferentThroughout(PairedDataset):
+    @cached_property
+    def first_difference(self) -> Tensor:
+        return torch.zeros_like(self.lengths)
+
+    def __getitem__(self, index: Any) -> PairedDataset:
+        return different_throughout(super().__getitem__(index))
+
+
+def different_throughout(data: PairedDataset) -> PairedDataset:
+    """The same prompts, whose activations differ from the first token on, as they do where constants replace them."""
+    return _DifferentThroughout(**{field.name: getattr(data, field.name) for field in fields(data)})
+
+
+@dataclass(frozen=True, eq=False)
+class Constants:
+    """A constant for every sender, at every position or at all of them alike.
+
+    `embedding` is [P, D], `values` [P, H·K] and `mlps` [P, D] for each layer, P being 1 or the number of positions:
+    what the token embeddings, the heads (`Layer.written`) and the MLP modules are taken to give.
+    """
+
+    embedding: Tensor
+    values: tuple[Tensor, ...]
+    mlps: tuple[Tensor, ...]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The embedding, then each layer's heads and MLP."""
+        return [self.embedding, *(x for layer in zip(self.values, self.mlps, strict=True) for x in layer)]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Constants:
+        """The same with every tensor changed."""
+        return Constants(change(self.embedding), tuple(map(change, self.values)), tuple(map(change, self.mlps)))
+
+    def at(self, batch: Batch) -> Constants:
+        """The constants at the tokens of a batch without prefixes, [E, T, X] each."""
+        examples, tokens = batch.shape
+        return self.map(lambda x: x[:tokens].expand(examples, tokens, -1))
+
+    def replace(self, arch: Architecture, hooks: Hooks) -> None:
+        """Let a pass's heads and MLPs give these, [E, T, X] each, instead of what they compute."""
+        for layer, values, mlp in zip(arch.layers, self.values, self.mlps, strict=True):
+            hooks.on_input(layer.out, partial(_instead, values))
+            hooks.on_output(layer.mlp_out, partial(_instead, mlp))
+            if layer.post_norm is not None:
+                hooks.replace_forward(layer.post_norm.module, partial(_without_scale, layer))
+
+
+def _given_written(layer: Layer, see: Callable[[Tensor], None], z: Tensor) -> None:
+    see(layer.written(z))
+
+
+def _instead(constant: Tensor, x: Tensor) -> Tensor:
+    return constant.to(x.dtype).contiguous()  # models view it in other shapes
+
+
+def _without_scale(layer: Layer, x: Tensor) -> Tensor:
+    """A norm after attention, of values that carry its scale already."""
+    norm = layer.post_norm
+    assert norm is not None
+    y = norm.forwards(x)
+    return y if norm.bias is None else y + norm.bias
+
+
+def zeros(arch: Architecture) -> Constants:
+    """No contribution at all."""
+
+    def new(width: int) -> Tensor:
+        return torch.zeros(1, width, dtype=arch.accumulate, device=arch.device)
+
+    shapes = [linear_shape(layer.out) for layer in arch.layers]  # (D, H·K)
+    return Constants(
+        new(arch.d_model), tuple(new(width) for _, width in shapes), tuple(new(width) for width, _ in shapes)
+    )
+
+
+def find_constants(arch: Architecture, ablation: str, data: PairedDataset) -> Constants | None:
+    """What the ablation puts in place of the senders' contributions; None for patching, which takes another run's.
+
+    Args:
+        data: whose clean prompts means are taken over; nobody else reads them.
+    """
+    if ablation == "patching":
+        return None
+    if ablation == "zero":
+        return zeros(arch)
+    batches = make_batches(different_throughout(data), None, False, arch.device)
+    return means(arch, batches, int(data.lengths.max()) if ablation == "mean-positional" else None)
+
+
+def means(
+    arch: Architecture,
+    batches: Iterable[Batch],
+    positions: int | None = None,
+    of: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Constants:
+    """Means of the senders' contributions over the clean prompts' real tokens.
+
+    Args:
+        batches: of prompts that differ throughout, without prefixes.
+        positions: for means at each of so many positions, over the prompts that have it.
+        of: what is averaged of a contribution.
+    """
+    size = positions or 1
+    count = torch.zeros(size, dtype=torch.float64)
+    sums = zeros(arch).map(lambda x: x.cpu().double().repeat(size, 1))
+    for batch in batches:
+        at = batch.rows % batch.shape[1] if positions else torch.zeros_like(batch.rows)
+        count += torch.bincount(at, minlength=size).cpu()
+
+        def add(total: Tensor, x: Tensor, batch: Batch = batch, at: Tensor = at) -> None:
+            (rows,) = of(batch.active(x).to(arch.accumulate))
+            total += rows.new_zeros(size, rows.shape[1]).index_add_(0, at, rows).cpu().double()
+
+        def register(hooks: Hooks, add: Callable[[Tensor, Tensor], None] = add) -> None:
+            for layer, values, mlp in zip(arch.layers, sums.values, sums.mlps, strict=True):
+                hooks.on_input(layer.out, partial(_given_written, layer, partial(add, values)))
+                hooks.on_output(layer.mlp_out, partial(add, mlp))
+
+        runner = Runner(arch, arch.graph("kv"), batch)
+        embeddings = runner.embed(batch.clean)
+        add(sums.embedding, embeddings)
+        with torch.no_grad():
+            runner.logits(embeddings, register)
+    return sums.map(lambda x: (x / count[:, None]).to(arch.device, arch.accumulate))

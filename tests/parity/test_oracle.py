@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import eap_circuits as eap
+from eap_circuits.adapters import bind
+from eap_circuits.capture import Constants
 from eap_circuits.evaluation.check import StayDouble
 
 DATA = Path(__file__).parent / "data"
@@ -96,6 +98,60 @@ def test_circuits_and_their_metric(case, how):
             assert float(error) <= 1e-4 * spread
     for found, name in ((results[0].clean_values, "clean"), (results[0].corrupted_values, "corrupted")):
         assert float((found - oracle[f"metric.{name}"]).abs().max()) <= 1e-4 * spread
+
+
+def padded_means(model, data, compat):
+    """What the package takes for means at each position: padding counts, with what its library computes there.
+
+    That is: no key of padding is seen, and padding has the last token's position, or none where positions are learned.
+    """
+    arch = bind(model) if compat is None else bind(model).before_post_norms()
+    mask = (torch.arange(data.clean.shape[1]) < data.lengths[:, None]).long()
+    place = mask.cumsum(1) - 1
+    values, mlps, handles = [], [], []
+    for layer in arch.layers:
+        keep = lambda _, args, layer=layer: values.append(layer.written(args[0]).mean(0))  # noqa: E731
+        handles.append(layer.out.register_forward_pre_hook(keep))
+        handles.append(layer.mlp_out.register_forward_hook(lambda _, __, y: mlps.append(y.mean(0))))
+    with torch.no_grad():
+        x = model.get_input_embeddings()(data.clean)
+        learned = getattr(getattr(model, "transformer", None), "wpe", None)
+        given = x if learned is None else x - learned(place) * (1 - mask)[..., None]
+        model(inputs_embeds=given, attention_mask=mask, position_ids=place)
+    for handle in handles:
+        handle.remove()
+    return Constants(arch.embed(data.clean).detach().mean(0), tuple(values), tuple(mlps))
+
+
+def ablation(name, case, compat=None):
+    model, data, _, _ = case
+    return padded_means(model, data, compat) if name == "mean-positional" else name
+
+
+@pytest.mark.parametrize("name", ["zero", "mean-positional"])
+def test_scores_of_other_ablations(case, name):
+    model, data, oracle, facts = case
+    compat = COMPAT.get(facts["family"])
+    scores = eap.attribute(
+        model, data, method="eap", heads="query", compat=compat, ablation=ablation(name, case, compat)
+    )
+    assert relative(scores.values, oracle[f"scores.eap_{name.replace('-', '_')}"]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["zero", "mean-positional"])
+def test_circuits_under_other_ablations(case, name):
+    model, data, oracle, facts = case
+    graph = bind(model).graph("query")
+    keys = [f"{how}.{percent}" for how in ("topn", "greedy") for percent in PERCENTS]
+    if COMPAT.get(facts["family"]):
+        # The package's heads carry something else than the model's do: only without heads it is the same.
+        keys = ["topn.2"] if name == "zero" else []
+        assert not oracle["circuit.topn.2"].any()
+    circuits = [eap.Circuit.from_mask(graph, oracle[f"circuit.{key}"].bool()) for key in keys]
+    spread = float((oracle["metric.clean"] - oracle["metric.corrupted"]).abs().max())
+    for key, result in zip(keys, eap.evaluate(model, circuits, data, ablation=ablation(name, case))):
+        error = (result.values - oracle[f"metric.{key}.{name}"]).abs().max()
+        assert float(error) <= 1e-4 * spread, key
 
 
 def test_gemma2_head_scores_of_ours_not_of_the_package_are_derivatives():

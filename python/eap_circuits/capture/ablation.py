@@ -61,7 +61,12 @@ class Constants:
     def at(self, batch: Batch) -> Constants:
         """The constants at the tokens of a batch without prefixes, [E, T, X] each."""
         examples, tokens = batch.shape
-        return self.map(lambda x: x[:tokens].expand(examples, tokens, -1))
+
+        def place(x: Tensor) -> Tensor:
+            # Models view what they are given in other shapes, and some add to it in place.
+            return x[:tokens].expand(examples, tokens, -1).clone(memory_format=torch.contiguous_format)
+
+        return self.map(place)
 
     def replace(self, arch: Architecture, hooks: Hooks) -> None:
         """Let a pass's heads and MLPs give these, [E, T, X] each, instead of what they compute."""
@@ -77,7 +82,7 @@ def _given_written(layer: Layer, see: Callable[[Tensor], None], z: Tensor) -> No
 
 
 def _instead(constant: Tensor, x: Tensor) -> Tensor:
-    return constant.to(x.dtype).contiguous()  # models view it in other shapes
+    return constant.to(x.dtype)
 
 
 def _without_scale(layer: Layer, x: Tensor) -> Tensor:

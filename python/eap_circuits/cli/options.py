@@ -65,6 +65,21 @@ Heads = Annotated[
         rich_help_panel="Scoring",
     ),
 ]
+Ablation = Annotated[
+    str,
+    typer.Option(
+        help="What an ablated edge carries: patching (the corrupted prompt's contribution), zero, mean (over all "
+        "tokens) or mean-positional; to evaluate also optimal (learned constants, slow).",
+        rich_help_panel="Ablation",
+    ),
+]
+AblationData = Annotated[
+    Path | None,
+    typer.Option(
+        help="Prompts in a file whose clean side gives means or teaches.  [dim]\\[default: the same prompts][/dim]",
+        rich_help_panel="Ablation",
+    ),
+]
 BatchSize = Annotated[
     int | None,
     typer.Option(

@@ -12,6 +12,8 @@ import typer
 from . import session
 from .console import check_outputs, check_suffix, progress, say, show_json, show_table
 from .options import (
+    Ablation,
+    AblationData,
     Baselines,
     BatchSize,
     Data,
@@ -47,6 +49,8 @@ def attribute(
     steps: Steps = 5,
     quadrature: Quadrature = "right",
     heads: Heads = "kv",
+    ablation: Ablation = "patching",
+    ablation_data: AblationData = None,
     batch_size: BatchSize = None,
     memory: Annotated[
         str | None,
@@ -121,15 +125,14 @@ def attribute(
     one_of("--heads", heads, ("kv", "query"))
     one_of("--how", how, ("top", "greedy", "optimal"))
     measured = None if only is None else eap.Circuit.load(only)
-    prompts = session.Prompts(task, data, n, seed)
-    prompts.check(metric, gradient=method != "exact")
+    prompts = session.Prompts(task, data, n, seed, ablation_data)
+    prompts.check(metric, gradient=method != "exact", ablation=ablation)
 
     loaded, tokenizer = session.load_model(model, dtype, device)
     pairs = prompts.load(tokenizer)
     if dry_run:
-        plan = eap.plan(
-            loaded, pairs, metric or pairs.metric, method, steps, cast(Any, heads), batch_size, True, memory
-        )
+        kind = cast(Any, heads)
+        plan = eap.plan(loaded, pairs, metric or pairs.metric, method, steps, kind, batch_size, True, memory, ablation)
         show_json(asdict(plan)) if as_json else show_table(plan_table(plan))
         return
     with progress("Scoring edges") as bar:
@@ -141,6 +144,8 @@ def attribute(
             steps=steps,
             quadrature=quadrature,
             heads=cast(Any, heads),
+            ablation=ablation,
+            ablation_data=prompts.load_ablation(tokenizer),
             batch_size=batch_size,
             memory=memory,
             progress=bar,
@@ -181,15 +186,17 @@ def evaluate(
     n: Number = 64,
     seed: Seed = 0,
     metric: Metric = None,
+    ablation: Ablation = "patching",
+    ablation_data: AblationData = None,
     batch_size: BatchSize = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Run a circuit alone, every other edge corrupted, and measure what it keeps of the model's behaviour.
+    """Run a circuit alone, every other edge ablated, and measure what it keeps of the model's behaviour.
 
-    Faithfulness is 1 where the circuit does as the whole model does, and 0 where it does as the model does on
-    the corrupted prompts.
+    Faithfulness is 1 where the circuit does as the whole model does, and 0 where it does as with all edges
+    ablated: patched, as the model does on the corrupted prompts.
 
     Examples:
 
@@ -201,18 +208,28 @@ def evaluate(
 
     from ..report.tables import result_table
 
-    prompts = session.Prompts(task, data, n, seed)
-    prompts.check(metric)
+    prompts = session.Prompts(task, data, n, seed, ablation_data)
+    prompts.check(metric, ablation=ablation)
     kept = eap.Circuit.load(circuit)
 
     loaded, tokenizer = session.load_model(model, dtype, device)
     pairs = prompts.load(tokenizer)
     with progress("Running the circuit") as bar:
-        result = eap.evaluate(loaded, kept, pairs, metric=metric or pairs.metric, batch_size=batch_size, progress=bar)
+        result = eap.evaluate(
+            loaded,
+            kept,
+            pairs,
+            metric=metric or pairs.metric,
+            ablation=ablation,
+            batch_size=batch_size,
+            progress=bar,
+            ablation_data=prompts.load_ablation(tokenizer),
+        )
     if as_json:
         names = ("faithfulness", "mean", "clean", "corrupted", "values")
         numbers = {name: getattr(result, name) for name in names}
-        show_json({"n_edges": kept.n_edges, "metric": metric or pairs.metric, "n_examples": len(pairs), **numbers})
+        asked = {"metric": metric or pairs.metric, "ablation": ablation}
+        show_json({"n_edges": kept.n_edges, **asked, "n_examples": len(pairs), **numbers})
     else:
         show_table(result_table(result, kept))
 
@@ -236,6 +253,8 @@ def curve(
     signed: Signed = False,
     baselines: Baselines = "random,complement",
     draws: Draws = 3,
+    ablation: Ablation = "patching",
+    ablation_data: AblationData = None,
     batch_size: BatchSize = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -271,8 +290,8 @@ def curve(
     one_of("--how", how, ("top", "greedy", "optimal"))
     sizes = session.parse_fractions(fractions)
     beside = session.parse_baselines(baselines)
-    prompts = session.Prompts(task, data, n, seed)
-    prompts.check(metric)
+    prompts = session.Prompts(task, data, n, seed, ablation_data)
+    prompts.check(metric, ablation=ablation)
     loaded_scores = eap.EdgeScores.load(scores)
 
     loaded, tokenizer = session.load_model(model, dtype, device)
@@ -286,6 +305,8 @@ def curve(
             metric=metric or pairs.metric,
             how=how,
             signed=signed,
+            ablation=ablation,
+            ablation_data=prompts.load_ablation(tokenizer),
             batch_size=batch_size,
             progress=bar,
             baselines=beside,

@@ -24,9 +24,11 @@ class Prompts:
     data: Path | None
     n: int = 64
     seed: int = 0
+    ablation_data: Path | None = None
 
-    def check(self, metric: str | None = None, gradient: bool = False) -> None:
+    def check(self, metric: str | None = None, gradient: bool = False, ablation: str = "patching") -> None:
         """Refuse what can be refused before a model is loaded; `gradient`: the metric will be differentiated."""
+        from ..capture import ABLATIONS
         from ..metrics import DIFFERENTIABLE, METRICS
         from ..tasks import TASKS
 
@@ -37,6 +39,9 @@ class Prompts:
             one_of("--task", self.task, TASKS)
         elif self.data is None or not self.data.is_file():
             raise expected(f"--data {self.data}", "a file", "nothing there")
+        if self.ablation_data is not None and not self.ablation_data.is_file():
+            raise expected(f"--ablation-data {self.ablation_data}", "a file", "nothing there")
+        one_of("--ablation", ablation, ABLATIONS)
         if metric is not None:
             one_of("--metric", metric, DIFFERENTIABLE if gradient else METRICS)
 
@@ -46,6 +51,12 @@ class Prompts:
         if self.data is not None:
             return PairedDataset.from_file(self.data, tokenizer)
         return load_task(str(self.task), tokenizer, n=self.n, seed=self.seed)
+
+    def load_ablation(self, tokenizer: Any) -> PairedDataset | None:
+        """The prompts that means are taken over, if others than those of the run."""
+        from ..tasks import PairedDataset
+
+        return None if self.ablation_data is None else PairedDataset.from_file(self.ablation_data, tokenizer)
 
 
 def load_model(name: str, dtype: str | None = None, device: str | None = None) -> tuple[Any, Any]:

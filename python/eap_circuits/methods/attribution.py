@@ -124,6 +124,7 @@ def plan(
     batch_size: int | None = None,
     reuse_prefix: bool = True,
     memory: int | str | None = None,
+    ablation: str | Constants = "patching",
 ) -> Plan:
     """The batches and passes of the `attribute` call with these arguments, and the memory that it will take.
 
@@ -132,11 +133,11 @@ def plan(
     Raises:
         InputError: what `attribute` refuses, and "exact", whose memory is that of its passes alone.
     """
-    run, graph, path = _checked(model, data, metric, method, steps, "right", heads, "patching", batch_size, None, None)
+    run, graph, path = _checked(model, data, metric, method, steps, "right", heads, ablation, batch_size, None, None)
     if path is None:
         raise expected("method", "a gradient method", repr(method))
     with borrowed(run.arch.model):
-        return make_plan(run, graph, path, batch_size, reuse_prefix, budget(run, memory))
+        return make_plan(run.with_constants(), graph, path, batch_size, reuse_prefix, budget(run, memory))
 
 
 def _checked(

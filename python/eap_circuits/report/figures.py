@@ -24,7 +24,7 @@ _UNIT = (0.66, 0.46)  # inches of one column and one layer
 
 
 def draw_curve(curve: CurveLike, ax: Axes | None = None) -> Figure:
-    """Faithfulness against the number of edges kept; 1 is the whole model, 0 the corrupted one.
+    """Faithfulness against the number of edges kept; 1 is the whole model, 0 the one with all edges ablated.
 
     Baselines that the curve has are drawn at the size of the circuit that they are compared with: the mean of the
     draws, and the band between the least and the greatest.
@@ -43,7 +43,7 @@ def draw_curve(curve: CurveLike, ax: Axes | None = None) -> Figure:
             ax.set_xscale("log")
         else:
             ax.set_xscale("symlog", linthresh=1)
-        for level, name in ((1.0, "whole model"), (0.0, "corrupted")):
+        for level, name in ((1.0, "whole model"), (0.0, "all ablated")):
             ax.axhline(level, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
             ax.annotate(
                 name,

@@ -94,7 +94,7 @@ def _headline(circuit: Circuit, curve: CurveLike | None) -> list[tuple[str, str,
     index = curve_index(curve, circuit)
     if index is not None:
         faithfulness = number(curve.faithfulness[index])
-        found.insert(0, (faithfulness, "faithfulness", "1 is the whole model, 0 corrupted"))
+        found.insert(0, (faithfulness, "faithfulness", "1 is the whole model, 0 all edges ablated"))
     _, clean, corrupted = curve_levels(curve)
     random = curve.baselines.get("random")
     cpr, cmd = ("", "") if random is None else (f" (random {number(x)})" for x in (random.cpr, random.cmd))
@@ -102,7 +102,7 @@ def _headline(circuit: Circuit, curve: CurveLike | None) -> list[tuple[str, str,
         *found,
         (number(curve.cpr), "CPR", "area under faithfulness; more is better" + cpr),
         (number(curve.cmd), "CMD", "area between it and 1; less is better" + cmd),
-        (f"{number(clean, 2)} / {number(corrupted, 2)}", "mean metric", "whole model / corrupted"),
+        (f"{number(clean, 2)} / {number(corrupted, 2)}", "mean metric", "whole model / all edges ablated"),
     ]
 
 

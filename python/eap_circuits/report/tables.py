@@ -121,7 +121,7 @@ def areas_line(curve: CurveLike) -> str:
 
 
 def result_table(result: Any, circuit: Circuit) -> Table:
-    """One circuit's result beside the whole model and the corrupted run."""
+    """One circuit's result beside the whole model and the run with all edges ablated."""
     columns = (
         Column("run", "run"),
         Column("n_edges", "edges kept", count, numeric=True),
@@ -131,7 +131,7 @@ def result_table(result: Any, circuit: Circuit) -> Table:
     rows = (
         ("whole model", circuit.graph.n_edges, result.clean, 1.0),
         ("circuit", circuit.n_edges, result.mean, result.faithfulness),
-        ("corrupted", 0, result.corrupted, 0.0),
+        ("all edges ablated", 0, result.corrupted, 0.0),
     )
     return Table("Faithfulness of the circuit", columns, rows, marked=1)
 

@@ -245,3 +245,106 @@ def test_all_edges_are_the_model_and_results_do_not_depend_on_batching(
                 model, data[order], heads=heads, ablation=name, steps=2, batch_size=size, reuse_prefix=reuse
             )
             assert relative(again.values, scores.values) < 1e-6
+
+
+def test_means_are_of_the_clean_prompts_real_tokens_alone(make_model, make_pairs, relative):
+    """What stands on the corrupted side or in the padding of the ablation data does not matter; the prompts do."""
+    model, data, other = make_model("llama"), make_pairs(seed=3), make_pairs(seed=4)
+    lengths = torch.tensor([11, 6, 9, 7, 8, 5, 10])
+    first = eap.PairedDataset.from_tokens(other.clean, other.corrupted, lengths, other.answers)
+    wide = torch.nn.functional.pad(other.clean, (0, 4), value=7)
+    wide = torch.where(torch.arange(wide.shape[1]) < lengths[:, None], wide, 9)
+    second = eap.PairedDataset.from_tokens(wide, wide.flip(0), lengths, other.answers)
+    for name in ("mean", "mean-positional"):
+        right = eap.attribute(model, data, steps=2, ablation=name, ablation_data=first)
+        assert right.info["ablation"] == name
+        again = eap.attribute(model, data, steps=2, ablation=name, ablation_data=second)
+        assert relative(again.values, right.values) < 1e-6
+        assert relative(eap.attribute(model, data, steps=2, ablation=name).values, right.values) > 1e-3
+        own = eap.attribute(model, data, steps=2, ablation=name, ablation_data=data)
+        assert relative(eap.attribute(model, data, steps=2, ablation=name).values, own.values) < 1e-6
+
+
+def test_a_mean_position_by_position_is_the_prompt_itself_where_there_is_one(make_model, make_pairs):
+    """Ablated to its own contributions at every position nothing changes."""
+    model, data = make_model("gpt2"), make_pairs(seed=5, n=1)
+    scores = eap.attribute(model, data, ablation="mean-positional", steps=2)
+    scale = float(eap.attribute(model, data, steps=2, ablation="mean").values.abs().max())
+    assert float(scores.values.abs().max()) < 1e-6 * scale
+    graph = scores.graph
+    result = eap.evaluate(
+        model, eap.Circuit.from_mask(graph, random_mask(graph, 1, 0.5)), data, ablation="mean-positional"
+    )
+    torch.testing.assert_close(result.values, result.clean_values, atol=1e-6, rtol=1e-6)
+
+
+def test_metrics_are_given_the_corrupted_runs_logits_whatever_the_ablation(make_model, make_pairs):
+    model, data = make_model("llama"), make_pairs(seed=6, n=3)
+    seen = []
+
+    def metric(logits, batch):
+        seen.append((batch.index, batch.corrupted_logits))
+        return logits[:, 0]
+
+    circuit = eap.Circuit.from_mask(graph := bind(model).graph("kv"), random_mask(graph, 1, 0.5))
+    eap.evaluate(model, circuit, data, metric, ablation="zero")
+    eap.attribute(model, data, metric, method="eap", ablation="zero")
+    eap.attribute(model, data, metric, method="exact", edges=circuit, ablation="zero")
+    for index, corrupted in seen:
+        for e, logits in zip(index.tolist(), corrupted):
+            with torch.no_grad():
+                right = model(input_ids=prompts(data, corrupted=True)[e]).logits[0, -1]
+            torch.testing.assert_close(logits, right, atol=1e-5, rtol=1e-5)
+
+
+def test_a_curve_and_a_checkpoint_know_their_ablation(tmp_path, make_model, make_pairs):
+    model, data, other = make_model("llama"), make_pairs(seed=6), make_pairs(seed=7)
+    other = eap.PairedDataset.from_tokens(other.clean, other.corrupted, torch.full((7,), 11), other.answers)
+    scores = eap.attribute(model, data, method="eap")
+    given = {"ablation": "mean-positional", "ablation_data": other}
+    curve = eap.faithfulness_curve(model, scores, data, (0.1, 0.5), **given)
+    for circuit, value in zip(curve.circuits, curve.faithfulness):
+        assert eap.evaluate(model, circuit, data, **given).faithfulness == pytest.approx(value)
+    assert curve.results[0].corrupted != eap.evaluate(model, curve.circuits[0], data).corrupted
+
+    file, edges = tmp_path / "exact.safetensors", scores.select(5)
+    exact = {"method": "exact", "edges": edges, "checkpoint": file}
+    first = eap.attribute(model, data, **exact, **given)
+    assert torch.equal(eap.attribute(model, data, **exact, **given).values, first.values)
+    for change in ({"ablation": "zero"}, {"ablation": "mean-positional"}, {}):
+        with pytest.raises(eap.InputError, match="a checkpoint of this model, data and request"):
+            eap.attribute(model, data, **exact, **change)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"ablation": "noise"}, "ablation: expected one of 'mean', 'mean-positional'"),
+        ({"ablation_data": 0}, "ablation_data: expected none but for .* found some for 'patching'"),
+        ({"ablation": "zero", "ablation_data": 0}, "ablation_data: expected none but for .* found some for 'zero'"),
+        ({"ablation": "mean", "ablation_data": "prompts"}, "ablation_data: expected a PairedDataset, found str"),
+        ({"ablation": "mean-positional", "ablation_data": 6}, "ablation_data: expected prompts of 11 .* at most 6"),
+    ],
+)
+def test_bad_requests_are_one_sentence(given, words, make_model, make_pairs):
+    model, data, other = make_model("gpt2"), make_pairs(seed=3), make_pairs(seed=4)
+    data = eap.PairedDataset.from_tokens(data.clean, data.corrupted, torch.full((7,), 11), data.answers)
+    if isinstance(given.get("ablation_data"), int):
+        short = torch.full((7,), given["ablation_data"] or 11)
+        other = eap.PairedDataset.from_tokens(other.clean, other.corrupted, short, other.answers)
+        given = {**given, "ablation_data": other}
+    graph = bind(model).graph("kv")
+    with pytest.raises(eap.InputError, match=words) as error:
+        eap.attribute(model, data, **given)
+    assert "\n" not in str(error.value)
+    with pytest.raises(eap.InputError, match=words):
+        eap.evaluate(model, eap.Circuit.from_mask(graph, graph.edge_mask), data, **given)
+
+
+def test_ablation_tokens_beyond_the_vocabulary_are_named(make_model, make_pairs):
+    data = make_pairs()
+    clean = data.clean.clone()
+    clean[2, 1] = 1000
+    bad = eap.PairedDataset.from_tokens(clean, data.corrupted, data.lengths, data.answers)
+    with pytest.raises(eap.InputError, match=r"ablation_data.*clean of example 2.*59.*1000"):
+        eap.attribute(make_model("gpt2"), data, ablation="mean", ablation_data=bad)

@@ -144,6 +144,31 @@ def test_evaluate(tmp_path: Path, saved: Path, pairs: Path, make_model: Any, mak
     assert f"{wanted.clean:.3f}" in shown
 
 
+def test_ablations(
+    tmp_path: Path, saved: Path, pairs: Path, loads: list[str], make_model: Any, make_pairs: Any
+) -> None:
+    model, data, other = make_model("llama", torch.float32), make_pairs(), make_pairs(seed=8)
+    other = eap.PairedDataset.from_tokens(other.clean, other.corrupted, torch.full((7,), 11), other.answers)
+    other.save(tmp_path / "other.safetensors")
+    given = ("--ablation", "mean-positional", "--ablation-data", tmp_path / "other.safetensors")
+    wanted = {"ablation": "mean-positional", "ablation_data": other}
+    out, file = tmp_path / "s.safetensors", tmp_path / "c.json"
+    run("attribute", "tiny", "--data", pairs, "-o", out, "--edges", 200, "--circuit", file, *given)
+    scores = eap.attribute(model, data, **wanted)
+    assert torch.equal(eap.EdgeScores.load(out).values, scores.values)
+    circuit = scores.select(n_edges=200)
+    found = json.loads(run("evaluate", "tiny", file, "--data", pairs, "--json", *given).stdout)
+    result = eap.evaluate(model, circuit, data, **wanted)
+    assert found["values"] == pytest.approx(result.values.tolist()) and found["ablation"] == "mean-positional"
+    assert found["corrupted"] == pytest.approx(result.corrupted)
+    sizes = ("--fractions", "0.2,0.5", "--baselines", "none", "--json")
+    found = json.loads(run("curve", "tiny", out, "--data", pairs, *sizes, *given).stdout)
+    curve = eap.faithfulness_curve(model, scores, data, (0.2, 0.5), **wanted)
+    assert found["faithfulness"] == pytest.approx(curve.faithfulness, abs=1e-5)
+    plan = json.loads(run("attribute", "tiny", "--data", pairs, "--dry-run", "--json", "--ablation", "zero").stdout)
+    assert plan["bytes"] > json.loads(run("attribute", "tiny", "--data", pairs, "--dry-run", "--json").stdout)["bytes"]
+
+
 def test_curve_saves_json_and_report(tmp_path: Path, saved: Path, pairs: Path) -> None:
     out, page = tmp_path / "curve.json", tmp_path / "curve.html"
     arguments = ("curve", "tiny", saved, "--data", pairs, "--fractions", "0.2,0.5,1", "--draws", 2)
@@ -243,6 +268,8 @@ def test_info_tells_versions_and_backends() -> None:
         (["attribute", "tiny", "--task", "ioi", "--metric", "nonsense"], "--metric: expected one of"),
         (["attribute", "tiny", "--task", "ioi", "--metric", "rank"], "--metric: expected one of 'js_divergence'"),
         (["attribute", "tiny", "--task", "ioi", "--method", "nonsense"], "--method: expected one of"),
+        (["attribute", "tiny", "--task", "ioi", "--ablation", "nonsense"], "--ablation: expected one of"),
+        (["attribute", "tiny", "--task", "ioi", "--ablation-data", "x.csv"], "--ablation-data x.csv: expected a file"),
         (["attribute", "tiny", "--task", "ioi", "--quadrature", "nonsense"], "--quadrature: expected one of"),
         (["attribute", "tiny", "--task", "ioi", "--heads", "nonsense"], "--heads: expected one of"),
         (["attribute", "tiny", "--task", "ioi", "--how", "nonsense"], "--how: expected one of"),

@@ -94,24 +94,26 @@ def _check_ablation(run: Run) -> None:
         raise expected("ablation_data", 'none but for "mean", "mean-positional" and "optimal"', f"some for {what}")
     if not isinstance(other, PairedDataset):
         raise expected("ablation_data", "a PairedDataset", type(other).__name__)
-    _check_tokens(run.arch.model, other)
+    _check_tokens(run.arch.model, other, "ablation_data, ")
     longest, covered = int(run.data.lengths.max()), int(other.lengths.max())
     if ablation == "mean-positional" and covered < longest:
         raise expected("ablation_data", f"prompts of {longest} tokens, the data's most", f"at most {covered}")
 
 
-def _check_tokens(model: Any, data: PairedDataset) -> None:
+def _check_tokens(model: Any, data: PairedDataset, label: str = "") -> None:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     for name, tokens in (("clean", data.clean), ("corrupted", data.corrupted), ("answers", data.answers)):
         beyond = (tokens >= vocabulary).flatten(1).any(1).nonzero()
         if len(beyond):
             example = int(beyond[0])
             raise expected(
-                f"{name} of example {example}",
+                f"{label}{name} of example {example}",
                 f"token ids below the model's {vocabulary}",
                 int(tokens[example].max()),
             )
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = int(torch.argmax(data.lengths))
     if limit is not None and int(data.lengths[longest]) > limit:
-        raise expected(f"example {longest}", f"at most the model's {limit} tokens", f"{int(data.lengths[longest])}")
+        raise expected(
+            f"{label}example {longest}", f"at most the model's {limit} tokens", f"{int(data.lengths[longest])}"
+        )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         discover,
         evaluate,
         faithfulness_curve,
+        optimal_constants,
     )
     from .graph import (
         Circuit,
@@ -49,6 +50,7 @@ _HOME = {
     "discover": "evaluation",
     "evaluate": "evaluation",
     "faithfulness_curve": "evaluation",
+    "optimal_constants": "evaluation",
     "Circuit": "graph",
     "EdgeScores": "graph",
     "Graph": "graph",

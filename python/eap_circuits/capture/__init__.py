@@ -1,11 +1,11 @@
 """The only place that touches hooks: contributions, gradients, the masked read and the prefix cache."""
 
-from .ablation import ABLATIONS, Constants
+from .ablation import ABLATIONS, Constants, different_throughout, means
 from .batches import Batch, make_batches
 from .borrow import Hooks, borrowed
 from .contraction import contract
 from .inputs import Progress, Run, prepare
-from .masked import TOKENS_TOGETHER, run_circuits
+from .masked import TOKENS_TOGETHER, learning_run, run_circuits
 from .memory import SHARE_OF_FREE, PeakBytes, free_bytes, in_memory, most_tokens, parse_bytes
 from .patched import PatchedEdges
 from .receivers import ReceiverGradients
@@ -31,9 +31,12 @@ __all__ = [
     "SenderDifferences",
     "borrowed",
     "contract",
+    "different_throughout",
     "free_bytes",
     "in_memory",
+    "learning_run",
     "make_batches",
+    "means",
     "most_tokens",
     "parse_bytes",
     "prepare",

@@ -54,9 +54,15 @@ class Constants:
         """The embedding, then each layer's heads and MLP."""
         return [self.embedding, *(x for layer in zip(self.values, self.mlps, strict=True) for x in layer)]
 
+    @classmethod
+    def of_tensors(cls, tensors: Iterable[Tensor]) -> Constants:
+        """The inverse of `tensors`."""
+        embedding, *rest = tensors
+        return cls(embedding, tuple(rest[::2]), tuple(rest[1::2]))
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Constants:
         """The same with every tensor changed."""
-        return Constants(change(self.embedding), tuple(map(change, self.values)), tuple(map(change, self.mlps)))
+        return self.of_tensors(map(change, self.tensors))
 
     def at(self, batch: Batch) -> Constants:
         """The constants at the tokens of a batch without prefixes, [E, T, X] each."""

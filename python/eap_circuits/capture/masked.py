@@ -49,6 +49,11 @@ def run_circuits(
         del circuits[:count]
 
 
+def learning_run(runner: Runner, graph: Graph, ablated: RecordedRun, mask: Tensor) -> Tensor:
+    """Logits [E, V] of one circuit, differentiable with respect to the constants that the ablated run was made of."""
+    return _CircuitsRun(runner, graph, ablated, [_LearningCircuit(runner, graph, mask)]).logits()[0]
+
+
 class _Circuit:
     """What a mask asks for: which receivers are computed, which senders run, which differences are stored."""
 
@@ -75,10 +80,37 @@ class _Circuit:
     def allocate(self, device: torch.device) -> None:
         self.differences = torch.zeros(self._shape, dtype=self.dtype, device=device)  # cur − corr, [stored, N, D]
 
+    def store(self, sender: int, difference: Tensor, scale: float) -> None:
+        """Keep a sender's cur − corr, [N, D]."""
+        torch.mul(difference, scale, out=self.differences[self.row[sender]])
+
+    def store_heads(self, senders: list[int], difference: Tensor, weight: Tensor) -> None:
+        """Keep some heads' cur − corr, given in head space, [h, N, K], with their [h, K, D]."""
+        start = self.row[senders[0]]
+        torch.bmm(difference, weight, out=self.differences[start : start + len(senders)])
+
     def read(self, base: Tensor, reach: int, receivers: Tensor) -> Tensor:
         """y_v of some receivers, [r, N, D], base [N, D] being the corrupted residual."""
         seen = self.row[reach - 1] + 1
         return masked_read(base, self.differences[:seen], self.mask[:seen][:, receivers])
+
+
+class _LearningCircuit(_Circuit):
+    """The same with nothing written in place, so that what is read has a gradient; the masks have none."""
+
+    def allocate(self, device: torch.device) -> None:
+        self._stored: list[Tensor] = []  # in order of their rows
+
+    def store(self, sender: int, difference: Tensor, scale: float) -> None:
+        self._stored.append(difference * scale)
+
+    def store_heads(self, senders: list[int], difference: Tensor, weight: Tensor) -> None:
+        self._stored += torch.bmm(difference, weight).unbind()
+
+    def read(self, base: Tensor, reach: int, receivers: Tensor) -> Tensor:
+        seen = self.row[reach - 1] + 1
+        # A product keeps for its gradient what multiplies the differences, not these.
+        return base + torch.tensordot(self.mask[:seen][:, receivers].T, torch.stack(self._stored[:seen]), 1)
 
 
 class _CircuitsRun:
@@ -136,8 +168,7 @@ class _CircuitsRun:
     # Senders.
 
     def _store(self, circuit: _Circuit, sender: int, current: Tensor, corrupted: Tensor, scale: float = 1.0) -> None:
-        difference = (current.to(self.dtype) - corrupted.to(self.dtype)).flatten(0, 1)
-        torch.mul(difference, scale, out=circuit.differences[circuit.row[sender]])
+        circuit.store(sender, (current.to(self.dtype) - corrupted.to(self.dtype)).flatten(0, 1), scale)
 
     def _write_heads(self, index: int, layer: Layer, own: list[int], z: Tensor) -> Tensor:
         first, n = self.graph.head_senders(index).start, layer.q.n_heads
@@ -146,9 +177,8 @@ class _CircuitsRun:
             heads = [h for h in range(n) if circuit.stored[first + h]]
             if heads:
                 difference = (current.to(self.dtype) - corrupted).flatten(0, 1).unflatten(1, (n, -1))
-                start = circuit.row[first + heads[0]]
-                out = circuit.differences[start : start + len(heads)]
-                torch.bmm(difference.transpose(0, 1)[heads], weight[heads], out=out)
+                senders = [first + h for h in heads]
+                circuit.store_heads(senders, difference.transpose(0, 1)[heads], weight[heads])
         return self._keep(own, z)
 
     def _write_mlp(self, index: int, sender: int, run: list[int], y: Tensor) -> Tensor:

@@ -64,7 +64,8 @@ class RecordedRun:
                 # A copy: some models add to the MLP's output in place.
                 hooks.on_output(layer.mlp_out, lambda y: self.mlps.append(y.clone()))
 
-        with torch.no_grad():
+        # Constants may be learned.
+        with torch.set_grad_enabled(constants is not None and torch.is_grad_enabled()):
             self.logits = runner.logits(self.embeddings, register)
 
     def _keep_kind(self, result: object) -> None:

@@ -3,6 +3,7 @@
 from .baselines import BASELINES, Baseline
 from .check import Check, check_model
 from .compare import Comparison, compare
+from .constants import optimal_constants
 from .curve import FRACTIONS, Curve, faithfulness_curve
 from .discover import discover
 from .evaluate import EvaluationResult, evaluate
@@ -20,4 +21,5 @@ __all__ = [
     "discover",
     "evaluate",
     "faithfulness_curve",
+    "optimal_constants",
 ]

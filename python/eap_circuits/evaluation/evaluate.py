@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
@@ -22,9 +22,9 @@ from ..capture import (
     prepare,
     run_circuits,
 )
-from ..errors import expected
 from ..graph import Circuit
 from ..tasks import PairedDataset
+from .constants import check_circuit, optimal_constants
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,11 +113,13 @@ def evaluate(
         metric: a name in `METRICS`, or a callable (logits [E, V], batch) -> [E], higher is better.
         ablation: what edges outside carry: "patching", the sender's contribution in the corrupted run; "zero",
             nothing; "mean", its mean over all tokens of the ablation data's clean prompts; "mean-positional", its
-            mean at the same position. Faithfulness is 0 where all edges carry it.
+            mean at the same position; constants of `optimal_constants`; or "optimal", constants learned on the
+            ablation data for each circuit. Faithfulness is 0 where all edges carry it: for "optimal", constants of
+            their own. With all but "patching" prompts are run from their first token on.
         batch_size: examples per batch; by default about a thousand tokens.
         reuse_prefix: run the tokens before the first difference once and keep their keys and values; exact.
         progress: called with (examples done, examples in all) after each batch.
-        ablation_data: whose clean prompts means are taken over; by default the data themselves.
+        ablation_data: over whose clean prompts means are taken or constants learned; by default the data themselves.
 
     Returns:
         An EvaluationResult, or a list of them for a list of circuits.
@@ -129,13 +131,13 @@ def evaluate(
     run = prepare(model, data, metric, ablation, batch_size, ablation_data)
     model, data = run.arch.model, run.data
     for item in circuits:
-        if not isinstance(item, Circuit):
-            raise expected("circuit", "a Circuit or a list of them", type(item).__name__)
-        if item.graph != run.arch.graph(item.graph.heads):
-            raise expected("circuit", f"one of {run.arch.graph(item.graph.heads)!r}", f"one of {item.graph!r}")
-
+        check_circuit(item, run)
     if not circuits:
         return []
+    if ablation == "optimal":
+        shared = (batch_size, reuse_prefix, progress)
+        learned = _with_own_constants(model, circuits, data, ablation_data or data, metric, *shared)
+        return learned[0] if isinstance(circuit, Circuit) else learned
     graphs = {item.graph.heads: item.graph for item in circuits}
     results = torch.empty(2 + len(circuits), len(data), dtype=torch.float64)
 
@@ -176,3 +178,26 @@ def evaluate(
                 progress(done, len(data))
     evaluated = [EvaluationResult(row, results[0], results[1]) for row in results[2:]]
     return evaluated[0] if isinstance(circuit, Circuit) else evaluated
+
+
+def _with_own_constants(
+    model: nn.Module,
+    circuits: list[Circuit],
+    data: PairedDataset,
+    lessons: PairedDataset,
+    metric: Any,
+    batch_size: int | None,
+    reuse_prefix: bool,
+    progress: Progress | None,
+) -> list[EvaluationResult]:
+    """Each circuit with constants learned for it, between the model and no circuit with constants learned for that."""
+    graph = circuits[0].graph
+    none = Circuit.from_mask(graph, torch.zeros_like(graph.edge_mask))
+    results = []
+    for number, item in enumerate([none, *circuits]):
+        constants = optimal_constants(model, item, lessons, batch_size=batch_size)
+        results.append(evaluate(model, item, data, metric, constants, batch_size, reuse_prefix))
+        if progress is not None:
+            progress(number * len(data) // len(circuits), len(data))
+    lowest = results.pop(0).values
+    return [replace(result, corrupted_values=lowest) for result in results]

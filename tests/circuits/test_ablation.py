@@ -265,17 +265,20 @@ def test_means_are_of_the_clean_prompts_real_tokens_alone(make_model, make_pairs
         assert relative(eap.attribute(model, data, steps=2, ablation=name).values, own.values) < 1e-6
 
 
-def test_a_mean_position_by_position_is_the_prompt_itself_where_there_is_one(make_model, make_pairs):
-    """Ablated to its own contributions at every position nothing changes."""
-    model, data = make_model("gpt2"), make_pairs(seed=5, n=1)
-    scores = eap.attribute(model, data, ablation="mean-positional", steps=2)
-    scale = float(eap.attribute(model, data, steps=2, ablation="mean").values.abs().max())
-    assert float(scores.values.abs().max()) < 1e-6 * scale
-    graph = scores.graph
-    result = eap.evaluate(
-        model, eap.Circuit.from_mask(graph, random_mask(graph, 1, 0.5)), data, ablation="mean-positional"
-    )
-    torch.testing.assert_close(result.values, result.clean_values, atol=1e-6, rtol=1e-6)
+@pytest.mark.parametrize("heads", ["kv", "query"])
+def test_prompts_ablated_to_their_own_contributions_stay_what_they_are(family, heads, make_model, make_pairs):
+    """Of one prompt alone the mean at each position is what it gives there: no circuit differs from the model."""
+    model, data = make_model(family), make_pairs(seed=5, n=1)
+    graph = bind(model).graph(heads)
+    with StayDouble():
+        masks = [torch.zeros_like(graph.edge_mask), random_mask(graph, 1, 0.5)]
+        circuits = [eap.Circuit.from_mask(graph, mask) for mask in masks]
+        for result in eap.evaluate(model, circuits, data, ablation="mean-positional"):
+            torch.testing.assert_close(result.values, result.clean_values, atol=1e-9, rtol=1e-9)
+            torch.testing.assert_close(result.corrupted_values, result.clean_values, atol=1e-9, rtol=1e-9)
+        scores = eap.attribute(model, data, heads=heads, ablation="mean-positional", method="eap")
+        right = eap.attribute(model, data, heads=heads, ablation="mean", method="eap")
+    assert float(scores.values.abs().max()) < 1e-9 * float(right.values.abs().max())
 
 
 def test_metrics_are_given_the_corrupted_runs_logits_whatever_the_ablation(make_model, make_pairs):

@@ -72,6 +72,8 @@ def test_after_success(family, heads, make_model, make_pairs):
     assert snapshot(model) == before
     eap.evaluate(model, scores.select(30, how="greedy"), data)
     assert snapshot(model) == before
+    eap.evaluate(model, scores.select(30, how="greedy"), data[:2], ablation="mean")
+    assert snapshot(model) == before
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
 
 

@@ -111,6 +111,8 @@ def attribute(
     }
     if edges is not None:
         info["edges"] = int(chosen.sum())
+    if ablation_data is not None:
+        info["ablation_data"] = ablation_data.name
     return EdgeScores(graph, (total / len(data)).float(), info)
 
 

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind
-from eap_circuits.capture import Constants, RecordedRun, Runner, borrowed, learning_run, make_batches, prepare
+from eap_circuits.capture import (
+    ABLATIONS,
+    Constants,
+    RecordedRun,
+    Runner,
+    borrowed,
+    learning_run,
+    make_batches,
+    prepare,
+)
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.graph import prune
 
@@ -153,3 +164,20 @@ def test_constants_of_another_model_are_refused(make_model, make_pairs):
     few = constants.map(lambda x: x.repeat(3, 1))
     with pytest.raises(eap.InputError, match=r"ablation: expected constants for .* positions"):
         eap.evaluate(llama, circuit_of(llama), data, ablation=few)
+
+
+def test_the_pages_example_runs(make_model, make_pairs, monkeypatch, capsys):
+    """docs/ablations.md, on a tiny model and random prompts."""
+    page = (Path(__file__).parents[2] / "docs" / "ablations.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
+    def load_task(name, tokenizer, n, seed):
+        pairs = make_pairs(seed=seed, n=n)
+        return eap.PairedDataset.from_tokens(pairs.clean, pairs.corrupted, torch.full((n,), 11), pairs.answers)
+
+    monkeypatch.setattr(eap, "load_task", load_task)
+    names = {"model": make_model("llama"), "tokenizer": None}
+    exec(example, names)
+    assert capsys.readouterr().out.count("EvaluationResult") == 2
+    for ablation in ABLATIONS:
+        assert f'`"{ablation}"`' in page

@@ -64,6 +64,9 @@ class Constants:
         """The same with every tensor changed."""
         return self.of_tensors(map(change, self.tensors))
 
+    def __repr__(self) -> str:
+        return f"Constants({len(self.mlps)} layers, {len(self.embedding)} position(s))"
+
     def at(self, batch: Batch) -> Constants:
         """The constants at the tokens of a batch without prefixes, [E, T, X] each."""
         examples, tokens = batch.shape

@@ -108,9 +108,11 @@ class _LearningCircuit(_Circuit):
         self._stored += torch.bmm(difference, weight).unbind()
 
     def read(self, base: Tensor, reach: int, receivers: Tensor) -> Tensor:
-        seen = self.row[reach - 1] + 1
+        weights = self.mask[: self.row[reach - 1] + 1][:, receivers]
+        used = weights.any(1).nonzero()[:, 0]
         # A product keeps for its gradient what multiplies the differences, not these.
-        return base + torch.tensordot(self.mask[:seen][:, receivers].T, torch.stack(self._stored[:seen]), 1)
+        read = torch.stack([self._stored[row] for row in used.tolist()])
+        return base + torch.tensordot(weights[used].T, read, 1)
 
 
 class _CircuitsRun:

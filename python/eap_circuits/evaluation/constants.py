@@ -40,7 +40,7 @@ def optimal_constants(
 
     Optimal ablation (Li & Janson 2024, arXiv 2409.09951): what a circuit loses is not to depend on values that
     mislead the rest of the model. The constants start at the means over the clean prompts' tokens and follow Adam, each
-    step over all the data, in units of a sender's own deviation from its mean; the best ones seen are given back, so
+    step over all the data, in units of each feature's own deviation from its mean; the best ones seen are given back, so
     that on these data they are at least as good as the means. Deterministic, and independent of the batch size.
 
     Args:
@@ -90,21 +90,24 @@ def _learn(
     batches = list(make_batches(run.data, batch_size, False, run.arch.device, TOKENS_TOGETHER))
     squares = means(run.arch, batches, of=torch.square)
     units = [
-        (square - mean.square()).mean().clamp(min=0).sqrt()
+        (square - mean.square()).clamp(min=0).sqrt()
         for square, mean in zip(squares.tensors, start.tensors, strict=True)
     ]
     moves = [torch.zeros_like(mean, requires_grad=True) for mean in start.tensors]
     adam = torch.optim.Adam(moves, lr=rate)
     best, found = -float("inf"), start
+    plain = []  # clean and corrupted logits of each batch
+    for batch in batches:
+        runner = Runner(run.arch, circuit.graph, batch)
+        with torch.no_grad():
+            plain.append([runner.logits(runner.embed(tokens)) for tokens in (batch.clean, batch.corrupted)])
     for step in range(steps + 1):
         adam.zero_grad()
         reached = 0.0
-        for batch in batches:
+        for batch, (clean, corrupted) in zip(batches, plain, strict=True):
             terms = zip(start.tensors, units, moves, strict=True)
             constants = start.of_tensors([mean + unit * move for mean, unit, move in terms])
             runner = Runner(run.arch, circuit.graph, batch)
-            with torch.no_grad():
-                clean, corrupted = (runner.logits(runner.embed(x)) for x in (batch.clean, batch.corrupted))
             ablated = RecordedRun(runner, batch.clean, constants)
             logits = learning_run(runner, circuit.graph, ablated, circuit.mask)
             value = run.values(logits, batch, clean, corrupted).sum()

@@ -40,8 +40,8 @@ def optimal_constants(
 
     Optimal ablation (Li & Janson 2024, arXiv 2409.09951): what a circuit loses is not to depend on values that
     mislead the rest of the model. The constants start at the means over the clean prompts' tokens and follow Adam, each
-    step over all the data, in units of each feature's own deviation from its mean; the best ones seen are given back, so
-    that on these data they are at least as good as the means. Deterministic, and independent of the batch size.
+    step over all the data, in units of each feature's own deviation from its mean; the best ones seen are given back,
+    so that on these data they are at least as good as the means. Deterministic; the batch size does not matter.
 
     Args:
         model: a Hugging Face causal language model, on one device; it comes back as it was.

@@ -2,7 +2,7 @@
 
 from .batches import Batch, make_batches
 from .borrow import Hooks, borrowed
-from .contraction import contract
+from .contraction import contract, contract_neurons, contract_parts
 from .inputs import ABLATIONS, Progress, Run, prepare
 from .masked import TOKENS_TOGETHER, run_circuits
 from .memory import SHARE_OF_FREE, PeakBytes, free_bytes, in_memory, most_tokens, parse_bytes
@@ -29,6 +29,8 @@ __all__ = [
     "SenderDifferences",
     "borrowed",
     "contract",
+    "contract_neurons",
+    "contract_parts",
     "free_bytes",
     "in_memory",
     "make_batches",

@@ -21,11 +21,12 @@ Progress = Callable[[int, int], None]  # (examples done, examples in all)
 
 @dataclass(frozen=True)
 class Run:
-    """A checked request: the bound model, the data and the metric."""
+    """A checked request: the bound model, the data and the metric; what of the scores is kept besides their mean."""
 
     arch: Architecture
     data: PairedDataset
     metric: Callable[[Tensor, MetricBatch], Tensor]
+    keep: frozenset[str] = frozenset()
 
     def values(self, logits: Tensor, batch: Batch, clean: Tensor, corrupted: Tensor) -> Tensor:
         """The metric of each example: logits [E, V] -> [E]; raises InputError where it is not finite."""

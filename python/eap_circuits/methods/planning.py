@@ -49,7 +49,7 @@ def tokens_per_pass(
     most = most_tokens(run.arch.device)
     weights = sum(p.numel() for p in run.arch.model.parameters())
     rough = _NUMBERS_PER_WEIGHT * most * weights // run.arch.d_model * run.arch.accumulate.itemsize
-    if rough <= _NEGLIGIBLE * allowed:
+    if rough <= _NEGLIGIBLE * allowed and not run.keep:
         return most
     batch = next(make_batches(run.data, batch_size, reuse_prefix, run.arch.device, most))
     cost = _Cost(run, graph, path, batch)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -209,3 +213,16 @@ def test_scores_beyond_memory_are_refused_with_their_bytes(method, make_model, m
     monkeypatch.setattr(attribution, "borrowed", None)
     with pytest.raises(eap.InputError, match=f"keep: expected scores that fit into the {needed - 1:,} bytes"):
         eap.attribute(model, data, method=method, keep="examples")
+
+
+def test_the_pages_example_runs(tmp_path, make_model, make_pairs, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "statistics.md").read_text()
+    names = {"eap": eap, "model": make_model("llama"), "data": make_pairs(n=9)}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    assert names["last"].shape == names["sure"].shape == names["scores"].graph.edge_mask.shape
+    assert names["each"].shape == (9, len(names["scores"].graph.senders))
+    assert int(names["circuit"].mask.any(1).sum()) == 21 and math.isfinite(names["result"].faithfulness)
+    assert torch.equal(eap.NodeScores.load("nodes.safetensors").neurons, names["scores"].neurons)
+    assert capsys.readouterr().out

@@ -120,36 +120,33 @@ class Statistics:
 
     def add(self, scores: BatchScores) -> None:
         """Add those of a batch."""
-        found = dict(scores.sums)
+        sums, found = self.sums, scores.sums
+        # One at a time: a whole batch in float64 would take twice its own memory more.
         if "examples" in found:
-            examples = found.pop("examples").double().cpu()
-            self.sums["total"] += examples.sum(0)
-            self.sums["squares"] += examples.square().sum(0)
-            if "examples" in self.sums:
-                self.sums["examples"][scores.batch.index] = examples.float()
+            for example, part in zip(scores.batch.index, found["examples"], strict=True):
+                values = part.double().cpu()
+                sums["total"] += values
+                sums["squares"] += values.square()
+                if "examples" in sums:
+                    sums["examples"][example] = values.float()
         if "positions" in found:
-            positions = found.pop("positions").double().cpu()
-            self.sums["positions"][scores.places] += positions
-            if "examples" not in scores.sums:
-                self.sums["total"] += positions.sum(0)
-        for name, value in found.items():
-            self.sums[name] += value
+            for place, part in zip(scores.places, found["positions"], strict=True):
+                values = part.double().cpu()
+                sums["positions"][place] += values
+                if "examples" not in found:
+                    sums["total"] += values
+        for name in found.keys() & {"total", "neurons"}:
+            sums[name] += found[name]
 
     def scores(self, info: dict[str, Any]) -> EdgeScores:
         """Means over the examples."""
-        mean = {name: (x / self._n).float() for name, x in self.sums.items() if name not in ("examples", "squares")}
-        variance = None
+        mean = self.sums["total"] / self._n
+        kept = {"per_example": self.sums["examples"]} if "examples" in self.sums else {}
+        for name, sums in (("per_position", "positions"), ("neurons", "neurons")):
+            if sums in self.sums:
+                kept[name] = self.sums[sums].float() / self._n
         if "squares" in self.sums:
-            exact = self.sums["squares"] / self._n - (self.sums["total"] / self._n).square()
-            variance = exact.clamp(min=0).float()
+            kept["variance"] = (self.sums["squares"] / self._n - mean.square()).clamp(min=0).float()
         if self._keep:
             info = {**info, "keep": sorted(self._keep)}
-        return EdgeScores(
-            self._graph,
-            mean["total"],
-            info,
-            variance=variance,
-            per_example=self.sums.get("examples"),
-            per_position=mean.get("positions"),
-            neurons=mean.get("neurons"),
-        )
+        return EdgeScores(self._graph, mean.float(), info, **kept)

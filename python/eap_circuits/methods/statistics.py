@@ -26,6 +26,7 @@ from ..errors import expected, one_of
 from ..graph import EdgeScores, Graph
 
 KEEP = ("variance", "examples", "positions", "positions-from-end", "neurons")
+_EXAMPLES, _POSITIONS = {"variance", "examples"}, {"positions", "positions-from-end"}
 
 
 def to_keep(keep: object, gradient: bool) -> frozenset[str]:
@@ -38,11 +39,19 @@ def to_keep(keep: object, gradient: bool) -> frozenset[str]:
     for name in names:
         one_of("keep", name, KEEP)
     found = frozenset(names)
-    if found >= {"positions", "positions-from-end"}:
+    if found >= _POSITIONS:
         raise expected("keep", "positions counted from one end", "both 'positions' and 'positions-from-end'")
-    if not gradient and not found <= {"variance", "examples"}:
+    if not gradient and not found <= _EXAMPLES:
         raise expected("keep", "'variance' or 'examples' for a method without gradients", repr(keep))
     return found
+
+
+def batch_bytes(run: Run, graph: Graph, examples: int) -> int:
+    """The most that the `BatchScores` of so many examples hold for what is kept."""
+    parts = min(examples, len(run.data)) if run.keep & _EXAMPLES else 0
+    if run.keep & _POSITIONS:
+        parts += int(run.data.lengths.max())
+    return parts * graph.n_senders * graph.n_receivers * run.arch.accumulate.itemsize
 
 
 class BatchScores:
@@ -61,10 +70,10 @@ class BatchScores:
         self._neurons = "neurons" in keep
         shape = graph.n_senders, graph.n_receivers
         examples, tokens = batch.shape
-        if keep & {"variance", "examples"}:
+        if keep & _EXAMPLES:
             ends = torch.searchsorted(batch.rows, torch.arange(examples + 1, device=batch.rows.device) * tokens)
             self._parts["examples"] = [slice(*ends[e : e + 2].tolist()) for e in range(examples)]
-        if keep & {"positions", "positions-from-end"}:
+        if keep & _POSITIONS:
             before = batch.start
             if "positions-from-end" in keep:
                 before = before + int(run.data.lengths.max()) - batch.lengths
@@ -104,11 +113,11 @@ class Statistics:
         self._keep, self._graph, self._n = keep, graph, len(run.data)
         edges = (graph.n_senders, graph.n_receivers)
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"total": (edges, torch.float64)}
-        if keep & {"variance", "examples"}:
+        if keep & _EXAMPLES:
             shapes["squares"] = edges, torch.float64
         if "examples" in keep:
             shapes["examples"] = (self._n, *edges), torch.float32
-        if keep & {"positions", "positions-from-end"}:
+        if keep & _POSITIONS:
             shapes["positions"] = (int(run.data.lengths.max()), *edges), torch.float64
         if "neurons" in keep:
             shapes["neurons"] = (graph.n_senders, graph.d_model), torch.float64

@@ -113,6 +113,31 @@ def test_dry_run_shows_the_plan_and_scores_nothing(
     assert "steps at once" in shown and "0.00 GiB allowed" in shown
 
 
+def test_statistics_are_saved_and_used_to_choose(
+    tmp_path: Path, loads: list[str], pairs: Path, make_model: Any, make_pairs: Any
+) -> None:
+    out, circuit = tmp_path / "s.safetensors", tmp_path / "c.json"
+    model, data = make_model("llama", torch.float32), make_pairs()
+    arguments = ("attribute", "tiny", "--data", pairs, "--edges", 30, "--circuit", circuit, "--confidence", 0.9)
+    for keep in ((), ("--keep", "examples,neurons")):
+        run(*arguments, "-o", out, *keep)
+        right = eap.attribute(model, data, keep=("examples", "neurons") if keep else "variance")
+        found = eap.EdgeScores.load(out)
+        assert found.statistics().keys() == right.statistics().keys()
+        assert eap.Circuit.load(circuit) == right.select(30, among=right.confidence() >= 0.9)
+    shown = json.loads(
+        run(
+            "curve", "tiny", out, "--data", pairs, "--confidence", 0.9, "--fractions", "0.5,1", "--draws", 1, "--json"
+        ).stdout
+    )
+    sure = int((right.confidence() >= 0.9).sum())
+    assert shown["n_edges"][-1] == right.select(sure, among=right.confidence() >= 0.9).n_edges <= sure
+    run("attribute", "tiny", "--data", pairs, "--keep", "everything", code=2)
+    run("attribute", "tiny", "--data", pairs, "--confidence", 0.9, code=2)
+    run("attribute", "tiny", "--data", pairs, "-o", out)
+    run("curve", "tiny", out, "--data", pairs, "--confidence", 0.9, code=2)
+
+
 def test_metric_is_the_datas_own_unless_given(
     tmp_path: Path, loads: list[str], make_pairs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

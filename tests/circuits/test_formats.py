@@ -62,6 +62,40 @@ def test_circuits_come_back(kind: str, suffix: str, tmp_path: Path) -> None:
     assert torch.allclose(loaded.values, circuit.values, rtol=1e-6)
 
 
+def test_statistics_come_back_in_our_own_format_alone(tmp_path: Path) -> None:
+    graph = GRAPHS["kv"]
+    edges = graph.edge_mask.shape
+    kept = {
+        "variance": torch.rand(edges),
+        "per_example": torch.randn(5, *edges),
+        "per_position": torch.randn(3, *edges),
+        "neurons": torch.randn(graph.n_senders, graph.d_model),
+    }
+    for names in ((), ("variance",), ("per_example", "neurons"), tuple(kept)):
+        some = {name: kept[name] for name in names}
+        scores = EdgeScores(graph, values_of(graph), {"n_examples": 5}, **some)
+        scores.save(tmp_path / "scores.safetensors")
+        found = EdgeScores.load(tmp_path / "scores.safetensors").statistics()
+        assert found.keys() == some.keys()
+        assert all(torch.equal(found[name], some[name]) for name in some)
+        scores.save(tmp_path / "scores.json")
+        assert EdgeScores.load(tmp_path / "scores.json").statistics() == {}
+    # As scores were written before there were any.
+    plain = {"format": "eap-circuits/1", "kind": "scores", "info": "{}"}
+    plain["graph"] = json.dumps({"n_heads": [4, 4], "n_kv_heads": [2, 2], "d_model": 16})
+    save_file({"values": values_of(graph)}, tmp_path / "old.safetensors", metadata=plain)
+    assert torch.equal(EdgeScores.load(tmp_path / "old.safetensors").values, values_of(graph))
+
+
+@pytest.mark.parametrize("name", ["variance", "per_example", "per_position", "neurons"])
+def test_statistics_of_another_shape_are_refused(name: str) -> None:
+    graph = GRAPHS["kv"]
+    for wrong in (torch.zeros(3), torch.zeros(graph.n_senders, 3), torch.zeros(1, 2, *graph.edge_mask.shape)):
+        given: Any = {name: wrong}
+        with pytest.raises(InputError, match=f"{name}: expected shape"):
+            EdgeScores(graph, values_of(graph), **given)
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_circuit_without_scores_comes_back(suffix: str, tmp_path: Path) -> None:
     circuit = Circuit.from_mask(GRAPHS["kv"], circuit_of(GRAPHS["kv"]).mask)

@@ -3,7 +3,7 @@
 from .ablation import ABLATIONS, Constants, different_throughout, means
 from .batches import Batch, make_batches
 from .borrow import Hooks, borrowed
-from .contraction import contract
+from .contraction import contract, contract_neurons, contract_parts
 from .inputs import Progress, Run, prepare
 from .masked import TOKENS_TOGETHER, learning_run, run_circuits
 from .memory import SHARE_OF_FREE, PeakBytes, free_bytes, in_memory, most_tokens, parse_bytes
@@ -31,6 +31,8 @@ __all__ = [
     "SenderDifferences",
     "borrowed",
     "contract",
+    "contract_neurons",
+    "contract_parts",
     "different_throughout",
     "free_bytes",
     "in_memory",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -14,11 +18,48 @@ from .senders import SenderDifferences
 
 def contract(senders: SenderDifferences, receivers: ReceiverGradients) -> Tensor:
     """Edge scores of what has been accumulated, summed over the batch: float32 (or float64) [S, R]."""
-    dtype = contracted_dtype(senders.arch)
     with torch.no_grad():
-        delta, grad = ([_to(group, dtype) for group in side.nodes()] for side in (senders, receivers))
+        delta, grad = _contracted(senders, receivers)
         workspace = _workspace(senders.arch.device)
         return head_space_scores(delta, grad, senders.graph.reach, workspace=workspace)
+
+
+def contract_parts(
+    senders: SenderDifferences, receivers: ReceiverGradients, parts: Iterable[Tensor | slice], out: Tensor
+) -> None:
+    """The same summed over parts of the batch's rows alone, and added to `out`.
+
+    Args:
+        parts: slices of the batch's n rows, or int64 indices into them.
+        out: float32 (or float64) [parts, S, R].
+    """
+    with torch.no_grad():
+        groups = _contracted(senders, receivers)
+        workspace = _workspace(senders.arch.device)
+        for part, scores in zip(parts, out, strict=True):
+            delta, grad = ([_rows(group, part) for group in side] for side in groups)
+            head_space_scores(delta, grad, senders.graph.reach, out=scores, workspace=workspace)
+
+
+def contract_neurons(senders: SenderDifferences, receivers: ReceiverGradients) -> Tensor:
+    """Σ_t Δ_u(t) ⊙ Σ_v ∂loss/∂x_v(t), v every receiver that sees u, summed over the batch: [S, D].
+
+    The inner sum is the gradient at what u writes to the residual stream: those of the receivers add up on the way
+    from the logits to the embeddings.
+    """
+    graph = senders.graph
+    with torch.no_grad():
+        groups = receivers.nodes()
+        starts = accumulate((group.values.shape[1] for group in groups[:-1]), initial=0)
+        # In the graph's order: later receivers see at least what earlier ones see.
+        waiting = [(int(graph.reach[start]), group) for start, group in zip(starts, groups, strict=True)]
+        first, gradient, scores = graph.n_senders, torch.zeros_like(senders.embedding), []
+        for group in reversed(senders.nodes()):
+            first -= group.values.shape[1]
+            while waiting and waiting[-1][0] > first:
+                gradient += _together(waiting.pop()[1])
+            scores.append(_elementwise(group, gradient))
+        return torch.cat(scores[::-1])
 
 
 def contracted_dtype(arch: Architecture) -> torch.dtype:
@@ -39,6 +80,42 @@ def _workspace(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory // 16
 
 
+def _contracted(senders: SenderDifferences, receivers: ReceiverGradients) -> tuple[list[Nodes], list[Nodes]]:
+    dtype = contracted_dtype(senders.arch)
+    return [_to(group, dtype) for group in senders.nodes()], [_to(group, dtype) for group in receivers.nodes()]
+
+
 def _to(group: Nodes, dtype: torch.dtype) -> Nodes:
     rest = (None if x is None else x.to(dtype) for x in (group.weight, group.coefficients, group.normalised))
     return Nodes(group.values.to(dtype), *rest)
+
+
+def _rows(group: Nodes, part: Tensor | slice) -> Nodes:
+    if group.coefficients is None or group.normalised is None:
+        return replace(group, values=group.values[part])
+    return replace(
+        group,
+        values=group.values[part],
+        coefficients=group.coefficients[..., part],
+        normalised=group.normalised[:, part],
+    )
+
+
+def _together(group: Nodes) -> Tensor:
+    """The sum of a group of receivers' gradients in the residual stream, [n, D]."""
+    x = group.values
+    if group.weight is None:
+        x = x.sum(1)
+    else:
+        shared = x.unflatten(1, (len(group.weight), -1)).sum(2)  # [n, g, K]
+        x = shared.flatten(1) @ group.weight.flatten(0, 1)
+    if group.coefficients is None or group.normalised is None:
+        return x
+    return x - torch.einsum("pn,pnd->nd", group.coefficients.sum(0), group.normalised)
+
+
+def _elementwise(group: Nodes, gradient: Tensor) -> Tensor:
+    """Σ_t Δ(t) ⊙ gradient(t) of a group of senders, [h, D]."""
+    if group.weight is None:
+        return (group.values * gradient[:, None]).sum(0)
+    return (torch.einsum("nhk,nd->hkd", group.values, gradient) * group.weight).sum(1)

@@ -21,7 +21,7 @@ Progress = Callable[[int, int], None]  # (examples done, examples in all)
 
 @dataclass(frozen=True)
 class Run:
-    """A checked request: the bound model, the data, the metric and the ablation.
+    """A checked request: the bound model, the data, the metric, the ablation, and what is kept of scores.
 
     `constants`, once `with_constants` has found them, are what the ablation puts in place of contributions; there are
     none for patching.
@@ -33,6 +33,7 @@ class Run:
     ablation: str | Constants = "patching"
     ablation_data: PairedDataset | None = None
     constants: Constants | None = None
+    keep: frozenset[str] = frozenset()
 
     def with_constants(self) -> Run:
         """The request with its constants, for which means are taken; the model is to be borrowed already."""

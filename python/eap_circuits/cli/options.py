@@ -101,6 +101,15 @@ Signed = Annotated[
     bool,
     typer.Option("--signed", help="Rank by the score itself, not by its absolute value.", rich_help_panel="Circuit"),
 ]
+Confidence = Annotated[
+    float | None,
+    typer.Option(
+        help="Take only edges whose sign is that sure over the examples, such as 0.95; needs scores with --keep.",
+        min=0.5,
+        max=1.0,
+        rich_help_panel="Circuit",
+    ),
+]
 Json = Annotated[
     bool,
     typer.Option("--json", help="Results as JSON on stdout instead of tables.", rich_help_panel="Output"),

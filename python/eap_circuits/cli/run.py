@@ -16,6 +16,7 @@ from .options import (
     AblationData,
     Baselines,
     BatchSize,
+    Confidence,
     Data,
     Device,
     Draws,
@@ -74,6 +75,14 @@ def attribute(
             rich_help_panel="Scoring",
         ),
     ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="What else to save of the scores: variance, examples, positions or positions-from-end, neurons, "
+            "with commas between.",
+            rich_help_panel="Scoring",
+        ),
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     out: Annotated[
@@ -91,6 +100,7 @@ def attribute(
     ] = None,
     how: How = "top",
     signed: Signed = False,
+    confidence: Confidence = None,
     circuit: Annotated[
         Path | None,
         typer.Option(help="Save that circuit (.json, .pt or .safetensors).", rich_help_panel="Circuit"),
@@ -120,10 +130,15 @@ def attribute(
     check_suffix(circuit, *_SAVED)
     if circuit is not None and edges is None:
         raise expected("--circuit", "--edges with it, the size of the circuit", "no --edges")
+    if confidence is not None and edges is None:
+        raise expected("--confidence", "--edges with it, the size of the circuit", "no --edges")
     one_of("--method", method, METHODS)
     one_of("--quadrature", quadrature, QUADRATURES)
     one_of("--heads", heads, ("kv", "query"))
     one_of("--how", how, ("top", "greedy", "optimal"))
+    kept = None if keep is None else keep.split(",")
+    if confidence is not None and not {"variance", "examples"} & set(kept or ()):
+        kept = [*(kept or ()), "variance"]
     measured = None if only is None else eap.Circuit.load(only)
     prompts = session.Prompts(task, data, n, seed, ablation_data)
     prompts.check(metric, gradient=method != "exact", ablation=ablation)
@@ -132,7 +147,8 @@ def attribute(
     pairs = prompts.load(tokenizer)
     if dry_run:
         kind = cast(Any, heads)
-        plan = eap.plan(loaded, pairs, metric or pairs.metric, method, steps, kind, batch_size, True, memory, ablation)
+        request = (method, steps, kind, batch_size, True, memory, ablation, kept)
+        plan = eap.plan(loaded, pairs, metric or pairs.metric, *request)
         show_json(asdict(plan)) if as_json else show_table(plan_table(plan))
         return
     with progress("Scoring edges") as bar:
@@ -151,8 +167,10 @@ def attribute(
             progress=bar,
             edges=measured,
             checkpoint=checkpoint,
+            keep=kept,
         )
-    chosen = None if edges is None else scores.select(n_edges=edges, how=how, signed=signed)
+    among = None if confidence is None else scores.confidence() >= confidence
+    chosen = None if edges is None else scores.select(n_edges=edges, how=how, signed=signed, among=among)
     files = {}
     if out is not None:
         scores.save(out)
@@ -251,6 +269,7 @@ def curve(
     ] = None,
     how: How = "top",
     signed: Signed = False,
+    confidence: Confidence = None,
     baselines: Baselines = "random,complement",
     draws: Draws = 3,
     ablation: Ablation = "patching",
@@ -293,6 +312,7 @@ def curve(
     prompts = session.Prompts(task, data, n, seed, ablation_data)
     prompts.check(metric, ablation=ablation)
     loaded_scores = eap.EdgeScores.load(scores)
+    among = None if confidence is None else loaded_scores.confidence() >= confidence
 
     loaded, tokenizer = session.load_model(model, dtype, device)
     pairs = prompts.load(tokenizer)
@@ -311,6 +331,7 @@ def curve(
             progress=bar,
             baselines=beside,
             seeds=range(draws),
+            among=among,
             **options,
         )
     content = jsonable(measured.to_dict())

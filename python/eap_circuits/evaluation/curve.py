@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..capture import Constants, Progress
 from ..errors import expected, one_of
@@ -90,6 +90,7 @@ def faithfulness_curve(
     baselines: Sequence[str] = (),
     seeds: Sequence[int] = (0, 1, 2),
     ablation_data: PairedDataset | None = None,
+    among: Tensor | None = None,
 ) -> Curve:
     """Select circuits of several sizes and measure each one's faithfulness, all in one go over the data.
 
@@ -103,6 +104,7 @@ def faithfulness_curve(
         baselines: of "random" (connected circuits of as many edges) and "complement" (every other edge), which to
             measure at every size too; each costs about as much as the curve, "random" for every seed.
         seeds: of the random circuits.
+        among: as in `EdgeScores.select`; sizes beyond its edges have all of them.
 
     Raises:
         InputError: fractions that do not grow within (0, 1], an unknown baseline, no seeds, or anything that
@@ -117,7 +119,7 @@ def faithfulness_curve(
     seeds = tuple(seeds)
     if "random" in baselines and not seeds:
         raise expected("seeds", "at least one", "none")
-    circuits = tuple(scores.select(int(f * scores.graph.n_edges), how, signed) for f in fractions)
+    circuits = tuple(scores.select(int(f * scores.graph.n_edges), how, signed, among=among) for f in fractions)
     others = {name: baseline_circuits(name, circuits, seeds) for name in baselines}
     rows = [circuits, *(row for draws in others.values() for row in draws)]
     settings = (data, metric, ablation, batch_size, reuse_prefix, progress, ablation_data)

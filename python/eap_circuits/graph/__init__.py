@@ -5,6 +5,7 @@ from .circuit import Circuit, prune
 from .compare import Agreement, Overlap, edge_auroc, edge_overlap, node_overlap, score_agreement
 from .confidence import bootstrap_confidence, normal_confidence
 from .layout import Graph, Heads
+from .nodes import NodeScores
 from .scores import EdgeScores
 from .selection import SELECTIONS
 
@@ -15,6 +16,7 @@ __all__ = [
     "EdgeScores",
     "Graph",
     "Heads",
+    "NodeScores",
     "Overlap",
     "bootstrap_confidence",
     "edge_auroc",

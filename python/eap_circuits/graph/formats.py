@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from ..errors import InputError, expected
 from ..files import DAMAGED, write_whole
 from .circuit import Circuit
 from .layout import Graph
-from .scores import EdgeScores
+from .nodes import NodeScores
+from .scores import STATISTICS, EdgeScores
 
 SUFFIXES = (".safetensors", ".json", ".pt")
-_FORMAT = "eap-circuits/1"
+_FORMAT, _NODES = "eap-circuits/1", "eap-circuits/nodes-1"
 
 
 def save(what: Circuit | EdgeScores, path: str | os.PathLike[str]) -> None:
@@ -33,16 +36,9 @@ def save(what: Circuit | EdgeScores, path: str | os.PathLike[str]) -> None:
     if suffix == ".safetensors":
         tensors = {"values": what.values} if what.values is not None else {}
         if isinstance(what, Circuit):
-            tensors["mask"] = what.mask
-        kind = "circuit" if isinstance(what, Circuit) else "scores"
-        metadata = {
-            "format": _FORMAT,
-            "kind": kind,
-            "graph": json.dumps(what.graph.to_dict()),
-            "info": json.dumps(what.info),
-        }
-        plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        write_whole(path, lambda file: save_file(plain, file, metadata=metadata))
+            _save_safetensors(path, {"kind": "circuit"}, what, {**tensors, "mask": what.mask})
+        else:
+            _save_safetensors(path, {"kind": "scores"}, what, {**tensors, **what.statistics()})
     elif suffix == ".json":
         content = _eap_ig_json(what)
         write_whole(path, lambda file: file.write_text(json.dumps(content), encoding="utf-8"))
@@ -53,28 +49,59 @@ def save(what: Circuit | EdgeScores, path: str | os.PathLike[str]) -> None:
         raise expected(str(path), "a name ending in " + ", ".join(SUFFIXES), repr(suffix))
 
 
+def save_nodes(what: NodeScores, path: str | os.PathLike[str]) -> None:
+    if Path(path).suffix != ".safetensors":
+        raise expected(str(path), "a name ending in .safetensors", repr(Path(path).suffix))
+    tensors = {"values": what.values, "neurons": what.neurons}
+    _save_safetensors(path, {"format": _NODES}, what, {name: x for name, x in tensors.items() if x is not None})
+
+
+def _save_safetensors(
+    path: str | os.PathLike[str],
+    kind: dict[str, str],
+    what: Circuit | EdgeScores | NodeScores,
+    tensors: dict[str, Tensor],
+) -> None:
+    contents = {"graph": json.dumps(what.graph.to_dict()), "info": json.dumps(what.info)}
+    metadata = {"format": _FORMAT, **kind, **contents}
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_whole(path, lambda file: save_file(plain, file, metadata=metadata))
+
+
 def load_scores(path: str | os.PathLike[str]) -> EdgeScores:
-    graph, values, _, info = _read(path)
-    if values is None:
+    graph, tensors, info = _read(path)
+    if "values" not in tensors:
         raise expected(str(path), "a file with edge scores", "a circuit without scores")
-    return EdgeScores(graph, values, info)
+    return EdgeScores(graph, tensors["values"], info, **{name: tensors.get(name) for name in STATISTICS})
 
 
 def load_circuit(path: str | os.PathLike[str]) -> Circuit:
-    graph, values, mask, info = _read(path)
-    if mask is None:
+    graph, tensors, info = _read(path)
+    if "mask" not in tensors:
         raise expected(str(path), "a circuit", "edge scores only; choose a circuit with EdgeScores.select")
-    return Circuit(graph, mask, values, info)
+    return Circuit(graph, tensors["mask"], tensors.get("values"), info)
 
 
-_Content = tuple[Graph, "Tensor | None", "Tensor | None", "dict[str, Any]"]
+def load_nodes(path: str | os.PathLike[str]) -> NodeScores:
+    graph, tensors, info = _read(path, nodes=True)
+    if "values" not in tensors:
+        raise expected(str(path), "node scores", "a file without values")
+    return NodeScores(graph, tensors["values"], tensors.get("neurons"), info)
 
 
-def _read(path: str | os.PathLike[str]) -> _Content:
+_Content = tuple[Graph, dict[str, Tensor], dict[str, Any]]
+
+
+def _read(path: str | os.PathLike[str], nodes: bool = False) -> _Content:
     path = Path(path)
-    readers = {".safetensors": _read_safetensors, ".json": _read_json, ".pt": _read_pt}
+    readers: dict[str, Callable[[Path], _Content]]
+    if nodes:
+        what, readers = "node scores written by eap_circuits", {".safetensors": partial(_read_safetensors, _NODES)}
+    else:
+        what = "scores or a circuit written by eap_circuits or EAP-IG"
+        readers = {".safetensors": partial(_read_safetensors, _FORMAT), ".json": _read_json, ".pt": _read_pt}
     if path.suffix not in readers:
-        raise expected(str(path), "a name ending in " + ", ".join(SUFFIXES), repr(path.suffix))
+        raise expected(str(path), "a name ending in " + ", ".join(readers), repr(path.suffix))
     if not path.is_file():
         raise expected(str(path), "a file", "a folder" if path.is_dir() else "nothing there")
     try:
@@ -83,19 +110,16 @@ def _read(path: str | os.PathLike[str]) -> _Content:
         raise InputError(f"{path}: {error}") from error
     except DAMAGED as error:
         reason = str(error).split("\n")[0][:200] or type(error).__name__
-        raise expected(
-            str(path), "scores or a circuit written by eap_circuits or EAP-IG", f"something else ({reason})"
-        ) from error
+        raise expected(str(path), what, f"something else ({reason})") from error
 
 
-def _read_safetensors(path: Path) -> _Content:
+def _read_safetensors(form: str, path: Path) -> _Content:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-        if metadata.get("format") != _FORMAT:
-            raise expected("metadata", f"format {_FORMAT!r}", repr(metadata.get("format")))
+        if metadata.get("format") != form:
+            raise expected("metadata", f"format {form!r}", repr(metadata.get("format")))
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-    graph = Graph.from_dict(json.loads(metadata["graph"]))
-    return graph, tensors.get("values"), tensors.get("mask"), json.loads(metadata["info"])
+    return Graph.from_dict(json.loads(metadata["graph"])), tensors, json.loads(metadata["info"])
 
 
 # EAP-IG's formats.
@@ -166,14 +190,14 @@ def _graph_of(cfg: dict[str, Any]) -> Graph:
 def _from_query(graph: Graph, values: Tensor, mask: Tensor, info: dict[str, Any]) -> _Content:
     """Undo `to_query` where the file was written from a kv graph."""
     if graph.heads == "query":
-        return graph, values, mask, info
+        return graph, {"values": values, "mask": mask}, info
     columns = graph.kv_receiver
     kv_mask = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.bool)
     kv_mask[:, columns] = mask
     if not torch.equal(kv_mask[:, columns], mask):
         raise expected("a kv circuit", "the same edges to every head of a group", "different ones")
     scores = EdgeScores(graph.with_heads("query"), values).to_kv()
-    return graph, scores.values, kv_mask, info
+    return graph, {"values": scores.values, "mask": kv_mask}, info
 
 
 def _read_json(path: Path) -> _Content:

@@ -6,13 +6,18 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import expected
 from .circuit import Circuit
+from .confidence import bootstrap_confidence, normal_confidence
 from .layout import Graph
+from .nodes import NodeScores
 from .selection import select_edges
+
+STATISTICS = ("variance", "per_example", "per_position", "neurons")
+# Their scores of edges do not add up to those of nodes.
+_NOT_ADDITIVE = ("exact", "information-flow-routes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,17 +28,38 @@ class EdgeScores:
         graph: the graph whose edges these are.
         values: float32 [S, R], in units of the metric; zero where there is no edge.
         info: where they came from (method, metric, task …), plain JSON values.
+        variance: float32 [S, R] of the scores over examples, divided by E; or None, as the next three.
+        per_example: float32 [E, S, R] in the order of the dataset; its mean is `values`.
+        per_position: float32 [T, S, R] by token position, from the prompts' start or, where `info["keep"]` has
+            "positions-from-end", with the scored positions last; a mean over all examples, also those that have no
+            such position, so that its sum is `values`.
+        neurons: float32 [S, D] of the nodes by dimension of the residual stream; see `NodeScores`.
     """
 
     graph: Graph
     values: Tensor
     info: dict[str, Any] = field(default_factory=dict)
+    variance: Tensor | None = None
+    per_example: Tensor | None = None
+    per_position: Tensor | None = None
+    neurons: Tensor | None = None
 
     def __post_init__(self) -> None:
-        shape = (self.graph.n_senders, self.graph.n_receivers)
-        if tuple(self.values.shape) != shape:
-            raise expected("score values", f"shape {list(shape)} [senders, receivers]", list(self.values.shape))
+        shape = [self.graph.n_senders, self.graph.n_receivers]
+        if list(self.values.shape) != shape:
+            raise expected("score values", f"shape {shape} [senders, receivers]", list(self.values.shape))
+        shapes = {"variance": shape, "neurons": [self.graph.n_senders, self.graph.d_model]}
         object.__setattr__(self, "values", self.values.detach().cpu())
+        for name, tensor in self.statistics().items():
+            wanted = shapes.get(name, [*tensor.shape[:1], *shape])
+            if list(tensor.shape) != wanted:
+                raise expected(name, f"shape {wanted}", list(tensor.shape))
+            object.__setattr__(self, name, tensor.detach().cpu())
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What was kept of `variance`, `per_example`, `per_position` and `neurons`, by name."""
+        kept = {name: getattr(self, name) for name in STATISTICS}
+        return {name: tensor for name, tensor in kept.items() if tensor is not None}
 
     def select(
         self,
@@ -60,7 +86,7 @@ class EdgeScores:
             prune: remove edges that are on no path from `input` to `logits`.
             positive_ratio: this share of the edges are those of highest positive score, the others those of largest
                 absolute score among the rest (Nikankin et al. 2025, arXiv 2510.25786); for how="top".
-            among: bool [S, R], the only edges that may be taken, such as `bootstrap_confidence(…) >= 0.95`.
+            among: bool [S, R], the only edges that may be taken, such as `scores.confidence() >= 0.95`.
             seconds: how long "optimal" may look for a better circuit.
 
         Raises:
@@ -88,13 +114,46 @@ class EdgeScores:
         order = values.abs().argsort(descending=True, stable=True)
         return [(self.graph.senders[u[i]], self.graph.receivers[v[i]], float(values[i])) for i in order]
 
+    def confidence(self) -> Tensor:
+        """How sure the sign of each score is, float64 [S, R] from 0 to 1: for `select(among=… >= 0.95)`.
+
+        `bootstrap_confidence` of the scores of single examples where they were kept, else `normal_confidence` of their
+        variance.
+
+        Raises:
+            InputError: neither was kept, or of fewer than two examples.
+        """
+        if self.per_example is not None:
+            return bootstrap_confidence(self.per_example)
+        if self.variance is None or "n_examples" not in self.info:
+            raise expected("confidence()", 'scores of attribute(keep="variance") or keep="examples"', "neither")
+        return normal_confidence(self.values, self.variance, self.info["n_examples"])
+
+    def node_scores(self) -> NodeScores:
+        """Scores of the nodes: each the sum over its outgoing edges, which is exact for every gradient method.
+
+        Raises:
+            InputError: scores of a method whose edges' do not add up to a node's.
+        """
+        if self.info.get("method") in _NOT_ADDITIVE:
+            raise expected("node_scores()", "scores of a gradient method", repr(self.info["method"]))
+        return NodeScores(self.graph, self.values.double().sum(1).float(), self.neurons, self.info)
+
     def to_kv(self) -> EdgeScores:
-        """Query-head scores summed over each group: the scores of the kv graph."""
+        """Query-head scores summed over each group: the scores of the kv graph.
+
+        The variance of a sum is known only where the examples' scores were kept.
+        """
         if self.graph.heads == "kv":
             return self
         kv = self.graph.with_heads("kv")
-        values = torch.zeros(kv.n_senders, kv.n_receivers, dtype=self.values.dtype)
-        return EdgeScores(kv, values.index_add(1, self.graph.kv_receiver, self.values), self.info)
+
+        def summed(x: Tensor) -> Tensor:
+            return x.new_zeros(*x.shape[:-1], kv.n_receivers).index_add(-1, self.graph.kv_receiver, x)
+
+        examples, positions = (None if x is None else summed(x) for x in (self.per_example, self.per_position))
+        variance = None if self.variance is None or examples is None else examples.var(0, correction=0)
+        return EdgeScores(kv, summed(self.values), self.info, variance, examples, positions, self.neurons)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `.safetensors`, or EAP-IG's `.json` or `.pt`; whole or not at all."""

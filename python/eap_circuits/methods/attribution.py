@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from .exact import Checkpoint, edges_to_score, exact_scores
 from .gradient import gradient_scores
 from .planning import Plan, budget, make_plan, tokens_per_pass
 from .spec import METHODS, QUADRATURES, Path
+from .statistics import Statistics, to_keep
 
 
 def attribute(
@@ -36,6 +38,7 @@ def attribute(
     edges: Circuit | Tensor | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     ablation_data: PairedDataset | None = None,
+    keep: str | Sequence[str] | None = None,
 ) -> EdgeScores:
     """Score every edge: S[u, v] = mean over examples of Σ_t ⟨Δ_u(t), Σ_k w_k ∂loss/∂x_v(t) at path point k⟩.
 
@@ -69,6 +72,10 @@ def attribute(
         checkpoint: for "exact", a `.safetensors` file that is written about every minute, and from which the same
             call goes on after an interruption.
         ablation_data: whose clean prompts means are taken over; by default the data themselves.
+        keep: what of the scores to keep besides their mean over examples, one or more of "variance" (over examples),
+            "examples" (each example's scores, and the variance), "positions" or "positions-from-end" (each token
+            position's scores, counted from the prompts' start, or with the scored positions last), "neurons" (each
+            node's scores by residual dimension). "exact" knows the first two. Without, nothing is spent on it.
 
     Returns:
         EdgeScores with float32 values [S, R] in units of the metric.
@@ -79,26 +86,29 @@ def attribute(
     run, graph, path = _checked(
         model, data, metric, method, steps, quadrature, heads, ablation, batch_size, compat, ablation_data
     )
+    run = replace(run, keep=to_keep(keep, path is not None))
     model, data = run.arch.model, run.data
     allowed = budget(run, memory)
     if path is not None and (edges is not None or checkpoint is not None):
         raise expected("edges and checkpoint", 'method="exact"', repr(method))
     chosen = edges_to_score(graph, edges)
     name = _metric_name(metric)
+    statistics = Statistics(run, graph)
     started = None
     if path is None:
-        request = _request(model, data, name, graph, chosen, batch_size, reuse_prefix, compat, *_ablated_by(run))
-        started = Checkpoint(checkpoint, request, (graph.n_senders, graph.n_receivers))
+        settings = (batch_size, reuse_prefix, compat, *_ablated_by(run), *sorted(run.keep))
+        request = _request(model, data, name, graph, chosen, *settings)
+        started = Checkpoint(checkpoint, request, statistics)
 
     with borrowed(model):
         run = run.with_constants()
         if path is not None:
             tokens = tokens_per_pass(run, graph, path, batch_size, reuse_prefix, allowed)
             batches = make_batches(data, batch_size, reuse_prefix, run.arch.device, tokens)
-            total = gradient_scores(run, graph, batches, path, tokens, progress)
+            gradient_scores(run, graph, batches, path, tokens, progress, statistics)
         elif started is not None:
             batches = make_batches(data, batch_size, reuse_prefix, run.arch.device)
-            total = exact_scores(run, graph, batches, chosen, started, TOKENS_TOGETHER, progress)
+            exact_scores(run, graph, batches, chosen, started, TOKENS_TOGETHER, progress)
     info = {
         "method": method,
         "steps": None if path is None else len(path),
@@ -113,7 +123,7 @@ def attribute(
         info["edges"] = int(chosen.sum())
     if ablation_data is not None:
         info["ablation_data"] = ablation_data.name
-    return EdgeScores(graph, (total / len(data)).float(), info)
+    return statistics.scores(info)
 
 
 def plan(
@@ -127,6 +137,7 @@ def plan(
     reuse_prefix: bool = True,
     memory: int | str | None = None,
     ablation: str | Constants = "patching",
+    keep: str | Sequence[str] | None = None,
 ) -> Plan:
     """The batches and passes of the `attribute` call with these arguments, and the memory that it will take.
 
@@ -138,6 +149,7 @@ def plan(
     run, graph, path = _checked(model, data, metric, method, steps, "right", heads, ablation, batch_size, None, None)
     if path is None:
         raise expected("method", "a gradient method", repr(method))
+    run = replace(run, keep=to_keep(keep, gradient=True))
     with borrowed(run.arch.model):
         return make_plan(run.with_constants(), graph, path, batch_size, reuse_prefix, budget(run, memory))
 

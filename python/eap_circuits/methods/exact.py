@@ -19,6 +19,7 @@ from ..capture import Batch, PatchedEdges, Progress, Run, Runner
 from ..errors import expected
 from ..files import DAMAGED, check_writable, write_whole
 from ..graph import Circuit, Graph
+from .statistics import Statistics
 
 SECONDS_BETWEEN_SAVES = 60.0
 _FORMAT = "eap-circuits/exact-1"
@@ -44,15 +45,15 @@ class Checkpoint:
     Args:
         path: a `.safetensors` file, or None to keep nothing.
         request: what must be the same, plain JSON values.
-        shape: of the scores, (S, R).
+        statistics: the sums that are kept.
 
     Raises:
         InputError: the file is of another request, damaged, or cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, request: dict[str, Any], shape: tuple[int, int]) -> None:
-        self.total = torch.zeros(shape, dtype=torch.float64)
-        self.done = torch.zeros(shape, dtype=torch.bool)  # of the current batch
+    def __init__(self, path: str | os.PathLike[str] | None, request: dict[str, Any], statistics: Statistics) -> None:
+        self.sums = statistics.sums
+        self.done = torch.zeros_like(self.sums["total"], dtype=torch.bool)  # of the current batch
         self.batches = 0
         self._request = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
         self._path = None if path is None else check_writable(path)
@@ -69,12 +70,22 @@ class Checkpoint:
                 metadata = file.metadata() or {}
                 found = metadata.get("format"), metadata.get("request")
                 if found == (_FORMAT, self._request):
-                    self.total, self.done = file.get_tensor("total"), file.get_tensor("done")
+                    for name, tensor in (*self.sums.items(), ("done", self.done)):
+                        tensor.copy_(file.get_tensor(name))
                     self.batches = int(metadata["batches"])
                     return
         except DAMAGED as error:
             raise expected(str(path), "a checkpoint", f"a file that cannot be read ({error})") from error
         raise expected(str(path), "a checkpoint of this model, data and request", f"another one ({found[0]})")
+
+    def add(self, u: int, v: int, batch: Batch, scores: Tensor) -> None:
+        """An edge's scores of the batch's examples, float64 [E]."""
+        self.sums["total"][u, v] += scores.sum()
+        if "squares" in self.sums:
+            self.sums["squares"][u, v] += scores.square().sum()
+        if "examples" in self.sums:
+            self.sums["examples"][batch.index, u, v] = scores.float()
+        self.done[u, v] = True
 
     def next_batch(self) -> None:
         self.batches += 1
@@ -86,7 +97,7 @@ class Checkpoint:
         if self._path is None or time.monotonic() - self._saved < every:
             return
         metadata = {"format": _FORMAT, "request": self._request, "batches": str(self.batches)}
-        tensors = {"total": self.total, "done": self.done}
+        tensors = {**self.sums, "done": self.done}
         write_whole(self._path, lambda file: save_file(tensors, file, metadata=metadata))
         self._saved = time.monotonic()
 
@@ -99,8 +110,8 @@ def exact_scores(
     checkpoint: Checkpoint,
     tokens: int,
     progress: Progress | None,
-) -> Tensor:
-    """m(clean) − m(edge corrupted) of every edge in the mask, summed over examples: float64 [S, R]."""
+) -> None:
+    """Add m(clean) − m(edge corrupted) of every edge in the mask and of every example to the checkpoint's sums."""
     total = int(mask.sum()) * len(run.data)
     finished = 0
     for number, batch in enumerate(batches):
@@ -114,15 +125,13 @@ def exact_scores(
         for edges in _passes(patched, mask & ~checkpoint.done, together):
             for (u, v), logits in zip(edges, patched.logits(edges), strict=True):
                 values = run.values(logits, batch, patched.clean_logits, patched.corrupted_logits)
-                checkpoint.total[u, v] += float((clean - values).double().sum())
-                checkpoint.done[u, v] = True
+                checkpoint.add(u, v, batch, (clean - values).double().cpu())
             checkpoint.save(SECONDS_BETWEEN_SAVES)
             finished += len(edges) * batch.n_examples
             if progress is not None:
                 # In examples, as of every method.
                 progress(finished * len(run.data) // max(total, 1), len(run.data))
         checkpoint.next_batch()
-    return checkpoint.total
 
 
 def _passes(patched: PatchedEdges, mask: Tensor, size: int) -> Iterable[list[tuple[int, int]]]:

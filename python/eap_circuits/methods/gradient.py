@@ -8,9 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..capture import Batch, Progress, ReceiverGradients, Run, Runner, SenderDifferences, contract, in_memory
+from ..capture import Batch, Progress, ReceiverGradients, Run, Runner, SenderDifferences, in_memory
 from ..graph import Graph
 from .spec import Path
+from .statistics import BatchScores, Statistics
 
 # Normalised inputs of so many path points are held before what has been accumulated is contracted: fewer would
 # spend more time on contractions than on the passes, more only memory.
@@ -19,17 +20,21 @@ HELD_BYTES = 64 * 2**20
 
 
 def gradient_scores(
-    run: Run, graph: Graph, batches: Iterable[Batch], path: Path, tokens: int, progress: Progress | None
-) -> Tensor:
-    """Scores summed over all examples: float64 [S, R], on the CPU."""
-    total = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64)
+    run: Run,
+    graph: Graph,
+    batches: Iterable[Batch],
+    path: Path,
+    tokens: int,
+    progress: Progress | None,
+    statistics: Statistics,
+) -> None:
+    """Add the scores of all examples to `statistics`."""
     done = 0
     for batch, scores in in_memory(run.data, batches, tokens, partial(score_batch, run, graph, path)):
-        total += scores
+        statistics.add(scores)
         done += batch.n_examples
         if progress is not None:
             progress(done, len(run.data))
-    return total
 
 
 def steps_at_once(batch: Batch, steps: int, tokens: int) -> int:
@@ -45,8 +50,8 @@ def score_batch(
     tokens: int,
     held: int | None = None,
     phase: Callable[[], None] | None = None,
-) -> Tensor:
-    """Scores summed over the batch's examples: float64 [S, R], on the CPU.
+) -> BatchScores:
+    """Scores of the batch's examples.
 
     `phase` is called after the passes over each chunk of the path, and after its contraction.
     """
@@ -67,7 +72,7 @@ def score_batch(
         values = [run.values(point, batch, senders.clean_logits, senders.corrupted_logits) for point in points]
         return -torch.stack([value.sum() for value in values]).sum()
 
-    total = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64)
+    scores = BatchScores(run, graph, batch)
     for together in _chunks(path, held):
         for part in _chunks(together, size):
             points = torch.cat([torch.lerp(corrupted, clean, alpha) for alpha, _ in part])
@@ -75,11 +80,11 @@ def score_batch(
             receivers.run(points, torch.tensor([weight for _, weight in part]), loss, watch)
         if phase is not None:
             phase()
-        total += contract(senders, receivers).double().cpu()
+        scores.add(senders, receivers)
         receivers.clear()
         if phase is not None:
             phase()
-    return total
+    return scores
 
 
 def points_held(run: Run, batch: Batch, steps: int) -> int:

@@ -9,6 +9,7 @@ from ..graph import Graph
 from ..tasks import PairedDataset
 from .gradient import points_held, score_batch, steps_at_once
 from .spec import Path
+from .statistics import batch_bytes
 
 # A pass keeps about two numbers for the backward for every weight that works on a token, divided by the width.
 _NUMBERS_PER_WEIGHT = 2
@@ -49,7 +50,7 @@ def tokens_per_pass(
     most = most_tokens(run.arch.device)
     weights = sum(p.numel() for p in run.arch.model.parameters())
     rough = _NUMBERS_PER_WEIGHT * most * weights // run.arch.d_model * run.arch.accumulate.itemsize
-    if rough <= _NEGLIGIBLE * allowed:
+    if rough + batch_bytes(run, graph, batch_size or most) <= _NEGLIGIBLE * allowed:
         return most
     batch = next(make_batches(run.data, batch_size, reuse_prefix, run.arch.device, most))
     cost = _Cost(run, graph, path, batch)

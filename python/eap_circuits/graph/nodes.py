@@ -1,0 +1,101 @@
+"""Scores of nodes, and the circuit between the best of them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import expected
+from .circuit import Circuit
+from .layout import Graph
+
+
+@dataclass(frozen=True, eq=False)
+class NodeScores:
+    """Scores of every node that writes to the residual stream: positive where corrupting its contribution hurts.
+
+    A node's score is Σ_t ⟨Δ_u(t), ∂loss/∂c_u(t)⟩, the gradient being that at what it writes. Every receiver after it
+    reads that, so this is the sum of the scores of its outgoing edges.
+
+    Args:
+        graph: the graph whose nodes these are; both head graphs have the same.
+        values: float32 [S], in units of the metric, in the order of `graph.senders`.
+        neurons: float32 [S, D], the same by dimension of the residual stream, or None; its rows sum to `values`.
+        info: where they came from, plain JSON values.
+    """
+
+    graph: Graph
+    values: Tensor
+    neurons: Tensor | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shapes = {"values": (self.graph.n_senders,), "neurons": (self.graph.n_senders, self.graph.d_model)}
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != shape:
+                raise expected(f"node score {name}", f"shape {list(shape)}", list(tensor.shape))
+            object.__setattr__(self, name, tensor.detach().cpu())
+
+    def select(self, n_nodes: int, signed: bool = False) -> Circuit:
+        """The circuit of all edges between the n heads and MLPs of highest score, `input` and `logits`.
+
+        An edge into a key/value head is kept where a query head of its group is.
+
+        Args:
+            n_nodes: how many heads and MLPs.
+            signed: rank by the score itself; by default by its absolute value.
+
+        Raises:
+            InputError: a number outside the graph, or scores that are not finite.
+        """
+        nodes = self.graph.n_senders - 1
+        if isinstance(n_nodes, bool) or not isinstance(n_nodes, int) or not 0 <= n_nodes <= nodes:
+            raise expected("n_nodes", f"0 to {nodes}, the heads and MLPs of the graph", repr(n_nodes))
+        if not self.values.isfinite().all():
+            raise expected("node scores", "finite values", "some that are not")
+        rank = self.values if signed else self.values.abs()
+        kept = torch.zeros(self.graph.n_senders, dtype=torch.bool)
+        kept[1 + rank[1:].argsort(descending=True, stable=True)[:n_nodes]] = True
+        kept[0] = True
+        receivers, senders = self.graph.inputs_of
+        read = torch.zeros(self.graph.n_receivers, dtype=torch.bool)
+        read[receivers[kept[senders]]] = True
+        read[self.graph.logits_receiver] = True
+        info = {**self.info, "selection": {"how": "nodes", "n_nodes": n_nodes, "signed": signed}}
+        return Circuit(self.graph, self.graph.edge_mask & kept[:, None] & read, info=info)
+
+    def top_nodes(self, n: int = 20) -> list[tuple[str, float]]:
+        """The n nodes of largest absolute score: (sender, score)."""
+        order = self.values.abs().argsort(descending=True, stable=True)[:n]
+        return [(self.graph.senders[u], float(self.values[u])) for u in order.tolist()]
+
+    def top_neurons(self, n: int = 20) -> list[tuple[str, int, float]]:
+        """The n entries of `neurons` of largest absolute score: (sender, dimension, score)."""
+        if self.neurons is None:
+            raise expected("neurons", 'scores of attribute(keep="neurons")', "none")
+        order = self.neurons.abs().flatten().argsort(descending=True, stable=True)[:n]
+        found = zip(*(t.tolist() for t in (order // self.graph.d_model, order % self.graph.d_model)), strict=True)
+        return [(self.graph.senders[u], d, float(self.neurons[u, d])) for u, d in found]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `.safetensors`, whole or not at all."""
+        from .formats import save_nodes
+
+        save_nodes(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> NodeScores:
+        """Read what `save` wrote. Raises `InputError` for anything else."""
+        from .formats import load_nodes
+
+        return load_nodes(path)
+
+    def __repr__(self) -> str:
+        return f"NodeScores({self.info.get('method', '?')}, {self.graph!r})"

@@ -1,0 +1,161 @@
+"""What is kept of edge scores besides their mean over examples: `attribute(keep=)`.
+
+A gradient method's score is a sum over tokens: contracting the tokens of one example, or of one position, gives the
+score of that example or position, and all of them together cost what the whole does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capture import (
+    Batch,
+    ReceiverGradients,
+    Run,
+    SenderDifferences,
+    contract,
+    contract_neurons,
+    contract_parts,
+    free_bytes,
+)
+from ..errors import expected, one_of
+from ..graph import EdgeScores, Graph
+
+KEEP = ("variance", "examples", "positions", "positions-from-end", "neurons")
+_EXAMPLES, _POSITIONS = {"variance", "examples"}, {"positions", "positions-from-end"}
+
+
+def to_keep(keep: object, gradient: bool) -> frozenset[str]:
+    """What `attribute(keep=)` asks for; `gradient`: by a method that sums over tokens."""
+    names = (keep,) if isinstance(keep, str) else tuple(keep) if isinstance(keep, Sequence) else keep
+    if names is None:
+        return frozenset()
+    if not isinstance(names, tuple):
+        raise expected("keep", "a name or names of " + ", ".join(map(repr, KEEP)), repr(keep))
+    for name in names:
+        one_of("keep", name, KEEP)
+    found = frozenset(names)
+    if found >= _POSITIONS:
+        raise expected("keep", "positions counted from one end", "both 'positions' and 'positions-from-end'")
+    if not gradient and not found <= _EXAMPLES:
+        raise expected("keep", "'variance' or 'examples' for a method without gradients", repr(keep))
+    return found
+
+
+def batch_bytes(run: Run, graph: Graph, examples: int) -> int:
+    """The most that the `BatchScores` of so many examples hold for what is kept."""
+    parts = min(examples, len(run.data)) if run.keep & _EXAMPLES else 0
+    if run.keep & _POSITIONS:
+        parts += int(run.data.lengths.max())
+    return parts * graph.n_senders * graph.n_receivers * run.arch.accumulate.itemsize
+
+
+class BatchScores:
+    """Scores of one batch, added up as its path points are contracted.
+
+    `sums` holds "total" float64 [S, R] on the CPU, or, where asked for, float32 (or float64) "examples" [E, S, R] and
+    "positions" [P, S, R] instead; "neurons" float64 [S, D]. `places` int64 [P]: the places in the result of the
+    positions.
+    """
+
+    def __init__(self, run: Run, graph: Graph, batch: Batch) -> None:
+        keep = run.keep
+        self.batch = batch
+        self.sums: dict[str, Tensor] = {}
+        self._parts: dict[str, list[Tensor | slice]] = {}
+        self._neurons = "neurons" in keep
+        shape = graph.n_senders, graph.n_receivers
+        examples, tokens = batch.shape
+        if keep & _EXAMPLES:
+            ends = torch.searchsorted(batch.rows, torch.arange(examples + 1, device=batch.rows.device) * tokens)
+            self._parts["examples"] = [slice(*ends[e : e + 2].tolist()) for e in range(examples)]
+        if keep & _POSITIONS:
+            before = batch.start
+            if "positions-from-end" in keep:
+                before = before + int(run.data.lengths.max()) - batch.lengths
+            place = before[batch.rows // tokens] + batch.rows % tokens
+            places, which = place.unique(return_inverse=True)
+            self.places = places.cpu()
+            self._parts["positions"] = [(which == i).nonzero()[:, 0] for i in range(len(places))]
+        for name, parts in self._parts.items():
+            self.sums[name] = torch.zeros(len(parts), *shape, dtype=run.arch.accumulate, device=batch.rows.device)
+        if not self._parts:
+            self.sums["total"] = torch.zeros(shape, dtype=torch.float64)
+        if self._neurons:
+            self.sums["neurons"] = torch.zeros(graph.n_senders, graph.d_model, dtype=torch.float64)
+
+    def add(self, senders: SenderDifferences, receivers: ReceiverGradients) -> None:
+        """Contract what has been accumulated."""
+        if not self._parts:
+            self.sums["total"] += contract(senders, receivers).double().cpu()
+        for name, parts in self._parts.items():
+            contract_parts(senders, receivers, parts, self.sums[name])
+        if self._neurons:
+            self.sums["neurons"] += contract_neurons(senders, receivers).double().cpu()
+
+
+class Statistics:
+    """Running sums over batches.
+
+    `sums` holds, on the CPU, "total" float64 [S, R] and, where asked for, "squares" float64 [S, R], "examples" float32
+    [E, S, R], "positions" float64 [T, S, R], "neurons" float64 [S, D].
+
+    Raises:
+        InputError: they do not fit into memory.
+    """
+
+    def __init__(self, run: Run, graph: Graph) -> None:
+        keep = run.keep
+        self._keep, self._graph, self._n = keep, graph, len(run.data)
+        edges = (graph.n_senders, graph.n_receivers)
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"total": (edges, torch.float64)}
+        if keep & _EXAMPLES:
+            shapes["squares"] = edges, torch.float64
+        if "examples" in keep:
+            shapes["examples"] = (self._n, *edges), torch.float32
+        if keep & _POSITIONS:
+            shapes["positions"] = (int(run.data.lengths.max()), *edges), torch.float64
+        if "neurons" in keep:
+            shapes["neurons"] = (graph.n_senders, graph.d_model), torch.float64
+        needed = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
+        free = free_bytes(torch.device("cpu"))
+        if keep and needed > free:
+            raise expected("keep", f"scores that fit into the {free:,} bytes that are free", f"{needed:,} bytes")
+        self.sums = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+
+    def add(self, scores: BatchScores) -> None:
+        """Add those of a batch."""
+        sums, found = self.sums, scores.sums
+        # One at a time: a whole batch in float64 would take twice its own memory more.
+        if "examples" in found:
+            for example, part in zip(scores.batch.index, found["examples"], strict=True):
+                values = part.double().cpu()
+                sums["total"] += values
+                sums["squares"] += values.square()
+                if "examples" in sums:
+                    sums["examples"][example] = values.float()
+        if "positions" in found:
+            for place, part in zip(scores.places, found["positions"], strict=True):
+                values = part.double().cpu()
+                sums["positions"][place] += values
+                if "examples" not in found:
+                    sums["total"] += values
+        for name in found.keys() & {"total", "neurons"}:
+            sums[name] += found[name]
+
+    def scores(self, info: dict[str, Any]) -> EdgeScores:
+        """Means over the examples."""
+        mean = self.sums["total"] / self._n
+        kept = {"per_example": self.sums["examples"]} if "examples" in self.sums else {}
+        for name, sums in (("per_position", "positions"), ("neurons", "neurons")):
+            if sums in self.sums:
+                kept[name] = self.sums[sums].float() / self._n
+        if "squares" in self.sums:
+            kept["variance"] = (self.sums["squares"] / self._n - mean.square()).clamp(min=0).float()
+        if self._keep:
+            info = {**info, "keep": sorted(self._keep)}
+        return EdgeScores(self._graph, mean.float(), info, **kept)

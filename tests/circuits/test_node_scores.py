@@ -1,0 +1,226 @@
+"""Scores of nodes and of their dimensions: derivatives of the metric in the plain model, and what they are used for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+import eap_circuits as eap
+from eap_circuits.adapters import bind
+from eap_circuits.evaluation.check import StayDouble
+from tests.circuits.conftest import KINDS
+
+PATHS = {"eap": [(1.0, 1.0)], "eap-ig-inputs": [(0.5, 0.5), (1.0, 0.5)], "clean-corrupted": [(0.0, 0.5), (1.0, 0.5)]}
+
+
+def contributions(model, embeddings):
+    """What each node adds to the residual stream, by the modules' plain inputs and outputs: [S, T, D]."""
+    found, handles = [embeddings[0]], []
+    for layer in bind(model).layers:
+
+        def heads(_, args, raw, layer=layer):
+            z = args[0].reshape(1, -1, layer.q.n_heads, layer.q.head_dim)
+            factor = 1.0
+            if layer.post_norm is not None:
+                factor = layer.post_norm.module(raw) / raw  # a product of the norm's scale and gain: it has no bias
+            for h in range(layer.q.n_heads):
+                alone = torch.zeros_like(z)
+                alone[:, :, h] = z[:, :, h]
+                plain = type(layer.out).forward
+                written = plain(layer.out, alone.flatten(2)) - plain(layer.out, torch.zeros_like(z).flatten(2))
+                found.append((written * factor)[0])
+
+        def mlp(_, __, y):
+            found.append(y.view(-1, y.shape[-1]).clone())  # some models add to it in place
+
+        handles += [layer.out.register_forward_hook(heads), layer.mlp_out.register_forward_hook(mlp)]
+    with torch.no_grad():
+        model(inputs_embeds=embeddings)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(found)
+
+
+def losses_with(model, points, node, shifts, answers):
+    """−logit difference at the last token of plain runs with `shifts` [M, T, D] added to what the node writes: [M]."""
+    handles = []
+    if node == "input":
+        points = points + shifts
+    else:
+        layer = bind(model).layers[int(node[1:].split(".")[0])]
+        attention = layer.out if layer.post_norm is None else layer.post_norm.module
+        module = attention if node[0] == "a" else layer.mlp_out
+        handles.append(module.register_forward_hook(lambda _, __, y: y + shifts.view(y.shape)))
+    with torch.no_grad():
+        logits = model(inputs_embeds=points).logits[:, -1]
+    for handle in handles:
+        handle.remove()
+    return logits[:, answers[1]] - logits[:, answers[0]]
+
+
+CASES = [*((family, "eap-ig-inputs") for family in KINDS), ("gemma2", "eap"), ("gemma2", "clean-corrupted")]
+
+
+@pytest.mark.parametrize(("family", "method"), CASES)
+def test_a_score_is_the_derivative_of_the_loss_by_the_nodes_shift(family, method, make_model, make_pairs, relative):
+    model, data = make_model(family), make_pairs(n=3, longest=7)[[0, 1]]
+    step = 1e-5
+    with StayDouble():
+        scores = eap.attribute(model, data, method=method, steps=2, keep="neurons").node_scores()
+        senders, width = scores.graph.senders, scores.graph.d_model
+        picked = torch.randperm(scores.neurons.numel(), generator=torch.Generator().manual_seed(0))[:8].tolist()
+        right = torch.zeros(len(senders) + len(picked), dtype=torch.float64)
+        embed = model.get_input_embeddings()
+        alpha, weight = torch.tensor(PATHS[method], dtype=torch.float64).T
+        for e in range(len(data)):
+            n = int(data.lengths[e])
+            clean, corrupted = (embed(x[e : e + 1, :n]).detach() for x in (data.clean, data.corrupted))
+            delta = contributions(model, corrupted) - contributions(model, clean)
+            assert len(delta) == len(senders)
+            points = (corrupted + alpha[:, None, None] * (clean - corrupted)).repeat(2, 1, 1)
+            signs = torch.ones(len(alpha)).repeat(2).view(2, -1) * torch.tensor([[1.0], [-1.0]])
+
+            def slope(u, shift, points=points, signs=signs, e=e):
+                found = losses_with(
+                    model, points, senders[u], step * signs.reshape(-1, 1, 1) * shift, data.answers[e]
+                ).view(2, -1)
+                return (weight * (found[0] - found[1])).sum() / (2 * step) / len(data)
+
+            for u in range(len(senders)):
+                right[u] += slope(u, delta[u])
+            for i, cell in enumerate(picked):
+                only = torch.zeros_like(delta[0])
+                only[:, cell % width] = delta[cell // width, :, cell % width]
+                right[len(senders) + i] += slope(cell // width, only)
+    nodes, neurons = right.split([len(senders), len(picked)])
+    assert relative(scores.values, nodes) < 1e-6
+    largest = float(scores.neurons.abs().max())
+    assert float((scores.neurons.flatten()[picked] - neurons).abs().max()) < 1e-6 * largest
+
+
+def test_dimensions_sum_to_nodes_and_nodes_do_not_depend_on_the_head_graph(family, make_model, make_pairs, relative):
+    """The sum over edges and the gradient summed from the logits down are two ways to the same."""
+    model, data = make_model(family), make_pairs(seed=5, n=4)
+    kv, query = (eap.attribute(model, data, heads=h, steps=2, keep="neurons") for h in ("kv", "query"))
+    assert relative(kv.neurons.sum(1), kv.node_scores().values) < 1e-5
+    assert relative(query.node_scores().values, kv.node_scores().values) < 1e-5
+    assert relative(query.neurons, kv.neurons) < 1e-5
+
+
+def test_scores_that_do_not_add_up_are_refused(make_model, make_pairs):
+    scores = eap.attribute(make_model("gpt2"), make_pairs(), method="exact", edges=torch.zeros(9, 21).bool())
+    with pytest.raises(eap.InputError, match=r"node_scores\(\): expected scores of a gradient method, found 'exact'"):
+        scores.node_scores()
+
+
+GRAPHS = [
+    eap.Graph((2, 4), (1, 2), 8),
+    eap.Graph((2, 4), (1, 2), 8, heads="query"),
+    eap.Graph((3, 3), (3, 3), 8, parallel=True),
+]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from(GRAPHS), st.data())
+def test_a_circuit_of_nodes_is_every_edge_between_them(graph, data):
+    values = torch.tensor(data.draw(st.lists(st.integers(-9, 9), min_size=graph.n_senders, max_size=graph.n_senders)))
+    scores = eap.NodeScores(graph, values.float())
+    n, signed = data.draw(st.integers(0, graph.n_senders - 1)), data.draw(st.booleans())
+    circuit = scores.select(n, signed)
+    rank = values if signed else values.abs()
+    best = sorted(range(1, graph.n_senders), key=lambda u: -int(rank[u]))[:n]
+    kept = {"input", *(graph.senders[u] for u in best)}
+
+    def reads(receiver):
+        """The nodes that read it: for a key or a value, the query heads of its group."""
+        if receiver == "logits" or receiver[0] == "m":
+            return {receiver}
+        layer, head = (int(x) for x in receiver[1:-3].split(".h"))
+        shared = graph.n_heads[layer] // graph.n_kv_heads[layer] if graph.heads == "kv" and receiver[-2] != "q" else 1
+        return {f"a{layer}.h{h}" for h in range(head * shared, (head + 1) * shared)}
+
+    right = {
+        (sender, receiver)
+        for u, sender in enumerate(graph.senders)
+        for v, receiver in enumerate(graph.receivers)
+        if graph.edge_mask[u, v] and sender in kept and (receiver == "logits" or reads(receiver) & kept)
+    }
+    assert set(circuit.edges) == right
+    assert circuit.pruned() == circuit
+    assert circuit.info["selection"] == {"how": "nodes", "n_nodes": n, "signed": signed}
+
+
+def test_node_circuits_run(make_model, make_pairs):
+    model, data = make_model("llama"), make_pairs(seed=2)
+    scores = eap.attribute(model, data).node_scores()
+    everything, some, nothing = (scores.select(n) for n in (len(scores.graph.senders) - 1, 8, 0))
+    assert everything.mask.equal(scores.graph.edge_mask)
+    assert nothing.edges == [("input", "logits")]
+    whole, part, least = eap.evaluate(model, [everything, some, nothing], data)
+    assert whole.faithfulness == pytest.approx(1, abs=1e-5)
+    assert part.faithfulness != pytest.approx(least.faithfulness, abs=1e-5)
+
+
+@pytest.mark.parametrize(("n", "found"), [(-1, "-1"), (9, "9"), (True, "True"), (2.0, "2.0")])
+def test_numbers_of_nodes_outside_the_graph_are_refused(n, found):
+    with pytest.raises(
+        eap.InputError, match=f"n_nodes: expected 0 to 8, the heads and MLPs of the graph, found {found}"
+    ):
+        eap.NodeScores(GRAPHS[0], torch.zeros(9)).select(n)
+
+
+def test_scores_that_are_not_finite_are_refused():
+    with pytest.raises(eap.InputError, match="node scores: expected finite values"):
+        eap.NodeScores(GRAPHS[0], torch.full((9,), torch.nan)).select(1)
+
+
+def test_the_strongest_come_first():
+    values = torch.arange(9.0) * torch.tensor([1.0, -1, 1, -1, 1, -1, 1, -1, 1])
+    neurons = torch.zeros(9, 8)
+    neurons[3, 5], neurons[7, 0] = -4, 3
+    scores = eap.NodeScores(GRAPHS[0], values, neurons)
+    assert scores.top_nodes(2) == [("m1", 8.0), ("a1.h3", -7.0)]
+    assert scores.top_neurons(2) == [("m0", 5, -4.0), ("a1.h3", 0, 3.0)]
+    with pytest.raises(eap.InputError, match=r'neurons: expected scores of attribute\(keep="neurons"\), found none'):
+        eap.NodeScores(GRAPHS[0], values).top_neurons()
+
+
+@pytest.mark.parametrize("neurons", [None, torch.randn(9, 8)])
+def test_files(tmp_path, neurons):
+    scores = eap.NodeScores(GRAPHS[0], torch.randn(9), neurons, {"method": "eap"})
+    scores.save(tmp_path / "nodes.safetensors")
+    loaded = eap.NodeScores.load(tmp_path / "nodes.safetensors")
+    assert loaded.graph == scores.graph and loaded.info == scores.info and torch.equal(loaded.values, scores.values)
+    assert (loaded.neurons is None) == (neurons is None)
+    assert neurons is None or torch.equal(loaded.neurons, neurons)
+    with pytest.raises(eap.InputError, match=r"found 'eap-circuits/nodes-1'"):
+        eap.EdgeScores.load(tmp_path / "nodes.safetensors")
+    eap.EdgeScores(GRAPHS[0], torch.zeros(9, 15)).save(tmp_path / "edges.safetensors")
+    with pytest.raises(eap.InputError, match=r"edges.safetensors.*expected format 'eap-circuits/nodes-1'"):
+        eap.NodeScores.load(tmp_path / "edges.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"something else", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_damaged_files_are_refused(tmp_path, content):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(eap.InputError, match="expected"):
+        eap.NodeScores.load(tmp_path / "x.safetensors")
+
+
+def test_other_files_are_refused(tmp_path):
+    for name in ("x.json", "x.pt"):
+        with pytest.raises(eap.InputError, match=r"expected a name ending in \.safetensors"):
+            eap.NodeScores.load(tmp_path / name)
+        with pytest.raises(eap.InputError, match=r"expected a name ending in \.safetensors"):
+            eap.NodeScores(GRAPHS[0], torch.zeros(9)).save(tmp_path / name)
+    with pytest.raises(eap.InputError, match="expected a file, found nothing there"):
+        eap.NodeScores.load(tmp_path / "x.safetensors")
+    graph = '{"n_heads": [2], "n_kv_heads": [1], "d_model": 8}'
+    metadata = {"format": "eap-circuits/nodes-1", "graph": graph, "info": "{}"}
+    for tensors, words in (({"x": torch.zeros(4)}, "without values"), ({"values": torch.zeros(3)}, r"shape \[4\]")):
+        save_file(tensors, tmp_path / "x.safetensors", metadata=metadata)
+        with pytest.raises(eap.InputError, match=words):
+            eap.NodeScores.load(tmp_path / "x.safetensors")

@@ -2,11 +2,13 @@
 
 from .batches import Batch, make_batches
 from .borrow import Hooks, borrowed
-from .contraction import contract
+from .contraction import contract, contract_nodes
+from .contributions import Contributions
 from .inputs import ABLATIONS, Progress, Run, prepare
 from .masked import TOKENS_TOGETHER, run_circuits
 from .memory import SHARE_OF_FREE, PeakBytes, free_bytes, in_memory, most_tokens, parse_bytes
 from .patched import PatchedEdges
+from .paths import GroupPaths
 from .receivers import ReceiverGradients
 from .recorded import RecordedRun
 from .runner import Runner
@@ -18,6 +20,8 @@ __all__ = [
     "SHARE_OF_FREE",
     "TOKENS_TOGETHER",
     "Batch",
+    "Contributions",
+    "GroupPaths",
     "Hooks",
     "PatchedEdges",
     "PeakBytes",
@@ -29,6 +33,7 @@ __all__ = [
     "SenderDifferences",
     "borrowed",
     "contract",
+    "contract_nodes",
     "free_bytes",
     "in_memory",
     "make_batches",

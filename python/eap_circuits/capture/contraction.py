@@ -14,11 +14,15 @@ from .senders import SenderDifferences
 
 def contract(senders: SenderDifferences, receivers: ReceiverGradients) -> Tensor:
     """Edge scores of what has been accumulated, summed over the batch: float32 (or float64) [S, R]."""
-    dtype = contracted_dtype(senders.arch)
+    return contract_nodes(senders.arch, senders.nodes(), receivers, senders.graph.reach)
+
+
+def contract_nodes(arch: Architecture, senders: list[Nodes], receivers: ReceiverGradients, reach: Tensor) -> Tensor:
+    """The same of other differences or of some senders alone; `reach` says how many of them each receiver sees."""
+    dtype = contracted_dtype(arch)
     with torch.no_grad():
-        delta, grad = ([_to(group, dtype) for group in side.nodes()] for side in (senders, receivers))
-        workspace = _workspace(senders.arch.device)
-        return head_space_scores(delta, grad, senders.graph.reach, workspace=workspace)
+        delta, grad = ([_to(group, dtype) for group in side] for side in (senders, receivers.nodes()))
+        return head_space_scores(delta, grad, reach, workspace=_workspace(arch.device))
 
 
 def contracted_dtype(arch: Architecture) -> torch.dtype:

@@ -10,21 +10,29 @@ from torch import Tensor
 
 from ..capture import Batch, Progress, ReceiverGradients, Run, Runner, SenderDifferences, contract, in_memory
 from ..graph import Graph
-from .spec import Path
+from .quadrature import Path
 
 # Normalised inputs of so many path points are held before what has been accumulated is contracted: fewer would
 # spend more time on contractions than on the passes, more only memory.
 HELD_POINTS = 4
 HELD_BYTES = 64 * 2**20
+# (run, graph, path, batch, tokens of a pass) -> scores summed over the batch's examples, float64 [S, R], on the CPU
+BatchScores = Callable[..., Tensor]
 
 
 def gradient_scores(
-    run: Run, graph: Graph, batches: Iterable[Batch], path: Path, tokens: int, progress: Progress | None
+    run: Run,
+    graph: Graph,
+    batches: Iterable[Batch],
+    path: Path,
+    tokens: int,
+    progress: Progress | None,
+    scores_of: BatchScores | None = None,
 ) -> Tensor:
-    """Scores summed over all examples: float64 [S, R], on the CPU."""
+    """Scores summed over all examples, batch by batch by a method's own `scores_of`: float64 [S, R], on the CPU."""
     total = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64)
     done = 0
-    for batch, scores in in_memory(run.data, batches, tokens, partial(score_batch, run, graph, path)):
+    for batch, scores in in_memory(run.data, batches, tokens, partial(scores_of or score_batch, run, graph, path)):
         total += scores
         done += batch.n_examples
         if progress is not None:
@@ -64,12 +72,11 @@ def score_batch(
         points = logits.split(batch.n_examples)
         if senders.clean_logits is None:
             senders.clean_logits = points[0].detach()
-        values = [run.values(point, batch, senders.clean_logits, senders.corrupted_logits) for point in points]
-        return -torch.stack([value.sum() for value in values]).sum()
+        return loss_of(run, batch, points, senders.clean_logits, senders.corrupted_logits)
 
     total = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64)
-    for together in _chunks(path, held):
-        for part in _chunks(together, size):
+    for together in chunks(path, held):
+        for part in chunks(together, size):
             points = torch.cat([torch.lerp(corrupted, clean, alpha) for alpha, _ in part])
             watch = senders.register_clean if senders.clean_logits is None else None
             receivers.run(points, torch.tensor([weight for _, weight in part]), loss, watch)
@@ -82,11 +89,16 @@ def score_batch(
     return total
 
 
+def loss_of(run: Run, batch: Batch, points: Iterable[Tensor], clean: Tensor, corrupted: Tensor) -> Tensor:
+    """−metric summed over the batch's examples and path points, each point's logits being [E, V]."""
+    return -torch.stack([run.values(point, batch, clean, corrupted).sum() for point in points]).sum()
+
+
 def points_held(run: Run, batch: Batch, steps: int) -> int:
     """For how many path points what the norms read is held at once."""
     per_point = len(run.arch.norms) * len(batch.rows) * run.arch.d_model * run.arch.accumulate.itemsize
     return min(steps, max(HELD_POINTS, HELD_BYTES // max(per_point, 1)))
 
 
-def _chunks(path: Path, size: int) -> list[Path]:
+def chunks(path: Path, size: int) -> list[Path]:
     return [path[first : first + size] for first in range(0, len(path), size)]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from ..capture import SHARE_OF_FREE, Batch, PeakBytes, Run, free_bytes, make_batches, most_tokens, parse_bytes
 from ..graph import Graph
 from ..tasks import PairedDataset
-from .gradient import points_held, score_batch, steps_at_once
-from .spec import Path
+from .gradient import BatchScores, points_held, score_batch, steps_at_once
+from .quadrature import Path
 
 # A pass keeps about two numbers for the backward for every weight that works on a token, divided by the width.
 _NUMBERS_PER_WEIGHT = 2
@@ -40,7 +40,13 @@ def budget(run: Run, memory: int | str | None) -> int:
 
 
 def tokens_per_pass(
-    run: Run, graph: Graph, path: Path, batch_size: int | None, reuse_prefix: bool, allowed: int
+    run: Run,
+    graph: Graph,
+    path: Path,
+    batch_size: int | None,
+    reuse_prefix: bool,
+    allowed: int,
+    scores_of: BatchScores | None = None,
 ) -> int:
     """The tokens of a pass within a budget of bytes.
 
@@ -52,16 +58,24 @@ def tokens_per_pass(
     if rough <= _NEGLIGIBLE * allowed:
         return most
     batch = next(make_batches(run.data, batch_size, reuse_prefix, run.arch.device, most))
-    cost = _Cost(run, graph, path, batch)
+    cost = _Cost(run, graph, path, batch, scores_of)
     tokens = most
     while tokens > cost.suffix and cost.bytes(max(1, tokens // cost.suffix), 1) > allowed:
         tokens //= 2
     return max(tokens, cost.suffix)
 
 
-def make_plan(run: Run, graph: Graph, path: Path, batch_size: int | None, reuse_prefix: bool, allowed: int) -> Plan:
+def make_plan(
+    run: Run,
+    graph: Graph,
+    path: Path,
+    batch_size: int | None,
+    reuse_prefix: bool,
+    allowed: int,
+    scores_of: BatchScores | None = None,
+) -> Plan:
     """What `attribute` will do with this request."""
-    tokens = tokens_per_pass(run, graph, path, batch_size, reuse_prefix, allowed)
+    tokens = tokens_per_pass(run, graph, path, batch_size, reuse_prefix, allowed, scores_of)
     batches = list(make_batches(run.data, batch_size, reuse_prefix, run.arch.device, tokens))
     shapes = [(*batch.shape, steps_at_once(batch, len(path), tokens)) for batch in batches]
     needed = 0
@@ -69,7 +83,7 @@ def make_plan(run: Run, graph: Graph, path: Path, batch_size: int | None, reuse_
     for batch, (examples, suffix, steps) in zip(batches, shapes, strict=True):
         alike = suffix, batch.prefix.shape[1]
         if alike not in costs:
-            costs[alike] = _Cost(run, graph, path, batch)
+            costs[alike] = _Cost(run, graph, path, batch, scores_of)
         needed = max(needed, costs[alike].bytes(examples, steps))
     return Plan(tokens, tuple(shapes), needed, allowed)
 
@@ -80,15 +94,16 @@ class _Cost:
     Each phase, the passes and the contraction, is linear in the examples and in examples times path points.
     """
 
-    def __init__(self, run: Run, graph: Graph, path: Path, batch: Batch) -> None:
+    def __init__(self, run: Run, graph: Graph, path: Path, batch: Batch, scores_of: BatchScores | None) -> None:
         self.suffix = batch.shape[1]
         held = points_held(run, batch, len(path))
         start = bool(batch.start.any())
+        scores_of = scores_of or score_batch
 
         def measured(examples: int, steps: int) -> list[int]:
             few = _some(run.data, batch, examples, start)
             with PeakBytes() as count:
-                score_batch(run, graph, path[-steps:], few, steps * few.clean.numel(), held, count.lap)
+                scores_of(run, graph, path[:steps], few, steps * few.clean.numel(), held, count.lap)
             return count.laps
 
         ones = measured(1, 1)

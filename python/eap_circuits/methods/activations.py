@@ -42,10 +42,10 @@ def score_batch(
     clean = [point for point in path if point[0] == 1.0]
     if clean and not every_edge:
         # The clean prompts are a point of every group's path: EAP's one pass is that point of all of them.
-        total += score_along_inputs(run, graph, clean, batch, tokens)
         path = [point for point in path if point[0] != 1.0]
         if not path:
-            return total
+            return score_along_inputs(run, graph, clean, batch, tokens, held, phase)
+        total += score_along_inputs(run, graph, clean, batch, tokens)
     runner = Runner(run.arch, graph, batch)
     senders = SenderDifferences(runner, graph, clean=False)
     paths = GroupPaths(runner, senders, through=every_edge)

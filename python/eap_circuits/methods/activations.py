@@ -71,12 +71,12 @@ def score_batch(
             if phase is not None:
                 phase()
             if every_edge:
-                scores = contract_nodes(senders.nodes(), receivers, graph.reach[readers]).double().cpu()
+                scores = contract_nodes(run.arch, senders.nodes(), receivers, graph.reach[readers]).double().cpu()
                 total[:, readers] += scores / len(paths.groups)
             else:
                 own = [senders.nodes()[group.index]]
                 reach = torch.full((int(readers.sum()),), own[0].values.shape[1])
-                total[group.senders, readers] += contract_nodes(own, receivers, reach).double().cpu()
+                total[group.senders, readers] += contract_nodes(run.arch, own, receivers, reach).double().cpu()
             receivers.clear()
             if phase is not None:
                 phase()

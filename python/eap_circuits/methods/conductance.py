@@ -35,6 +35,9 @@ def score_batch(run: Run, graph: Graph, path: Path, batch: Batch, tokens: int) -
     def loss(x: Tensor) -> Tensor:
         return loss_of(run, batch, [x], *logits)
 
+    def half(earlier: Contributions, later: Contributions, receivers: ReceiverGradients) -> Tensor:
+        return contract_nodes(run.arch, earlier.less(later), receivers, graph.reach).double().cpu() / 2
+
     total = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64)
     spare, latest = (ReceiverGradients(runner, graph, 1) for _ in range(2))
     before = here = None  # what senders write at the point before the latest, and there
@@ -44,12 +47,8 @@ def score_batch(run: Run, graph: Graph, path: Path, batch: Batch, tokens: int) -
         spare.clear()
         spare.run(point, torch.ones(1), loss, following.watch)
         if here is not None:
-            total += _half(before or here, following, latest, graph)
+            total += half(before or here, following, latest)
         before, here = here, following
         spare, latest = latest, spare
     assert before is not None and here is not None, "a path has two ends"
-    return total + _half(before, here, latest, graph)
-
-
-def _half(earlier: Contributions, later: Contributions, receivers: ReceiverGradients, graph: Graph) -> Tensor:
-    return contract_nodes(earlier.less(later), receivers, graph.reach).double().cpu() / 2
+    return total + half(before, here, latest)

@@ -46,6 +46,11 @@ class Method:
     grids: bool = False
     planned: bool = False
 
+    @property
+    def stepped(self) -> bool:
+        """Does the path depend on `steps`?"""
+        return self.path is not None and len(self.path(2, "right")) != len(self.path(3, "right"))
+
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -70,7 +75,7 @@ METHODS: dict[str, Method] = {
         Method(
             "eap-ig-activations",
             "EAP with integrated gradients along a path of each sender group's own activations",
-            "4 forwards, about L·M forwards and backwards",
+            "3 forwards, about (L + 2)·M forwards and backwards",
             "stable",
             lambda steps, quadrature: QUADRATURES[quadrature](steps),
             activations.score_batch,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits.capture import PeakBytes
+from eap_circuits.capture import PeakBytes, RecordedRun, Runner, borrowed, make_batches, prepare
 from eap_circuits.errors import InputError
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.methods import METHODS, activations, flow, gradient, planning
@@ -168,6 +168,15 @@ def test_conductance_of_the_input_is_integrated_gradients(family, make_model, ma
     assert relative(found.values[0], (left + right)[0] / 2) < 1e-6
 
 
+def test_conductance_of_one_segment_is_clean_corrupted(family, make_model, make_pairs, relative):
+    """Then every sender's change is its whole difference, and the gradients are those of the two ends."""
+    model, data = make_model(family), make_pairs(n=4)
+    with StayDouble():
+        found = eap.attribute(model, data, method="eap-conductance", steps=1, heads="query")
+        right = eap.attribute(model, data, method="clean-corrupted", heads="query")
+    assert relative(found.values, right.values) < 1e-6
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "qwen3-moe"])  # experts' choice jumps on the path
 def test_conductance_over_every_cut_is_the_metrics_difference(kind, make_model, make_pairs):
     """Each layer's boundary separates `input` from `logits`; the trapezoid rule's error falls with M²."""
@@ -241,6 +250,20 @@ def test_flow_head_by_head(kind, heads, make_model, make_pairs, relative):
                 for t in range(n):
                     right[:reach, column] += shares(x[t], contributions[:reach, t]) / n / len(data)
     assert relative(scores.values, right) < 1e-6
+
+
+def test_what_flow_takes_for_contributions_adds_up(family, make_model, make_pairs, relative):
+    """Between two runs the last norm's input differs by what the senders' contributions do: nothing else does."""
+    model, data = make_model(family), make_pairs()
+    run = prepare(model, data, "logit_diff", "patching", None)
+    (batch,) = make_batches(data, len(data), False, run.arch.device)
+    with borrowed(model), torch.no_grad(), StayDouble():
+        runner, rows, sums, reads = Runner(run.arch, run.arch.graph("kv"), batch), batch.rows, [], []
+        for tokens in (batch.clean, batch.corrupted):
+            record = RecordedRun(runner, tokens)
+            sums.append(sum(written.sum(1) for written in flow._contributions(run, record, rows)))
+            reads.append(record.norm_inputs[id(run.arch.final_norm.module)].flatten(0, 1)[rows])
+    assert relative(sums[0] - sums[1], reads[0] - reads[1]) < 1e-8
 
 
 def test_flow_is_shares_of_the_clean_prompts_inputs(family, make_model, make_pairs, relative):

@@ -48,3 +48,13 @@ def test_the_table_of_models_is_that_of_the_committed_checks_and_has_every_famil
     assert all(passed for row in rows.values() for _, passed, _ in row["checks"])
     columns = {check for checks in models.COLUMNS.values() for check in checks}
     assert columns | {"architecture"} == {name for row in rows.values() for name, *_ in row["checks"]}
+
+
+def test_the_table_of_methods_is_that_of_the_registry():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("methods", ROOT / "docs" / "methods.py")
+    assert spec is not None and spec.loader is not None
+    methods = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(methods)
+    assert methods.page() == methods.PAGE.read_text()

@@ -8,7 +8,7 @@ import torch
 import eap_circuits as eap
 from eap_circuits.capture import RecordedRun, Runner, borrowed, contraction, make_batches, prepare, run_circuits
 from eap_circuits.evaluation.check import StayDouble
-from eap_circuits.methods.spec import QUADRATURES
+from eap_circuits.methods.quadrature import QUADRATURES
 from eap_circuits.metrics import get_metric
 
 

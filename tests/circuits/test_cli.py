@@ -278,10 +278,12 @@ def test_check_exits_1_when_a_check_fails(monkeypatch: pytest.MonkeyPatch, loads
 
 def test_info_tells_versions_and_backends() -> None:
     import eap_kernels
+    from eap_circuits.methods import METHODS
 
     shown = run("info").stdout
     assert torch.__version__ in shown
     assert all(backend in shown for backend in eap_kernels.backends())
+    assert "methods, experimental" in shown and all(name in shown for name in METHODS)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,9 @@ def test_help_names_what_the_registries_hold() -> None:
     shown = eap("attribute", "--help").stdout
     for name in (*METHODS, *QUADRATURES, *METRICS):
         assert name in shown, name
+    words = re.sub(r"[\s│]+", " ", shown)
+    for method in METHODS.values():
+        assert (f"{method.name} (experimental)" in words) == (method.tier == "experimental")
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -3,11 +3,13 @@
 from .ablation import ABLATIONS, Constants, different_throughout, means
 from .batches import Batch, make_batches
 from .borrow import Hooks, borrowed
-from .contraction import contract, contract_neurons, contract_parts
+from .contraction import contract, contract_neurons, lowered
+from .contributions import Contributions
 from .inputs import Progress, Run, prepare
 from .masked import TOKENS_TOGETHER, learning_run, run_circuits
 from .memory import SHARE_OF_FREE, PeakBytes, free_bytes, in_memory, most_tokens, parse_bytes
 from .patched import PatchedEdges
+from .paths import GroupPaths
 from .receivers import ReceiverGradients
 from .recorded import RecordedRun
 from .runner import Runner
@@ -20,6 +22,8 @@ __all__ = [
     "TOKENS_TOGETHER",
     "Batch",
     "Constants",
+    "Contributions",
+    "GroupPaths",
     "Hooks",
     "PatchedEdges",
     "PeakBytes",
@@ -32,11 +36,11 @@ __all__ = [
     "borrowed",
     "contract",
     "contract_neurons",
-    "contract_parts",
     "different_throughout",
     "free_bytes",
     "in_memory",
     "learning_run",
+    "lowered",
     "make_batches",
     "means",
     "most_tokens",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from itertools import accumulate
 
@@ -12,54 +11,51 @@ from torch import Tensor
 from eap_kernels import Nodes, head_space_scores
 
 from ..adapters import Architecture
-from .receivers import ReceiverGradients
-from .senders import SenderDifferences
 
 
-def contract(senders: SenderDifferences, receivers: ReceiverGradients) -> Tensor:
-    """Edge scores of what has been accumulated, summed over the batch: float32 (or float64) [S, R]."""
-    with torch.no_grad():
-        delta, grad = _contracted(senders, receivers)
-        workspace = _workspace(senders.arch.device)
-        return head_space_scores(delta, grad, senders.graph.reach, workspace=workspace)
-
-
-def contract_parts(
-    senders: SenderDifferences, receivers: ReceiverGradients, parts: Iterable[Tensor | slice], out: Tensor
-) -> None:
-    """The same summed over parts of the batch's rows alone, and added to `out`.
+def contract(
+    arch: Architecture,
+    senders: list[Nodes],
+    receivers: list[Nodes],
+    reach: Tensor,
+    rows: Tensor | slice = slice(None),
+) -> Tensor:
+    """Edge scores summed over the batch, or over some of its rows: float32 (or float64) [S, R].
 
     Args:
-        parts: slices of the batch's n rows, or int64 indices into them.
-        out: float32 (or float64) [parts, S, R].
+        senders, receivers: `lowered` nodes, of the whole graph or of a part of it.
+        reach: int64 [R], how many of these senders each of these receivers sees.
+        rows: a slice of the batch's n rows, or int64 indices into them.
     """
     with torch.no_grad():
-        groups = _contracted(senders, receivers)
-        workspace = _workspace(senders.arch.device)
-        for part, scores in zip(parts, out, strict=True):
-            delta, grad = ([_rows(group, part) for group in side] for side in groups)
-            head_space_scores(delta, grad, senders.graph.reach, out=scores, workspace=workspace)
+        delta, grad = ([_rows(group, rows) for group in side] for side in (senders, receivers))
+        return head_space_scores(delta, grad, reach, workspace=_workspace(arch.device))
 
 
-def contract_neurons(senders: SenderDifferences, receivers: ReceiverGradients) -> Tensor:
+def contract_neurons(senders: list[Nodes], receivers: list[Nodes], reach: Tensor) -> Tensor:
     """Σ_t Δ_u(t) ⊙ Σ_v ∂loss/∂x_v(t), v every receiver that sees u, summed over the batch: [S, D].
 
     The inner sum is the gradient at what u writes to the residual stream: those of the receivers add up on the way
     from the logits to the embeddings.
     """
-    graph = senders.graph
     with torch.no_grad():
-        groups = receivers.nodes()
-        starts = accumulate((group.values.shape[1] for group in groups[:-1]), initial=0)
+        starts = accumulate((group.values.shape[1] for group in receivers[:-1]), initial=0)
         # In the graph's order: later receivers see at least what earlier ones see.
-        waiting = [(int(graph.reach[start]), group) for start, group in zip(starts, groups, strict=True)]
-        first, gradient, scores = graph.n_senders, torch.zeros_like(senders.embedding), []
-        for group in reversed(senders.nodes()):
+        waiting = [(int(reach[start]), group) for start, group in zip(starts, receivers, strict=True)]
+        gradient = torch.zeros_like(_together(receivers[-1]))
+        first, scores = sum(group.values.shape[1] for group in senders), []
+        for group in reversed(senders):
             first -= group.values.shape[1]
             while waiting and waiting[-1][0] > first:
                 gradient += _together(waiting.pop()[1])
             scores.append(_elementwise(group, gradient))
         return torch.cat(scores[::-1])
+
+
+def lowered(arch: Architecture, nodes: list[Nodes]) -> list[Nodes]:
+    """Nodes in the dtype in which senders meet receivers."""
+    dtype = contracted_dtype(arch)
+    return [_to(group, dtype) for group in nodes]
 
 
 def contracted_dtype(arch: Architecture) -> torch.dtype:
@@ -78,11 +74,6 @@ def _workspace(device: torch.device) -> int:
     if device.type != "cuda":
         return 2**28
     return torch.cuda.get_device_properties(device).total_memory // 16
-
-
-def _contracted(senders: SenderDifferences, receivers: ReceiverGradients) -> tuple[list[Nodes], list[Nodes]]:
-    dtype = contracted_dtype(senders.arch)
-    return [_to(group, dtype) for group in senders.nodes()], [_to(group, dtype) for group in receivers.nodes()]
 
 
 def _to(group: Nodes, dtype: torch.dtype) -> Nodes:

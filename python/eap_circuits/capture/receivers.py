@@ -22,7 +22,7 @@ from torch import Tensor
 
 from eap_kernels import Nodes
 
-from ..adapters import Norm, Projection
+from ..adapters import Architecture, Norm, Projection
 from ..errors import expected
 from ..graph import Graph
 from .active import skip_inactive
@@ -66,9 +66,10 @@ class ReceiverGradients:
         runner: the model on one batch.
         graph: its edge graph.
         points: how many path points can be held until `clear`.
+        since: take the gradients of the receivers that see this sender alone: the last ones of the graph.
     """
 
-    def __init__(self, runner: Runner, graph: Graph, points: int) -> None:
+    def __init__(self, runner: Runner, graph: Graph, points: int, since: int = 0) -> None:
         self.graph = graph
         self._runner = runner
         self._arch = arch = runner.arch
@@ -76,8 +77,9 @@ class ReceiverGradients:
         self._filled = slice(0, 0)
         self._weights = torch.empty(0)
         new = partial(torch.zeros, dtype=arch.accumulate, device=arch.device)
-        normalised = new(len(arch.norms), points, n, arch.d_model)
-        self._reads = {id(norm.module): _Reads(norm, normalised[i]) for i, norm in enumerate(arch.norms)}
+        norms = [norm for norm, reach in _reaches(arch, graph) if reach > since]
+        normalised = new(len(norms), points, n, arch.d_model)
+        self._reads = {id(norm.module): _Reads(norm, normalised[i]) for i, norm in enumerate(norms)}
         coefficients = new(graph.n_receivers, points, n)
 
         def site(
@@ -89,15 +91,16 @@ class ReceiverGradients:
             return _Site(receivers, reads, new(n, heads, width), coefficients[receivers], projection, features)
 
         self._projected: list[tuple[torch.nn.Module, list[_Site]]] = []
-        self._mlps: list[_Site] = []
+        self._mlps: list[tuple[torch.nn.Module, _Site]] = []
         for index, layer in enumerate(arch.layers):
-            for module, columns in runner.projection_sites(index):
+            for module, columns in runner.projection_sites(index) if graph.attention_reach(index) > since else ():
                 sites = [
                     site(graph.receivers_at(index, letter), layer.attention_norm, layer.projections[letter], features)
                     for letter, features in columns.items()
                 ]
                 self._projected.append((module, sites))
-            self._mlps.append(site(graph.receivers_at(index, "mlp"), layer.mlp_norm))
+            if graph.mlp_reach(index) > since:
+                self._mlps.append((layer.mlp_in, site(graph.receivers_at(index, "mlp"), layer.mlp_norm)))
         self._logits = site(graph.logits_receiver, arch.final_norm)
 
     def run(
@@ -148,15 +151,19 @@ class ReceiverGradients:
         return Nodes(values, weight, site.coefficients[:, :filled], site.reads.normalised[:filled])
 
     def _sites(self) -> list[_Site]:
-        return [*(site for _, sites in self._projected for site in sites), *self._mlps, self._logits]
+        return [
+            *(site for _, sites in self._projected for site in sites),
+            *(site for _, site in self._mlps),
+            self._logits,
+        ]
 
     def _register(self, hooks: Hooks) -> None:
         for reads in self._reads.values():
             hooks.on_input(reads.norm.module, partial(self._read, reads))
         for module, sites in self._projected:
             hooks.on_output(module, partial(self._tap_projection, sites))
-        for layer, site in zip(self._arch.layers, self._mlps, strict=True):
-            hooks.on_input(layer.mlp_in, partial(self._tap, site))
+        for module, site in self._mlps:
+            hooks.on_input(module, partial(self._tap, site))
         hooks.on_output(self._arch.final_norm.module, partial(self._tap, self._logits))
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -213,6 +220,14 @@ class ReceiverGradients:
         """Add w_k r_k g, [m, n, heads, K], and w_k r_k ⟨x̂, γ ⊙ Wᵀ g⟩, [m, n, heads], of a pass."""
         site.gradient += gradient.sum(0)
         site.coefficients[:, self._filled] = products.permute(2, 0, 1) / self._arch.d_model
+
+
+def _reaches(arch: Architecture, graph: Graph) -> list[tuple[Norm, int]]:
+    """Each norm in front of receivers, once, and how many senders they see."""
+    reaches = [(arch.final_norm, graph.n_senders)]
+    for index, layer in enumerate(arch.layers):
+        reaches += [(layer.attention_norm, graph.attention_reach(index)), (layer.mlp_norm, graph.mlp_reach(index))]
+    return list({id(norm.module): (norm, reach) for norm, reach in reaches}.values())
 
 
 def _given(gradient: Tensor | None) -> Tensor:

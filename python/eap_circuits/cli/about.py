@@ -100,7 +100,7 @@ def check(model: Model, dtype: Dtype = None, device: Device = None, as_json: Jso
 
 
 def info() -> None:
-    """Show versions, the compiled backends, and what is missing and why: what to add to a bug report.
+    """Show versions, the compiled backends, what is missing and why, and the methods: what to add to a bug report.
 
     Examples:
 
@@ -110,9 +110,12 @@ def info() -> None:
     """
     from eap_kernels.info import facts
 
+    from ..methods import METHODS
     from ..report.tables import installed
 
     pairs = {**facts(), **{name: installed(name) for name in ("transformers", "matplotlib", "gguf")}}
+    for tier in dict.fromkeys(method.tier for method in METHODS.values()):
+        pairs[f"methods, {tier}"] = ", ".join(name for name, method in METHODS.items() if method.tier == tier)
     width = max(map(len, pairs))
     for name, value in pairs.items():
         say(f"{name:<{width}}  {value}")

@@ -46,11 +46,12 @@ Metric = Annotated[
 Method = Annotated[
     str,
     typer.Option(
-        help="How edges are scored: eap, eap-ig-inputs, clean-corrupted, or exact, which patches each edge alone.",
+        help="How edges are scored: eap, eap-ig-inputs, eap-ig-activations, clean-corrupted, eap-conductance "
+        "(experimental), information-flow-routes, or exact, which patches each edge alone; docs/methods.md.",
         rich_help_panel="Scoring",
     ),
 ]
-Steps = Annotated[int, typer.Option(help="Steps of eap-ig-inputs.", min=1, rich_help_panel="Scoring")]
+Steps = Annotated[int, typer.Option(help="Steps of integrated gradients.", min=1, rich_help_panel="Scoring")]
 Quadrature = Annotated[
     str,
     typer.Option(

@@ -244,7 +244,7 @@ def _scores(arch: Architecture, heads: Heads, batch: Batch) -> Tensor:
     runner = Runner(arch, graph, batch)
     senders, receivers = SenderDifferences(runner, graph), ReceiverGradients(runner, graph, 1)
     receivers.run(senders.clean_embeddings, torch.ones(1), lambda logits: _loss(logits, batch))
-    return contract(senders, receivers)
+    return contract(senders.arch, senders.nodes(), receivers.nodes(), graph.reach)
 
 
 def _finite_differences(arch: Architecture, heads: Heads, batch: Batch, n_edges: int, seed: int) -> Check:

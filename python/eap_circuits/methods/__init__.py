@@ -2,6 +2,7 @@
 
 from .attribution import attribute, data_identity, model_identity, plan
 from .planning import Plan
-from .spec import METHODS, QUADRATURES, Method
+from .quadrature import QUADRATURES
+from .spec import METHODS, Method
 
 __all__ = ["METHODS", "QUADRATURES", "Method", "Plan", "attribute", "data_identity", "model_identity", "plan"]

@@ -10,14 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..capture import TOKENS_TOGETHER, Constants, Progress, Run, borrowed, make_batches, prepare
+from ..capture import TOKENS_TOGETHER, Constants, Progress, Run, borrowed, make_batches, most_tokens, prepare
 from ..errors import expected, one_of
 from ..graph import Circuit, EdgeScores, Graph, Heads
 from ..tasks import PairedDataset
 from .exact import Checkpoint, edges_to_score, exact_scores
 from .gradient import gradient_scores
 from .planning import Plan, budget, make_plan, tokens_per_pass
-from .spec import METHODS, QUADRATURES, Path
+from .quadrature import QUADRATURES, Path
+from .spec import METHODS
 from .statistics import Statistics, to_keep
 
 
@@ -50,10 +51,13 @@ def attribute(
         data: clean and corrupted prompts with answers.
         metric: "logit_diff", "prob_diff", "kl_divergence", or a callable (logits [E, V], batch) -> [E], higher is
             better.
-        method: "eap", "eap-ig-inputs", "clean-corrupted", or "exact", which measures what the others approximate:
-            S[u, v] = mean over examples of m(clean) − m(clean with this edge alone ablated).
-        steps: path points M of "eap-ig-inputs".
-        quadrature: their grid: "right" (the paper), "left" (EAP-IG version 2), "midpoint", "gauss-legendre".
+        method: one of `METHODS` (docs/methods.md). Of "eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupted"
+            and "eap-conductance" the formula above holds with their own points and differences; "exact" measures what
+            these approximate: S[u, v] = mean over examples of m(clean) − m(clean with this edge alone ablated);
+            "information-flow-routes" gives shares of a receiver's input, whatever the metric and the corrupted prompts.
+        steps: path points M of "eap-ig-inputs" and of each path of "eap-ig-activations"; segments of "eap-conductance".
+        quadrature: the points of the first two: "right" (the paper), "left" (EAP-IG version 2), "midpoint",
+            "gauss-legendre".
         heads: "kv" scores a key/value head's inputs once, "query" once for each query head that uses it.
         ablation: what an edge carries instead of the clean contribution: "patching", that of the corrupted prompt;
             "zero", nothing; "mean", the sender's mean over all tokens of the ablation data's clean prompts;
@@ -62,11 +66,12 @@ def attribute(
         batch_size: examples per batch; by default about a thousand tokens. Scores do not depend on it.
         compat: None, or "eap-ig" for the published package's definition where it differs from ours: in models
             with a norm after attention (Gemma 2, Gemma 3, OLMo 2) a head's contribution is then what enters that
-            norm, not what it adds to the residual stream.
+            norm, not what it adds to the residual stream; in "eap-ig-activations" every path's gradients go to every
+            edge.
         reuse_prefix: run the tokens before the first difference once and keep their keys and values; exact.
         memory: what the run may take beside the model and the data, in bytes or such as "8GiB"; by default half of
             what is free. Where it runs out all the same, the run goes on with less at once. Scores do not depend on it.
-            "exact" does not heed it.
+            "exact", "eap-conductance" and "information-flow-routes" do not heed it.
         progress: called with (examples done, examples in all) after each batch; by "exact" after each pass.
         edges: for "exact", the edges to measure, a circuit or a bool mask [S, R]; the others' scores are zero.
         checkpoint: for "exact", a `.safetensors` file that is written about every minute, and from which the same
@@ -78,7 +83,7 @@ def attribute(
             node's scores by residual dimension). "exact" knows the first two. Without, nothing is spent on it.
 
     Returns:
-        EdgeScores with float32 values [S, R] in units of the metric.
+        EdgeScores with float32 values [S, R] in units of the metric (of "information-flow-routes": shares).
 
     Raises:
         InputError: see the message; raised before any work, except for a metric that is not finite.
@@ -86,8 +91,8 @@ def attribute(
     run, graph, path = _checked(
         model, data, metric, method, steps, quadrature, heads, ablation, batch_size, compat, ablation_data
     )
-    run = replace(run, keep=to_keep(keep, path is not None))
-    model, data = run.arch.model, run.data
+    run = replace(run, keep=to_keep(keep, method, path))
+    model, data, spec = run.arch.model, run.data, METHODS[method]
     allowed = budget(run, memory)
     if path is not None and (edges is not None or checkpoint is not None):
         raise expected("edges and checkpoint", 'method="exact"', repr(method))
@@ -103,17 +108,22 @@ def attribute(
     with borrowed(model):
         run = run.with_constants()
         if path is not None:
-            tokens = tokens_per_pass(run, graph, path, batch_size, reuse_prefix, allowed)
-            batches = make_batches(data, batch_size, reuse_prefix, run.arch.device, tokens)
-            gradient_scores(run, graph, batches, path, tokens, progress, statistics)
+            scorer = spec.published if compat and spec.published else spec.scorer
+            assert scorer is not None
+            tokens = most_tokens(run.arch.device)
+            if spec.planned:
+                tokens = tokens_per_pass(run, graph, path, batch_size, reuse_prefix, allowed, scorer)
+            # What does not compare the prompts wants the tokens before their first difference too.
+            batches = make_batches(data, batch_size, reuse_prefix and bool(path), run.arch.device, tokens)
+            gradient_scores(run, graph, batches, path, tokens, progress, statistics, scorer)
         elif started is not None:
             batches = make_batches(data, batch_size, reuse_prefix, run.arch.device)
             exact_scores(run, graph, batches, chosen, started, TOKENS_TOGETHER, progress)
     info = {
         "method": method,
-        "steps": None if path is None else len(path),
-        "quadrature": quadrature if method == "eap-ig-inputs" else None,
-        "metric": name,
+        "steps": len(path) if path else None,
+        "quadrature": quadrature if spec.grids else None,
+        "metric": None if path == [] else name,
         "ablation": ablation if isinstance(ablation, str) else "constants",
         "data": data.name,
         "n_examples": len(data),
@@ -144,14 +154,17 @@ def plan(
     Runs one or two examples of each batch, in a few passes.
 
     Raises:
-        InputError: what `attribute` refuses, and "exact", whose memory is that of its passes alone.
+        InputError: what `attribute` refuses, and methods of which only a pass takes memory, such as "exact".
     """
     run, graph, path = _checked(model, data, metric, method, steps, "right", heads, ablation, batch_size, None, None)
-    if path is None:
-        raise expected("method", "a gradient method", repr(method))
-    run = replace(run, keep=to_keep(keep, gradient=True))
+    spec = METHODS[method]
+    if path is None or spec.scorer is None or not spec.planned:
+        planned = ", ".join(repr(name) for name, each in METHODS.items() if each.planned)
+        raise expected("method", f"one whose memory is planned ({planned})", repr(method))
+    run = replace(run, keep=to_keep(keep, method, path))
     with borrowed(run.arch.model):
-        return make_plan(run.with_constants(), graph, path, batch_size, reuse_prefix, budget(run, memory))
+        allowed = budget(run, memory)
+        return make_plan(run.with_constants(), graph, path, batch_size, reuse_prefix, allowed, spec.scorer)
 
 
 def _checked(
@@ -176,6 +189,8 @@ def _checked(
         raise expected("compat", "None or 'eap-ig'", repr(compat))
     if ablation == "optimal":
         raise expected("ablation", "constants from eap.optimal_constants, learned for a circuit", repr(ablation))
+    if ablation != "patching" and not METHODS[method].ablated:
+        raise expected("ablation", f"'patching' for method {method!r}", repr(ablation))
     run = prepare(model, data, metric, ablation, batch_size, ablation_data)
     if compat == "eap-ig":
         run = replace(run, arch=run.arch.before_post_norms())

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from ..capture import Batch, Progress, ReceiverGradients, Run, Runner, SenderDifferences, in_memory
 from ..graph import Graph
-from .spec import Path
+from .quadrature import Path
 from .statistics import BatchScores, Statistics
 
 # Normalised inputs of so many path points are held before what has been accumulated is contracted: fewer would
 # spend more time on contractions than on the passes, more only memory.
 HELD_POINTS = 4
 HELD_BYTES = 64 * 2**20
+# (run, graph, path, batch, tokens of a pass) -> scores of the batch
+Scorer = Callable[..., BatchScores]
 
 
 def gradient_scores(
@@ -27,10 +29,11 @@ def gradient_scores(
     tokens: int,
     progress: Progress | None,
     statistics: Statistics,
+    scorer: Scorer,
 ) -> None:
-    """Add the scores of all examples to `statistics`."""
+    """Add the scores of all examples to `statistics`, batch by batch as the method's `scorer` finds them."""
     done = 0
-    for batch, scores in in_memory(run.data, batches, tokens, partial(score_batch, run, graph, path)):
+    for batch, scores in in_memory(run.data, batches, tokens, partial(scorer, run, graph, path)):
         statistics.add(scores)
         done += batch.n_examples
         if progress is not None:
@@ -69,22 +72,26 @@ def score_batch(
         points = logits.split(batch.n_examples)
         if senders.clean_logits is None:
             senders.clean_logits = points[0].detach()
-        values = [run.values(point, batch, senders.clean_logits, senders.corrupted_logits) for point in points]
-        return -torch.stack([value.sum() for value in values]).sum()
+        return loss_of(run, batch, points, senders.clean_logits, senders.corrupted_logits)
 
     scores = BatchScores(run, graph, batch)
-    for together in _chunks(path, held):
-        for part in _chunks(together, size):
+    for together in chunks(path, held):
+        for part in chunks(together, size):
             points = torch.cat([torch.lerp(corrupted, clean, alpha) for alpha, _ in part])
             watch = senders.register_clean if senders.clean_logits is None else None
             receivers.run(points, torch.tensor([weight for _, weight in part]), loss, watch)
         if phase is not None:
             phase()
-        scores.add(senders, receivers)
+        scores.add(senders.nodes(), receivers.nodes())
         receivers.clear()
         if phase is not None:
             phase()
     return scores
+
+
+def loss_of(run: Run, batch: Batch, points: Iterable[Tensor], clean: Tensor, corrupted: Tensor) -> Tensor:
+    """−metric summed over the batch's examples and path points, each point's logits being [E, V]."""
+    return -torch.stack([run.values(point, batch, clean, corrupted).sum() for point in points]).sum()
 
 
 def points_held(run: Run, batch: Batch, steps: int) -> int:
@@ -93,5 +100,5 @@ def points_held(run: Run, batch: Batch, steps: int) -> int:
     return min(steps, max(HELD_POINTS, HELD_BYTES // max(per_point, 1)))
 
 
-def _chunks(path: Path, size: int) -> list[Path]:
+def chunks(path: Path, size: int) -> list[Path]:
     return [path[first : first + size] for first in range(0, len(path), size)]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from ..capture import SHARE_OF_FREE, Batch, PeakBytes, Run, free_bytes, make_batches, most_tokens, parse_bytes
 from ..graph import Graph
 from ..tasks import PairedDataset
-from .gradient import points_held, score_batch, steps_at_once
-from .spec import Path
+from .gradient import Scorer, points_held, steps_at_once
+from .quadrature import Path
 from .statistics import batch_bytes
 
 # A pass keeps about two numbers for the backward for every weight that works on a token, divided by the width.
@@ -41,7 +41,13 @@ def budget(run: Run, memory: int | str | None) -> int:
 
 
 def tokens_per_pass(
-    run: Run, graph: Graph, path: Path, batch_size: int | None, reuse_prefix: bool, allowed: int
+    run: Run,
+    graph: Graph,
+    path: Path,
+    batch_size: int | None,
+    reuse_prefix: bool,
+    allowed: int,
+    scorer: Scorer,
 ) -> int:
     """The tokens of a pass within a budget of bytes.
 
@@ -53,16 +59,24 @@ def tokens_per_pass(
     if rough + batch_bytes(run, graph, batch_size or most) <= _NEGLIGIBLE * allowed:
         return most
     batch = next(make_batches(run.data, batch_size, reuse_prefix, run.arch.device, most))
-    cost = _Cost(run, graph, path, batch)
+    cost = _Cost(run, graph, path, batch, scorer)
     tokens = most
     while tokens > cost.suffix and cost.bytes(max(1, tokens // cost.suffix), 1) > allowed:
         tokens //= 2
     return max(tokens, cost.suffix)
 
 
-def make_plan(run: Run, graph: Graph, path: Path, batch_size: int | None, reuse_prefix: bool, allowed: int) -> Plan:
+def make_plan(
+    run: Run,
+    graph: Graph,
+    path: Path,
+    batch_size: int | None,
+    reuse_prefix: bool,
+    allowed: int,
+    scorer: Scorer,
+) -> Plan:
     """What `attribute` will do with this request."""
-    tokens = tokens_per_pass(run, graph, path, batch_size, reuse_prefix, allowed)
+    tokens = tokens_per_pass(run, graph, path, batch_size, reuse_prefix, allowed, scorer)
     batches = list(make_batches(run.data, batch_size, reuse_prefix, run.arch.device, tokens))
     shapes = [(*batch.shape, steps_at_once(batch, len(path), tokens)) for batch in batches]
     needed = 0
@@ -70,7 +84,7 @@ def make_plan(run: Run, graph: Graph, path: Path, batch_size: int | None, reuse_
     for batch, (examples, suffix, steps) in zip(batches, shapes, strict=True):
         alike = suffix, batch.prefix.shape[1]
         if alike not in costs:
-            costs[alike] = _Cost(run, graph, path, batch)
+            costs[alike] = _Cost(run, graph, path, batch, scorer)
         needed = max(needed, costs[alike].bytes(examples, steps))
     return Plan(tokens, tuple(shapes), needed, allowed)
 
@@ -81,7 +95,7 @@ class _Cost:
     Each phase, the passes and the contraction, is linear in the examples and in examples times path points.
     """
 
-    def __init__(self, run: Run, graph: Graph, path: Path, batch: Batch) -> None:
+    def __init__(self, run: Run, graph: Graph, path: Path, batch: Batch, scorer: Scorer) -> None:
         self.suffix = batch.shape[1]
         held = points_held(run, batch, len(path))
         start = bool(batch.start.any())
@@ -89,7 +103,7 @@ class _Cost:
         def measured(examples: int, steps: int) -> list[int]:
             few = _some(run.data, batch, examples, start)
             with PeakBytes() as count:
-                score_batch(run, graph, path[-steps:], few, steps * few.clean.numel(), held, count.lap)
+                scorer(run, graph, path[:steps], few, steps * few.clean.numel(), held, count.lap)
             return count.laps
 
         ones = measured(1, 1)

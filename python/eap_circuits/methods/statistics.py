@@ -12,25 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture import (
-    Batch,
-    ReceiverGradients,
-    Run,
-    SenderDifferences,
-    contract,
-    contract_neurons,
-    contract_parts,
-    free_bytes,
-)
+from eap_kernels import Nodes
+
+from ..capture import Batch, Run, contract, contract_neurons, free_bytes, lowered
 from ..errors import expected, one_of
 from ..graph import EdgeScores, Graph
+from .quadrature import Path
 
 KEEP = ("variance", "examples", "positions", "positions-from-end", "neurons")
 _EXAMPLES, _POSITIONS = {"variance", "examples"}, {"positions", "positions-from-end"}
 
 
-def to_keep(keep: object, gradient: bool) -> frozenset[str]:
-    """What `attribute(keep=)` asks for; `gradient`: by a method that sums over tokens."""
+def to_keep(keep: object, method: str, path: Path | None) -> frozenset[str]:
+    """What `attribute(keep=)` asks for, of a method with this path."""
     names = (keep,) if isinstance(keep, str) else tuple(keep) if isinstance(keep, Sequence) else keep
     if names is None:
         return frozenset()
@@ -41,8 +35,10 @@ def to_keep(keep: object, gradient: bool) -> frozenset[str]:
     found = frozenset(names)
     if found >= _POSITIONS:
         raise expected("keep", "positions counted from one end", "both 'positions' and 'positions-from-end'")
-    if not gradient and not found <= _EXAMPLES:
-        raise expected("keep", "'variance' or 'examples' for a method without gradients", repr(keep))
+    if path is None and not found <= _EXAMPLES:
+        raise expected("keep", f"'variance' or 'examples' for method {method!r}", repr(keep))
+    if path == [] and found:
+        raise expected("keep", f"nothing for method {method!r}", repr(keep))
     return found
 
 
@@ -64,7 +60,7 @@ class BatchScores:
 
     def __init__(self, run: Run, graph: Graph, batch: Batch) -> None:
         keep = run.keep
-        self.batch = batch
+        self.batch, self._arch, self._graph = batch, run.arch, graph
         self.sums: dict[str, Tensor] = {}
         self._parts: dict[str, list[Tensor | slice]] = {}
         self._neurons = "neurons" in keep
@@ -88,14 +84,32 @@ class BatchScores:
         if self._neurons:
             self.sums["neurons"] = torch.zeros(graph.n_senders, graph.d_model, dtype=torch.float64)
 
-    def add(self, senders: SenderDifferences, receivers: ReceiverGradients) -> None:
-        """Contract what has been accumulated."""
+    def add(
+        self,
+        senders: list[Nodes],
+        receivers: list[Nodes],
+        reach: Tensor | None = None,
+        of: tuple[slice, Tensor | slice] = (slice(None), slice(None)),
+        times: float = 1.0,
+    ) -> None:
+        """Contract differences of senders with gradients at receivers.
+
+        Args:
+            senders, receivers: those of the whole graph, or of a part of it.
+            reach: int64 [receivers], how many of these senders each sees; by default the graph's.
+            of: where in the graph they are, the receivers by a slice or a bool mask [R].
+            times: a factor.
+        """
+        reach = self._graph.reach if reach is None else reach
+        delta, grad = lowered(self._arch, senders), lowered(self._arch, receivers)
         if not self._parts:
-            self.sums["total"] += contract(senders, receivers).double().cpu()
+            self.sums["total"][of] += times * contract(self._arch, delta, grad, reach).double().cpu()
         for name, parts in self._parts.items():
-            contract_parts(senders, receivers, parts, self.sums[name])
+            for scores, rows in zip(self.sums[name], parts, strict=True):
+                scores[of] += times * contract(self._arch, delta, grad, reach, rows)
         if self._neurons:
-            self.sums["neurons"] += contract_neurons(senders, receivers).double().cpu()
+            found = contract_neurons(senders, receivers, reach).double().cpu()
+            self.sums["neurons"][of[0]] += times * found
 
 
 class Statistics:

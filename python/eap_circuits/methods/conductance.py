@@ -1,0 +1,53 @@
+"""Conductance of edges along the path between the two prompts' embeddings (`eap-conductance`).
+
+The conductance of a hidden unit (Dhamdhere et al. 2018, arXiv 1805.12233) is the integral of its own change times the
+output's gradient with respect to it. Of an edge, with c_u(α) what the sender writes at the point x' + α (x − x'):
+
+    S[u, v] = −Σ_t ∫ ⟨d c_u(t) / dα, ∂loss/∂x_v(t) at α⟩ dα,
+
+where EAP-IG takes the sender's whole difference Δ_u at every point. Over any set of edges that separates `input` from
+`logits` the scores add up to m(clean) − m(corrupted), but for the error of the sum over M segments, which is the
+trapezoid rule: the gradients of a segment's two ends are averaged. The error falls with M².
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..capture import Batch, Contributions, ReceiverGradients, Run, Runner
+from ..graph import Graph
+from .gradient import loss_of
+from .quadrature import Path
+from .statistics import BatchScores
+
+
+def score_batch(run: Run, graph: Graph, path: Path, batch: Batch, tokens: int) -> BatchScores:
+    """Scores of the batch's examples; `path` has the segments' ends after α = 0.
+
+    With half of each segment's gradient at either end, the gradient at point k meets ½ (c_u(k − 1) − c_u(k + 1)): a
+    point's scores can be taken once the next has run. One point runs at a time.
+    """
+    runner = Runner(run.arch, graph, batch)
+    clean, corrupted = runner.embed(batch.clean), runner.embed(batch.corrupted)
+    with torch.no_grad():
+        logits = runner.logits(torch.cat([clean, corrupted])).split(batch.n_examples)
+
+    def loss(x: Tensor) -> Tensor:
+        return loss_of(run, batch, [x], *logits)
+
+    scores = BatchScores(run, graph, batch)
+    spare, latest = (ReceiverGradients(runner, graph, 1) for _ in range(2))
+    before = here = None  # what senders write at the point before the latest, and there
+    for alpha in (0.0, *(alpha for alpha, _ in path)):
+        point = torch.lerp(corrupted, clean, alpha)
+        following = Contributions(runner, point)
+        spare.clear()
+        spare.run(point, torch.ones(1), loss, following.watch)
+        if here is not None:
+            scores.add((before or here).less(following), latest.nodes(), times=0.5)
+        before, here = here, following
+        spare, latest = latest, spare
+    assert before is not None and here is not None, "a path has two ends"
+    scores.add(before.less(here), latest.nodes(), times=0.5)
+    return scores

@@ -1,0 +1,95 @@
+"""Information flow routes (Ferrando & Voita 2024, arXiv 2403.00824; `information-flow-routes`).
+
+A sender matters to a receiver as far as it brings the receiver's input about. With x_v the residual stream that v reads
+and c_u what u has written to it, at each token
+
+    proximity(u, v) = max(0, ‖x_v‖₁ − ‖x_v − c_u‖₁),    importance(u, v) = proximity(u, v) / Σ_u' proximity(u', v),
+
+averaged over a prompt's tokens and then over prompts. Position embeddings and biases are nobody's contribution. There
+are no corrupted prompts in it, no metric and no gradient; all receivers behind one norm have the same scores. A token
+where no sender brings a receiver nearer to its input counts 0 (the published package gives no number there).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..adapters import Norm
+from ..capture import Batch, RecordedRun, Run, Runner
+from ..graph import Graph
+from .quadrature import Path
+from .statistics import BatchScores
+
+WORKSPACE = 2**26  # bytes of expanded contributions and proximities held at once
+Site = tuple[Norm, list[int]]  # a norm in front of receivers, and these receivers
+
+
+def score_batch(run: Run, graph: Graph, path: Path, batch: Batch, tokens: int) -> BatchScores:
+    """Scores of the batch's examples, whose prompts run whole."""
+    record = RecordedRun(Runner(run.arch, graph, batch), batch.clean)
+    real = torch.arange(batch.clean.shape[1], device=batch.clean.device) < batch.lengths[:, None]  # [E, T]
+    rows = real.flatten().nonzero()[:, 0]
+    weights = (real / batch.lengths[:, None]).flatten()[rows].to(run.arch.accumulate)  # [n]
+    sites = _sites(run, graph)
+    tile = max(1, WORKSPACE // (_per_token(graph, len(sites)) * run.arch.accumulate.itemsize))
+    scores = BatchScores(run, graph, batch)
+    for some, weight in zip(rows.split(tile), weights.split(tile), strict=True):
+        importance = _importance(run, graph, record, sites, some)  # [n, sites, S]
+        shares = torch.einsum("n,nvu->uv", weight, importance).double().cpu()
+        for site, (_, receivers) in enumerate(sites):
+            scores.sums["total"][:, receivers] += shares[:, site, None]
+    return scores
+
+
+def _sites(run: Run, graph: Graph) -> list[Site]:
+    """In order of depth."""
+    sites: dict[int, Site] = {}
+
+    def add(norm: Norm, receivers: slice) -> None:
+        sites.setdefault(id(norm.module), (norm, []))[1].extend(range(receivers.start, receivers.stop))
+
+    for index, layer in enumerate(run.arch.layers):
+        for letter in "qkv":
+            add(layer.attention_norm, graph.receivers_at(index, letter))
+        add(layer.mlp_norm, graph.receivers_at(index, "mlp"))
+    add(run.arch.final_norm, graph.logits_receiver)
+    return list(sites.values())
+
+
+def _per_token(graph: Graph, sites: int) -> int:
+    """Numbers held for a token: what the sites read, one layer's heads, and all proximities."""
+    return (sites + max(graph.n_heads)) * graph.d_model + 3 * sites * graph.n_senders
+
+
+def _importance(run: Run, graph: Graph, record: RecordedRun, sites: list[Site], rows: Tensor) -> Tensor:
+    """Each sender's share of what each site reads at some tokens, [n, sites, S]."""
+    read = torch.stack([_at(run, record.norm_inputs[id(norm.module)], rows) for norm, _ in sites], 1)  # [n, sites, D]
+    size = read.abs().sum(-1, keepdim=True)
+    reach = [int(graph.reach[receivers[0]]) for _, receivers in sites]
+    proximity = read.new_zeros(*size.shape[:2], graph.n_senders)
+    sender = 0
+    for written in _contributions(run, record, rows):
+        first = sum(seen <= sender for seen in reach)  # sites are in order of depth
+        following = sender + written.shape[1]
+        distance = torch.cdist(read[:, first:], written, p=1)  # no [n, sites, h, D]
+        proximity[:, first:, sender:following] = (size[:, first:] - distance).clamp(min=0)
+        sender = following
+    total = proximity.sum(-1, keepdim=True)
+    return torch.where(total > 0, proximity / total, 0)
+
+
+def _contributions(run: Run, record: RecordedRun, rows: Tensor) -> Iterator[Tensor]:
+    """What each group of senders writes at some tokens, [n, h, D], one group after another."""
+    yield _at(run, record.embeddings, rows)[:, None]
+    for layer, values, mlp in zip(run.arch.layers, record.values, record.mlps, strict=True):
+        weight = layer.out_weight(run.arch.accumulate)  # [H, K, D]
+        yield torch.einsum("nhk,hkd->nhd", _at(run, values, rows).unflatten(1, weight.shape[:2]), weight)
+        yield _at(run, mlp, rows)[:, None] * layer.scale
+
+
+def _at(run: Run, x: Tensor, rows: Tensor) -> Tensor:
+    """[E, T, X] -> [n, X] at some of the batch's tokens, in the accumulation dtype."""
+    return x.flatten(0, 1)[rows].to(run.arch.accumulate)

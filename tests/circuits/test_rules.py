@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -206,3 +207,85 @@ def test_scores_are_those_of_a_model_written_out_by_hand(name, rules, make_model
             found = eap.attribute(model, data, method=method, steps=3, heads="query", rules=rules)
             right = scores_by_hand(model, data, rules, path, found.graph)
             assert relative(found.values, right) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["cohere", "gemma2", "llama", "mistral-window", "olmo2", "qwen3", "smollm3"])
+def test_relevance_is_conserved_at_every_cut(name, make_model, make_pairs):
+    """Without biases, and with all that is not linear constant, the metric is linear in each cut through the graph.
+
+    The corrupted prompts are of a token whose embedding is zero: every sender writes nothing, Δ = −contribution, and
+    the scores of the edges across any cut add up to the clean prompts' metric.
+    """
+    model, data = make_model(name), make_pairs(n=5)
+    if name == "gemma2":
+        model.config.final_logit_softcapping = None
+    for module in model.modules():
+        assert getattr(module, "bias", None) is None or not module.bias.numel()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 0
+    clean = data.clean.clamp(min=1)
+    pairs = eap.PairedDataset.from_tokens(clean, torch.zeros_like(clean), data.lengths, data.answers)
+    with StayDouble(), torch.no_grad():
+        scores = eap.attribute(model, pairs, method="eap", rules="relp-ah")
+        logits = [model(input_ids=clean[None, e, : int(n)]).logits[0, -1] for e, n in enumerate(data.lengths)]
+    metric = sum(float(x[a[0]] - x[a[1]]) for x, a in zip(logits, data.answers, strict=True)) / len(data)
+    reach = scores.graph.reach
+    for senders in reach.unique().tolist():
+        crossing = scores.values[:senders, reach >= senders].double().sum()
+        assert float(crossing) == pytest.approx(metric, rel=1e-5), senders
+
+
+@pytest.mark.parametrize("rules", ALL)
+def test_attention_implementations_agree(rules, make_model, make_pairs, relative):
+    for name in ("cohere", "falcon", "gemma3", "gpt2", "mistral-window", "olmo2", "qwen3-moe", "stablelm-parallel"):
+        values = []
+        for attention in ("sdpa", "eager"):
+            model = make_model(name, attn_implementation=attention)
+            with StayDouble():
+                # Prefixes of several lengths: with masks, without, causal.
+                for heads, batch_size in (("kv", None), ("query", 1)):
+                    found = eap.attribute(
+                        model, make_pairs(n=4), steps=2, heads=heads, batch_size=batch_size, rules=rules
+                    )
+                    values.append(found.values)
+        assert relative(values[0], values[2]) < 1e-6 and relative(values[1], values[3]) < 1e-6, name
+
+
+@pytest.mark.parametrize("rules", ALL)
+def test_values_stay_as_they_are(family, rules, make_model, make_pairs):
+    if family == "gpt-oss":
+        pytest.skip("refused, see test_refusals")
+    model, data = make_model(family), make_pairs(n=4)
+    runs = []
+
+    def metric(logits, batch):
+        if logits.requires_grad:
+            runs[-1].append(logits.detach())
+        return logits[:, 0]
+
+    for name in (None, rules):
+        runs.append([])
+        eap.attribute(model, data, metric=metric, steps=2, rules=name)
+    assert len(runs[0]) == len(runs[1]) > 0
+    for plain, ruled in zip(*runs, strict=True):
+        torch.testing.assert_close(ruled, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rules", ALL)
+def test_scores_do_not_depend_on_batching(kind, rules, make_model, make_pairs, relative):
+    model, data = make_model(kind), make_pairs(seed=3)
+    right = eap.attribute(model, data, steps=3, rules=rules)
+    assert right.info["rules"] == rules
+    for settings in ({"batch_size": 1}, {"batch_size": 3}, {"reuse_prefix": False}, {"memory": "2MB"}):
+        assert relative(eap.attribute(model, data, steps=3, rules=rules, **settings).values, right.values) < 1e-6
+    query = eap.attribute(model, data, steps=3, heads="query", rules=rules)
+    assert relative(query.to_kv().values, right.values) < 1e-6
+
+
+@pytest.mark.parametrize("rules", ALL)
+def test_rules_change_scores_and_keep_the_methods_relations(rules, make_model, make_pairs, relative):
+    model, data = make_model("llama"), make_pairs(seed=7)
+    one = eap.attribute(model, data, method="eap", rules=rules).values
+    assert relative(one, eap.attribute(model, data, method="eap").values) > 0.1
+    ends = (one + eap.attribute(model, data, steps=1, quadrature="left", rules=rules).values) / 2
+    assert relative(eap.attribute(model, data, method="clean-corrupted", rules=rules).values, ends) < 1e-6

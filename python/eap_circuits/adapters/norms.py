@@ -99,7 +99,7 @@ def kind_of(module: nn.Module, width: int) -> Kind:
         for name, shape in weights.items()
     }
     probe._parameters = {**module._parameters, **random}
-    # Rows from far below to far above eps, away from zero mean; one for each head where heads have weights of their own.
+    # Rows from far below to far above eps, away from zero mean; for each head where heads have weights of their own.
     shape = next(iter(weights.values()), (width,))
     x = torch.randn(6, *shape, generator=generator) * torch.logspace(-4, 2, 6).view(-1, *[1] * len(shape)) + 1e-3
     with torch.no_grad():

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -132,9 +132,8 @@ class BackwardRules:
         finally:
             self._active = False
 
-    def multiplied(self, product: Tensor, factors: tuple[Any, ...]) -> None:
-        """Let the factors of a product share its gradient, where both depend on the input."""
-        a, b = factors
+    def multiplied(self, product: Tensor, a: Any, b: Any) -> None:
+        """Let the factors a and b of a product share its gradient, where both depend on the input."""
         both = isinstance(a, Tensor) and isinstance(b, Tensor) and a.requires_grad and b.requires_grad
         # A router's or a shared expert's weight is one number per token: not a gate of features.
         if both and a.shape == b.shape and product.requires_grad and not self._active:
@@ -168,11 +167,11 @@ class _Products(TorchFunctionMode):
         self._rules = rules
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _PRODUCTS or not torch.is_grad_enabled():
-            return func(*args, **(kwargs or {}))
-        # Before an in-place product the first factor is still itself.
-        out = func(*args, **(kwargs or {}))
-        self._rules.multiplied(out, (*args, *(kwargs or {}).values())[:2])
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in _PRODUCTS and torch.is_grad_enabled():
+            a, b = (*args, *kwargs.values())[:2]
+            self._rules.multiplied(out, a, b)
         return out
 
 
@@ -231,7 +230,7 @@ def _halved_copy(z: Tensor) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """scaled_dot_product_attention with the gradient of `pattern`; attention is written out in the backward pass alone."""
+    """scaled_dot_product_attention with the gradient of `pattern`; it is written out in the backward pass alone."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], pattern: Any) -> Tensor:
@@ -243,8 +242,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dtype = torch.promote_types(gradients[0].dtype, torch.float32)
         with torch.enable_grad():
-            inputs = [x.detach().to(dtype).requires_grad_() for x in ctx.saved_tensors]
-            z = _attention(*inputs, ctx.pattern, **ctx.options)
+            q, k, v = inputs = [x.detach().to(dtype).requires_grad_() for x in ctx.saved_tensors]
+            z = _attention(q, k, v, ctx.pattern, **ctx.options)
         # Queries and keys of a constant pattern get zeros, as hooks on them expect a gradient.
         found = torch.autograd.grad(z, inputs, gradients[0].to(dtype), materialize_grads=True)
         return *(x.to(gradients[0].dtype) for x in found), None, None

@@ -6,14 +6,15 @@ import math
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import eap_circuits as eap
-from eap_circuits.capture import RULES
+from eap_circuits.adapters import bind
+from eap_circuits.capture import RULES, Hooks, Rules, borrowed
+from eap_circuits.capture.rules import BackwardRules
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.methods.spec import QUADRATURES
 
@@ -235,27 +236,25 @@ def test_relevance_is_conserved_at_every_cut(name, make_model, make_pairs):
         assert float(crossing) == pytest.approx(metric, rel=1e-5), senders
 
 
-@pytest.mark.parametrize("rules", ALL)
-def test_attention_implementations_agree(rules, make_model, make_pairs, relative):
-    for name in ("cohere", "falcon", "gemma3", "gpt2", "mistral-window", "olmo2", "qwen3-moe", "stablelm-parallel"):
-        values = []
-        for attention in ("sdpa", "eager"):
-            model = make_model(name, attn_implementation=attention)
-            with StayDouble():
-                # Prefixes of several lengths: with masks, without, causal.
-                for heads, batch_size in (("kv", None), ("query", 1)):
-                    found = eap.attribute(
-                        model, make_pairs(n=4), steps=2, heads=heads, batch_size=batch_size, rules=rules
-                    )
-                    values.append(found.values)
-        assert relative(values[0], values[2]) < 1e-6 and relative(values[1], values[3]) < 1e-6, name
+@pytest.mark.parametrize("name", ["cohere", "falcon", "gemma3", "gpt2", "mistral-window", "stablelm-parallel"])
+def test_attention_implementations_agree(name, make_model, make_pairs, relative):
+    models = [make_model(name, attn_implementation=attention) for attention in ("sdpa", "eager")]
+    with StayDouble():
+        # One by one attention has no mask, together it has one for prefixes of several lengths.
+        for rules, heads, size in (
+            ("relp", "query", None),
+            ("relp-ah", "kv", 1),
+            ("gim", "query", None),
+            ("gim", "kv", 1),
+        ):
+            settings = {"method": "eap", "heads": heads, "batch_size": size, "rules": rules}
+            first, second = (eap.attribute(model, make_pairs(n=4), **settings).values for model in models)
+            assert relative(first, second) < 1e-6, settings
 
 
-@pytest.mark.parametrize("rules", ALL)
-def test_values_stay_as_they_are(family, rules, make_model, make_pairs):
-    if family == "gpt-oss":
-        pytest.skip("refused, see test_refusals")
-    model, data = make_model(family), make_pairs(n=4)
+def test_values_stay_as_they_are(family, make_model, make_pairs):
+    """Bit for bit."""
+    model, data = make_model(family), make_pairs(n=3)
     runs = []
 
     def metric(logits, batch):
@@ -263,12 +262,116 @@ def test_values_stay_as_they_are(family, rules, make_model, make_pairs):
             runs[-1].append(logits.detach())
         return logits[:, 0]
 
-    for name in (None, rules):
+    for rules in (None, *ALL):
         runs.append([])
-        eap.attribute(model, data, metric=metric, steps=2, rules=name)
-    assert len(runs[0]) == len(runs[1]) > 0
-    for plain, ruled in zip(*runs, strict=True):
-        torch.testing.assert_close(ruled, plain, rtol=1e-12, atol=1e-12)
+        eap.attribute(model, data, metric=metric, method="clean-corrupted", rules=rules)
+    for ruled in runs[1:]:
+        assert len(ruled) == len(runs[0]) > 0
+        assert all(torch.equal(a, b) for a, b in zip(ruled, runs[0], strict=True))
+
+
+def input_gradient(model, rules):
+    """Of a random sum of the logits, with respect to the embeddings."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.config.vocab_size, (2, 5), generator=generator)
+    x = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    with borrowed(model), Hooks(5) as hooks:
+        if rules is not None:
+            BackwardRules(rules, bind(model)).register(hooks)
+        logits = model(inputs_embeds=x, use_cache=False).logits
+        (logits * torch.randn(logits.shape, generator=generator)).sum().backward()
+    return x.grad
+
+
+@pytest.mark.parametrize("identity", [False, True])
+@pytest.mark.parametrize("name", ["gpt-oss", "mixtral", "phi3", "qwen2-moe"])
+def test_gates_of_experts_and_of_fused_projections(name, identity, make_model, monkeypatch, relative):
+    """The same gradient as of the model's own code with norms and gates written out under the rules."""
+
+    def gated(gate, up, function):
+        a = function(gate)
+        a = gate * (a / gate).detach() if identity else a
+        return a * up / 2 + (a * up / 2).detach()
+
+    def norm(self, x):
+        return self.weight * x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt().detach()
+
+    def apply_gate(self, both):
+        if name != "gpt-oss":
+            return gated(*both.chunk(2, -1), self.act_fn)
+        gate, up = both[..., ::2].clamp(max=self.limit), both[..., 1::2].clamp(-self.limit, self.limit)
+        return gated(gate, up + 1, lambda x: x * torch.sigmoid(self.alpha * x))
+
+    def mlp(self, x):
+        if name == "phi3":
+            return self.down_proj(gated(*self.gate_up_proj(x).chunk(2, -1), self.activation_fn))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.act_fn))
+
+    model = make_model(name, **({} if name == "phi3" else {"experts_implementation": "batched_mm"}))
+    with StayDouble():
+        found = input_gradient(model, Rules("", "", identity=identity))
+        plain = input_gradient(model, None)
+        for module in model.modules():
+            kind = type(module)
+            if hasattr(module, "variance_epsilon"):
+                monkeypatch.setattr(kind, "forward", norm)
+            elif hasattr(module, "_apply_gate"):
+                monkeypatch.setattr(kind, "_apply_gate", apply_gate)
+            elif hasattr(module, "down_proj"):
+                monkeypatch.setattr(kind, "forward", mlp)
+        assert relative(found, input_gradient(model, None)) < 1e-12
+    assert relative(found, plain) > 0.05
+
+
+@pytest.mark.parametrize("name", ["cohere", "gemma3", "olmo", "olmo2", "phi", "qwen3", "stablelm-parallel"])
+def test_norms_of_queries_of_keys_and_after_blocks(name, make_model, monkeypatch, relative):
+    """The same gradient as of the model's own code with all norms, and the gates, written out under the rules."""
+
+    def norm(self, x):
+        if "LayerNorm" in type(self).__name__:
+            x = x - x.mean(-1, keepdim=True)
+        eps = getattr(self, "variance_epsilon", getattr(self, "eps", 1e-5))
+        x = x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt().detach()
+        x = x if getattr(self, "weight", None) is None else x * (self.weight + (name == "gemma3"))
+        return x if getattr(self, "bias", None) is None else x + self.bias
+
+    def mlp(self, x):
+        h = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(h / 2 + (h / 2).detach())
+
+    model = make_model(name)
+    with StayDouble():
+        found = input_gradient(model, Rules("", ""))
+        plain = input_gradient(model, None)
+        for module in model.modules():
+            if type(module).__name__.endswith(("Norm", "MLP")) and not isinstance(module, torch.nn.ModuleList):
+                gated = hasattr(module, "gate_proj")
+                if gated or type(module).__name__.endswith("Norm"):
+                    monkeypatch.setattr(type(module), "forward", mlp if gated else norm)
+        assert relative(found, input_gradient(model, None)) < 1e-12
+    assert relative(found, plain) > 0.05
+
+
+def test_products_in_place_are_products(make_model, monkeypatch, relative):
+    model = make_model("llama")
+    right = [input_gradient(model, RULES[rules]) for rules in ALL]
+
+    def forward(self, x):
+        h = self.act_fn(self.gate_proj(x))
+        h *= self.up_proj(x)
+        return self.down_proj(h)
+
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", forward)
+    for rules, gradient in zip(ALL, right, strict=True):
+        assert relative(input_gradient(model, RULES[rules]), gradient) < 1e-12
+
+
+def test_half_precision(make_model, relative):
+    gradients = [
+        input_gradient(make_model("llama", dtype=dtype), RULES["gim"]) for dtype in (torch.bfloat16, torch.float64)
+    ]
+    # bfloat16 keeps 8 bits and the gradient passes three layers of them: the order of 2⁻⁸ times ten.
+    assert gradients[0].dtype == torch.bfloat16 and relative(*gradients) < 0.1
 
 
 @pytest.mark.parametrize("rules", ALL)
@@ -276,7 +379,7 @@ def test_scores_do_not_depend_on_batching(kind, rules, make_model, make_pairs, r
     model, data = make_model(kind), make_pairs(seed=3)
     right = eap.attribute(model, data, steps=3, rules=rules)
     assert right.info["rules"] == rules
-    for settings in ({"batch_size": 1}, {"batch_size": 3}, {"reuse_prefix": False}, {"memory": "2MB"}):
+    for settings in ({"batch_size": 1}, {"batch_size": 3, "reuse_prefix": False}, {"memory": "2MB"}):
         assert relative(eap.attribute(model, data, steps=3, rules=rules, **settings).values, right.values) < 1e-6
     query = eap.attribute(model, data, steps=3, heads="query", rules=rules)
     assert relative(query.to_kv().values, right.values) < 1e-6
@@ -289,3 +392,54 @@ def test_rules_change_scores_and_keep_the_methods_relations(rules, make_model, m
     assert relative(one, eap.attribute(model, data, method="eap").values) > 0.1
     ends = (one + eap.attribute(model, data, steps=1, quadrature="left", rules=rules).values) / 2
     assert relative(eap.attribute(model, data, method="clean-corrupted", rules=rules).values, ends) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"rules": "lrp"}, ["rules", "'gim'", "'relp'", "'lrp'"]),
+        ({"rules": "relp", "method": "exact"}, ["rules", "None", "'exact'", "'relp'"]),
+    ],
+)
+def test_bad_settings_are_one_sentence(settings, words, make_model, make_pairs):
+    for call in (eap.attribute, eap.plan):
+        with pytest.raises(eap.InputError) as error:
+            call(make_model("gpt2"), make_pairs(), **settings)
+        text = str(error.value)
+        assert all(word in text for word in words) and "\n" not in text and text.endswith(".")
+
+
+def test_a_plan_counts_what_the_rules_take(make_model, make_pairs):
+    model, data = make_model("llama"), make_pairs()
+    assert eap.plan(model, data, rules="gim").bytes != eap.plan(model, data).bytes
+
+
+def hidden(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
+    """Attention without any softmax that could be seen."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    scores = query @ key.mT * scaling
+    allowed = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
+    weights = torch.where(allowed if attention_mask is None else attention_mask, scores, -torch.inf).exp()
+    return (weights / weights.sum(-1, keepdim=True) @ value).transpose(1, 2), None
+
+
+def test_attention_that_cannot_be_seen_is_refused_where_rules_change_it(make_model, make_pairs, relative):
+    AttentionInterface.register("hidden", hidden)
+    AttentionMaskInterface.register("hidden", sdpa_mask)
+    model, data = make_model("llama", attn_implementation="hidden"), make_pairs(n=3)
+    right = eap.attribute(make_model("llama"), data, rules="relp").values
+    assert relative(eap.attribute(model, data, rules="relp").values, right) < 1e-5
+    for rules in ("gim", "relp-ah"):
+        with pytest.raises(eap.InputError, match=r"rules: expected attn_implementation .*layer 0 \(LlamaAttention\)"):
+            eap.attribute(model, data, rules=rules)
+
+
+@pytest.mark.parametrize("rules", ALL)
+def test_an_activation_that_cannot_be_seen_is_refused(rules, make_model, make_pairs):
+    model = make_model("gpt2")
+    del model.transformer.h[1].mlp.act
+    model.transformer.h[1].mlp.act = functional.gelu
+    with pytest.raises(eap.InputError, match=r"rules: expected activation .*layer 1 \(GPT2MLP\)"):
+        eap.attribute(model, make_pairs(n=3), rules=rules)
+    assert "forward" not in vars(model.transformer.h[0])

@@ -58,6 +58,7 @@ RULES: dict[str, Rules] = {
     )
 }
 _PRODUCTS = (torch.Tensor.mul, torch.mul, torch.Tensor.mul_)
+_SLOPES = ("SigmoidBackward0", "MulBackward0")
 _SOFTMAX = (functional.softmax, torch.softmax, torch.Tensor.softmax)
 _ATTENTION = functional.scaled_dot_product_attention
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -132,12 +133,17 @@ class BackwardRules:
         finally:
             self._active = False
 
-    def multiplied(self, product: Tensor, a: Any, b: Any) -> None:
-        """Let the factors a and b of a product share its gradient, where both depend on the input."""
+    def multiplied(self, product: Tensor, a: Any, b: Any) -> Tensor:
+        """The product of a and b; where both depend on the input, with the gradients of the rules."""
         both = isinstance(a, Tensor) and isinstance(b, Tensor) and a.requires_grad and b.requires_grad
         # A router's or a shared expert's weight is one number per token: not a gate of features.
-        if both and a.shape == b.shape and product.requires_grad and not self._active:
-            product.register_hook(_half)
+        if not both or a.shape != b.shape or self._active:
+            return product
+        if _is_slope(b, a):
+            self._activations += 1
+            return a * b.detach() if self._rules.identity else product
+        product.register_hook(_half)
+        return product
 
     def attended(self, **given: Any) -> Tensor:
         """scaled_dot_product_attention under the rules."""
@@ -171,7 +177,7 @@ class _Products(TorchFunctionMode):
         out = func(*args, **kwargs)
         if func in _PRODUCTS and torch.is_grad_enabled():
             a, b = (*args, *kwargs.values())[:2]
-            self._rules.multiplied(out, a, b)
+            return self._rules.multiplied(out, a, b)
         return out
 
 
@@ -208,6 +214,18 @@ class _Changed(torch.autograd.Function):
 def _slope(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
     ratio = torch.where(x == 0, 0, y / x)
     return lambda gradient: gradient * ratio
+
+
+def _is_slope(b: Tensor, a: Tensor) -> bool:
+    """Is b = σ(βa)? Their product is then an activation function that some models write out."""
+    node, names = b.grad_fn, []
+    while node is not a.grad_fn:
+        if node is None or node.name() not in _SLOPES:
+            return False
+        names.append(node.name())
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        node = parents[0] if len(parents) == 1 else None
+    return "SigmoidBackward0" in names
 
 
 def _normalise(norm: Norm, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

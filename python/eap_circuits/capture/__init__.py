@@ -3,7 +3,7 @@
 from .batches import Batch, make_batches
 from .borrow import Hooks, borrowed
 from .contraction import contract
-from .inputs import ABLATIONS, Progress, Run, find_rules, prepare
+from .inputs import ABLATIONS, Progress, Run, prepare
 from .masked import TOKENS_TOGETHER, run_circuits
 from .memory import SHARE_OF_FREE, PeakBytes, free_bytes, in_memory, most_tokens, parse_bytes
 from .patched import PatchedEdges
@@ -32,7 +32,6 @@ __all__ = [
     "SenderDifferences",
     "borrowed",
     "contract",
-    "find_rules",
     "free_bytes",
     "in_memory",
     "make_batches",

@@ -14,7 +14,7 @@ from ..errors import expected, one_of
 from ..metrics import MetricBatch, check_metric_values, get_metric
 from ..tasks import PairedDataset
 from .batches import Batch
-from .rules import RULES, Rules
+from .rules import Rules
 
 ABLATIONS = ("patching",)
 Progress = Callable[[int, int], None]  # (examples done, examples in all)
@@ -53,14 +53,6 @@ def prepare(model: nn.Module, data: PairedDataset, metric: object, ablation: str
         raise expected("batch_size", "a whole number of at least 1, or None", repr(batch_size))
     _check_tokens(run.arch.model, data)
     return run
-
-
-def find_rules(name: str | None) -> Rules | None:
-    """The backward rules of that name."""
-    if name is None:
-        return None
-    one_of("rules", name, RULES)
-    return RULES[name]
 
 
 def _check_tokens(model: Any, data: PairedDataset) -> None:

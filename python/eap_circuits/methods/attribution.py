@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..capture import TOKENS_TOGETHER, Progress, Run, borrowed, find_rules, make_batches, prepare
+from ..capture import RULES, TOKENS_TOGETHER, Progress, Run, borrowed, make_batches, prepare
 from ..errors import expected, one_of
 from ..graph import Circuit, EdgeScores, Graph, Heads
 from ..tasks import PairedDataset
@@ -165,9 +165,10 @@ def _checked(
         run = replace(run, arch=run.arch.before_post_norms())
     find_path = METHODS[method].path
     if rules is not None:
+        one_of("rules", rules, RULES)
         if find_path is None:
             raise expected("rules", f"None, as {method!r} has no backward pass", repr(rules))
-        run = replace(run, rules=find_rules(rules))
+        run = replace(run, rules=RULES[rules])
     return run, run.arch.graph(heads), None if find_path is None else find_path(steps, quadrature)
 
 

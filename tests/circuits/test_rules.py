@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import eap_circuits as eap
 from eap_circuits.adapters import bind
 from eap_circuits.capture import RULES, Hooks, Rules, borrowed
-from eap_circuits.capture.rules import BackwardRules
+from eap_circuits.capture.rules import BackwardRules, _Attention
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.methods.spec import QUADRATURES
 
@@ -323,9 +323,26 @@ def test_gates_of_experts_and_of_fused_projections(name, identity, make_model, m
     assert relative(found, plain) > 0.05
 
 
-@pytest.mark.parametrize("name", ["cohere", "gemma3", "olmo", "olmo2", "phi", "qwen3", "stablelm-parallel"])
-def test_norms_of_queries_of_keys_and_after_blocks(name, make_model, monkeypatch, relative):
-    """The same gradient as of the model's own code with all norms, and the gates, written out under the rules."""
+@pytest.mark.parametrize("temperature", [None, 2.0])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bloom",
+        "cohere",
+        "falcon",
+        "gemma3",
+        "gpt-neo",
+        "gptj",
+        "olmo",
+        "olmo2",
+        "opt",
+        "phi",
+        "qwen3",
+        "stablelm-parallel",
+    ],
+)
+def test_norms_and_attention_of_many_families(name, temperature, make_model, monkeypatch, relative):
+    """The same gradient as of the model's own code with norms, gates and softmax written out under the rules."""
 
     def norm(self, x):
         if "LayerNorm" in type(self).__name__:
@@ -336,20 +353,53 @@ def test_norms_of_queries_of_keys_and_after_blocks(name, make_model, monkeypatch
         return x if getattr(self, "bias", None) is None else x + self.bias
 
     def mlp(self, x):
-        h = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(h / 2 + (h / 2).detach())
+        return self.down_proj(half(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
 
-    model = make_model(name)
+    def half(x):
+        return x / 2 + (x / 2).detach()
+
+    model = make_model(name, attn_implementation="eager")
     with StayDouble():
-        found = input_gradient(model, Rules("", ""))
+        found = input_gradient(model, Rules("", "", temperature=temperature))
         plain = input_gradient(model, None)
+        embedding_norm = bind(model).embedding_norm
+        if embedding_norm is not None:  # before the graph, whatever the rules
+            embedding_norm.forward = embedding_norm.forward
         for module in model.modules():
-            if type(module).__name__.endswith(("Norm", "MLP")) and not isinstance(module, torch.nn.ModuleList):
-                gated = hasattr(module, "gate_proj")
-                if gated or type(module).__name__.endswith("Norm"):
-                    monkeypatch.setattr(type(module), "forward", mlp if gated else norm)
+            if hasattr(module, "gate_proj"):
+                monkeypatch.setattr(type(module), "forward", mlp)
+            elif type(module).__name__.endswith("Norm"):
+                monkeypatch.setattr(type(module), "forward", norm)
+        if temperature:
+            soft = lambda x, dim=-1, dtype=None: SoftmaxAtTwo.apply(half(x))  # noqa: E731
+            monkeypatch.setattr(functional, "softmax", soft)
+            for layer in bind(model).layers:
+                layer.out.register_forward_pre_hook(lambda _, args: (half(args[0]), *args[1:]))
         assert relative(found, input_gradient(model, None)) < 1e-12
-    assert relative(found, plain) > 0.05
+    assert relative(found, plain) > 0.01
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("mask", ["none", "causal", "bool", "float"])
+def test_attention_written_out_is_attention(mask, groups, relative):
+    """With a pattern left as it is, gradients are those of scaled_dot_product_attention."""
+    generator = torch.Generator().manual_seed(1)
+
+    def tensor(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    q, k, v = tensor(2, 6, 4, 5), tensor(2, 6 // groups, 7, 5), tensor(2, 6 // groups, 7, 5)
+    options = {"enable_gqa": groups > 1, "scale": 0.3 if groups > 1 else None, "is_causal": mask == "causal"}
+    if mask in ("bool", "float"):
+        allowed = torch.rand(2, 1, 4, 7, generator=generator) < 0.7
+        allowed[..., 0] = True
+        options["attn_mask"] = allowed if mask == "bool" else torch.where(allowed, tensor(2, 1, 4, 7).detach(), -1e9)
+    right = functional.scaled_dot_product_attention(q, k, v, **options)
+    found = _Attention.apply(q, k, v, options, lambda pattern, scores, dim: pattern)
+    assert torch.equal(found, right)
+    g = torch.randn(right.shape, generator=generator, dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.grad(z, (q, k, v), g) for z in (found, right)), strict=True):
+        assert relative(a, b) < 1e-12
 
 
 def test_products_in_place_are_products(make_model, monkeypatch, relative):

@@ -52,8 +52,8 @@ class Rules:
 RULES: dict[str, Rules] = {
     rules.name: rules
     for rules in (
-        Rules("relp", "relevance patching: norms' scales and activations' slopes constant, gates by halves", True),
-        Rules("relp-ah", "relevance patching with attention patterns constant too", True, constant_pattern=True),
+        Rules("relp", "relevance patching: activation functions as products with a constant", identity=True),
+        Rules("relp-ah", "relevance patching, attention patterns constant too", identity=True, constant_pattern=True),
         Rules("gim", "gradient interaction modifications: softer attention, products by halves", temperature=2.0),
     )
 }

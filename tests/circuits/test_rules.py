@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -493,3 +494,9 @@ def test_an_activation_that_cannot_be_seen_is_refused(rules, make_model, make_pa
     with pytest.raises(eap.InputError, match=r"rules: expected activation .*layer 1 \(GPT2MLP\)"):
         eap.attribute(model, make_pairs(n=3), rules=rules)
     assert "forward" not in vars(model.transformer.h[0])
+
+
+def test_the_page_has_every_rule():
+    page = (Path(__file__).parents[2] / "docs" / "rules.md").read_text(encoding="utf-8")
+    table = [f"| `{rules.name}` | {rules.description} |" for rules in RULES.values()]
+    assert "\n".join(["| rules | what it is |", "|---|---|", *table, ""]) in page

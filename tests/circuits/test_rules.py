@@ -417,6 +417,18 @@ def test_products_in_place_are_products(make_model, monkeypatch, relative):
         assert relative(input_gradient(model, RULES[rules]), gradient) < 1e-12
 
 
+def test_a_feature_that_is_zero_has_no_slope(make_model, relative):
+    """a(x)/x where x = 0: the neuron passes no gradient, and its neighbours keep theirs."""
+    model, without = make_model("llama"), make_model("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate_proj.weight[3] = 0
+        for layer in without.model.layers:
+            layer.mlp.down_proj.weight[:, 3] = 0
+    found, right = (input_gradient(m, RULES["relp"]) for m in (model, without))
+    assert found.isfinite().all() and relative(found, right) < 1e-12
+
+
 def test_half_precision(make_model, relative):
     gradients = [
         input_gradient(make_model("llama", dtype=dtype), RULES["gim"]) for dtype in (torch.bfloat16, torch.float64)

@@ -66,6 +66,21 @@ Heads = Annotated[
         rich_help_panel="Scoring",
     ),
 ]
+Keep = Annotated[
+    str | None,
+    typer.Option(
+        help="What else to save of the scores: variance, examples, positions or positions-from-end, neurons, "
+        "with commas between.",
+        rich_help_panel="Scoring",
+    ),
+]
+Rules = Annotated[
+    str | None,
+    typer.Option(
+        help="What takes the gradient's place: relp, relp-ah or gim.  [dim]\\[default: nothing][/dim]",
+        rich_help_panel="Scoring",
+    ),
+]
 Ablation = Annotated[
     str,
     typer.Option(

@@ -182,7 +182,7 @@ def test_records_that_cannot_be(records: list[Any], message: str) -> None:
 
 def test_a_text_of_no_tokens() -> None:
     record = {"clean": " ", "corrupted": " ", "answers": [3, 4]}
-    with pytest.raises(InputError, match="at least one, in clean and corrupted, found 0 and 0"):
+    with pytest.raises(InputError, match=r"expected at least one token in clean and in corrupted, found 0 and 0\."):
         PairedDataset.from_records([record], TOKENIZER, prepend_bos=False)
 
 

@@ -229,7 +229,7 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
 def test_paths_that_cannot_be(tmp_path: Path) -> None:
     data = PairedDataset.from_tokens(CLEAN, CORRUPTED, LENGTHS, ANSWERS)
     with pytest.raises(
-        InputError, match=r"expected a name ending in .csv, .json, .jsonl, .safetensors, .pt, found '.txt'"
+        InputError, match=r"expected a name ending in .csv, .json, .jsonl, .parquet, .safetensors, .pt, found '.txt'"
     ):
         PairedDataset.from_file(tmp_path / "toy.txt")
     for suffix in (".csv", ".json", ".jsonl", ".safetensors", ".pt"):

@@ -134,7 +134,7 @@ def evaluate(
         clean = corrupted = None
         for heads, graph in graphs.items():
             runner = Runner(run.arch, graph, batch)
-            record = RecordedRun(runner, runner.batch.corrupted)
+            record = RecordedRun(runner, corrupted=True)
             if clean is None or corrupted is None:
                 clean, corrupted = runner.logits(runner.embed(batch.clean)), record.logits
                 for row, logits in enumerate((clean, corrupted)):

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import eap_circuits as eap
@@ -51,6 +53,28 @@ def run(*args: Any, code: int = 0) -> Any:
 
 def numbers(text: str) -> list[str]:
     return text.replace(",", "").split()
+
+
+def test_unequal_lengths_are_taken_with_align(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model: Any) -> None:
+    words = {word: i for i, word in enumerate(["<unk>", "Ann", "Bob", "Cy", "met", "and", "gave"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    model = make_model("llama", torch.float32)
+    monkeypatch.setattr(session, "load_model", lambda *_: (model, tokenizer))
+    path = tmp_path / "names.csv"
+    path.write_text("clean,corrupted,answer,wrong_answer\nAnn and Bob met Bob,Ann and Bob Cy met Ann,Ann,Bob\n")
+    command = ("attribute", "tiny", "--data", path, "--steps", 2)
+    assert "--align takes others too), found 5 and 6." in " ".join(run(*command, code=2).stderr.split())
+    run(*command, "--align", "-o", tmp_path / "s.safetensors")
+    pairs = eap.PairedDataset.from_csv(path, tokenizer, align=True)
+    right = eap.attribute(model, pairs, steps=2)
+    assert torch.equal(eap.EdgeScores.load(tmp_path / "s.safetensors").values, right.values)
+    right.select(30).save(tmp_path / "c.json")
+    found = json.loads(run("evaluate", "tiny", tmp_path / "c.json", "--data", path, "--align", "--json").stdout)
+    assert found["mean"] == pytest.approx(eap.evaluate(model, right.select(30), pairs).mean)
+    run("curve", "tiny", tmp_path / "s.safetensors", "--data", path, "--align", "--fractions", "0.5", "--draws", 1)
+    assert "--align: expected --data" in run("attribute", "tiny", "--task", "ioi", "--align", code=2).stderr
 
 
 def test_attribute_shows_and_saves_what_the_library_computes(

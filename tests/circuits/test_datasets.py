@@ -146,6 +146,8 @@ WRONG_RECORDS = [
     ([{**RECORDS[0], "clean": 3}], r"^records\[0\], clean: expected a prompt, found int"),
     ([RECORDS[0], {**RECORDS[1], "corrupted": "Kate and John gave"}], r"^records\[1\]: .*, found 3 and 5"),
     ([{**RECORDS[1], "answers": "ab"}], r"answers: expected a list \[good, bad\], found 'ab'"),
+    ([{**RECORDS[1], "answers": torch.tensor(3)}], r"answers: expected a list \[good, bad\], found tensor\(3\)"),
+    ([{**RECORDS[1], "answers": ["\ud800", 3]}], "good answer: expected Unicode text, found a lone surrogate in "),
     ([{**RECORDS[1], "answers": [3]}], r"answers: expected a list \[good, bad\], found \[3\]"),
     (
         [{**RECORDS[1], "answers": ["Mary", "John and"]}],

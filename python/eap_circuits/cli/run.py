@@ -12,6 +12,7 @@ import typer
 from . import session
 from .console import check_outputs, check_suffix, progress, say, show_json, show_table
 from .options import (
+    Align,
     Baselines,
     BatchSize,
     Data,
@@ -40,6 +41,7 @@ def attribute(
     model: Model,
     task: Task = None,
     data: Data = None,
+    align: Align = False,
     n: Number = 64,
     seed: Seed = 0,
     metric: Metric = None,
@@ -121,7 +123,7 @@ def attribute(
     one_of("--heads", heads, ("kv", "query"))
     one_of("--how", how, ("top", "greedy", "optimal"))
     measured = None if only is None else eap.Circuit.load(only)
-    prompts = session.Prompts(task, data, n, seed)
+    prompts = session.Prompts(task, data, n, seed, align)
     prompts.check(metric, gradient=method != "exact")
 
     loaded, tokenizer = session.load_model(model, dtype, device)
@@ -178,6 +180,7 @@ def evaluate(
     circuit: Annotated[Path, typer.Argument(help="A circuit: .json, .pt or .safetensors.")],
     task: Task = None,
     data: Data = None,
+    align: Align = False,
     n: Number = 64,
     seed: Seed = 0,
     metric: Metric = None,
@@ -201,7 +204,7 @@ def evaluate(
 
     from ..report.tables import result_table
 
-    prompts = session.Prompts(task, data, n, seed)
+    prompts = session.Prompts(task, data, n, seed, align)
     prompts.check(metric)
     kept = eap.Circuit.load(circuit)
 
@@ -222,6 +225,7 @@ def curve(
     scores: Annotated[Path, typer.Argument(help="Scores that eap attribute -o saved.")],
     task: Task = None,
     data: Data = None,
+    align: Align = False,
     n: Number = 64,
     seed: Seed = 0,
     metric: Metric = None,
@@ -271,7 +275,7 @@ def curve(
     one_of("--how", how, ("top", "greedy", "optimal"))
     sizes = session.parse_fractions(fractions)
     beside = session.parse_baselines(baselines)
-    prompts = session.Prompts(task, data, n, seed)
+    prompts = session.Prompts(task, data, n, seed, align)
     prompts.check(metric)
     loaded_scores = eap.EdgeScores.load(scores)
 

@@ -24,6 +24,7 @@ class Prompts:
     data: Path | None
     n: int = 64
     seed: int = 0
+    align: bool = False
 
     def check(self, metric: str | None = None, gradient: bool = False) -> None:
         """Refuse what can be refused before a model is loaded; `gradient`: the metric will be differentiated."""
@@ -37,6 +38,8 @@ class Prompts:
             one_of("--task", self.task, TASKS)
         elif self.data is None or not self.data.is_file():
             raise expected(f"--data {self.data}", "a file", "nothing there")
+        if self.align and self.data is None:
+            raise expected("--align", "--data with it (the pairs of a task are equally long)", f"--task {self.task}")
         if metric is not None:
             one_of("--metric", metric, DIFFERENTIABLE if gradient else METRICS)
 
@@ -44,7 +47,7 @@ class Prompts:
         from ..tasks import PairedDataset, load_task
 
         if self.data is not None:
-            return PairedDataset.from_file(self.data, tokenizer)
+            return PairedDataset.from_file(self.data, tokenizer, align=self.align)
         return load_task(str(self.task), tokenizer, n=self.n, seed=self.seed)
 
 

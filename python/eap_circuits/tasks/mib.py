@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import expected
-from .encoding import check_tokenizer, encode_many, encode_plain
+from .encoding import check_text, check_tokenizer, encode_many, encode_plain
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ def mib_records(
             texts.append((str(row["prompt"]), str(other["prompt"])))
         except (KeyError, IndexError, TypeError) as error:
             raise expected(label, "the columns that the first row has", f"something else ({error!r})") from error
+        for text in (*texts[-1], *answers[-1]):
+            check_text(text, label)
         kept.append(label)
     clean, corrupted = ([len(ids) for ids in encode_many(tokenizer, [pair[i] for pair in texts])] for i in (0, 1))
     pieces = {text: encode_plain(tokenizer, text) for text in sorted({text for group in answers for text in group})}

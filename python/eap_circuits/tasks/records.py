@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import expected
-from .encoding import answer_id, check_tokenizer, encode_prompts
+from .encoding import answer_id, check_text, check_tokenizer, encode_prompts
 
 
 def tokenised(
@@ -64,8 +64,10 @@ def _check_record(record: Any, label: str) -> None:
         if not isinstance(record[key], str) or not record[key]:
             found = "an empty text" if record[key] == "" else type(record[key]).__name__
             raise expected(f"{label}, {key}", "a prompt", found)
+        check_text(record[key], f"{label}, {key}")
     answers = record["answers"]
-    if not isinstance(answers, (list, tuple, Tensor)) or len(answers) != 2:
+    one = isinstance(answers, Tensor) and not answers.dim()
+    if not isinstance(answers, (list, tuple, Tensor)) or one or len(answers) != 2:
         raise expected(f"{label}, answers", "a list [good, bad]", repr(answers))
 
 
@@ -91,6 +93,7 @@ def _ids(answer: Any, label: str, prompt: str, tokenizer: Any) -> list[int]:
     ids = []
     for member in members:
         if isinstance(member, str):
+            check_text(member, label)
             ids.append(answer_id(tokenizer, member, prompt, label))
         elif hasattr(member, "__index__") and not isinstance(member, bool):
             if not 0 <= int(member) < 2**31:

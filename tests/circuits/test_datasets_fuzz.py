@@ -195,3 +195,26 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         InputError, match=r"x\.parquet: file: expected pyarrow \(pip install .*\) to read it with, found"
     ):
         PairedDataset.from_file(tmp_path / "x.parquet", TOKENIZER)
+
+
+def tokens(suffix: str) -> bytes:
+    tensors = {"clean": [[2, 3]], "corrupted": [[2, 4]], "lengths": [2], "answers": [[2, 3]]}
+    found = {name: torch.tensor(x) for name, x in tensors.items()}
+    if suffix == ".safetensors":
+        return save(found)
+    file = io.BytesIO()
+    torch.save(found, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("suffix", [*TEXTS, ".safetensors", ".pt"])
+@given(data=st.data())
+@FUZZ
+def test_damage(suffix: str, data: st.DataObject) -> None:
+    whole = WRITERS[suffix]([MIB_ROW] * 2) if suffix in WRITERS else tokens(suffix)
+    if suffix == ".csv":
+        whole = cells([{"clean": "Ann met", "corrupted": "Bob met", "good": "Cy", "bad": "['Ann', 'Bob']"}])
+    content = bytearray(whole)
+    for place, byte in data.draw(st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), max_size=4)):
+        content[place] = byte
+    read(suffix, bytes(content[: data.draw(st.sampled_from([None, len(whole) // 2, -1]))]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -235,6 +236,19 @@ def test_tasks_lists_every_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     run("tasks", "ioi", "-n", 3, "-o", tmp_path / "t.safetensors")
     assert len(eap.PairedDataset.from_file(tmp_path / "t.safetensors", None)) == 3
     run("tasks", "-o", tmp_path / "t.safetensors", code=2)
+
+    words = ["<unk>", " Ann", " Bob", " Cy", "Dan", " Eve"]
+    monkeypatch.setattr(
+        "eap_circuits.adapters.pretrained.load_tokenizer",
+        lambda name: SimpleNamespace(decode=lambda ids: words[ids[0]]),
+    )
+    ids, answers = torch.ones(2, 3, dtype=torch.int64), torch.tensor([[[1, 2, 3, 5], [4, -1, -1, -1]]] * 2)
+    pairs = eap.PairedDataset(ids, ids, torch.tensor([3, 3]), answers, (("Ann or", "Dan or"),) * 2)
+    monkeypatch.setattr(session.Prompts, "load", lambda self, tokenizer: pairs)
+    row = {"clean": "Ann or", "corrupted": "Dan or", "good": [" Ann", " Bob", " Cy", " Eve"], "bad": ["Dan"]}
+    assert json.loads(run("tasks", "ioi", "--json").stdout) == [row, row]
+    shown = run("tasks", "ioi").stdout
+    assert "' Ann', ' Bob', ' Cy' … (4)" in shown and "'Dan'" in shown
     run("tasks", "nonsense", code=2)
 
 

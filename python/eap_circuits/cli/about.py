@@ -64,8 +64,8 @@ def tasks(
             Column("bad", "bad", _few),
         )
         prompts = zip(pairs.prompts or (), pairs.answers.tolist(), strict=False)
-        rows = tuple((*texts, *(_decoded(loaded, ids) for ids in answers)) for texts, answers in prompts)
-        table = Table(f"{name}: {len(pairs)} prompt pairs", columns, rows)
+        shown = tuple((*texts, *(_decoded(loaded, ids) for ids in answers)) for texts, answers in prompts)
+        table = Table(f"{name}: {len(pairs)} prompt pairs", columns, shown)
     if as_json:
         show_json(table.records())
         return

@@ -20,7 +20,7 @@ def losses(model, graph, data, masks, metric="logit_diff"):
         for batch in make_batches(data, 3, True, run.arch.device):
             runner = Runner(run.arch, graph, batch)
             clean = runner.logits(runner.embed(batch.clean))
-            record = RecordedRun(runner, runner.batch.corrupted)
+            record = RecordedRun(runner, corrupted=True)
             for i, logits in enumerate(run_circuits(runner, graph, record, masks)):
                 total[i] -= run.values(logits, batch, clean, record.logits).sum()
     return total

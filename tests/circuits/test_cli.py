@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import eap_circuits as eap
@@ -51,6 +54,28 @@ def run(*args: Any, code: int = 0) -> Any:
 
 def numbers(text: str) -> list[str]:
     return text.replace(",", "").split()
+
+
+def test_unequal_lengths_are_taken_with_align(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model: Any) -> None:
+    words = {word: i for i, word in enumerate(["<unk>", "Ann", "Bob", "Cy", "met", "and", "gave"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    model = make_model("llama", torch.float32)
+    monkeypatch.setattr(session, "load_model", lambda *_: (model, tokenizer))
+    path = tmp_path / "names.csv"
+    path.write_text("clean,corrupted,answer,wrong_answer\nAnn and Bob met Bob,Ann and Bob Cy met Ann,Ann,Bob\n")
+    command = ("attribute", "tiny", "--data", path, "--steps", 2)
+    assert "--align takes others too), found 5 and 6." in " ".join(run(*command, code=2).stderr.split())
+    run(*command, "--align", "-o", tmp_path / "s.safetensors")
+    pairs = eap.PairedDataset.from_csv(path, tokenizer, align=True)
+    right = eap.attribute(model, pairs, steps=2)
+    assert torch.equal(eap.EdgeScores.load(tmp_path / "s.safetensors").values, right.values)
+    right.select(30).save(tmp_path / "c.json")
+    found = json.loads(run("evaluate", "tiny", tmp_path / "c.json", "--data", path, "--align", "--json").stdout)
+    assert found["mean"] == pytest.approx(eap.evaluate(model, right.select(30), pairs).mean)
+    run("curve", "tiny", tmp_path / "s.safetensors", "--data", path, "--align", "--fractions", "0.5", "--draws", 1)
+    assert "--align: expected --data" in run("attribute", "tiny", "--task", "ioi", "--align", code=2).stderr
 
 
 def test_attribute_shows_and_saves_what_the_library_computes(
@@ -271,6 +296,19 @@ def test_tasks_lists_every_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     run("tasks", "ioi", "-n", 3, "-o", tmp_path / "t.safetensors")
     assert len(eap.PairedDataset.from_file(tmp_path / "t.safetensors", None)) == 3
     run("tasks", "-o", tmp_path / "t.safetensors", code=2)
+
+    words = ["<unk>", " Ann", " Bob", " Cy", "Dan", " Eve"]
+    monkeypatch.setattr(
+        "eap_circuits.adapters.pretrained.load_tokenizer",
+        lambda name: SimpleNamespace(decode=lambda ids: words[ids[0]]),
+    )
+    ids, answers = torch.ones(2, 3, dtype=torch.int64), torch.tensor([[[1, 2, 3, 5], [4, -1, -1, -1]]] * 2)
+    pairs = eap.PairedDataset(ids, ids, torch.tensor([3, 3]), answers, (("Ann or", "Dan or"),) * 2)
+    monkeypatch.setattr(session.Prompts, "load", lambda self, tokenizer: pairs)
+    row = {"clean": "Ann or", "corrupted": "Dan or", "good": [" Ann", " Bob", " Cy", " Eve"], "bad": ["Dan"]}
+    assert json.loads(run("tasks", "ioi", "--json").stdout) == [row, row]
+    shown = run("tasks", "ioi").stdout
+    assert "' Ann', ' Bob', ' Cy' … (4)" in shown and "'Dan'" in shown
     run("tasks", "nonsense", code=2)
 
 

@@ -146,6 +146,8 @@ WRONG_RECORDS = [
     ([{**RECORDS[0], "clean": 3}], r"^records\[0\], clean: expected a prompt, found int"),
     ([RECORDS[0], {**RECORDS[1], "corrupted": "Kate and John gave"}], r"^records\[1\]: .*, found 3 and 5"),
     ([{**RECORDS[1], "answers": "ab"}], r"answers: expected a list \[good, bad\], found 'ab'"),
+    ([{**RECORDS[1], "answers": torch.tensor(3)}], r"answers: expected a list \[good, bad\], found tensor\(3\)"),
+    ([{**RECORDS[1], "answers": ["\ud800", 3]}], "good answer: expected Unicode text, found a lone surrogate in "),
     ([{**RECORDS[1], "answers": [3]}], r"answers: expected a list \[good, bad\], found \[3\]"),
     (
         [{**RECORDS[1], "answers": ["Mary", "John and"]}],
@@ -182,7 +184,7 @@ def test_records_that_cannot_be(records: list[Any], message: str) -> None:
 
 def test_a_text_of_no_tokens() -> None:
     record = {"clean": " ", "corrupted": " ", "answers": [3, 4]}
-    with pytest.raises(InputError, match="at least one, in clean and corrupted, found 0 and 0"):
+    with pytest.raises(InputError, match=r"expected at least one token in clean and in corrupted, found 0 and 0\."):
         PairedDataset.from_records([record], TOKENIZER, prepend_bos=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+import eap_circuits
 from eap_circuits import InputError, PairedDataset
+from eap_circuits.tasks.loading import _IDS, _TEXTS, SUFFIXES
 
 WORDS = ["<unk>", "<s>", "Mary", "John", "Tom", "gave", "a", "book", "to", "Kate"]
 ID = {word: i for i, word in enumerate(WORDS)}
@@ -229,7 +232,7 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
 def test_paths_that_cannot_be(tmp_path: Path) -> None:
     data = PairedDataset.from_tokens(CLEAN, CORRUPTED, LENGTHS, ANSWERS)
     with pytest.raises(
-        InputError, match=r"expected a name ending in .csv, .json, .jsonl, .safetensors, .pt, found '.txt'"
+        InputError, match=r"expected a name ending in .csv, .json, .jsonl, .parquet, .safetensors, .pt, found '.txt'"
     ):
         PairedDataset.from_file(tmp_path / "toy.txt")
     for suffix in (".csv", ".json", ".jsonl", ".safetensors", ".pt"):
@@ -240,3 +243,31 @@ def test_paths_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected a folder that exists"):
         data.save(tmp_path / "none" / "toy.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_pages_examples_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model: Any) -> None:
+    """docs/data.md: its table is written to a file, and all its examples run one after another."""
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    blocks = re.findall(r"```(python|csv)\n(.*?)```", page, re.S)
+    assert [kind for kind, _ in blocks] == ["python", "csv", "python", "python", "python"]
+    words = {
+        word: i
+        for i, word in enumerate(
+            ["<unk>", "<s>", "Mary", "John", "Tom", "Kate", "Lee", "and", "met", "gave", "it", "to"]
+        )
+    }
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
+    monkeypatch.chdir(tmp_path)
+    space = {"eap": eap_circuits, "tokenizer": tokenizer, "model": make_model("gpt2", torch.float32)}
+    for kind, block in blocks:
+        if kind == "csv":
+            Path("pairs.csv").write_text(block)
+        else:
+            exec(block, space)
+    assert PairedDataset.from_file("pairs.safetensors").prompts
+    for suffix in SUFFIXES:
+        assert f"`{suffix}`" in page
+    for column in sum((*_IDS, *_TEXTS), ()):
+        assert f"`{column}`" in page

@@ -119,6 +119,18 @@ def test_rows_of_unequal_lengths_are_left_out(tmp_path: Path) -> None:
         PairedDataset.from_mib(written(tmp_path / "ioi.json", rows[:2]), tokenizer())
 
 
+def test_with_alignment_prompts_of_unequal_lengths_are_kept(tmp_path: Path) -> None:
+    uneven = ioi("Ann", "Bob", "Cy")
+    uneven["s2_io_flip_counterfactual"]["prompt"] = "Ann and Bob met . Bob Cy gave it to"
+    path = written(tmp_path / "ioi.json", [ioi("Ann", "Bob", "Cy Cy"), uneven])
+    for read in (PairedDataset.from_mib, PairedDataset.from_file):
+        data = read(path, tokenizer(), align=True)
+        assert data.corrupted_lengths is not None and data.alignment is not None
+        assert (data.lengths.tolist(), data.corrupted_lengths.tolist()) == ([10], [11])
+        # The corrupted prompt's second name stands for no clean word.
+        assert data.alignment.tolist() == [[0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 0]]
+
+
 def test_an_answer_of_several_tokens_begins_with_its_first(tmp_path: Path) -> None:
     tok = tokenizer()
     rows = [ioi("Ann Cy", "Bob Cy", "Cy Cy")]

@@ -259,8 +259,8 @@ def test_what_flow_takes_for_contributions_adds_up(family, make_model, make_pair
     (batch,) = make_batches(data, len(data), False, run.arch.device)
     with borrowed(model), torch.no_grad(), StayDouble():
         runner, rows, sums, reads = Runner(run.arch, run.arch.graph("kv"), batch), batch.rows, [], []
-        for tokens in (batch.clean, batch.corrupted):
-            record = RecordedRun(runner, tokens)
+        for corrupted in (False, True):
+            record = RecordedRun(runner, corrupted)
             sums.append(sum(written.sum(1) for written in flow._contributions(run, record, rows)))
             reads.append(record.norm_inputs[id(run.arch.final_norm.module)].flatten(0, 1)[rows])
     assert relative(sums[0] - sums[1], reads[0] - reads[1]) < 1e-8

@@ -2,6 +2,9 @@
 
 A causal model gives the same activations to the clean and the corrupted prompt before the first token in which they
 differ. With prefix reuse only the tokens from there on (the suffix) run clean, corrupted and along the path.
+
+A corrupted prompt of another number of tokens runs as it is, and what it gives is read at the positions that the clean
+ones are aligned with.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ class Batch:
     before. `prefix` int64 [U, P]: the distinct prefixes, right padded; `prefix_of` int64 [E]: which one each example
     has. `rows` int64 [n]: the tokens of [E·T] that can differ between clean and corrupted, in order. `scored` int64
     [E]: the scored position within the suffix. `index` int64 [E]: positions in the dataset. `answers`, `lengths` as
-    in the dataset.
+    in the dataset. `corrupted_scored` int64 [E] and `alignment` int64 [E, T]: the corrupted prompt's scored position
+    and those that its clean one's are compared with; None: all are the same.
     """
 
     index: Tensor
@@ -40,6 +44,8 @@ class Batch:
     scored: Tensor
     answers: Tensor
     lengths: Tensor
+    corrupted_scored: Tensor
+    alignment: Tensor | None
 
     @property
     def n_examples(self) -> int:
@@ -54,6 +60,23 @@ class Batch:
         """[m·E, T, X] of m copies of the batch -> [m, n, X] at its rows, detached."""
         by_copy = x.detach().reshape(-1, self.clean.numel(), x.shape[2])
         return by_copy[:, self.rows] if len(self.rows) < by_copy.shape[1] else by_copy
+
+    def aligned(self, x: Tensor) -> Tensor:
+        """What the corrupted run gave, [E, T, X], at the positions that the clean prompts' are compared with."""
+        if self.alignment is None:
+            return x
+        return x[torch.arange(len(x), device=x.device)[:, None], self.alignment]
+
+    def aligned_input(self, embeddings: Tensor, residual: Tensor) -> Tensor:
+        """What the corrupted run's `input` writes, [E, T, D], likewise; `residual` is what its first layer read.
+
+        Where positions are learned, the residual stream begins with embedding and position: between a corrupted token
+        and a clean one elsewhere the position's difference is part of the input's, or contributions would not add up.
+        """
+        if self.alignment is None:
+            return embeddings
+        position = residual - embeddings
+        return self.aligned(embeddings) + (self.aligned(position) - position)
 
 
 def make_batches(
@@ -70,8 +93,9 @@ def make_batches(
     first = data.first_difference
     start = first if reuse_prefix else torch.zeros_like(first)
     # From the longest down: an error for want of memory comes with the first batch.
-    for group in reversed(_groups((data.lengths - start).tolist(), data.lengths.tolist())):
-        longest, suffix = int(data.lengths[group].max()), int((data.lengths - start)[group].max())
+    lengths = data.longer_lengths
+    for group in reversed(_groups((lengths - start).tolist(), lengths.tolist())):
+        longest, suffix = int(lengths[group].max()), int((lengths - start)[group].max())
         fitting = min(tokens // suffix, _PREFIX_SHARE * tokens // longest)
         for index in torch.tensor(group).split(batch_size or max(1, fitting)):
             yield _batch(data, index, first[index], start[index], device)
@@ -103,7 +127,7 @@ def _groups(tokens: list[int], lengths: list[int]) -> list[list[int]]:
 
 def _batch(data: PairedDataset, index: Tensor, first: Tensor, start: Tensor, device: torch.device) -> Batch:
     lengths = data.lengths[index]
-    offset = torch.arange(int((lengths - start).max()))
+    offset = torch.arange(int((data.longer_lengths[index] - start).max()))
     position = start[:, None] + offset  # [E, T]
     active = (position >= first[:, None]) & (position < lengths[:, None])
     # Past the end of the longest prompt there is nothing to take; a padded token's own value matters to none.
@@ -111,6 +135,11 @@ def _batch(data: PairedDataset, index: Tensor, first: Tensor, start: Tensor, dev
     before = torch.arange(int(start.max()))
     # −1 marks what is not of a prefix: it must count where distinct prefixes are found, and be a token afterwards.
     prefix = torch.where(before < start[:, None], data.clean[index][:, : len(before)], -1)
+    corrupted_scored, alignment = lengths - 1 - start, None
+    if data.alignment is not None and data.corrupted_lengths is not None:
+        found = (data.alignment[index].gather(1, taken) - start[:, None]).clamp(min=0)
+        if (found != offset)[position < lengths[:, None]].any():
+            corrupted_scored, alignment = data.corrupted_lengths[index] - 1 - start, found.to(device)
     if len(before):
         prefix, prefix_of = prefix.unique(dim=0, return_inverse=True)
     else:
@@ -126,4 +155,6 @@ def _batch(data: PairedDataset, index: Tensor, first: Tensor, start: Tensor, dev
         scored=(lengths - 1 - start).to(device),
         answers=data.answers[index].to(device),
         lengths=lengths.to(device),
+        corrupted_scored=corrupted_scored.to(device),
+        alignment=alignment,
     )

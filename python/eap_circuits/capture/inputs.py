@@ -116,8 +116,7 @@ def _check_tokens(model: Any, data: PairedDataset, label: str = "") -> None:
                 int(tokens[example].max()),
             )
     limit = getattr(model.config, "max_position_embeddings", None)
-    longest = int(torch.argmax(data.lengths))
-    if limit is not None and int(data.lengths[longest]) > limit:
-        raise expected(
-            f"{label}example {longest}", f"at most the model's {limit} tokens", f"{int(data.lengths[longest])}"
-        )
+    lengths = data.longer_lengths
+    longest = int(torch.argmax(lengths))
+    if limit is not None and int(lengths[longest]) > limit:
+        raise expected(f"{label}example {longest}", f"at most the model's {limit} tokens", f"{int(lengths[longest])}")

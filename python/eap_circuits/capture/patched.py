@@ -36,7 +36,7 @@ class PatchedEdges:
         self._runner, self._arch = runner, runner.arch
         senders = SenderDifferences(runner, graph, constants=constants)
         self._groups = [(group, index) for group in senders.nodes() for index in range(group.values.shape[1])]  # [S]
-        self._clean = RecordedRun(runner, runner.batch.clean)
+        self._clean = RecordedRun(runner, corrupted=False)
         self.clean_logits, self.corrupted_logits = self._clean.logits, senders.corrupted_logits
         # (layer, site, head) of each receiver; the logits' layer is one past the last
         self._places: list[tuple[int, str, int]] = [(len(self._arch.layers), "logits", 0)] * graph.n_receivers

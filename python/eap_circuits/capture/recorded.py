@@ -20,18 +20,21 @@ class RecordedRun:
 
     Holds `embeddings` [E, T, D] and `logits` [E, V] and, per layer, its input [E, T, D], what the norms read [E, T, D],
     the projections' outputs [E, T, heads·K] (per query head where the graph is), what the heads write [E, T, H·K] and
-    the MLP's output [E, T, D].
+    the MLP's output [E, T, D]; all of a corrupted run but the logits where it is aligned with the clean prompts.
 
     Args:
         runner: the model on one batch.
-        tokens: int64 [E, T], `batch.clean` or `batch.corrupted`.
+        corrupted: of the corrupted tokens, else of the clean ones.
         constants: what every sender is to give instead of what it computes; the tokens then do not matter.
     """
 
-    def __init__(self, runner: Runner, tokens: Tensor, constants: Constants | None = None) -> None:
-        arch = runner.arch
-        given = None if constants is None else constants.at(runner.batch)
-        self.embeddings = runner.embed(tokens) if given is None else given.embedding.to(arch.dtype)
+    def __init__(self, runner: Runner, corrupted: bool, constants: Constants | None = None) -> None:
+        arch, batch = runner.arch, runner.batch
+        given = None if constants is None else constants.at(batch)
+        corrupted = corrupted and given is None
+        own = runner.embed(batch.corrupted if corrupted else batch.clean)
+        embeddings = self.embeddings = own if given is None else given.embedding.to(arch.dtype)
+        aligned: Callable[[Tensor], Tensor] = batch.aligned if corrupted else lambda x: x
         self.inputs: list[Tensor] = []
         self.results: list[object] = []  # of what kind each layer's result is
         self.norm_inputs: dict[int, Tensor] = {}
@@ -40,33 +43,38 @@ class RecordedRun:
         self.mlps: list[Tensor] = []
 
         def read(norm: Norm) -> Callable[[Tensor], None]:
-            return lambda x: self.norm_inputs.__setitem__(id(norm.module), x)
+            return lambda x: self.norm_inputs.__setitem__(id(norm.module), aligned(x))
 
         def project(index: int, columns: dict[str, slice], y: Tensor) -> None:
-            self.projections[index].update({letter: y[..., part] for letter, part in columns.items()})
+            self.projections[index].update({letter: aligned(y[..., part]) for letter, part in columns.items()})
 
         def write(layer: Layer, z: Tensor) -> None:
             # Constants are of what is written.
-            self.values.append(layer.written(z) if given is None else z)
+            self.values.append(aligned(layer.written(z) if given is None else z))
+
+        def begin(x: Tensor) -> None:
+            if corrupted:
+                self.embeddings = batch.aligned_input(embeddings, x)
 
         def register(hooks: Hooks) -> None:
             if given is not None:
                 given.replace(arch, hooks)
+            hooks.on_input(arch.layers[0].module, begin)
             for norm in arch.norms:
                 hooks.on_input(norm.module, read(norm))
             for index, layer in enumerate(arch.layers):
-                hooks.on_input(layer.module, self.inputs.append)
+                hooks.on_input(layer.module, lambda x: self.inputs.append(aligned(x)))
                 hooks.on_result(layer.module, self._keep_kind)
                 self.projections.append({})
                 for module, columns in runner.projection_sites(index):
                     hooks.on_output(module, partial(project, index, columns))
                 hooks.on_input(layer.out, partial(write, layer))
                 # A copy: some models add to the MLP's output in place.
-                hooks.on_output(layer.mlp_out, lambda y: self.mlps.append(y.clone()))
+                hooks.on_output(layer.mlp_out, lambda y: self.mlps.append(aligned(y.clone())))
 
         # Constants may be learned.
         with torch.set_grad_enabled(constants is not None and torch.is_grad_enabled()):
-            self.logits = runner.logits(self.embeddings, register)
+            self.logits = runner.logits(embeddings, register, int(corrupted))
 
     def _keep_kind(self, result: object) -> None:
         self.results.append((None,) * len(result) if isinstance(result, tuple) else None)

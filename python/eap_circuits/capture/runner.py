@@ -56,20 +56,24 @@ class Runner:
                 start = stop
             yield module, columns
 
-    def logits(self, embeddings: Tensor, register: Callable[[Hooks], None] | None = None) -> Tensor:
+    def logits(self, embeddings: Tensor, register: Callable[[Hooks], None] | None = None, corrupted: int = 0) -> Tensor:
         """Logits at the scored positions: [m·E, T, D] -> [m·E, V], for m copies of the batch, one after another.
 
-        `register` adds hooks for this run. Those on a projection see its output concatenated and spread.
+        `register` adds hooks for this run. Those on a projection see its output concatenated and spread. The first
+        `corrupted` copies are the corrupted prompts, scored at their own positions.
         """
         copies = embeddings.shape[0] // self.batch.n_examples
-        scored = self.batch.scored.repeat(copies)
+        own, clean = self.batch.corrupted_scored, self.batch.scored
+        scored = torch.cat([own.repeat(corrupted), clean.repeat(copies - corrupted)])
         positions, which = scored.unique(return_inverse=True)
         given: dict[str, Any] = {"use_cache": False}
         if self._prefix is not None:
             given = self._prefix.arguments(embeddings.shape[1], copies)
             if self._place:
                 offset = torch.arange(embeddings.shape[1], device=scored.device)
-                given["position_ids"] = (self.batch.start[:, None] + offset).repeat(copies, 1)
+                # Padding may reach beyond the positions that a model has.
+                last = self.batch.start + torch.maximum(clean, own)
+                given["position_ids"] = (self.batch.start[:, None] + offset).minimum(last[:, None]).repeat(copies, 1)
         if self._keep:
             given["logits_to_keep"] = positions
         inputs = embeddings if self.arch.embedding_scale == 1 else embeddings / self.arch.embedding_scale

@@ -21,7 +21,7 @@ class SenderDifferences:
 
     A head's contribution is its values times its slice of the output projection; only the difference of the values
     is kept: per token L·(H·K + D) + D numbers instead of S·D. Also holds what the two runs gave besides:
-    `clean_embeddings`, `corrupted_embeddings` [E, T, D] and `clean_logits`, `corrupted_logits` [E, V].
+    `clean_embeddings` and (aligned) `corrupted_embeddings` [E, T, D] and `clean_logits`, `corrupted_logits` [E, V].
 
     Args:
         runner: the model on one batch.
@@ -35,15 +35,13 @@ class SenderDifferences:
         self.arch: Architecture = runner.arch
         self.graph = graph
         self._batch = batch = runner.batch
-        self.clean_embeddings, self.corrupted_embeddings = (
-            runner.embed(batch.clean),
-            runner.embed(batch.corrupted),
-        )
+        self.clean_embeddings, own = runner.embed(batch.clean), runner.embed(batch.corrupted)
         given = None if constants is None else constants.at(batch)
-        ablated = self.corrupted_embeddings if given is None else given.embedding
-        (self.embedding,) = self._rows(ablated) - self._rows(self.clean_embeddings)  # [n, D]
         self.values: list[Tensor] = []  # per layer [n, H·K]
         self.mlps: list[Tensor] = []  # per layer [n, D]
+
+        def begin(x: Tensor) -> None:
+            self.corrupted_embeddings = batch.aligned_input(own, x[: batch.n_examples])
 
         def keep_values(layer: Layer, constant: Tensor | None, z: Tensor) -> None:
             self.values.append(self._difference(layer.written(z), constant))
@@ -52,15 +50,18 @@ class SenderDifferences:
             self.mlps.append(self._difference(y, constant) * layer.scale)
 
         def register(hooks: Hooks) -> None:
+            hooks.on_input(self.arch.layers[0].module, begin)
             for index, layer in enumerate(self.arch.layers):
                 values, mlp = (None, None) if given is None else (given.values[index], given.mlps[index])
                 hooks.on_input(layer.out, partial(keep_values, layer, values))
                 hooks.on_output(layer.mlp_out, partial(keep_mlp, layer, mlp))
 
-        runs = [self.corrupted_embeddings, self.clean_embeddings] if clean else [self.corrupted_embeddings]
+        runs = [own, self.clean_embeddings] if clean else [own]
         with torch.no_grad():
-            self.corrupted_logits, *logits = runner.logits(torch.cat(runs), register).split(batch.n_examples)
+            self.corrupted_logits, *logits = runner.logits(torch.cat(runs), register, 1).split(batch.n_examples)
         self.clean_logits: Tensor | None = logits[0] if clean else None
+        ablated = self.corrupted_embeddings if given is None else given.embedding
+        (self.embedding,) = self._rows(ablated) - self._rows(self.clean_embeddings)  # [n, D]
 
     def register_clean(self, hooks: Hooks) -> None:
         """Watch a pass whose first copy of the batch is the clean prompts."""
@@ -73,6 +74,8 @@ class SenderDifferences:
         return self._batch.active(x).to(self.arch.accumulate)
 
     def _difference(self, x: Tensor, constant: Tensor | None) -> Tensor:
+        if self._batch.alignment is not None:
+            x = torch.cat([self._batch.aligned(x[: self._batch.n_examples]), x[self._batch.n_examples :]])
         ablated, *clean = self._rows(x)
         if constant is not None:
             (ablated,) = self._rows(constant)

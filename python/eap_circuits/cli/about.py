@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -53,17 +53,36 @@ def tasks(
         one_of("task", name, TASKS)
         from ..adapters import pretrained
 
-        pairs = session.Prompts(name, None, n, seed).load(pretrained.load_tokenizer(tokenizer))
+        loaded = pretrained.load_tokenizer(tokenizer)
+        pairs = session.Prompts(name, None, n, seed).load(loaded)
         if out is not None:
             pairs.save(out)
-        columns = (Column("clean", "clean"), Column("corrupted", "corrupted"))
-        table = Table(f"{name}: {len(pairs)} prompt pairs", columns, tuple(pairs.prompts or ()))
+        columns = (
+            Column("clean", "clean"),
+            Column("corrupted", "corrupted"),
+            Column("good", "good", _few),
+            Column("bad", "bad", _few),
+        )
+        prompts = zip(pairs.prompts or (), pairs.answers.tolist(), strict=False)
+        shown = tuple((*texts, *(_decoded(loaded, ids) for ids in answers)) for texts, answers in prompts)
+        table = Table(f"{name}: {len(pairs)} prompt pairs", columns, shown)
     if as_json:
         show_json(table.records())
         return
     show_table(table)
     if out is not None:
         say(f"Wrote {out}.")
+
+
+def _decoded(tokenizer: Any, ids: int | list[int]) -> list[str]:
+    """The texts of an answer, or of a set that is padded with -1."""
+    return [tokenizer.decode([token]) for token in (ids if isinstance(ids, list) else [ids]) if token >= 0]
+
+
+def _few(texts: list[str]) -> str:
+    """Quoted, for their spaces to be seen; three of many."""
+    shown = ", ".join(map(repr, texts[:3]))
+    return shown if len(texts) <= 3 else f"{shown} … ({len(texts)})"
 
 
 def check(model: Model, dtype: Dtype = None, device: Device = None, as_json: Json = False) -> None:

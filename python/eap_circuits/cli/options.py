@@ -28,7 +28,17 @@ Task = Annotated[
 Data = Annotated[
     Path | None,
     typer.Option(
-        help="Prompt pairs in a file instead: .csv, .json, .jsonl (also rows of MIB's datasets), .safetensors or .pt.",
+        help="Prompt pairs in a file instead: .csv, .json, .jsonl, .parquet (also rows of MIB's datasets), "
+        ".safetensors or .pt.",
+        rich_help_panel="Prompts",
+    ),
+]
+Align = Annotated[
+    bool,
+    typer.Option(
+        "--align",
+        help="With --data: take pairs of unequal numbers of tokens too, the corrupted prompt read where its tokens "
+        "correspond to the clean one's.",
         rich_help_panel="Prompts",
     ),
 ]

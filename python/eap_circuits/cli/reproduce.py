@@ -9,7 +9,7 @@ import typer
 
 from . import session
 from .console import progress, say
-from .options import Device, Dtype, Seed
+from .options import Align, Device, Dtype, Seed
 
 
 def reproduce(
@@ -28,6 +28,7 @@ def reproduce(
         list[Path] | None,
         typer.Option(help="A file of your own prompt pairs, as a task; may come again.", rich_help_panel="Prompts"),
     ] = None,
+    align: Align = False,
     scored: Annotated[
         int,
         typer.Option(
@@ -77,7 +78,8 @@ def reproduce(
     loaded, tokenizer = session.load_model(model, dtype, device)
     experiments = [Experiment.from_task(name, tokenizer, settings) for name in names]
     experiments += [
-        Experiment.from_data(file.stem, PairedDataset.from_file(file, tokenizer), settings) for file in files
+        Experiment.from_data(file.stem, PairedDataset.from_file(file, tokenizer, align=align), settings)
+        for file in files
     ]
     results = measure(loaded, experiments, folder, settings, progress)
     for path in write_page(results, out):

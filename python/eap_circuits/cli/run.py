@@ -14,6 +14,7 @@ from .console import check_outputs, check_suffix, progress, say, show_json, show
 from .options import (
     Ablation,
     AblationData,
+    Align,
     Baselines,
     BatchSize,
     Confidence,
@@ -45,6 +46,7 @@ def attribute(
     model: Model,
     task: Task = None,
     data: Data = None,
+    align: Align = False,
     n: Number = 64,
     seed: Seed = 0,
     metric: Metric = None,
@@ -138,7 +140,7 @@ def attribute(
     if confidence is not None and not {"variance", "examples"} & set(kept or ()):
         kept = [*(kept or ()), "variance"]
     measured = None if only is None else eap.Circuit.load(only)
-    prompts = session.Prompts(task, data, n, seed, ablation_data)
+    prompts = session.Prompts(task, data, n, seed, align, ablation_data)
     prompts.check(metric, gradient=method != "exact", ablation=ablation)
 
     loaded, tokenizer = session.load_model(model, dtype, device)
@@ -200,6 +202,7 @@ def evaluate(
     circuit: Annotated[Path, typer.Argument(help="A circuit: .json, .pt or .safetensors.")],
     task: Task = None,
     data: Data = None,
+    align: Align = False,
     n: Number = 64,
     seed: Seed = 0,
     metric: Metric = None,
@@ -225,7 +228,7 @@ def evaluate(
 
     from ..report.tables import result_table
 
-    prompts = session.Prompts(task, data, n, seed, ablation_data)
+    prompts = session.Prompts(task, data, n, seed, align, ablation_data)
     prompts.check(metric, ablation=ablation)
     kept = eap.Circuit.load(circuit)
 
@@ -256,6 +259,7 @@ def curve(
     scores: Annotated[Path, typer.Argument(help="Scores that eap attribute -o saved.")],
     task: Task = None,
     data: Data = None,
+    align: Align = False,
     n: Number = 64,
     seed: Seed = 0,
     metric: Metric = None,
@@ -308,7 +312,7 @@ def curve(
     one_of("--how", how, ("top", "greedy", "optimal"))
     sizes = session.parse_fractions(fractions)
     beside = session.parse_baselines(baselines)
-    prompts = session.Prompts(task, data, n, seed, ablation_data)
+    prompts = session.Prompts(task, data, n, seed, align, ablation_data)
     prompts.check(metric, ablation=ablation)
     loaded_scores = eap.EdgeScores.load(scores)
     among = None if confidence is None else loaded_scores.confidence() >= confidence

@@ -24,6 +24,7 @@ class Prompts:
     data: Path | None
     n: int = 64
     seed: int = 0
+    align: bool = False
     ablation_data: Path | None = None
 
     def check(self, metric: str | None = None, gradient: bool = False, ablation: str = "patching") -> None:
@@ -42,6 +43,8 @@ class Prompts:
         if self.ablation_data is not None and not self.ablation_data.is_file():
             raise expected(f"--ablation-data {self.ablation_data}", "a file", "nothing there")
         one_of("--ablation", ablation, ABLATIONS)
+        if self.align and self.data is None:
+            raise expected("--align", "--data with it (the pairs of a task are equally long)", f"--task {self.task}")
         if metric is not None:
             one_of("--metric", metric, DIFFERENTIABLE if gradient else METRICS)
 
@@ -49,7 +52,7 @@ class Prompts:
         from ..tasks import PairedDataset, load_task
 
         if self.data is not None:
-            return PairedDataset.from_file(self.data, tokenizer)
+            return PairedDataset.from_file(self.data, tokenizer, align=self.align)
         return load_task(str(self.task), tokenizer, n=self.n, seed=self.seed)
 
     def load_ablation(self, tokenizer: Any) -> PairedDataset | None:

@@ -218,7 +218,7 @@ def _runs(arch: Architecture, heads: Heads, batch: Batch, whole: Batch, data: Pa
     with torch.no_grad():
         plain = model(input_ids=data.clean[batch.index].to(arch.device), use_cache=False).logits[rows, last]
         corrupted = model(input_ids=data.corrupted[batch.index].to(arch.device), use_cache=False).logits[rows, last]
-        record = RecordedRun(runner, runner.batch.corrupted)
+        record = RecordedRun(runner, corrupted=True)
         # Whole and closed receivers take short cuts; a mask just off 1 or 0 takes none.
         nearly = graph.edge_mask.double() * (1 - 1e-12)
         full, empty = run_circuits(runner, graph, record, [nearly, graph.edge_mask.double() * 1e-12])
@@ -252,7 +252,7 @@ def _finite_differences(arch: Architecture, heads: Heads, batch: Batch, n_edges:
     graph: Graph = arch.graph(heads)
     scores = _scores(arch, heads, batch).cpu()
     runner = Runner(arch, graph, batch)
-    record = RecordedRun(runner, runner.batch.corrupted)
+    record = RecordedRun(runner, corrupted=True)
     edges = graph.edge_mask.nonzero()
     chosen = edges[torch.randperm(len(edges), generator=torch.Generator().manual_seed(seed))[:n_edges]]
     masks = []

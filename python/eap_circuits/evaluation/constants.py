@@ -100,7 +100,8 @@ def _learn(
     for batch in batches:
         runner = Runner(run.arch, circuit.graph, batch)
         with torch.no_grad():
-            plain.append([runner.logits(runner.embed(tokens)) for tokens in (batch.clean, batch.corrupted)])
+            sides = (batch.clean, batch.corrupted)
+            plain.append([runner.logits(runner.embed(tokens), None, side) for side, tokens in enumerate(sides)])
     for step in range(steps + 1):
         adam.zero_grad()
         reached = 0.0
@@ -108,7 +109,7 @@ def _learn(
             terms = zip(start.tensors, units, moves, strict=True)
             constants = start.of_tensors([mean + unit * move for mean, unit, move in terms])
             runner = Runner(run.arch, circuit.graph, batch)
-            ablated = RecordedRun(runner, batch.clean, constants)
+            ablated = RecordedRun(runner, False, constants)
             logits = learning_run(runner, circuit.graph, ablated, circuit.mask)
             value = run.values(logits, batch, clean, corrupted).sum()
             reached += float(value.detach())

@@ -147,12 +147,12 @@ def evaluate(
         clean = corrupted = None
         for heads, graph in graphs.items():
             runner = Runner(run.arch, graph, batch)
-            record = RecordedRun(runner, runner.batch.corrupted, run.constants)
+            record = RecordedRun(runner, True, run.constants)
             if clean is None or corrupted is None:
                 clean = runner.logits(runner.embed(batch.clean))
                 # Metrics are given the corrupted run's logits whatever the ablation.
                 patched = run.constants is None
-                corrupted = record.logits if patched else runner.logits(runner.embed(batch.corrupted))
+                corrupted = record.logits if patched else runner.logits(runner.embed(batch.corrupted), None, 1)
                 for row, logits in enumerate((clean, record.logits)):
                     found[row] = run.values(logits, batch, clean, corrupted)
             plain = {graph.n_edges: 0, 0: 1}  # all edges are the clean run, none the fully ablated run

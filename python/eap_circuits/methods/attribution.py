@@ -242,8 +242,9 @@ def model_identity(model: Any) -> list[Any]:
 
 
 def data_identity(data: PairedDataset) -> list[str]:
-    """What tells prompt pairs apart: digests of their tokens, lengths and answers."""
-    return [_digest(x) for x in (data.clean, data.corrupted, data.lengths, data.answers)]
+    """What tells prompt pairs apart: digests of their tokens, lengths, answers and alignment."""
+    tensors = (data.clean, data.corrupted, data.lengths, data.answers, data.corrupted_lengths, data.alignment)
+    return [_digest(x) for x in tensors if x is not None]
 
 
 def _ablated_by(run: Run) -> list[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..capture import Batch, Contributions, ReceiverGradients, Run, Runner
+from ..capture import Batch, Contributions, ReceiverGradients, Run, Runner, SenderDifferences
 from ..graph import Graph
 from .gradient import loss_of
 from .quadrature import Path
@@ -29,12 +29,12 @@ def score_batch(run: Run, graph: Graph, path: Path, batch: Batch, tokens: int) -
     point's scores can be taken once the next has run. One point runs at a time.
     """
     runner = Runner(run.arch, graph, batch)
-    clean, corrupted = runner.embed(batch.clean), runner.embed(batch.corrupted)
-    with torch.no_grad():
-        logits = runner.logits(torch.cat([clean, corrupted])).split(batch.n_examples)
+    senders = SenderDifferences(runner, graph)
+    clean, corrupted, clean_logits = senders.clean_embeddings, senders.corrupted_embeddings, senders.clean_logits
+    assert clean_logits is not None
 
     def loss(x: Tensor) -> Tensor:
-        return loss_of(run, batch, [x], *logits)
+        return loss_of(run, batch, [x], clean_logits, senders.corrupted_logits)
 
     scores = BatchScores(run, graph, batch)
     spare, latest = (ReceiverGradients(runner, graph, 1, run.rules) for _ in range(2))

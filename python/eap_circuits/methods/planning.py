@@ -121,5 +121,5 @@ class _Cost:
 
 def _some(data: PairedDataset, batch: Batch, examples: int, reuse_prefix: bool) -> Batch:
     """A batch of copies of the batch's longest example."""
-    longest = int(batch.index[batch.lengths.argmax()])
+    longest = int(batch.index[data.longer_lengths[batch.index].argmax()])
     return next(make_batches(data[[longest] * examples], examples, reuse_prefix, batch.clean.device))

@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import expected
-from .encoding import answer_id, check_tokenizer, encode_prompts
+from .alignment import aligned
+from .loading import Records, own_records, read_csv, read_rows, read_tokens, reading, suffix_of, write_tokens
+from .mib import is_mib, mib_records
+from .records import tokenised
 
 
 @dataclass(frozen=True, eq=False)
 class PairedDataset:
-    """Clean and corrupted prompts of equal lengths, and the answers that a metric compares.
+    """Clean and corrupted prompts, and the answers that a metric compares.
 
-    The tensors are kept as copies on the CPU, their pad positions set to 0.
+    The tensors are kept as copies on the CPU, their pad positions set to 0; prompts of unequal lengths are padded to
+    one width.
 
     Args:
         clean: int64 [E, T] token ids, right padded.
-        corrupted: int64 [E, T].
+        corrupted: int64 [E, T], of any width where `corrupted_lengths` are given.
         lengths: int64 [E] real tokens of each prompt, 1 to T; position `lengths - 1` is the scored one.
         answers: int64 [E, 2] (good, bad), or [E, 2, A] sets of ids padded with -1.
         prompts: (clean, corrupted) texts of each pair for display, or None.
         name: what the data are called in results.
         metric: the metric these data are usually measured by.
+        corrupted_lengths: int64 [E] real tokens of each corrupted prompt; None: as many as its clean one has.
+        alignment: int64 [E, T], the corrupted position that each clean one is compared with, never decreasing and the
+            last with the last; by default `align` says which. None where all pairs are compared position by position.
 
     Raises:
-        InputError: no examples, a wrong shape or dtype, lengths out of range, negative ids, or answers that
-            are empty, repeated, or both good and bad. Ids meet a vocabulary only where a model is known.
+        InputError: no examples, a wrong shape or dtype, lengths or alignment out of range, negative ids, or answers
+            that are empty, repeated, or both good and bad. Ids meet a vocabulary only where a model is known.
     """
 
     clean: Tensor
@@ -42,18 +50,26 @@ class PairedDataset:
     prompts: tuple[tuple[str, str], ...] | None = None
     name: str = "data"
     metric: str = "logit_diff"
+    corrupted_lengths: Tensor | None = None
+    alignment: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for field in ("clean", "corrupted", "lengths", "answers"):
-            object.__setattr__(self, field, _integers(field, getattr(self, field)))
+        for field in ("clean", "corrupted", "lengths", "answers", "corrupted_lengths", "alignment"):
+            if getattr(self, field) is not None:
+                object.__setattr__(self, field, _integers(field, getattr(self, field)))
         _check_shapes(self)
-        padding = torch.arange(self.clean.shape[1]) >= self.lengths[:, None]
-        for field in ("clean", "corrupted"):
-            ids = getattr(self, field).masked_fill(padding, 0)
+        corrupted_lengths = self.lengths if self.corrupted_lengths is None else self.corrupted_lengths
+        for field, lengths in (("clean", self.lengths), ("corrupted", corrupted_lengths)):
+            ids: Tensor = getattr(self, field)
+            ids = ids.masked_fill(torch.arange(ids.shape[1]) >= lengths[:, None], 0)
             if (ids < 0).any():
                 row, column = (ids < 0).nonzero()[0].tolist()
                 raise expected(f"{field}[{row}, {column}]", "a token id of 0 or more", ids[row, column].item())
             object.__setattr__(self, field, ids)
+        if self.corrupted_lengths is not None or self.alignment is not None:
+            found = aligned(self.clean, self.corrupted, self.lengths, corrupted_lengths, self.alignment)
+            for field, tensor in zip(("clean", "corrupted", "corrupted_lengths", "alignment"), found, strict=True):
+                object.__setattr__(self, field, tensor)
         _check_answers(self.answers)
         if self.prompts is not None:
             pairs = tuple((str(clean), str(corrupted)) for clean, corrupted in self.prompts)
@@ -71,6 +87,7 @@ class PairedDataset:
         prepend_bos: bool = True,
         name: str = "data",
         metric: str = "logit_diff",
+        align: bool = False,
     ) -> PairedDataset:
         """Tokenise text pairs.
 
@@ -81,50 +98,15 @@ class PairedDataset:
             prepend_bos: prepend BOS where the tokenizer has one and did not add it.
             name: see `PairedDataset`.
             metric: see `PairedDataset`.
+            align: take pairs of unequal numbers of tokens too. The corrupted prompt runs as it is, and what it gives is
+                read where its tokens correspond to the clean ones (`align`); by default such pairs are refused.
 
         Raises:
             InputError: names the record, and what of it is missing, empty, unequal or not one token.
         """
         records = list(records)
         labels = [f"records[{i}]" for i in range(len(records))]
-        return cls._from_labelled(records, labels, tokenizer, prepend_bos, name, metric)
-
-    @classmethod
-    def _from_labelled(
-        cls,
-        records: Sequence[Mapping[str, Any]],
-        labels: Sequence[str],
-        tokenizer: Any,
-        prepend_bos: bool,
-        name: str,
-        metric: str,
-    ) -> PairedDataset:
-        """`from_records`, where errors call each record by its label."""
-        check_tokenizer(tokenizer)
-        if not records:
-            raise expected("records", "at least one prompt pair", "none")
-        for record, label in zip(records, labels, strict=True):
-            _check_record(record, label)
-        clean = encode_prompts(tokenizer, [record["clean"] for record in records], prepend_bos)
-        corrupted = encode_prompts(tokenizer, [record["corrupted"] for record in records], prepend_bos)
-        answers = []
-        for record, label, first, second in zip(records, labels, clean, corrupted, strict=True):
-            if not first or len(first) != len(second):
-                raise expected(
-                    label,
-                    "the same number of tokens, at least one, in clean and corrupted",
-                    f"{len(first)} and {len(second)}",
-                )
-            answers.append(_answer_sets(record, label, tokenizer))
-        return cls(
-            _padded(clean, 0),
-            _padded(corrupted, 0),
-            torch.tensor([len(ids) for ids in clean]),
-            _answer_tensor(answers),
-            tuple((record["clean"], record["corrupted"]) for record in records),
-            name,
-            metric,
-        )
+        return cls(**tokenised(records, labels, tokenizer, prepend_bos, align), name=name, metric=metric)
 
     @classmethod
     def from_tokens(
@@ -135,27 +117,30 @@ class PairedDataset:
         answers: Any,
         name: str = "data",
         metric: str = "logit_diff",
+        corrupted_lengths: Any = None,
+        alignment: Any = None,
     ) -> PairedDataset:
         """Prompt pairs that are tokens already; see `PairedDataset`. The arguments are not changed."""
-        return cls(clean, corrupted, lengths, answers, None, name, metric)
+        return cls(clean, corrupted, lengths, answers, None, name, metric, corrupted_lengths, alignment)
 
     @classmethod
-    def from_csv(cls, path: str | os.PathLike[str], tokenizer: Any, prepend_bos: bool = True) -> PairedDataset:
+    def from_csv(
+        cls, path: str | os.PathLike[str], tokenizer: Any, prepend_bos: bool = True, align: bool = False
+    ) -> PairedDataset:
         """Read a table of prompt pairs; see `from_records`.
 
-        Columns: clean, corrupted, and either correct_idx, incorrect_idx (ids: EAP-IG's layout) or good, bad
-        (texts). Errors name the row as a spreadsheet does, the header being row 1.
+        Columns: clean, corrupted, and two of answers: correct_idx and incorrect_idx (ids, as in EAP-IG's tables), good
+        and bad, answer and wrong_answer, or correct and incorrect (texts); a cell may hold a list, a set of answers.
+        Errors name the row as a spreadsheet does, the header being row 1.
         """
-        from .loading import read_csv
-
-        return cls._from_text_file(read_csv, path, tokenizer, prepend_bos)
+        return cls._from_rows(path, lambda file: own_records(*read_csv(file)), tokenizer, prepend_bos, align)
 
     @classmethod
-    def from_jsonl(cls, path: str | os.PathLike[str], tokenizer: Any, prepend_bos: bool = True) -> PairedDataset:
-        """Read a file of one JSON record a line, or of a JSON list of them; see `from_records`."""
-        from .loading import read_rows
-
-        return cls._from_text_file(read_rows, path, tokenizer, prepend_bos)
+    def from_jsonl(
+        cls, path: str | os.PathLike[str], tokenizer: Any, prepend_bos: bool = True, align: bool = False
+    ) -> PairedDataset:
+        """Read a file of one JSON record a line, or of a JSON list of them, as for `from_records` or `from_csv`."""
+        return cls._from_rows(path, lambda file: own_records(*read_rows(file)), tokenizer, prepend_bos, align)
 
     @classmethod
     def from_mib(
@@ -164,64 +149,66 @@ class PairedDataset:
         tokenizer: Any,
         counterfactual: str | None = None,
         prepend_bos: bool = True,
+        align: bool = False,
     ) -> PairedDataset:
         """Read rows of the MIB benchmark's IOI, MCQA, ARC or arithmetic data (arXiv 2504.13151).
 
         Args:
-            path: `.json` (a list of rows) or `.jsonl`, as on the hub or as `datasets` writes with `to_json`.
+            path: `.json` (a list of rows), `.jsonl` or `.parquet`, as on the hub or as `datasets` writes them.
             tokenizer: of the model; rows whose prompts or answers it makes unequally long are left out.
             counterfactual: the column of the corrupted prompts; by default the circuit track's
                 ("s2_io_flip_counterfactual", "symbol_counterfactual", "random_counterfactual").
             prepend_bos: see `from_records`.
+            align: keep rows whose prompts are unequally long; see `from_records`.
 
         Raises:
             InputError: names the file, and what of it is missing.
         """
-        from .loading import read_rows, reading
-        from .mib import mib_records
 
-        with reading(path) as file:
-            records, labels = mib_records(*read_rows(file), tokenizer, counterfactual)
-            return cls._from_labelled(records, labels, tokenizer, prepend_bos, file.stem, "logit_diff")
+        def records(file: Path) -> Records:
+            return mib_records(*read_rows(file), tokenizer, counterfactual, align)
 
-    @classmethod
-    def _from_text_file(cls, read: Any, path: Any, tokenizer: Any, prepend_bos: bool) -> PairedDataset:
-        from .loading import reading
-
-        with reading(path) as file:
-            records, labels = read(file)
-            return cls._from_labelled(records, labels, tokenizer, prepend_bos, file.stem, "logit_diff")
+        return cls._from_rows(path, records, tokenizer, prepend_bos, align)
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], tokenizer: Any = None, prepend_bos: bool = True) -> PairedDataset:
-        """Read texts of `.csv`, `.jsonl` or tensors of `.safetensors`, `.pt` (named as here).
+    def from_file(
+        cls, path: str | os.PathLike[str], tokenizer: Any = None, prepend_bos: bool = True, align: bool = False
+    ) -> PairedDataset:
+        """Read texts of `.csv`, `.json`, `.jsonl`, `.parquet` or tensors of `.safetensors`, `.pt` (named as here).
 
-        `.json`, and `.jsonl` whose rows have a prompt and no clean one, are MIB's (`from_mib`). Nothing is unpickled.
-        Only texts need a tokenizer.
+        Rows that have a prompt and no clean one are MIB's (`from_mib`). Nothing is unpickled. Only texts need a
+        tokenizer and are aligned; what tensors say of that is in them.
 
         Raises:
             InputError: one sentence that names the file and, where there is one, the row or line.
         """
-        from .loading import read_rows, read_tokens, reading, suffix_of
-        from .mib import is_mib, mib_records
-
         suffix = suffix_of(path)
         if suffix == ".csv":
-            return cls.from_csv(path, tokenizer, prepend_bos)
-        if suffix in (".json", ".jsonl"):
+            return cls.from_csv(path, tokenizer, prepend_bos, align)
+        if suffix in (".safetensors", ".pt"):
             with reading(path) as file:
-                rows, labels = read_rows(file)
-                if rows and is_mib(rows[0]):
-                    rows, labels = mib_records(rows, labels, tokenizer, None)
-                return cls._from_labelled(rows, labels, tokenizer, prepend_bos, file.stem, "logit_diff")
+                return cls(**read_tokens(file))
+
+        def records(file: Path) -> Records:
+            rows, labels = read_rows(file)
+            if rows and is_mib(rows[0]):
+                return mib_records(rows, labels, tokenizer, None, align)
+            return own_records(rows, labels)
+
+        return cls._from_rows(path, records, tokenizer, prepend_bos, align)
+
+    @classmethod
+    def _from_rows(
+        cls, path: Any, records: Callable[[Path], Records], tokenizer: Any, prepend_bos: bool, align: bool
+    ) -> PairedDataset:
         with reading(path) as file:
-            return cls(**read_tokens(file))
+            return cls(**tokenised(*records(file), tokenizer, prepend_bos, align), name=file.stem)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `.safetensors` that `from_file` reads, whole or not at all."""
-        from .loading import write_tokens
-
-        write_tokens(self, path)
+        tensors = ("clean", "corrupted", "lengths", "answers", "corrupted_lengths", "alignment")
+        found = {name: getattr(self, name) for name in tensors}
+        write_tokens(path, found, {"name": self.name, "metric": self.metric, "prompts": self.prompts})
 
     # Using one.
 
@@ -246,6 +233,8 @@ class PairedDataset:
             prompts,
             self.name,
             self.metric,
+            None if self.corrupted_lengths is None else self.corrupted_lengths[chosen],
+            None if self.alignment is None else self.alignment[chosen],
         )
 
     @property
@@ -255,9 +244,21 @@ class PairedDataset:
 
     @cached_property
     def first_difference(self) -> Tensor:
-        """First position where clean and corrupted differ, `lengths - 1` where they never do. int64 [E]."""
+        """First position where clean and corrupted differ, `lengths - 1` where they never do. int64 [E].
+
+        Of unequal lengths: the first that is compared with another token or position, or that one, if it is earlier.
+        """
         differ = self.clean != self.corrupted
-        return torch.where(differ.any(1), differ.int().argmax(1), self.lengths - 1)
+        if self.alignment is not None:
+            position = torch.arange(differ.shape[1])
+            differ = (differ | (self.alignment != position)) & (position < self.lengths[:, None])
+        first = torch.where(differ.any(1), differ.int().argmax(1), self.lengths - 1)
+        return first if self.alignment is None else first.minimum(self.alignment.gather(1, first[:, None])[:, 0])
+
+    @property
+    def longer_lengths(self) -> Tensor:
+        """Real tokens of the longer prompt of each pair. int64 [E]."""
+        return self.lengths if self.corrupted_lengths is None else self.lengths.maximum(self.corrupted_lengths)
 
     def __repr__(self) -> str:
         return f"PairedDataset({self.name!r}, {len(self)} pairs, {self.n_tokens} tokens, {self.metric})"
@@ -283,17 +284,25 @@ def _check_shapes(data: PairedDataset) -> None:
     n, positions = data.clean.shape
     if n == 0:
         raise expected("dataset", "at least one example", "none")
-    if data.corrupted.shape != data.clean.shape:
+    if data.corrupted_lengths is None and data.corrupted.shape != data.clean.shape:
         raise expected("corrupted", f"shape {[n, positions]}, the shape of clean", list(data.corrupted.shape))
-    if list(data.lengths.shape) != [n]:
-        raise expected("lengths", f"shape {[n]}, one per example", list(data.lengths.shape))
-    outside = (data.lengths < 1) | (data.lengths > positions)
-    if outside.any():
-        row = int(outside.nonzero()[0])
-        raise expected(f"lengths[{row}]", f"1 to {positions}, the positions there are", data.lengths[row].item())
+    if data.corrupted.dim() != 2 or len(data.corrupted) != n:
+        raise expected("corrupted", f"shape [{n}, positions]", list(data.corrupted.shape))
+    _check_lengths("lengths", data.lengths, n, positions)
+    if data.corrupted_lengths is not None:
+        _check_lengths("corrupted_lengths", data.corrupted_lengths, n, data.corrupted.shape[1])
     shape = list(data.answers.shape)
     if len(shape) not in (2, 3) or shape[:2] != [n, 2] or 0 in shape:
         raise expected("answers", f"shape {[n, 2]} (good, bad) or [{n}, 2, A] (sets)", shape)
+
+
+def _check_lengths(name: str, lengths: Tensor, n: int, positions: int) -> None:
+    if list(lengths.shape) != [n]:
+        raise expected(name, f"shape {[n]}, one per example", list(lengths.shape))
+    outside = (lengths < 1) | (lengths > positions)
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise expected(f"{name}[{row}]", f"1 to {positions}, the positions there are", lengths[row].item())
 
 
 def _check_answers(answers: Tensor) -> None:
@@ -315,64 +324,3 @@ def _check_answers(answers: Tensor) -> None:
     if twice.any():
         row, column = twice.nonzero()[0].tolist()
         raise expected(f"answers[{row}]", "each id once, good or bad", f"id {int(together[row, column])} twice")
-
-
-def _padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
-
-
-# Records.
-
-
-def _check_record(record: Any, label: str) -> None:
-    if not isinstance(record, Mapping):
-        raise expected(label, "a mapping with clean, corrupted and answers", type(record).__name__)
-    for key in ("clean", "corrupted", "answers"):
-        if key not in record:
-            raise expected(label, f"the key {key!r}", f"only {list(record)}")
-    for key in ("clean", "corrupted"):
-        if not isinstance(record[key], str) or not record[key]:
-            found = "an empty text" if record[key] == "" else type(record[key]).__name__
-            raise expected(f"{label}, {key}", "a prompt", found)
-    answers = record["answers"]
-    if not isinstance(answers, (list, tuple, Tensor)) or len(answers) != 2:
-        raise expected(f"{label}, answers", "a list [good, bad]", repr(answers))
-
-
-def _answer_sets(record: Mapping[str, Any], label: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Ids of the record's good and of its bad answers."""
-    good, bad = (
-        _ids(answer, f"{label}, {side} answer", record["clean"], tokenizer)
-        for answer, side in zip(record["answers"], ("good", "bad"), strict=True)
-    )
-    shared = sorted(set(good) & set(bad))
-    if shared:
-        tokens = tokenizer.convert_ids_to_tokens(shared)
-        raise expected(f"{label}, answers", "good and bad answers that differ", f"{tokens} in both")
-    return good, bad
-
-
-def _ids(answer: Any, label: str, prompt: str, tokenizer: Any) -> list[int]:
-    if isinstance(answer, Tensor):
-        answer = answer.tolist()
-    members = list(answer) if isinstance(answer, (list, tuple, set, frozenset, range)) else [answer]
-    if not members:
-        raise expected(label, "at least one token", "an empty list")
-    ids = []
-    for member in members:
-        if isinstance(member, str):
-            ids.append(answer_id(tokenizer, member, prompt, label))
-        elif hasattr(member, "__index__") and not isinstance(member, bool):
-            if not 0 <= int(member) < 2**31:
-                raise expected(label, "a token id of 0 or more, below 2**31", int(member))
-            ids.append(int(member))
-        else:
-            raise expected(label, "a token id, a text of one token, or a list of these", repr(member))
-    return list(dict.fromkeys(ids))
-
-
-def _answer_tensor(answers: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-    """int64 [E, 2] where every set holds one id, else [E, 2, A] padded with -1."""
-    tensor = _padded([ids for pair in answers for ids in pair], -1).view(len(answers), 2, -1)
-    return tensor[..., 0] if tensor.shape[2] == 1 else tensor

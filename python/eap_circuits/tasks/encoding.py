@@ -14,6 +14,14 @@ def check_tokenizer(tokenizer: Any) -> None:
         raise expected("tokenizer", "a Hugging Face tokenizer", type(tokenizer).__name__)
 
 
+def check_text(text: str, label: str) -> None:
+    """Refuse what no tokenizer takes: JSON can hold half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise expected(label, "Unicode text", f"a lone surrogate in {text!a}") from error
+
+
 def encode_prompts(tokenizer: Any, texts: Sequence[str], prepend_bos: bool) -> list[list[int]]:
     """Ids of each prompt with the tokenizer's own special tokens.
 

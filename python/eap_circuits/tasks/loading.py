@@ -1,14 +1,15 @@
-"""Files of prompt pairs: text in `.csv`, `.json` and `.jsonl`, tokens in `.safetensors` and `.pt`."""
+"""Files of prompt pairs: text in `.csv`, `.json`, `.jsonl` and `.parquet`, tokens in `.safetensors` and `.pt`."""
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,11 +18,17 @@ from safetensors.torch import save_file
 from ..errors import InputError, expected
 from ..files import DAMAGED, write_whole
 
-if TYPE_CHECKING:
-    from .dataset import PairedDataset
-
-SUFFIXES = (".csv", ".json", ".jsonl", ".safetensors", ".pt")
+SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".safetensors", ".pt")
+# (good, bad): ids under the names that EAP-IG's tables have for them, then texts.
+_IDS = (
+    ("correct_idx", "incorrect_idx"),
+    ("answers_idx", "corrupted_answers_idx"),
+    ("country_idx", "corrupted_country_idx"),
+    ("clean_answer_idx", "corrupted_answer_idx"),
+)
+_TEXTS = (("good", "bad"), ("answer", "wrong_answer"), ("correct", "incorrect"))
 _TENSORS = ("clean", "corrupted", "lengths", "answers")
+_UNEQUAL = ("corrupted_lengths", "alignment")  # of pairs of unequal lengths besides
 _FORMAT = "eap-circuits/1"
 
 Records = tuple["list[dict[str, Any]]", "list[str]"]
@@ -52,71 +59,112 @@ def reading(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def read_csv(path: Path) -> Records:
-    """Records and their labels; rows are counted as a spreadsheet does, the header being row 1."""
+    """Rows of texts and their labels; rows are counted as a spreadsheet does, the header being row 1."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         try:
-            rows = list(csv.reader(file, strict=True))
+            cells = list(csv.reader(file, strict=True))
         except csv.Error as error:
             raise expected("file", "comma-separated values", f"something else ({error})") from error
-    header = rows[0] if rows else []
-    for good, bad in (("correct_idx", "incorrect_idx"), ("good", "bad")):
-        if good in header and bad in header:
-            break
-    else:
+    header = cells[0] if cells else []
+    if _answer_columns(header) is None:
         raise expected("row 1", "columns correct_idx and incorrect_idx, or good and bad", header)
     for column in ("clean", "corrupted"):
         if column not in header:
             raise expected("row 1", f"a column {column!r}", header)
-    records, labels = [], []
-    for number, cells in enumerate(rows[1:], 2):
-        if not cells:
+    twice = sorted({column for column in header if column and header.count(column) > 1})
+    if twice:
+        raise expected("row 1", "each column once", f"{twice} more often")
+    rows, labels = [], []
+    for number, row in enumerate(cells[1:], 2):
+        if not row:
             continue
-        label = f"row {number}"
-        if len(cells) != len(header):
-            raise expected(label, f"{len(header)} cells, as many as columns", len(cells))
-        row = dict(zip(header, cells, strict=True))
-        answers: list[Any] = [row[good], row[bad]]
-        if good == "correct_idx":
-            answers = [_id_cell(row[column], f"{label}, {column}") for column in (good, bad)]
-        records.append({"clean": row["clean"], "corrupted": row["corrupted"], "answers": answers})
-        labels.append(label)
-    return records, labels
-
-
-def _id_cell(cell: str, label: str) -> Any:
-    """A token id, or a list of them."""
-    try:
-        value = json.loads(cell)
-    except ValueError:
-        value = None
-    members = value if isinstance(value, list) else [value]
-    if not members or not all(type(member) is int for member in members):
-        raise expected(label, "a token id or a list of them", repr(cell))
-    return value
+        if len(row) != len(header):
+            raise expected(f"row {number}", f"{len(header)} cells, as many as columns", len(row))
+        rows.append(dict(zip(header, row, strict=True)))
+        labels.append(f"row {number}")
+    return rows, labels
 
 
 def read_rows(path: Path) -> Records:
-    """Records and their labels: of a `.json` file the members of its list, else lines, counted from 1, none blank."""
-    records: list[Any] = []
-    labels = []
-    if path.suffix == ".json":
-        try:
-            content = json.loads(path.read_text(encoding="utf-8-sig"))
-        except ValueError as error:
-            raise expected("file", "JSON", f"something else ({error})") from error
+    """Rows and their labels: of `.parquet` and of the list in `.json`, else of lines, counted from 1, none blank."""
+    if path.suffix in (".json", ".parquet"):
+        content = _json(path) if path.suffix == ".json" else _parquet(path)
         if not isinstance(content, list):
             raise expected("file", "a list of records", type(content).__name__)
         return content, [f"[{index}]" for index in range(len(content))]
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                raise expected(f"line {number}", "a JSON object", f"something else ({error})") from error
-            labels.append(f"line {number}")
-    return records, labels
+        lines = {f"line {number}": line for number, line in enumerate(file, 1) if line.strip()}
+    return [_parsed(line, label, "a JSON object") for label, line in lines.items()], list(lines)
+
+
+def _json(path: Path) -> Any:
+    return _parsed(path.read_text(encoding="utf-8-sig"), "file", "JSON")
+
+
+def _parsed(text: str, label: str, wanted: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise expected(label, wanted, f"something else ({error})") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's members; the parser's own would forget one of two that have the same name."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"one of {list(found)} comes twice")
+    return found
+
+
+def _parquet(path: Path) -> Any:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise expected("file", "pyarrow (pip install 'eap-kernels[parquet]') to read it with", "none") from error
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError, ValueError) as error:
+        raise expected("file", "Parquet", f"something else ({str(error).splitlines()[0][:200]})") from error
+
+
+def own_records(rows: list[Any], labels: list[str]) -> Records:
+    """Records for `PairedDataset.from_records`: answers in two columns become a pair.
+
+    Raises:
+        InputError: an answer that is neither what its column holds, an id or a text, nor a list of those.
+    """
+    return [_record(row, label) for row, label in zip(rows, labels, strict=True)], labels
+
+
+def _record(row: Any, label: str) -> Any:
+    if not isinstance(row, Mapping) or "answers" in row:
+        return row
+    columns = _answer_columns(row)
+    if columns is None:
+        return row
+    member = int if columns in _IDS else str
+    answers = [_answer(row[column], member, f"{label}, {column}") for column in columns]
+    return {**{name: row[name] for name in ("clean", "corrupted") if name in row}, "answers": answers}
+
+
+def _answer_columns(names: Collection[str]) -> tuple[str, str] | None:
+    """The first pair of columns of answers that is there."""
+    return next((pair for pair in (*_IDS, *_TEXTS) if all(name in names for name in pair)), None)
+
+
+def _answer(cell: Any, member: type, label: str) -> Any:
+    """An id or a text, or a list of them, also as a table's cell writes it."""
+    value = cell
+    if isinstance(cell, str):
+        try:
+            # Lists of texts are written by Python as often as by JSON.
+            value = json.loads(cell) if member is int else ast.literal_eval(cell) if cell[:1] == "[" else cell
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            value = cell
+    members = value if isinstance(value, list) else [value]
+    if not members or not all(type(x) is member for x in members):
+        raise expected(label, ("a text" if member is str else "a token id") + " or a list of them", repr(cell))
+    return value
 
 
 def read_tokens(path: Path) -> dict[str, Any]:
@@ -129,7 +177,7 @@ def read_tokens(path: Path) -> dict[str, Any]:
     missing = [name for name in _TENSORS if name not in content]
     if missing:
         raise expected("file", "tensors " + ", ".join(_TENSORS), "none named " + ", ".join(missing))
-    return {"name": path.stem, **texts, **{name: content[name] for name in _TENSORS}}
+    return {"name": path.stem, **texts, **{name: content[name] for name in (*_TENSORS, *_UNEQUAL) if name in content}}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -139,7 +187,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if metadata.get("kind") != "dataset":
         return content, {}
     texts = json.loads(metadata["dataset"])
-    return content, {name: texts[name] for name in ("name", "metric", "prompts")}
+    if texts["prompts"] is not None:
+        texts["prompts"] = [(clean, corrupted) for clean, corrupted in texts["prompts"]]
+    return content, {"name": str(texts["name"]), "metric": str(texts["metric"]), "prompts": texts["prompts"]}
 
 
 def _read_pt(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -147,11 +197,10 @@ def _read_pt(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return content if isinstance(content, dict) else {}, {}
 
 
-def write_tokens(data: PairedDataset, path: str | os.PathLike[str]) -> None:
+def write_tokens(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor | None], texts: object) -> None:
     """Write a dataset to `.safetensors`, whole or not at all."""
     if Path(path).suffix != ".safetensors":
         raise expected(str(path), "a name ending in .safetensors", repr(Path(path).suffix))
-    texts = {"name": data.name, "metric": data.metric, "prompts": data.prompts}
     metadata = {"format": _FORMAT, "kind": "dataset", "dataset": json.dumps(texts)}
-    tensors = {name: getattr(data, name).contiguous() for name in _TENSORS}
-    write_whole(path, lambda file: save_file(tensors, file, metadata=metadata))
+    found = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+    write_whole(path, lambda file: save_file(found, file, metadata=metadata))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import expected
-from .encoding import check_tokenizer, encode_many, encode_plain
+from .encoding import check_text, check_tokenizer, encode_many, encode_plain
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ def is_mib(row: Any) -> bool:
 
 
 def mib_records(
-    rows: Sequence[Any], labels: Sequence[str], tokenizer: Any, counterfactual: str | None
+    rows: Sequence[Any], labels: Sequence[str], tokenizer: Any, counterfactual: str | None, align: bool
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Records for `PairedDataset.from_records`, and their labels, of the rows that can be compared.
 
-    Left out are rows without that counterfactual, of prompts or answers of unequal lengths, and whose two answers begin
-    with the same token.
+    Left out are rows without that counterfactual, of answers of unequal lengths, whose two answers begin with the same
+    token and, but with `align`, of prompts of unequal lengths.
 
     Raises:
         InputError: rows of no known task, without the counterfactual's column, or none that is left.
@@ -87,6 +87,8 @@ def mib_records(
             texts.append((str(row["prompt"]), str(other["prompt"])))
         except (KeyError, IndexError, TypeError) as error:
             raise expected(label, "the columns that the first row has", f"something else ({error!r})") from error
+        for text in (*texts[-1], *answers[-1]):
+            check_text(text, label)
         kept.append(label)
     clean, corrupted = ([len(ids) for ids in encode_many(tokenizer, [pair[i] for pair in texts])] for i in (0, 1))
     pieces = {text: encode_plain(tokenizer, text) for text in sorted({text for group in answers for text in group})}
@@ -94,7 +96,7 @@ def mib_records(
     for index, (pair, group) in enumerate(zip(texts, answers, strict=True)):
         ids = [pieces[text] for text in group]
         alike = len({len(x) for x in ids}) == 1 and (not layout.whole or len(ids[0]) == 1)
-        if clean[index] == corrupted[index] and alike and ids[0][:1] != ids[1][:1]:
+        if (align or clean[index] == corrupted[index]) and alike and ids[0][:1] != ids[1][:1]:
             records.append({"clean": pair[0], "corrupted": pair[1], "answers": [ids[0][0], ids[1][0]]})
             whose.append(kept[index])
     if not records:

@@ -90,7 +90,7 @@ def test_an_interrupted_run_goes_on(after, tmp_path, make_model, make_pairs, rel
     assert torch.equal(again.values, found.values)
 
 
-@pytest.mark.parametrize("change", ["data", "model", "metric", "file"])
+@pytest.mark.parametrize("change", ["data", "embedding", "layer", "metric", "file"])
 def test_another_requests_checkpoint_is_refused_and_kept(change, tmp_path, make_model, make_pairs):
     model, data = make_model("gpt2"), make_pairs(seed=7)
     file = tmp_path / "exact.safetensors"
@@ -99,9 +99,12 @@ def test_another_requests_checkpoint_is_refused_and_kept(change, tmp_path, make_
     eap.attribute(model, data, **given)
     if change == "data":
         data = make_pairs(seed=8)
-    elif change == "model":
+    elif change == "embedding":
         with torch.no_grad():
             model.get_input_embeddings().weight.mul_(1.5)
+    elif change == "layer":
+        with torch.no_grad():
+            model.transformer.h[1].mlp.c_fc.weight.mul_(1.5)
     elif change == "metric":
         given["metric"] = "prob_diff"
     else:

@@ -21,6 +21,8 @@ from .quadrature import QUADRATURES, Path
 from .spec import METHODS
 from .statistics import Statistics, to_keep
 
+_SAMPLED = 64  # numbers of each weight that tell models apart
+
 
 def attribute(
     model: nn.Module,
@@ -236,9 +238,19 @@ def _request(
 
 
 def model_identity(model: Any) -> list[Any]:
-    """What tells models apart: name, configuration, dtype and a sum of weights; plain JSON values."""
-    embedding = model.get_input_embeddings().weight.detach()
-    return [_model_name(model), model.config.to_json_string(), str(embedding.dtype), float(embedding.sum())]
+    """What tells models apart: name, configuration, dtype and some of every weight; plain JSON values.
+
+    The same whatever device and threads compute, so that a run can go on with others.
+    """
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(name.encode())
+        # Quantised and offloaded weights have no plain numbers.
+        if type(weight.data) is Tensor and weight.is_floating_point() and not weight.is_meta:
+            few = weight.detach().flatten()[:_SAMPLED]
+            digest.update(few.float().cpu().numpy().tobytes())
+    dtype = model.get_input_embeddings().weight.dtype
+    return [_model_name(model), model.config.to_json_string(), str(dtype), digest.hexdigest()]
 
 
 def data_identity(data: PairedDataset) -> list[str]:

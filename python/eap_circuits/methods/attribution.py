@@ -90,10 +90,8 @@ def attribute(
 
     with borrowed(model):
         if path is not None:
-            scores_of, tokens = (
-                spec.published if compat and spec.published else spec.scores,
-                most_tokens(run.arch.device),
-            )
+            scores_of = spec.published if compat and spec.published else spec.scores
+            tokens = most_tokens(run.arch.device)
             if spec.planned:
                 tokens = tokens_per_pass(run, graph, path, batch_size, reuse_prefix, allowed, scores_of)
             # What does not compare the prompts wants the tokens before their first difference too.

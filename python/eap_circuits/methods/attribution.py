@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -37,7 +37,7 @@ def attribute(
     progress: Progress | None = None,
     edges: Circuit | Tensor | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
-    keep: str | Sequence[str] | None = None,
+    keep: str | Collection[str] | None = None,
 ) -> EdgeScores:
     """Score every edge: S[u, v] = mean over examples of Σ_t ⟨Δ_u(t), Σ_k w_k ∂loss/∂x_v(t) at path point k⟩.
 
@@ -86,18 +86,15 @@ def attribute(
         raise expected("edges and checkpoint", 'method="exact"', repr(method))
     chosen = edges_to_score(graph, edges)
     name = _metric_name(metric)
-    statistics = Statistics(run, graph)
-    started = None
-    if path is None:
-        request = _request(model, data, name, graph, chosen, batch_size, reuse_prefix, compat, *sorted(run.keep))
-        started = Checkpoint(checkpoint, request, statistics)
-
     with borrowed(model):
+        statistics = Statistics(run, graph)
         if path is not None:
             tokens = tokens_per_pass(run, graph, path, batch_size, reuse_prefix, allowed)
             batches = make_batches(data, batch_size, reuse_prefix, run.arch.device, tokens)
             gradient_scores(run, graph, batches, path, tokens, progress, statistics)
-        elif started is not None:
+        else:
+            request = _request(model, data, name, graph, chosen, batch_size, reuse_prefix, compat, *sorted(run.keep))
+            started = Checkpoint(checkpoint, request, statistics)
             batches = make_batches(data, batch_size, reuse_prefix, run.arch.device)
             exact_scores(run, graph, batches, chosen, started, TOKENS_TOGETHER, progress)
     info = {
@@ -125,11 +122,12 @@ def plan(
     batch_size: int | None = None,
     reuse_prefix: bool = True,
     memory: int | str | None = None,
-    keep: str | Sequence[str] | None = None,
+    keep: str | Collection[str] | None = None,
 ) -> Plan:
     """The batches and passes of the `attribute` call with these arguments, and the memory that it will take.
 
     Runs one or two examples of each batch, in a few passes.
+    The result itself is not counted, which with `keep` may be large.
 
     Raises:
         InputError: what `attribute` refuses, and "exact", whose memory is that of its passes alone.

@@ -112,6 +112,17 @@ def test_a_positions_score_is_the_derivative_by_that_positions_difference(make_m
             assert float(scores.per_position[t, 0, column]) == pytest.approx(right, rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.parametrize("method", ["eap", "exact"])
+def test_works_in_the_callers_inference_mode(method, tmp_path, make_model, make_pairs):
+    model, data = make_model("gpt2"), make_pairs(n=3)
+    right = eap.attribute(model, data, method=method, keep="examples")
+    file = {"checkpoint": tmp_path / "x.safetensors"} if method == "exact" else {}
+    for _ in range(1 + len(file)):
+        with torch.inference_mode():
+            found = eap.attribute(model, data, method=method, keep="examples", **file)
+        assert torch.equal(found.values, right.values) and torch.equal(found.variance, right.variance)
+
+
 def test_chunks_of_the_path_do_not_matter(make_model, make_pairs, relative, monkeypatch):
     model, data = make_model("qwen2"), make_pairs(seed=8)
     right = eap.attribute(model, data, steps=4, keep=ALL)
@@ -193,6 +204,7 @@ def test_what_it_takes_is_predicted_and_kept_within_the_budget(keep, make_model,
     ("settings", "words"),
     [
         ({"keep": "everything"}, "keep: expected one of 'examples'.*found 'everything'"),
+        ({"keep": {"variance", "everything"}}, "keep: expected one of 'examples'.*found 'everything'"),
         ({"keep": 3}, "keep: expected a name or names of 'variance'.*found 3"),
         ({"keep": ("positions", "positions-from-end")}, "keep: expected positions counted from one end"),
         ({"keep": "positions", "method": "exact"}, "keep: expected 'variance' or 'examples' for a method without"),
@@ -210,7 +222,7 @@ def test_scores_beyond_memory_are_refused_with_their_bytes(method, make_model, m
     edges = 9 * 21  # senders × receivers of two layers of three heads
     needed = 7 * edges * 4 + 2 * edges * 8
     monkeypatch.setattr("eap_circuits.methods.statistics.free_bytes", lambda device: needed - 1)
-    monkeypatch.setattr(attribution, "borrowed", None)
+    monkeypatch.setattr(attribution, "make_batches", None)
     with pytest.raises(eap.InputError, match=f"keep: expected scores that fit into the {needed - 1:,} bytes"):
         eap.attribute(model, data, method=method, keep="examples")
 

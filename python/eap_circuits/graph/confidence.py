@@ -40,11 +40,12 @@ def bootstrap_confidence(values: Tensor, draws: int = 1000, seed: int = 0) -> Te
         1, picked, torch.full(picked.shape, 1 / n).double()
     )
     columns = values.detach().cpu().flatten(1)
-    agree = [
-        ((weights @ part.double()).sign() == part.double().mean(0).sign()).double().mean(0)
-        for part in columns.split(max(1, _CHUNK // draws), dim=1)
-    ]
-    return torch.cat(agree).view(values.shape[1:]).masked_fill(values.detach().cpu().double().mean(0) == 0, 0)
+    shares = []
+    for part in columns.split(max(1, _CHUNK // draws), dim=1):
+        mean = part.double().mean(0)
+        agree = (weights @ part.double()).sign() == mean.sign()
+        shares.append(agree.double().mean(0).masked_fill(mean == 0, 0))
+    return torch.cat(shares).view(values.shape[1:])
 
 
 def normal_confidence(mean: Tensor, variance: Tensor, n_examples: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +41,7 @@ def attribute(
     edges: Circuit | Tensor | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     ablation_data: PairedDataset | None = None,
-    keep: str | Sequence[str] | None = None,
+    keep: str | Collection[str] | None = None,
     rules: str | None = None,
 ) -> EdgeScores:
     """Score every edge: S[u, v] = mean over examples of Σ_t ⟨Δ_u(t), Σ_k w_k ∂loss/∂x_v(t) at path point k⟩.
@@ -104,16 +104,15 @@ def attribute(
         raise expected("edges and checkpoint", 'method="exact"', repr(method))
     chosen = edges_to_score(graph, edges)
     name = _metric_name(metric)
-    statistics = Statistics(run, graph)
-    started = None
-    if path is None:
-        settings = (batch_size, reuse_prefix, compat, *_ablated_by(run), *sorted(run.keep))
-        request = _request(model, data, name, graph, chosen, *settings)
-        started = Checkpoint(checkpoint, request, statistics)
-
     with borrowed(model):
         run = run.with_constants()
-        if path is not None:
+        statistics = Statistics(run, graph)
+        if path is None:
+            settings = (batch_size, reuse_prefix, compat, *_ablated_by(run), *sorted(run.keep))
+            started = Checkpoint(checkpoint, _request(model, data, name, graph, chosen, *settings), statistics)
+            batches = make_batches(data, batch_size, reuse_prefix, run.arch.device)
+            exact_scores(run, graph, batches, chosen, started, TOKENS_TOGETHER, progress)
+        else:
             scorer = spec.published if compat and spec.published else spec.scorer
             assert scorer is not None
             tokens = most_tokens(run.arch.device)
@@ -122,9 +121,6 @@ def attribute(
             # What does not compare the prompts wants the tokens before their first difference too.
             batches = make_batches(data, batch_size, reuse_prefix and bool(path), run.arch.device, tokens)
             gradient_scores(run, graph, batches, path, tokens, progress, statistics, scorer)
-        elif started is not None:
-            batches = make_batches(data, batch_size, reuse_prefix, run.arch.device)
-            exact_scores(run, graph, batches, chosen, started, TOKENS_TOGETHER, progress)
     info = {
         "method": method,
         "steps": len(path) if path else None,
@@ -155,12 +151,13 @@ def plan(
     reuse_prefix: bool = True,
     memory: int | str | None = None,
     ablation: str | Constants = "patching",
-    keep: str | Sequence[str] | None = None,
+    keep: str | Collection[str] | None = None,
     rules: str | None = None,
 ) -> Plan:
     """The batches and passes of the `attribute` call with these arguments, and the memory that it will take.
 
     Runs one or two examples of each batch, in a few passes.
+    The result itself is not counted, which with `keep` may be large.
 
     Raises:
         InputError: what `attribute` refuses, and methods of which only a pass takes memory, such as "exact".

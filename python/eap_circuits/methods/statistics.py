@@ -6,7 +6,8 @@ score of that example or position, and all of them together cost what the whole 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ _EXAMPLES, _POSITIONS = {"variance", "examples"}, {"positions", "positions-from-
 
 def to_keep(keep: object, method: str, path: Path | None) -> frozenset[str]:
     """What `attribute(keep=)` asks for, of a method with this path."""
-    names = (keep,) if isinstance(keep, str) else tuple(keep) if isinstance(keep, Sequence) else keep
+    names = (keep,) if isinstance(keep, str) else tuple(keep) if isinstance(keep, Collection) else keep
     if names is None:
         return frozenset()
     if not isinstance(names, tuple):
@@ -68,7 +69,7 @@ class BatchScores:
         examples, tokens = batch.shape
         if keep & _EXAMPLES:
             ends = torch.searchsorted(batch.rows, torch.arange(examples + 1, device=batch.rows.device) * tokens)
-            self._parts["examples"] = [slice(*ends[e : e + 2].tolist()) for e in range(examples)]
+            self._parts["examples"] = [slice(*both) for both in pairwise(ends.tolist())]
         if keep & _POSITIONS:
             before = batch.start
             if "positions-from-end" in keep:

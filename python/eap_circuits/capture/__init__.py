@@ -9,12 +9,14 @@ from .memory import SHARE_OF_FREE, PeakBytes, free_bytes, in_memory, most_tokens
 from .patched import PatchedEdges
 from .receivers import ReceiverGradients
 from .recorded import RecordedRun
+from .rules import RULES, Rules
 from .runner import Runner
 from .senders import SenderDifferences
 from .trace import trace
 
 __all__ = [
     "ABLATIONS",
+    "RULES",
     "SHARE_OF_FREE",
     "TOKENS_TOGETHER",
     "Batch",
@@ -24,6 +26,7 @@ __all__ = [
     "Progress",
     "ReceiverGradients",
     "RecordedRun",
+    "Rules",
     "Run",
     "Runner",
     "SenderDifferences",

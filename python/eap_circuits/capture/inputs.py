@@ -14,6 +14,7 @@ from ..errors import expected, one_of
 from ..metrics import MetricBatch, check_metric_values, get_metric
 from ..tasks import PairedDataset
 from .batches import Batch
+from .rules import Rules
 
 ABLATIONS = ("patching",)
 Progress = Callable[[int, int], None]  # (examples done, examples in all)
@@ -21,11 +22,12 @@ Progress = Callable[[int, int], None]  # (examples done, examples in all)
 
 @dataclass(frozen=True)
 class Run:
-    """A checked request: the bound model, the data and the metric."""
+    """A checked request: the bound model, the data, the metric and the backward rules."""
 
     arch: Architecture
     data: PairedDataset
     metric: Callable[[Tensor, MetricBatch], Tensor]
+    rules: Rules | None = None
 
     def values(self, logits: Tensor, batch: Batch, clean: Tensor, corrupted: Tensor) -> Tensor:
         """The metric of each example: logits [E, V] -> [E]; raises InputError where it is not finite."""

@@ -70,6 +70,13 @@ def attribute(
             rich_help_panel="Scoring",
         ),
     ] = None,
+    rules: Annotated[
+        str | None,
+        typer.Option(
+            help="What takes the gradient's place: relp, relp-ah or gim.  [dim]\\[default: nothing][/dim]",
+            rich_help_panel="Scoring",
+        ),
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     out: Annotated[
@@ -108,7 +115,7 @@ def attribute(
     import eap_circuits as eap
 
     from ..errors import expected, one_of
-    from ..methods import METHODS, QUADRATURES
+    from ..methods import METHODS, QUADRATURES, RULES
     from ..report.tables import edge_table, plan_table
 
     check_outputs(out, circuit)
@@ -118,6 +125,8 @@ def attribute(
         raise expected("--circuit", "--edges with it, the size of the circuit", "no --edges")
     one_of("--method", method, METHODS)
     one_of("--quadrature", quadrature, QUADRATURES)
+    if rules is not None:
+        one_of("--rules", rules, RULES)
     one_of("--heads", heads, ("kv", "query"))
     one_of("--how", how, ("top", "greedy", "optimal"))
     measured = None if only is None else eap.Circuit.load(only)
@@ -128,7 +137,7 @@ def attribute(
     pairs = prompts.load(tokenizer)
     if dry_run:
         plan = eap.plan(
-            loaded, pairs, metric or pairs.metric, method, steps, cast(Any, heads), batch_size, True, memory
+            loaded, pairs, metric or pairs.metric, method, steps, cast(Any, heads), batch_size, True, memory, rules
         )
         show_json(asdict(plan)) if as_json else show_table(plan_table(plan))
         return
@@ -146,6 +155,7 @@ def attribute(
             progress=bar,
             edges=measured,
             checkpoint=checkpoint,
+            rules=rules,
         )
     chosen = None if edges is None else scores.select(n_edges=edges, how=how, signed=signed)
     files = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..capture import TOKENS_TOGETHER, Progress, Run, borrowed, make_batches, prepare
+from ..capture import RULES, TOKENS_TOGETHER, Progress, Run, borrowed, make_batches, prepare
 from ..errors import expected, one_of
 from ..graph import Circuit, EdgeScores, Graph, Heads
 from ..tasks import PairedDataset
@@ -35,6 +35,7 @@ def attribute(
     progress: Progress | None = None,
     edges: Circuit | Tensor | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    rules: str | None = None,
 ) -> EdgeScores:
     """Score every edge: S[u, v] = mean over examples of Σ_t ⟨Δ_u(t), Σ_k w_k ∂loss/∂x_v(t) at path point k⟩.
 
@@ -64,6 +65,9 @@ def attribute(
         edges: for "exact", the edges to measure, a circuit or a bool mask [S, R]; the others' scores are zero.
         checkpoint: for "exact", a `.safetensors` file that is written about every minute, and from which the same
             call goes on after an interruption.
+        rules: what takes the gradient's place in the backward passes: None, "relp" (relevance patching), "relp-ah"
+            (with attention patterns constant too), or "gim" (gradient interaction modifications); docs/rules.md has
+            the formulas and sources. "exact" has no backward pass.
 
     Returns:
         EdgeScores with float32 values [S, R] in units of the metric.
@@ -71,7 +75,9 @@ def attribute(
     Raises:
         InputError: see the message; raised before any work, except for a metric that is not finite.
     """
-    run, graph, path = _checked(model, data, metric, method, steps, quadrature, heads, ablation, batch_size, compat)
+    run, graph, path = _checked(
+        model, data, metric, method, steps, quadrature, heads, ablation, batch_size, compat, rules
+    )
     model = run.arch.model
     allowed = budget(run, memory)
     if path is not None and (edges is not None or checkpoint is not None):
@@ -101,6 +107,8 @@ def attribute(
         "n_examples": len(data),
         "model": _model_name(model),
     }
+    if rules is not None:
+        info["rules"] = rules
     if edges is not None:
         info["edges"] = int(chosen.sum())
     return EdgeScores(graph, (total / len(data)).float(), info)
@@ -116,6 +124,7 @@ def plan(
     batch_size: int | None = None,
     reuse_prefix: bool = True,
     memory: int | str | None = None,
+    rules: str | None = None,
 ) -> Plan:
     """The batches and passes of the `attribute` call with these arguments, and the memory that it will take.
 
@@ -124,7 +133,7 @@ def plan(
     Raises:
         InputError: what `attribute` refuses, and "exact", whose memory is that of its passes alone.
     """
-    run, graph, path = _checked(model, data, metric, method, steps, "right", heads, "patching", batch_size, None)
+    run, graph, path = _checked(model, data, metric, method, steps, "right", heads, "patching", batch_size, None, rules)
     if path is None:
         raise expected("method", "a gradient method", repr(method))
     with borrowed(run.arch.model):
@@ -142,6 +151,7 @@ def _checked(
     ablation: str,
     batch_size: int | None,
     compat: str | None,
+    rules: str | None,
 ) -> tuple[Run, Graph, Path | None]:
     one_of("method", method, METHODS)
     one_of("quadrature", quadrature, QUADRATURES)
@@ -154,6 +164,11 @@ def _checked(
     if compat == "eap-ig":
         run = replace(run, arch=run.arch.before_post_norms())
     find_path = METHODS[method].path
+    if rules is not None:
+        one_of("rules", rules, RULES)
+        if find_path is None:
+            raise expected("rules", f"None, as {method!r} has no backward pass", repr(rules))
+        run = replace(run, rules=RULES[rules])
     return run, run.arch.graph(heads), None if find_path is None else find_path(steps, quadrature)
 
 

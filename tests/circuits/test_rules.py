@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from eap_circuits.adapters import bind
 from eap_circuits.capture import RULES, Hooks, Rules, borrowed
 from eap_circuits.capture.rules import BackwardRules, _Attention
 from eap_circuits.evaluation.check import StayDouble
-from eap_circuits.methods.spec import QUADRATURES
+from eap_circuits.methods.quadrature import QUADRATURES
 
 ALL = sorted(RULES)
 
@@ -77,7 +78,9 @@ class ByHand:
 
     # A run: contributions [S, T, D], the inputs' gradients [R, T, D].
 
-    def run(self, embeddings, tokens, answers):
+    def run(self, embeddings, tokens, answers, moved=None):
+        """`moved` replaces a group's contributions; group 0 is the embedding, then each layer's heads and MLP."""
+        self.group, self.moved = 0, moved or {}
         self.contributions, self.receivers, self.residual = [embeddings], [], embeddings
         logits = {"gpt2": self.gpt2, "llama": self.llama, "gemma2": self.gemma2}[self.config.model_type](tokens)
         loss = logits[-1, answers[1]] - logits[-1, answers[0]]
@@ -95,6 +98,8 @@ class ByHand:
         return list(zip(*inputs, strict=True))
 
     def write(self, *contributions):
+        self.group += 1
+        contributions = self.moved.get(self.group, contributions)
         self.contributions += contributions
         self.residual = self.residual + sum(contributions)
 
@@ -177,12 +182,15 @@ class ByHand:
         total = sum(raw)
         y = self.norm(norm, total, offset)
         scale = (total.pow(2).mean(-1, keepdim=True) + norm.eps).rsqrt().detach()
-        self.contributions += [(x * scale * (norm.weight + offset)).detach() for x in raw]
-        self.residual = self.residual + y
+        self.group += 1
+        given = self.moved.get(self.group)
+        self.contributions += given or [(x * scale * (norm.weight + offset)).detach() for x in raw]
+        self.residual = self.residual + (y if given is None else sum(given))
         return None
 
 
-def scores_by_hand(model, data, rules, path, graph):
+def scores_by_hand(model, data, rules, path, graph, groups=()):
+    """Along the embeddings' path; with groups of senders, each along its own, from the clean run."""
     by_hand = ByHand(model, rules)
     total = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64)
     factor = model.config.hidden_size**0.5 if model.config.model_type == "gemma2" else 1.0
@@ -193,10 +201,16 @@ def scores_by_hand(model, data, rules, path, graph):
         clean, corrupted = (weight[t] for t in tokens)
         answers = data.answers[e].tolist()
         runs = [by_hand.run(x.requires_grad_(), tokens[0], answers)[0] for x in (corrupted, clean)]
-        for alpha, share in path:
+        difference = runs[0] - runs[1]
+        for (index, group), (alpha, share) in product(enumerate(groups), path):
+            given = [*(runs[1][group] + (1 - alpha) * difference[group])]
+            start = (given[0] if index == 0 else clean.detach()).requires_grad_()
+            gradients = by_hand.run(start, tokens[0], answers, {index: given})[1]
+            total[group] += share * torch.einsum("utd,vtd->uv", difference[group], gradients)
+        for alpha, share in () if groups else path:
             point = (corrupted + alpha * (clean - corrupted)).detach().requires_grad_()
             gradients = by_hand.run(point, tokens[0], answers)[1]
-            total += share * torch.einsum("utd,vtd->uv", runs[0] - runs[1], gradients)
+            total += share * torch.einsum("utd,vtd->uv", difference, gradients)
     return torch.where(graph.edge_mask, total / len(data), 0)
 
 
@@ -209,6 +223,27 @@ def test_scores_are_those_of_a_model_written_out_by_hand(name, rules, make_model
             found = eap.attribute(model, data, method=method, steps=3, heads="query", rules=rules)
             right = scores_by_hand(model, data, rules, path, found.graph)
             assert relative(found.values, right) < 1e-6
+
+
+@pytest.mark.parametrize("rules", ["relp", "gim"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_paths_of_activations_are_those_of_a_model_written_out_by_hand(name, rules, make_model, make_pairs, relative):
+    model, data = make_model(name), make_pairs(n=2)
+    with StayDouble():
+        found = eap.attribute(model, data, method="eap-ig-activations", steps=2, heads="query", rules=rules)
+        graph = found.graph
+        sites = [(graph.head_senders(i), graph.mlp_sender(i)) for i in range(graph.n_layers)]
+        groups = [slice(0, 1), *(x for heads, mlp in sites for x in (heads, slice(mlp, mlp + 1)))]
+        right = scores_by_hand(model, data, rules, QUADRATURES["right"](2), graph, groups)
+        assert relative(found.values, right) < 1e-6
+
+
+def test_conductance_of_one_segment_is_the_mean_of_its_ends(make_model, make_pairs, relative):
+    """Then every sender's change is its whole difference: clean-corrupted scores, under the same rules."""
+    model, data = make_model("llama"), make_pairs(n=4)
+    for rules in ALL:
+        found = eap.attribute(model, data, method="eap-conductance", steps=1, rules=rules).values
+        assert relative(found, eap.attribute(model, data, method="clean-corrupted", rules=rules).values) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["cohere", "gemma2", "llama", "mistral-window", "olmo2", "qwen3", "smollm3"])
@@ -462,6 +497,7 @@ def test_rules_change_scores_and_keep_the_methods_relations(rules, make_model, m
     [
         ({"rules": "lrp"}, ["rules", "'gim'", "'relp'", "'lrp'"]),
         ({"rules": "relp", "method": "exact"}, ["rules", "None", "'exact'", "'relp'"]),
+        ({"rules": "gim", "method": "information-flow-routes"}, ["rules", "None", "'information-flow-routes'"]),
     ],
 )
 def test_bad_settings_are_one_sentence(settings, words, make_model, make_pairs):

@@ -241,7 +241,9 @@ def _half(gradient: Tensor) -> Tensor:
     return gradient / 2
 
 
-def _halved_copy(z: Tensor) -> Tensor:
+def _halved_copy(z: Tensor) -> Tensor | None:
+    if not z.requires_grad:  # of a pass whose gradients end after it
+        return None
     z = z.view_as(z)
     z.register_hook(_half)
     return z

@@ -86,7 +86,7 @@ def attribute(
             node's scores by residual dimension). "exact" knows the first two. Without, nothing is spent on it.
         rules: what takes the gradient's place in the backward passes: None, "relp" (relevance patching), "relp-ah"
             (with attention patterns constant too), or "gim" (gradient interaction modifications); docs/rules.md has
-            the formulas and sources. "exact" has no backward pass.
+            the formulas and sources. "exact" and "information-flow-routes" have no backward pass.
 
     Returns:
         EdgeScores with float32 values [S, R] in units of the metric (of "information-flow-routes": shares).

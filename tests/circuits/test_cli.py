@@ -78,6 +78,16 @@ def test_attribute_json(loads: list[str], pairs: Path) -> None:
     assert found["files"] == {}
 
 
+def test_backward_rules(loads: list[str], pairs: Path, tmp_path: Path, make_model: Any, make_pairs: Any) -> None:
+    run("attribute", "tiny", "--data", pairs, "--method", "eap", "--rules", "gim", "-o", tmp_path / "s.safetensors")
+    found = eap.EdgeScores.load(tmp_path / "s.safetensors")
+    right = eap.attribute(make_model("llama", torch.float32), make_pairs(), method="eap", rules="gim")
+    assert torch.equal(found.values, right.values) and found.info["rules"] == "gim"
+    plan = eap.plan(make_model("llama", torch.float32), make_pairs(), rules="gim")
+    shown = run("attribute", "tiny", "--data", pairs, "--rules", "gim", "--dry-run", "--json").stdout
+    assert json.loads(shown)["bytes"] == plan.bytes
+
+
 def test_exact_scores_of_a_saved_circuit_go_on_from_their_checkpoint(
     tmp_path: Path, loads: list[str], pairs: Path, make_model: Any, make_pairs: Any
 ) -> None:
@@ -299,6 +309,7 @@ def test_info_tells_versions_and_backends() -> None:
         (["attribute", "tiny", "--task", "ioi", "--ablation-data", "x.csv"], "--ablation-data x.csv: expected a file"),
         (["attribute", "tiny", "--task", "ioi", "--quadrature", "nonsense"], "--quadrature: expected one of"),
         (["attribute", "tiny", "--task", "ioi", "--heads", "nonsense"], "--heads: expected one of"),
+        (["attribute", "tiny", "--task", "ioi", "--rules", "nonsense"], "--rules: expected one of 'gim'"),
         (["attribute", "tiny", "--task", "ioi", "--how", "nonsense"], "--how: expected one of"),
         (["attribute", "tiny", "--task", "ioi", "--circuit", "c.json"], "--circuit: expected --edges"),
         (["attribute", "tiny", "--task", "ioi", "-o", "scores.csv"], "scores.csv: expected a name ending"),

@@ -77,6 +77,18 @@ def test_after_success(family, heads, make_model, make_pairs):
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("rules", ["relp-ah", "gim"])
+def test_after_backward_rules(family, rules, make_model, make_pairs):
+    model, data = trained(make_model(family)), make_pairs(n=3)
+    before = snapshot(model)
+    eap.attribute(model, data, heads="query", method="eap", rules=rules)
+    assert snapshot(model) == before
+    for after, error in ((0, RuntimeError("no")), (2, Stop())):
+        with pytest.raises(type(error)):
+            eap.attribute(model, data, metric=failing(after, error), heads="query", rules=rules)
+        assert snapshot(model) == before
+
+
 @pytest.mark.parametrize("after", [0, 1, 3])
 @pytest.mark.parametrize("error", [RuntimeError("no"), Stop()])
 def test_after_an_error_anywhere(model, after, error, make_pairs):
@@ -97,8 +109,9 @@ def test_after_an_error_inside_the_model(model, make_pairs):
     last = [m for m in model.modules() if not list(m.children())][-2]
     handle = last.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("inside")))
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match="inside"):
-        eap.attribute(model, data, heads="query")
+    for rules in (None, "relp", "gim"):
+        with pytest.raises(RuntimeError, match="inside"):
+            eap.attribute(model, data, heads="query", rules=rules)
     assert snapshot(model) == before
     handle.remove()
 

@@ -23,6 +23,8 @@ def agree(model, right, data, relative, tolerance=1e-6):
     (found, values), (scores, wanted) = results(model, data), results(right, data)
     assert relative(found.values, scores.values) < tolerance
     assert relative(values, wanted) < tolerance
+    found, scores = (eap.attribute(m, data, method="eap", rules="gim") for m in (model, right))
+    assert relative(found.values, scores.values) < tolerance
 
 
 class LowRank(nn.Module):

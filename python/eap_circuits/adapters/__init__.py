@@ -5,7 +5,8 @@ from .binding import bind
 from .discovery import Call, propose
 from .families import FAMILIES
 from .family import Family
-from .norms import Norm
+from .nonlinear import nonlinear_parts
+from .norms import Kinds, Norm
 from .pretrained import DEMO_MODEL, load_model
 from .projections import Projection, concatenate, group, linear_shape, linear_weight
 from .registry import family_of, register_family
@@ -16,6 +17,7 @@ __all__ = [
     "Architecture",
     "Call",
     "Family",
+    "Kinds",
     "Layer",
     "Norm",
     "Projection",
@@ -26,6 +28,7 @@ __all__ = [
     "linear_shape",
     "linear_weight",
     "load_model",
+    "nonlinear_parts",
     "propose",
     "register_family",
 ]

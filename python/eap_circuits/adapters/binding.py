@@ -12,7 +12,7 @@ from ..errors import expected
 from .architecture import Architecture, Layer
 from .families import FAMILIES
 from .family import Factor, Family, Paths
-from .norms import Kind, Norm, kind_of
+from .norms import Kinds, Norm
 from .offloading import devices_of
 from .projections import Projection, grouped_rows, linear_shape
 from .registry import family_of
@@ -57,7 +57,7 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
 class _Binder:
     def __init__(self, model: nn.Module, config: Any, family: Family) -> None:
         self.model, self.config, self.family = model, config, family
-        self.kinds: dict[object, Kind] = {}
+        self.kinds = Kinds()
 
     def architecture(self, device: torch.device) -> Architecture:
         family = self.family
@@ -90,10 +90,7 @@ class _Binder:
 
     def _norm(self, root: nn.Module, paths: Paths, width: int) -> Norm:
         module = _site(root, paths)
-        key = (type(module), *(getattr(module, name, None) for name in ("eps", "variance_epsilon")), width)
-        if key not in self.kinds:
-            self.kinds[key] = kind_of(module, width)
-        return Norm(module, self.kinds[key])
+        return Norm(module, self.kinds(module, width))
 
     def _layer(self, layer: nn.Module) -> Layer:
         family = self.family

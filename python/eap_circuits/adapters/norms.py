@@ -67,6 +67,19 @@ class Norm:
         return self.module.forward(x) if self.kind else x
 
 
+class Kinds:
+    """`kind_of`, once for all norms of the same class and settings."""
+
+    def __init__(self) -> None:
+        self._found: dict[object, Kind] = {}
+
+    def __call__(self, module: nn.Module, width: int) -> Kind:
+        key = (type(module), *(getattr(module, name, None) for name in _EPS), width)
+        if key not in self._found:
+            self._found[key] = kind_of(module, width)
+        return self._found[key]
+
+
 def kind_of(module: nn.Module, width: int) -> Kind:
     """What a norm of so many features computes, found by running a copy of it with random weights.
 
@@ -75,16 +88,20 @@ def kind_of(module: nn.Module, width: int) -> Kind:
     """
     weights = {name: tuple(p.shape) for name, p in module.named_parameters()}
     refusal = expected(type(module).__name__, f"an RMSNorm or LayerNorm of {width} features", type(module).__name__)
-    if set(weights) - {"weight", "bias"} or any(shape != (width,) for shape in weights.values()):
+    if set(weights) - {"weight", "bias"} or any(shape[-1:] != (width,) for shape in weights.values()):
         raise refusal
     said = [float(getattr(module, name)) for name in _EPS if isinstance(getattr(module, name, None), float)]
     generator = torch.Generator().manual_seed(0)
     probe: Any = copy.copy(module)
     probe.__dict__.pop("_hf_hook", None)  # nothing to fetch: the weights are ours
-    random = {name: nn.Parameter(torch.randn(width, generator=generator), requires_grad=False) for name in weights}
+    random = {
+        name: nn.Parameter(torch.randn(shape, generator=generator), requires_grad=False)
+        for name, shape in weights.items()
+    }
     probe._parameters = {**module._parameters, **random}
-    # Rows from far below to far above eps, away from zero mean.
-    x = torch.randn(6, width, generator=generator) * torch.logspace(-4, 2, 6)[:, None] + 1e-3
+    # Rows from far below to far above eps, away from zero mean; for each head where heads have weights of their own.
+    shape = next(iter(weights.values()), (width,))
+    x = torch.randn(6, *shape, generator=generator) * torch.logspace(-4, 2, 6).view(-1, *[1] * len(shape)) + 1e-3
     with torch.no_grad():
         y = type(module).forward(probe, x)
     for eps, centred, offset in product(said or _USUAL_EPS, (False, True), (0.0, 1.0)):

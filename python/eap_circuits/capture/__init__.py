@@ -12,12 +12,14 @@ from .patched import PatchedEdges
 from .paths import GroupPaths
 from .receivers import ReceiverGradients
 from .recorded import RecordedRun
+from .rules import RULES, Rules
 from .runner import Runner
 from .senders import SenderDifferences
 from .trace import trace
 
 __all__ = [
     "ABLATIONS",
+    "RULES",
     "SHARE_OF_FREE",
     "TOKENS_TOGETHER",
     "Batch",
@@ -30,6 +32,7 @@ __all__ = [
     "Progress",
     "ReceiverGradients",
     "RecordedRun",
+    "Rules",
     "Run",
     "Runner",
     "SenderDifferences",

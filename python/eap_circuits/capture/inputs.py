@@ -15,13 +15,14 @@ from ..metrics import MetricBatch, check_metric_values, get_metric
 from ..tasks import PairedDataset
 from .ablation import ABLATIONS, Constants, different_throughout, find_constants, zeros
 from .batches import Batch
+from .rules import Rules
 
 Progress = Callable[[int, int], None]  # (examples done, examples in all)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A checked request: the bound model, the data, the metric, the ablation, and what is kept of scores.
+    """A checked request: the bound model, the data, the metric, the ablation, the backward rules, what is kept.
 
     `constants`, once `with_constants` has found them, are what the ablation puts in place of contributions; there are
     none for patching.
@@ -33,6 +34,7 @@ class Run:
     ablation: str | Constants = "patching"
     ablation_data: PairedDataset | None = None
     constants: Constants | None = None
+    rules: Rules | None = None
     keep: frozenset[str] = frozenset()
 
     def with_constants(self) -> Run:

@@ -8,7 +8,7 @@ at the projection's output, x̂ and r the norm's normalised input and scale, γ 
 P = I for RMSNorm and I − 11ᵀ/D for LayerNorm. Summed over path points k with weights w_k, the first term needs only
 ĝ_v = Σ_k w_k r_k g_{v,k}; the second needs x̂_k and the number c_{v,k} = w_k r_k ⟨x̂_k, γ ⊙ W_vᵀ g_{v,k}⟩ / D, whose
 product is that of the projection's own output, less its constant part, with its gradient. MLP and logits receivers
-are the same with W = I.
+are the same with W = I. Under backward rules (`rules.py`) r is a constant, and there is no second term.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..errors import expected
 from ..graph import Graph
 from .active import skip_inactive
 from .borrow import Hooks
+from .rules import BackwardRules, Rules
 from .runner import Runner
 
 
@@ -67,12 +68,14 @@ class ReceiverGradients:
         graph: its edge graph.
         points: how many path points can be held until `clear`.
         since: take the gradients of the receivers that see this sender alone: the last ones of the graph.
+        rules: what takes the gradients' place, if anything.
     """
 
-    def __init__(self, runner: Runner, graph: Graph, points: int, since: int = 0) -> None:
+    def __init__(self, runner: Runner, graph: Graph, points: int, since: int = 0, rules: Rules | None = None) -> None:
         self.graph = graph
         self._runner = runner
         self._arch = arch = runner.arch
+        self._rules = None if rules is None else BackwardRules(rules, arch)
         n = len(runner.batch.rows)
         self._filled = slice(0, 0)
         self._weights = torch.empty(0)
@@ -122,6 +125,9 @@ class ReceiverGradients:
         self._weights = weights.to(self._arch.device, self._arch.accumulate)
 
         def register(hooks: Hooks) -> None:
+            # Before `watch`, which may let layers pass through: they then have nothing for rules to find.
+            if self._rules is not None:
+                self._rules.register(hooks)
             if watch is not None:
                 watch(hooks)
             skip_inactive(self._arch, self._runner.batch, len(weights), hooks)
@@ -145,7 +151,7 @@ class ReceiverGradients:
             values = norm.backwards(values)
         else:
             weight = norm.backwards(site.projection.weight(values.dtype))  # [heads, K, D]
-        if norm.kind is None:
+        if norm.kind is None or self._rules is not None:
             return Nodes(values, weight)
         filled = self._filled.stop
         return Nodes(values, weight, site.coefficients[:, :filled], site.reads.normalised[:filled])

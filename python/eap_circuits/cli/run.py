@@ -83,6 +83,13 @@ def attribute(
             rich_help_panel="Scoring",
         ),
     ] = None,
+    rules: Annotated[
+        str | None,
+        typer.Option(
+            help="What takes the gradient's place: relp, relp-ah or gim.  [dim]\\[default: nothing][/dim]",
+            rich_help_panel="Scoring",
+        ),
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     out: Annotated[
@@ -122,7 +129,7 @@ def attribute(
     import eap_circuits as eap
 
     from ..errors import expected, one_of
-    from ..methods import METHODS, QUADRATURES
+    from ..methods import METHODS, QUADRATURES, RULES
     from ..report.tables import edge_table, plan_table
 
     check_outputs(out, circuit)
@@ -134,6 +141,8 @@ def attribute(
         raise expected("--confidence", "--edges with it, the size of the circuit", "no --edges")
     one_of("--method", method, METHODS)
     one_of("--quadrature", quadrature, QUADRATURES)
+    if rules is not None:
+        one_of("--rules", rules, RULES)
     one_of("--heads", heads, ("kv", "query"))
     one_of("--how", how, ("top", "greedy", "optimal"))
     kept = None if keep is None else keep.split(",")
@@ -147,7 +156,7 @@ def attribute(
     pairs = prompts.load(tokenizer)
     if dry_run:
         kind = cast(Any, heads)
-        request = (method, steps, kind, batch_size, True, memory, ablation, kept)
+        request = (method, steps, kind, batch_size, True, memory, ablation, kept, rules)
         plan = eap.plan(loaded, pairs, metric or pairs.metric, *request)
         show_json(asdict(plan)) if as_json else show_table(plan_table(plan))
         return
@@ -168,6 +177,7 @@ def attribute(
             edges=measured,
             checkpoint=checkpoint,
             keep=kept,
+            rules=rules,
         )
     among = None if confidence is None else scores.confidence() >= confidence
     chosen = None if edges is None else scores.select(n_edges=edges, how=how, signed=signed, among=among)

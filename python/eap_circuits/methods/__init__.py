@@ -1,8 +1,19 @@
 """Attribution methods: a registry of frozen specs, and `attribute`, which runs them."""
 
+from ..capture import RULES
 from .attribution import attribute, data_identity, model_identity, plan
 from .planning import Plan
 from .quadrature import QUADRATURES
 from .spec import METHODS, Method
 
-__all__ = ["METHODS", "QUADRATURES", "Method", "Plan", "attribute", "data_identity", "model_identity", "plan"]
+__all__ = [
+    "METHODS",
+    "QUADRATURES",
+    "RULES",
+    "Method",
+    "Plan",
+    "attribute",
+    "data_identity",
+    "model_identity",
+    "plan",
+]

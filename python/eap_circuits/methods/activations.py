@@ -63,7 +63,7 @@ def score_batch(
         if every_edge:
             # The package's input embeddings are constants on their own path: what reads nothing else has no gradient.
             since = 1 if group.module is None and paths.only_tokens else 0
-        receivers = ReceiverGradients(runner, graph, held, since=since)
+        receivers = ReceiverGradients(runner, graph, held, since=since, rules=run.rules)
         readers = graph.reach > since  # the last ones of the graph
         for together in chunks(path, held):
             for part in chunks(together, size):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..capture import TOKENS_TOGETHER, Constants, Progress, Run, borrowed, make_batches, most_tokens, prepare
+from ..capture import RULES, TOKENS_TOGETHER, Constants, Progress, Run, borrowed, make_batches, most_tokens, prepare
 from ..errors import expected, one_of
 from ..graph import Circuit, EdgeScores, Graph, Heads
 from ..tasks import PairedDataset
@@ -40,6 +40,7 @@ def attribute(
     checkpoint: str | os.PathLike[str] | None = None,
     ablation_data: PairedDataset | None = None,
     keep: str | Sequence[str] | None = None,
+    rules: str | None = None,
 ) -> EdgeScores:
     """Score every edge: S[u, v] = mean over examples of Σ_t ⟨Δ_u(t), Σ_k w_k ∂loss/∂x_v(t) at path point k⟩.
 
@@ -81,6 +82,9 @@ def attribute(
             "examples" (each example's scores, and the variance), "positions" or "positions-from-end" (each token
             position's scores, counted from the prompts' start, or with the scored positions last), "neurons" (each
             node's scores by residual dimension). "exact" knows the first two. Without, nothing is spent on it.
+        rules: what takes the gradient's place in the backward passes: None, "relp" (relevance patching), "relp-ah"
+            (with attention patterns constant too), or "gim" (gradient interaction modifications); docs/rules.md has
+            the formulas and sources. "exact" and "information-flow-routes" have no backward pass.
 
     Returns:
         EdgeScores with float32 values [S, R] in units of the metric (of "information-flow-routes": shares).
@@ -89,7 +93,7 @@ def attribute(
         InputError: see the message; raised before any work, except for a metric that is not finite.
     """
     run, graph, path = _checked(
-        model, data, metric, method, steps, quadrature, heads, ablation, batch_size, compat, ablation_data
+        model, data, metric, method, steps, quadrature, heads, ablation, batch_size, compat, ablation_data, rules
     )
     run = replace(run, keep=to_keep(keep, method, path))
     model, data, spec = run.arch.model, run.data, METHODS[method]
@@ -129,6 +133,8 @@ def attribute(
         "n_examples": len(data),
         "model": _model_name(model),
     }
+    if rules is not None:
+        info["rules"] = rules
     if edges is not None:
         info["edges"] = int(chosen.sum())
     if ablation_data is not None:
@@ -148,6 +154,7 @@ def plan(
     memory: int | str | None = None,
     ablation: str | Constants = "patching",
     keep: str | Sequence[str] | None = None,
+    rules: str | None = None,
 ) -> Plan:
     """The batches and passes of the `attribute` call with these arguments, and the memory that it will take.
 
@@ -156,7 +163,9 @@ def plan(
     Raises:
         InputError: what `attribute` refuses, and methods of which only a pass takes memory, such as "exact".
     """
-    run, graph, path = _checked(model, data, metric, method, steps, "right", heads, ablation, batch_size, None, None)
+    run, graph, path = _checked(
+        model, data, metric, method, steps, "right", heads, ablation, batch_size, None, None, rules
+    )
     spec = METHODS[method]
     if path is None or spec.scorer is None or not spec.planned:
         planned = ", ".join(repr(name) for name, each in METHODS.items() if each.planned)
@@ -179,6 +188,7 @@ def _checked(
     batch_size: int | None,
     compat: str | None,
     ablation_data: PairedDataset | None,
+    rules: str | None,
 ) -> tuple[Run, Graph, Path | None]:
     one_of("method", method, METHODS)
     one_of("quadrature", quadrature, QUADRATURES)
@@ -195,7 +205,13 @@ def _checked(
     if compat == "eap-ig":
         run = replace(run, arch=run.arch.before_post_norms())
     find_path = METHODS[method].path
-    return run, run.arch.graph(heads), None if find_path is None else find_path(steps, quadrature)
+    path = None if find_path is None else find_path(steps, quadrature)
+    if rules is not None:
+        one_of("rules", rules, RULES)
+        if not path:
+            raise expected("rules", f"None, as {method!r} has no backward pass", repr(rules))
+        run = replace(run, rules=RULES[rules])
+    return run, run.arch.graph(heads), path
 
 
 def _metric_name(metric: Any) -> str:

@@ -37,7 +37,7 @@ def score_batch(run: Run, graph: Graph, path: Path, batch: Batch, tokens: int) -
         return loss_of(run, batch, [x], *logits)
 
     scores = BatchScores(run, graph, batch)
-    spare, latest = (ReceiverGradients(runner, graph, 1) for _ in range(2))
+    spare, latest = (ReceiverGradients(runner, graph, 1, rules=run.rules) for _ in range(2))
     before = here = None  # what senders write at the point before the latest, and there
     for alpha in (0.0, *(alpha for alpha, _ in path)):
         point = torch.lerp(corrupted, clean, alpha)

@@ -66,7 +66,7 @@ def score_batch(
     corrupted, clean = senders.corrupted_embeddings, senders.clean_embeddings
     held = held or points_held(run, batch, len(path))
     size = min(steps_at_once(batch, len(path), tokens), held)
-    receivers = ReceiverGradients(runner, graph, held)
+    receivers = ReceiverGradients(runner, graph, held, rules=run.rules)
 
     def loss(logits: Tensor) -> Tensor:
         points = logits.split(batch.n_examples)

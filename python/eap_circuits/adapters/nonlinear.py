@@ -1,0 +1,61 @@
+"""What in a decoder layer is not linear: its norms and activation functions, told apart by what they compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .architecture import Layer
+from .norms import Kinds, Norm
+
+
+def nonlinear_parts(layer: Layer, width: int, kinds: Kinds) -> tuple[list[Norm], list[nn.Module]]:
+    """The layer's norms (of `width` features, of queries, of keys) and activation functions, as its modules are now.
+
+    Raises:
+        InputError: a module with one weight per feature that is no norm.
+    """
+    norms, activations = [], []
+    per_head = {(heads, layer.q.head_dim) for heads in (layer.q.n_heads, layer.k.n_heads)}
+    for module in layer.module.modules():
+        if next(module.children(), None) is not None:
+            continue
+        weights = dict(module.named_parameters())
+        if not weights:
+            found = _without_weights(module, width, kinds)
+            if isinstance(found, Norm):
+                norms.append(found)
+            elif found is not None:
+                activations.append(found)
+            continue
+        shape = tuple(weights["weight"].shape) if "weight" in weights else ()
+        if len(shape) == 1 or (shape in per_head and not hasattr(module, "in_features")):
+            norms.append(Norm(module, kinds(module, shape[-1])))
+    return norms, activations
+
+
+def _without_weights(module: nn.Module, width: int, kinds: Kinds) -> Norm | nn.Module | None:
+    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
+    y, part = _output(module, x), _output(module, x[:2, :3])
+    if y is None or y.shape != x.shape or torch.equal(y, x):
+        return None
+    if part is not None and torch.allclose(part, y[:2, :3]):
+        return module
+    try:
+        return Norm(module, kinds(module, width))
+    except InputError:
+        return None
+
+
+def _output(module: nn.Module, x: Tensor) -> Tensor | None:
+    """What a module makes of x; None where it takes or gives something else than one tensor."""
+    forward: Any = type(module).forward
+    try:
+        with torch.no_grad():
+            y = forward(module, x)
+    except Exception:  # whatever a module of other arguments raises
+        return None
+    return y if isinstance(y, Tensor) else None

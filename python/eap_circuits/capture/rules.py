@@ -1,0 +1,293 @@
+"""Backward rules: what takes the place of the gradient in the parts of a model that are not linear.
+
+A forward pass gives the same values under any rules; only the backward pass changes, in four kinds of places.
+
+Norms (RelP's LN-rule, GIM): the scale r is a constant; taking the mean off stays as it is.
+Activation functions (RelP's identity rule): a(x) counts as x·c with the constant c = a(x)/x, and c = 0 at x = 0.
+Products of two activations, as in gated MLPs (RelP's half rule, GIM): each factor takes half of its gradient.
+Attention: as it is ("relp"); its pattern is a constant ("relp-ah", the AH-rule); or (GIM) the products with the values
+and of queries with keys are products as above, and softmax(s) has the gradient s̃ ⊙ (g − ⟨g, s̃⟩), s̃ = softmax(s/2).
+
+Sources: RelP, Jafari et al. 2025, arXiv 2508.21258, and its code (github.com/FarnoushRJ/RelP), which leaves the AH-rule
+out unless asked; GIM, Edin et al. 2025, arXiv 2505.17630, and its code (github.com/corticph/gim).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from ..adapters import Architecture, Kinds, Norm, nonlinear_parts
+from ..errors import expected
+from .borrow import Hooks
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Backward rules beside those that all have: constant scales of norms, and products that share their gradient.
+
+    Args:
+        name: what they are called by.
+        description: one line.
+        identity: activation functions are products with a constant.
+        constant_pattern: the attention pattern is a constant.
+        temperature: that of the softmax whose gradient attention takes, its products sharing their gradients; None
+            leaves both as they are.
+    """
+
+    name: str
+    description: str
+    identity: bool = False
+    constant_pattern: bool = False
+    temperature: float | None = None
+
+
+RULES: dict[str, Rules] = {
+    rules.name: rules
+    for rules in (
+        Rules("relp", "relevance patching: activation functions as products with a constant", identity=True),
+        Rules("relp-ah", "relevance patching, attention patterns constant too", identity=True, constant_pattern=True),
+        Rules("gim", "gradient interaction modifications: softer attention, products by halves", temperature=2.0),
+    )
+}
+_PRODUCTS = (torch.Tensor.mul, torch.mul, torch.Tensor.mul_)
+_SLOPES = ("SigmoidBackward0", "MulBackward0")
+_SOFTMAX = (functional.softmax, torch.softmax, torch.Tensor.softmax)
+_ATTENTION = functional.scaled_dot_product_attention
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+class BackwardRules:
+    """Rules for the forward passes of one model.
+
+    Args:
+        rules: which.
+        arch: the bound model.
+    """
+
+    def __init__(self, rules: Rules, arch: Architecture) -> None:
+        self._rules, self._arch = rules, arch
+        self._kinds = Kinds()
+        # In the layer that is running, and in the activation function that is.
+        self._patterns = self._activations = 0
+        self._active = False
+
+    def register(self, hooks: Hooks) -> None:
+        """Apply the rules to one forward pass, of which gradients are taken.
+
+        Raises:
+            InputError: a norm of unknown kind; in the pass itself, a layer without an activation function or attention
+                pattern that could be told apart.
+        """
+        norms = [self._arch.final_norm]
+        for index, layer in enumerate(self._arch.layers):
+            found, activations = nonlinear_parts(layer, self._arch.d_model, self._kinds)
+            norms += found
+            for module in activations:
+                hooks.replace_forward(module, partial(self._activate, module.forward))
+            hooks.replace_forward(layer.module, partial(self._run_layer, index, layer.module.forward))
+            if self._changes_attention:
+                hooks.replace_forward(layer.attention, partial(self._attend, index, layer.attention.forward))
+            if self._rules.temperature is not None:
+                hooks.on_input(layer.out, _halved_copy)
+        for norm in norms:
+            hooks.replace_forward(norm.module, partial(_normalise, norm, norm.module.forward))
+
+    @property
+    def _changes_attention(self) -> bool:
+        return self._rules.constant_pattern or self._rules.temperature is not None
+
+    def _run_layer(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._activations = 0
+        with _Products(self):
+            out = forward(*args, **kwargs)
+        if not self._activations:
+            name = type(self._arch.layers[index].mlp_in).__name__
+            raise expected("rules", "activation functions that are modules", f"none in layer {index} ({name})")
+        return out
+
+    def _attend(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._patterns = 0
+        with _Patterns(self):
+            out = forward(*args, **kwargs)
+        if not self._patterns:
+            name = type(self._arch.layers[index].attention).__name__
+            raise expected("rules", 'attn_implementation "sdpa" or "eager"', f"neither in layer {index} ({name})")
+        return out
+
+    def _activate(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        self._activations += 1
+        if self._rules.identity:
+            y: Tensor = _Changed.apply(x, forward, _slope)
+            return y
+        self._active = True  # its own products are no interaction
+        try:
+            return forward(x)
+        finally:
+            self._active = False
+
+    def multiplied(self, product: Tensor, a: Any, b: Any) -> Tensor:
+        """The product of a and b; where both depend on the input, with the gradients of the rules."""
+        both = isinstance(a, Tensor) and isinstance(b, Tensor) and a.requires_grad and b.requires_grad
+        # A router's or a shared expert's weight is one number per token: not a gate of features.
+        if not both or a.shape != b.shape or self._active:
+            return product
+        if _is_slope(b, a):
+            self._activations += 1
+            return a * b.detach() if self._rules.identity else product
+        product.register_hook(_half)
+        return product
+
+    def attended(self, **given: Any) -> Tensor:
+        """scaled_dot_product_attention under the rules."""
+        self._patterns += 1
+        q, k, v = (given.pop(name) for name in _ARGUMENTS[:3])
+        z: Tensor = _Attention.apply(q, k, v, given, self._pattern)
+        return z
+
+    def softened(self, pattern: Tensor, scores: Tensor, dim: int) -> Tensor:
+        """The same attention pattern, softmax(scores), with the gradient of the rules."""
+        self._patterns += 1
+        return self._pattern(pattern, scores, dim)
+
+    def _pattern(self, pattern: Tensor, scores: Tensor, dim: int) -> Tensor:
+        if self._rules.constant_pattern:
+            return pattern.detach()
+        temperature = self._rules.temperature
+        assert temperature is not None
+        # Half, as queries and keys share the gradient of their product.
+        soft = torch.softmax(scores / temperature, dim, pattern.dtype) / 2 * temperature
+        return pattern.detach() + (soft - soft.detach())
+
+
+class _Products(TorchFunctionMode):
+    def __init__(self, rules: BackwardRules) -> None:
+        super().__init__()
+        self._rules = rules
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in _PRODUCTS and torch.is_grad_enabled():
+            a, b = (*args, *kwargs.values())[:2]
+            return self._rules.multiplied(out, a, b)
+        return out
+
+
+class _Patterns(TorchFunctionMode):
+    def __init__(self, rules: BackwardRules) -> None:
+        super().__init__()
+        self._rules = rules
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _ATTENTION and torch.is_grad_enabled():
+            return self._rules.attended(**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs)
+        out = func(*args, **kwargs)
+        if func in _SOFTMAX and torch.is_grad_enabled():
+            scores = args[0] if args else kwargs["input"]
+            return self._rules.softened(out, scores, args[1] if len(args) > 1 else kwargs["dim"])
+        return out
+
+
+class _Changed(torch.autograd.Function):
+    """forward(x), whose gradient is `rule(x, y)` of that with respect to y."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], rule: Callable[..., Any]) -> Tensor:
+        y = forward(x)
+        ctx.backward_of = rule(x, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.backward_of(*gradients), None, None
+
+
+def _slope(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    ratio = torch.where(x == 0, 0, y / x)
+    return lambda gradient: gradient * ratio
+
+
+def _is_slope(b: Tensor, a: Tensor) -> bool:
+    """Is b = σ(βa)? Their product is then an activation function that some models write out."""
+    node, names = b.grad_fn, []
+    while node is not a.grad_fn:
+        if node is None or node.name() not in _SLOPES:
+            return False
+        names.append(node.name())
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        node = parents[0] if len(parents) == 1 else None
+    return "SigmoidBackward0" in names
+
+
+def _normalise(norm: Norm, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def rule(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+        scale = norm.statistics(x.to(torch.promote_types(x.dtype, torch.float32)))[1][..., None]
+        return lambda gradient: (norm.backwards(gradient.to(scale.dtype)) * scale).to(gradient.dtype)
+
+    y: Tensor = _Changed.apply(x, forward, rule)
+    return y
+
+
+def _half(gradient: Tensor) -> Tensor:
+    return gradient / 2
+
+
+def _halved_copy(z: Tensor) -> Tensor | None:
+    if not z.requires_grad:  # of a pass whose gradients end after it
+        return None
+    z = z.view_as(z)
+    z.register_hook(_half)
+    return z
+
+
+class _Attention(torch.autograd.Function):
+    """scaled_dot_product_attention with the gradient of `pattern`; it is written out in the backward pass alone."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], pattern: Any) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.options, ctx.pattern = options, pattern
+        return _ATTENTION(q, k, v, **options)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+        with torch.enable_grad():
+            q, k, v = inputs = [x.detach().to(dtype).requires_grad_() for x in ctx.saved_tensors]
+            z = _attention(q, k, v, ctx.pattern, **ctx.options)
+        # Queries and keys of a constant pattern get zeros, as hooks on them expect a gradient.
+        found = torch.autograd.grad(z, inputs, gradients[0].to(dtype), materialize_grads=True)
+        return *(x.to(gradients[0].dtype) for x in found), None, None
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Callable[[Tensor, Tensor, int], Tensor],
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """As torch documents scaled_dot_product_attention, in eval mode, with `pattern` of the softmax and its input."""
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return pattern(scores.softmax(-1), scores, -1) @ v

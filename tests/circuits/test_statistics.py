@@ -112,6 +112,31 @@ def test_a_positions_score_is_the_derivative_by_that_positions_difference(make_m
             assert float(scores.per_position[t, 0, column]) == pytest.approx(right, rel=1e-5, abs=1e-7)
 
 
+OTHERS = [
+    {"method": "eap-ig-activations"},
+    {"method": "eap-ig-activations", "compat": "eap-ig"},
+    {"method": "eap-conductance"},
+    {"rules": "relp"},
+    {"rules": "gim"},
+    {"ablation": "zero"},
+]
+
+
+@pytest.mark.parametrize("settings", OTHERS, ids=str)
+@pytest.mark.parametrize("family", ["gemma2", "gpt-neox"])
+def test_terms_of_every_other_methods_scores_add_up(family, settings, make_model, make_pairs, relative):
+    model, data = make_model(family), make_pairs(seed=1, n=3)
+    given = {"steps": 2, **settings}
+    plain = eap.attribute(model, data, **given).values
+    scores = eap.attribute(model, data, keep=ALL, **given)
+    assert relative(scores.values, plain) < 1e-5
+    assert relative(scores.per_example.mean(0), plain) < 1e-5
+    assert relative(scores.per_position.sum(0), plain) < 1e-5
+    assert relative(scores.neurons.sum(1), scores.node_scores().values) < 1e-5
+    one = eap.attribute(model, data[[1]], **given).values
+    assert relative(scores.per_example[1], one) < 1e-5
+
+
 @pytest.mark.parametrize("method", ["eap", "exact"])
 def test_works_in_the_callers_inference_mode(method, tmp_path, make_model, make_pairs):
     model, data = make_model("gpt2"), make_pairs(n=3)

@@ -1,6 +1,6 @@
 """The only place that touches hooks: contributions, gradients, the masked read and the prefix cache."""
 
-from .ablation import ABLATIONS, Constants, different_throughout, means
+from .ablation import ABLATIONS, Constants, means
 from .batches import Batch, make_batches
 from .borrow import Hooks, borrowed
 from .contraction import contract, contract_neurons, lowered
@@ -39,7 +39,6 @@ __all__ = [
     "borrowed",
     "contract",
     "contract_neurons",
-    "different_throughout",
     "free_bytes",
     "in_memory",
     "learning_run",

@@ -67,31 +67,28 @@ class Constants:
     def __repr__(self) -> str:
         return f"Constants({len(self.mlps)} layers, {len(self.embedding)} position(s))"
 
-    def at(self, batch: Batch) -> Constants:
-        """The constants at the tokens of a batch without prefixes, [E, T, X] each."""
-        examples, tokens = batch.shape
-
-        def place(x: Tensor) -> Tensor:
-            # Models view what they are given in other shapes, and some add to it in place.
-            return x[:tokens].expand(examples, tokens, -1).clone(memory_format=torch.contiguous_format)
-
-        return self.map(place)
-
-    def replace(self, arch: Architecture, hooks: Hooks) -> None:
-        """Let a pass's heads and MLPs give these, [E, T, X] each, instead of what they compute."""
+    def replace(self, arch: Architecture, batch: Batch, hooks: Hooks) -> None:
+        """Let a pass over a batch without prefixes give these for what its heads and MLPs compute."""
         for layer, values, mlp in zip(arch.layers, self.values, self.mlps, strict=True):
-            hooks.on_input(layer.out, partial(_instead, values))
-            hooks.on_output(layer.mlp_out, partial(_instead, mlp))
+            hooks.on_input(layer.out, partial(_instead, values, batch))
+            hooks.on_output(layer.mlp_out, partial(_instead, mlp, batch))
             if layer.post_norm is not None:
                 hooks.replace_forward(layer.post_norm.module, partial(_without_scale, layer))
+
+
+def at_tokens(constant: Tensor, batch: Batch) -> Tensor:
+    """A constant at the tokens of a batch without prefixes: [P, X] -> [E, T, X], without a copy."""
+    examples, tokens = batch.shape
+    return constant[:tokens].expand(examples, tokens, -1)
 
 
 def _given_written(layer: Layer, see: Callable[[Tensor], None], z: Tensor) -> None:
     see(layer.written(z))
 
 
-def _instead(constant: Tensor, x: Tensor) -> Tensor:
-    return constant.to(x.dtype)
+def _instead(constant: Tensor, batch: Batch, x: Tensor) -> Tensor:
+    # Models view what they are given in other shapes, and some add to it in place.
+    return at_tokens(constant, batch).to(x.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _without_scale(layer: Layer, x: Tensor) -> Tensor:

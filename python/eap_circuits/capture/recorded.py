@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Layer, Norm
-from .ablation import Constants
+from .ablation import Constants, at_tokens
 from .borrow import Hooks
 from .runner import Runner
 
@@ -30,10 +30,11 @@ class RecordedRun:
 
     def __init__(self, runner: Runner, corrupted: bool, constants: Constants | None = None) -> None:
         arch, batch = runner.arch, runner.batch
-        given = None if constants is None else constants.at(batch)
-        corrupted = corrupted and given is None
-        own = runner.embed(batch.corrupted if corrupted else batch.clean)
-        embeddings = self.embeddings = own if given is None else given.embedding.to(arch.dtype)
+        corrupted = corrupted and constants is None
+        embeddings = runner.embed(batch.corrupted if corrupted else batch.clean)
+        if constants is not None:
+            embeddings = at_tokens(constants.embedding, batch).to(embeddings.dtype, copy=True)
+        self.embeddings = embeddings
         aligned: Callable[[Tensor], Tensor] = batch.aligned if corrupted else lambda x: x
         self.inputs: list[Tensor] = []
         self.results: list[object] = []  # of what kind each layer's result is
@@ -50,15 +51,15 @@ class RecordedRun:
 
         def write(layer: Layer, z: Tensor) -> None:
             # Constants are of what is written.
-            self.values.append(aligned(layer.written(z) if given is None else z))
+            self.values.append(aligned(layer.written(z) if constants is None else z))
 
         def begin(x: Tensor) -> None:
             if corrupted:
                 self.embeddings = batch.aligned_input(embeddings, x)
 
         def register(hooks: Hooks) -> None:
-            if given is not None:
-                given.replace(arch, hooks)
+            if constants is not None:
+                constants.replace(arch, batch, hooks)
             hooks.on_input(arch.layers[0].module, begin)
             for norm in arch.norms:
                 hooks.on_input(norm.module, read(norm))

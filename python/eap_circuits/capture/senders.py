@@ -11,7 +11,7 @@ from eap_kernels import Nodes
 
 from ..adapters import Architecture, Layer
 from ..graph import Graph
-from .ablation import Constants
+from .ablation import Constants, at_tokens
 from .borrow import Hooks
 from .runner import Runner
 
@@ -36,7 +36,6 @@ class SenderDifferences:
         self.graph = graph
         self._batch = batch = runner.batch
         self.clean_embeddings, own = runner.embed(batch.clean), runner.embed(batch.corrupted)
-        given = None if constants is None else constants.at(batch)
         self.values: list[Tensor] = []  # per layer [n, H·K]
         self.mlps: list[Tensor] = []  # per layer [n, D]
 
@@ -52,7 +51,7 @@ class SenderDifferences:
         def register(hooks: Hooks) -> None:
             hooks.on_input(self.arch.layers[0].module, begin)
             for index, layer in enumerate(self.arch.layers):
-                values, mlp = (None, None) if given is None else (given.values[index], given.mlps[index])
+                values, mlp = (None, None) if constants is None else (constants.values[index], constants.mlps[index])
                 hooks.on_input(layer.out, partial(keep_values, layer, values))
                 hooks.on_output(layer.mlp_out, partial(keep_mlp, layer, mlp))
 
@@ -60,7 +59,7 @@ class SenderDifferences:
         with torch.no_grad():
             self.corrupted_logits, *logits = runner.logits(torch.cat(runs), register, 1).split(batch.n_examples)
         self.clean_logits: Tensor | None = logits[0] if clean else None
-        ablated = self.corrupted_embeddings if given is None else given.embedding
+        ablated = self.corrupted_embeddings if constants is None else at_tokens(constants.embedding, batch)
         (self.embedding,) = self._rows(ablated) - self._rows(self.clean_embeddings)  # [n, D]
 
     def register_clean(self, hooks: Hooks) -> None:
@@ -78,7 +77,7 @@ class SenderDifferences:
             x = torch.cat([self._batch.aligned(x[: self._batch.n_examples]), x[self._batch.n_examples :]])
         ablated, *clean = self._rows(x)
         if constant is not None:
-            (ablated,) = self._rows(constant)
+            (ablated,) = self._rows(at_tokens(constant, self._batch))
         return ablated - clean[0] if clean else ablated.clone()  # later changed in place
 
     def _subtract_values(self, layer: Layer, corrupted: Tensor, z: Tensor) -> None:

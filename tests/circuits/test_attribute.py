@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits.capture import RecordedRun, Runner, borrowed, contraction, make_batches, prepare, run_circuits
+from eap_circuits.adapters import Architecture
+from eap_circuits.capture import RecordedRun, Runner, borrowed, make_batches, prepare, run_circuits
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.methods.quadrature import QUADRATURES
 from eap_circuits.metrics import get_metric
@@ -200,11 +201,12 @@ def test_half_precision_weights(make_model, make_pairs, relative):
 def test_contraction_in_bfloat16_moves_scores_by_its_rounding(make_model, make_pairs, relative, monkeypatch):
     """What a GPU does for a model in low precision, on this processor."""
     model, data = make_model("llama", torch.bfloat16), make_pairs()
-    right = eap.attribute(model, data)
-    monkeypatch.setattr(contraction, "contracted_dtype", lambda arch: torch.bfloat16)
-    found = eap.attribute(model, data)
+    right = eap.attribute(model, data, keep="neurons")
+    monkeypatch.setattr(Architecture, "contracted", torch.bfloat16)
+    found = eap.attribute(model, data, keep="neurons")
     # Values, weights and the norm's term are each rounded by half an eps, on both sides; their errors are independent.
-    assert 0 < relative(found.values, right.values) <= 3 * torch.finfo(torch.bfloat16).eps
+    for one, other in ((found.values, right.values), (found.neurons, right.neurons)):
+        assert 0 < relative(one, other) <= 3 * torch.finfo(torch.bfloat16).eps
 
 
 def test_callable_metric_gets_what_it_was_promised(make_model, make_pairs, relative):

@@ -136,6 +136,17 @@ class Architecture:
         """The dtype in which scores are accumulated: float32, or float64 for a float64 model."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
+    @property
+    def contracted(self) -> torch.dtype:
+        """The dtype in which senders meet receivers; sums are in `accumulate` all the same.
+
+        Of a model in low precision, on a GPU: bfloat16, which tensor cores multiply an order of magnitude faster than
+        float32. Rounding to it moves scores by a twentieth of what running the model in bfloat16 does (SmolLM2-135M on
+        IOI: 0.1 % against 2.1 %). Not float16, whose range gradients leave.
+        """
+        low = self.dtype in (torch.bfloat16, torch.float16)
+        return torch.bfloat16 if low and self.device.type == "cuda" else self.accumulate
+
     def graph(self, heads: Heads) -> Graph:
         return Graph(
             tuple(layer.q.n_heads for layer in self.layers),

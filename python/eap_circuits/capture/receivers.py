@@ -81,7 +81,7 @@ class ReceiverGradients:
         self._weights = torch.empty(0)
         new = partial(torch.zeros, dtype=arch.accumulate, device=arch.device)
         norms = [norm for norm, reach in _reaches(arch, graph) if reach > since]
-        normalised = new(len(norms), points, n, arch.d_model)
+        normalised = new(len(norms), points, n, arch.d_model, dtype=arch.contracted)  # the most of what is held
         self._reads = {id(norm.module): _Reads(norm, normalised[i]) for i, norm in enumerate(norms)}
         coefficients = new(graph.n_receivers, points, n)
 
@@ -185,7 +185,7 @@ class ReceiverGradients:
         x = x.view_as(x)
         normalised, scale = site.reads.normalised[self._filled], site.reads.scale
         assert scale is not None
-        gain = site.reads.norm.gain(normalised)
+        gain = site.reads.norm.gain(scale)
 
         def take(gradient: Tensor | None) -> None:
             g = self._rows(_given(gradient)) * scale[..., None]  # [m, n, D]

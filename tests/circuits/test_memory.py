@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import eap_circuits as eap
 from eap_circuits.capture import PeakBytes, parse_bytes
-from eap_circuits.methods import gradient, planning
+from eap_circuits.methods import METHODS, gradient, planning
 
 
 @pytest.mark.parametrize(
@@ -79,9 +81,13 @@ def test_a_budget_is_kept_and_changes_no_score(reuse_prefix, make_model, relativ
     assert relative(scores.values, eap.attribute(model, data, **given).values) < 1e-6
 
 
-def fails_above(tokens, module, name, monkeypatch):
+def score_by(scorer, monkeypatch):
+    monkeypatch.setitem(METHODS, "eap-ig-inputs", replace(METHODS["eap-ig-inputs"], scorer=scorer))
+
+
+def fails_above(tokens, monkeypatch):
     """As if memory ran out in passes of more tokens; returns the examples that were scored."""
-    original, scored = getattr(module, name), []
+    original, scored = METHODS["eap-ig-inputs"].scorer, []
 
     def run(run_, graph, path, batch, limit):
         at_once = gradient.steps_at_once(batch, len(path), limit)
@@ -91,7 +97,7 @@ def fails_above(tokens, module, name, monkeypatch):
         scored.extend(batch.index.tolist())
         return found
 
-    monkeypatch.setattr(module, name, run)
+    score_by(run, monkeypatch)
     return scored
 
 
@@ -100,7 +106,7 @@ def fails_above(tokens, module, name, monkeypatch):
 def test_where_memory_runs_out_each_example_still_counts_once(fits, batch_size, make_model, relative, monkeypatch):
     model, data = make_model("gpt2"), longer_pairs()
     right = eap.attribute(model, data, batch_size=batch_size)
-    scored = fails_above(fits, gradient, "score_batch", monkeypatch)
+    scored = fails_above(fits, monkeypatch)
     done = []
     found = eap.attribute(model, data, batch_size=batch_size, progress=lambda *x: done.append(x))
     assert sorted(scored) == list(range(len(data)))
@@ -110,7 +116,7 @@ def test_where_memory_runs_out_each_example_still_counts_once(fits, batch_size, 
 
 def test_too_little_memory_for_one_example_is_one_sentence(make_model, monkeypatch):
     model, data = make_model("gpt2"), longer_pairs()
-    fails_above(11, gradient, "score_batch", monkeypatch)
+    fails_above(11, monkeypatch)
     with pytest.raises(eap.InputError, match=r"memory: expected enough for one example of 12 tokens, got CUDA out of"):
         eap.attribute(model, data)
 
@@ -119,7 +125,7 @@ def test_another_error_is_not_taken_for_want_of_memory(make_model, monkeypatch):
     def run(*_):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(gradient, "score_batch", run)
+    score_by(run, monkeypatch)
     with pytest.raises(RuntimeError, match="something else"):
         eap.attribute(make_model("gpt2"), longer_pairs())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -395,7 +396,7 @@ def test_half_precision_weights(method, make_model, make_pairs, relative):
 def test_where_memory_runs_out_the_rest_goes_on(method, make_model, relative, monkeypatch):
     model, data = make_model("gpt2"), longer_pairs()
     right = eap.attribute(model, data, method=method, steps=2).values
-    original, scored = METHODS[method].scores, []
+    original, scored = METHODS[method].scorer, []
 
     def run(run_, graph, path, batch, tokens):
         if batch.clean.numel() > 60:
@@ -403,11 +404,8 @@ def test_where_memory_runs_out_the_rest_goes_on(method, make_model, relative, mo
         scored.extend(batch.index.tolist())
         return original(run_, graph, path, batch, tokens)
 
-    object.__setattr__(METHODS[method], "scores", run)
-    try:
-        found = eap.attribute(model, data, method=method, steps=2).values
-    finally:
-        object.__setattr__(METHODS[method], "scores", original)
+    monkeypatch.setitem(METHODS, method, replace(METHODS[method], scorer=run))
+    found = eap.attribute(model, data, method=method, steps=2).values
     assert sorted(scored) == list(range(len(data))) and relative(found, right) < 1e-6
 
 
@@ -425,4 +423,4 @@ def test_specs_are_whole():
     for name, method in METHODS.items():
         assert name == method.name and method.description and method.passes
         assert method.tier in ("stable", "experimental")
-    assert activations.score_batch is METHODS["eap-ig-activations"].scores
+    assert activations.score_batch is METHODS["eap-ig-activations"].scorer

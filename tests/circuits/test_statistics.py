@@ -232,8 +232,12 @@ def test_what_it_takes_is_predicted_and_kept_within_the_budget(keep, make_model,
         ({"keep": {"variance", "everything"}}, "keep: expected one of 'examples'.*found 'everything'"),
         ({"keep": 3}, "keep: expected a name or names of 'variance'.*found 3"),
         ({"keep": ("positions", "positions-from-end")}, "keep: expected positions counted from one end"),
-        ({"keep": "positions", "method": "exact"}, "keep: expected 'variance' or 'examples' for a method without"),
-        ({"keep": "neurons", "method": "exact"}, "keep: expected 'variance' or 'examples' for a method without"),
+        ({"keep": "positions", "method": "exact"}, "keep: expected 'variance' or 'examples' for method 'exact'"),
+        (
+            {"keep": "variance", "method": "information-flow-routes"},
+            "keep: expected nothing for method 'info",
+        ),
+        ({"keep": "neurons", "method": "exact"}, "keep: expected 'variance' or 'examples' for method 'exact'"),
     ],
 )
 def test_bad_requests_are_one_sentence(settings, words, make_model, make_pairs):

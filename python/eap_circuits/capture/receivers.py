@@ -125,11 +125,12 @@ class ReceiverGradients:
         self._weights = weights.to(self._arch.device, self._arch.accumulate)
 
         def register(hooks: Hooks) -> None:
+            # Before `watch`, which may let layers pass through: they then have nothing for rules to find.
+            if self._rules is not None:
+                self._rules.register(hooks)
             if watch is not None:
                 watch(hooks)
             skip_inactive(self._arch, self._runner.batch, len(weights), hooks)
-            if self._rules is not None:
-                self._rules.register(hooks)
             self._register(hooks)
 
         loss(self._runner.logits(embeddings.detach().requires_grad_(True), register)).backward()

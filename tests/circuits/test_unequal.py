@@ -384,3 +384,47 @@ def test_a_corrupted_prompt_beyond_the_models_positions_is_refused(make_model):
     data = eap.PairedDataset.from_tokens([[1, 2]], [[1] * 49], [2], [[1, 2]], corrupted_lengths=[49])
     with pytest.raises(eap.InputError, match="example 0: expected at most the model's 48 tokens, found 49"):
         eap.attribute(make_model("gpt2"), data)
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+def test_constants_do_not_ask_for_the_corrupted_prompt(ablation, kind, make_model, relative):
+    """Where a constant takes the corrupted contribution's place, EAP's scores and circuits are those of equal pairs."""
+    model, data = make_model(kind), unequal_pairs()
+    equal = eap.PairedDataset.from_tokens(data.clean, (data.clean + 1) % V, data.lengths, data.answers)
+    scores, right = (eap.attribute(model, pairs, method="eap", ablation=ablation) for pairs in (data, equal))
+    assert relative(scores.values, right.values) < 1e-6
+    circuit = scores.select(scores.graph.n_edges // 2)
+    found, wanted = (eap.evaluate(model, circuit, pairs, ablation=ablation) for pairs in (data, equal))
+    assert wanted.values.any() and relative(found.values, wanted.values) < 1e-9
+
+
+@pytest.mark.parametrize("rules", [None, "relp", "gim"])
+@pytest.mark.parametrize("method", ["eap-ig-activations", "eap-conductance"])
+def test_other_paths_do_not_depend_on_batching_either(method, rules, make_model, relative):
+    model, data = make_model("llama"), unequal_pairs()
+    given = {"method": method, "steps": 2, "rules": rules}
+    whole = eap.attribute(model, data, **given, keep="examples")
+    single = eap.attribute(model, data, **given, batch_size=1, reuse_prefix=False)
+    assert relative(single.values, whole.values) < 1e-6
+    assert relative(whole.per_example.mean(0), whole.values) < 1e-6
+
+
+def test_conductance_of_all_edges_into_the_logits_is_the_difference_of_its_ends(make_model):
+    """The path begins at the aligned corrupted embeddings; the edges into the logits count all that is on it."""
+    model, data = make_model("llama"), unequal_pairs()
+    scores = eap.attribute(model, data, method="eap-conductance", steps=400)
+    found = float(scores.values[:, scores.graph.logits_receiver].sum())
+    clean = eap.evaluate(model, eap.Circuit.from_mask(scores.graph, scores.graph.edge_mask), data).clean
+    assert abs(found - (clean - start_of_path(model, data))) < 1e-3 * abs(clean)
+
+
+def start_of_path(model: Any, data: eap.PairedDataset) -> float:
+    """The metric where the path begins: the clean prompt's places with the embeddings that they are compared with."""
+    values = []
+    with torch.no_grad():
+        for e in range(len(data)):
+            clean, corrupted, alignment = prompts(data, e)
+            embed = model.get_input_embeddings()
+            logits = model(inputs_embeds=embed(corrupted[:, alignment])).logits[:, clean.shape[1] - 1]
+            values.append(float(difference(data, e, logits)))
+    return sum(values) / len(values)

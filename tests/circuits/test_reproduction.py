@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from typer.testing import CliRunner
 
@@ -21,6 +20,11 @@ from eap_circuits.errors import InputError
 from eap_circuits.reproduction import Experiment, Settings, reproduce, write_page
 
 SETTINGS = Settings(scored=2, pairs=3, steps=2, draws=2, grid=(1, 2), reference=4, fractions=(0.1, 0.5, 1.0))
+
+
+@pytest.fixture
+def stats() -> Any:
+    return pytest.importorskip("scipy.stats")
 
 
 @pytest.fixture
@@ -43,7 +47,7 @@ def test_pairs_that_score_are_not_those_that_circuits_run_on(make_pairs: Any) ->
         Experiment.from_data("mine", pairs[:1], SETTINGS)
 
 
-def test_agreement_is_that_of_scipy(model: Any, experiments: list[Experiment], tmp_path: Path) -> None:
+def test_agreement_is_that_of_scipy(stats: Any, model: Any, experiments: list[Experiment], tmp_path: Path) -> None:
     entry = reproduce(model, experiments[:1], tmp_path, SETTINGS)["tasks"]["first"]
     data = experiments[0].scored
     exact = eap.attribute(model, data, method="exact")
@@ -51,13 +55,11 @@ def test_agreement_is_that_of_scipy(model: Any, experiments: list[Experiment], t
     for method in ("eap", "eap-ig-inputs"):
         values = eap.attribute(model, data, method=method, steps=2).values[edges].double()
         right = exact.values[edges].double()
-        assert entry["agreement"][method]["pearson"] == pytest.approx(scipy.stats.pearsonr(values, right)[0], abs=1e-6)
-        assert entry["agreement"][method]["spearman"] == pytest.approx(
-            scipy.stats.spearmanr(values, right)[0], abs=1e-6
-        )
+        assert entry["agreement"][method]["pearson"] == pytest.approx(stats.pearsonr(values, right)[0], abs=1e-6)
+        assert entry["agreement"][method]["spearman"] == pytest.approx(stats.spearmanr(values, right)[0], abs=1e-6)
 
 
-def test_ties_share_a_rank_and_constants_have_no_correlation() -> None:
+def test_ties_share_a_rank_and_constants_have_no_correlation(stats: Any) -> None:
     graph = eap.Graph(n_heads=(2, 2), n_kv_heads=(2, 2), d_model=8)
     rng = np.random.default_rng(0)
     first, second = (
@@ -66,8 +68,8 @@ def test_ties_share_a_rank_and_constants_have_no_correlation() -> None:
     )
     a, b = (scores.values[graph.edge_mask].numpy() for scores in (first, second))
     found = eap.score_agreement(first, second)
-    assert found.spearman == pytest.approx(scipy.stats.spearmanr(a, b)[0], abs=1e-12)
-    assert found.pearson == pytest.approx(scipy.stats.pearsonr(a, b)[0], abs=1e-7)
+    assert found.spearman == pytest.approx(stats.spearmanr(a, b)[0], abs=1e-12)
+    assert found.pearson == pytest.approx(stats.pearsonr(a, b)[0], abs=1e-7)
     constant = eap.EdgeScores(graph, torch.ones(graph.edge_mask.shape))
     assert np.isnan(eap.score_agreement(first, constant).pearson)
     with pytest.raises(InputError, match="finite"):

@@ -384,3 +384,16 @@ def test_a_corrupted_prompt_beyond_the_models_positions_is_refused(make_model):
     data = eap.PairedDataset.from_tokens([[1, 2]], [[1] * 49], [2], [[1, 2]], corrupted_lengths=[49])
     with pytest.raises(eap.InputError, match="example 0: expected at most the model's 48 tokens, found 49"):
         eap.attribute(make_model("gpt2"), data)
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean", "mean-positional"])
+def test_constants_do_not_depend_on_how_long_the_corrupted_prompts_are(ablation, make_model, relative):
+    """Only the metric may look at these; here one is longer than every clean prompt."""
+    model, data = make_model("gpt2"), unequal_pairs(6)[[0, 1]]
+    assert data.corrupted_lengths is not None and data.corrupted_lengths.max() > data.lengths.max()
+    same = eap.PairedDataset.from_tokens(data.clean, data.clean, data.lengths, data.answers)
+    circuit = random_circuit(bind(model).graph("kv"), 1, 0.6)
+    found, right = (eap.attribute(model, x, method="eap", ablation=ablation).values for x in (data, same))
+    assert relative(found, right) < 1e-6
+    found, right = (eap.evaluate(model, circuit, x, ablation=ablation).values for x in (data, same))
+    torch.testing.assert_close(found, right)

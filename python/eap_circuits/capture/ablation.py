@@ -72,8 +72,10 @@ class Constants:
         examples, tokens = batch.shape
 
         def place(x: Tensor) -> Tensor:
+            # Beyond the positions there are only tokens of a corrupted prompt that is longer than every clean one.
+            position = torch.arange(tokens, device=x.device).clamp(max=len(x) - 1)
             # Models view what they are given in other shapes, and some add to it in place.
-            return x[:tokens].expand(examples, tokens, -1).clone(memory_format=torch.contiguous_format)
+            return x[position].expand(examples, tokens, -1).clone(memory_format=torch.contiguous_format)
 
         return self.map(place)
 

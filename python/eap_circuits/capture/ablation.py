@@ -77,9 +77,11 @@ class Constants:
 
 
 def at_tokens(constant: Tensor, batch: Batch) -> Tensor:
-    """A constant at the tokens of a batch without prefixes: [P, X] -> [E, T, X], without a copy."""
+    """A constant at the tokens of a batch without prefixes: [P, X] -> [E, T, X]."""
     examples, tokens = batch.shape
-    return constant[:tokens].expand(examples, tokens, -1)
+    # Beyond the positions there are only tokens of a corrupted prompt that is longer than every clean one.
+    position = torch.arange(tokens, device=constant.device).clamp(max=len(constant) - 1)
+    return constant[position].expand(examples, tokens, -1)
 
 
 def _given_written(layer: Layer, see: Callable[[Tensor], None], z: Tensor) -> None:

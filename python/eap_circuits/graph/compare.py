@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import expected
@@ -85,21 +86,32 @@ class Agreement:
     spearman: float
 
 
-def score_agreement(first: EdgeScores, second: EdgeScores) -> Agreement:
-    """Correlations of two scores over all edges of one graph, not a number where either are all alike.
+def score_agreement(first: EdgeScores, second: EdgeScores, among: Tensor | None = None) -> Agreement:
+    """Correlations of two scores over the edges of one graph, not a number where either are all alike.
+
+    Args:
+        first, second: of one graph.
+        among: bool [S, R], the edges that count; by default all.
 
     Raises:
-        InputError: different graphs, or scores that are not finite.
+        InputError: different graphs, scores that are not finite, or a mask of another shape.
     """
     if first.graph != second.graph:
         raise expected("second scores", f"those of {first.graph!r}", f"those of {second.graph!r}")
-    a, b = (scores.values[first.graph.edge_mask].double() for scores in (first, second))
+    edges = first.graph.edge_mask
+    if among is not None:
+        if among.dtype != torch.bool or among.shape != edges.shape:
+            raise expected("among", f"a bool mask {list(edges.shape)}", f"{among.dtype} {list(among.shape)}")
+        edges = edges & among.cpu()
+    a, b = (scores.values[edges].double() for scores in (first, second))
     if not (a.isfinite().all() and b.isfinite().all()):
         raise expected("scores", "finite values", "some that are not")
     return Agreement(_correlation(a, b), _correlation(_ranks(a), _ranks(b)))
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:
+    if not len(a):
+        return float("nan")
     a, b = a - a.mean(), b - b.mean()
     norm = a.norm() * b.norm()
     return float(a @ b / norm) if norm else float("nan")

@@ -36,6 +36,7 @@ from .record import Record
 METHODS = ("eap", "eap-ig-inputs", "exact")
 GRADIENTS = METHODS[:2]
 HOW = "greedy"  # the paper's selection
+STRONGEST = 100  # one edge in so many is among the strongest
 PACKAGES = ("eap-kernels", "torch", "transformers")
 
 Watch = Callable[[str], AbstractContextManager[Progress]]
@@ -134,7 +135,7 @@ def reproduce(
     for experiment in experiments:
         entry = record.at("tasks", experiment.name)
         scores = {method: _scores(model, experiment, method, folder / "scores", settings, watch) for method in METHODS}
-        _agree(entry.at("agreement"), scores)
+        _agree(entry, scores)
         _integrate(entry.at("quadrature"), model, experiment, scores["exact"], settings, watch)
         _run(entry.at("curves"), model, experiment, scores, settings, watch)
         circuits[experiment.name] = _circuit(entry, scores["eap-ig-inputs"], settings)
@@ -184,8 +185,17 @@ def _scores(
 
 
 def _agree(entry: Record, scores: dict[str, EdgeScores]) -> None:
+    exact = scores["exact"]
+    count = max(1, exact.graph.n_edges // STRONGEST)
+    strongest = exact.select(count, prune=False)
+
+    def of_strongest(found: EdgeScores) -> dict[str, float]:
+        shared = edge_overlap(found.select(count, prune=False), strongest).of_second
+        return {"found": shared, "spearman": score_agreement(found, exact, strongest.mask).spearman}
+
     for method in GRADIENTS:
-        entry.get(method, partial(_agreement, scores[method], scores["exact"]))
+        entry.at("agreement").get(method, partial(_agreement, scores[method], exact))
+        entry.at("strongest").get(method, partial(of_strongest, scores[method]))
 
 
 def _agreement(first: EdgeScores, second: EdgeScores) -> dict[str, float]:

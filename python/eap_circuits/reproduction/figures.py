@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from ..report.curves import saved_curve
 from ..report.style import FAINT, INK, LETTERS, MUTED, NEGATIVE, PAPER, POSITIVE, RC
 from ..report.tables import count
-from .experiment import GRADIENTS, METHODS
+from .experiment import GRADIENTS, METHODS, STRONGEST
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,14 +75,19 @@ def draw_faithfulness(results: Mapping[str, Any]) -> Figure:
 
 
 def draw_agreement(results: Mapping[str, Any]) -> Figure:
-    """(b) Correlation of EAP's and EAP-IG's scores with exact ones, for each task."""
+    """(b) Correlation of EAP's and EAP-IG's scores with exact ones, and which of the strongest edges they find."""
     names = list(results["tasks"])[::-1]
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(7.2, 0.8 + 0.36 * len(names)), layout="constrained")
-        for index, (kind, title) in enumerate((("pearson", "Pearson"), ("spearman", "Spearman (ranks)"))):
-            ax = figure.add_subplot(1, 2, index + 1)
+        figure = Figure(figsize=(8.6, 0.9 + 0.36 * len(names)), layout="constrained")
+        measures = (
+            ("agreement", "pearson", "Pearson"),
+            ("strongest", "found", f"strongest {100 / STRONGEST:g} % found"),
+            ("agreement", "spearman", "Spearman (ranks, all edges)"),
+        )
+        for index, (what, kind, title) in enumerate(measures):
+            ax = figure.add_subplot(1, 3, index + 1)
             for row, name in enumerate(names):
-                found = [results["tasks"][name]["agreement"][method][kind] for method in GRADIENTS]
+                found = [results["tasks"][name][what][method][kind] for method in GRADIENTS]
                 ax.plot(found, [row, row], color=FAINT, linewidth=2.5, zorder=1)
                 for method, value in zip(GRADIENTS, found, strict=True):
                     label = NAMES[method] if row == 0 else None

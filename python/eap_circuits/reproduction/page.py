@@ -12,7 +12,7 @@ from typing import Any
 
 from ..files import write_whole
 from ..report.tables import NONE, count, number
-from .experiment import GRADIENTS, HOW, METHODS
+from .experiment import GRADIENTS, HOW, METHODS, STRONGEST
 from .figures import NAMES, PAPER_PEARSON, draw_agreement, draw_cross, draw_faithfulness, draw_quadrature
 
 PAGE = "reproduction.md"
@@ -21,6 +21,11 @@ FIGURES = {
     "agreement": draw_agreement,
     "quadrature": draw_quadrature,
     "cross": draw_cross,
+}
+_VERDICTS = {
+    "pearson": "By Pearson's correlation",
+    "found": f"By how many of the strongest {100 / STRONGEST:g} % of the edges it finds",
+    "spearman": "By Spearman's correlation over all edges",
 }
 _FORMATS: dict[str, dict[str, Any]] = {".png": {"dpi": 110}, ".pdf": {"metadata": {"CreationDate": None}}}
 Row = tuple[Any, ...]
@@ -69,6 +74,12 @@ def page(results: Mapping[str, Any]) -> str:
         _markdown(tables["agreement"]),
         "The correlations are over all edges: Pearson's of the scores, Spearman's of their ranks. "
         "The two columns at the right are the paper's, for GPT-2 small and its own prompts.",
+        "Most edges hardly matter. Patching one of those is a small step away from the clean prompt, whose effect is "
+        "to first order the gradient there, which is EAP; EAP-IG's is a mean over points further away. Ranks over all "
+        "edges are about these, a circuit is not. "
+        f"Among the strongest {100 / STRONGEST:g} % of the edges by exact patching:",
+        _markdown(tables["strongest"]),
+        "Found are those of them that are as strong by EAP or EAP-IG; the correlations are of ranks among them.",
         "## Faithfulness by circuit size\n\n"
         f"Circuits are grown from the logits by absolute score ({HOW} selection) and run on pairs that did not score "
         "them, every other edge carrying the corrupted prompt's value; "
@@ -111,11 +122,11 @@ def _settings(results: Mapping[str, Any]) -> str:
 def _verdict(results: Mapping[str, Any]) -> str:
     tasks = results["tasks"]
     sentences = []
-    for kind in ("pearson", "spearman"):
-        better = [t for t, e in tasks.items() if _higher(e["agreement"], kind)]
+    for kind, what in (("pearson", "agreement"), ("found", "strongest"), ("spearman", "agreement")):
+        better = [t for t, e in tasks.items() if _higher(e[what], kind)]
         worse = [name for name in tasks if name not in better]
-        sentence = f"By {kind.title()}'s correlation EAP-IG agrees better than EAP on {len(better)} of {len(tasks)}"
-        sentences.append(sentence + " tasks" + (f" (not on {', '.join(worse)})." if worse and better else "."))
+        start = _VERDICTS[kind] + f" EAP-IG agrees better than EAP on {len(better)} of {len(tasks)} tasks"
+        sentences.append(start + (f" (not on {', '.join(worse)})." if worse and better else "."))
     return " ".join(sentences)
 
 
@@ -165,6 +176,9 @@ def _tables(results: Mapping[str, Any]) -> dict[str, list[Row]]:
     correlations = tuple(f"{NAMES[m]} {kind}" for kind in ("Pearson", "Spearman") for m in GRADIENTS)
     published = tuple(f"{NAMES[m]} Pearson, paper" for m in GRADIENTS)
     agreement: list[Row] = [("task", "metric", "clean", "corrupted", *correlations, *published)]
+    strongest: list[Row] = [
+        ("task", *(f"found by {NAMES[m]}" for m in GRADIENTS), *(f"{NAMES[m]} Spearman" for m in GRADIENTS))
+    ]
     areas: list[Row] = [
         ("task", *(f"{NAMES[m]} {area}" for area in ("CPR", "CMD") for m in METHODS), "random CPR", "random CMD")
     ]
@@ -177,6 +191,8 @@ def _tables(results: Mapping[str, Any]) -> dict[str, list[Row]]:
         found = [entry["agreement"][method][kind] for kind in ("pearson", "spearman") for method in GRADIENTS]
         said = PAPER_PEARSON.get(task, (None, None))
         agreement.append((task, entry["facts"]["metric"], first["clean"], first["corrupted"], *found, *said))
+        first_hundredth = [entry["strongest"][m][what] for what in ("found", "spearman") for m in GRADIENTS]
+        strongest.append((task, *first_hundredth))
         random = entry["curves"]["eap-ig-inputs"]["baselines"]["random"]
         own = [entry["curves"][method][area] for area in ("cpr", "cmd") for method in METHODS]
         areas.append((task, *own, random["cpr"], random["cmd"]))
@@ -191,6 +207,7 @@ def _tables(results: Mapping[str, Any]) -> dict[str, list[Row]]:
         cross += [(task, o, f["faithfulness"], f["edges"], f["nodes"]) for o, f in results["cross"][task].items()]
     return {
         "agreement": agreement,
+        "strongest": strongest,
         "areas": areas,
         "quadrature": quadrature,
         "curves": curves,

@@ -55,6 +55,9 @@ def test_agreement_is_that_of_scipy(stats: Any, model: Any, experiments: list[Ex
     for method in ("eap", "eap-ig-inputs"):
         values = eap.attribute(model, data, method=method, steps=2).values[edges].double()
         right = exact.values[edges].double()
+        count = max(1, len(right) // 100)
+        by_exact, by_method = (set(x.abs().argsort(descending=True)[:count].tolist()) for x in (right, values))
+        assert entry["strongest"][method]["found"] == len(by_exact & by_method) / count
         assert entry["agreement"][method]["pearson"] == pytest.approx(stats.pearsonr(values, right)[0], abs=1e-6)
         assert entry["agreement"][method]["spearman"] == pytest.approx(stats.spearmanr(values, right)[0], abs=1e-6)
 
@@ -70,6 +73,10 @@ def test_ties_share_a_rank_and_constants_have_no_correlation(stats: Any) -> None
     found = eap.score_agreement(first, second)
     assert found.spearman == pytest.approx(stats.spearmanr(a, b)[0], abs=1e-12)
     assert found.pearson == pytest.approx(stats.pearsonr(a, b)[0], abs=1e-7)
+    few = torch.zeros_like(graph.edge_mask)
+    few[:3] = True
+    a, b = (scores.values[graph.edge_mask & few].numpy() for scores in (first, second))
+    assert eap.score_agreement(first, second, few).spearman == pytest.approx(stats.spearmanr(a, b)[0], abs=1e-12)
     constant = eap.EdgeScores(graph, torch.ones(graph.edge_mask.shape))
     assert np.isnan(eap.score_agreement(first, constant).pearson)
     with pytest.raises(InputError, match="finite"):

@@ -197,3 +197,5 @@ def test_one_file_of_ones_own_from_the_command_line(
     assert str(tmp_path / "out" / "reproduction.md") in result.stdout.replace("\n", "")
     refused = CliRunner().invoke(app, ["reproduce", "tiny", "--tasks", "ioi,none", "--out", str(tmp_path / "no")])
     assert refused.exit_code == 2 and "--tasks" in refused.stderr and not (tmp_path / "no").exists()
+    refused = CliRunner().invoke(app, ["reproduce", "tiny", "--align", "--out", str(tmp_path / "no")])
+    assert refused.exit_code == 2 and "--data" in refused.stderr and not (tmp_path / "no").exists()

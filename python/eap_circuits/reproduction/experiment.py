@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters import bind
 from ..capture import Progress
@@ -36,6 +36,8 @@ from .record import Record
 METHODS = ("eap", "eap-ig-inputs", "exact")
 GRADIENTS = METHODS[:2]
 HOW = "greedy"  # the paper's selection
+LEFT_OUT = 10  # strongest edges, for what the others say
+SHOWN = 3
 STRONGEST = 100  # one edge in so many is among the strongest
 PACKAGES = ("eap-kernels", "torch", "transformers")
 
@@ -186,6 +188,7 @@ def _scores(
 
 def _agree(entry: Record, scores: dict[str, EdgeScores]) -> None:
     exact = scores["exact"]
+    rest = ~exact.select(LEFT_OUT, prune=False).mask
     count = max(1, exact.graph.n_edges // STRONGEST)
     strongest = exact.select(count, prune=False)
 
@@ -195,11 +198,23 @@ def _agree(entry: Record, scores: dict[str, EdgeScores]) -> None:
 
     for method in GRADIENTS:
         entry.at("agreement").get(method, partial(_agreement, scores[method], exact))
+        entry.at("rest").get(method, partial(_agreement, scores[method], exact, rest))
         entry.at("strongest").get(method, partial(of_strongest, scores[method]))
+    entry.get("edges", partial(_edges, scores))
 
 
-def _agreement(first: EdgeScores, second: EdgeScores) -> dict[str, float]:
-    return asdict(score_agreement(first, second))
+def _edges(scores: dict[str, EdgeScores]) -> list[dict[str, Any]]:
+    """The strongest edges by exact patching, and what each method says of them."""
+    graph, found = scores["exact"].graph, []
+    for sender, receiver, _ in scores["exact"].top_edges(SHOWN):
+        place = graph.senders.index(sender), graph.receivers.index(receiver)
+        values = {method: float(scores[method].values[place]) for method in METHODS}
+        found.append({"sender": sender, "receiver": receiver, **values})
+    return found
+
+
+def _agreement(first: EdgeScores, second: EdgeScores, among: Tensor | None = None) -> dict[str, float]:
+    return asdict(score_agreement(first, second, among))
 
 
 def _integrate(

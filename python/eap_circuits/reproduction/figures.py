@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from ..report.curves import saved_curve
 from ..report.style import FAINT, INK, LETTERS, MUTED, NEGATIVE, PAPER, POSITIVE, RC
 from ..report.tables import count
-from .experiment import GRADIENTS, METHODS, STRONGEST
+from .experiment import GRADIENTS, LEFT_OUT, METHODS, STRONGEST
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,21 +78,22 @@ def draw_agreement(results: Mapping[str, Any]) -> Figure:
     """(b) Correlation of EAP's and EAP-IG's scores with exact ones, and which of the strongest edges they find."""
     names = list(results["tasks"])[::-1]
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(8.6, 0.9 + 0.36 * len(names)), layout="constrained")
+        figure = Figure(figsize=(10.4, 0.9 + 0.36 * len(names)), layout="constrained")
         measures = (
             ("agreement", "pearson", "Pearson"),
+            ("rest", "pearson", f"Pearson, all but {LEFT_OUT} edges"),
+            ("agreement", "spearman", "Spearman (ranks)"),
             ("strongest", "found", f"strongest {100 / STRONGEST:g} % found"),
-            ("agreement", "spearman", "Spearman (ranks, all edges)"),
         )
         for index, (what, kind, title) in enumerate(measures):
-            ax = figure.add_subplot(1, 3, index + 1)
+            ax = figure.add_subplot(1, 4, index + 1)
             for row, name in enumerate(names):
                 found = [results["tasks"][name][what][method][kind] for method in GRADIENTS]
                 ax.plot(found, [row, row], color=FAINT, linewidth=2.5, zorder=1)
                 for method, value in zip(GRADIENTS, found, strict=True):
                     label = NAMES[method] if row == 0 else None
                     ax.plot(value, row, "o", color=COLOURS[method], markersize=6, label=label, zorder=3)
-                if kind == "pearson" and name in PAPER_PEARSON:
+                if index == 0 and name in PAPER_PEARSON:
                     for method, value in zip(GRADIENTS, PAPER_PEARSON[name], strict=True):
                         label = f"{NAMES[method]}, GPT-2 in the paper" if row == len(names) - 1 else None
                         mark: dict[str, Any] = {"color": COLOURS[method], "markersize": 6, "markeredgewidth": 1.6}

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..files import write_whole
 from ..report.tables import NONE, count, number
-from .experiment import GRADIENTS, HOW, METHODS, STRONGEST
+from .experiment import GRADIENTS, HOW, LEFT_OUT, METHODS, SHOWN, STRONGEST
 from .figures import NAMES, PAPER_PEARSON, draw_agreement, draw_cross, draw_faithfulness, draw_quadrature
 
 PAGE = "reproduction.md"
@@ -23,9 +23,10 @@ FIGURES = {
     "cross": draw_cross,
 }
 _VERDICTS = {
-    "pearson": "By Pearson's correlation",
-    "found": f"By how many of the strongest {100 / STRONGEST:g} % of the edges it finds",
-    "spearman": "By Spearman's correlation over all edges",
+    ("agreement", "pearson"): "By Pearson's correlation",
+    ("rest", "pearson"): f"Without each task's {LEFT_OUT} strongest edges",
+    ("agreement", "spearman"): "By Spearman's correlation",
+    ("strongest", "found"): f"By how many of the strongest {100 / STRONGEST:g} % it finds",
 }
 _FORMATS: dict[str, dict[str, Any]] = {".png": {"dpi": 110}, ".pdf": {"metadata": {"CreationDate": None}}}
 Row = tuple[Any, ...]
@@ -74,12 +75,13 @@ def page(results: Mapping[str, Any]) -> str:
         _markdown(tables["agreement"]),
         "The correlations are over all edges: Pearson's of the scores, Spearman's of their ranks. "
         "The two columns at the right are the paper's, for GPT-2 small and its own prompts.",
-        "Most edges hardly matter. Patching one of those is a small step away from the clean prompt, whose effect is "
-        "to first order the gradient there, which is EAP; EAP-IG's is a mean over points further away. Ranks over all "
-        "edges are about these, a circuit is not. "
-        f"Among the strongest {100 / STRONGEST:g} % of the edges by exact patching:",
+        "Pearson's correlation weighs the few edges of greatest effect most. Patching an edge of little effect is a "
+        "small step away from the clean prompt, whose effect is to first order the gradient there, which is EAP; "
+        f"EAP-IG's is a mean over points further away. The {SHOWN} strongest edges of each task:",
+        _markdown(tables["edges"]),
+        f"All edges but the {LEFT_OUT} strongest, and the strongest {100 / STRONGEST:g} % by exact patching, of which "
+        "found are those that are as strong by EAP or EAP-IG:",
         _markdown(tables["strongest"]),
-        "Found are those of them that are as strong by EAP or EAP-IG; the correlations are of ranks among them.",
         "## Faithfulness by circuit size\n\n"
         f"Circuits are grown from the logits by absolute score ({HOW} selection) and run on pairs that did not score "
         "them, every other edge carrying the corrupted prompt's value; "
@@ -122,10 +124,10 @@ def _settings(results: Mapping[str, Any]) -> str:
 def _verdict(results: Mapping[str, Any]) -> str:
     tasks = results["tasks"]
     sentences = []
-    for kind, what in (("pearson", "agreement"), ("found", "strongest"), ("spearman", "agreement")):
-        better = [t for t, e in tasks.items() if _higher(e[what], kind)]
+    for (where, kind), what in _VERDICTS.items():
+        better = [t for t, e in tasks.items() if _higher(e[where], kind)]
         worse = [name for name in tasks if name not in better]
-        start = _VERDICTS[kind] + f" EAP-IG agrees better than EAP on {len(better)} of {len(tasks)} tasks"
+        start = what + f" EAP-IG agrees better than EAP on {len(better)} of {len(tasks)} tasks"
         sentences.append(start + (f" (not on {', '.join(worse)})." if worse and better else "."))
     return " ".join(sentences)
 
@@ -176,9 +178,10 @@ def _tables(results: Mapping[str, Any]) -> dict[str, list[Row]]:
     correlations = tuple(f"{NAMES[m]} {kind}" for kind in ("Pearson", "Spearman") for m in GRADIENTS)
     published = tuple(f"{NAMES[m]} Pearson, paper" for m in GRADIENTS)
     agreement: list[Row] = [("task", "metric", "clean", "corrupted", *correlations, *published)]
-    strongest: list[Row] = [
-        ("task", *(f"found by {NAMES[m]}" for m in GRADIENTS), *(f"{NAMES[m]} Spearman" for m in GRADIENTS))
-    ]
+    edges: list[Row] = [("task", "edge", *(NAMES[m] for m in METHODS[::-1]))]
+    parts = {"others' Pearson": ("rest", "pearson"), "found": ("strongest", "found")}
+    parts["Spearman among the strongest"] = "strongest", "spearman"
+    strongest: list[Row] = [("task", *(f"{NAMES[m]}: {part}" for part in parts for m in GRADIENTS))]
     areas: list[Row] = [
         ("task", *(f"{NAMES[m]} {area}" for area in ("CPR", "CMD") for m in METHODS), "random CPR", "random CMD")
     ]
@@ -191,8 +194,11 @@ def _tables(results: Mapping[str, Any]) -> dict[str, list[Row]]:
         found = [entry["agreement"][method][kind] for kind in ("pearson", "spearman") for method in GRADIENTS]
         said = PAPER_PEARSON.get(task, (None, None))
         agreement.append((task, entry["facts"]["metric"], first["clean"], first["corrupted"], *found, *said))
-        first_hundredth = [entry["strongest"][m][what] for what in ("found", "spearman") for m in GRADIENTS]
-        strongest.append((task, *first_hundredth))
+        strongest.append((task, *(entry[where][m][what] for where, what in parts.values() for m in GRADIENTS)))
+        edges += [
+            (task, f"{edge['sender']} → {edge['receiver']}", *(edge[m] for m in METHODS[::-1]))
+            for edge in entry["edges"]
+        ]
         random = entry["curves"]["eap-ig-inputs"]["baselines"]["random"]
         own = [entry["curves"][method][area] for area in ("cpr", "cmd") for method in METHODS]
         areas.append((task, *own, random["cpr"], random["cmd"]))
@@ -208,6 +214,7 @@ def _tables(results: Mapping[str, Any]) -> dict[str, list[Row]]:
     return {
         "agreement": agreement,
         "strongest": strongest,
+        "edges": edges,
         "areas": areas,
         "quadrature": quadrature,
         "curves": curves,

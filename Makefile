@@ -37,14 +37,14 @@ $(VENV)/.test: $(VENV)/.setup
 demo: setup
 	$(BIN)/eap demo
 
-# OpenMP threads that spin while they wait stand still where other processes use the cores.
-test test-all: export OMP_WAIT_POLICY = PASSIVE
-
+# Two processes, each with a thread of its own: tests are small, and OpenMP threads that spin while they wait stand still
+# where other processes use the cores.
+PYTEST := OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
 test: $(VENV)/.test
-	$(BIN)/pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.test
-	$(BIN)/pytest -q
+	$(PYTEST)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -12,7 +12,6 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ..report.curves import saved_curve
 from ..report.style import FAINT, INK, LETTERS, MUTED, NEGATIVE, PAPER, POSITIVE, RC
-from ..report.tables import count
 from .experiment import GRADIENTS, LEFT_OUT, METHODS, STRONGEST
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def draw_faithfulness(results: Mapping[str, Any]) -> Figure:
                 zorder=3,
             )
         ax.set_xscale("symlog", linthresh=10)
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(round(value))))
+        ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
         ax.xaxis.set_minor_formatter(NullFormatter())
         # One circuit far out of the range must not hide what the others do.
         shown = [f for curve in curves.values() for f in curve.faithfulness if math.isfinite(f)]
@@ -136,7 +135,7 @@ def draw_cross(results: Mapping[str, Any]) -> Figure:
     """(d) What the tasks' circuits share, beside what each does on the others' prompts."""
     names = list(results["cross"])
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(4.2 + 0.95 * len(names), 1.9 + 0.31 * len(names)), layout="constrained")
+        figure = Figure(figsize=(4.2 + 0.95 * len(names), 2.5 + 0.42 * len(names)), layout="constrained")
         titles = {"edges": "edges shared", "nodes": "nodes shared", "faithfulness": "faithfulness"}
         for index, (kind, title) in enumerate(titles.items()):
             ax = figure.add_subplot(1, 3, index + 1)
@@ -178,6 +177,10 @@ def _panels(names: Sequence[str], panel: Callable[[Axes, str], None], x: str, y:
         handles, labels = ax.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8, labelcolor=INK)
         return figure
+
+
+def _thousands(value: float, _: int) -> str:
+    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
 
 
 def _finish(ax: Axes, grid: str) -> None:

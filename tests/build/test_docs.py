@@ -1,10 +1,12 @@
 """README and docs say what the committed results say."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from bench import tables
+from eap_circuits.reproduction.page import page as page_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,3 +60,8 @@ def test_the_table_of_methods_is_that_of_the_registry():
     methods = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(methods)
     assert methods.page() == methods.PAGE.read_text()
+
+
+def test_the_page_of_the_comparison_says_what_its_results_say():
+    results = json.loads((ROOT / "docs" / "reproduction" / "results.json").read_text())
+    assert page_of(results) == (ROOT / "docs" / "reproduction.md").read_text()

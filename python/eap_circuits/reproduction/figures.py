@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ..report.curves import saved_curve
 from ..report.style import FAINT, INK, LETTERS, MUTED, NEGATIVE, PAPER, POSITIVE, RC
+from ..report.tables import number
 from .experiment import GRADIENTS, LEFT_OUT, METHODS, STRONGEST
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def draw_cross(results: Mapping[str, Any]) -> Figure:
                 for j, value in enumerate(row):
                     if value is not None:
                         colour = PAPER if value > 1 and kind == "faithfulness" else INK
-                        ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7)
+                        ax.text(j, i, number(value, 2), ha="center", va="center", color=colour, fontsize=7)
             ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
             ax.set_yticks(range(len(names)), names if index == 0 else [""] * len(names))
             ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=7.5, length=0)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_whole
+from ..report.curves import saved_curve, smallest_faithful
 from ..report.tables import NONE, count, number
 from .experiment import GRADIENTS, HOW, LEFT_OUT, METHODS, SHOWN, STRONGEST
 from .figures import NAMES, PAPER_PEARSON, draw_agreement, draw_cross, draw_faithfulness, draw_quadrature
@@ -88,9 +89,9 @@ def page(results: Mapping[str, Any]) -> str:
         f"{settings['draws']} random connected circuits of each size beside them.",
         "![Faithfulness against edges kept](reproduction/faithfulness.png)",
         _markdown(tables["areas"]),
-        "CPR is the area under the curve over the share of edges kept (more is better), CMD the area between it and 1 "
-        "(less is better), as the MIB benchmark defines them "
-        "([arXiv 2504.13151](https://arxiv.org/abs/2504.13151)).",
+        f"Edges are those of a curve's smallest circuit with a faithfulness of {settings['faithful']} or more. CPR is "
+        "the area under the curve over the share of edges kept (more is better), CMD the area between it and 1 (less "
+        "is better), as the MIB benchmark defines them ([arXiv 2504.13151](https://arxiv.org/abs/2504.13151)).",
         "## Steps of integration\n\n"
         f"Distance of the scores from those of {settings['reference']} Gauss–Legendre steps, relative to their norm.",
         "![Relative error against steps](reproduction/quadrature.png)",
@@ -174,7 +175,7 @@ def _errors(results: Mapping[str, Any]) -> list[Row]:
 
 def _tables(results: Mapping[str, Any]) -> dict[str, list[Row]]:
     """Rows of plain values, headings first."""
-    tasks = results["tasks"]
+    tasks, faithful = results["tasks"], results["request"]["settings"]["faithful"]
     correlations = tuple(f"{NAMES[m]} {kind}" for kind in ("Pearson", "Spearman") for m in GRADIENTS)
     published = tuple(f"{NAMES[m]} Pearson, paper" for m in GRADIENTS)
     agreement: list[Row] = [("task", "metric", "clean", "corrupted", *correlations, *published)]
@@ -183,7 +184,12 @@ def _tables(results: Mapping[str, Any]) -> dict[str, list[Row]]:
     parts["Spearman among the strongest"] = "strongest", "spearman"
     strongest: list[Row] = [("task", *(f"{NAMES[m]}: {part}" for part in parts for m in GRADIENTS))]
     areas: list[Row] = [
-        ("task", *(f"{NAMES[m]} {area}" for area in ("CPR", "CMD") for m in METHODS), "random CPR", "random CMD")
+        (
+            "task",
+            *(f"{NAMES[m]} {area}" for area in ("edges", "CPR", "CMD") for m in METHODS),
+            "random CPR",
+            "random CMD",
+        )
     ]
     quadrature: list[Row] = [("task", "quadrature", "steps", "relative error", "Pearson with exact")]
     curves: list[Row] = [("task", "circuits of", "share of edges", "edges", "faithfulness")]
@@ -201,15 +207,16 @@ def _tables(results: Mapping[str, Any]) -> dict[str, list[Row]]:
         ]
         random = entry["curves"]["eap-ig-inputs"]["baselines"]["random"]
         own = [entry["curves"][method][area] for area in ("cpr", "cmd") for method in METHODS]
-        areas.append((task, *own, random["cpr"], random["cmd"]))
+        sizes = [_faithful_size(entry["curves"][method], faithful) for method in METHODS]
+        areas.append((task, *sizes, *own, random["cpr"], random["cmd"]))
         for name, points in entry["quadrature"].items():
             quadrature += [(task, name, int(m), points[m]["error"], points[m]["pearson"]) for m in points]
         for name, curve in {**entry["curves"], "random": None}.items():
             values = random["faithfulness"] if curve is None else curve["faithfulness"]
             sizes = entry["curves"]["eap-ig-inputs"] if curve is None else curve
             curves += [(task, name, *row) for row in zip(sizes["fractions"], sizes["n_edges"], values, strict=True)]
-        faithful = results["cross"][task][task]["faithfulness"]
-        circuits.append((task, entry["circuit"]["n_edges"], entry["circuit"]["n_nodes"], faithful))
+        own_prompts = results["cross"][task][task]["faithfulness"]
+        circuits.append((task, entry["circuit"]["n_edges"], entry["circuit"]["n_nodes"], own_prompts))
         cross += [(task, o, f["faithfulness"], f["edges"], f["nodes"]) for o, f in results["cross"][task].items()]
     return {
         "agreement": agreement,
@@ -221,6 +228,11 @@ def _tables(results: Mapping[str, Any]) -> dict[str, list[Row]]:
         "circuits": circuits,
         "cross": cross,
     }
+
+
+def _faithful_size(curve: Any, at_least: float) -> int:
+    found = saved_curve(curve)
+    return found.n_edges[smallest_faithful(found, at_least)]
 
 
 def _markdown(rows: Sequence[Row]) -> str:

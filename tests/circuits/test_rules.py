@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import eap_circuits as eap
 from eap_circuits.adapters import bind
 from eap_circuits.capture import RULES, Hooks, Rules, borrowed
+from eap_circuits.capture.ablation import find_constants
 from eap_circuits.capture.rules import BackwardRules, _Attention
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.methods.quadrature import QUADRATURES
@@ -548,3 +549,18 @@ def test_the_page_has_every_rule():
     page = (Path(__file__).parents[2] / "docs" / "rules.md").read_text(encoding="utf-8")
     table = [f"| `{rules.name}` | {rules.description} |" for rules in RULES.values()]
     assert "\n".join(["| rules | what it is |", "|---|---|", *table, ""]) in page
+
+
+@pytest.mark.parametrize("method", ["eap", "eap-ig-inputs"])
+@pytest.mark.parametrize("rules", [None, "relp", "gim"])
+def test_scores_are_linear_in_what_takes_a_contributions_place(rules, method, kind, make_model, make_pairs, relative):
+    """Gradients do not know the ablation, whatever takes their place: half the mean gives the mean of two scores."""
+    model, data = make_model(kind), make_pairs(n=3)
+    arch = bind(model)
+    with borrowed(model):
+        half = find_constants(arch, "mean", data).map(lambda x: x / 2)
+    zero, mean, between = (
+        eap.attribute(model, data, method=method, steps=2, rules=rules, ablation=ablation).values
+        for ablation in ("zero", "mean", half)
+    )
+    assert relative(between, (zero + mean) / 2) < 1e-5

@@ -11,6 +11,7 @@ from eap_kernels import Nodes
 from ..adapters import Layer
 from .borrow import Hooks
 from .runner import Runner
+from .senders import heads_of
 
 
 class Contributions:
@@ -37,9 +38,8 @@ class Contributions:
         """The senders' differences, this pass's contributions less another's, in the graph's order."""
         nodes = [Nodes((self.embedding - other.embedding)[:, None])]
         for index, layer in enumerate(self._arch.layers):
-            weight = layer.out_weight(self._arch.accumulate)  # [H, K, D]
-            values = (self.values[index] - other.values[index]).unflatten(1, weight.shape[:2])
-            nodes += [Nodes(values, weight), Nodes((self.mlps[index] - other.mlps[index])[:, None])]
+            heads = heads_of(layer, self.values[index] - other.values[index])
+            nodes += [heads, Nodes((self.mlps[index] - other.mlps[index])[:, None])]
         return nodes
 
     def _rows(self, x: Tensor) -> Tensor:

@@ -64,14 +64,12 @@ class PatchedEdges:
         return logits.unflatten(0, (len(edges), -1))
 
     def _register(self, start: int, sites: dict[str, list[tuple[int, int, int]]], copies: int, hooks: Hooks) -> None:
-        for layer, result in zip(self._arch.layers[:start], self._clean.results, strict=False):
-            hooks.pass_through(layer.module, result)
+        self._clean.layers.start_at(start, copies, hooks)
         if start == len(self._arch.layers):
             norm = self._arch.final_norm
             hooks.on_input(norm.module, lambda _: self._patched(norm, sites["logits"]).flatten(0, 1))
             return
         layer = self._arch.layers[start]
-        hooks.on_input(layer.module, lambda _: self._clean.inputs[start].repeat(copies, 1, 1))
         for module, columns in self._runner.projection_sites(start):
             self._patch_projection(start, layer, module, columns, sites, copies, hooks)
         if "mlp" in sites:

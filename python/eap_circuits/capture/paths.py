@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .borrow import Hooks
 from .runner import Runner
 from .senders import SenderDifferences
+from .start import LayerInputs
 
 _ROUNDING = 2**-6  # relative; of embeddings scaled in bfloat16, with room
 
@@ -52,25 +53,19 @@ class GroupPaths:
                 Group(2 * index + 1, graph.head_senders(index), index, out, layer.scale),
                 Group(2 * index + 2, slice(mlp, mlp + 1), index, layer.mlp_out, layer.scale),
             ]
-        self._inputs: list[Tensor] = []  # of each layer in the clean run, [E, T, D]
-        self._results: list[object] = []  # of what kind each layer's result is
+        self._layers = LayerInputs(arch.layers)
 
         def register(hooks: Hooks) -> None:
             senders.register_clean(hooks)
-            for layer in arch.layers:
-                hooks.on_input(layer.module, self._inputs.append)
-                hooks.on_result(layer.module, self._keep_kind)
+            self._layers.watch(hooks)
 
         with torch.no_grad():
             senders.clean_logits = runner.logits(senders.clean_embeddings, register)
 
-    def _keep_kind(self, result: object) -> None:
-        self._results.append((None,) * len(result) if isinstance(result, tuple) else None)
-
     @property
     def only_tokens(self) -> bool:
         """Does the first layer read the token embeddings alone, without position embeddings?"""
-        difference = (self._inputs[0] - self._senders.clean_embeddings).norm()
+        difference = (self._layers.first - self._senders.clean_embeddings).norm()
         return bool(difference < _ROUNDING * self._senders.clean_embeddings.norm())
 
     def embeddings(self, group: Group, alphas: Tensor) -> Tensor:
@@ -88,12 +83,8 @@ class GroupPaths:
     def _register(self, group: Group, alphas: Tensor, hooks: Hooks) -> None:
         if group.module is None:
             return
-        copies = len(alphas)
         if not self._through:
-            for layer, result in zip(self._runner.arch.layers[: group.layer], self._results, strict=False):
-                hooks.pass_through(layer.module, result)
-            start, x = self._runner.arch.layers[group.layer], self._inputs[group.layer]
-            hooks.on_input(start.module, lambda _: x.repeat(copies, 1, 1))
+            self._layers.start_at(group.layer, len(alphas), hooks)
         # Before the group all is the clean run's, so the module gives the clean contribution itself.
         towards = self._towards(group)
         moved = ((1 - alphas).to(towards)[:, None, None, None] * towards).flatten(0, 1).requires_grad_()
@@ -101,7 +92,7 @@ class GroupPaths:
 
     def _towards(self, group: Group) -> Tensor:
         """Ablated less clean output of the group's module, or embedding, [E, T, D]; zero but for the batch's rows."""
-        batch, nodes = self._runner.batch, self._senders.nodes()[group.index]
+        batch, nodes = self._runner.batch, self._senders.group(group.index)
         x = nodes.values.flatten(1)  # [n, D], or [n, H·K]
         x = x if nodes.weight is None else x @ nodes.weight.flatten(0, 1)
         like = self._senders.clean_embeddings

@@ -12,15 +12,17 @@ from ..adapters import Layer, Norm
 from .ablation import Constants, at_tokens
 from .borrow import Hooks
 from .runner import Runner
+from .start import LayerInputs
 
 
 class RecordedRun:
     """A run of a batch's clean or corrupted tokens, or with all senders ablated, as far as runs that differ from it
     read it.
 
-    Holds `embeddings` [E, T, D] and `logits` [E, V] and, per layer, its input [E, T, D], what the norms read [E, T, D],
-    the projections' outputs [E, T, heads·K] (per query head where the graph is), what the heads write [E, T, H·K] and
+    Holds `embeddings` [E, T, D] and `logits` [E, V] and what the norms read [E, T, D] and, per layer, the projections'
+    outputs [E, T, heads·K] (per query head where the graph is), what the heads write [E, T, H·K] and
     the MLP's output [E, T, D]; all of a corrupted run but the logits where it is aligned with the clean prompts.
+    `layers`, of a clean run: where others may start.
 
     Args:
         runner: the model on one batch.
@@ -36,8 +38,7 @@ class RecordedRun:
             embeddings = at_tokens(constants.embedding, batch).to(embeddings.dtype, copy=True)
         self.embeddings = embeddings
         aligned: Callable[[Tensor], Tensor] = batch.aligned if corrupted else lambda x: x
-        self.inputs: list[Tensor] = []
-        self.results: list[object] = []  # of what kind each layer's result is
+        self.layers = LayerInputs(arch.layers)
         self.norm_inputs: dict[int, Tensor] = {}
         self.projections: list[dict[str, Tensor]] = []
         self.values: list[Tensor] = []
@@ -63,9 +64,9 @@ class RecordedRun:
             hooks.on_input(arch.layers[0].module, begin)
             for norm in arch.norms:
                 hooks.on_input(norm.module, read(norm))
+            if not corrupted and constants is None:
+                self.layers.watch(hooks)
             for index, layer in enumerate(arch.layers):
-                hooks.on_input(layer.module, lambda x: self.inputs.append(aligned(x)))
-                hooks.on_result(layer.module, self._keep_kind)
                 self.projections.append({})
                 for module, columns in runner.projection_sites(index):
                     hooks.on_output(module, partial(project, index, columns))
@@ -76,6 +77,3 @@ class RecordedRun:
         # Constants may be learned.
         with torch.set_grad_enabled(constants is not None and torch.is_grad_enabled()):
             self.logits = runner.logits(embeddings, register, int(corrupted))
-
-    def _keep_kind(self, result: object) -> None:
-        self.results.append((None,) * len(result) if isinstance(result, tuple) else None)

@@ -88,8 +88,19 @@ class SenderDifferences:
 
     def nodes(self) -> list[Nodes]:
         """The senders, in the graph's order."""
-        nodes = [Nodes(self.embedding[:, None])]
-        for layer, values, mlp in zip(self.arch.layers, self.values, self.mlps, strict=True):
-            weight = layer.out_weight(values.dtype)  # [H, K, D]
-            nodes += [Nodes(values.unflatten(1, weight.shape[:2]), weight), Nodes(mlp[:, None])]
-        return nodes
+        return [self.group(index) for index in range(1 + 2 * len(self.arch.layers))]
+
+    def group(self, index: int) -> Nodes:
+        """One of `nodes`: the embedding, then each layer's heads and its MLP."""
+        if index == 0:
+            return Nodes(self.embedding[:, None])
+        layer, is_mlp = divmod(index - 1, 2)
+        if is_mlp:
+            return Nodes(self.mlps[layer][:, None])
+        return heads_of(self.arch.layers[layer], self.values[layer])
+
+
+def heads_of(layer: Layer, values: Tensor) -> Nodes:
+    """A layer's heads, given their values [n, H·K]."""
+    weight = layer.out_weight(values.dtype)  # [H, K, D]
+    return Nodes(values.unflatten(1, weight.shape[:2]), weight)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..capture import Batch, GroupPaths, ReceiverGradients, Run, Runner, SenderDifferences
 from ..graph import Graph
-from .gradient import chunks, loss_of, points_held, steps_at_once
+from .gradient import chunks, contracted, loss_of, points_held, steps_at_once
 from .gradient import score_batch as score_along_inputs
 from .quadrature import Path
 from .statistics import BatchScores
@@ -39,9 +39,10 @@ def score_batch(
     A run starts at its group's layer, from the clean run's residual stream: what comes before is the clean run.
     `phase` is called after the passes over each chunk of a group's path, and after its contraction.
     """
-    scores = BatchScores(run, graph, batch)
-    clean = [point for point in path if point[0] == 1.0]
-    if clean and not every_edge:
+    clean = [point for point in path if point[0] == 1.0 and not every_edge]
+    if not clean:
+        scores = BatchScores(run, graph, batch)
+    else:
         # The clean prompts are a point of every group's path: EAP's one pass is that point of all of them.
         path = [point for point in path if point[0] != 1.0]
         scores = score_along_inputs(run, graph, clean, batch, tokens, held, None if path else phase)
@@ -69,15 +70,13 @@ def score_batch(
             for part in chunks(together, size):
                 alphas, weights = torch.tensor(part, dtype=torch.float64).T
                 receivers.run(paths.embeddings(group, alphas), weights, loss, paths.watch(group, alphas))
-            if phase is not None:
-                phase()
-            nodes, own = senders.nodes(), slice(None)
-            reach, times = graph.reach[readers], 1 / len(paths.groups)
-            if not every_edge:
-                nodes, own = [nodes[group.index]], group.senders
-                reach, times = torch.full_like(reach, nodes[0].values.shape[1]), 1.0
-            scores.add(nodes, receivers.nodes(), reach, (own, readers), times)
-            receivers.clear()
-            if phase is not None:
-                phase()
+            with contracted(receivers, phase):
+                reach = graph.reach[readers]
+                if every_edge:
+                    whole = slice(None), readers
+                    scores.add(senders.nodes(), receivers.nodes(), reach, whole, 1 / len(paths.groups))
+                else:
+                    own = senders.group(group.index)
+                    seen = torch.full_like(reach, own.values.shape[1])
+                    scores.add([own], receivers.nodes(), seen, (group.senders, readers))
     return scores

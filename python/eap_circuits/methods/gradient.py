@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -80,13 +81,20 @@ def score_batch(
             points = torch.cat([torch.lerp(corrupted, clean, alpha) for alpha, _ in part])
             watch = senders.register_clean if senders.clean_logits is None else None
             receivers.run(points, torch.tensor([weight for _, weight in part]), loss, watch)
-        if phase is not None:
-            phase()
-        scores.add(senders.nodes(), receivers.nodes())
-        receivers.clear()
-        if phase is not None:
-            phase()
+        with contracted(receivers, phase):
+            scores.add(senders.nodes(), receivers.nodes())
     return scores
+
+
+@contextlib.contextmanager
+def contracted(receivers: ReceiverGradients, phase: Callable[[], None] | None) -> Iterator[None]:
+    """Around the contraction of what has been accumulated, which is forgotten then; `phase` is called at both ends."""
+    if phase is not None:
+        phase()
+    yield
+    receivers.clear()
+    if phase is not None:
+        phase()
 
 
 def loss_of(run: Run, batch: Batch, points: Iterable[Tensor], clean: Tensor, corrupted: Tensor) -> Tensor:

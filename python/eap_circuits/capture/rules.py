@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -74,7 +74,6 @@ class BackwardRules:
 
     def __init__(self, rules: Rules, arch: Architecture) -> None:
         self._rules, self._arch = rules, arch
-        self._kinds = Kinds()
         # In the layer that is running, and in the activation function that is.
         self._patterns = self._activations = 0
         self._active = False
@@ -87,8 +86,7 @@ class BackwardRules:
                 pattern that could be told apart.
         """
         norms = [self._arch.final_norm]
-        for index, layer in enumerate(self._arch.layers):
-            found, activations = nonlinear_parts(layer, self._arch.d_model, self._kinds)
+        for index, (layer, (found, activations)) in enumerate(zip(self._arch.layers, self._parts, strict=True)):
             norms += found
             for module in activations:
                 hooks.replace_forward(module, partial(self._activate, module.forward))
@@ -99,6 +97,12 @@ class BackwardRules:
                 hooks.on_input(layer.out, _halved_copy)
         for norm in norms:
             hooks.replace_forward(norm.module, partial(_normalise, norm, norm.module.forward))
+
+    @cached_property
+    def _parts(self) -> list[tuple[list[Norm], list[nn.Module]]]:
+        """Each layer's norms and activation functions: found by running them, so once for all passes."""
+        kinds = Kinds()
+        return [nonlinear_parts(layer, self._arch.d_model, kinds) for layer in self._arch.layers]
 
     @property
     def _changes_attention(self) -> bool:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from eap_kernels.info import processor
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Run = Callable[[], object]
 # More than any GPU's L2 cache: written before each timed call, so that its operands come from memory.
@@ -111,9 +113,8 @@ def _output(*command: str) -> str:
 
 def machine() -> dict[str, object]:
     """The processor, and the GPU where there is one."""
-    names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     facts: dict[str, object] = {
-        "processor": names[0] if names else platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
     }

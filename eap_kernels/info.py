@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import platform
+import re
+from pathlib import Path
 
 import torch
 
 import eap_kernels
 from eap_kernels import _native
+
+
+def processor() -> str:
+    """The processor's name where the system tells it, else its kind."""
+    listed = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", listed.read_text() if listed.is_file() else "", re.MULTILINE)
+    return names[0] if names else platform.machine()
 
 
 def facts() -> dict[str, str]:

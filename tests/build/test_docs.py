@@ -1,5 +1,6 @@
 """README and docs say what the committed results say."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -34,14 +35,17 @@ def test_links_and_pictures_of_the_docs_exist():
             assert target.startswith("http") or (page.parent / target).exists(), (page.name, target)
 
 
-def test_the_table_of_models_is_that_of_the_committed_checks_and_has_every_family():
-    import importlib.util
-    import json
-
-    spec = importlib.util.spec_from_file_location("models", ROOT / "docs" / "models.py")
+def script(name):
+    """The module docs/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    models = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(models)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_models_is_that_of_the_committed_checks_and_has_every_family():
+    models = script("models")
     assert models.page() == models.PAGE.read_text()
     from tests.circuits.conftest import CONFIGS
 
@@ -53,12 +57,7 @@ def test_the_table_of_models_is_that_of_the_committed_checks_and_has_every_famil
 
 
 def test_the_table_of_methods_is_that_of_the_registry():
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("methods", ROOT / "docs" / "methods.py")
-    assert spec is not None and spec.loader is not None
-    methods = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(methods)
+    methods = script("methods")
     assert methods.page() == methods.PAGE.read_text()
 
 

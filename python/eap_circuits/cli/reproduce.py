@@ -60,7 +60,7 @@ def reproduce(
 
       eap reproduce gpt2 --data pairs.csv --scored 8
     """
-    from ..errors import expected, one_of
+    from ..errors import one_of
     from ..reproduction import Experiment, Settings, write_page
     from ..reproduction import reproduce as measure
     from ..tasks import TASKS, PairedDataset
@@ -69,8 +69,8 @@ def reproduce(
     names = tasks.split(",") if tasks else [] if files else list(TASKS)
     for name in names:
         one_of("--tasks", name, TASKS)
-    if align and not files:
-        raise expected("--align", "--data with it (the pairs of a task are equally long)", "no --data")
+    if not files:
+        session.check_align(align, "no --data")
     for file in files:
         session.Prompts(None, file).check()
     settings = Settings(scored=scored, pairs=n, seed=seed, steps=steps, draws=draws)

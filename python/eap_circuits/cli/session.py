@@ -43,8 +43,8 @@ class Prompts:
         if self.ablation_data is not None and not self.ablation_data.is_file():
             raise expected(f"--ablation-data {self.ablation_data}", "a file", "nothing there")
         one_of("--ablation", ablation, ABLATIONS)
-        if self.align and self.data is None:
-            raise expected("--align", "--data with it (the pairs of a task are equally long)", f"--task {self.task}")
+        if self.data is None:
+            check_align(self.align, f"--task {self.task}")
         if metric is not None:
             one_of("--metric", metric, DIFFERENTIABLE if gradient else METRICS)
 
@@ -60,6 +60,12 @@ class Prompts:
         from ..tasks import PairedDataset
 
         return None if self.ablation_data is None else PairedDataset.from_file(self.ablation_data, tokenizer)
+
+
+def check_align(align: bool, found: str) -> None:
+    """Of a command without files of prompts."""
+    if align:
+        raise expected("--align", "--data with it (the pairs of a task are equally long)", found)
 
 
 def load_model(name: str, dtype: str | None = None, device: str | None = None) -> tuple[Any, Any]:

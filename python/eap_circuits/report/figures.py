@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -88,16 +88,21 @@ def draw_curve(curve: CurveLike, ax: Axes | None = None) -> Figure:
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_xlabel(_curve_caption(curve), color=INK, linespacing=1.7)
         ax.set_ylabel("faithfulness", color=INK)
-        ax.tick_params(which="both", colors=MUTED, labelcolor=INK)
-        ax.grid(axis="y", color=FAINT, linewidth=0.6)
-        ax.set_axisbelow(True)
-        ax.set_facecolor("none")
-        for side, spine in ax.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(MUTED)
+        finish(ax, "y")
         found = ax.get_figure(root=True)
         assert isinstance(found, Figure)
         return found
+
+
+def finish(ax: Axes, grid: Literal["x", "y"]) -> None:
+    """Ticks, spines and grid lines of axes that show a measurement."""
+    ax.tick_params(which="both", colors=MUTED, labelcolor=INK)
+    ax.grid(axis=grid, color=FAINT, linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.set_facecolor("none")
+    for side, spine in ax.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(MUTED)
 
 
 def _draw_baseline(ax: Axes, name: str, baseline: BaselineLike, sizes: list[int], order: list[int]) -> None:

@@ -9,8 +9,6 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -21,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eap_kernels.info import processor
+
 from ..adapters import bind
 from ..capture import Progress
 from ..errors import expected, one_of
@@ -29,7 +29,7 @@ from ..graph import Circuit, EdgeScores, edge_overlap, node_overlap, score_agree
 from ..methods import QUADRATURES, attribute, data_identity, model_identity
 from ..metrics import DIFFERENTIABLE
 from ..report.curves import saved_curve, smallest_faithful
-from ..report.tables import installed
+from ..report.tables import versions
 from ..tasks import PairedDataset, load_task
 from .record import Record
 
@@ -39,7 +39,6 @@ HOW = "greedy"  # the paper's selection
 LEFT_OUT = 10  # strongest edges, for what the others say
 SHOWN = 3
 STRONGEST = 100  # one edge in so many is among the strongest
-PACKAGES = ("eap-kernels", "torch", "transformers")
 
 Watch = Callable[[str], AbstractContextManager[Progress]]
 
@@ -166,11 +165,8 @@ def environment(model: nn.Module) -> dict[str, Any]:
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     else:
-        listed = Path("/proc/cpuinfo")
-        names = re.findall(r"^model name\s*: (.+)$", listed.read_text() if listed.is_file() else "", re.MULTILINE)
-        machine = f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} of {os.cpu_count()} cores"
-    versions = {"python": platform.python_version()}
-    return {"machine": machine, "versions": versions | {name: installed(name) for name in PACKAGES}}
+        machine = f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    return {"machine": machine, "versions": dict(versions({}))}
 
 
 def _scores(

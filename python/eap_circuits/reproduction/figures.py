@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ..report.curves import saved_curve
+from ..report.figures import finish
 from ..report.style import FAINT, INK, LETTERS, MUTED, NEGATIVE, PAPER, POSITIVE, RC
 from ..report.tables import number
 from .experiment import GRADIENTS, LEFT_OUT, METHODS, STRONGEST
@@ -101,7 +102,8 @@ def draw_agreement(results: Mapping[str, Any]) -> Figure:
             ax.set_yticks(range(len(names)), names if index == 0 else [""] * len(names))
             ax.set_ylim(-0.6, len(names) - 0.5)
             ax.set_xlim(right=1.02)
-            _finish(ax, "x")
+            finish(ax, "x")
+            ax.tick_params(which="both", labelsize=8)
             ax.set_xlabel(title, color=INK)
             if index == 0:
                 handles, labels = ax.get_legend_handles_labels()
@@ -169,7 +171,8 @@ def _panels(names: Sequence[str], panel: Callable[[Axes, str], None], x: str, y:
         for index, name in enumerate(names):
             ax = figure.add_subplot(rows, columns, index + 1)
             panel(ax, name)
-            _finish(ax, "y")
+            finish(ax, "y")
+            ax.tick_params(which="both", labelsize=8)
             ax.set_title(name, color=INK, fontsize=9)
             if index + columns >= len(names):
                 ax.set_xlabel(x, color=INK)
@@ -182,12 +185,3 @@ def _panels(names: Sequence[str], panel: Callable[[Axes, str], None], x: str, y:
 
 def _thousands(value: float, _: int) -> str:
     return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
-
-
-def _finish(ax: Axes, grid: str) -> None:
-    ax.grid(axis=grid, color=FAINT, linewidth=0.6)  # type: ignore[arg-type]
-    ax.set_axisbelow(True)
-    ax.tick_params(which="both", colors=MUTED, labelcolor=INK, labelsize=8)
-    for side, spine in ax.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(MUTED)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 COMMANDS = ("demo", "attribute", "evaluate", "curve", "report", "tasks", "check", "info")
-SOURCES = [str(folder) for folder in (Path(__file__).parents[2] / "python", Path(__file__).parents[2])]
+SOURCES = [str(folder) for folder in (Path(__file__).parents[3] / "python", Path(__file__).parents[3])]
 
 
 def eap(*args: str, code: int = 0) -> subprocess.CompletedProcess[str]:

@@ -39,10 +39,12 @@ class Hooks:
 
     Args:
         tokens: T.
+        select: what of [B, T, X] hooks see that only read.
     """
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, select: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
         self._tokens = tokens
+        self._select = select
         self._stack = ExitStack()
 
     def __enter__(self) -> Hooks:
@@ -75,10 +77,11 @@ class Hooks:
         self._stack.callback(module.register_forward_hook(after).remove)
 
     def _call(self, hook: Callable[[torch.Tensor], torch.Tensor | None], x: torch.Tensor) -> torch.Tensor | None:
-        if x.dim() > 2:
-            return hook(x)
-        new = hook(x.unflatten(0, (x.shape[0] // self._tokens, self._tokens)))
-        return None if new is None else new.flatten(0, 1)
+        whole = x if x.dim() > 2 else x.unflatten(0, (x.shape[0] // self._tokens, self._tokens))
+        if self._select is not None:
+            return hook(self._select(whole))
+        new = hook(whole)
+        return new if new is None or x.dim() > 2 else new.flatten(0, 1)
 
     def set_attribute(self, module: nn.Module, name: str, value: object) -> None:
         """Give the module another value of a plain attribute until exit."""

@@ -21,23 +21,26 @@ class Prefix:
     """The prefixes of a batch.
 
     Args:
-        model: a causal language model.
         batch: the examples; each has a prefix or none has.
-        options: further arguments of the model's forward for a run whose logits are not needed.
+        ran: what a run of the prefixes, and maybe of more after them, left in its cache.
+        which: int64 [E], the row of that run with each example's prefix.
+        spread: how often the run's keys and values of each layer stand side by side.
     """
 
-    def __init__(self, model: Any, batch: Batch, options: dict[str, Any]) -> None:
+    def __init__(self, batch: Batch, ran: DynamicCache, which: Tensor, spread: list[int]) -> None:
         start, longest = batch.start, batch.prefix.shape[1]
-        with torch.no_grad():
-            ran = _run(model, batch.prefix, options)
         self._start = start
         self._aligned = bool((start == longest).all())
-        if len(batch.prefix) > 1:
-            # Place p of an example holds its token p - (longest - start).
-            source = torch.arange(longest, device=start.device) - (longest - start)[:, None]
-            which, source = batch.prefix_of[:, None], source.clamp(min=0)
-            ran = [[x.transpose(1, 2)[which, source].transpose(1, 2) for x in pair] for pair in ran]  # [E, G, P, K]
-        self.cache = Cache(layers=[_Before(keys, values) for keys, values in ran])
+        # Place p of an example holds its token p - (longest - start).
+        source = (torch.arange(longest, device=start.device) - (longest - start)[:, None]).clamp(min=0)
+
+        def place(x: Tensor) -> Tensor:
+            """[rows, G, at least P, K] -> [E, G, P, K], or [1, G, P, K] for all."""
+            return x[:, :, :longest] if len(x) == 1 else x.transpose(1, 2)[which[:, None], source].transpose(1, 2)
+
+        layers: Any = ran.layers
+        kept = [(place(x.keys[:, ::n]), place(x.values[:, ::n])) for x, n in zip(layers, spread, strict=True)]
+        self.cache = Cache(layers=[_Before(*pair) for pair in kept])
         self._longest = longest
 
     def arguments(self, suffix: int, copies: int) -> dict[str, Any]:
@@ -68,22 +71,26 @@ class _Before(DynamicLayer):
 
 def _before(kept: Tensor, new: Tensor) -> Tensor:
     """kept for every copy of the batch, and for every query head where `new` has them, then new."""
-    rows, heads = new.shape[0] // kept.shape[0], new.shape[1] // kept.shape[1]
-    if heads > 1:
-        kept = kept.repeat_interleave(heads, 1)
-    kept = kept.expand(rows, -1, -1, -1) if len(kept) == 1 else kept.repeat(rows, 1, 1, 1)
-    return torch.cat([kept, new], -2)
+    (rows, groups), heads = kept.shape[:2], new.shape[1] // kept.shape[1]
+    parts = new.view(-1, rows, groups, heads, *new.shape[2:])
+    ahead = kept[:, :, None].expand(len(parts), -1, -1, heads, -1, -1)
+    return torch.cat([ahead, parts], -2).view(len(new), groups * heads, -1, new.shape[3])
 
 
-def _run(model: Any, prefixes: Tensor, options: dict[str, Any]) -> list[list[Tensor]]:
-    """Keys and values [U, G, P, K] of every layer."""
-    cache, rest = DynamicCache(), prefixes
+def run_prefixes(model: Any, prefixes: Tensor) -> DynamicCache:
+    """The cache of a run of prefixes int64 [U, P], of which `beginning` ran alone where that pays."""
+    cache, shared = beginning(model, prefixes)
+    model(input_ids=prefixes[:, shared:], past_key_values=cache, use_cache=True)
+    return cache
+
+
+def beginning(model: Any, prefixes: Tensor) -> tuple[DynamicCache, int]:
+    """The cache of the tokens with which all prefixes begin, and how many; none where a pass costs more."""
+    cache = DynamicCache()
     shared = int((prefixes == prefixes[0]).all(0).cumprod(0).sum())
-    if shared * (len(prefixes) - 1) >= _WORTH_A_PASS and shared < prefixes.shape[1]:
-        for index, pair in enumerate(_run(model, prefixes[:1, :shared], options)):
-            keys, values = (x.expand(len(prefixes), -1, -1, -1) for x in pair)
-            cache.update(keys, values, index)
-        rest = prefixes[:, shared:]
-    model(input_ids=rest, past_key_values=cache, use_cache=True, **options)
-    layers: Any = cache.layers
-    return [[layer.keys, layer.values] for layer in layers]
+    if shared * (len(prefixes) - 1) < _WORTH_A_PASS or shared == prefixes.shape[1]:
+        return cache, 0
+    alone: Any = run_prefixes(model, prefixes[:1, :shared]).layers
+    for index, layer in enumerate(alone):
+        cache.update(*(x.expand(len(prefixes), -1, -1, -1) for x in (layer.keys, layer.values)), index)
+    return cache, shared

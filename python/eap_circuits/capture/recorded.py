@@ -75,5 +75,4 @@ class RecordedRun:
                 hooks.on_output(layer.mlp_out, lambda y: self.mlps.append(aligned(y.clone())))
 
         # Constants may be learned.
-        with torch.set_grad_enabled(constants is not None and torch.is_grad_enabled()):
-            self.logits = runner.logits(embeddings, register, int(corrupted))
+        self.logits = (runner.record if constants is None else runner.logits)(embeddings, register, int(corrupted))

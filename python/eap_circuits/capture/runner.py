@@ -14,7 +14,9 @@ from ..adapters import Architecture, concatenate, group
 from ..graph import Graph
 from .batches import Batch
 from .borrow import Hooks
-from .prefix import Prefix
+from .prefix import Prefix, beginning, run_prefixes
+
+Register = Callable[[Hooks], None]
 
 
 class Runner:
@@ -33,13 +35,8 @@ class Runner:
             layer.groups if graph.heads == "query" else 1 for layer in arch.layers
         ]  # key/value copies per layer
         self._model: Any = arch.model
-        accepted = inspect.signature(self._model.forward).parameters
-        self._keep, self._place = "logits_to_keep" in accepted, "position_ids" in accepted
-        self._prefix = None
-        if batch.prefix.shape[1]:
-            # As a tensor: an integer slices, and a batched product with a slice reads the weights for every example.
-            first = {"logits_to_keep": torch.zeros(1, dtype=torch.int64, device=arch.device)} if self._keep else {}
-            self._prefix = Prefix(self._model, batch, first)
+        self._place = "position_ids" in inspect.signature(self._model.forward).parameters
+        self._prefix: Prefix | None = None
 
     def embed(self, tokens: Tensor) -> Tensor:
         """What the tokens' embeddings write to the residual stream: int64 [E, T] -> [E, T, D], without gradient."""
@@ -56,38 +53,82 @@ class Runner:
                 start = stop
             yield module, columns
 
-    def logits(self, embeddings: Tensor, register: Callable[[Hooks], None] | None = None, corrupted: int = 0) -> Tensor:
+    def logits(self, embeddings: Tensor, register: Register | None = None, corrupted: int = 0) -> Tensor:
         """Logits at the scored positions: [m·E, T, D] -> [m·E, V], for m copies of the batch, one after another.
 
         `register` adds hooks for this run. Those on a projection see its output concatenated and spread. The first
         `corrupted` copies are the corrupted prompts, scored at their own positions.
         """
-        copies = embeddings.shape[0] // self.batch.n_examples
-        own, clean = self.batch.corrupted_scored, self.batch.scored
+        batch, (rows, suffix) = self.batch, embeddings.shape[:2]
+        copies = rows // batch.n_examples
+        own, clean = batch.corrupted_scored, batch.scored
         scored = torch.cat([own.repeat(corrupted), clean.repeat(copies - corrupted)])
-        positions, which = scored.unique(return_inverse=True)
         given: dict[str, Any] = {"use_cache": False}
-        if self._prefix is not None:
-            given = self._prefix.arguments(embeddings.shape[1], copies)
+        if batch.prefix.shape[1]:
+            if self._prefix is None:
+                with torch.no_grad(), Hooks(tokens=1) as hooks:
+                    self._score(torch.zeros_like(batch.prefix[:, 0]), hooks)
+                    ran = run_prefixes(self._model, batch.prefix)
+                self._prefix = Prefix(batch, ran, batch.prefix_of, [1] * len(self.spread))
+            given = self._prefix.arguments(suffix, copies)
             if self._place:
-                offset = torch.arange(embeddings.shape[1], device=scored.device)
+                offset = torch.arange(suffix, device=scored.device)
                 # Padding may reach beyond the positions that a model has.
-                last = self.batch.start + torch.maximum(clean, own)
-                given["position_ids"] = (self.batch.start[:, None] + offset).minimum(last[:, None]).repeat(copies, 1)
-        if self._keep:
-            given["logits_to_keep"] = positions
+                last = batch.start + torch.maximum(clean, own)
+                given["position_ids"] = (batch.start[:, None] + offset).minimum(last[:, None]).repeat(copies, 1)
+        with Hooks(tokens=suffix) as hooks:
+            return self._run(embeddings, scored, given, hooks, register, hooks)
+
+    def record(self, embeddings: Tensor, register: Register, corrupted: int = 0) -> Tensor:
+        """The same without gradient, of hooks that only read.
+
+        In one copy's first run distinct prefixes run along, as one pass of whole prompts.
+        """
+        batch, (rows, suffix) = self.batch, embeddings.shape[:2]
+        with torch.no_grad():
+            if self._prefix is not None or not batch.prefix.shape[1] or rows != len(batch.prefix):
+                return self.logits(embeddings, register, corrupted)
+            prefixes, start = batch.prefix[batch.prefix_of], batch.start[:, None]
+            scored = batch.start + (batch.corrupted_scored if corrupted else batch.scored)
+            cache, shared = beginning(self._model, prefixes)
+            # As far as the longest prompt reaches, in whose place padding stands.
+            place = torch.arange(shared, int((batch.start + torch.maximum(batch.corrupted_scored, batch.scored)).max()) + 1, device=start.device)
+            example = torch.arange(rows, device=start.device)[:, None]
+            ahead = self.embed(prefixes[:, place.clamp(max=prefixes.shape[1] - 1)])
+            own = embeddings[example, (place - start).clamp(0, suffix - 1)]
+            whole = torch.where((place < start)[..., None], ahead, own)
+            of_suffix = (start + torch.arange(suffix, device=start.device)).clamp(max=int(place[-1])) - shared
+            given = {"past_key_values": cache, "use_cache": True}
+            tokens = len(place)
+            with Hooks(tokens) as hooks, Hooks(tokens, lambda x: x[example, of_suffix]) as reading:
+                logits = self._run(whole, scored - shared, given, hooks, register, reading)
+            self._prefix = Prefix(batch, cache, example[:, 0], self.spread)
+            return logits
+
+    def _run(
+        self,
+        embeddings: Tensor,
+        scored: Tensor,
+        given: dict[str, Any],
+        hooks: Hooks,
+        register: Register | None,
+        registered: Hooks,
+    ) -> Tensor:
+        """[rows, tokens, D] -> [rows, V]: logits at one position of each row."""
         inputs = embeddings if self.arch.embedding_scale == 1 else embeddings / self.arch.embedding_scale
-        with Hooks(tokens=embeddings.shape[1]) as hooks:
-            if self.arch.embedding_norm is not None:
-                hooks.on_output(self.arch.embedding_norm, lambda _: embeddings)
-            self._arrange(hooks)
-            if register is not None:
-                register(hooks)
-            self._restore(hooks)
-            out = self._model(inputs_embeds=inputs, **given).logits
-        if out.shape[1] == 1:
-            return out.squeeze(1)  # a view, whose backward costs nothing
-        return out[torch.arange(len(out), device=out.device), which if self._keep else scored]
+        if self.arch.embedding_norm is not None:
+            hooks.on_output(self.arch.embedding_norm, lambda _: embeddings)
+        self._arrange(hooks)
+        if register is not None:
+            register(registered)
+        self._restore(hooks)
+        self._score(scored, hooks)
+        return self._model(inputs_embeds=inputs, **given).logits.squeeze(1)
+
+    def _score(self, positions: Tensor, hooks: Hooks) -> None:
+        """Logits [rows, 1, V] of one position of each row alone."""
+        rows = torch.arange(len(positions), device=positions.device)
+        hooks.on_input(self._model.get_output_embeddings(), lambda x: x[rows, positions][:, None])
 
     def _arrange(self, hooks: Hooks) -> None:
         """Projections give their features concatenated, keys and values spread."""

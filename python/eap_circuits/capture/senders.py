@@ -56,8 +56,7 @@ class SenderDifferences:
                 hooks.on_output(layer.mlp_out, partial(keep_mlp, layer, mlp))
 
         runs = [own, self.clean_embeddings] if clean else [own]
-        with torch.no_grad():
-            self.corrupted_logits, *logits = runner.logits(torch.cat(runs), register, 1).split(batch.n_examples)
+        self.corrupted_logits, *logits = runner.record(torch.cat(runs), register, 1).split(batch.n_examples)
         self.clean_logits: Tensor | None = logits[0] if clean else None
         ablated = self.corrupted_embeddings if constants is None else at_tokens(constants.embedding, batch)
         (self.embedding,) = self._rows(ablated) - self._rows(self.clean_embeddings)  # [n, D]

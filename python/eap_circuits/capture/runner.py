@@ -123,12 +123,14 @@ class Runner:
             register(registered)
         self._restore(hooks)
         self._score(scored, hooks)
-        return self._model(inputs_embeds=inputs, **given).logits.squeeze(1)
+        logits: Tensor = self._model(inputs_embeds=inputs, **given).logits
+        return logits.squeeze(1) if logits.shape[1] == 1 else logits[torch.arange(len(scored)), scored]
 
     def _score(self, positions: Tensor, hooks: Hooks) -> None:
         """Logits [rows, 1, V] of one position of each row alone."""
-        rows = torch.arange(len(positions), device=positions.device)
-        hooks.on_input(self._model.get_output_embeddings(), lambda x: x[rows, positions][:, None])
+        head, rows = self._model.get_output_embeddings(), torch.arange(len(positions))
+        if head is not None:
+            hooks.on_input(head, lambda x: x[rows, positions][:, None])
 
     def _arrange(self, hooks: Hooks) -> None:
         """Projections give their features concatenated, keys and values spread."""

@@ -155,6 +155,10 @@ def evaluate(
                 corrupted = record.logits if patched else runner.logits(runner.embed(batch.corrupted), None, 1)
                 for row, logits in enumerate((clean, record.logits)):
                     found[row] = run.values(logits, batch, clean, corrupted)
+                if patched and batch.alignment is None:
+                    # Equal prompts differ by nothing, where the two runs may round differently.
+                    equal = (batch.clean == batch.corrupted).all(1).cpu()
+                    found[1, equal] = found[0, equal]
             plain = {graph.n_edges: 0, 0: 1}  # all edges are the clean run, none the fully ablated run
             rows = []
             for row, item in enumerate(circuits, 2):

@@ -99,13 +99,19 @@ def test_memory_over_floor(benchmark, hold, peak_memory, reuse):
 
 @pytest.mark.parametrize("reuse", [True, False], ids=["prefix-reuse", "no-reuse"])
 def test_memory_is_as_planned(benchmark, hold, peak_memory, model_and_data, reuse):
-    """Path points side by side: peak memory above the loaded model against what `plan` says."""
+    """Path points side by side: what `plan` says against peak memory above the loaded model.
+
+    The C library keeps freed memory of the sizes it has seen; what is needed shows where it gives all of it back.
+    """
     model, data = model_and_data
+    what = "attribute at once" if reuse else "attribute at once without reuse"
 
     def measured():
         planned = eap.plan(model, data, steps=STEPS, reuse_prefix=reuse).bytes
-        found = peak_memory("attribute at once" if reuse else "attribute at once without reuse", STEPS)
-        return {"planned": planned / found}, {"bytes": {"planned": planned, "measured": found}}
+        needed = peak_memory(what, STEPS, MALLOC_TRIM_THRESHOLD_="0", MALLOC_TOP_PAD_="0")
+        resident = peak_memory(what, STEPS)
+        sizes = {"planned": planned, "needed": needed, "resident": resident}
+        return {"planned": planned / needed, "planned_of_resident": planned / resident}, {"bytes": sizes}
 
     benchmark.pedantic(lambda: None)
-    hold(measured, {}, tries=1, device=measure.DEVICE)
+    hold(measured, {"planned": 0.9}, tries=1, device=measure.DEVICE)

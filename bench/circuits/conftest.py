@@ -1,6 +1,7 @@
 """Fixtures over passes.py."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,10 +36,11 @@ def forward(passes, model_and_data):
 
 @pytest.fixture(scope="session")
 def peak_memory():
-    """peak_memory(what, steps): bytes, see passes.py."""
+    """peak_memory(what, steps, **environment): bytes, see passes.py."""
 
-    def measure(what, steps):
+    def measure(what, steps, **environment):
         command = [sys.executable, str(PASSES), what, str(steps)]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        given = os.environ | environment
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, env=given).stdout)
 
     return measure

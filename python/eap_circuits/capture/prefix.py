@@ -77,20 +77,47 @@ def _before(kept: Tensor, new: Tensor) -> Tensor:
     return torch.cat([ahead, parts], -2).view(len(new), groups * heads, -1, new.shape[3])
 
 
-def run_prefixes(model: Any, prefixes: Tensor) -> DynamicCache:
+class WholePrompts:
+    """A batch's suffixes behind its prefixes again, right padded, but for `shared` tokens at the beginning."""
+
+    def __init__(self, batch: Batch, shared: int) -> None:
+        start, (examples, suffix) = batch.start[:, None], batch.shape
+        tokens = int((batch.start + torch.maximum(batch.scored, batch.corrupted_scored)).max()) + 1
+        place = torch.arange(shared, tokens, device=start.device)
+        self._example = torch.arange(examples, device=start.device)[:, None]
+        self._ahead = (place - shared).clamp(max=batch.prefix.shape[1] - shared - 1)
+        self._behind = place - start  # [E, W]
+        # Padding may reach further than the prompts do, and takes their last place.
+        self._suffix = (start - shared + torch.arange(suffix, device=start.device)).clamp(max=len(place) - 1)
+
+    def join(self, prefixes: Tensor, suffixes: Tensor) -> Tensor:
+        """[E, P - shared, D] and [E, T, D] -> [E, W, D]."""
+        own = suffixes[self._example, self._behind.clamp(0, suffixes.shape[1] - 1)]
+        return torch.where((self._behind < 0)[..., None], prefixes[:, self._ahead], own)
+
+    def suffixes(self, x: Tensor) -> Tensor:
+        """[E, W, X] -> [E, T, X]."""
+        return x[self._example, self._suffix]
+
+
+def run_prefixes(model: Any, prefixes: Tensor, spread: list[int]) -> DynamicCache:
     """The cache of a run of prefixes int64 [U, P], of which `beginning` ran alone where that pays."""
-    cache, shared = beginning(model, prefixes)
+    cache, shared = beginning(model, prefixes, spread)
     model(input_ids=prefixes[:, shared:], past_key_values=cache, use_cache=True)
     return cache
 
 
-def beginning(model: Any, prefixes: Tensor) -> tuple[DynamicCache, int]:
-    """The cache of the tokens with which all prefixes begin, and how many; none where a pass costs more."""
+def beginning(model: Any, prefixes: Tensor, spread: list[int]) -> tuple[DynamicCache, int]:
+    """The cache of the tokens with which all prefixes begin, and how many; none where a pass costs more.
+
+    `spread`: how often each layer's keys and values are to stand side by side.
+    """
     cache = DynamicCache()
     shared = int((prefixes == prefixes[0]).all(0).cumprod(0).sum())
     if shared * (len(prefixes) - 1) < _WORTH_A_PASS or shared == prefixes.shape[1]:
         return cache, 0
-    alone: Any = run_prefixes(model, prefixes[:1, :shared]).layers
-    for index, layer in enumerate(alone):
-        cache.update(*(x.expand(len(prefixes), -1, -1, -1) for x in (layer.keys, layer.values)), index)
+    alone: Any = run_prefixes(model, prefixes[:1, :shared], [1] * len(spread)).layers
+    for index, (layer, n) in enumerate(zip(alone, spread, strict=True)):
+        pair = (x.repeat_interleave(n, 1).expand(len(prefixes), -1, -1, -1) for x in (layer.keys, layer.values))
+        cache.update(*pair, index)
     return cache, shared

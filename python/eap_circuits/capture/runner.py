@@ -14,7 +14,7 @@ from ..adapters import Architecture, concatenate, group
 from ..graph import Graph
 from .batches import Batch
 from .borrow import Hooks
-from .prefix import Prefix, beginning, run_prefixes
+from .prefix import Prefix, WholePrompts, beginning, run_prefixes
 
 Register = Callable[[Hooks], None]
 
@@ -66,10 +66,11 @@ class Runner:
         given: dict[str, Any] = {"use_cache": False}
         if batch.prefix.shape[1]:
             if self._prefix is None:
+                once = [1] * len(self.spread)
                 with torch.no_grad(), Hooks(tokens=1) as hooks:
                     self._score(torch.zeros_like(batch.prefix[:, 0]), hooks)
-                    ran = run_prefixes(self._model, batch.prefix)
-                self._prefix = Prefix(batch, ran, batch.prefix_of, [1] * len(self.spread))
+                    ran = run_prefixes(self._model, batch.prefix, once)
+                self._prefix = Prefix(batch, ran, batch.prefix_of, once)
             given = self._prefix.arguments(suffix, copies)
             if self._place:
                 offset = torch.arange(suffix, device=scored.device)
@@ -84,25 +85,20 @@ class Runner:
 
         In one copy's first run distinct prefixes run along, as one pass of whole prompts.
         """
-        batch, (rows, suffix) = self.batch, embeddings.shape[:2]
+        batch = self.batch
         with torch.no_grad():
-            if self._prefix is not None or not batch.prefix.shape[1] or rows != len(batch.prefix):
+            if self._prefix is not None or not batch.prefix.shape[1] or len(embeddings) != len(batch.prefix):
                 return self.logits(embeddings, register, corrupted)
-            prefixes, start = batch.prefix[batch.prefix_of], batch.start[:, None]
-            scored = batch.start + (batch.corrupted_scored if corrupted else batch.scored)
-            cache, shared = beginning(self._model, prefixes)
-            # As far as the longest prompt reaches, in whose place padding stands.
-            place = torch.arange(shared, int((batch.start + torch.maximum(batch.corrupted_scored, batch.scored)).max()) + 1, device=start.device)
-            example = torch.arange(rows, device=start.device)[:, None]
-            ahead = self.embed(prefixes[:, place.clamp(max=prefixes.shape[1] - 1)])
-            own = embeddings[example, (place - start).clamp(0, suffix - 1)]
-            whole = torch.where((place < start)[..., None], ahead, own)
-            of_suffix = (start + torch.arange(suffix, device=start.device)).clamp(max=int(place[-1])) - shared
+            prefixes = batch.prefix[batch.prefix_of]
+            cache, shared = beginning(self._model, prefixes, self.spread)
+            whole = WholePrompts(batch, shared)
+            joined = whole.join(self.embed(prefixes[:, shared:]), embeddings)
+            scored = batch.start - shared + (batch.corrupted_scored if corrupted else batch.scored)
             given = {"past_key_values": cache, "use_cache": True}
-            tokens = len(place)
-            with Hooks(tokens) as hooks, Hooks(tokens, lambda x: x[example, of_suffix]) as reading:
-                logits = self._run(whole, scored - shared, given, hooks, register, reading)
-            self._prefix = Prefix(batch, cache, example[:, 0], self.spread)
+            with Hooks(joined.shape[1]) as hooks, Hooks(joined.shape[1], whole.suffixes) as reading:
+                logits = self._run(joined, scored, given, hooks, register, reading)
+            every = torch.arange(len(prefixes), device=prefixes.device)
+            self._prefix = Prefix(batch, cache, every, self.spread)
             return logits
 
     def _run(
@@ -128,7 +124,7 @@ class Runner:
 
     def _score(self, positions: Tensor, hooks: Hooks) -> None:
         """Logits [rows, 1, V] of one position of each row alone."""
-        head, rows = self._model.get_output_embeddings(), torch.arange(len(positions))
+        head, rows = self._model.get_output_embeddings(), torch.arange(len(positions), device=positions.device)
         if head is not None:
             hooks.on_input(head, lambda x: x[rows, positions][:, None])
 

@@ -1,0 +1,59 @@
+"""Tokens before the first difference run once: what is scored and what circuits give is as if they ran every time."""
+
+import pytest
+import torch
+
+import eap_circuits as eap
+from eap_circuits.capture import prefix
+from eap_circuits.evaluation.check import StayDouble
+
+
+def pairs(beginning: int, prefixes: int) -> eap.PairedDataset:
+    """Six pairs of 3 to 5 own tokens behind so many distinct prefixes, which begin alike."""
+    generator = torch.Generator().manual_seed(beginning + prefixes)
+
+    def tokens(*shape: int) -> torch.Tensor:
+        return torch.randint(53, shape, generator=generator)
+
+    clean = tokens(6, 24)
+    clean[:, :beginning] = clean[0, :beginning]
+    lengths = []
+    for example in range(6):
+        start = beginning + 1 + example % prefixes
+        clean[example, :start] = clean[example % prefixes, :start]
+        lengths.append(start + 3 + example % 3)
+    corrupted = clean.clone()
+    for example in range(6):
+        start = beginning + 1 + example % prefixes
+        corrupted[example, start] = (clean[example, start] + 1) % 53
+        corrupted[example, start + 2] = tokens(1)
+    answers = torch.stack([clean[:, 0], (clean[:, 0] + 1) % 53], 1)
+    return eap.PairedDataset.from_tokens(clean, corrupted, torch.tensor(lengths), answers)
+
+
+@pytest.mark.parametrize("heads", ["kv", "query"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "bloom", "gpt-neox", "opt"])
+@pytest.mark.parametrize(("beginning", "prefixes"), [(0, 6), (9, 6), (9, 3), (9, 1)])
+def test_nothing_changes(beginning, prefixes, kind, heads, make_model, relative, monkeypatch):
+    monkeypatch.setattr(prefix, "_WORTH_A_PASS", 20)
+    model, data = make_model(kind), pairs(beginning, prefixes)
+    settings = {"heads": heads, "steps": 2, "metric": "kl_divergence"}
+    with StayDouble():
+        alone, plain = (eap.attribute(model, data, reuse_prefix=reuse, **settings) for reuse in (True, False))
+        circuit = plain.select(n_edges=plain.graph.n_edges // 3)
+        found, right = (eap.evaluate(model, circuit, data, reuse_prefix=reuse) for reuse in (True, False))
+    # Scores are kept in float32.
+    assert relative(alone.values, plain.values) < 1e-6
+    for name in ("values", "clean_values", "corrupted_values"):
+        assert relative(getattr(found, name), getattr(right, name)) < 1e-10
+
+
+def test_distinct_prefixes_run_with_the_corrupted_prompts(make_model):
+    """Two passes: whole corrupted prompts, and the path points side by side."""
+    model, data, shapes = make_model("llama"), pairs(0, 6), []
+    hook = model.model.register_forward_pre_hook(
+        lambda _, __, given: shapes.append(tuple(given["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    eap.attribute(model, data, steps=2, batch_size=6)
+    hook.remove()
+    assert shapes == [(6, int(data.lengths.max())), (12, 5)]

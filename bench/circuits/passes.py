@@ -34,26 +34,26 @@ def few_shot(model, examples=4, shared=400, own=20):
 
 def scored_logits(model, data, **inputs):
     """Logits at each prompt's last token, computed at no more positions than the batch needs: [E, V]."""
-    positions, which = (data.lengths - 1).unique(return_inverse=True)
+    positions, which = (data.lengths.to(model.device) - 1).unique(return_inverse=True)
     logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
-    return logits[torch.arange(len(data)), which]
+    return logits[torch.arange(len(data), device=model.device), which]
 
 
 def forward(model, data):
     """One plain forward of the clean prompts, right padded, logits only where scored."""
     with torch.no_grad():
-        scored_logits(model, data, input_ids=data.clean)
+        scored_logits(model, data, input_ids=data.clean.to(model.device))
 
 
 def floor(model, data, steps):
     """2 forwards and `steps` forwards and backwards to the input embeddings, weights frozen, logits where scored."""
     embed = model.get_input_embeddings()
     with torch.no_grad():
-        scored_logits(model, data, input_ids=data.clean)
-        scored_logits(model, data, input_ids=data.corrupted)
+        scored_logits(model, data, input_ids=data.clean.to(model.device))
+        scored_logits(model, data, input_ids=data.corrupted.to(model.device))
     for _ in range(steps):
-        point = embed(data.clean).requires_grad_(True)
-        good, bad = scored_logits(model, data, inputs_embeds=point).gather(1, data.answers).unbind(1)
+        point = embed(data.clean.to(model.device)).requires_grad_(True)
+        good, bad = scored_logits(model, data, inputs_embeds=point).gather(1, data.answers.to(model.device)).unbind(1)
         (bad - good).sum().backward()
 
 

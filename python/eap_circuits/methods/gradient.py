@@ -15,9 +15,9 @@ from .quadrature import Path
 from .statistics import BatchScores, Statistics
 
 # Normalised inputs of so many path points are held before what has been accumulated is contracted: fewer would
-# spend more time on contractions than on the passes, more only memory.
-HELD_POINTS = 4
-HELD_BYTES = 64 * 2**20
+# spend more time on contractions than on the passes, more only memory. The usual path is contracted once.
+HELD_POINTS = 5
+HELD_BYTES = 128 * 2**20
 # (run, graph, path, batch, tokens of a pass) -> scores of the batch
 Scorer = Callable[..., BatchScores]
 
@@ -108,5 +108,7 @@ def points_held(run: Run, batch: Batch, steps: int) -> int:
     return min(steps, max(HELD_POINTS, HELD_BYTES // max(per_point, 1)))
 
 
-def chunks(path: Path, size: int) -> list[Path]:
-    return [path[first : first + size] for first in range(0, len(path), size)]
+def chunks(path: Path, most: int) -> list[Path]:
+    """The path in as few parts of at most so many points as there can be, all about equally long."""
+    parts = -(-len(path) // most)
+    return [path[len(path) * i // parts : len(path) * (i + 1) // parts] for i in range(parts)]

@@ -1,0 +1,104 @@
+"""Attribution of models of well-known shapes and random weights against their own passes; needs no file of weights.
+
+Prompts differ from their first token on, so that no prefix is there to reuse. The large model is for a GPU only.
+"""
+
+import gc
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import eap_circuits as eap
+from bench.measure import DEVICE
+
+STEPS = 5
+GB = 10**9
+# Settings in which a shape differs from its architecture's defaults, and the dtype it is used in.
+SHAPES = {
+    "gpt2": ("gpt2", {}, torch.float32),
+    "llama-3.1-8b": (
+        "llama",
+        {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "rope_theta": 500000.0,
+        },
+        torch.bfloat16,
+    ),
+}
+# shape, prompts, tokens each, the most bytes in all, and the least ratio of the floor's time to ours
+CASES = [("gpt2", 64 if DEVICE == "cuda" else 16, 20, None, 1 / 1.2)]
+CASES += [("llama-3.1-8b", 16, 128, 24 * GB, 1 / 1.1)] if DEVICE == "cuda" else []
+
+
+@pytest.fixture(scope="module")
+def random_model():
+    """random_model(shape): one model at a time."""
+    held = {}
+
+    def make(shape):
+        if shape not in held:
+            held.clear()
+            gc.collect()
+            kind, settings, dtype = SHAPES[shape]
+            with torch.device(DEVICE):
+                model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=dtype)
+            held[shape] = model.eval().requires_grad_(False)
+        return held[shape]
+
+    return make
+
+
+def random_pairs(model, examples, tokens):
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.vocab_size
+    clean = torch.randint(vocabulary, (examples, tokens), generator=generator)
+    corrupted = torch.randint(vocabulary, (examples, tokens), generator=generator)
+    corrupted[:, 0] = (clean[:, 0] + 1) % vocabulary
+    answers = torch.tensor([[0, 1]]).expand(examples, -1)
+    return eap.PairedDataset.from_tokens(clean, corrupted, torch.full((examples,), tokens), answers)
+
+
+@pytest.mark.parametrize(("shape", "examples", "tokens", "most", "at_least"), CASES, ids=[case[0] for case in CASES])
+def test_shape_over_floor(in_turns, passes, random_model, shape, examples, tokens, most, at_least):
+    model = random_model(shape)
+    data = random_pairs(model, examples, tokens)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    memory = None if most is None else most - weights
+    peaks = []
+
+    def attribute():
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        eap.attribute(model, data, steps=STEPS, reuse_prefix=False, memory=memory)
+        if DEVICE == "cuda":
+            peaks.append(torch.cuda.max_memory_allocated())
+
+    def ratios(seconds):
+        found = {"speedup": seconds["floor"] / seconds["attribute"]}
+        return found if most is None else {**found, "memory": most / max(peaks)}
+
+    bars = {"speedup": at_least} if most is None else {"speedup": at_least, "memory": 1.0}
+    runs = {"attribute": attribute, "floor": lambda: passes.floor(model, data, STEPS)}
+    in_turns(runs, ratios, bars, timing={"rounds": 3}, model=shape, examples=examples, tokens=tokens)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="a model of 16 GB in one batch of 16k tokens")
+def test_large_batch_fits(benchmark, hold, random_model):
+    """A batch of 16,384 tokens of the 8B shape in the 80 GB of a card, weights included."""
+    model = random_model("llama-3.1-8b")
+    data = random_pairs(model, 128, 128)
+
+    def measured():
+        torch.cuda.reset_peak_memory_stats()
+        eap.attribute(model, data, steps=STEPS, batch_size=128, reuse_prefix=False)
+        peak = torch.cuda.max_memory_allocated()
+        return {"memory": 80 * GB / peak}, {"bytes": peak}
+
+    benchmark.pedantic(lambda: None)
+    hold(measured, {"memory": 1.0}, tries=1, device=DEVICE)

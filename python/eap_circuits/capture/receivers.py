@@ -50,6 +50,7 @@ class _Site:
     coefficients: Tensor  # c, [heads, p, n]
     projection: Projection | None = None  # None: the receiver reads the norm's output itself
     features: slice | None = None  # the group's features of the (spread) projection's output
+    constant: Tensor | None = None  # the part of that output that does not depend on x̂, [heads, K]
 
     @property
     def spread(self) -> int:
@@ -91,7 +92,10 @@ class ReceiverGradients:
             heads = receivers.stop - receivers.start
             width = projection.head_dim if projection else arch.d_model
             reads = self._reads[id(norm.module)]
-            return _Site(receivers, reads, new(n, heads, width), coefficients[receivers], projection, features)
+            found = _Site(receivers, reads, new(n, heads, width), coefficients[receivers], projection, features)
+            if projection is not None:
+                found.constant = _constant(norm, projection, found.spread, arch.accumulate)
+            return found
 
         self._projected: list[tuple[torch.nn.Module, list[_Site]]] = []
         self._mlps: list[tuple[torch.nn.Module, _Site]] = []
@@ -205,27 +209,25 @@ class ReceiverGradients:
             for site in sites:
                 heads = site.gradient.shape[1]
                 g, value = (self._rows(t[..., site.features]).unflatten(-1, (heads, -1)) for t in both)
-                constant = self._constant(site)
-                value = value if constant is None else value - constant
+                value = value if site.constant is None else value - site.constant
                 g = g * scale[..., None, None]  # [m, n, heads, K]
                 self._add(site, g, (g * value).sum(-1))
 
         y.register_hook(take)
 
-    def _constant(self, site: _Site) -> Tensor | None:
-        """The part of the projection's output that does not depend on x̂: bias and the norm's bias, [heads, K]."""
-        projection, beta = site.projection, site.reads.norm.bias
-        assert projection is not None
-        constant = projection.bias(self._arch.accumulate)
-        if beta is not None:
-            seen = projection.weight(self._arch.accumulate) @ beta.detach().to(self._arch.accumulate)
-            constant = seen if constant is None else constant + seen
-        return constant if constant is None else constant.repeat_interleave(site.spread, 0)
-
     def _add(self, site: _Site, gradient: Tensor, products: Tensor) -> None:
         """Add w_k r_k g, [m, n, heads, K], and w_k r_k ⟨x̂, γ ⊙ Wᵀ g⟩, [m, n, heads], of a pass."""
         site.gradient += gradient.sum(0)
         site.coefficients[:, self._filled] = products.permute(2, 0, 1) / self._arch.d_model
+
+
+def _constant(norm: Norm, projection: Projection, spread: int, dtype: torch.dtype) -> Tensor | None:
+    """What bias and the norm's bias give of the projection's output, [heads, K]; None: nothing."""
+    constant, beta = projection.bias(dtype), norm.bias
+    if beta is not None:
+        seen = projection.weight(dtype) @ beta.detach().to(dtype)
+        constant = seen if constant is None else constant + seen
+    return constant if constant is None else constant.repeat_interleave(spread, 0)
 
 
 def _reaches(arch: Architecture, graph: Graph) -> list[tuple[Norm, int]]:

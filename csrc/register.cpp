@@ -34,7 +34,8 @@ void run(EdgeScores& kernel) {
   run_tasks(kernel.merges(), [&](int64_t tile) { kernel.merge(tile); });
 }
 
-void edge_scores(Tensor delta, Tensor grad, Tensor reach, Tensor out, std::optional<Tensor> segments) {
+// Nothing is rounded to tf32 here: the last argument is for GPUs.
+void edge_scores(Tensor delta, Tensor grad, Tensor reach, Tensor out, std::optional<Tensor> segments, bool) {
   const char* op = "edge_scores";
   const EdgeScoresRest rest = check_edge_scores(op, delta, grad, reach, out, segments);
   EdgeScores kernel{view(delta), view(grad), rest.dtype, rest.reach.data(), rest.segment_data(), out.mutable_data_ptr(),
@@ -159,34 +160,21 @@ template <class T> Kept kept(const Tensor& mask) {
   return k;
 }
 
-Kept kept(const char* op, const Tensor& mask) {
-  switch (mask.scalar_type()) {
-    case ScalarType::Bool: return kept<bool>(mask);
-    case ScalarType::Double: return kept<double>(mask);
-    case ScalarType::Float: return kept<float>(mask);
-    case ScalarType::BFloat16: return kept<bf16>(mask);
-    case ScalarType::Half: return kept<f16>(mask);
-    default: STD_TORCH_CHECK(false, op, ": expected a bool or floating mask, got another dtype");
+Kept kept(const Tensor& mask, MaskDtype dtype) {
+  switch (dtype) {
+    case MaskDtype::f64: return kept<double>(mask);
+    case MaskDtype::f32: return kept<float>(mask);
+    case MaskDtype::bf16: return kept<bf16>(mask);
+    case MaskDtype::f16: return kept<f16>(mask);
+    default: return kept<bool>(mask);
   }
 }
 
 Tensor masked_read(Tensor base, Tensor delta, Tensor mask) {
-  const char* op = "masked_read";
-  STD_TORCH_CHECK(delta.dim() == 3 && mask.dim() == 2 && mask.size(0) == delta.size(0),
-                  op, ": expected delta [S, N, D] and mask [S, R]");
-  const int64_t R = mask.size(1), N = delta.size(1), D = delta.size(2);
-  const Dtype dtype = dtype_of(op, delta);
-  STD_TORCH_CHECK(base.dim() == 2 || base.dim() == 3, op, ": expected base [N, D] or [R, N, D]");
-  const bool shared = base.dim() == 2;
-  STD_TORCH_CHECK((shared || base.size(0) == R) && base.size(!shared) == N && base.size(1 + !shared) == D &&
-                      base.scalar_type() == delta.scalar_type(),
-                  op, ": expected base [N, D] or [R, N, D] of delta's dtype");
-  const View base_view{base.const_data_ptr(), {R, N, D},
-                       {shared ? 0 : base.stride(0), base.stride(!shared), base.stride(1 + !shared)}};
-
-  const Kept k = kept(op, mask);
-  Tensor out = torch::stable::new_empty(delta, {R, N, D});
-  MaskedRead kernel{view(delta), base_view, dtype, k.first.data(), k.sender.data(), k.weight.data(),
+  const MaskedReadRest rest = check_masked_read("masked_read", base, delta, mask);
+  const Kept k = kept(mask, rest.mask_dtype);
+  Tensor out = torch::stable::new_empty(delta, {mask.size(1), delta.size(1), delta.size(2)});
+  MaskedRead kernel{view(delta), rest.base, rest.dtype, k.first.data(), k.sender.data(), k.weight.data(),
                     k.senders_used, out.mutable_data_ptr(), 0, 0};
   kernel.plan(torch::stable::get_num_threads());
   run_tasks(kernel.tasks(), [&](int64_t task) { kernel.run(task); });

@@ -34,46 +34,26 @@ void check_device(const char* op, const char* name, const Tensor& x, const Tenso
                   op, ": expected ", name, " on delta's device, got another");
 }
 
-void edge_scores(Tensor delta, Tensor grad, Tensor reach, Tensor out, std::optional<Tensor> segments) {
+void edge_scores(Tensor delta, Tensor grad, Tensor reach, Tensor out, std::optional<Tensor> segments, bool tf32) {
   const char* op = "edge_scores";
   const EdgeScoresRest rest = check_edge_scores(op, delta, grad, reach, out, segments);
   check_device(op, "delta", delta, delta);
   check_device(op, "grad", grad, delta);
   check_device(op, "out", out, delta);
-  EdgeScores kernel{view(delta), view(grad), rest.dtype, rest.reach.data(), rest.segment_data(), out.mutable_data_ptr(),
-                    {rest.out_stride[0], rest.out_stride[1], rest.out_stride[2]}, delta.get_device_index()};
+  EdgeScores kernel{view(delta), view(grad), rest.dtype, tf32, rest.reach.data(), rest.segment_data(),
+                    out.mutable_data_ptr(), {rest.out_stride[0], rest.out_stride[1], rest.out_stride[2]},
+                    delta.get_device_index()};
   run(op, kernel, delta);
-}
-
-MaskDtype mask_dtype_of(const char* op, const Tensor& mask) {
-  switch (mask.scalar_type()) {
-    case ScalarType::Bool: return MaskDtype::boolean;
-    case ScalarType::Double: return MaskDtype::f64;
-    case ScalarType::Float: return MaskDtype::f32;
-    case ScalarType::BFloat16: return MaskDtype::bf16;
-    case ScalarType::Half: return MaskDtype::f16;
-    default: STD_TORCH_CHECK(false, op, ": expected a bool or floating mask, got another dtype");
-  }
 }
 
 Tensor masked_read(Tensor base, Tensor delta, Tensor mask) {
   const char* op = "masked_read";
-  STD_TORCH_CHECK(delta.dim() == 3 && mask.dim() == 2 && mask.size(0) == delta.size(0),
-                  op, ": expected delta [S, N, D] and mask [S, R]");
+  const MaskedReadRest rest = check_masked_read(op, base, delta, mask);
   check_device(op, "delta", delta, delta);
   check_device(op, "base", base, delta);
   check_device(op, "mask", mask, delta);
-  const int64_t R = mask.size(1), N = delta.size(1), D = delta.size(2);
-  STD_TORCH_CHECK(base.dim() == 2 || base.dim() == 3, op, ": expected base [N, D] or [R, N, D]");
-  const bool shared = base.dim() == 2;
-  STD_TORCH_CHECK((shared || base.size(0) == R) && base.size(!shared) == N && base.size(1 + !shared) == D &&
-                      base.scalar_type() == delta.scalar_type(),
-                  op, ": expected base [N, D] or [R, N, D] of delta's dtype");
-  const View base_view{base.const_data_ptr(), {R, N, D},
-                       {shared ? 0 : base.stride(0), base.stride(!shared), base.stride(1 + !shared)}};
-
-  Tensor out = torch::stable::new_empty(delta, {R, N, D});
-  MaskedRead kernel{view(delta), base_view, dtype_of(op, delta), mask.const_data_ptr(), mask_dtype_of(op, mask),
+  Tensor out = torch::stable::new_empty(delta, {mask.size(1), delta.size(1), delta.size(2)});
+  MaskedRead kernel{view(delta), rest.base, rest.dtype, mask.const_data_ptr(), rest.mask_dtype,
                     {mask.stride(0), mask.stride(1)}, out.mutable_data_ptr(), delta.get_device_index()};
   run(op, kernel, delta);
   return out;

@@ -18,6 +18,17 @@ inline Dtype dtype_of(const char* op, const Tensor& x) {
   }
 }
 
+inline MaskDtype mask_dtype_of(const char* op, const Tensor& mask) {
+  switch (mask.scalar_type()) {
+    case ScalarType::Bool: return MaskDtype::boolean;
+    case ScalarType::Double: return MaskDtype::f64;
+    case ScalarType::Float: return MaskDtype::f32;
+    case ScalarType::BFloat16: return MaskDtype::bf16;
+    case ScalarType::Half: return MaskDtype::f16;
+    default: STD_TORCH_CHECK(false, op, ": expected a bool or floating mask, got another dtype");
+  }
+}
+
 inline View view(const Tensor& x) {
   return {x.const_data_ptr(), {x.size(0), x.size(1), x.size(2)}, {x.stride(0), x.stride(1), x.stride(2)}};
 }
@@ -54,6 +65,27 @@ inline EdgeScoresRest check_edge_scores(const char* op, const Tensor& delta, con
   if (segments) segment_values = indices(op, "segments", *segments, delta.size(1), out.size(0) - 1);
   return {dtype, std::move(reach_values), std::move(segment_values),
           {segments ? out.stride(0) : 0, out.stride(rank - 2), out.stride(rank - 1)}};
+}
+
+// What masked_read takes besides delta, checked.
+struct MaskedReadRest {
+  Dtype dtype;
+  MaskDtype mask_dtype;
+  View base;  // [R, N, D]; receivers share it when stride[0] is 0
+};
+
+inline MaskedReadRest check_masked_read(const char* op, const Tensor& base, const Tensor& delta, const Tensor& mask) {
+  STD_TORCH_CHECK(delta.dim() == 3 && mask.dim() == 2 && mask.size(0) == delta.size(0),
+                  op, ": expected delta [S, N, D] and mask [S, R]");
+  STD_TORCH_CHECK(base.dim() == 2 || base.dim() == 3, op, ": expected base [N, D] or [R, N, D]");
+  const int64_t R = mask.size(1), N = delta.size(1), D = delta.size(2);
+  const bool shared = base.dim() == 2;
+  STD_TORCH_CHECK((shared || base.size(0) == R) && base.size(!shared) == N && base.size(1 + !shared) == D &&
+                      base.scalar_type() == delta.scalar_type(),
+                  op, ": expected base [N, D] or [R, N, D] of delta's dtype");
+  return {dtype_of(op, delta), mask_dtype_of(op, mask),
+          {base.const_data_ptr(), {R, N, D},
+           {shared ? 0 : base.stride(0), base.stride(!shared), base.stride(1 + !shared)}}};
 }
 
 }  // namespace eap

@@ -61,6 +61,11 @@ def device_of(impl: str) -> str | None:
     return impl if impl in ("cpu", "cuda") else None
 
 
+def tf32() -> bool:
+    """Whether a GPU may round fp32 operands to tf32: torch's own switch for matrix products."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 def check_impl(op: str, impl: str, device: torch.device) -> None:
     """An explicit backend either runs or raises: it is never replaced by another one."""
     if impl not in IMPLS:
@@ -146,6 +151,12 @@ def _check_range(op: str, name: str, values: Tensor, high: int) -> None:
         raise ValueError(f"{op}: expected {name} within [0, {high}], got {got}")
 
 
+def _reference_edge_scores(
+    delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segments: Tensor | None, tf32: bool = False
+) -> None:
+    reference_edge_scores.edge_scores(delta, grad, reach, out, segments)
+
+
 def _edge_scores(delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segments: Tensor | None, impl: str) -> None:
     check_impl("edge_scores", impl, delta.device)
     reach = reach.cpu()
@@ -161,9 +172,9 @@ def _edge_scores(delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segmen
     elif impl == "triton":
         from eap_kernels.triton.edge_scores import edge_scores
 
-        edge_scores(delta, grad, reach, out, segments)
+        edge_scores(delta, grad, reach, out, segments, tf32())
     else:
-        torch.ops.eap_kernels.edge_scores.default(delta, grad, reach, out, segments)
+        torch.ops.eap_kernels.edge_scores.default(delta, grad, reach, out, segments, tf32())
 
 
 def _head_space_scores(
@@ -204,12 +215,12 @@ def _masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str) -> Tensor
     if impl == "triton":
         from eap_kernels.triton.masked_read import masked_read
 
-        return masked_read(base, delta, mask)
+        return masked_read(base, delta, mask, tf32())
     result: Tensor = torch.ops.eap_kernels.masked_read.default(base, delta, mask)
     return result
 
 
-lib.impl("edge_scores", reference_edge_scores.edge_scores, "CompositeExplicitAutograd")
+lib.impl("edge_scores", _reference_edge_scores, "CompositeExplicitAutograd")
 lib.impl("head_space_scores", reference_head_space_scores.head_space_scores, "CompositeExplicitAutograd")
 lib.impl("masked_read", reference_masked_read.masked_read, "CompositeExplicitAutograd")
 lib.impl("edge_scores.select", _edge_scores, "CompositeExplicitAutograd")

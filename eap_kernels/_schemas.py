@@ -1,8 +1,8 @@
 """The torch operators: schemas, shape functions and gradients. No implementation.
 
 Each operator has two overloads. The plain one is what a device offers: the native kernel where one is
-registered, the reference elsewhere. `select` carries the backend's name, is opaque to tracing, and is what
-the public functions call.
+registered, the reference elsewhere; `tf32` allows a GPU's kernel to round fp32 operands. `select` carries the
+backend's name, is opaque to tracing, and is what the public functions call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HEAD_SPACE_SCORES = (
     "Tensor[] values, Tensor[] weights, Tensor[] coefficients, Tensor[] normalised, "
     "int sender_groups, int features, Tensor reach, Tensor(a!) out, int workspace"
 )
-lib.define(f"edge_scores({_EDGE_SCORES}) -> ()")
+lib.define(f"edge_scores({_EDGE_SCORES}, bool tf32=False) -> ()")
 lib.define(f"edge_scores.select({_EDGE_SCORES}, str impl) -> ()")
 lib.define(f"head_space_scores({_HEAD_SPACE_SCORES}) -> ()")
 lib.define(f"head_space_scores.select({_HEAD_SPACE_SCORES}, str impl) -> ()")
@@ -34,13 +34,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _edge_scores_fake(
-    delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segments: Tensor | None, impl: str = "auto"
-) -> None:
-    return None
-
-
-def _head_space_scores_fake(*args: Any, **kwargs: Any) -> None:
+def _scores_fake(*args: Any, **kwargs: Any) -> None:
     return None
 
 
@@ -89,8 +83,8 @@ def _score(delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segments: Te
 
 
 for _overload in ("", ".select"):
-    torch.library.register_fake(f"eap_kernels::edge_scores{_overload}", _edge_scores_fake, lib=lib)
-    torch.library.register_fake(f"eap_kernels::head_space_scores{_overload}", _head_space_scores_fake, lib=lib)
+    torch.library.register_fake(f"eap_kernels::edge_scores{_overload}", _scores_fake, lib=lib)
+    torch.library.register_fake(f"eap_kernels::head_space_scores{_overload}", _scores_fake, lib=lib)
     torch.library.register_fake(f"eap_kernels::masked_read{_overload}", _masked_read_fake, lib=lib)
     torch.library.register_autograd(
         f"eap_kernels::masked_read{_overload}", _backward, setup_context=_setup_context, lib=lib

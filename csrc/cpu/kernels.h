@@ -9,6 +9,7 @@ namespace eap {
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 enum class Dtype { f64, f32, bf16, f16 };
+enum class MaskDtype { f64, f32, bf16, f16, boolean };
 
 // A strided [rows, tokens, features] array.
 struct View {

@@ -1,6 +1,6 @@
-// Edge scores on any GPU from compute capability 8.0 on: the plan, the portable kernel and the reduction. Kernels of
-// 16-bit types use the tensor cores, the others the plain units, exactly; all read their operands through one pipeline
-// of asynchronous copies into shared memory. Receivers are gathered in the order of their reach.
+// Edge scores on any GPU from compute capability 8.0 on: the plan, the portable kernel and the reduction. 16-bit types,
+// and fp32 where tf32 is allowed, use the tensor cores, the others the plain units, exactly; all read their operands
+// through one pipeline of asynchronous copies into shared memory. Receivers are gathered in the order of their reach.
 #include <cstring>
 
 #include "edge_scores.h"
@@ -111,23 +111,31 @@ template <class T> struct Core {
   }
 };
 
-// bf16 and fp16: eight warps of 64 x 32 results, a slab high each.
+// bf16, fp16 and tf32: eight warps of 64 x 32 results, a slab high each. An instruction multiplies two pieces of 16
+// bytes of each row, whatever the type.
 template <class T> struct TensorCore {
   float c[4][4][4] = {};  // [16 rows][8 columns][fragment]
+
+  __device__ static void load(uint32_t (&r)[4], uint32_t address) {
+    ldmatrix(r, address);
+    if constexpr (std::is_same_v<T, tf32>)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) r[i] = rounded_to_tf32(r[i]);
+  }
 
   __device__ void step(uint32_t stage, int slabs) {
     const int lane = threadIdx.x % 32, slab = threadIdx.x / 32 % 2, columns = int(threadIdx.x) / 64 * 32;
     if (slab >= slabs) return;
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {  // 16 values are two pieces
+    for (int k = 0; k < 2; ++k) {
       uint32_t b[2][4];
 #pragma unroll
       for (int j = 0; j < 2; ++j)
-        ldmatrix(b[j], stage + row64(kRows + columns + 16 * j + b_row(lane), 2 * k + b_piece(lane)));
+        load(b[j], stage + row64(kRows + columns + 16 * j + b_row(lane), 2 * k + b_piece(lane)));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t a[4];
-        ldmatrix(a, stage + row64(slab * kSlab + 16 * i + a_row(lane), 2 * k + a_piece(lane)));
+        load(a, stage + row64(slab * kSlab + 16 * i + a_row(lane), 2 * k + a_piece(lane)));
 #pragma unroll
         for (int j = 0; j < 4; ++j) mma<T>(c[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
       }
@@ -151,6 +159,7 @@ template <class T> struct TensorCore {
 };
 template <> struct Core<__half> : TensorCore<__half> {};
 template <> struct Core<__nv_bfloat16> : TensorCore<__nv_bfloat16> {};
+template <> struct Core<tf32> : TensorCore<tf32> {};
 
 template <class T, bool kPieces>
 __global__ void __launch_bounds__(kThreads, kPieces && sizeof(T) < 8 ? 2 : 1)
@@ -240,20 +249,21 @@ Plan plan_at(const Schedule& s, const char* memory) {
           int32_t(s.splits.size()), int32_t(s.slots), int32_t(s.receiver.size())};
 }
 
+// Calls with a value of the type that the products are computed in.
+template <class Visit> auto with_type(const EdgeScores& call, const Visit& visit) {
+  switch (call.dtype) {
+    case Dtype::f64: return visit(double());
+    case Dtype::f32: return call.tf32 ? visit(tf32()) : visit(float());
+    case Dtype::bf16: return visit(__nv_bfloat16());
+    default: return visit(__half());
+  }
+}
+
 template <class T> int blocks_per_processor() {
   int blocks = 0;
   check(kOp, cudaFuncSetAttribute(portable<T, true>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   check(kOp, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, portable<T, true>, kThreads, kSharedBytes));
   return blocks > 0 ? blocks : 1;
-}
-
-int blocks_per_processor(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::f64: return blocks_per_processor<double>();
-    case Dtype::f32: return blocks_per_processor<float>();
-    case Dtype::bf16: return blocks_per_processor<__nv_bfloat16>();
-    default: return blocks_per_processor<__half>();
-  }
 }
 
 }  // namespace
@@ -265,7 +275,7 @@ void EdgeScores::plan() {
       if (size > INT32_MAX) throw std::runtime_error("edge_scores: expected sizes below 2^31, got a larger one");
   tensor_memory = hopper_can_run(*this);
   const int64_t workers = int64_t(device_attribute(kOp, cudaDevAttrMultiProcessorCount, device)) *
-                          (tensor_memory ? 1 : blocks_per_processor(dtype));
+                          (tensor_memory ? 1 : with_type(*this, [](auto x) { return blocks_per_processor<decltype(x)>(); }));
   const int64_t step = (tensor_memory ? 128 : 64) / bytes_of(dtype), steps = divide_up(delta.size[2], step);
   // TMA copies rows that follow each other, so there receivers stay as they are: models list them by depth anyway.
   schedule = cuda::schedule(reach, grad.size[0], segments, delta.size[1], tensor_memory ? kHopperSlabs : kSlabs,
@@ -298,13 +308,10 @@ void EdgeScores::run(void* workspace, CUstream_st* stream) const {
   if (tensor_memory)
     return run_all<float>(*this, plan, kHopperSlabs, partial, stream,
                           [&](const auto& scores) { hopper_run(*this, plan, scores, stream); });
-  if (dtype == Dtype::f64)
-    return run_all<double>(*this, plan, kSlabs, partial, stream,
-                           [&](const auto& scores) { run_portable<double>(*this, plan, scores, stream); });
-  run_all<float>(*this, plan, kSlabs, partial, stream, [&](const auto& scores) {
-    if (dtype == Dtype::f32) run_portable<float>(*this, plan, scores, stream);
-    else if (dtype == Dtype::bf16) run_portable<__nv_bfloat16>(*this, plan, scores, stream);
-    else run_portable<__half>(*this, plan, scores, stream);
+  with_type(*this, [&](auto x) {
+    using T = decltype(x);
+    run_all<acc_t<T>>(*this, plan, kSlabs, partial, stream,
+                      [&](const auto& scores) { run_portable<T>(*this, plan, scores, stream); });
   });
 }
 

@@ -2,8 +2,8 @@
 // operands by TMA into a ring of stages, two warpgroups multiply them with wgmma from there; barriers with phases say
 // when a stage is full and when it is empty again.
 //
-// A stage is 64 features of one token: up to four slabs of 64 senders and one block of 128 receivers, in rows of 128
-// bytes, swizzled. A three-dimensional tensor map (feature, token, row) with the tensor's own strides serves buffers with
+// A stage is 128 bytes of features of one token: up to four slabs of 64 senders and one block of 128 receivers,
+// swizzled. A three-dimensional tensor map (feature, token, row) with the tensor's own strides serves buffers with
 // tokens first and gathers the tokens of a segment; beyond the tensor's sizes it delivers zeros.
 #include "edge_scores.h"
 #include "layout.h"
@@ -17,11 +17,12 @@ constexpr int kGroups = 2;      // consumer warpgroups; group g takes the slabs 
 constexpr int kConsumers = kGroups * 128;
 constexpr int kThreads = kConsumers + 128;  // registers are handed over by whole warpgroups
 constexpr int kStages = 4;
-constexpr int kFeatures = 64;   // 128 bytes, which is the width of the swizzle
-constexpr int kSlabBytes = kSlab * 128;
+constexpr int kRowBytes = 128;  // the width of the swizzle
+constexpr int kSlabBytes = kSlab * kRowBytes;
 constexpr int kSendersBytes = kHopperSlabs * kSlabBytes;
-constexpr int kReceiversBytes = kColumns * 128;
+constexpr int kReceiversBytes = kColumns * kRowBytes;
 constexpr int kStageBytes = kSendersBytes + kReceiversBytes;
+template <class T> constexpr int kFeatures = kRowBytes / int(sizeof(T));  // of a stage
 constexpr int kAlignment = 1024;  // of swizzled tiles
 constexpr int kSharedBytes = kStages * kStageBytes + kAlignment + 2 * kStages * 8;
 static_assert(kHopperSlabs == 2 * kGroups && kSharedBytes <= 227 << 10);
@@ -43,7 +44,7 @@ struct Ring {
 
 // Unused where the kernel's body is empty, on other architectures.
 [[maybe_unused]] __device__ void produce(const Plan& plan, const CUtensorMap* delta, const CUtensorMap* grad,
-                                         int blocks, Ring ring) {
+                                         int blocks, int features, Ring ring) {
   for (uint32_t unit = blockIdx.x; unit < plan.units(); unit += gridDim.x) {
     const Tile tile = plan.tile[unit % plan.tiles];
     const Chunk chunk = plan.chunk[unit / plan.tiles];
@@ -52,7 +53,7 @@ struct Ring {
       for (int block = 0; block < blocks; ++block, ring.next()) {
         barrier_wait(ring.empty(), ring.parity ^ 1);
         barrier_arrive_expect(ring.full(), tile.slabs * kSlabBytes + kReceiversBytes);
-        const int feature = block * kFeatures;
+        const int feature = block * features;
         tma_load(ring.receivers(), grad, feature, token, tile.column, ring.full());
         for (int slab = 0; slab < tile.slabs; ++slab)
           tma_load(ring.senders() + slab * kSlabBytes, delta, feature, token, tile.sender + slab * kSlab, ring.full());
@@ -65,7 +66,7 @@ struct Ring {
 template <class T, int kMine>
 __device__ void consume(const Target<float>& target, int64_t steps, Ring& ring) {
   const int thread = threadIdx.x % 128, group = threadIdx.x / 128, lane = threadIdx.x % 32;
-  constexpr int kSteps = kRun / kFeatures;
+  constexpr int kSteps = kRun / kFeatures<T>;
   float c[kMine ? kMine : 1][64];
 #pragma unroll 1
   for (int64_t start = 0; start < steps; start += kSteps) {
@@ -78,7 +79,7 @@ __device__ void consume(const Target<float>& target, int64_t steps, Ring& ring) 
         wgmma_fence();
         const uint64_t b = descriptor(ring.receivers());
 #pragma unroll
-        for (int k = 0; k < kFeatures / 16; ++k)
+        for (int k = 0; k < kRowBytes / 32; ++k)
 #pragma unroll
           for (int i = 0; i < kMine; ++i)
             wgmma<T>(c[i], descriptor(ring.senders() + (group + kGroups * i) * kSlabBytes) + k * kDescriptorStep,
@@ -121,10 +122,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
 
-  const int blocks = (features - 1) / kFeatures + 1;
+  const int blocks = (features - 1) / kFeatures<T> + 1;
   if (threadIdx.x >= kConsumers) {
     give_registers<24>();
-    if (threadIdx.x == kConsumers) produce(plan, &delta, &grad, blocks, ring);
+    if (threadIdx.x == kConsumers) produce(plan, &delta, &grad, blocks, kFeatures<T>, ring);
     return;
   }
   take_registers<240>();  // 2 x 240 + 24 is three times the 168 that a thread starts with
@@ -140,11 +141,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // A size-1 dimension may have any stride in torch; it is never stepped along.
-int64_t byte_stride(const View& x, int dim) { return x.size[dim] == 1 ? 16 : x.stride[dim] * 2; }
+int64_t byte_stride(const View& x, int dim, int bytes) { return x.size[dim] == 1 ? 16 : x.stride[dim] * bytes; }
 
-bool fits(const View& x) {
-  for (int dim = 0; dim < 2; ++dim)
-    if (byte_stride(x, dim) <= 0 || byte_stride(x, dim) % 16 != 0 || byte_stride(x, dim) >> 40 != 0) return false;
+bool fits(const View& x, int bytes) {
+  for (int dim = 0; dim < 2; ++dim) {
+    const int64_t stride = byte_stride(x, dim, bytes);
+    if (stride <= 0 || stride % 16 != 0 || stride >> 40 != 0) return false;
+  }
   return x.stride[2] == 1 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
 }
 
@@ -164,13 +167,17 @@ auto encoder() {
 
 CUtensorMap tensor_map(const View& x, Dtype dtype, uint32_t rows) {
   CUtensorMap map;
+  const int bytes = bytes_of(dtype);
+  // To TFLOAT32 values are rounded as they are copied.
+  const CUtensorMapDataType type = dtype == Dtype::f32    ? CU_TENSOR_MAP_DATA_TYPE_TFLOAT32
+                                   : dtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                          : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const cuuint64_t size[3] = {cuuint64_t(x.size[2]), cuuint64_t(x.size[1]), cuuint64_t(x.size[0])};
-  const cuuint64_t stride[2] = {cuuint64_t(byte_stride(x, 1)), cuuint64_t(byte_stride(x, 0))};
-  const cuuint32_t box[3] = {kFeatures, 1, rows}, step[3] = {1, 1, 1};
+  const cuuint64_t stride[2] = {cuuint64_t(byte_stride(x, 1, bytes)), cuuint64_t(byte_stride(x, 0, bytes))};
+  const cuuint32_t box[3] = {cuuint32_t(kRowBytes / bytes), 1, rows}, step[3] = {1, 1, 1};
   const CUresult result = encoder()(
-      &map, dtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3,
-      const_cast<void*>(x.data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      &map, type, 3, const_cast<void*>(x.data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("edge_scores: expected the driver to encode a tensor map, got error " +
                              std::to_string(result));
@@ -180,14 +187,17 @@ CUtensorMap tensor_map(const View& x, Dtype dtype, uint32_t rows) {
 }  // namespace
 
 bool hopper_can_run(const EdgeScores& call) {
-  return bytes_of(call.dtype) == 2 && fits(call.delta) && fits(call.grad) &&
+  const int bytes = bytes_of(call.dtype);
+  return (bytes == 2 || (call.dtype == Dtype::f32 && call.tf32)) && fits(call.delta, bytes) && fits(call.grad, bytes) &&
          device_attribute(kOp, cudaDevAttrComputeCapabilityMajor, call.device) == 9 &&
          device_attribute(kOp, cudaDevAttrComputeCapabilityMinor, call.device) == 0;
 }
 
 void hopper_run(const EdgeScores& call, const Plan& plan, const Scores<float>& scores, CUstream_st* stream) {
-  launch(kOp, call.dtype == Dtype::bf16 ? hopper<__nv_bfloat16> : hopper<__half>, dim3(call.blocks), kThreads,
-         kSharedBytes, stream, plan, tensor_map(call.delta, call.dtype, kSlab),
+  const auto kernel = call.dtype == Dtype::f32    ? hopper<tf32>
+                      : call.dtype == Dtype::bf16 ? hopper<__nv_bfloat16>
+                                                  : hopper<__half>;
+  launch(kOp, kernel, dim3(call.blocks), kThreads, kSharedBytes, stream, plan, tensor_map(call.delta, call.dtype, kSlab),
          tensor_map(call.grad, call.dtype, kColumns), scores, int32_t(call.delta.size[2]));
 }
 

@@ -16,6 +16,7 @@ struct EdgeScores {
   View delta;               // [S, N, D]
   View grad;                // [R, N, D]
   Dtype dtype;              // of delta and grad; out is fp64 for fp64, else fp32
+  bool tf32;                // fp32 may be rounded to what the tensor cores multiply
   const int64_t* reach;     // [R], on the host
   const int64_t* segments;  // [N], on the host, or null for one segment
   void* out;                // [segments, S, R]
@@ -31,8 +32,6 @@ struct EdgeScores {
   int64_t workspace() const;  // bytes
   void run(void* workspace, CUstream_st* stream) const;
 };
-
-enum class MaskDtype { f64, f32, bf16, f16, boolean };
 
 // out[v, n, d] = base[v, n, d] + sum_u mask[u, v] * delta[u, n, d]
 struct MaskedRead {

@@ -7,6 +7,13 @@
 
 namespace eap::cuda {
 
+// fp32 in memory, of which the tensor cores multiply 10 bits of mantissa.
+struct tf32 {
+  float bits;
+  tf32() = default;
+  __device__ explicit tf32(float x) : bits(x) {}
+};
+
 template <class T> using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 __device__ __forceinline__ double load(double x) { return x; }

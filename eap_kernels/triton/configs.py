@@ -68,10 +68,10 @@ MASKED_READ: dict[str, dict[str, tuple[Tile, ...]]] = {
 SPARSE = {"half": 0.04, "tf32": 0.05, "fp32": 0.1, "fp64": 0.1}
 
 
-def kind(dtype: torch.dtype) -> str:
-    """The row of a table for operands of this dtype, following torch's own switch for tf32."""
+def kind(dtype: torch.dtype, tf32: bool) -> str:
+    """The row of a table for operands of this dtype, where fp32 may be rounded to tf32 or not."""
     if dtype == torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
+        return "tf32" if tf32 else "fp32"
     return "fp64" if dtype == torch.float64 else "half"
 
 

@@ -49,18 +49,18 @@ class Schedule(NamedTuple):
     launches: tuple[Launch, ...]
 
 
-def edge_scores(delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segments: Tensor | None) -> None:
+def edge_scores(delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segments: Tensor | None, tf32: bool) -> None:
     """out[segment(n), u, v] += <delta[u, n], grad[v, n]> for u < reach[v], in place; deterministic.
 
     delta [S, N, D], grad [R, N, D], any strides; reach int64 [R] and segments int64 [N] on the CPU; out [S, R] or
-    [segments, S, R]. Products of fp32 are exact unless torch allows tf32; sums are kept in out's dtype.
+    [segments, S, R]. Products of fp32 are exact unless `tf32`; sums are kept in out's dtype.
     """
     if segments is None:
         delta, grad = configs.one_row(delta, grad)
         out = out[None]
     if delta.numel() == 0 or grad.numel() == 0:
         return
-    kind = configs.kind(delta.dtype)
+    kind = configs.kind(delta.dtype, tf32)
     plan = schedule(
         reach.numpy().tobytes(),
         None if segments is None else segments.numpy().tobytes(),

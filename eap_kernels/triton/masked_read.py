@@ -18,7 +18,7 @@ from eap_kernels.triton.configs import Tile
 _SENDERS, _FEATURES, _WARPS = 4, 1024, 4
 
 
-def masked_read(base: Tensor, delta: Tensor, mask: Tensor) -> Tensor:
+def masked_read(base: Tensor, delta: Tensor, mask: Tensor, tf32: bool) -> Tensor:
     """y[v] = base[v] + sum_u mask[u, v] * delta[u], in delta's dtype, rounded once.
 
     base [N, D] or [R, N, D], delta [S, N, D], mask [S, R] bool or floating -> [R, N, D]. Senders that no receiver
@@ -30,7 +30,7 @@ def masked_read(base: Tensor, delta: Tensor, mask: Tensor) -> Tensor:
         return y
     base, delta, rows = configs.one_row(base.expand_as(y), delta, y)
     weights = parts(mask, delta.dtype)
-    kind = configs.kind(weights.dtype)
+    kind = configs.kind(weights.dtype, tf32)
     tile = min(
         configs.tiles(configs.MASKED_READ, kind, base, delta, rows),
         key=lambda t: triton.cdiv(receivers, t.rows) * t.rows / t.rate,
@@ -42,7 +42,7 @@ def masked_read(base: Tensor, delta: Tensor, mask: Tensor) -> Tensor:
         if edges < configs.SPARSE[kind] * products:
             sparse(base, delta, mask, kept, rows)
         else:
-            dense(base, delta, weights, used, rows, tile)
+            dense(base, delta, weights, used, rows, tile, configs.precision(kind))
     return y
 
 
@@ -77,7 +77,7 @@ def lists(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return starts.int(), row.contiguous(), column.contiguous()
 
 
-def dense(base: Tensor, delta: Tensor, weights: Tensor, used: Tensor, y: Tensor, tile: Tile) -> None:
+def dense(base: Tensor, delta: Tensor, weights: Tensor, used: Tensor, y: Tensor, tile: Tile, precision: str) -> None:
     """Writes y with the matrix units.
 
     base, y [R, N, D]; delta [S, N, D]; weights [1 or 3, S, R]; used bool [tiles of receivers, S].
@@ -106,7 +106,7 @@ def dense(base: Tensor, delta: Tensor, weights: Tensor, used: Tensor, y: Tensor,
         COLUMNS=tile.columns,
         INNER=tile.inner,
         PARTS=len(weights),
-        PRECISION=configs.precision(configs.kind(weights.dtype)),
+        PRECISION=precision,
         ACCUMULATE=tl.float64 if y.dtype == torch.float64 else tl.float32,
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -143,7 +143,7 @@ def test_every_kernel_fits_in_registers_and_shared_memory(compiled):
         assert "performance loss" not in report.lower(), report
         frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
         usage = re.findall(r"Function properties for (\S+)\n.*\n.*Used (\d+) registers(.*)", report)
-        assert len(frames) == len(usage) == {"edge_scores": 10, "edge_scores_sm90": 2, "masked_read": 16}[source]
+        assert len(frames) == len(usage) == {"edge_scores": 12, "edge_scores_sm90": 3, "masked_read": 16}[source]
         assert set(frames) == {("0", "0", "0")}, (source, architecture, report)
         for name, registers, rest in usage:
             shared = re.search(r"(\d+) bytes smem", rest)
@@ -159,6 +159,8 @@ def test_the_instructions_meant_are_there(compiled):
         if source == "edge_scores":
             assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in ptx
             assert "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32" in ptx
+            assert "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32" in ptx
+            assert "cvt.rna.tf32.f32" in ptx
             assert "ldmatrix.sync" in ptx
             assert "cp.async.cg.shared.global" in ptx
             assert "fma.rn.f64" in ptx
@@ -166,6 +168,7 @@ def test_the_instructions_meant_are_there(compiled):
             for instruction in (
                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16",
                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16",
+                "wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32",
                 "cp.async.bulk.tensor.3d.shared::cluster.global",
                 "setmaxnreg.inc",
             ):

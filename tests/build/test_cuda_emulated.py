@@ -64,7 +64,7 @@ def run(program: Path, operator: str, first: int, last: int) -> subprocess.Compl
 
 EXPECTED = {
     "scores": {
-        *("portable", "hopper", "direct", "split", "blocks with several units"),
+        *("portable", "hopper", "tf32 portable", "tf32 hopper", "direct", "split", "blocks with several units"),
         *(f"tiles of {slabs} slabs" for slabs in (1, 2, 3, 4)),
     },
     "reads": {"sparse", "dense"},
@@ -115,6 +115,16 @@ FAULTS = {
         "wgmma_wait<2>",
     ),
     "a wrong parity": ("edge_scores_sm90.cu", "ring.parity ^ 1", "ring.parity"),
+    "tf32 is cut off instead of rounded": (
+        "edge_scores.cu",
+        "r[i] = rounded_to_tf32(r[i]);",
+        ";",
+    ),
+    "fp32 is copied as it is for tf32": (
+        "edge_scores_sm90.cu",
+        "CU_TENSOR_MAP_DATA_TYPE_TFLOAT32",
+        "CU_TENSOR_MAP_DATA_TYPE_FLOAT32",
+    ),
     "tokens of another segment": (
         "edge_scores_sm90.cu",
         "plan.token_at(chunk.first + i)",

@@ -28,6 +28,19 @@ def tensors_on_the_backend_s_device(request):
 
 
 @pytest.fixture
+def fp32_precision():
+    """fp32_precision(name) sets torch's switch for matrix products on a GPU, for one test."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+
+    def choose(name: str) -> None:
+        matmul.fp32_precision = name
+
+    yield choose
+    choose(before)
+
+
+@pytest.fixture
 def randn(generator):
     """Normal values, the same on every device."""
 

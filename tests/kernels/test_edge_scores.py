@@ -132,6 +132,20 @@ def test_is_deterministic_for_any_number_of_threads(impl, device, randn):
             torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+@pytest.mark.parametrize("layout", ["contiguous", "reversed"])
+def test_tf32_is_torch_s_own_choice(impl, device, generator, fp32_precision, precision, layout):
+    """Where it is not allowed, a rounded operand would show: sums here differ by a hundred times what is let pass."""
+    fp32_precision(precision)
+    delta, grad = (testing.random_tensor((rows, 4, 32), torch.float32, generator, layout, device) for rows in (70, 130))
+    reach = make_reach("shuffled", 70, 130, generator)
+    oracle = testing.edge_scores_oracle(delta, grad, reach)
+    scores = ek.edge_scores(delta, grad, reach, impl=impl)
+    # Not relative to the reference, which on a GPU is rounded too where tf32 is allowed, and need not be.
+    eps = testing.TF32_EPS if precision == "tf32" and device == "cuda" else torch.finfo(torch.float32).eps
+    testing.assert_close(scores, oracle.value, oracle, eps)
+
+
 D, G, REACH = torch.zeros(3, 4, 5), torch.zeros(2, 4, 5), torch.tensor([1, 3])
 SHARED = torch.zeros(60)
 BAD = {

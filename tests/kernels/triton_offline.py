@@ -126,18 +126,18 @@ DTYPES = {
 }
 
 
-def calls(name, shape, dtype):
+def calls(name, shape, dtype, tf32):
     """Calls an operator in every way that changes what is compiled, apart from the tile."""
     delta, grad = (SHAPES[shape](rows, dtype) for rows in (64, 256))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if name == "edge_scores":
         segments = torch.arange(delta.shape[1]).flip(0) if shape in ("rest", "odd") else None
         out = torch.empty(*([] if segments is None else [len(segments)]), 64, 256, dtype=wide)
-        edge_scores.edge_scores(delta, grad, torch.full((256,), 64), out, segments)
+        edge_scores.edge_scores(delta, grad, torch.full((256,), 64), out, segments, tf32)
     elif shape != "huge":
         for mask_dtype, sparse in itertools.product((torch.bool, wide), (0.0, float("inf"))):
             configs.SPARSE = dict.fromkeys(configs.SPARSE, sparse)
-            masked_read.masked_read(grad[0], delta, torch.ones(64, 256, dtype=mask_dtype))
+            masked_read.masked_read(grad[0], delta, torch.ones(64, 256, dtype=mask_dtype), tf32)
 
 
 def main(capability, memory, shapes):
@@ -153,7 +153,7 @@ def main(capability, memory, shapes):
                 if shape == "odd" and tile != tiles[-1]:
                     continue
                 table[memory][kind] = (tile,)
-                calls(name, shape, dtype)
+                calls(name, shape, dtype, kind == "tf32")
                 for kernel_name, kernel in compiled:
                     if kernel.hash not in seen:
                         about = {"kernel": kernel_name, "dtype": str(dtype), "kind": kind, "shape": shape, "tile": tile}

@@ -51,6 +51,11 @@ double roundoff(Dtype dtype) {
   return dtype == Dtype::f64 ? 0x1p-53 : dtype == Dtype::f32 ? 0x1p-24 : dtype == Dtype::bf16 ? 0x1p-8 : 0x1p-11;
 }
 
+double to_tf32(double x) {
+  const double unit = std::ldexp(1.0, std::ilogb(x) - 10);
+  return std::isfinite(x) && x != 0 ? std::round(x / unit) * unit : x;
+}
+
 // Memory of which only the pages that are touched exist.
 std::shared_ptr<void> allocate(int64_t bytes) {
   constexpr int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
@@ -117,7 +122,8 @@ struct Workspace {
 void scores() {
   // A third of the cases is for the TMA and wgmma kernel.
   const bool hopper = draw(0, 2) == 0, aligned = hopper || coin(), segmented = coin();
-  const Dtype dtype = Dtype(draw(hopper ? 2 : 0, 3)), wide = dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+  const Dtype dtype = Dtype(draw(hopper ? 1 : 0, 3)), wide = dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+  const bool tf32 = dtype == Dtype::f32 && (hopper || coin());
   emulator::device = {hopper || coin() ? 90 : 80, int(draw(1, coin() ? 1 : 4)), false};
   const int64_t S = draw(1, coin() ? 20 : 450), R = draw(1, coin() ? 20 : 150);
   const int64_t N = draw(1, coin() ? 6 : 20), E = draw(1, 3);
@@ -135,11 +141,11 @@ void scores() {
   const auto memory = allocate((E * strides[0] + S * strides[1] + R * strides[2]) * bytes_of(wide));
   const auto out = [&](int64_t e, int64_t u, int64_t v) { return e * strides[0] + u * strides[1] + v * strides[2]; };
 
-  cuda::EdgeScores call{delta.view(), grad.view(), dtype, reach.data(), segmented ? segments.data() : nullptr,
+  cuda::EdgeScores call{delta.view(), grad.view(), dtype, tf32, reach.data(), segmented ? segments.data() : nullptr,
                         memory.get(), {strides[0], strides[1], strides[2]}, 0};
   call.plan();
   Workspace workspace(call.workspace());
-  ++seen[call.tensor_memory ? "hopper" : "portable"];
+  ++seen[(tf32 ? "tf32 " : "") + std::string(call.tensor_memory ? "hopper" : "portable")];
   for (const auto& tile : call.schedule.tiles) ++seen["tiles of " + std::to_string(tile.slabs) + " slabs"];
   for (const auto& chunk : call.schedule.chunks) ++seen[chunk.slot == cuda::kDirect ? "direct" : "split"];
   seen["blocks with several units"] += call.blocks > 0 && call.schedule.units() > call.blocks;
@@ -153,7 +159,10 @@ void scores() {
         write(wide, memory.get(), out(e, u, v), start);
         expected[(e * S + u) * R + v] = start, allowed[(e * S + u) * R + v] = std::abs(start);
       }
-  const auto a = delta.values(), b = grad.values();
+  auto a = delta.values(), b = grad.values();
+  if (tf32)
+    for (auto* values : {&a, &b})
+      for (double& x : *values) x = to_tf32(x);
   for (int64_t u = 0; u < S; ++u)
     for (int64_t v = 0; v < R; ++v)
       for (int64_t n = 0; u < reach[v] && n < N; ++n)
@@ -205,8 +214,8 @@ void scores() {
 
 void masked_read() {
   const Dtype dtype = Dtype(draw(0, 3)), wide = dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
-  const auto mask_dtype = cuda::MaskDtype(draw(0, 4));
-  const bool boolean = mask_dtype == cuda::MaskDtype::boolean, aligned = coin();
+  const auto mask_dtype = MaskDtype(draw(0, 4));
+  const bool boolean = mask_dtype == MaskDtype::boolean, aligned = coin();
   emulator::device = {80, int(draw(1, 5)), false};
   const int64_t S = draw(0, 150), R = draw(1, 200), N = draw(1, 4), D = aligned ? draw(1, 8) * 8 : draw(1, 60);
   Tensor delta(dtype, S, N, D, draw_layout(aligned)), base(dtype, R, N, D, draw_layout(aligned));

@@ -43,7 +43,7 @@ struct Meeting { std::vector<void*> brought; unsigned arrived = 0; int64_t round
 struct Barrier { uint32_t arrivals, pending; int64_t bytes = 0, phase = 0; };
 struct Load { uint32_t to; CUtensorMap map; int x, y, z; uint32_t barrier; };
 // How the encoder below keeps a tensor map.
-struct Map { const char* data; uint64_t size[3], stride[2]; uint32_t box[3]; };
+struct Map { const char* data; uint64_t size[3], stride[2]; uint32_t box[3], bytes; };
 
 std::mt19937 random_numbers(1);
 std::vector<char> memory;
@@ -83,39 +83,42 @@ void finish_load(const Load& load) {
   for (uint32_t row = 0; row < map.box[2]; ++row)
     for (uint32_t i = 0; i < map.box[0]; ++i) {
       const uint64_t x = load.x + i, y = load.y, z = load.z + row;
-      uint16_t value = 0;
+      uint32_t value = 0;
       if (x < map.size[0] && y < map.size[1] && z < map.size[2])
-        memcpy(&value, map.data + x * 2 + y * map.stride[0] + z * map.stride[1], 2);
-      memcpy(shared(swizzled(load.to + row * 128 + i * 2), 2), &value, 2);
+        memcpy(&value, map.data + x * map.bytes + y * map.stride[0] + z * map.stride[1], map.bytes);
+      if (map.bytes == 4) value = rounded_to_tf32(value);
+      memcpy(shared(swizzled(load.to + row * 128 + i * map.bytes), map.bytes), &value, map.bytes);
     }
   Barrier& barrier = barrier_at(load.barrier);
-  barrier.bytes -= int64_t(map.box[0]) * map.box[1] * map.box[2] * 2;
+  barrier.bytes -= int64_t(map.box[0]) * map.box[1] * map.box[2] * map.bytes;
   end_phase_if_complete(barrier);
 }
 
-// A row of an operand, 16 values in two swizzled pieces of 16 bytes, as its descriptor says.
+// A row of an operand, 32 bytes in two swizzled pieces, as its descriptor says.
 struct Row {
   float x[16];
-  Row(uint64_t descriptor, int row, float (*value)(uint16_t)) {
+  Row(uint64_t descriptor, int row, const Wgmma& product) {
     const uint32_t start = (descriptor & 0x3FFF) << 4, eight_rows = (descriptor >> 32 & 0x3FFF) << 4;
     require(descriptor >> 62 == 1 && (descriptor >> 49 & 7) == 0, "not the descriptor of a 128-byte swizzle");
     for (int piece = 0; piece < 2; ++piece) {
-      uint16_t bits[8];
+      uint32_t bits[4];
       memcpy(bits, shared(swizzled(start + row / 8 * eight_rows + row % 8 * 128 + piece * 16), 16), 16);
-      for (int k = 0; k < 8; ++k) x[piece * 8 + k] = value(bits[k]);
+      const int packed = 4 / product.bytes;
+      for (int k = 0; k < 4 * packed; ++k)
+        x[piece * 4 * packed + k] = product.value(bits[k / packed], k % packed);
     }
   }
 };
 
 void finish_product(const Wgmma& p) {
   const int row = int(now->id) % 128 / 32 * 16 + int(now->id) % 32 / 4, pair = int(now->id) % 4 * 2;
-  const Row a[2] = {{p.a, row, p.value}, {p.a, row + 8, p.value}};
+  const Row a[2] = {{p.a, row, p}, {p.a, row + 8, p}};
   for (int j = 0; j < 32; ++j) {
-    const Row b(p.b, j / 2 * 8 + pair + j % 2, p.value);
+    const Row b(p.b, j / 2 * 8 + pair + j % 2, p);
     for (int half = 0; half < 2; ++half) {
       float& c = p.c[j / 2 * 4 + half * 2 + j % 2];
       float sum = p.add ? c : 0;
-      for (int k = 0; k < 16; ++k) sum += a[half].x[k] * b.x[k];
+      for (int k = 0; k < 32 / p.bytes; ++k) sum += a[half].x[k] * b.x[k];
       c = sum;
     }
   }
@@ -257,17 +260,19 @@ void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()
 }
 
 // Fails where the documentation of cuTensorMapEncodeTiled says that it does.
-static CUresult encode(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* data, const cuuint64_t* size,
+static CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* data, const cuuint64_t* size,
                        const cuuint64_t* stride, const cuuint32_t* box, const cuuint32_t* step, CUtensorMapInterleave,
                        CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
-  bool good = rank == 3 && uintptr_t(map) % 64 == 0 && uintptr_t(data) % 16 == 0 && box[0] * 2 <= 128 &&
+  const bool half = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const uint32_t bytes = half ? 2 : 4;
+  bool good = (half || type == CU_TENSOR_MAP_DATA_TYPE_TFLOAT32) && rank == 3 && uintptr_t(map) % 64 == 0 && uintptr_t(data) % 16 == 0 && box[0] * bytes <= 128 &&
               swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
   for (int i = 0; i < 2; ++i) good = good && stride[i] > 0 && stride[i] % 16 == 0 && stride[i] >> 40 == 0;
   for (int i = 0; i < 3; ++i)
     good = good && size[i] > 0 && size[i] >> 32 == 0 && box[i] > 0 && box[i] <= 256 && step[i] == 1;
   if (!good) return CUDA_ERROR_INVALID_VALUE;
   const Map kept{static_cast<const char*>(data), {size[0], size[1], size[2]}, {stride[0], stride[1]},
-                 {box[0], box[1], box[2]}};
+                 {box[0], box[1], box[2]}, bytes};
   static_assert(sizeof kept <= sizeof *map);
   memcpy(map, &kept, sizeof kept);
   return CUDA_SUCCESS;

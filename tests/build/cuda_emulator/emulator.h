@@ -72,15 +72,29 @@ void barrier_arrive(uint32_t address, uint32_t expected_bytes);
 void barrier_wait(uint32_t address, uint32_t parity);
 void tma_load(uint32_t to, const CUtensorMap* map, int x, int y, int z, uint32_t barrier);
 
-struct Wgmma { float* c; uint64_t a, b; bool add; float (*value)(uint16_t); };
+struct Wgmma { float* c; uint64_t a, b; bool add; int bytes; float (*value)(uint32_t, int); };
 void wgmma(const Wgmma& product);
 void commit_wgmma();
 void wait_wgmma(int pending);
 
-template <class T> float value(uint16_t bits) {
-  T x;
-  memcpy(static_cast<void*>(&x), &bits, 2);
-  return float(x);
+// To 10 bits of mantissa, to nearest, ties away from zero.
+inline uint32_t rounded_to_tf32(uint32_t x) {
+  if ((x & 0x7F800000) != 0x7F800000) x += 0x1000;
+  return x & ~uint32_t(0x1FFF);
+}
+
+// Number i of the values in a register, as the matrix units see it: of 32 bits they ignore the last 13.
+template <class T> float value(uint32_t bits, int i) {
+  if constexpr (sizeof(T) == 4) {
+    bits &= ~uint32_t(0x1FFF);
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+  } else {
+    T x;
+    memcpy(static_cast<void*>(&x), reinterpret_cast<const char*>(&bits) + 2 * i, 2);
+    return float(x);
+  }
 }
 
 void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& kernel);

@@ -19,7 +19,7 @@ template <int kRegisters> void give_registers() {}
 template <int kRegisters> void take_registers() {}
 inline void wgmma_settle(float (&)[64]) {}
 template <class T> void wgmma(float (&c)[64], uint64_t a, uint64_t b, int add) {
-  emulator::wgmma({c, a, b, add != 0, emulator::value<T>});
+  emulator::wgmma({c, a, b, add != 0, int(sizeof(T)), emulator::value<T>});
 }
 
 }  // namespace eap::cuda

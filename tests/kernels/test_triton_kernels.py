@@ -85,12 +85,13 @@ def check_read(senders, receivers, features, sparse, kind, on, monkeypatch, gene
     monkeypatch.setattr(configs, "SPARSE", dict.fromkeys(configs.SPARSE, sparse))
     weights = torch.randn(senders, receivers, generator=generator, device="cpu").to(on)
     kept = weights > 0.5
+    share = None if sparse else eps(kind)
     for dtype in DTYPES[kind]:
         delta = testing.random_tensor((senders, 2, features), dtype, generator, "padded", on)
         base = testing.random_tensor((receivers, 2, features), dtype, generator, device=on)
         for mask in {kept.dtype: kept, dtype: (kept * weights).to(dtype), torch.float32: kept * weights}.values():
             y, reference = (ek.masked_read(base, delta, mask, impl=impl) for impl in ("triton", "reference"))
-            testing.assert_close(y, reference, testing.masked_read_oracle(base, delta, mask), None if sparse else eps(kind))
+            testing.assert_close(y, reference, testing.masked_read_oracle(base, delta, mask), share)
 
 
 @pytest.mark.parametrize("path", [0.0, math.inf])

@@ -120,7 +120,8 @@ def machine() -> dict[str, object]:
     }
     if DEVICE == "cuda":
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        facts |= {"gpu": torch.cuda.get_device_name(), "driver": driver.splitlines()[0]}
+        capability = "{}.{}".format(*torch.cuda.get_device_capability())
+        facts |= {"gpu": torch.cuda.get_device_name(), "capability": capability, "driver": driver.splitlines()[0]}
     return facts
 
 

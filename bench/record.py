@@ -1,4 +1,5 @@
-"""Turn a pytest-benchmark JSON into a committed result, the machine's baseline, and the tables in the docs.
+"""Turn a pytest-benchmark JSON into a committed result, the machine's baseline, and the tables: of the docs, and of
+what `auto` takes on a GPU.
 
 python -m bench.record RUN.json              # bench/results/, bench/baselines/, then the tables
 python -m bench.record --compare RUN.json    # fails on a ratio under its share of the machine's baseline
@@ -13,10 +14,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench import baseline, measure, tables
+from bench import baseline, choices, measure, tables
+from eap_kernels import _measured
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
+CHOICES = _measured.TABLE
 
 
 def condense(run: dict) -> dict:
@@ -39,6 +42,7 @@ def write_tables() -> None:
     for name in tables.PAGES:
         page = ROOT / name
         page.write_text(tables.filled(name, page.read_text(), results))
+    CHOICES.write_text(choices.text(results))
 
 
 def record(run: dict) -> None:
@@ -48,7 +52,8 @@ def record(run: dict) -> None:
     baseline.store(result, machine)
     write_tables()
     if "OUT" in os.environ:  # on a machine whose checkout is thrown away this folder is what comes back
-        shutil.copy(target, os.environ["OUT"])
+        for file in (target, CHOICES):
+            shutil.copy(file, os.environ["OUT"])
         shutil.copy(baseline.path(machine), Path(os.environ["OUT"], f"{machine}-ratios.json"))
 
 

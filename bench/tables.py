@@ -50,7 +50,7 @@ def machine(result: dict) -> str:
 def provenance(result: dict) -> str:
     """Machine, versions, date and commit in one line."""
     facts, versions = result["machine"], result["versions"]
-    about = f"driver {facts['driver']}" if "gpu" in facts else facts["instruction_set"]
+    about = f"driver {facts['driver']}, each row by its fastest backend" if "gpu" in facts else facts["instruction_set"]
     listed = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "python")
     return f"{machine(result)}, {about}; {listed}; {result['date']}, commit {result['commit'][:7]}."
 

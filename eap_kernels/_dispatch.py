@@ -5,6 +5,7 @@ Registers the implementations: the reference as every device's default kernel, a
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eap_kernels import _native
+from eap_kernels import _measured, _native
 from eap_kernels._schemas import accumulation_dtype, lib
 from eap_kernels.reference import edge_scores as reference_edge_scores
 from eap_kernels.reference import head_space_scores as reference_head_space_scores
@@ -83,6 +84,10 @@ def _no_device() -> str | None:
 
 
 def choose_edge_scores(delta: Tensor, grad: Tensor, segments: Tensor | None) -> Choice:
+    flat = flattens(delta) and flattens(grad)
+    if delta.is_cuda:
+        case = _measured.edge_scores_case(_arithmetic(delta), flat and segments is None, grad.shape[0])
+        return _fastest(delta.device, "edge_scores", case)
     unavailable = _without_native(delta)
     if unavailable:
         return unavailable
@@ -90,7 +95,7 @@ def choose_edge_scores(delta: Tensor, grad: Tensor, segments: Tensor | None) -> 
         return Choice("cpu", "segments cut the library's matrix product into short ones")
     if delta.dtype != accumulation_dtype(delta.dtype):
         return Choice("cpu", "low precision is widened on the way, not in a copy")
-    if not (flattens(delta) and flattens(grad)):
+    if not flat:
         return Choice("cpu", "these strides are read in place, the library would copy")
     # See bench/kernels/bench_edge_scores.py.
     if grad.shape[0] != 1:
@@ -99,6 +104,9 @@ def choose_edge_scores(delta: Tensor, grad: Tensor, segments: Tensor | None) -> 
 
 
 def choose_masked_read(delta: Tensor, mask: Tensor) -> Choice:
+    if delta.is_cuda:
+        share = int(torch.count_nonzero(mask)) / max(1, mask.numel())
+        return _fastest(delta.device, "masked_read", _measured.masked_read_case(_arithmetic(delta), share))
     unavailable = _without_native(delta)
     if unavailable:
         return unavailable
@@ -112,7 +120,28 @@ def choose_masked_read(delta: Tensor, mask: Tensor) -> Choice:
 
 
 def choose_head_space_scores(values: Tensor) -> Choice:
+    if values.is_cuda:
+        return _fastest(values.device, "head_space_scores", _measured.head_space_scores_case(_arithmetic(values)))
     return _without_native(values) or Choice("cpu", "tiles of expanded rows stay in cache")
+
+
+def _arithmetic(x: Tensor) -> str:
+    """What products are computed in on a GPU."""
+    return "tf32" if x.dtype == torch.float32 and tf32() else str(x.dtype).removeprefix("torch.")
+
+
+def _fastest(device: torch.device, op: str, case: str) -> Choice:
+    """On a GPU: the first of those measured that runs here; the reference where nothing was measured."""
+    name = "{}.{}".format(*torch.cuda.get_device_capability(device))
+    for impl in _measured.ranking(name, op, case):
+        if _runs(impl):
+            return Choice(impl, f"the fastest measured on compute capability {name} for {case}")
+    return Choice("reference", f"nothing was measured on compute capability {name} for {case}")
+
+
+@functools.cache
+def _runs(impl: str) -> bool:
+    return missing(impl) is None
 
 
 def _without_native(x: Tensor) -> Choice | None:

@@ -12,27 +12,29 @@ import eap_kernels as ek
 from bench import measure
 from bench.kernels import shapes
 from eap_kernels import testing
+from eap_kernels._measured import FEW_RECEIVERS
 
 pytestmark = pytest.mark.benchmark(group="edge_scores")
 STEPS = 5
 SAMPLED = 48
 
 
-def check(delta, grad, reach, impl):
+def check(delta, grad, reach, impls):
     """At the measured size against the float64 oracle: the outermost rows and columns, and a random sample."""
     rows, columns = (
         torch.cat([torch.tensor([0, n - 1]), torch.randperm(n)[:SAMPLED]]).unique() for n in (len(delta), len(grad))
     )
     seen = (rows[:, None] < reach[columns]).sum(0)
     d, g = delta[rows.to(delta.device)], grad[columns.to(grad.device)]
-    out = torch.full((len(delta), len(grad)), torch.nan, device=delta.device)
+    reference, oracle = ek.edge_scores(d, g, seen, impl="reference"), testing.edge_scores_oracle(d, g, seen)
     staircase = torch.arange(len(delta))[:, None] < reach
-    out[staircase.to(out.device)] = 0
-    ek.edge_scores(delta, grad, reach, out, impl=impl)
-    assert torch.equal(out.isnan().cpu(), ~staircase), "only the staircase may be written, and all of it"
-    found = out[rows.to(out.device)][:, columns.to(out.device)].nan_to_num(0.0)
-    reference = ek.edge_scores(d, g, seen, impl="reference")
-    testing.assert_close(found, reference, testing.edge_scores_oracle(d, g, seen))
+    for impl in impls:
+        out = torch.full((len(delta), len(grad)), torch.nan, device=delta.device)
+        out[staircase.to(out.device)] = 0
+        ek.edge_scores(delta, grad, reach, out, impl=impl)
+        assert torch.equal(out.isnan().cpu(), ~staircase), "only the staircase may be written, and all of it"
+        found = out[rows.to(out.device)][:, columns.to(out.device)].nan_to_num(0.0)
+        testing.assert_close(found, reference, oracle)
 
 
 def peers(delta, grad, model, out):
@@ -87,8 +89,7 @@ def operands(model, dtype, layout, receivers=None):
     reach = model.reach if receivers is None else torch.full((receivers,), model.senders)
     tokens = shapes.tokens_for(model.senders + len(reach), model.width, dtype)
     delta, grad = (shapes.normal(n, tokens, model.width, dtype, layout) for n in (model.senders, len(reach)))
-    for impl in shapes.IMPLS:
-        check(delta, grad, reach, impl)
+    check(delta, grad, reach, shapes.IMPLS)
     out = torch.zeros(len(delta), len(grad), device=delta.device)
     runs = {impl: lambda impl=impl: ek.edge_scores(delta, grad, reach, out, impl=impl) for impl in shapes.IMPLS}
     return delta, grad, reach, out, runs
@@ -96,7 +97,7 @@ def operands(model, dtype, layout, receivers=None):
 
 def over_best(seconds):
     """How near `auto` comes to the fastest backend."""
-    return min(1.0, min(seconds[impl] for impl in shapes.IMPLS[1:]) / seconds["auto"])
+    return min(1.0, shapes.best(seconds) / shapes.auto(seconds))
 
 
 @pytest.mark.parametrize("layout", shapes.LAYOUTS)
@@ -119,30 +120,34 @@ def test_edge_scores(in_turns, name, dtype, layout):
 
     def ratios(seconds):
         least = model.flops(tokens) / (matmul_flops / seconds["matmul"])
-        found = {f"{impl}_of_matrix_rate": least / seconds[impl] for impl in shapes.IMPLS}
-        found["auto_of_floor"] = max(least, size / (copied / seconds["copy"])) / seconds["auto"]
-        found |= {f"over_{name}": seconds[name] / seconds["auto"] for name in others}
+        found = {f"{impl}_of_matrix_rate": least / seconds[impl] for impl in shapes.BACKENDS}
+        auto = shapes.auto(seconds)
+        found |= {"auto_of_matrix_rate": least / auto}
+        found["auto_of_floor"] = max(least, size / (copied / seconds["copy"])) / auto
+        found |= {f"over_{name}": seconds[name] / auto for name in others}
         if "peers" in others:
             found["over_peers_five_steps"] = STEPS * found["over_peers"]
         return found | {"auto_over_best": over_best(seconds)}
 
     bars = {"over_peers": 1.5} if "peers" in others else {"over_dense": 0.8 if dtype == "float32" else 0.3}
-    facts = {"model": name, "dtype": dtype, "layout": layout, "tokens": tokens, "not_compiled": missing}
+    facts = {"model": name, "dtype": dtype, "layout": layout, "receivers": len(grad), "tokens": tokens}
+    facts["not_compiled"] = missing
     in_turns(runs, ratios, bars, **facts)
 
 
 @pytest.mark.parametrize("layout", shapes.LAYOUTS)
 @pytest.mark.parametrize("dtype", shapes.DTYPES)
-@pytest.mark.parametrize("receivers", [1, 12, 37])
+@pytest.mark.parametrize("receivers", FEW_RECEIVERS)
 def test_edge_scores_of_few_receivers(in_turns, receivers, dtype, layout):
     """One gradient, one group, one layer of gpt2: where `auto` has to choose differently."""
     *_, runs = operands(shapes.MODELS["gpt2"], dtype, layout, receivers)
     in_turns(
         runs,
         lambda seconds: {
-            "over_reference": seconds["reference"] / seconds["auto"],
+            "over_reference": seconds["reference"] / shapes.auto(seconds),
             "auto_over_best": over_best(seconds),
         },
         {"auto_over_best": 0.7},
         timing={"budget": 1.0},
+        **{"dtype": dtype, "layout": layout, "receivers": receivers},
     )

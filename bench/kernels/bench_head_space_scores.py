@@ -42,11 +42,11 @@ def test_head_space_scores(in_turns, name, dtype_name):
     runs["edge_scores"] = lambda: ek.edge_scores(delta, grad, reach)
 
     def ratios(seconds):
-        auto = seconds["auto"]
+        auto = shapes.auto(seconds)
         return {
             "over_expanded": seconds["expanded"] / auto,
             "of_edge_scores_alone": seconds["edge_scores"] / auto,
-            "auto_over_best": min(1.0, min(seconds[impl] for impl in shapes.IMPLS[1:]) / auto),
+            "auto_over_best": min(1.0, shapes.best(seconds) / auto),
         }
 
     facts = {"model": name, "dtype": dtype_name, "tokens": tokens}

@@ -65,13 +65,13 @@ def test_masked_read(in_turns, name, dtype_name, receivers):
         found = {}
         for density, (flops, size) in work.items():
             floor = max(flops / (matmul_flops / seconds["matmul"]), size / (copied / seconds["copy"]))
-            auto = seconds[f"auto@{density}"]
+            auto = shapes.auto(seconds, f"@{density}")
             found[f"of_floor@{density}"] = floor / auto
             found[f"over_einsum@{density}"] = seconds["einsum"] / auto
-            best = min(seconds[f"{impl}@{density}"] for impl in shapes.IMPLS[1:])
-            found[f"auto_over_best@{density}"] = min(1.0, best / auto)
-        return found | {"sparse_over_dense": seconds["auto@1.0"] / seconds["auto@0.01"]}
+            found[f"auto_over_best@{density}"] = min(1.0, shapes.best(seconds, f"@{density}") / auto)
+        return found | {"sparse_over_dense": shapes.auto(seconds, "@1.0") / shapes.auto(seconds, "@0.01")}
 
     bars = {"sparse_over_dense": 5.0, "over_einsum@0.01": 2.0} if receivers == "layer" else {}
     facts = {"model": name, "dtype": dtype_name, "receivers": receivers, "tokens": tokens}
+    facts["kept"] = {density: int(mask.sum()) / mask.numel() for density, mask in kept.items()}
     in_turns(runs, ratios, bars, **facts)

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import eap_kernels as ek
-from bench import baseline, gpu, measure, record, tables
+from bench import baseline, choices, gpu, measure, record, tables
 from bench.kernels import bench_edge_scores, head_space, shapes
 from eap_circuits.graph import Graph
 
 ROOT = record.ROOT
 STORED = {"test_a[x]": {"speedup": 4.0, "of_floor": 0.5}, "test_b": {"memory": 2.0}}
-GPU_FACTS = {"processor": "Some(R) CPU", "cores": 16, "instruction_set": "AVX2", "gpu": "NVIDIA H200", "driver": "580"}
+GPU_FACTS = {"processor": "Some(R) CPU", "cores": 16, "instruction_set": "AVX2", "gpu": "NVIDIA H200"}
+GPU_FACTS |= {"capability": "9.0", "driver": "580"}
 SMALL = shapes.Model(3, 4, 2, 12, 5)
 
 
@@ -89,6 +90,7 @@ def elsewhere(monkeypatch, tmp_path):
     (tmp_path / "results" / "cpu.json").write_text((record.RESULTS / "cpu.json").read_text())
     monkeypatch.setattr(record, "ROOT", tmp_path)
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(record, "CHOICES", tmp_path / "measured.json")
     monkeypatch.setattr(baseline, "FOLDER", tmp_path / "baselines")
     monkeypatch.setattr(measure, "machine", lambda: GPU_FACTS)
     monkeypatch.setattr(measure, "versions", lambda: {"python": "3.12.3", "torch": "2.11.0"})
@@ -98,7 +100,8 @@ def elsewhere(monkeypatch, tmp_path):
 
 
 def test_record_writes_result_baseline_and_tables(elsewhere):
-    facts = {"model": "gpt2", "dtype": "bfloat16", "layout": "contiguous", "tokens": 64}
+    facts = {"model": "gpt2", "dtype": "bfloat16", "layout": "contiguous", "receivers": 445, "tokens": 64}
+    facts["seconds"] = {"reference": 3.0, "triton": 2.0, "cuda": 1.0, "matmul": 0.1}
     ratios = {"auto_of_floor": 0.42, "auto_of_matrix_rate": 0.31, "over_dense": 1.7}
     run = run_json({"test_edge_scores[gpt2-bfloat16-contiguous]": ratios})
     run["benchmarks"][0]["extra_info"].update(facts)
@@ -110,12 +113,15 @@ def test_record_writes_result_baseline_and_tables(elsewhere):
     assert baseline.load("nvidia-h200") == {"test_edge_scores[gpt2-bfloat16-contiguous]": ratios}
     page = (elsewhere / "docs/ops/edge_scores.md").read_text()
     assert "| NVIDIA H200 | gpt2 | bfloat16 | contiguous | 64 | 42 % | 31 % |  |  | 1.7 × |  |" in page
-    assert "NVIDIA H200, driver 580; torch 2.11.0; 2026-01-02, commit 0123456." in page
+    assert "NVIDIA H200, driver 580, each row by its fastest backend; torch 2.11.0; 2026-01-02, commit 0123456." in page
     assert "| GPU | not yet measured |" not in page
     assert "| GPU | not yet measured |" in (elsewhere / "docs/ops/masked_read.md").read_text()
     assert (elsewhere / "README.md").read_text() == (ROOT / "README.md").read_text()
+    ranking = ["cuda", "triton", "reference"]
+    chosen = json.loads((elsewhere / "measured.json").read_text())
+    assert chosen == {"9.0": {"edge_scores": {"bfloat16, flat": ranking}}}
     brought_back = sorted(path.name for path in (elsewhere / "out").iterdir())
-    assert brought_back == ["nvidia-h200-ratios.json", "nvidia-h200.json"]
+    assert brought_back == ["measured.json", "nvidia-h200-ratios.json", "nvidia-h200.json"]
 
 
 def test_compare_fails_on_a_regression_and_writes_nothing(elsewhere):
@@ -160,6 +166,35 @@ def test_every_table_has_rows_for_every_case():
     assert space.count("| GPU | not yet measured |") == 2
 
 
+def test_what_auto_takes_on_a_gpu_is_written_from_the_committed_results():
+    assert record.CHOICES.read_text() == choices.text(tables.committed(record.RESULTS))
+
+
+def test_the_fastest_backend_of_a_case_is_that_of_all_its_shapes():
+    def bench(dtype, **seconds):
+        return {"dtype": dtype, "seconds": seconds, "kept": {"0.01": 0.004, "0.5": 0.25, "1.0": 0.5}}
+
+    reads = {"reference@0.01": 9.0, "cuda@0.01": 1.0, "reference@0.5": 2.0, "cuda@0.5": 3.0, "reference@1.0": 2.0}
+    benches = {
+        "test_head_space_scores[a]": bench("float32", reference=1.0, cuda=3.0, triton=1.0, auto=0.1),
+        "test_head_space_scores[b]": bench("float32", reference=8.0, cuda=1.0),
+        "test_head_space_scores[c]": bench("bfloat16", cuda=3.0, reference=2.0),
+        "test_masked_read[a]": bench("float32", **reads),
+        "test_head_space_memory[a]": {"ratios": {}},
+    }
+    results = {"h200": {"machine": GPU_FACTS, "benches": benches}, "cpu": {"machine": {}, "benches": benches}}
+    assert choices.table(results) == {
+        "9.0": {
+            "head_space_scores": {"float32": ["cuda", "reference"], "bfloat16": ["reference", "cuda"]},
+            "masked_read": {
+                "float32, up to 3% kept": ["cuda", "reference"],
+                "float32, up to 30% kept": ["reference", "cuda"],
+                "float32, up to 100% kept": ["reference"],
+            },
+        }
+    }
+
+
 @pytest.mark.parametrize("name", shapes.MODELS)
 def test_the_shapes_are_those_of_the_graph(name):
     model = shapes.MODELS[name]
@@ -185,7 +220,7 @@ def test_what_edge_scores_is_compared_with_computes_the_same():
 def test_a_wrong_kernel_is_not_timed(monkeypatch, error):
     """One score of all is off by a little, or was not written."""
     delta, grad = (torch.randn(rows, 4, SMALL.width) for rows in (SMALL.senders, SMALL.receivers))
-    bench_edge_scores.check(delta, grad, SMALL.reach, "auto")
+    bench_edge_scores.check(delta, grad, SMALL.reach, ["auto"])
     right = ek.edge_scores
 
     def wrong(delta, grad, reach, out=None, impl="auto"):
@@ -196,7 +231,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch, error):
 
     monkeypatch.setattr(ek, "edge_scores", wrong)
     with pytest.raises(AssertionError):
-        bench_edge_scores.check(delta, grad, SMALL.reach, "auto")
+        bench_edge_scores.check(delta, grad, SMALL.reach, ["auto"])
 
 
 def test_what_head_space_scores_is_compared_with_computes_the_same():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import eap_kernels as ek
-from eap_kernels import info, testing
+from eap_kernels import _dispatch, _measured, info, testing
 
 BLOCK = """
 import importlib.abc, sys
@@ -126,6 +126,58 @@ def test_auto_follows_its_rule(randn):
         ek.explain("scores", delta, grad, reach)
     with pytest.raises(TypeError, match="explain: expected the tensors of masked_read, got 2 arguments"):
         ek.explain("masked_read", delta, mask)
+
+
+class OnGpu:
+    """As much of a CUDA tensor as the choice looks at: its values lie on the CPU."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __getattr__(self, name):
+        return getattr(self.tensor, name)
+
+
+def test_on_a_gpu_auto_takes_what_was_measured_fastest_there_and_runs(monkeypatch, fp32_precision):
+    def choices(dtype):
+        delta, grad = (OnGpu(torch.ones(rows, 4, 5, dtype=dtype)) for rows in (30, 40))
+        strided = OnGpu(torch.ones(4, 30, 5, dtype=dtype).transpose(0, 1))
+        few = OnGpu(torch.ones(12, 4, 5, dtype=dtype))
+        segments = torch.zeros(4, dtype=torch.int64)
+        asked = (delta, grad, None), (strided, grad, None), (delta, few, None), (delta, grad, segments)
+        scores = [_dispatch.choose_edge_scores(*each) for each in asked]
+        masks = [torch.arange(100).reshape(4, 25) < kept for kept in (3, 30, 31)]
+        return (
+            [choice.impl for choice in scores],
+            [_dispatch.choose_masked_read(delta, mask).impl for mask in masks],
+            _dispatch.choose_head_space_scores(delta).impl,
+        )
+
+    table = {
+        "edge_scores": {
+            "bfloat16, flat": ["cuda", "reference"],
+            "bfloat16, strided": ["triton", "cuda", "reference"],
+            "bfloat16, flat, up to 12 receivers": ["reference", "cuda"],
+            "float32, flat": ["cuda"],
+        },
+        "masked_read": {"bfloat16, up to 3% kept": ["cuda"], "bfloat16, up to 30% kept": ["triton", "reference"]},
+        "head_space_scores": {"bfloat16": ["cuda"]},
+    }
+    monkeypatch.setattr(_measured, "_table", lambda: {"9.0": table})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_dispatch, "_runs", lambda impl: impl != "triton")
+    fp32_precision("ieee")
+    right = ["cuda", "cuda", "reference", "cuda"], ["cuda", "reference", "reference"], "cuda"
+    assert choices(torch.bfloat16) == choices(torch.float16) == right
+    nothing = ["reference"] * 3
+    assert choices(torch.float64) == (["reference"] * 4, nothing, "reference")
+    assert choices(torch.float32) == (["cuda", *nothing], nothing, "reference")
+    fp32_precision("tf32")
+    assert choices(torch.float32) == (["reference"] * 4, nothing, "reference"), "tf32 was not measured"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert choices(torch.bfloat16) == (["reference"] * 4, nothing, "reference")
 
 
 def test_meta_tensors_have_no_native_kernel():

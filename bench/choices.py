@@ -1,0 +1,55 @@
+"""eap_kernels/measured.json from the committed results: per GPU generation, operator and case the backends by speed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+from eap_kernels import _measured
+
+IMPLS = ("reference", "triton", "cuda")
+Times = Mapping[str, float]  # backend -> seconds
+
+
+def cases(name: str, info: Mapping) -> Iterator[tuple[str, str, Times]]:
+    """(operator, case, seconds) of one bench; nothing of one that does not compare backends."""
+    test, seconds = name.partition("[")[0], info.get("seconds", {})
+    if test in ("test_edge_scores", "test_edge_scores_of_few_receivers"):
+        flat = info["layout"] == "contiguous"
+        yield "edge_scores", _measured.edge_scores_case(info["dtype"], flat, info["receivers"]), seconds
+    elif test == "test_masked_read":
+        for density, share in info["kept"].items():
+            times = {run.partition("@")[0]: value for run, value in seconds.items() if run.endswith(f"@{density}")}
+            yield "masked_read", _measured.masked_read_case(info["dtype"], share), times
+    elif test == "test_head_space_scores":
+        yield "head_space_scores", _measured.head_space_scores_case(info["dtype"]), seconds
+
+
+def table(results: Mapping[str, Mapping]) -> dict[str, dict[str, dict[str, list[str]]]]:
+    """{compute capability: {operator: {case: backends}}} of the GPUs' results.
+
+    A backend's figure is the mean over a case's benches of the logarithm of its time; one that did not run everywhere
+    is left out.
+    """
+    found: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for result in results.values():
+        if "gpu" in result["machine"]:
+            for name, info in result["benches"].items():
+                for op, case, seconds in cases(name, info):
+                    times = {impl: seconds[impl] for impl in IMPLS if impl in seconds}
+                    found[result["machine"]["capability"]][op][case].append(times)
+    return {
+        capability: {op: {case: ranked(runs) for case, runs in of.items()} for op, of in ops.items()}
+        for capability, ops in found.items()
+    }
+
+
+def ranked(runs: list[Times]) -> list[str]:
+    everywhere = [impl for impl in runs[0] if all(impl in times for times in runs)]
+    return sorted(everywhere, key=lambda impl: sum(math.log(times[impl]) for times in runs))
+
+
+def text(results: Mapping[str, Mapping]) -> str:
+    return json.dumps(table(results), indent=1, sort_keys=True) + "\n"

@@ -64,7 +64,7 @@ record: $(VENV)/.test
 	$(BENCH) --record
 	$(BIN)/python -m bench.record build/bench.json
 
-# On a machine with a GPU, with nothing but its own Python: make gpu STAGES="build tests sanitize bench record"
+# On a machine with a GPU, with nothing but its own Python; bench/gpu.py says how, STAGES="bench record" names stages.
 gpu:
 	$(PYTHON) bench/gpu.py $(STAGES)
 

@@ -1,7 +1,7 @@
 """Turn a pytest-benchmark JSON into a committed result, the machine's baseline, and the tables: of the docs, and of
 what `auto` takes on a GPU.
 
-python -m bench.record RUN.json              # bench/results/, bench/baselines/, then the tables
+python -m bench.record RUN.json ...          # bench/results/, bench/baselines/, then the tables
 python -m bench.record --compare RUN.json    # fails on a ratio under its share of the machine's baseline
 python -m bench.record                       # the tables from the committed results alone
 """
@@ -69,7 +69,11 @@ def main() -> None:
     if len(sys.argv) == 1:
         write_tables()
         return
-    run = json.loads(Path(sys.argv[-1]).read_text())
+    named = [Path(name) for name in sys.argv[1:] if name != "--compare"]
+    runs = [json.loads(path.read_text()) for path in named if path.exists()]
+    if not runs:
+        sys.exit(f"record: expected the JSON of a run of the benches, got none at {', '.join(map(str, named))}")
+    run = {**runs[0], "benchmarks": [bench for each in runs for bench in each["benchmarks"]]}
     compare(run) if sys.argv[1] == "--compare" else record(run)
 
 

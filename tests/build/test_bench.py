@@ -264,7 +264,7 @@ def test_every_stage_runs_whatever_became_of_the_others(tmp_path, monkeypatch):
             [python("print('first'); exit(3)"), python("import os; print(os.environ['MARK'])")],
             {"MARK": "m"},
         ),
-        gpu.Stage("hangs", 0.5, [python(STUBBORN), python("print('after')")]),
+        gpu.Stage("hangs", 1, [python(STUBBORN), python("print('beside')")], at_once=2),
         gpu.Stage("absent", 0.1, [["no-such-program"]]),
         gpu.Stage("works", 4, [python("import eap_kernels, eap_circuits")]),
     ]
@@ -280,7 +280,7 @@ def test_every_stage_runs_whatever_became_of_the_others(tmp_path, monkeypatch):
     log = (tmp_path / "logs" / "fails.log").read_text().splitlines()
     assert log[1] == "first" and log[-1] == "m"
     log = (tmp_path / "logs" / "hangs.log").read_text().splitlines()
-    assert log[-1] == "after"
+    assert "beside" in log
     child = int(next(line for line in log if line.isdigit()))
     assert not running(child), "what a stage started was left running"
 
@@ -305,7 +305,25 @@ def test_an_interrupted_stage_can_finish_its_report(tmp_path, monkeypatch):
     assert "report" in (tmp_path / "slow.log").read_text()
 
 
+def test_every_test_is_among_those_of_the_gpu():
+    """Each file in one process, the operators' three cut by backend."""
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
+    operators = [f"tests/kernels/test_{op}.py" for op in gpu.BENCHES]
+    named = [argument for command in gpu.tests() for argument in command if argument.startswith("tests/")]
+    assert sorted(named) == sorted([*files - {"tests/build/test_metadata.py"}, *operators, *operators])
+
+
+def test_the_messages_of_failing_tests_are_printed(tmp_path):
+    (tmp_path / "test_it.py").write_text("def test_a():\n    assert False, 'the reason' + 200 * '.' + 'why'\n")
+    stage = gpu.Stage("tests", 1, [[*gpu.TEST, "--rootdir", str(tmp_path), str(tmp_path)]], at_once=2)
+    ((_, result, _),) = gpu.run_stages([stage], tmp_path / "logs", total=120)
+    assert result == "exit status 1"
+    printed = gpu.report("tests", "." * 20_000 + (tmp_path / "logs" / "tests.log").read_text(), 1000)
+    assert "1 failures" in printed and "the reason...." in printed and "...why" in printed
+    assert len(printed) < 1100
+
+
 def test_an_unknown_stage_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "build", "paint"])
-    with pytest.raises(SystemExit, match="gpu: expected stages of build, tests, sanitize, bench, record, got paint"):
+    with pytest.raises(SystemExit, match="gpu: expected stages of build, info, tests, sanitize, bench, record, got paint"):
         gpu.main()

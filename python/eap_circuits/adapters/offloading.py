@@ -5,15 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
+
+
+def _offloaded(module: nn.Module) -> bool:
+    # Only accelerate gives a module this: where it did not, it need not even be installed.
+    if not hasattr(module, "_hf_hook"):
+        return False
+    from accelerate.utils import has_offloaded_params
+
+    return bool(has_offloaded_params(module))
 
 
 def read(module: nn.Module, name: str) -> Tensor | None:
     """A module's parameter without gradient, fetched where it is offloaded; None where there is none."""
     value: Tensor | None = getattr(module, name, None)
-    if value is None or not has_offloaded_params(module):
+    if value is None or not _offloaded(module):
         return None if value is None else value.detach()
+    from accelerate.utils import align_module_device
+
     with align_module_device(module):
         return getattr(module, name).detach().clone()
 
@@ -21,7 +31,7 @@ def read(module: nn.Module, name: str) -> Tensor | None:
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes."""
     for part in module.modules():
-        if has_offloaded_params(part):
+        if _offloaded(part):
             hook: Any = part._hf_hook
             return torch.device(hook.execution_device)
         for parameter in part.parameters(recurse=False):

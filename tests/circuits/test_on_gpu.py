@@ -1,0 +1,96 @@
+"""Models on a GPU: what runs there gives what it gives on the CPU."""
+
+import copy
+import os
+
+import pytest
+import torch
+
+import eap_circuits as eap
+from eap_circuits.evaluation.check import StayDouble
+
+
+@pytest.fixture
+def both(make_model):
+    """both(family): the same float64 model on the CPU and on the GPU."""
+    if not torch.cuda.is_available() and "cuda" in os.environ.get("EAP_REQUIRE", "").split(","):
+        pytest.fail("EAP_REQUIRE asks for cuda: torch sees no CUDA device")
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+
+    def make(family):
+        model = make_model(family)
+        return model, copy.deepcopy(model).cuda()
+
+    # Where a model computes in float32, devices differ by more than what is looked for here.
+    with StayDouble():
+        yield make
+
+
+def agree(results, right):
+    """To float64's rounding in sums of a few thousand terms; scores are given back in float32."""
+    for found, expected in zip(results, right, strict=True):
+        difference = (found.cpu().double() - expected.double()).norm()
+        assert difference <= 1e-6 * expected.double().norm()
+
+
+@pytest.mark.parametrize("heads", ["kv", "query"])
+def test_scores_and_circuits(family, heads, both, make_pairs):
+    data, models = make_pairs(), both(family)
+    agree(*([eap.attribute(model, data, steps=2, heads=heads).values] for model in reversed(models)))
+    scores = eap.attribute(models[0], data, method="eap", heads=heads)
+    circuits = [scores.select(n) for n in (3, 40)]
+    agree(*([result.values for result in eap.evaluate(model, circuits, data)] for model in reversed(models)))
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["eap", "clean-corrupted", "eap-ig-activations", "eap-conductance", "information-flow-routes", "exact"],
+)
+def test_methods(kind, method, both, make_pairs):
+    data, models = make_pairs(n=3), both(kind)
+    given = {"edges": eap.attribute(models[0], data, method="eap").select(20)} if method == "exact" else {}
+    agree(*([eap.attribute(model, data, method=method, steps=2, **given).values] for model in reversed(models)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reuse_prefix": False},
+        {"ablation": "zero"},
+        {"ablation": "mean"},
+        {"ablation": "mean-positional"},
+        {"rules": "relp"},
+        {"rules": "gim"},
+        {"metric": "kl_divergence"},
+        {"memory": "64MiB"},
+    ],
+    ids=lambda settings: "-".join(f"{name}-{value}" for name, value in settings.items()),
+)
+def test_settings(settings, both, make_pairs):
+    data, models = make_pairs(), both("llama")
+    agree(*([eap.attribute(model, data, **{"method": "eap", **settings}).values] for model in reversed(models)))
+
+
+def test_statistics_curves_and_constants(both, make_pairs):
+    data, models = make_pairs(n=4), both("gpt2")
+    scores = [
+        eap.attribute(model, data, method="eap", keep=("examples", "positions", "neurons"))
+        for model in reversed(models)
+    ]
+    agree(*([x.values, x.variance, x.per_example, x.per_position, x.neurons] for x in scores))
+    curves = [eap.faithfulness_curve(model, scores[1], data, (0.1, 0.5)) for model in reversed(models)]
+    agree(*([torch.tensor(curve.faithfulness)] for curve in curves))
+    learned = [eap.optimal_constants(model, scores[1].select(30), data, steps=2) for model in reversed(models)]
+    agree(*(constants.tensors for constants in learned))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_is_as_near_to_the_truth_as_on_the_cpu(dtype, both, make_pairs, relative):
+    """On a GPU contributions and gradients meet in bfloat16, with float32 sums: half of 8 bits of each, at most."""
+    data, (model, _) = make_pairs(), both("llama")
+    right = eap.attribute(model, data, method="eap").values
+    cpu, gpu = (
+        eap.attribute(copy.deepcopy(model).to(device, dtype), data, method="eap").values for device in ("cpu", "cuda")
+    )
+    assert relative(gpu, right) <= 2 * (relative(cpu, right) + torch.finfo(dtype).eps)

@@ -185,11 +185,22 @@ def report(name: str, log: str, room: int) -> str:
     return f"\n--- {name}.log: {len(failures)} failures\n{shown}\n--- its end\n{log[len(shown) - room :]}"
 
 
+def need_a_gpu() -> None:
+    try:
+        import torch
+    except ImportError:
+        sys.exit(f"gpu: expected a Python with torch, got {sys.executable}: make gpu PYTHON=... names another")
+    if not torch.cuda.is_available():
+        sys.exit(f"gpu: expected a GPU, but torch {torch.__version__} of {sys.executable} sees none")
+
+
 def main() -> int:
     names = sys.argv[1:] or [stage.name for stage in STAGES]
     unknown = set(names) - {stage.name for stage in STAGES}
     if unknown:
         sys.exit(f"gpu: expected stages of {', '.join(s.name for s in STAGES)}, got {', '.join(sorted(unknown))}")
+    if {*names} - {"build", "info"}:
+        need_a_gpu()
     # An ignored interrupt, as a shell's background job has it, would be inherited, and `stop` relies on it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "bench" in names:

@@ -1,5 +1,7 @@
 """Every operator on small odd shapes by the backends named: what compute-sanitizer looks at in `make gpu`.
 
+What results are compared with is computed on the CPU where it can be: the sanitizer has less to look at.
+
 python bench/sanitize.py triton cuda
 """
 
@@ -25,27 +27,33 @@ LAYOUTS = ("contiguous", "tokens_first")
 def edge_scores(impl, device, shape, dtype, layout, generator):
     senders, receivers, tokens, width = shape
     delta, grad = (
-        testing.random_tensor((rows, tokens, width), dtype, generator, layout, device) for rows in (senders, receivers)
+        testing.random_tensor((rows, tokens, width), dtype, generator, layout) for rows in (senders, receivers)
     )
+    on_device = delta.to(device), grad.to(device)
     reach = torch.randint(0, senders + 1, (receivers,), generator=generator)
     # Without segments once, and with two, out of order, once.
-    for segments in (None, (torch.arange(tokens) % 2).to(device)):
+    for segments in (None, torch.arange(tokens) % 2):
         count = None if segments is None else int(segments.max()) + 1
         oracle = testing.edge_scores_oracle(delta, grad, reach, segments, count)
         reference = ek.edge_scores(delta, grad, reach, segments=segments, impl="reference")
-        testing.assert_close(ek.edge_scores(delta, grad, reach, segments=segments, impl=impl), reference, oracle)
+        for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            scores = ek.edge_scores(*on_device, reach, segments=segments, impl=impl)
+            testing.assert_close(scores, reference, oracle, testing.TF32_EPS if precision == "tf32" else None)
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
 def masked_read(impl, device, shape, dtype, layout, generator):
     senders, receivers, tokens, width = shape
-    delta = testing.random_tensor((senders, tokens, width), dtype, generator, layout, device)
-    base = testing.random_tensor((receivers, tokens, width), dtype, generator, layout, device)
+    delta = testing.random_tensor((senders, tokens, width), dtype, generator, layout)
+    base = testing.random_tensor((receivers, tokens, width), dtype, generator, layout)
     draw = torch.rand(senders, receivers, generator=generator)
-    for mask in ((draw < 0.1).to(device), draw.to(device, dtype)):
+    for mask in (draw < 0.1, draw.to(dtype)):
         oracle = testing.masked_read_oracle(base, delta, mask)
         reference = ek.masked_read(base, delta, mask, impl="reference")
-        testing.assert_close(ek.masked_read(base, delta, mask, impl=impl), reference, oracle)
-        inputs = [x.detach().requires_grad_() for x in (base, delta, mask.to(dtype))]
+        read = ek.masked_read(base.to(device), delta.to(device), mask.to(device), impl=impl)
+        testing.assert_close(read, reference, oracle)
+        inputs = [x.to(device, dtype).detach().requires_grad_() for x in (base, delta, mask)]
         ek.masked_read(*inputs, impl=impl).sum().backward()
 
 

@@ -1,7 +1,7 @@
 """The torch operators: schemas, shape functions and gradients. No implementation.
 
 Each operator has two overloads. The plain one is what a device offers: the native kernel where one is
-registered, the reference elsewhere; `tf32` allows a GPU's kernel to round fp32 operands. `select` carries the
+registered, the reference elsewhere; it wants reach and segments on the CPU; `tf32` allows a GPU's kernel to round fp32 operands. `select` carries the
 backend's name, is opaque to tracing, and is what the public functions call.
 """
 
@@ -61,7 +61,7 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     if need_delta:
         grad_delta = _read(delta.new_zeros(delta.shape[1:]), grad_y, mask.T, *ctx.impl)
     if need_mask:
-        reach = torch.full((mask.shape[1],), mask.shape[0], dtype=torch.int64)
+        reach = torch.full((mask.shape[1],), mask.shape[0], dtype=torch.int64, device="cpu")
         scores = delta.new_zeros(mask.shape, dtype=accumulation_dtype(delta.dtype))
         _score(delta, grad_y, reach, scores, None, *ctx.impl)
         grad_mask = scores.to(mask.dtype)

@@ -227,9 +227,9 @@ def test_inputs_that_require_grad_are_detached(impl, device):
 
 @pytest.mark.parametrize("overload", ["default", "select"])
 def test_opcheck(overload, impl, device, randn):
-    delta, grad = randn(3, 4, 5), randn(2, 4, 5)
+    delta, grad, reach = randn(3, 4, 5), randn(2, 4, 5), torch.tensor([1, 3], device="cpu")
     op = getattr(torch.ops.eap_kernels.edge_scores, overload)
     extra = (impl,) if overload == "select" else ()
-    opcheck(op, (delta, grad, torch.tensor([1, 3]), torch.zeros(3, 2), None, *extra))
-    segments = torch.tensor([0, 0, 1, 1])
-    opcheck(op, (delta, grad, torch.tensor([1, 3]), torch.zeros(2, 3, 2), segments, *extra))
+    opcheck(op, (delta, grad, reach, torch.zeros(3, 2), None, *extra))
+    segments = torch.tensor([0, 0, 1, 1], device="cpu")
+    opcheck(op, (delta, grad, reach, torch.zeros(2, 3, 2), segments, *extra))

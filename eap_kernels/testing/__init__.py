@@ -53,13 +53,13 @@ def edge_scores_oracle(
 ) -> Oracle:
     """Scores in float64, zero outside the staircase: [S, R], or [count, S, R] with segments; on the CPU."""
     delta, grad, reach = delta.cpu(), grad.cpu(), reach.cpu()
-    staircase = torch.arange(delta.shape[0])[:, None] < reach[None]
-    segments_ = torch.zeros(delta.shape[1], dtype=torch.int64) if segments is None else segments.cpu()
+    staircase = torch.arange(delta.shape[0], device="cpu")[:, None] < reach[None]
+    segments_ = delta.new_zeros(delta.shape[1], dtype=torch.int64) if segments is None else segments.cpu()
     shape = (count or 1, delta.shape[0], grad.shape[0])
 
     def contract(d: Tensor, g: Tensor) -> Tensor:
         per_token = torch.einsum("snd,rnd->nsr", d.double(), g.double())
-        scores = torch.zeros(shape, dtype=torch.float64).index_add_(0, segments_, per_token) * staircase
+        scores = per_token.new_zeros(shape).index_add_(0, segments_, per_token) * staircase
         return scores[0] if segments is None else scores
 
     return _oracle(contract(delta, grad), contract(delta.abs(), grad.abs()))
@@ -137,7 +137,7 @@ def random_tensor(
     rows, tokens, features = shape
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float32).to(device, dtype)
+        return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
 
     if layout == "contiguous":
         return normal(rows, tokens, features)

@@ -35,7 +35,7 @@ def hold(benchmark, request, stored):
     `measured()` gives (ratios, other facts) and is tried again up to `tries` times while one is.
     """
 
-    def run(measured, bars, tries=3, **facts):
+    def run(measured, bars, tries=measure.TRIES, **facts):
         ratios, more, problems = baseline.held(measured, bars, stored.get(request.node.name, {}), tries)
         benchmark.extra_info.update(ratios=ratios, bars=bars, **more, **facts)
         print("\n" + "  ".join(f"{name} {value:.3g}" for name, value in ratios.items()))

@@ -55,7 +55,7 @@ def test_head_space_scores(in_turns, name, dtype_name):
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen2.5-0.5b"])
 def test_head_space_memory(benchmark, hold, name):
-    """Where the expanded operands take 3 GiB on a CPU, and a fifth of a GPU; each in a process of its own."""
+    """Where the expanded operands take 3 GiB on a CPU, and 8 GiB on a GPU; each in a process of its own."""
     model = shapes.MODELS[name]
     tokens = head_space.tokens_for(model, shapes.DTYPES["float32"], 3 * 2**30)
 

@@ -86,8 +86,8 @@ CASES = [
 
 
 def tokens_for(rows: int, width: int, dtype: torch.dtype, cpu_bytes: int = 2**26) -> int:
-    """Tokens whose operands of so many rows fill 64 MiB on a CPU, a fifth of a GPU: an even number, 2 to 2048."""
-    room = cpu_bytes if DEVICE == "cpu" else torch.cuda.get_device_properties(0).total_memory // 5
+    """Tokens whose operands of so many rows fill 64 MiB on a CPU, 8 GiB on a GPU: an even number, 2 to 2048."""
+    room = cpu_bytes if DEVICE == "cpu" else min(2**33, torch.cuda.get_device_properties(0).total_memory // 5)
     return min(2048, max(2, room // (rows * width * dtype.itemsize) // 2 * 2))
 
 

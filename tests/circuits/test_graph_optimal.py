@@ -14,6 +14,12 @@ from torch import Tensor
 from eap_circuits import EdgeScores, Graph, InputError
 from eap_circuits.graph import prune
 
+
+@pytest.fixture(scope="module")
+def solver() -> None:
+    pytest.importorskip("scipy")
+
+
 SMALL = (
     Graph((1,), (1,), 8),
     Graph((2,), (1,), 8),
@@ -47,6 +53,7 @@ def scores_of(graph: Graph, seed: int) -> EdgeScores:
     return EdgeScores(graph, (signs * 3**sizes).float() * graph.edge_mask)
 
 
+@pytest.mark.usefixtures("solver")
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(SMALL), st.integers(0, 10**6), st.booleans(), st.data())
 def test_no_connected_circuit_of_as_many_edges_has_a_greater_sum(
@@ -68,6 +75,7 @@ def test_no_connected_circuit_of_as_many_edges_has_a_greater_sum(
     assert circuit.info["selection"]["gap"] == 0
 
 
+@pytest.mark.usefixtures("solver")
 @pytest.mark.parametrize("heads", ["kv", "query"])
 @pytest.mark.parametrize("signed", [False, True])
 def test_on_larger_graphs_it_is_connected_and_no_worse_than_the_others(heads: str, signed: bool) -> None:
@@ -86,6 +94,7 @@ def test_on_larger_graphs_it_is_connected_and_no_worse_than_the_others(heads: st
             assert float(rank[circuit.mask].sum()) >= float(rank[other.mask].sum()) * (1 - 1e-6)
 
 
+@pytest.mark.usefixtures("solver")
 @settings(deadline=None, max_examples=15)
 @given(st.sampled_from(SMALL[:4]), st.integers(0, 10**6), st.integers(1, 8))
 def test_out_of_time_the_gap_still_holds(graph: Graph, seed: int, n: int) -> None:

@@ -154,6 +154,8 @@ def test_scores_without_info_and_an_empty_circuit(tmp_path: Path, scores: EdgeSc
 def test_lines_that_get_the_circuit_back_run(
     tmp_path: Path, scores: EdgeScores, saved: bool, how: dict[str, Any]
 ) -> None:
+    if how.get("how") == "optimal":
+        pytest.importorskip("scipy")
     circuit = scores.select(n_edges=30, **how)
     names = {"scores": str(tmp_path / "s.safetensors"), "circuit": str(tmp_path / "c.json")}
     scores.save(names["scores"])

@@ -50,7 +50,8 @@ def at_inputs(model, tokens, answers):
 @pytest.mark.parametrize("name", ["gpt2", "llama", "neox"])
 def test_mlp_scores_are_derivatives_by_what_the_mlp_writes(name):
     oracle = load_file(DATA / name / "oracle.safetensors")
-    model = AutoModelForCausalLM.from_pretrained(DATA / name, dtype=torch.float64)
+    # In float64 altogether: the frequencies of rotary positions, too.
+    model = AutoModelForCausalLM.from_pretrained(DATA / name).double()
     data = eap.PairedDataset.from_tokens(oracle["clean"], oracle["corrupted"], oracle["lengths"], oracle["answers"])
     data, step = data[[0, 1, 2]], 1e-5
     with StayDouble():

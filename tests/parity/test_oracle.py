@@ -51,7 +51,9 @@ def group_sums(graph, values):
 def load_case(name):
     folder = DATA / name
     oracle = load_file(folder / "oracle.safetensors")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    # Gemma 2 caps its attention; transformers 5.17 by itself takes an implementation that does not.
+    attention = {"attn_implementation": "eager"} if name == "gemma2" else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **attention)
     data = eap.PairedDataset.from_tokens(oracle["clean"], oracle["corrupted"], oracle["lengths"], oracle["answers"])
     return model, data, oracle, json.loads((folder / "oracle.json").read_text())
 
@@ -179,7 +181,8 @@ def test_circuits_under_other_ablations(case, name):
 def test_gemma2_head_scores_of_ours_not_of_the_package_are_derivatives():
     """A head's contribution goes through the norm after attention: finite differences of the metric say so."""
     oracle = load_file(DATA / "gemma2" / "oracle.safetensors")
-    model = AutoModelForCausalLM.from_pretrained(DATA / "gemma2", dtype=torch.float64)
+    # In float64 altogether: the frequencies of rotary positions, too.
+    model = AutoModelForCausalLM.from_pretrained(DATA / "gemma2", attn_implementation="eager").double()
     data = eap.PairedDataset.from_tokens(oracle["clean"], oracle["corrupted"], oracle["lengths"], oracle["answers"])
     layer, step = model.model.layers[1], 1e-4
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -82,7 +84,7 @@ def test_an_edge_into_a_parallel_layers_mlp_leaves_its_attention_alone(name):
     heads=st.sampled_from(("kv", "query")),
     seed=st.integers(0, 10**6),
     share=st.floats(0.01, 1.0),
-    how=st.sampled_from(("top", "greedy", "threshold", "optimal")),
+    how=st.sampled_from(("top", "greedy", "threshold", *["optimal"] * bool(find_spec("scipy")))),
     signed=st.booleans(),
 )
 @settings(max_examples=150, deadline=None)

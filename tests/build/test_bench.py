@@ -266,7 +266,7 @@ def test_every_stage_runs_whatever_became_of_the_others(tmp_path, monkeypatch):
         ),
         gpu.Stage("hangs", 1, [python(STUBBORN), python("print('beside')")], at_once=2),
         gpu.Stage("absent", 0.1, [["no-such-program"]]),
-        gpu.Stage("works", 4, [python("import eap_kernels, eap_circuits")]),
+        gpu.Stage("works", 4, [python("from importlib.util import find_spec as f; assert f('eap_kernels') and f('eap_circuits')")]),
     ]
     begin = time.monotonic()
     rows = gpu.run_stages(stages, tmp_path / "logs", total=24)

@@ -132,6 +132,8 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -
     kind, fields = CONFIGS[name]
     if "num_experts_per_tok" in fields:  # grouped products of experts know no float64
         settings = {"experts_implementation": "eager", **settings}
+    if "attn_logit_softcapping" in fields:  # which transformers 5.17 forgets in the attention that it takes by itself
+        settings = {"attn_implementation": "eager", **settings}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **copy.deepcopy(fields)), **settings)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -60,7 +60,8 @@ def in_turns(
     once = {}
     for name, run in runs.items():
         once[name] = seconds(run, 1, device)
-        if once[name] < min_seconds:  # the first call also loads and allocates; where it is short, ask again
+        # The first call also loads and allocates, and on a GPU it may compile: where it tells little, ask again.
+        if once[name] < min_seconds or device != "cpu":
             once[name] = seconds(run, 1, device)
     counts = {name: min(100, max(1, int(min_seconds / max(each, 1e-7)))) for name, each in once.items()}
     if rounds is None:

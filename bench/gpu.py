@@ -8,7 +8,8 @@ make gpu STAGES="build tests sanitize"
 make gpu STAGES="bench record"
 
 The benches then have all ten minutes. The results come to $OUT too; elsewhere, put them into bench/results/ and
-`python -m bench.record` writes the tables from them: those of the docs, and what `auto` takes on such a card.
+`python -m bench.record` writes the tables from them: those of the docs, and what `auto` takes on such a card. Where the
+sources come without their history, EAP_COMMIT names the commit.
 """
 
 from __future__ import annotations

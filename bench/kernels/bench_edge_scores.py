@@ -16,7 +16,7 @@ from eap_kernels._measured import FEW_RECEIVERS
 
 pytestmark = pytest.mark.benchmark(group="edge_scores")
 STEPS = 5
-SAMPLED = 48
+SAMPLED = 24
 
 
 def check(delta, grad, reach, impls):

@@ -42,7 +42,10 @@ def write_tables() -> None:
     for name in tables.PAGES:
         page = ROOT / name
         page.write_text(tables.filled(name, page.read_text(), results))
-    CHOICES.write_text(choices.text(results))
+
+
+def write_choices() -> None:
+    CHOICES.write_text(choices.text(tables.committed(RESULTS)))
 
 
 def record(run: dict) -> None:
@@ -50,11 +53,12 @@ def record(run: dict) -> None:
     machine, target = measure.slug(result["machine"]), RESULTS / result_name(result)
     target.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
     baseline.store(result, machine)
-    write_tables()
+    write_choices()
     if "OUT" in os.environ:  # on a machine whose checkout is thrown away this folder is what comes back
         for file in (target, CHOICES):
             shutil.copy(file, os.environ["OUT"])
         shutil.copy(baseline.path(machine), Path(os.environ["OUT"], f"{machine}-ratios.json"))
+    write_tables()
 
 
 def compare(run: dict) -> None:
@@ -67,6 +71,7 @@ def compare(run: dict) -> None:
 
 def main() -> None:
     if len(sys.argv) == 1:
+        write_choices()
         write_tables()
         return
     named = [Path(name) for name in sys.argv[1:] if name != "--compare"]

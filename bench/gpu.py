@@ -67,7 +67,7 @@ def tests() -> list[list[str]]:
     """
 
     def files(folder: str) -> list[str]:
-        found = sorted((ROOT / "tests" / folder).glob("test_*.py"))
+        found = sorted((ROOT / "tests" / folder).rglob("test_*.py"))
         return [str(file.relative_to(ROOT)) for file in found if file.name != "test_metadata.py"]
 
     circuits, operators = files("circuits"), [f"tests/kernels/test_{op}.py" for op in BENCHES]

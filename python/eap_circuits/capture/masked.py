@@ -63,11 +63,14 @@ class _Circuit:
         self.closed = ~kept.any(0)  # [R] reads the corrupted run alone
         self.whole = ((mask == 1) | ~graph.edge_mask).all(0) & ~self.closed  # [R] reads the circuit's own run alone
         self.partial = ~self.closed & ~self.whole  # [R] has to be computed
-        self.has_whole = bool(self.whole.any())
+        self._last_whole = int(self.whole.nonzero().max()) if self.whole.any() else -1
         self.needed = kept.any(1).tolist()  # [S] read by any receiver
         stored = kept[:, self.partial].any(1)
+        for index in range(graph.n_layers):
+            if self.closed[graph.receivers_at(index, "mlp")]:
+                stored[graph.mlp_sender(index)] = False  # gives what it gave in the corrupted run
         self.stored = stored.tolist()  # [S] read by a receiver that has to be computed
-        self.row = (stored.cumsum(0) - 1).tolist()  # sender -> its row among the stored
+        self._before = [0, *stored.cumsum(0).tolist()]  # how many of the senders before one are stored
         self.mask = mask[stored].to(runner.arch.device, self.dtype)  # [stored, R]
         self._shape = (int(stored.sum()), runner.batch.clean.numel(), runner.arch.d_model)
         self.differences = torch.empty(0)
@@ -77,22 +80,28 @@ class _Circuit:
         stored, tokens, width = self._shape
         return stored * tokens * width * self.dtype.itemsize
 
-    def allocate(self, device: torch.device) -> None:
-        self.differences = torch.zeros(self._shape, dtype=self.dtype, device=device)  # cur − corr, [stored, N, D]
+    def reads_own(self, receiver: int) -> bool:
+        """Does a receiver from this one on read the circuit's own residual stream?"""
+        return receiver <= self._last_whole
 
-    def store(self, sender: int, difference: Tensor, scale: float) -> None:
-        """Keep a sender's cur − corr, [N, D]."""
-        torch.mul(difference, scale, out=self.differences[self.row[sender]])
+    def allocate(self, device: torch.device) -> None:
+        self.differences = torch.empty(self._shape, dtype=self.dtype, device=device)  # cur − corr, [stored, N, D]
+
+    def store(self, sender: int, current: Tensor, corrupted: Tensor, scale: float) -> None:
+        """Keep a sender's scale · (cur − corr), both [N, D]."""
+        row = torch.sub(current, corrupted, out=self.differences[self._before[sender]])
+        if scale != 1:
+            row.mul_(scale)
 
     def store_heads(self, senders: list[int], difference: Tensor, weight: Tensor) -> None:
         """Keep some heads' cur − corr, given in head space, [h, N, K], with their [h, K, D]."""
-        start = self.row[senders[0]]
+        start = self._before[senders[0]]
         torch.bmm(difference, weight, out=self.differences[start : start + len(senders)])
 
-    def read(self, base: Tensor, reach: int, receivers: Tensor) -> Tensor:
-        """y_v of some receivers, [r, N, D], base [N, D] being the corrupted residual."""
-        seen = self.row[reach - 1] + 1
-        return masked_read(base, self.differences[:seen], self.mask[:seen][:, receivers])
+    def read(self, base: Tensor, receivers: Tensor, stop: int, start: int = 0) -> Tensor:
+        """base [N, D] and what some receivers keep of the senders from start to stop: [r, N, D]."""
+        rows = slice(self._before[start], self._before[stop])
+        return masked_read(base, self.differences[rows], self.mask[rows][:, receivers])
 
 
 class _LearningCircuit(_Circuit):
@@ -101,17 +110,20 @@ class _LearningCircuit(_Circuit):
     def allocate(self, device: torch.device) -> None:
         self._stored: list[Tensor] = []  # in order of their rows
 
-    def store(self, sender: int, difference: Tensor, scale: float) -> None:
-        self._stored.append(difference * scale)
+    def store(self, sender: int, current: Tensor, corrupted: Tensor, scale: float) -> None:
+        self._stored.append((current - corrupted) * scale)
 
     def store_heads(self, senders: list[int], difference: Tensor, weight: Tensor) -> None:
         self._stored += torch.bmm(difference, weight).unbind()
 
-    def read(self, base: Tensor, reach: int, receivers: Tensor) -> Tensor:
-        weights = self.mask[: self.row[reach - 1] + 1][:, receivers]
+    def read(self, base: Tensor, receivers: Tensor, stop: int, start: int = 0) -> Tensor:
+        first = self._before[start]
+        weights = self.mask[first : self._before[stop]][:, receivers]
         used = weights.any(1).nonzero()[:, 0]
+        if not len(used):
+            return base.expand(len(receivers), -1, -1)
         # A product keeps for its gradient what multiplies the differences, not these.
-        read = torch.stack([self._stored[row] for row in used.tolist()])
+        read = torch.stack([self._stored[first + row] for row in used.tolist()])
         return base + torch.tensordot(weights[used].T, read, 1)
 
 
@@ -120,6 +132,7 @@ class _CircuitsRun:
         self.runner, self.graph, self.corrupted, self.circuits = runner, graph, corrupted, circuits
         self.dtype = runner.arch.accumulate
         self.ready: dict[str, Tensor] = {}  # the current layer's projections, made when the first is asked for
+        self.begun: dict[int, Tensor] = {}  # circuit -> what the current layer's MLP reads from the layers before
 
     def logits(self) -> Tensor:
         """[C, E, V]"""
@@ -133,22 +146,30 @@ class _CircuitsRun:
 
     def _register(self, hooks: Hooks) -> None:
         arch, graph = self.runner.arch, self.graph
-        own = [c for c, circuit in enumerate(self.circuits) if circuit.has_whole]
         for index, layer in enumerate(arch.layers):
             attention = slice(graph.receivers_at(index, "q").start, graph.receivers_at(index, "v").stop)
+            sender, receiver = graph.mlp_sender(index), graph.receivers_at(index, "mlp").start
             whole = [c for c, circuit in enumerate(self.circuits) if circuit.whole[attention].any()]
+            # A norm, and what heads write, are for circuits that read their own residual stream from there on.
+            own = self._own(receiver)
+            starts = {layer.mlp_norm: receiver, layer.attention_norm: attention.start}
+            for module, start in {norm.module: start for norm, start in starts.items() if norm.kind}.items():
+                hooks.on_input(module, partial(self._keep, self._own(start)))
+                hooks.on_output(module, partial(self._fill, self._own(start)))
             for module, columns in self.runner.projection_sites(index):
                 hooks.on_input(module, partial(self._keep, whole))
                 hooks.on_output(module, partial(self._project, index, layer, columns, whole))
             hooks.on_input(layer.out, partial(self._write_heads, index, layer, own))
             hooks.on_output(layer.out, partial(self._fill, own))
-            sender, receiver = graph.mlp_sender(index), graph.receivers_at(index, "mlp").start
             run = [
                 c for c, circuit in enumerate(self.circuits) if circuit.needed[sender] and not circuit.closed[receiver]
             ]
             hooks.on_input(layer.mlp_in, partial(self._read_mlp, index, layer, receiver, run))
             hooks.on_output(layer.mlp_out, partial(self._write_mlp, index, sender, run))
         hooks.on_input(arch.final_norm.module, self._read_final)
+
+    def _own(self, receiver: int) -> list[int]:
+        return [c for c, circuit in enumerate(self.circuits) if circuit.reads_own(receiver)]
 
     # Circuits along the batch dimension: [C·E, T, X] <-> [C, E, T, X].
 
@@ -164,23 +185,25 @@ class _CircuitsRun:
         if len(circuits) == len(self.circuits):
             return y
         full = y.new_zeros(len(self.circuits), self.runner.batch.n_examples, *y.shape[1:])
-        full[circuits] = self._split(y) if circuits else 0
+        if circuits:
+            full[circuits] = self._split(y)
         return full.flatten(0, 1)
 
     # Senders.
 
     def _store(self, circuit: _Circuit, sender: int, current: Tensor, corrupted: Tensor, scale: float = 1.0) -> None:
-        circuit.store(sender, (current.to(self.dtype) - corrupted.to(self.dtype)).flatten(0, 1), scale)
+        circuit.store(sender, *(x.flatten(0, 1).to(self.dtype) for x in (current, corrupted)), scale)
 
     def _write_heads(self, index: int, layer: Layer, own: list[int], z: Tensor) -> Tensor:
         first, n = self.graph.head_senders(index).start, layer.q.n_heads
-        corrupted, weight = self.corrupted.values[index].to(self.dtype), layer.out_weight(self.dtype)
-        for circuit, current in zip(self.circuits, self._split(layer.written(z)), strict=True):
+        weight = layer.out_weight(self.dtype)
+        corrupted = self.corrupted.values[index].to(self.dtype)
+        difference = self._split(layer.written(z)).to(self.dtype) - corrupted
+        difference = difference.flatten(1, 2).unflatten(2, (n, -1)).transpose(1, 2)  # [C, H, N, K]
+        for circuit, by_head in zip(self.circuits, difference, strict=True):
             heads = [h for h in range(n) if circuit.stored[first + h]]
             if heads:
-                difference = (current.to(self.dtype) - corrupted).flatten(0, 1).unflatten(1, (n, -1))
-                senders = [first + h for h in heads]
-                circuit.store_heads(senders, difference.transpose(0, 1)[heads], weight[heads])
+                circuit.store_heads([first + h for h in heads], _pick(by_head, heads), _pick(weight, heads))
         return self._keep(own, z)
 
     def _write_mlp(self, index: int, sender: int, run: list[int], y: Tensor) -> Tensor:
@@ -198,22 +221,26 @@ class _CircuitsRun:
         """What the norm reads in the corrupted run, [E, T, D]."""
         return self.corrupted.norm_inputs[id(norm.module)]
 
-    def _read(self, circuit: _Circuit, receivers: Tensor, reach: int, norm: Norm) -> Tensor:
-        """y_v of some of a circuit's receivers behind one norm, in the model's dtype: [r, E, T, D]."""
-        base = self._base(norm)
-        y = circuit.read(base.flatten(0, 1).to(self.dtype), reach, receivers.to(base.device))
-        return y.to(base.dtype).unflatten(1, base.shape[:2])
+    def _tokens(self, norm: Norm) -> Tensor:
+        """The same as [N, D], in the accumulation dtype."""
+        return self._base(norm).flatten(0, 1).to(self.dtype)
 
-    def _read_one(self, circuit: _Circuit, receiver: int, reach: int, norm: Norm) -> Tensor:
-        return self._read(circuit, torch.tensor([receiver]), reach, norm)[0]
+    def _normalised(self, norm: Norm, y: Tensor) -> Tensor:
+        """The norm of y [r, N, D], in the model's dtype: [r, E, T, D]."""
+        base = self._base(norm)
+        return norm(y.to(base.dtype).unflatten(1, base.shape[:2]))
 
     def _read_mlp(self, index: int, layer: Layer, receiver: int, run: list[int], own: Tensor) -> Tensor:
         x = self._split(own)[run]
+        norm, reach = layer.mlp_norm, self.graph.mlp_reach(index)
         for slot, c in enumerate(run):
             circuit = self.circuits[c]
             if circuit.partial[receiver]:
-                y = self._read_one(circuit, receiver, self.graph.mlp_reach(index), layer.mlp_norm)
-                x[slot] = layer.mlp_norm(y)
+                base, start = self._tokens(norm), 0
+                if c in self.begun:
+                    base = self.begun.pop(c) + (base - self._tokens(layer.attention_norm))
+                    start = self.graph.attention_reach(index)
+                x[slot] = self._normalised(norm, circuit.read(base, torch.tensor([receiver]), reach, start))[0]
         return x.flatten(0, 1)
 
     def _read_final(self, own: Tensor) -> Tensor:
@@ -221,7 +248,8 @@ class _CircuitsRun:
         x = self._split(own).clone()
         for slot, circuit in enumerate(self.circuits):
             if circuit.partial[receiver]:
-                x[slot] = self._read_one(circuit, receiver, self.graph.n_senders, norm)
+                y = circuit.read(self._tokens(norm), torch.tensor([receiver]), self.graph.n_senders)
+                x[slot] = y[0].unflatten(0, x.shape[1:3])
             elif circuit.closed[receiver]:
                 x[slot] = self._base(norm)
         return x.flatten(0, 1)
@@ -237,7 +265,7 @@ class _CircuitsRun:
                 heads = self.circuits[c].whole[self.graph.receivers_at(index, letter)]
                 part[c][..., heads, :] = current[..., features].unflatten(-1, (len(heads), -1))[..., heads, :]
             parts.append(part.flatten(-2))
-        return torch.cat(parts, -1).flatten(0, 1)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).flatten(0, 1)
 
     def _projections(self, index: int, layer: Layer) -> dict[str, Tensor]:
         """The layer's "q", "k" and "v", [C, E, T, heads, K] each; those of whole receivers are not yet right."""
@@ -250,18 +278,33 @@ class _CircuitsRun:
         first, last, dtype = sites["q"].start, sites["v"].stop, self.runner.arch.dtype
         weights = {letter: projection.weight(dtype) for letter, projection in layer.projections.items()}
         biases = {letter: projection.bias(dtype) for letter, projection in layer.projections.items()}
+        mlp = graph.receivers_at(index, "mlp").start
         for c, circuit in enumerate(self.circuits):
             wanted = first + circuit.partial[first:last].nonzero()[:, 0]
             if not len(wanted):
                 continue
-            y = self._read(circuit, wanted, graph.attention_reach(index), layer.attention_norm)
-            x = layer.attention_norm(y).flatten(1, 2)  # [r, E·T, D]
+            norm, reach = layer.attention_norm, graph.attention_reach(index)
+            # What the MLP reads of the same senders comes along: they are read from memory once.
+            begins = bool(circuit.partial[mlp]) and not graph.parallel
+            readers = torch.cat([wanted, torch.tensor([mlp])]) if begins else wanted
+            y = circuit.read(self._tokens(norm), readers, reach)
+            if begins:
+                self.begun[c] = y[-1].clone()
+            x = self._normalised(norm, y[: len(wanted)]).flatten(1, 2)  # [r, N, D]
             for letter, receivers in sites.items():
-                here = (wanted >= receivers.start) & (wanted < receivers.stop)
-                heads = wanted[here] - receivers.start
-                slots = heads // ((receivers.stop - receivers.start) // len(weights[letter]))
-                y = torch.bmm(x[here], weights[letter][slots].mT).unflatten(1, found[letter].shape[1:3])  # [h, E, T, K]
+                here = slice(*torch.searchsorted(wanted, torch.tensor([receivers.start, receivers.stop])).tolist())
+                heads = (wanted[here] - receivers.start).tolist()
+                if not heads:
+                    continue
+                spread = (receivers.stop - receivers.start) // len(weights[letter])
+                slots = [head // spread for head in heads]
+                y = torch.bmm(x[here], _pick(weights[letter], slots).mT)  # [h, N, K]
                 bias = biases[letter]
-                y = y if bias is None else y + bias[slots][:, None, None]
-                found[letter][c][:, :, heads] = y.movedim(0, 2)
+                y = y if bias is None else y + bias[slots][:, None]
+                found[letter][c].flatten(0, 1)[:, heads] = y.transpose(0, 1)
         return found
+
+
+def _pick(x: Tensor, which: list[int]) -> Tensor:
+    """x[which], without a copy where that is all of x."""
+    return x if which == list(range(len(x))) else x[which]

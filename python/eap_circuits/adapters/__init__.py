@@ -7,6 +7,7 @@ from .families import FAMILIES
 from .family import Family
 from .nonlinear import nonlinear_parts
 from .norms import Kinds, Norm
+from .offloading import is_offloaded
 from .pretrained import DEMO_MODEL, load_model
 from .projections import Projection, concatenate, group, linear_shape, linear_weight
 from .registry import family_of, register_family
@@ -25,6 +26,7 @@ __all__ = [
     "concatenate",
     "family_of",
     "group",
+    "is_offloaded",
     "linear_shape",
     "linear_weight",
     "load_model",

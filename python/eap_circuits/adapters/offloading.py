@@ -28,6 +28,11 @@ def read(module: nn.Module, name: str) -> Tensor | None:
         return getattr(module, name).detach().clone()
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Are its weights elsewhere until it runs?"""
+    return bool(has_offloaded_params(module))
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes."""
     for part in module.modules():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,6 +51,11 @@ class Batch:
     @property
     def n_examples(self) -> int:
         return len(self.index)
+
+    @cached_property
+    def answer_tokens(self) -> Tensor:
+        """The tokens that are an answer of any example, in order: int64 [U]."""
+        return self.answers[self.answers >= 0].unique()
 
     @property
     def shape(self) -> tuple[int, int]:

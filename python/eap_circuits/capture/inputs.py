@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from ..adapters import Architecture, bind
 from ..errors import expected, one_of
-from ..metrics import MetricBatch, check_metric_values, get_metric
+from ..graph import Graph
+from ..metrics import OF_ANSWERS, MetricBatch, check_metric_values, get_metric
 from ..tasks import PairedDataset
 from .ablation import ABLATIONS, Constants, different_throughout, find_constants, zeros
 from .batches import Batch
 from .rules import Rules
+from .runner import Runner
 
 Progress = Callable[[int, int], None]  # (examples done, examples in all)
 
@@ -47,10 +49,18 @@ class Run:
             found = find_constants(arch, given, self.ablation_data or self.data)
         return replace(self, constants=found)
 
+    def runner(self, graph: Graph, batch: Batch) -> Runner:
+        """The model on a batch, with no more logits than the metric looks at."""
+        return Runner(self.arch, graph, batch, batch.answer_tokens if self.metric in OF_ANSWERS else None)
+
     def values(self, logits: Tensor, batch: Batch, clean: Tensor, corrupted: Tensor) -> Tensor:
-        """The metric of each example: logits [E, V] -> [E]; raises InputError where it is not finite."""
+        """The metric of each example: logits [E, V], or [E, U] of `runner`, -> [E]; raises InputError where it is not
+        finite."""
+        answers = batch.answers
+        if self.metric in OF_ANSWERS and logits.shape[1] == len(batch.answer_tokens):
+            answers = torch.searchsorted(batch.answer_tokens, answers.clamp(min=0)).where(answers >= 0, -1)
         given = MetricBatch(
-            answers=batch.answers,
+            answers=answers,
             clean_logits=clean.detach(),
             corrupted_logits=corrupted.detach(),
             lengths=batch.lengths,

@@ -231,16 +231,19 @@ class _CircuitsRun:
         return norm(y.to(base.dtype).unflatten(1, base.shape[:2]))
 
     def _read_mlp(self, index: int, layer: Layer, receiver: int, run: list[int], own: Tensor) -> Tensor:
+        norm, reach, begun = layer.mlp_norm, self.graph.mlp_reach(index), self.graph.attention_reach(index)
         x = self._split(own)[run]
-        norm, reach = layer.mlp_norm, self.graph.mlp_reach(index)
-        for slot, c in enumerate(run):
-            circuit = self.circuits[c]
-            if circuit.partial[receiver]:
-                base, start = self._tokens(norm), 0
+        slots = [slot for slot, c in enumerate(run) if self.circuits[c].partial[receiver]]
+        if slots:
+            base, which = self._tokens(norm), torch.tensor([receiver])
+            more = base - self._tokens(layer.attention_norm) if self.begun else base
+            reads = []
+            for c in (run[slot] for slot in slots):
                 if c in self.begun:
-                    base = self.begun.pop(c) + (base - self._tokens(layer.attention_norm))
-                    start = self.graph.attention_reach(index)
-                x[slot] = self._normalised(norm, circuit.read(base, torch.tensor([receiver]), reach, start))[0]
+                    reads.append(self.circuits[c].read(self.begun.pop(c) + more, which, reach, begun))
+                else:
+                    reads.append(self.circuits[c].read(base, which, reach))
+            x[slots] = self._normalised(norm, torch.cat(reads))
         return x.flatten(0, 1)
 
     def _read_final(self, own: Tensor) -> Tensor:

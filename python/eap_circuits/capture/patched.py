@@ -18,9 +18,10 @@ from ..adapters import Layer, Norm
 from ..graph import Graph
 from .ablation import Constants
 from .borrow import Hooks
-from .recorded import RecordedRun
+from .recorded import Recording
 from .runner import Runner
 from .senders import SenderDifferences
+from .start import LayerInputs
 
 
 class PatchedEdges:
@@ -34,10 +35,17 @@ class PatchedEdges:
 
     def __init__(self, runner: Runner, graph: Graph, constants: Constants | None = None) -> None:
         self._runner, self._arch = runner, runner.arch
-        senders = SenderDifferences(runner, graph, constants=constants)
+        self._clean, self._layers = Recording(runner, copy=1), LayerInputs(self._arch.layers)
+
+        def watch(hooks: Hooks) -> None:
+            self._clean.watch(hooks)
+            self._layers.watch(hooks, slice(runner.batch.n_examples, None))
+
+        senders = SenderDifferences(runner, graph, constants=constants, watch=watch)
         self._groups = [(group, index) for group in senders.nodes() for index in range(group.values.shape[1])]  # [S]
-        self._clean = RecordedRun(runner, corrupted=False)
-        self.clean_logits, self.corrupted_logits = self._clean.logits, senders.corrupted_logits
+        assert senders.clean_logits is not None
+        self.clean_logits, self.corrupted_logits = senders.clean_logits, senders.corrupted_logits
+        self._embeddings = senders.clean_embeddings
         # (layer, site, head) of each receiver; the logits' layer is one past the last
         self._places: list[tuple[int, str, int]] = [(len(self._arch.layers), "logits", 0)] * graph.n_receivers
         for index in range(len(self._arch.layers)):
@@ -58,13 +66,13 @@ class PatchedEdges:
             layer, site, head = self._places[receiver]
             assert layer == start, "edges of one call start at one layer"
             sites.setdefault(site, []).append((copy, head, sender))
-        together = self._clean.embeddings.repeat(len(edges), 1, 1)
+        together = self._embeddings.repeat(len(edges), 1, 1)
         with torch.no_grad():
             logits = self._runner.logits(together, partial(self._register, start, sites, len(edges)))
         return logits.unflatten(0, (len(edges), -1))
 
     def _register(self, start: int, sites: dict[str, list[tuple[int, int, int]]], copies: int, hooks: Hooks) -> None:
-        self._clean.layers.start_at(start, copies, hooks)
+        self._layers.start_at(start, copies, hooks)
         if start == len(self._arch.layers):
             norm = self._arch.final_norm
             hooks.on_input(norm.module, lambda _: self._patched(norm, sites["logits"]).flatten(0, 1))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Architecture, concatenate, group
+from ..adapters import Architecture, concatenate, group, is_offloaded
 from ..graph import Graph
 from .batches import Batch
 from .borrow import Hooks
@@ -26,11 +26,14 @@ class Runner:
         arch: the bound model.
         graph: its edge graph; with query-head receivers under grouped-query attention, keys and values are given
             to attention per query head (the value is the same, the gradient and the mask are per head).
+        tokens: int64 [U]: compute these tokens' logits alone where the model's last module allows it; logits are
+            [E, U] then.
     """
 
-    def __init__(self, arch: Architecture, graph: Graph, batch: Batch) -> None:
+    def __init__(self, arch: Architecture, graph: Graph, batch: Batch, tokens: Tensor | None = None) -> None:
         self.arch = arch
         self.batch = batch
+        self._tokens = tokens
         self.spread = [
             layer.groups if graph.heads == "query" else 1 for layer in arch.layers
         ]  # key/value copies per layer
@@ -123,10 +126,15 @@ class Runner:
         return logits.squeeze(1) if logits.shape[1] == 1 else logits[torch.arange(len(scored)), scored]
 
     def _score(self, positions: Tensor, hooks: Hooks) -> None:
-        """Logits [rows, 1, V] of one position of each row alone."""
+        """Logits [rows, 1, V] or [rows, 1, U] of one position of each row alone."""
         head, rows = self._model.get_output_embeddings(), torch.arange(len(positions), device=positions.device)
         if head is not None:
             hooks.on_input(head, lambda x: x[rows, positions][:, None])
+        # Nothing but a plain linear layer gives some tokens' logits alone.
+        if self._tokens is not None and type(head) is nn.Linear and not is_offloaded(head):
+            which = self._tokens.to(head.weight.device)
+            weight, bias = head.weight[which], None if head.bias is None else head.bias[which]
+            hooks.replace_forward(head, lambda x: nn.functional.linear(x, weight, bias))
 
     def _arrange(self, hooks: Hooks) -> None:
         """Projections give their features concatenated, keys and values spread."""

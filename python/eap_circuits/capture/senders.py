@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -29,9 +30,17 @@ class SenderDifferences:
         clean: run the clean prompts too. Without, a later pass over them, which `register_clean` is to watch,
             completes the differences, and `clean_logits` are for its caller to set.
         constants: what the ablated senders give, if not what they give in the corrupted run.
+        watch: adds hooks to the pass, in which the clean prompts come after the corrupted ones.
     """
 
-    def __init__(self, runner: Runner, graph: Graph, clean: bool = True, constants: Constants | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        graph: Graph,
+        clean: bool = True,
+        constants: Constants | None = None,
+        watch: Callable[[Hooks], None] | None = None,
+    ) -> None:
         self.arch: Architecture = runner.arch
         self.graph = graph
         self._batch = batch = runner.batch
@@ -54,6 +63,8 @@ class SenderDifferences:
                 values, mlp = (None, None) if constants is None else (constants.values[index], constants.mlps[index])
                 hooks.on_input(layer.out, partial(keep_values, layer, values))
                 hooks.on_output(layer.mlp_out, partial(keep_mlp, layer, mlp))
+            if watch is not None:
+                watch(hooks)
 
         runs = [own, self.clean_embeddings] if clean else [own]
         self.corrupted_logits, *logits = runner.record(torch.cat(runs), register, 1).split(batch.n_examples)

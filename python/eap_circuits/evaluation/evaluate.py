@@ -15,7 +15,6 @@ from ..capture import (
     Constants,
     Progress,
     RecordedRun,
-    Runner,
     borrowed,
     in_memory,
     make_batches,
@@ -146,7 +145,7 @@ def evaluate(
         found = torch.empty(len(results), batch.n_examples, dtype=torch.float64)
         clean = corrupted = None
         for heads, graph in graphs.items():
-            runner = Runner(run.arch, graph, batch)
+            runner = run.runner(graph, batch)
             record = RecordedRun(runner, True, run.constants)
             if clean is None or corrupted is None:
                 clean = runner.logits(runner.embed(batch.clean))

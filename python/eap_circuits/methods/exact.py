@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..capture import Batch, PatchedEdges, Progress, Run, Runner
+from ..capture import Batch, PatchedEdges, Progress, Run
 from ..errors import expected
 from ..files import DAMAGED, check_writable, write_whole
 from ..graph import Circuit, Graph
@@ -119,7 +119,7 @@ def exact_scores(
             finished += int(mask.sum()) * batch.n_examples
             continue
         finished += int(checkpoint.done.sum()) * batch.n_examples
-        patched = PatchedEdges(Runner(run.arch, graph, batch), graph, run.constants)
+        patched = PatchedEdges(run.runner(graph, batch), graph, run.constants)
         clean = run.values(patched.clean_logits, batch, patched.clean_logits, patched.corrupted_logits)
         together = max(1, tokens // batch.clean.numel())
         for edges in _passes(patched, mask & ~checkpoint.done, together):

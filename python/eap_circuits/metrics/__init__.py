@@ -3,6 +3,7 @@
 from .functions import (
     DIFFERENTIABLE,
     METRICS,
+    OF_ANSWERS,
     Metric,
     MetricBatch,
     check_metric_values,
@@ -18,6 +19,7 @@ from .functions import (
 __all__ = [
     "DIFFERENTIABLE",
     "METRICS",
+    "OF_ANSWERS",
     "Metric",
     "MetricBatch",
     "check_metric_values",

@@ -116,6 +116,8 @@ METRICS: dict[str, Metric] = {
     "top5_accuracy": top_k_accuracy(5),
     "rank": rank,
 }
+# What looks at no logits but the answers': only those tokens' are computed for it.
+OF_ANSWERS = (logit_diff,)
 # What edges can be scored by; the others are steps of the logits and only measure.
 DIFFERENTIABLE = ("logit_diff", "prob_diff", "kl_divergence", "js_divergence")
 

@@ -192,7 +192,8 @@ class _CircuitsRun:
     # Senders.
 
     def _store(self, circuit: _Circuit, sender: int, current: Tensor, corrupted: Tensor, scale: float = 1.0) -> None:
-        circuit.store(sender, *(x.flatten(0, 1).to(self.dtype) for x in (current, corrupted)), scale)
+        own, base = (x.flatten(0, 1).to(self.dtype) for x in (current, corrupted))
+        circuit.store(sender, own, base, scale)
 
     def _write_heads(self, index: int, layer: Layer, own: list[int], z: Tensor) -> Tensor:
         first, n = self.graph.head_senders(index).start, layer.q.n_heads

@@ -93,10 +93,10 @@ class _Circuit:
         if scale != 1:
             row.mul_(scale)
 
-    def store_heads(self, senders: list[int], difference: Tensor, weight: Tensor) -> None:
-        """Keep some heads' cur − corr, given in head space, [h, N, K], with their [h, K, D]."""
-        start = self._before[senders[0]]
-        torch.bmm(difference, weight, out=self.differences[start : start + len(senders)])
+    def store_heads(self, sender: int, difference: Tensor, weight: Tensor) -> None:
+        """Keep some heads' cur − corr, from this sender on, given in head space, [h, N, K], with their [h, K, D]."""
+        start = self._before[sender]
+        torch.bmm(difference, weight, out=self.differences[start : start + len(difference)])
 
     def read(self, base: Tensor, receivers: Tensor, stop: int, start: int = 0) -> Tensor:
         """base [N, D] and what some receivers keep of the senders from start to stop: [r, N, D]."""
@@ -113,7 +113,7 @@ class _LearningCircuit(_Circuit):
     def store(self, sender: int, current: Tensor, corrupted: Tensor, scale: float) -> None:
         self._stored.append((current - corrupted) * scale)
 
-    def store_heads(self, senders: list[int], difference: Tensor, weight: Tensor) -> None:
+    def store_heads(self, sender: int, difference: Tensor, weight: Tensor) -> None:
         self._stored += torch.bmm(difference, weight).unbind()
 
     def read(self, base: Tensor, receivers: Tensor, stop: int, start: int = 0) -> Tensor:
@@ -202,9 +202,8 @@ class _CircuitsRun:
         difference = self._split(layer.written(z)).to(self.dtype) - corrupted
         difference = difference.flatten(1, 2).unflatten(2, (n, -1)).transpose(1, 2)  # [C, H, N, K]
         for circuit, by_head in zip(self.circuits, difference, strict=True):
-            heads = [h for h in range(n) if circuit.stored[first + h]]
-            if heads:
-                circuit.store_heads([first + h for h in heads], _pick(by_head, heads), _pick(weight, heads))
+            for heads in _runs([h for h in range(n) if circuit.stored[first + h]]):
+                circuit.store_heads(first + heads.start, by_head[heads], weight[heads])
         return self._keep(own, z)
 
     def _write_mlp(self, index: int, sender: int, run: list[int], y: Tensor) -> Tensor:
@@ -302,13 +301,21 @@ class _CircuitsRun:
                     continue
                 spread = (receivers.stop - receivers.start) // len(weights[letter])
                 slots = [head // spread for head in heads]
-                y = torch.bmm(x[here], _pick(weights[letter], slots).mT)  # [h, N, K]
+                whole = slots == list(range(len(weights[letter])))  # without a copy then
+                weight = weights[letter] if whole else weights[letter][slots]
+                y = torch.bmm(x[here], weight.mT)  # [h, N, K]
                 bias = biases[letter]
                 y = y if bias is None else y + bias[slots][:, None]
                 found[letter][c].flatten(0, 1)[:, heads] = y.transpose(0, 1)
         return found
 
 
-def _pick(x: Tensor, which: list[int]) -> Tensor:
-    """x[which], without a copy where that is all of x."""
-    return x if which == list(range(len(x))) else x[which]
+def _runs(numbers: list[int]) -> list[slice]:
+    """Growing numbers as stretches of consecutive ones."""
+    runs: list[slice] = []
+    for number in numbers:
+        if runs and runs[-1].stop == number:
+            runs[-1] = slice(runs[-1].start, number + 1)
+        else:
+            runs.append(slice(number, number + 1))
+    return runs

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind
+from eap_circuits.capture import Runner, borrowed, make_batches, prepare
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.graph import Graph, prune
 
@@ -280,3 +281,33 @@ def test_no_difference_between_the_runs_is_not_a_number(make_model):
     assert result.faithfulness != result.faithfulness
     # The two prompts may run in batches of different sizes, which round differently.
     assert float(eap.attribute(model, data).values.abs().max()) < 1e-12
+
+
+def test_only_the_answers_logits_are_computed_for_what_looks_at_no_others(family, make_model, make_pairs):
+    """By whatever way a model ends: the same logits, and the same metric for sets of answers of unequal sizes."""
+    model, data = make_model(family), make_pairs(seed=8, n=5)
+    sets = data.answers[:, :, None].repeat(1, 1, 2)
+    sets[:3, :, 1] = -1
+    for row in sets[3:]:
+        row[:, 1] = torch.tensor([token for token in range(5) if token not in row[:, 0]][:2])
+    data = eap.PairedDataset.from_tokens(data.clean, data.corrupted, data.lengths, sets)
+    run = prepare(model, data, "logit_diff", "patching", None)
+    graph = run.arch.graph("kv")
+    with borrowed(model), torch.no_grad():
+        for batch in make_batches(data, 3, True, run.arch.device):
+            every, few = Runner(run.arch, graph, batch), run.runner(graph, batch)
+            right, found = (runner.logits(runner.embed(batch.clean)) for runner in (every, few))
+            assert found.shape == (batch.n_examples, len(batch.answer_tokens))
+            torch.testing.assert_close(found, right[:, batch.answer_tokens])
+            values = [run.values(logits, batch, logits, logits) for logits in (right, found)]
+            torch.testing.assert_close(*values)
+
+
+@pytest.mark.parametrize("metric", ["kl_divergence", "prob_diff", "rank", lambda logits, batch: logits.amax(1)])
+def test_other_metrics_are_given_all_logits(metric, make_model, make_pairs):
+    model, data = make_model("llama"), make_pairs(seed=8)
+    run, vocabulary = prepare(model, data, metric, "patching", None), model.config.vocab_size
+    with borrowed(model), torch.no_grad():
+        for batch in make_batches(data, None, True, run.arch.device):
+            runner = run.runner(run.arch.graph("kv"), batch)
+            assert runner.logits(runner.embed(batch.clean)).shape == (batch.n_examples, vocabulary)

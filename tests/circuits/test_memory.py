@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits.capture import PeakBytes, parse_bytes
-from eap_circuits.methods import METHODS, gradient, planning
+from eap_circuits.capture import PatchedEdges, PeakBytes, parse_bytes
+from eap_circuits.methods import METHODS, exact, gradient, planning
 
 
 @pytest.mark.parametrize(
@@ -146,3 +146,103 @@ def test_evaluation_goes_on_with_less_at_once(make_model, monkeypatch):
     monkeypatch.setattr(module, "run_circuits", run)
     for found, whole in zip(eap.evaluate(model, circuits, data), right):
         assert torch.allclose(found.values, whole.values, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("reuse_prefix", [True, False])
+def test_an_evaluation_keeps_to_its_budget(reuse_prefix, make_model, relative):
+    model, data = make_model("llama"), longer_pairs()
+    scores = eap.attribute(model, data, method="eap")
+    circuits = [scores.select(n) for n in (60, 70, 80, 90)]
+    given = {"reuse_prefix": reuse_prefix}
+    with PeakBytes() as whole:
+        right = eap.evaluate(model, circuits, data, **given)
+    budget = whole.peak // 3
+    with PeakBytes() as count:
+        found = eap.evaluate(model, circuits, data, memory=budget, **given)
+    assert count.peak <= 1.1 * budget
+    for one, other in zip(found, right):
+        assert relative(one.values, other.values) < 1e-6
+    curve = eap.faithfulness_curve(model, scores, data, (0.2, 0.6), memory=budget, **given)
+    assert curve.faithfulness == pytest.approx(
+        eap.faithfulness_curve(model, scores, data, (0.2, 0.6), **given).faithfulness
+    )
+
+
+@pytest.mark.parametrize("reuse_prefix", [True, False])
+def test_exact_keeps_to_its_budget(reuse_prefix, make_model, relative):
+    model, data = make_model("gpt2"), longer_pairs()
+    given = {"method": "exact", "reuse_prefix": reuse_prefix}
+    with PeakBytes() as whole:
+        right = eap.attribute(model, data, **given)
+    budget = whole.peak // 3
+    with PeakBytes() as count:
+        found = eap.attribute(model, data, memory=budget, **given)
+    assert count.peak <= 1.1 * budget
+    assert relative(found.values, right.values) < 1e-6
+
+
+@pytest.mark.parametrize("memory", ["2 apples", -1])
+def test_evaluation_refuses_other_budgets(memory, make_model, make_pairs):
+    model, data = make_model("gpt2"), make_pairs()
+    circuit = eap.attribute(model, data, method="eap").select(10)
+    with pytest.raises(eap.InputError, match="memory: expected bytes"):
+        eap.evaluate(model, circuit, data, memory=memory)
+
+
+def exact_fails(above, monkeypatch, later=0):
+    """As if memory ran out in passes of more tokens, once some passes have gone well; returns what was measured."""
+    original, measured = PatchedEdges.logits, []
+
+    def run(self, edges):
+        batch = self._runner.batch
+        found = original(self, edges)
+        if batch.clean.numel() * len(edges) > above and len(measured) >= later:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore lines")
+        measured.append((edges, batch.index.tolist()))
+        return found
+
+    monkeypatch.setattr(PatchedEdges, "logits", run)
+    return measured
+
+
+@pytest.mark.parametrize("keep", [None, "examples"])
+@pytest.mark.parametrize(("fits", "later"), [(600, 0), (200, 0), (40, 0), (12, 0), (40, 3)])
+@pytest.mark.parametrize("batch_size", [None, 7])
+def test_exact_goes_on_with_less_at_once(fits, later, batch_size, keep, make_model, relative, monkeypatch):
+    """Fewer edges side by side, then fewer examples; no edge of an example is lost or counted twice."""
+    model, data = make_model("gpt2"), longer_pairs()
+    given = {"method": "exact", "batch_size": batch_size, "keep": keep}
+    right = eap.attribute(model, data, **given)
+    exact_fails(fits, monkeypatch, later)
+    done = []
+    found = eap.attribute(model, data, progress=lambda *x: done.append(x), **given)
+    assert relative(found.values, right.values) < 1e-6
+    for name, tensor in right.statistics().items():
+        assert relative(found.statistics()[name], tensor) < 1e-5
+    assert done[-1] == (right.graph.n_edges, right.graph.n_edges)
+
+
+@pytest.mark.parametrize("after", [2, 5, 9])
+def test_exact_goes_on_after_less_at_once_and_an_interruption(after, tmp_path, make_model, relative, monkeypatch):
+    model, data = make_model("gpt2"), longer_pairs()
+    right = eap.attribute(model, data, method="exact", batch_size=7)
+    monkeypatch.setattr(exact, "SECONDS_BETWEEN_SAVES", 0.0)
+    measured, file, calls = exact_fails(40, monkeypatch, 1), tmp_path / "exact.safetensors", []
+
+    def stop(*_):
+        calls.append(_)
+        if len(calls) == after:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        eap.attribute(model, data, method="exact", batch_size=7, checkpoint=file, progress=stop)
+    before = len(measured)
+    found = eap.attribute(model, data, method="exact", batch_size=7, checkpoint=file)
+    assert relative(found.values, right.values) < 1e-6
+    assert before and len(measured) > before
+
+
+def test_too_little_memory_for_one_edge_is_one_sentence(make_model, monkeypatch):
+    exact_fails(11, monkeypatch)
+    with pytest.raises(eap.InputError, match=r"memory: expected enough for one example of 12 tokens, got CUDA out of"):
+        eap.attribute(make_model("gpt2"), longer_pairs(), method="exact")

@@ -1,13 +1,14 @@
 """The only place that touches hooks: contributions, gradients, the masked read and the prefix cache."""
 
 from .ablation import ABLATIONS, Constants, means
-from .batches import Batch, make_batches
+from .batches import TOKENS_PER_BATCH, Batch, make_batches, some_of
 from .borrow import Hooks, borrowed
 from .contraction import contract, contract_neurons, lowered
 from .contributions import Contributions
+from .fitting import Cost, budget, bytes_without_gradient, numbers_per_token, tokens_within
 from .inputs import Progress, Run, prepare
 from .masked import TOKENS_TOGETHER, learning_run, run_circuits
-from .memory import SHARE_OF_FREE, PeakBytes, free_bytes, in_memory, most_tokens, parse_bytes
+from .memory import PeakBytes, free_bytes, in_memory, most_tokens, parse_bytes
 from .patched import PatchedEdges
 from .paths import GroupPaths
 from .receivers import ReceiverGradients
@@ -20,11 +21,12 @@ from .trace import trace
 __all__ = [
     "ABLATIONS",
     "RULES",
-    "SHARE_OF_FREE",
+    "TOKENS_PER_BATCH",
     "TOKENS_TOGETHER",
     "Batch",
     "Constants",
     "Contributions",
+    "Cost",
     "GroupPaths",
     "Hooks",
     "PatchedEdges",
@@ -37,6 +39,8 @@ __all__ = [
     "Runner",
     "SenderDifferences",
     "borrowed",
+    "budget",
+    "bytes_without_gradient",
     "contract",
     "contract_neurons",
     "free_bytes",
@@ -46,8 +50,11 @@ __all__ = [
     "make_batches",
     "means",
     "most_tokens",
+    "numbers_per_token",
     "parse_bytes",
     "prepare",
     "run_circuits",
+    "some_of",
+    "tokens_within",
     "trace",
 ]

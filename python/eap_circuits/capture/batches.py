@@ -109,10 +109,13 @@ def make_batches(
 
 def halves(data: PairedDataset, batch: Batch) -> list[Batch]:
     """The batch's examples as two batches."""
-    found = []
-    for index, start in zip(batch.index.chunk(2), batch.start.cpu().chunk(2), strict=True):
-        found.append(_batch(data, index, data.first_difference[index], start, batch.clean.device))
-    return found
+    return [some_of(data, batch, which) for which in torch.arange(batch.n_examples).chunk(2)]
+
+
+def some_of(data: PairedDataset, batch: Batch, which: Tensor) -> Batch:
+    """Some of the batch's examples, by their places in it."""
+    index = batch.index[which]
+    return _batch(data, index, data.first_difference[index], batch.start.cpu()[which], batch.clean.device)
 
 
 def _groups(tokens: list[int], lengths: list[int]) -> list[list[int]]:

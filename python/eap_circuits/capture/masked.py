@@ -22,7 +22,6 @@ from .borrow import Hooks
 from .recorded import RecordedRun
 from .runner import Runner
 
-WORKSPACE = 256 * 2**20  # bytes of sender differences of the circuits that run together
 TOKENS_TOGETHER = 2048  # of circuits that run together
 
 
@@ -36,17 +35,11 @@ def run_circuits(
         tokens: the most that circuits which run together have.
     """
     circuits = [_Circuit(runner, graph, mask) for mask in masks]
-    size_of_one = runner.batch.clean.numel()
+    together = max(1, tokens // runner.batch.clean.numel())
     while circuits:
-        count = size = 0
-        while count < len(circuits) and (
-            count == 0 or (size + circuits[count].nbytes <= WORKSPACE and (count + 1) * size_of_one <= tokens)
-        ):
-            size += circuits[count].nbytes
-            count += 1
         with torch.no_grad():
-            yield from _CircuitsRun(runner, graph, corrupted, circuits[:count]).logits()
-        del circuits[:count]
+            yield from _CircuitsRun(runner, graph, corrupted, circuits[:together]).logits()
+        del circuits[:together]
 
 
 def learning_run(runner: Runner, graph: Graph, ablated: RecordedRun, mask: Tensor) -> Tensor:
@@ -74,11 +67,6 @@ class _Circuit:
         self.mask = mask[stored].to(runner.arch.device, self.dtype)  # [stored, R]
         self._shape = (int(stored.sum()), runner.batch.clean.numel(), runner.arch.d_model)
         self.differences = torch.empty(0)
-
-    @property
-    def nbytes(self) -> int:
-        stored, tokens, width = self._shape
-        return stored * tokens * width * self.dtype.itemsize
 
     def reads_own(self, receiver: int) -> bool:
         """Does a receiver from this one on read the circuit's own residual stream?"""

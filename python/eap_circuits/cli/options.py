@@ -114,6 +114,13 @@ BatchSize = Annotated[
         rich_help_panel="Model",
     ),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="What the run may take beside the model, such as 8GiB.  [dim]\\[default: half of what is free][/dim]",
+        rich_help_panel="Model",
+    ),
+]
 
 How = Annotated[
     str,

@@ -26,6 +26,7 @@ from .options import (
     How,
     Json,
     Keep,
+    Memory,
     Method,
     Metric,
     Model,
@@ -57,13 +58,7 @@ def attribute(
     ablation: Ablation = "patching",
     ablation_data: AblationData = None,
     batch_size: BatchSize = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            help="What the run may take beside the model, such as 8GiB.  [dim]\\[default: half of what is free][/dim]",
-            rich_help_panel="Scoring",
-        ),
-    ] = None,
+    memory: Memory = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Show the batches and the memory it would take.", rich_help_panel="Scoring"),
@@ -209,6 +204,7 @@ def evaluate(
     ablation: Ablation = "patching",
     ablation_data: AblationData = None,
     batch_size: BatchSize = None,
+    memory: Memory = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: Json = False,
@@ -242,6 +238,7 @@ def evaluate(
             metric=metric or pairs.metric,
             ablation=ablation,
             batch_size=batch_size,
+            memory=memory,
             progress=bar,
             ablation_data=prompts.load_ablation(tokenizer),
         )
@@ -278,6 +275,7 @@ def curve(
     ablation: Ablation = "patching",
     ablation_data: AblationData = None,
     batch_size: BatchSize = None,
+    memory: Memory = None,
     dtype: Dtype = None,
     device: Device = None,
     out: Annotated[
@@ -331,6 +329,7 @@ def curve(
             ablation=ablation,
             ablation_data=prompts.load_ablation(tokenizer),
             batch_size=batch_size,
+            memory=memory,
             progress=bar,
             baselines=beside,
             seeds=range(draws),

@@ -91,6 +91,7 @@ def faithfulness_curve(
     seeds: Sequence[int] = (0, 1, 2),
     ablation_data: PairedDataset | None = None,
     among: Tensor | None = None,
+    memory: int | str | None = None,
 ) -> Curve:
     """Select circuits of several sizes and measure each one's faithfulness, all in one go over the data.
 
@@ -100,7 +101,7 @@ def faithfulness_curve(
         scores: edge scores of this model.
         fractions: shares of all edges, growing, each in (0, 1].
         how, signed: as in `EdgeScores.select` ("top" or "greedy").
-        model, data, metric, ablation, batch_size, reuse_prefix, progress, ablation_data: as in `evaluate`.
+        model, data, metric, ablation, batch_size, reuse_prefix, progress, ablation_data, memory: as in `evaluate`.
         baselines: of "random" (connected circuits of as many edges) and "complement" (every other edge), which to
             measure at every size too; each costs about as much as the curve, "random" for every seed.
         seeds: of the random circuits.
@@ -122,7 +123,7 @@ def faithfulness_curve(
     circuits = tuple(scores.select(int(f * scores.graph.n_edges), how, signed, among=among) for f in fractions)
     others = {name: baseline_circuits(name, circuits, seeds) for name in baselines}
     rows = [circuits, *(row for draws in others.values() for row in draws)]
-    settings = (data, metric, ablation, batch_size, reuse_prefix, progress, ablation_data)
+    settings = (data, metric, ablation, batch_size, reuse_prefix, progress, ablation_data, memory)
     flat = evaluate(model, [c for row in rows for c in row], *settings)
     results = iter([tuple(flat[first : first + len(circuits)]) for first in range(0, len(flat), len(circuits))])
     own = next(results)

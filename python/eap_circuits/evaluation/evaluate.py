@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from ..capture import (
+    TOKENS_PER_BATCH,
     TOKENS_TOGETHER,
     Batch,
     Constants,
+    Cost,
     Progress,
     RecordedRun,
+    Run,
     borrowed,
+    budget,
+    bytes_without_gradient,
     in_memory,
     make_batches,
     prepare,
     run_circuits,
+    tokens_within,
 )
 from ..graph import Circuit
 from ..tasks import PairedDataset
@@ -77,6 +84,7 @@ def evaluate(
     reuse_prefix: bool = ...,
     progress: Progress | None = ...,
     ablation_data: PairedDataset | None = ...,
+    memory: int | str | None = ...,
 ) -> EvaluationResult: ...
 @overload
 def evaluate(
@@ -89,6 +97,7 @@ def evaluate(
     reuse_prefix: bool = ...,
     progress: Progress | None = ...,
     ablation_data: PairedDataset | None = ...,
+    memory: int | str | None = ...,
 ) -> list[EvaluationResult]: ...
 def evaluate(
     model: nn.Module,
@@ -100,6 +109,7 @@ def evaluate(
     reuse_prefix: bool = True,
     progress: Progress | None = None,
     ablation_data: PairedDataset | None = None,
+    memory: int | str | None = None,
 ) -> EvaluationResult | list[EvaluationResult]:
     """Run a circuit on the clean prompts, every edge outside it carrying an ablated contribution.
 
@@ -119,6 +129,10 @@ def evaluate(
         reuse_prefix: run the tokens before the first difference once and keep their keys and values; exact.
         progress: called with (examples done, examples in all) after each batch.
         ablation_data: over whose clean prompts means are taken or constants learned; by default the data themselves.
+        memory: what the run may take beside the model and the data, in bytes or such as "8GiB"; by default half of
+            what is free. Where a rough estimate comes near it, three runs of one or two examples measure how many
+            circuits and examples fit side by side. Where memory runs out all the same, the run goes on with less at
+            once. Results do not depend on it; learning constants does not heed it.
 
     Returns:
         An EvaluationResult, or a list of them for a list of circuits.
@@ -134,53 +148,76 @@ def evaluate(
     if not circuits:
         return []
     if ablation == "optimal":
-        shared = (batch_size, reuse_prefix, progress)
+        shared = (batch_size, reuse_prefix, progress, memory)
         learned = _with_own_constants(model, circuits, data, ablation_data or data, metric, *shared)
         return learned[0] if isinstance(circuit, Circuit) else learned
-    graphs = {item.graph.heads: item.graph for item in circuits}
     results = torch.empty(2 + len(circuits), len(data), dtype=torch.float64)
-
-    def values(batch: Batch, tokens: int) -> Tensor:
-        """The metric of the clean run, the fully ablated run and each circuit: float64 [2 + C, E]."""
-        found = torch.empty(len(results), batch.n_examples, dtype=torch.float64)
-        clean = corrupted = None
-        for heads, graph in graphs.items():
-            runner = run.runner(graph, batch)
-            record = RecordedRun(runner, True, run.constants)
-            if clean is None or corrupted is None:
-                clean = runner.logits(runner.embed(batch.clean))
-                # Metrics are given the corrupted run's logits whatever the ablation.
-                patched = run.constants is None
-                corrupted = record.logits if patched else runner.logits(runner.embed(batch.corrupted), None, 1)
-                for row, logits in enumerate((clean, record.logits)):
-                    found[row] = run.values(logits, batch, clean, corrupted)
-                if patched and batch.alignment is None:
-                    # Equal prompts differ by nothing, where the two runs may round differently.
-                    equal = (batch.clean == batch.corrupted).all(1).cpu()
-                    found[1, equal] = found[0, equal]
-            plain = {graph.n_edges: 0, 0: 1}  # all edges are the clean run, none the fully ablated run
-            rows = []
-            for row, item in enumerate(circuits, 2):
-                if item.graph.heads == heads and item.n_edges in plain:
-                    found[row] = found[plain[item.n_edges]]
-                elif item.graph.heads == heads:
-                    rows.append(row)
-            outputs = run_circuits(runner, graph, record, [circuits[row - 2].mask for row in rows], tokens)
-            for row, logits in zip(rows, outputs, strict=True):
-                found[row] = run.values(logits, batch, clean, corrupted)
-        return found
-
-    done = 0
+    allowed, done = budget(run, memory), 0
     with borrowed(model), torch.no_grad():
         run = run.with_constants()
-        batches = make_batches(data, batch_size, reuse_prefix, run.arch.device)
-        for batch, found in in_memory(data, batches, TOKENS_TOGETHER, values):
+        tokens = _tokens_together(run, circuits, batch_size, reuse_prefix, allowed)
+        batches = make_batches(data, batch_size, reuse_prefix, run.arch.device, min(tokens, TOKENS_PER_BATCH))
+        for batch, found in in_memory(data, batches, tokens, partial(_values, run, circuits)):
             results[:, batch.index] = found
             done += batch.n_examples
             if progress is not None:
                 progress(done, len(data))
     evaluated = [EvaluationResult(row, results[0], results[1]) for row in results[2:]]
     return evaluated[0] if isinstance(circuit, Circuit) else evaluated
+
+
+def _values(run: Run, circuits: Sequence[Circuit], batch: Batch, tokens: int) -> Tensor:
+    """The metric of the clean run, the fully ablated run and each circuit: float64 [2 + C, E]."""
+    found = torch.empty(2 + len(circuits), batch.n_examples, dtype=torch.float64)
+    clean = corrupted = None
+    for heads, graph in {item.graph.heads: item.graph for item in circuits}.items():
+        runner = run.runner(graph, batch)
+        record = RecordedRun(runner, True, run.constants)
+        if clean is None or corrupted is None:
+            clean = runner.logits(runner.embed(batch.clean))
+            # Metrics are given the corrupted run's logits whatever the ablation.
+            patched = run.constants is None
+            corrupted = record.logits if patched else runner.logits(runner.embed(batch.corrupted), None, 1)
+            for row, logits in enumerate((clean, record.logits)):
+                found[row] = run.values(logits, batch, clean, corrupted)
+            if patched and batch.alignment is None:
+                # Equal prompts differ by nothing, where the two runs may round differently.
+                equal = (batch.clean == batch.corrupted).all(1).cpu()
+                found[1, equal] = found[0, equal]
+        plain = {graph.n_edges: 0, 0: 1}  # all edges are the clean run, none the fully ablated run
+        rows = []
+        for row, item in enumerate(circuits, 2):
+            if item.graph.heads == heads and item.n_edges in plain:
+                found[row] = found[plain[item.n_edges]]
+            elif item.graph.heads == heads:
+                rows.append(row)
+        outputs = run_circuits(runner, graph, record, [circuits[row - 2].mask for row in rows], tokens)
+        for row, logits in zip(rows, outputs, strict=True):
+            found[row] = run.values(logits, batch, clean, corrupted)
+    return found
+
+
+def _tokens_together(
+    run: Run, circuits: Sequence[Circuit], batch_size: int | None, reuse_prefix: bool, allowed: int
+) -> int:
+    """The most tokens of circuits that run together within a budget of bytes."""
+    graph = circuits[0].graph
+    # Circuits keep the senders that they read; where all edges are kept nothing but the clean run is needed.
+    senders = [int(item.mask.any(1).sum()) * (item.n_edges < graph.n_edges) for item in circuits]
+    largest = circuits[max(range(len(circuits)), key=senders.__getitem__)]
+    first = run.data.first_difference if reuse_prefix else 0
+    there_are = int((run.data.longer_lengths - first).sum())
+    kept, at_once = min(there_are, TOKENS_PER_BATCH), min(there_are * len(circuits), TOKENS_TOGETHER)
+    rough = bytes_without_gradient(run, kept, at_once, max(senders) * run.arch.d_model)
+
+    def measured(few: Batch, copies: int, phase: Callable[[], None]) -> None:
+        _values(run, [largest] * copies, few, copies * few.clean.numel())
+        phase()
+
+    def cost(batch: Batch) -> Cost:
+        return Cost(run.data, batch, measured)
+
+    return tokens_within(run, batch_size, reuse_prefix, allowed, TOKENS_TOGETHER, rough, cost)
 
 
 def _with_own_constants(
@@ -192,6 +229,7 @@ def _with_own_constants(
     batch_size: int | None,
     reuse_prefix: bool,
     progress: Progress | None,
+    memory: int | str | None,
 ) -> list[EvaluationResult]:
     """Each circuit with constants learned for it, between the model and no circuit with constants learned for that."""
     graph = circuits[0].graph
@@ -199,7 +237,7 @@ def _with_own_constants(
     results = []
     for number, item in enumerate([none, *circuits]):
         constants = optimal_constants(model, item, lessons, batch_size=batch_size)
-        results.append(evaluate(model, item, data, metric, constants, batch_size, reuse_prefix))
+        results.append(evaluate(model, item, data, metric, constants, batch_size, reuse_prefix, memory=memory))
         if progress is not None:
             progress(number * len(data) // len(circuits), len(data))
     lowest = results.pop(0).values

@@ -10,13 +10,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..capture import RULES, TOKENS_TOGETHER, Constants, Progress, Run, borrowed, make_batches, most_tokens, prepare
+from ..capture import (
+    RULES,
+    TOKENS_PER_BATCH,
+    TOKENS_TOGETHER,
+    Constants,
+    Progress,
+    Run,
+    borrowed,
+    budget,
+    make_batches,
+    most_tokens,
+    prepare,
+)
 from ..errors import expected, one_of
 from ..graph import Circuit, EdgeScores, Graph, Heads
 from ..tasks import PairedDataset
-from .exact import Checkpoint, edges_to_score, exact_scores
+from .exact import Checkpoint, edge_tokens, edges_to_score, exact_scores
 from .gradient import gradient_scores
-from .planning import Plan, budget, make_plan, tokens_per_pass
+from .planning import Plan, make_plan, tokens_per_pass
 from .quadrature import QUADRATURES, Path
 from .spec import METHODS
 from .statistics import Statistics, to_keep
@@ -74,8 +86,8 @@ def attribute(
         reuse_prefix: run the tokens before the first difference once and keep their keys and values; exact.
         memory: what the run may take beside the model and the data, in bytes or such as "8GiB"; by default half of
             what is free. Where it runs out all the same, the run goes on with less at once. Scores do not depend on it.
-            "exact", "eap-conductance" and "information-flow-routes" do not heed it.
-        progress: called with (examples done, examples in all) after each batch; by "exact" after each pass.
+            "eap-conductance" and "information-flow-routes" do not heed it.
+        progress: called with (examples done, examples in all) after each batch; by "exact" with edges after each pass.
         edges: for "exact", the edges to measure, a circuit or a bool mask [S, R]; the others' scores are zero.
         checkpoint: for "exact", a `.safetensors` file that is written about every minute, and from which the same
             call goes on after an interruption.
@@ -109,9 +121,13 @@ def attribute(
         statistics = Statistics(run, graph)
         if path is None:
             settings = (batch_size, reuse_prefix, compat, *_ablated_by(run), *sorted(run.keep))
-            started = Checkpoint(checkpoint, _request(model, data, name, graph, chosen, *settings), statistics)
-            batches = make_batches(data, batch_size, reuse_prefix, run.arch.device)
-            exact_scores(run, graph, batches, chosen, started, TOKENS_TOGETHER, progress)
+            started = Checkpoint(
+                checkpoint, _request(model, data, name, graph, chosen, *settings), statistics, len(data)
+            )
+            tokens = edge_tokens(run, graph, chosen, batch_size, reuse_prefix, allowed, TOKENS_TOGETHER)
+            per_batch = min(tokens, TOKENS_PER_BATCH)
+            batches = make_batches(data, batch_size, reuse_prefix, run.arch.device, per_batch)
+            exact_scores(run, graph, batches, chosen, started, tokens, progress)
         else:
             scorer = spec.published if compat and spec.published else spec.scorer
             assert scorer is not None

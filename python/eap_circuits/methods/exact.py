@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,27 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..capture import Batch, PatchedEdges, Progress, Run
+from ..capture import (
+    TOKENS_PER_BATCH,
+    Batch,
+    Cost,
+    PatchedEdges,
+    Progress,
+    Run,
+    bytes_without_gradient,
+    in_memory,
+    some_of,
+    tokens_within,
+)
 from ..errors import expected
 from ..files import DAMAGED, check_writable, write_whole
 from ..graph import Circuit, Graph
+from ..tasks import PairedDataset
 from .statistics import Statistics
 
 SECONDS_BETWEEN_SAVES = 60.0
-_FORMAT = "eap-circuits/exact-1"
+_FORMAT = "eap-circuits/exact-2"
+_SUMMED = ("total", "squares")
 
 
 def edges_to_score(graph: Graph, edges: object) -> Tensor:
@@ -46,15 +59,21 @@ class Checkpoint:
         path: a `.safetensors` file, or None to keep nothing.
         request: what must be the same, plain JSON values.
         statistics: the sums that are kept.
+        n_examples: of the data.
 
     Raises:
         InputError: the file is of another request, damaged, or cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, request: dict[str, Any], statistics: Statistics) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str] | None, request: dict[str, Any], statistics: Statistics, n_examples: int
+    ) -> None:
         self.sums = statistics.sums
-        self.done = torch.zeros_like(self.sums["total"], dtype=torch.bool)  # of the current batch
-        self.batches = 0
+        self.finished = torch.zeros(n_examples, dtype=torch.bool)
+        # Of the batch that is being measured: its examples, the edges done, and their scores, not yet in the sums.
+        self._current = torch.zeros_like(self.finished)
+        self.done = torch.zeros_like(self.sums["total"], dtype=torch.bool)
+        self._partial = {name: torch.zeros_like(self.sums[name]) for name in _SUMMED if name in self.sums}
         self._request = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
         self._path = None if path is None else check_writable(path)
         self._saved = time.monotonic()
@@ -70,25 +89,53 @@ class Checkpoint:
                 metadata = file.metadata() or {}
                 found = metadata.get("format"), metadata.get("request")
                 if found == (_FORMAT, self._request):
-                    for name, tensor in (*self.sums.items(), ("done", self.done)):
+                    for name, tensor in self._tensors().items():
                         tensor.copy_(file.get_tensor(name))
-                    self.batches = int(metadata["batches"])
                     return
         except DAMAGED as error:
             raise expected(str(path), "a checkpoint", f"a file that cannot be read ({error})") from error
         raise expected(str(path), "a checkpoint of this model, data and request", f"another one ({found[0]})")
 
+    def _tensors(self) -> dict[str, Tensor]:
+        partial = {f"partial {name}": tensor for name, tensor in self._partial.items()}
+        return {**self.sums, **partial, "done": self.done, "current": self._current, "finished": self.finished}
+
+    def remaining(self, data: PairedDataset, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """What is still to be measured of the batches; one that was begun comes by itself."""
+        for batch in batches:
+            begun, finished = self._current[batch.index], self.finished[batch.index]
+            for which in (begun, ~begun & ~finished):
+                if which.all():
+                    yield batch
+                elif which.any():
+                    yield some_of(data, batch, which.nonzero()[:, 0])
+
+    def begin(self, batch: Batch) -> None:
+        """Go on with a batch; what has been measured of another one that was not finished is forgotten."""
+        examples = torch.zeros_like(self.finished)
+        examples[batch.index] = True
+        if not torch.equal(examples, self._current):
+            self._current.copy_(examples)
+            self.done.zero_()
+            for tensor in self._partial.values():
+                tensor.zero_()
+
     def add(self, u: int, v: int, batch: Batch, scores: Tensor) -> None:
         """An edge's scores of the batch's examples, float64 [E]."""
-        self.sums["total"][u, v] += scores.sum()
-        if "squares" in self.sums:
-            self.sums["squares"][u, v] += scores.square().sum()
+        self._partial["total"][u, v] += scores.sum()
+        if "squares" in self._partial:
+            self._partial["squares"][u, v] += scores.square().sum()
         if "examples" in self.sums:
             self.sums["examples"][batch.index, u, v] = scores.float()
         self.done[u, v] = True
 
-    def next_batch(self) -> None:
-        self.batches += 1
+    def finish(self) -> None:
+        """All edges are done of the current batch."""
+        for name, tensor in self._partial.items():
+            self.sums[name] += tensor
+            tensor.zero_()
+        self.finished |= self._current
+        self._current.zero_()
         self.done.zero_()
         self.save()
 
@@ -96,9 +143,8 @@ class Checkpoint:
         """Write the file, unless it was written less than so many seconds ago."""
         if self._path is None or time.monotonic() - self._saved < every:
             return
-        metadata = {"format": _FORMAT, "request": self._request, "batches": str(self.batches)}
-        tensors = {**self.sums, "done": self.done}
-        write_whole(self._path, lambda file: save_file(tensors, file, metadata=metadata))
+        metadata = {"format": _FORMAT, "request": self._request}
+        write_whole(self._path, lambda file: save_file(self._tensors(), file, metadata=metadata))
         self._saved = time.monotonic()
 
 
@@ -112,13 +158,10 @@ def exact_scores(
     progress: Progress | None,
 ) -> None:
     """Add m(clean) − m(edge corrupted) of every edge in the mask and of every example to the checkpoint's sums."""
-    total = int(mask.sum()) * len(run.data)
-    finished = 0
-    for number, batch in enumerate(batches):
-        if number < checkpoint.batches:
-            finished += int(mask.sum()) * batch.n_examples
-            continue
-        finished += int(checkpoint.done.sum()) * batch.n_examples
+    n_edges = int(mask.sum())
+
+    def measure(batch: Batch, tokens: int) -> None:
+        checkpoint.begin(batch)
         patched = PatchedEdges(run.runner(graph, batch), graph, run.constants)
         clean = run.values(patched.clean_logits, batch, patched.clean_logits, patched.corrupted_logits)
         together = max(1, tokens // batch.clean.numel())
@@ -127,11 +170,33 @@ def exact_scores(
                 values = run.values(logits, batch, patched.clean_logits, patched.corrupted_logits)
                 checkpoint.add(u, v, batch, (clean - values).double().cpu())
             checkpoint.save(SECONDS_BETWEEN_SAVES)
-            finished += len(edges) * batch.n_examples
             if progress is not None:
-                # In examples, as of every method.
-                progress(finished * len(run.data) // max(total, 1), len(run.data))
-        checkpoint.next_batch()
+                measured = n_edges * int(checkpoint.finished.sum()) + int(checkpoint.done.sum()) * batch.n_examples
+                progress(measured // len(run.data), n_edges)
+
+    for _ in in_memory(run.data, checkpoint.remaining(run.data, batches), tokens, measure):
+        checkpoint.finish()
+
+
+def edge_tokens(
+    run: Run, graph: Graph, mask: Tensor, batch_size: int | None, reuse_prefix: bool, allowed: int, most: int
+) -> int:
+    """The tokens of the edges that run together within a budget of bytes."""
+    if not mask.any():
+        return most
+    receiver, sender = mask.T.nonzero()[0].tolist()
+
+    def measured(few: Batch, copies: int, phase: Callable[[], None]) -> None:
+        patched = PatchedEdges(run.runner(graph, few), graph, run.constants)
+        # The earliest layer's edges take the most.
+        patched.logits([(sender, receiver)] * copies)
+        phase()
+
+    def cost(batch: Batch) -> Cost:
+        return Cost(run.data, batch, measured)
+
+    rough = bytes_without_gradient(run, min(most, TOKENS_PER_BATCH), most)
+    return tokens_within(run, batch_size, reuse_prefix, allowed, most, rough, cost)
 
 
 def _passes(patched: PatchedEdges, mask: Tensor, size: int) -> Iterable[list[tuple[int, int]]]:

@@ -173,8 +173,13 @@ def _values(run: Run, circuits: Sequence[Circuit], batch: Batch, tokens: int) ->
     for heads, graph in {item.graph.heads: item.graph for item in circuits}.items():
         runner = run.runner(graph, batch)
         record = RecordedRun(runner, True, run.constants)
+        mine = {row: item for row, item in enumerate(circuits, 2) if item.graph.heads == heads}
+        rows = [row for row, item in mine.items() if 0 < item.n_edges < graph.n_edges]
+        masks = [circuits[row - 2].mask for row in rows]
+        # A circuit of all edges is the clean run, one of none the fully ablated run.
+        outputs = run_circuits(runner, graph, record, [graph.edge_mask, *masks] if clean is None else masks, tokens)
         if clean is None or corrupted is None:
-            clean = runner.logits(runner.embed(batch.clean))
+            clean = next(outputs)
             # Metrics are given the corrupted run's logits whatever the ablation.
             patched = run.constants is None
             corrupted = record.logits if patched else runner.logits(runner.embed(batch.corrupted), None, 1)
@@ -184,14 +189,8 @@ def _values(run: Run, circuits: Sequence[Circuit], batch: Batch, tokens: int) ->
                 # Equal prompts differ by nothing, where the two runs may round differently.
                 equal = (batch.clean == batch.corrupted).all(1).cpu()
                 found[1, equal] = found[0, equal]
-        plain = {graph.n_edges: 0, 0: 1}  # all edges are the clean run, none the fully ablated run
-        rows = []
-        for row, item in enumerate(circuits, 2):
-            if item.graph.heads == heads and item.n_edges in plain:
-                found[row] = found[plain[item.n_edges]]
-            elif item.graph.heads == heads:
-                rows.append(row)
-        outputs = run_circuits(runner, graph, record, [circuits[row - 2].mask for row in rows], tokens)
+        for row in mine.keys() - set(rows):
+            found[row] = found[0 if mine[row].n_edges else 1]
         for row, logits in zip(rows, outputs, strict=True):
             found[row] = run.values(logits, batch, clean, corrupted)
     return found

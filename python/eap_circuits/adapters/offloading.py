@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 
-def _offloaded(module: nn.Module) -> bool:
+def is_offloaded(module: nn.Module) -> bool:
+    """Are its weights elsewhere until it runs?"""
     # Only accelerate gives a module this: where it did not, it need not even be installed.
     if not hasattr(module, "_hf_hook"):
         return False
@@ -20,7 +21,7 @@ def _offloaded(module: nn.Module) -> bool:
 def read(module: nn.Module, name: str) -> Tensor | None:
     """A module's parameter without gradient, fetched where it is offloaded; None where there is none."""
     value: Tensor | None = getattr(module, name, None)
-    if value is None or not _offloaded(module):
+    if value is None or not is_offloaded(module):
         return None if value is None else value.detach()
     from accelerate.utils import align_module_device
 
@@ -28,15 +29,10 @@ def read(module: nn.Module, name: str) -> Tensor | None:
         return getattr(module, name).detach().clone()
 
 
-def is_offloaded(module: nn.Module) -> bool:
-    """Are its weights elsewhere until it runs?"""
-    return bool(has_offloaded_params(module))
-
-
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes."""
     for part in module.modules():
-        if _offloaded(part):
+        if is_offloaded(part):
             hook: Any = part._hf_hook
             return torch.device(hook.execution_device)
         for parameter in part.parameters(recurse=False):

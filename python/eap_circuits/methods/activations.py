@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..capture import Batch, GroupPaths, ReceiverGradients, Run, Runner, SenderDifferences
+from ..capture import Batch, GroupPaths, ReceiverGradients, Run, SenderDifferences
 from ..graph import Graph
 from .gradient import chunks, contracted, loss_of, points_held, steps_at_once
 from .gradient import score_batch as score_along_inputs
@@ -48,7 +48,7 @@ def score_batch(
         scores = score_along_inputs(run, graph, clean, batch, tokens, held, None if path else phase)
         if not path:
             return scores
-    runner = Runner(run.arch, graph, batch)
+    runner = run.runner(graph, batch)
     senders = SenderDifferences(runner, graph, clean=False, constants=run.constants)
     paths = GroupPaths(runner, senders, through=every_edge)
     held = held or points_held(run, batch, len(path))

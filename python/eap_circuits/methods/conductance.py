@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..capture import Batch, Contributions, ReceiverGradients, Run, Runner, SenderDifferences
+from ..capture import Batch, Contributions, ReceiverGradients, Run, SenderDifferences
 from ..graph import Graph
 from .gradient import loss_of
 from .quadrature import Path
@@ -28,7 +28,7 @@ def score_batch(run: Run, graph: Graph, path: Path, batch: Batch, tokens: int) -
     With half of each segment's gradient at either end, the gradient at point k meets ½ (c_u(k − 1) − c_u(k + 1)): a
     point's scores can be taken once the next has run. One point runs at a time.
     """
-    runner = Runner(run.arch, graph, batch)
+    runner = run.runner(graph, batch)
     senders = SenderDifferences(runner, graph)
     clean, corrupted, clean_logits = senders.clean_embeddings, senders.corrupted_embeddings, senders.clean_logits
     assert clean_logits is not None

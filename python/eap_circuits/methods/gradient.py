@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..capture import Batch, Progress, ReceiverGradients, Run, Runner, SenderDifferences, in_memory
+from ..capture import Batch, Progress, ReceiverGradients, Run, SenderDifferences, in_memory
 from ..graph import Graph
 from .quadrature import Path
 from .statistics import BatchScores, Statistics
@@ -59,7 +59,7 @@ def score_batch(
 
     `phase` is called after the passes over each chunk of the path, and after its contraction.
     """
-    runner = Runner(run.arch, graph, batch)
+    runner = run.runner(graph, batch)
     # Where the clean prompts are a point of the path, that pass comes first and is their only one.
     path = sorted(path, reverse=True)
     shared = path[0][0] == 1.0

@@ -23,13 +23,17 @@ CHOICES = _measured.TABLE
 
 
 def condense(run: dict) -> dict:
-    """What is worth keeping of a run: machine, versions, commit, and each bench's own figures."""
+    """What is worth keeping of a run: machine, versions, commit, and each bench's own figures.
+
+    A bench that was interrupted has none yet.
+    """
+    figures = {bench["name"]: bench["extra_info"] for bench in run["benchmarks"]}
     return {
         "machine": measure.machine(),
         "versions": measure.versions(),
         "date": run["datetime"][:10],
         "commit": measure.commit(),
-        "benches": {bench["name"]: bench["extra_info"] for bench in run["benchmarks"]},
+        "benches": {name: info for name, info in figures.items() if "ratios" in info},
     }
 
 

@@ -7,7 +7,7 @@ from .families import FAMILIES
 from .family import Family
 from .nonlinear import nonlinear_parts
 from .norms import Kinds, Norm
-from .offloading import is_offloaded
+from .offloading import as_given, is_offloaded
 from .pretrained import DEMO_MODEL, load_model
 from .projections import Projection, concatenate, group, linear_shape, linear_weight
 from .registry import family_of, register_family
@@ -22,6 +22,7 @@ __all__ = [
     "Layer",
     "Norm",
     "Projection",
+    "as_given",
     "bind",
     "concatenate",
     "family_of",

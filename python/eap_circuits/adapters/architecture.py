@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..graph import Graph, Heads
 from .family import Family
 from .norms import Norm
-from .offloading import read
+from .offloading import device_of, read
 from .projections import Projection, Projections, linear_shape, linear_weight
 
 
@@ -52,6 +52,11 @@ class Layer:
         for letter, projection in self.projections.items():
             modules.setdefault(projection.module, {})[letter] = projection
         return modules
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where all of the layer computes."""
+        return device_of(self.module)
 
     @property
     def groups(self) -> int:
@@ -115,7 +120,10 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
-    """A model's sites under canonical names."""
+    """A model's sites under canonical names.
+
+    `device` is where it begins and where prompts, logits and scores are; layers may compute on others.
+    """
 
     model: nn.Module
     family: Family
@@ -126,6 +134,12 @@ class Architecture:
     embedding_scale: float
     device: torch.device
     dtype: torch.dtype
+
+    @cached_property
+    def devices(self) -> list[torch.device]:
+        """All on which the model computes."""
+        found = [self.device, *(layer.device for layer in self.layers), self.final_norm.device]
+        return list(dict.fromkeys(found))
 
     @property
     def d_model(self) -> int:

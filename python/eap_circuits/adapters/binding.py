@@ -13,7 +13,7 @@ from .architecture import Architecture, Layer
 from .families import FAMILIES
 from .family import Factor, Family, Paths
 from .norms import Kinds, Norm
-from .offloading import devices_of
+from .offloading import device_of, devices_of
 from .projections import Projection, grouped_rows, linear_shape
 from .registry import family_of
 from .wrappers import unwrapped
@@ -31,7 +31,7 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
         family: its table; by default the one registered for its `config.model_type`.
 
     Raises:
-        InputError: not such a model, an unsupported architecture, a missing site, or several devices.
+        InputError: not such a model, an unsupported architecture, a missing site, or a layer on several devices.
     """
     model = unwrapped(model)
     config: Any = getattr(model, "config", None)
@@ -48,18 +48,17 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
     for name, value in family.requires.items():
         if getattr(config, name, value) != value:
             raise expected(f"{type(model).__name__}.config.{name}", repr(value), repr(getattr(config, name)))
-    devices = devices_of(model)
-    if len(devices) != 1 or torch.device("meta") in devices:
-        raise expected("model", "all weights on one device", ", ".join(sorted(map(str, devices))) or "none")
-    return _Binder(model, config, family).architecture(devices.pop())
+    if torch.device("meta") in devices_of(model):
+        raise expected("model", "weights", "none (the device meta)")
+    return _Binder(model, config, family).architecture()
 
 
 class _Binder:
-    def __init__(self, model: nn.Module, config: Any, family: Family) -> None:
+    def __init__(self, model: Any, config: Any, family: Family) -> None:
         self.model, self.config, self.family = model, config, family
         self.kinds = Kinds()
 
-    def architecture(self, device: torch.device) -> Architecture:
+    def architecture(self) -> Architecture:
         family = self.family
         layers = [self._layer(layer) for layer in _site(self.model, family.layers).children()]
         if not layers:
@@ -73,7 +72,7 @@ class _Binder:
             parallel=self._parallel(),
             embedding_norm=None if embedding_norm is None else _site(self.model, embedding_norm),
             embedding_scale=self._factor(family.embedding_multiplier),
-            device=device,
+            device=device_of(self.model.get_input_embeddings()),
             dtype=next(p.dtype for p in self.model.parameters() if p.is_floating_point()),
         )
 
@@ -94,6 +93,9 @@ class _Binder:
 
     def _layer(self, layer: nn.Module) -> Layer:
         family = self.family
+        devices = devices_of(layer)
+        if len(devices) > 1:
+            raise expected(type(layer).__name__, "all of a layer on one device", ", ".join(sorted(map(str, devices))))
         out = _linear(layer, family.out)
         attention = _site(layer, family.out.rpartition(".")[0])
         width, values = linear_shape(out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import expected
-from .offloading import read
+from .offloading import device_of, read
 
 _EPS = ("eps", "variance_epsilon", "epsilon")
 _USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
@@ -32,6 +33,11 @@ class Norm:
 
     module: nn.Module
     kind: Kind | None
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return device_of(self.module)
 
     def gain(self, like: Tensor) -> Tensor | float:
         """γ, [D], in the dtype of `like`; 1 where there is none."""

@@ -1,4 +1,4 @@
-"""Weights that accelerate keeps elsewhere until their module runs (`device_map`, CPU and disk offload)."""
+"""Where a model's modules compute, and weights that accelerate keeps elsewhere until then (`device_map`)."""
 
 from __future__ import annotations
 
@@ -43,3 +43,8 @@ def device_of(module: nn.Module) -> torch.device:
 def devices_of(model: nn.Module) -> set[torch.device]:
     """Every device on which a module with weights computes."""
     return {device_of(part) for part in model.modules() if any(True for _ in part.parameters(recurse=False))}
+
+
+def as_given(module: nn.Module, x: Tensor) -> Tensor:
+    """What the module will be given for x: accelerate moves it to where the module computes, but after all hooks."""
+    return x.to(device_of(module)) if hasattr(module, "_hf_hook") else x

@@ -64,6 +64,12 @@ class Constants:
         """The same with every tensor changed."""
         return self.of_tensors(map(change, self.tensors))
 
+    def on(self, arch: Architecture) -> Constants:
+        """The same, each tensor where its senders compute, in the dtype in which scores are accumulated."""
+        devices = [arch.device, *(layer.device for layer in arch.layers for _ in range(2))]
+        pairs = zip(self.tensors, devices, strict=True)
+        return self.of_tensors(x.to(device, arch.accumulate) for x, device in pairs)
+
     def __repr__(self) -> str:
         return f"Constants({len(self.mlps)} layers, {len(self.embedding)} position(s))"
 
@@ -104,13 +110,9 @@ def _without_scale(layer: Layer, x: Tensor) -> Tensor:
 def zeros(arch: Architecture) -> Constants:
     """No contribution at all."""
 
-    def new(width: int) -> Tensor:
-        return torch.zeros(1, width, dtype=arch.accumulate, device=arch.device)
-
     shapes = [linear_shape(layer.out) for layer in arch.layers]  # (D, H·K)
-    return Constants(
-        new(arch.d_model), tuple(new(width) for _, width in shapes), tuple(new(width) for width, _ in shapes)
-    )
+    values, mlps = (tuple(torch.zeros(1, shape[side]) for shape in shapes) for side in (1, 0))
+    return Constants(torch.zeros(1, arch.d_model), values, mlps).on(arch)
 
 
 def find_constants(arch: Architecture, ablation: str, data: PairedDataset) -> Constants | None:
@@ -149,7 +151,7 @@ def means(
 
         def add(total: Tensor, x: Tensor, batch: Batch = batch, at: Tensor = at) -> None:
             (rows,) = of(batch.active(x).to(arch.accumulate))
-            total += rows.new_zeros(size, rows.shape[1]).index_add_(0, at, rows).cpu().double()
+            total += rows.new_zeros(size, rows.shape[1]).index_add_(0, at.to(rows.device), rows).cpu().double()
 
         def register(hooks: Hooks, add: Callable[[Tensor, Tensor], None] = add) -> None:
             for layer, values, mlp in zip(arch.layers, sums.values, sums.mlps, strict=True):
@@ -161,4 +163,4 @@ def means(
         add(sums.embedding, embeddings)
         with torch.no_grad():
             runner.logits(embeddings, register)
-    return sums.map(lambda x: (x / count[:, None]).to(arch.device, arch.accumulate))
+    return sums.map(lambda x: x / count[:, None]).on(arch)

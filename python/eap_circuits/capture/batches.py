@@ -10,8 +10,9 @@ ones are aligned with.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class Batch:
     lengths: Tensor
     corrupted_scored: Tensor
     alignment: Tensor | None
+    _moved: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def n_examples(self) -> int:
@@ -65,13 +67,24 @@ class Batch:
     def active(self, x: Tensor) -> Tensor:
         """[m·E, T, X] of m copies of the batch -> [m, n, X] at its rows, detached."""
         by_copy = x.detach().reshape(-1, self.clean.numel(), x.shape[2])
-        return by_copy[:, self.rows] if len(self.rows) < by_copy.shape[1] else by_copy
+        return by_copy[:, self.rows_on(x.device)] if len(self.rows) < by_copy.shape[1] else by_copy
+
+    def rows_on(self, device: torch.device) -> Tensor:
+        """`rows` on a device of a model that computes on several."""
+        return self._on(device, self.rows)
+
+    def _on(self, device: torch.device, index: Tensor) -> Tensor:
+        if index.device == device:
+            return index
+        if (id(index), device) not in self._moved:
+            self._moved[id(index), device] = index.to(device)
+        return self._moved[id(index), device]
 
     def aligned(self, x: Tensor) -> Tensor:
         """What the corrupted run gave, [E, T, X], at the positions that the clean prompts' are compared with."""
         if self.alignment is None:
             return x
-        return x[torch.arange(len(x), device=x.device)[:, None], self.alignment]
+        return x[torch.arange(len(x), device=x.device)[:, None], self._on(x.device, self.alignment)]
 
     def aligned_input(self, embeddings: Tensor, residual: Tensor) -> Tensor:
         """What the corrupted run's `input` writes, [E, T, D], likewise; `residual` is what its first layer read.
@@ -81,7 +94,7 @@ class Batch:
         """
         if self.alignment is None:
             return embeddings
-        position = residual - embeddings
+        position = residual.to(embeddings.device) - embeddings
         return self.aligned(embeddings) + (self.aligned(position) - position)
 
 

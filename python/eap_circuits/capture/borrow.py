@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapters import as_given
+
 
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[None]:
@@ -35,7 +37,8 @@ def borrowed(model: nn.Module) -> Iterator[None]:
 class Hooks:
     """Hooks and attribute changes on modules, all undone on exit.
 
-    Hooks see [B, T, X] also where a model flattens batch and positions before it calls the module.
+    Hooks see [B, T, X] also where a model flattens batch and positions before it calls the module, and inputs on the
+    device on which the module computes.
 
     Args:
         tokens: T.
@@ -58,9 +61,9 @@ class Hooks:
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if args:
-                new = self._call(hook, args[0])
+                new = self._call(hook, as_given(module, args[0]))
                 return None if new is None else ((new, *args[1:]), kwargs)
-            new = self._call(hook, kwargs["hidden_states"])
+            new = self._call(hook, as_given(module, kwargs["hidden_states"]))
             return None if new is None else (args, {**kwargs, "hidden_states": new})
 
         self._stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ def contract(
 ) -> Tensor:
     """Edge scores summed over the batch, or over some of its rows: float32 (or float64) [S, R].
 
+    Of a model on several devices, receivers stay where they are, and one device's senders after another's, which see
+    them only from earlier layers, are brought to them.
+
     Args:
         senders, receivers: `lowered` nodes, of the whole graph or of a part of it.
         reach: int64 [R], how many of these senders each of these receivers sees.
@@ -29,7 +33,16 @@ def contract(
     """
     with torch.no_grad():
         delta, grad = ([_rows(group, rows) for group in side] for side in (senders, receivers))
-        return head_space_scores(delta, grad, reach, workspace=_workspace(arch.device))
+        scores = torch.zeros(_count(delta), len(reach), dtype=arch.accumulate, device=arch.device)
+        for read, theirs in _by_device(grad):
+            device = theirs[0].values.device
+            for written, own in _by_device(delta):
+                seen = (reach[read] - written.start).clamp(0, written.stop - written.start)
+                if seen.any():
+                    near = [_to(group, device) for group in own]
+                    found = head_space_scores(near, theirs, seen, workspace=_workspace(device))
+                    scores[written, read] = found.to(arch.device)
+        return scores
 
 
 def contract_neurons(senders: list[Nodes], receivers: list[Nodes], reach: Tensor) -> Tensor:
@@ -43,13 +56,14 @@ def contract_neurons(senders: list[Nodes], receivers: list[Nodes], reach: Tensor
         # In the graph's order: later receivers see at least what earlier ones see.
         waiting = [(int(reach[start]), group) for start, group in zip(starts, receivers, strict=True)]
         gradient = torch.zeros_like(_together(receivers[-1]))
-        first, scores = sum(group.values.shape[1] for group in senders), []
+        first, scores = _count(senders), []
         for group in reversed(senders):
             first -= group.values.shape[1]
             while waiting and waiting[-1][0] > first:
-                gradient += _together(waiting.pop()[1])
+                gradient += _together(waiting.pop()[1]).to(gradient.device)
+            gradient = gradient.to(group.values.device)
             scores.append(_elementwise(group, gradient))
-        return torch.cat(scores[::-1])
+        return torch.cat([part.to(gradient.device) for part in scores[::-1]])
 
 
 def lowered(arch: Architecture, nodes: list[Nodes]) -> list[Nodes]:
@@ -64,12 +78,27 @@ def _workspace(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory // 16
 
 
-def _to(group: Nodes, dtype: torch.dtype) -> Nodes:
-    rest = (None if x is None else x.to(dtype) for x in (group.weight, group.coefficients, group.normalised))
-    return Nodes(group.values.to(dtype), *rest)
+def _to(group: Nodes, where: torch.dtype | torch.device) -> Nodes:
+    rest = (None if x is None else x.to(where) for x in (group.weight, group.coefficients, group.normalised))
+    return Nodes(group.values.to(where), *rest)
+
+
+def _count(nodes: list[Nodes]) -> int:
+    return sum(group.values.shape[1] for group in nodes)
+
+
+def _by_device(nodes: list[Nodes]) -> Iterator[tuple[slice, list[Nodes]]]:
+    """Neighbours on one device together, and where among all nodes they are."""
+    start = 0
+    for _, run in groupby(nodes, lambda group: group.values.device):
+        together = list(run)
+        yield slice(start, start + _count(together)), together
+        start += _count(together)
 
 
 def _rows(group: Nodes, part: Tensor | slice) -> Nodes:
+    if isinstance(part, Tensor):
+        part = part.to(group.values.device)
     if group.coefficients is None or group.normalised is None:
         return replace(group, values=group.values[part])
     return replace(

@@ -18,7 +18,8 @@ Measured = Callable[[Batch, int, Callable[[], None]], object]
 def budget(run: Run, memory: int | str | None) -> int:
     """The bytes that a user's `memory=` allows; by default half of what is free."""
     given = parse_bytes(memory)
-    return int(SHARE_OF_FREE * free_bytes(run.arch.device)) if given is None else given
+    # Of several devices each takes its own layers' share; the one with the least room decides.
+    return int(SHARE_OF_FREE * min(map(free_bytes, run.arch.devices))) if given is None else given
 
 
 def numbers_per_token(run: Run) -> int:

@@ -44,7 +44,7 @@ class Run:
         """The request with its constants, for which means are taken; the model is to be borrowed already."""
         arch, given = self.arch, self.ablation
         if isinstance(given, Constants):
-            found: Constants | None = given.map(lambda x: x.to(arch.device, arch.accumulate))
+            found: Constants | None = given.on(arch)
         else:
             found = find_constants(arch, given, self.ablation_data or self.data)
         return replace(self, constants=found)

@@ -64,7 +64,7 @@ class _Circuit:
                 stored[graph.mlp_sender(index)] = False  # gives what it gave in the corrupted run
         self.stored = stored.tolist()  # [S] read by a receiver that has to be computed
         self._before = [0, *stored.cumsum(0).tolist()]  # how many of the senders before one are stored
-        self.mask = mask[stored].to(runner.arch.device, self.dtype)  # [stored, R]
+        self.mask = mask[stored].to(self.dtype)  # [stored, R]
         self._shape = (int(stored.sum()), runner.batch.clean.numel(), runner.arch.d_model)
         self.differences = torch.empty(0)
 
@@ -74,20 +74,29 @@ class _Circuit:
 
     def allocate(self, device: torch.device) -> None:
         self.differences = torch.empty(self._shape, dtype=self.dtype, device=device)  # cur − corr, [stored, N, D]
+        self.mask = self.mask.to(device)
+
+    def follow(self, device: torch.device) -> None:
+        """What is stored goes with the run to the next of several devices: once, whatever reads it there."""
+        if self.differences.device != device:
+            self.differences, self.mask = self.differences.to(device), self.mask.to(device)
 
     def store(self, sender: int, current: Tensor, corrupted: Tensor, scale: float) -> None:
         """Keep a sender's scale · (cur − corr), both [N, D]."""
+        self.follow(current.device)
         row = torch.sub(current, corrupted, out=self.differences[self._before[sender]])
         if scale != 1:
             row.mul_(scale)
 
     def store_heads(self, sender: int, difference: Tensor, weight: Tensor) -> None:
         """Keep some heads' cur − corr, from this sender on, given in head space, [h, N, K], with their [h, K, D]."""
+        self.follow(difference.device)
         start = self._before[sender]
         torch.bmm(difference, weight, out=self.differences[start : start + len(difference)])
 
     def read(self, base: Tensor, receivers: Tensor, stop: int, start: int = 0) -> Tensor:
         """base [N, D] and what some receivers keep of the senders from start to stop: [r, N, D]."""
+        self.follow(base.device)
         rows = slice(self._before[start], self._before[stop])
         return masked_read(base, self.differences[rows], self.mask[rows][:, receivers])
 
@@ -106,12 +115,12 @@ class _LearningCircuit(_Circuit):
 
     def read(self, base: Tensor, receivers: Tensor, stop: int, start: int = 0) -> Tensor:
         first = self._before[start]
-        weights = self.mask[first : self._before[stop]][:, receivers]
+        weights = self.mask[first : self._before[stop]].to(base.device)[:, receivers]
         used = weights.any(1).nonzero()[:, 0]
         if not len(used):
             return base.expand(len(receivers), -1, -1)
         # A product keeps for its gradient what multiplies the differences, not these.
-        read = torch.stack([self._stored[first + row] for row in used.tolist()])
+        read = torch.stack([self._stored[first + row].to(base.device) for row in used.tolist()])
         return base + torch.tensordot(weights[used].T, read, 1)
 
 

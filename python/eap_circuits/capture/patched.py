@@ -132,9 +132,9 @@ class PatchedEdges:
         own = self._clean.norm_inputs[id(norm.module)]
         senders = [sender for _, _, sender in patched]
         distinct = sorted(set(senders))
-        differences = torch.stack([_expand(*self._groups[sender]) for sender in distinct])  # [s, n, D]
+        differences = torch.stack([_expand(*self._groups[sender]).to(own.device) for sender in distinct])  # [s, n, D]
         x = own.to(differences.dtype).flatten(0, 1).repeat(len(distinct), 1, 1)
-        x[:, self._runner.batch.rows] += differences
+        x[:, self._runner.batch.rows_on(x.device)] += differences
         x = x.to(own.dtype).unflatten(1, own.shape[:2])
         return x[[distinct.index(sender) for sender in senders]]
 

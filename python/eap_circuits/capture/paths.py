@@ -65,8 +65,8 @@ class GroupPaths:
     @property
     def only_tokens(self) -> bool:
         """Does the first layer read the token embeddings alone, without position embeddings?"""
-        difference = (self._layers.first - self._senders.clean_embeddings).norm()
-        return bool(difference < _ROUNDING * self._senders.clean_embeddings.norm())
+        clean = self._senders.clean_embeddings
+        return bool((self._layers.first.to(clean.device) - clean).norm() < _ROUNDING * clean.norm())
 
     def embeddings(self, group: Group, alphas: Tensor) -> Tensor:
         """What the runs at these points start with, [m·E, T, D]."""
@@ -96,6 +96,6 @@ class GroupPaths:
         x = nodes.values.flatten(1)  # [n, D], or [n, H·K]
         x = x if nodes.weight is None else x @ nodes.weight.flatten(0, 1)
         like = self._senders.clean_embeddings
-        full = like.new_zeros(batch.clean.numel(), like.shape[-1])
-        full[batch.rows] = (x / group.scale).to(like.dtype)
+        full = x.new_zeros(batch.clean.numel(), like.shape[-1], dtype=like.dtype)
+        full[batch.rows_on(x.device)] = (x / group.scale).to(like.dtype)
         return full.view_as(like)

@@ -36,7 +36,9 @@ class Prefix:
 
         def place(x: Tensor) -> Tensor:
             """[rows, G, at least P, K] -> [E, G, P, K], or [1, G, P, K] for all."""
-            return x[:, :, :longest] if len(x) == 1 else x.transpose(1, 2)[which[:, None], source].transpose(1, 2)
+            if len(x) == 1:
+                return x[:, :, :longest]
+            return x.transpose(1, 2)[which[:, None].to(x.device), source.to(x.device)].transpose(1, 2)
 
         layers: Any = ran.layers
         kept = [(place(x.keys[:, ::n]), place(x.values[:, ::n])) for x, n in zip(layers, spread, strict=True)]
@@ -97,7 +99,7 @@ class WholePrompts:
 
     def suffixes(self, x: Tensor) -> Tensor:
         """[E, W, X] -> [E, T, X]."""
-        return x[self._example, self._suffix]
+        return x[self._example.to(x.device), self._suffix.to(x.device)]
 
 
 def run_prefixes(model: Any, prefixes: Tensor, spread: list[int]) -> DynamicCache:

@@ -79,12 +79,13 @@ class ReceiverGradients:
         self._rules = None if rules is None else BackwardRules(rules, arch)
         n = len(runner.batch.rows)
         self._filled = slice(0, 0)
-        self._weights = torch.empty(0)
-        new = partial(torch.zeros, dtype=arch.accumulate, device=arch.device)
+        self._weights: dict[torch.device, Tensor] = {}  # of the latest pass, [m]
         norms = [norm for norm, reach in _reaches(arch, graph) if reach > since]
-        normalised = new(len(norms), points, n, arch.d_model, dtype=arch.contracted)  # the most of what is held
-        self._reads = {id(norm.module): _Reads(norm, normalised[i]) for i, norm in enumerate(norms)}
-        coefficients = new(graph.n_receivers, points, n)
+        shape = points, n, arch.d_model
+        self._reads = {  # the most of what is held
+            id(norm.module): _Reads(norm, torch.zeros(shape, dtype=arch.contracted, device=norm.device))
+            for norm in norms
+        }
 
         def site(
             receivers: slice, norm: Norm, projection: Projection | None = None, features: slice | None = None
@@ -92,7 +93,8 @@ class ReceiverGradients:
             heads = receivers.stop - receivers.start
             width = projection.head_dim if projection else arch.d_model
             reads = self._reads[id(norm.module)]
-            found = _Site(receivers, reads, new(n, heads, width), coefficients[receivers], projection, features)
+            new = partial(torch.zeros, dtype=arch.accumulate, device=norm.device)
+            found = _Site(receivers, reads, new(n, heads, width), new(heads, points, n), projection, features)
             if projection is not None:
                 found.constant = _constant(norm, projection, found.spread, arch.accumulate)
             return found
@@ -126,7 +128,7 @@ class ReceiverGradients:
             watch: adds hooks of others to this pass.
         """
         self._filled = slice(self._filled.stop, self._filled.stop + len(weights))
-        self._weights = weights.to(self._arch.device, self._arch.accumulate)
+        self._weights = {device: weights.to(device, self._arch.accumulate) for device in self._arch.devices}
 
         def register(hooks: Hooks) -> None:
             # Before `watch`, which may let layers pass through: they then have nothing for rules to find.
@@ -183,7 +185,7 @@ class ReceiverGradients:
     def _read(self, reads: _Reads, x: Tensor) -> None:
         normalised, scale = reads.norm.statistics(self._rows(x))
         reads.normalised[self._filled] = normalised
-        reads.scale = scale * self._weights[:, None]
+        reads.scale = scale * self._weights[scale.device][:, None]
 
     def _tap(self, site: _Site, x: Tensor) -> Tensor:
         """Take the gradient at x, which is the norm's output, as far as this reader of it goes."""

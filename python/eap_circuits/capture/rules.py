@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ..adapters import Architecture, Kinds, Norm, nonlinear_parts
+from ..adapters import Architecture, Kinds, Norm, as_given, nonlinear_parts
 from ..errors import expected
 from .borrow import Hooks
 
@@ -233,6 +233,8 @@ def _is_slope(b: Tensor, a: Tensor) -> bool:
 
 
 def _normalise(norm: Norm, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    x = as_given(norm.module, x)
+
     def rule(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
         scale = norm.statistics(x.to(torch.promote_types(x.dtype, torch.float32)))[1][..., None]
         return lambda gradient: (norm.backwards(gradient.to(scale.dtype)) * scale).to(gradient.dtype)

@@ -44,7 +44,7 @@ class Runner:
     def embed(self, tokens: Tensor) -> Tensor:
         """What the tokens' embeddings write to the residual stream: int64 [E, T] -> [E, T, D], without gradient."""
         with torch.no_grad():
-            return self.arch.embed(tokens)
+            return self.arch.embed(tokens).to(tokens.device)
 
     def projection_sites(self, index: int) -> Iterator[tuple[nn.Module, dict[str, slice]]]:
         """Each projection module of a layer, with its features for "q", "k" or "v", concatenated and spread."""
@@ -122,14 +122,14 @@ class Runner:
             register(registered)
         self._restore(hooks)
         self._score(scored, hooks)
-        logits: Tensor = self._model(inputs_embeds=inputs, **given).logits
+        logits: Tensor = self._model(inputs_embeds=inputs, **given).logits.to(embeddings.device)
         return logits.squeeze(1) if logits.shape[1] == 1 else logits[torch.arange(len(scored)), scored]
 
     def _score(self, positions: Tensor, hooks: Hooks) -> None:
         """Logits [rows, 1, V] or [rows, 1, U] of one position of each row alone."""
         head, rows = self._model.get_output_embeddings(), torch.arange(len(positions), device=positions.device)
         if head is not None:
-            hooks.on_input(head, lambda x: x[rows, positions][:, None])
+            hooks.on_input(head, lambda x: x[rows.to(x.device), positions.to(x.device)][:, None])
         # Nothing but a plain linear layer gives some tokens' logits alone.
         if self._tokens is not None and type(head) is nn.Linear and not is_offloaded(head):
             which = self._tokens.to(head.weight.device)

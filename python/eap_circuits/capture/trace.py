@@ -24,7 +24,9 @@ def trace(model: nn.Module, tokens: Tensor) -> list[Call]:
             given = args[0] if args else kwargs.get("hidden_states")
             output = output[0] if isinstance(output, tuple) and output else output
             if isinstance(given, Tensor) and isinstance(output, Tensor) and given.is_floating_point():
-                calls[path] = Call(path, module, given.clone(), output.clone())
+                calls[path] = Call(
+                    path, module, given.to(tokens.device, copy=True), output.to(tokens.device, copy=True)
+                )
 
         return keep
 

@@ -138,15 +138,14 @@ def _contributions(arch: Architecture, batch: Batch) -> Check:
     graph = arch.graph("kv")
     runner = Runner(arch, graph, batch)
     nodes = SenderDifferences(runner, graph).nodes()
-    delta = torch.cat(
-        [x.values.transpose(0, 1) if x.weight is None else x.values.transpose(0, 1) @ x.weight for x in nodes]
-    )
+    rows = [x.values.transpose(0, 1) if x.weight is None else x.values.transpose(0, 1) @ x.weight for x in nodes]
+    delta = torch.cat([x.to(arch.device) for x in rows])
     runs = []
     for tokens in (batch.corrupted, batch.clean):
         inputs: dict[int, Tensor] = {}
 
         def read(norm: Norm, inputs: dict[int, Tensor] = inputs) -> Callable[[Tensor], None]:
-            return lambda x: inputs.__setitem__(id(norm.module), x.flatten(0, 1)[batch.rows])
+            return lambda x: inputs.__setitem__(id(norm.module), x.to(arch.device).flatten(0, 1)[batch.rows])
 
         def register(hooks: Hooks, read: Any = read) -> None:
             for norm in arch.norms:

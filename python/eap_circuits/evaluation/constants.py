@@ -44,7 +44,7 @@ def optimal_constants(
     so that on these data they are at least as good as the means. Deterministic; the batch size does not matter.
 
     Args:
-        model: a Hugging Face causal language model, on one device; it comes back as it was.
+        model: a Hugging Face causal language model; it comes back as it was.
         circuit: the circuit whose edges are kept.
         data: prompts to learn from, of which only the clean side matters to the default metric.
         metric: what is to be raised: by default minus the divergence from the whole model, as in the paper.

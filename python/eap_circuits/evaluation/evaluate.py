@@ -116,7 +116,7 @@ def evaluate(
     The model comes back as it was, also after an error.
 
     Args:
-        model: a Hugging Face causal language model, on one device.
+        model: a Hugging Face causal language model.
         circuit: the circuit, or a list of them; the ablated and the clean run are then shared.
         data: clean and corrupted prompts with answers.
         metric: a name in `METRICS`, or a callable (logits [E, V], batch) -> [E], higher is better.

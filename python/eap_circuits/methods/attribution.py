@@ -62,7 +62,7 @@ def attribute(
     ablating the edge hurts the metric. The model comes back as it was, also after an error.
 
     Args:
-        model: a Hugging Face causal language model, on one device.
+        model: a Hugging Face causal language model.
         data: clean and corrupted prompts with answers.
         metric: "logit_diff", "prob_diff", "kl_divergence", or a callable (logits [E, V], batch) -> [E], higher is
             better.

@@ -66,12 +66,13 @@ def _per_token(graph: Graph, sites: int) -> int:
 
 def _importance(run: Run, graph: Graph, record: RecordedRun, sites: list[Site], rows: Tensor) -> Tensor:
     """Each sender's share of what each site reads at some tokens, [n, sites, S]."""
-    read = torch.stack([_at(run, record.norm_inputs[id(norm.module)], rows) for norm, _ in sites], 1)  # [n, sites, D]
+    inputs = (_at(run, record.norm_inputs[id(norm.module)], rows).to(rows.device) for norm, _ in sites)
+    read = torch.stack(list(inputs), 1)  # [n, sites, D]
     size = read.abs().sum(-1, keepdim=True)
     reach = [int(graph.reach[receivers[0]]) for _, receivers in sites]
     proximity = read.new_zeros(*size.shape[:2], graph.n_senders)
     sender = 0
-    for written in _contributions(run, record, rows):
+    for written in (each.to(rows.device) for each in _contributions(run, record, rows)):
         first = sum(seen <= sender for seen in reach)  # sites are in order of depth
         following = sender + written.shape[1]
         distance = torch.cdist(read[:, first:], written, p=1)  # no [n, sites, h, D]
@@ -92,4 +93,4 @@ def _contributions(run: Run, record: RecordedRun, rows: Tensor) -> Iterator[Tens
 
 def _at(run: Run, x: Tensor, rows: Tensor) -> Tensor:
     """[E, T, X] -> [n, X] at some of the batch's tokens, in the accumulation dtype."""
-    return x.flatten(0, 1)[rows].to(run.arch.accumulate)
+    return x.flatten(0, 1)[rows.to(x.device)].to(run.arch.accumulate)

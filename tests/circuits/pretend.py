@@ -1,0 +1,133 @@
+"""Devices that do not exist: tensors that say they are on one of two devices, and compute on the CPU.
+
+An operator whose tensors are on different devices raises, as it does on GPUs: what is forgotten to be moved is found
+without any. As on GPUs, a number may come from the CPU, and so may what a tensor is indexed with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+# "meta" is the one kind of device that a tensor may claim, with a number, in a build for CPUs.
+DEVICES = torch.device("meta", 0), torch.device("meta", 1)
+CPU = torch.device("cpu")
+_aten = torch.ops.aten
+_COPIES = (_aten.copy_.default,)
+# What they index with may be on the CPU.
+_INDEXING = (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default)
+
+
+class Pretend(Tensor):
+    """A tensor on the CPU, `held`, that claims another device."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor, device: torch.device) -> Pretend:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=device,
+        )
+        made.held = held
+        return made
+
+    def __repr__(self, **_: Any) -> str:
+        return f"{self.held!r} on {self.device}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        copy = Pretend(self.held.clone(), self.device)
+        return torch.nn.Parameter(copy, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copy
+
+    def tolist(self) -> Any:
+        return self.held.tolist()
+
+    def numpy(self, **_: Any) -> Any:
+        return self.held.numpy(force=True)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class _Factories(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class _FromData(TorchFunctionMode):
+    """torch would not even look at data that is meant for the device "meta"."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and kwargs.get("device") in DEVICES:
+            return torch.tensor(*args, **{**kwargs, "device": CPU}).to(kwargs["device"])
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            index = tuple(
+                torch.tensor(part, dtype=None if part else torch.int64) if isinstance(part, list) else part
+                for part in index
+            )
+            return func(args[0], index, *args[2:])
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def pretending() -> Iterator[None]:
+    """Inside, tensors can be made on the pretended devices."""
+    with _FromData(), _Factories():
+        yield
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    tensors = _tensors([*args, *kwargs.values()])
+    device = kwargs.get("device") or _common(func, tensors)
+    given = tree_map(_held, kwargs)
+    if "device" in given:
+        given["device"] = CPU
+    out = func(*tree_map(_held, args), **given)
+    changed = {id(_held(x)): x for x in tensors}  # in place
+    return tree_map(lambda y: _on(y, device, changed), out)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    lists = [value if isinstance(value, (list, tuple)) else [value] for value in values]
+    return [x for values in lists for x in values if isinstance(x, Tensor)]
+
+
+def _held(x: Any) -> Any:
+    return x.held if isinstance(x, Pretend) else x
+
+
+def _common(func: Any, tensors: list[Tensor]) -> torch.device:
+    """The device of all of them; raises where there are several."""
+    if tensors and func in _COPIES:
+        return tensors[0].device
+    bound = {x.device for place, x in enumerate(tensors) if x.device != CPU or not _free(func, place, x)}
+    if len(bound) > 1:
+        raise RuntimeError(f"{func}: expected all tensors on one device, found {', '.join(sorted(map(str, bound)))}")
+    return bound.pop() if bound else CPU
+
+
+def _free(func: Any, place: int, x: Tensor) -> bool:
+    """May it be on the CPU where others are not?"""
+    if func.namespace == "eap_kernels":
+        return x.dtype == torch.int64  # how far receivers see
+    return x.dim() == 0 or (place > 0 and func in _INDEXING and x.dtype in (torch.int64, torch.bool))
+
+
+def _on(y: Any, device: torch.device, changed: dict[int, Tensor]) -> Any:
+    if not isinstance(y, Tensor) or id(y) in changed:
+        return changed.get(id(y), y)
+    return y if device == CPU else Pretend(y, device)

@@ -11,6 +11,7 @@ from .offloading import as_given, is_offloaded
 from .pretrained import DEMO_MODEL, load_model
 from .projections import Projection, concatenate, group, linear_shape, linear_weight
 from .registry import family_of, register_family
+from .weightless import weightless
 
 __all__ = [
     "DEMO_MODEL",
@@ -34,4 +35,5 @@ __all__ = [
     "nonlinear_parts",
     "propose",
     "register_family",
+    "weightless",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .offloading import device_of, read
+from .weightless import Shape
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Projections = dict[str, "Projection"]  # those of one module, by letter
@@ -68,7 +69,7 @@ def linear_weight(module: nn.Module) -> Tensor:
 
 
 def _plain(weight: Tensor) -> bool:
-    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in _FLOATS
+    return type(weight) in (Tensor, nn.Parameter, Shape) and weight.dtype in _FLOATS
 
 
 def grouped_rows(q: int, kv: int, head_dim: int) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..adapters import weightless
 from ..capture import (
     RULES,
     TOKENS_PER_BATCH,
@@ -178,16 +179,17 @@ def plan(
     Raises:
         InputError: what `attribute` refuses, and methods of which only a pass takes memory, such as "exact".
     """
-    request = (model, data, metric, method, steps, "right", heads, ablation, batch_size, None, None, rules)
-    run, graph, path = _checked(*request)
-    spec = METHODS[method]
-    if path is None or spec.scorer is None or not spec.planned:
-        planned = ", ".join(repr(name) for name, each in METHODS.items() if each.planned)
-        raise expected("method", f"one whose memory is planned ({planned})", repr(method))
-    run = replace(run, keep=to_keep(keep, method, path))
-    with borrowed(run.arch.model):
-        allowed = budget(run, memory)
-        return make_plan(run.with_constants(), graph, path, batch_size, reuse_prefix, allowed, spec.scorer)
+    with weightless(model) as mode:
+        request = (model, data, metric, method, steps, "right", heads, ablation, batch_size, None, None, rules)
+        run, graph, path = _checked(*request)
+        spec = METHODS[method]
+        if path is None or spec.scorer is None or not spec.planned:
+            planned = ", ".join(repr(name) for name, each in METHODS.items() if each.planned)
+            raise expected("method", f"one whose memory is planned ({planned})", repr(method))
+        run = replace(run, keep=to_keep(keep, method, path))
+        with borrowed(run.arch.model), mode:
+            allowed = budget(run, memory)
+            return make_plan(run.with_constants(), graph, path, batch_size, reuse_prefix, allowed, spec.scorer)
 
 
 def _checked(

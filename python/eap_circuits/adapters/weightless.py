@@ -1,0 +1,119 @@
+"""Models without weights (on the device "meta"): their passes run without numbers, so that what they take can be counted.
+
+Floating-point tensors are shapes alone. Whole numbers stay what they are: they decide which shapes there are (tokens,
+positions, masks), while numbers that nobody knows decide none, but in mixtures of experts that run expert by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from ..errors import expected
+
+_META = torch.device("meta")
+_aten = torch.ops.aten
+# Their indices, of which those that are bool decide the shape, stay as they are.
+_INDEXING = (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default)
+
+
+class Shape(Tensor):
+    """A tensor without numbers that claims to be on the CPU; `held` is the same on the device "meta"."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor, requires_grad: bool = False) -> Shape:
+        made: Shape = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype
+        )
+        made.held = held
+        return made
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"Shape({list(self.shape)}, {self.dtype})"
+
+    def untyped_storage(self) -> Any:
+        """Views share it, as they would with numbers."""
+        return self.held.untyped_storage()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class _WithoutNumbers(TorchDispatchMode):
+    """Inside, new floating-point tensors are shapes too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    tensors = [x for value in (*args, *kwargs.values()) for x in (value if isinstance(value, list) else [value])]
+    tensors = [x for x in tensors if isinstance(x, Tensor)]
+    changed = {id(x.held): x for x in tensors if isinstance(x, Shape)}  # in place
+    if not changed and (tensors or not _makes_tensor(func, kwargs)):
+        return func(*args, **kwargs)
+    if func is _aten._local_scalar_dense.default:
+        return False if tensors[0].dtype == torch.bool else 0  # what nobody knows decides nothing
+    change = _held if func in _INDEXING else _meta
+    given = tree_map(change, kwargs)
+    if not tensors or "device" in given:
+        given["device"] = _META
+    try:
+        out = func(*tree_map(change, args), **given)
+    except NotImplementedError as error:
+        raise expected("model", f"weights, as numbers decide the shapes of its passes ({func})", "none") from error
+    if not tensors and not out.is_floating_point():
+        return func(*args, **kwargs)
+    return tree_map(lambda y: _shape(y, changed), out)
+
+
+def _makes_tensor(func: Any, kwargs: Any) -> bool:
+    """From nothing; but what is drawn by a generator of its own is what modules are tried out with."""
+    return kwargs.get("generator") is None and any(argument.name == "device" for argument in func._schema.arguments)
+
+
+def _shape(y: Any, changed: dict[int, Shape]) -> Any:
+    if not isinstance(y, Tensor):
+        return y
+    return changed[id(y)] if id(y) in changed else Shape(y)
+
+
+def _held(x: Any) -> Any:
+    return x.held if isinstance(x, Shape) else x
+
+
+def _meta(x: Any) -> Any:
+    return torch.empty_like(x, device=_META) if isinstance(x, Tensor) and not isinstance(x, Shape) else _held(x)
+
+
+@contextmanager
+def weightless(model: Any) -> Iterator[AbstractContextManager[Any]]:
+    """For a model without weights: shapes in their place; the mode that is given is for passes to run in.
+
+    A model that has weights is left alone, and the mode does nothing.
+
+    Raises:
+        InputError: only some of the weights are there.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    places = [places for module in modules for places in (module._parameters, module._buffers)]
+    absent = [(each, name, x) for each in places for name, x in each.items() if x is not None and x.is_meta]
+    if not absent or any(hasattr(module, "_hf_hook") for module in modules):  # offloaded
+        yield nullcontext()
+        return
+    try:
+        for each, name, x in absent:
+            each[name] = Shape(x.detach())
+        yield _WithoutNumbers()
+    finally:
+        for each, name, x in absent:
+            each[name] = x

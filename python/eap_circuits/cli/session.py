@@ -68,7 +68,9 @@ def check_align(align: bool, found: str) -> None:
         raise expected("--align", "--data with it (the pairs of a task are equally long)", found)
 
 
-def load_model(name: str, dtype: str | None = None, device: str | None = None) -> tuple[Any, Any]:
+def load_model(
+    name: str, dtype: str | None = None, device: str | None = None, weights: bool = True
+) -> tuple[Any, Any]:
     """The model and its tokenizer; other libraries' words are kept off the terminal."""
     import torch
 
@@ -85,9 +87,11 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None) -
         from ..adapters import pretrained
 
         logging.disable_progress_bar()
-        found = pretrained.load_model(name, dtype=getattr(torch, dtype) if dtype else None, device=device)
-    note(f"Loaded {name}.")
-    _adopt(found[0])
+        number = getattr(torch, dtype) if dtype else None
+        found = pretrained.load_model(name, dtype=number, device=device, weights=weights)
+    note(f"Loaded {name}." if weights else f"Loaded the configuration of {name}, no weights.")
+    if weights:
+        _adopt(found[0])
     return found
 
 

@@ -20,6 +20,20 @@ Written by `python docs/methods.py` from the registry, `eap_circuits.methods.MET
 `steps` and `quadrature` are heeded where the table says so and ignored elsewhere; `edges` and `checkpoint` are of `exact`
 alone and refused elsewhere; "memory": `memory=` bounds the run and `eap.plan` tells what it takes.
 
+## What a run will take
+
+`eap.plan(model, data, memory="80GiB")` and `eap attribute MODEL --dry-run` give the batches and the bytes beside the model's
+weights, for which one and two examples run. A model that this machine does not hold can be planned without its weights:
+
+```bash
+eap attribute meta-llama/Llama-3.1-70B --task ioi --memory 80GiB --dry-run --no-weights
+```
+
+or, from Python, `eap.plan` of a model that was made under `with torch.device("meta"):`. The same passes then run on shapes
+alone and their tensors are counted, as on a CPU in the model's dtype: on a GPU attention kernels keep something else. Mixtures
+of experts whose experts run one by one need their weights; in one product (`experts_implementation="grouped_mm"`) those in
+bfloat16 do not.
+
 ## What each computes
 
 S[u, v] is the score of the edge from sender u to receiver v, a mean over examples; t runs over tokens. c_u is what u writes to

@@ -107,7 +107,11 @@ def kind_of(module: nn.Module, width: int) -> Kind:
     probe._parameters = {**module._parameters, **random}
     # Rows from far below to far above eps, away from zero mean; for each head where heads have weights of their own.
     shape = next(iter(weights.values()), (width,))
-    x = torch.randn(6, *shape, generator=generator) * torch.tensor([1e-4, 2e-3, 0.03, 0.4, 6.0, 100.0]).view(-1, *[1] * len(shape)) + 1e-3
+    x = (
+        torch.randn(6, *shape, generator=generator)
+        * torch.tensor([1e-4, 2e-3, 0.03, 0.4, 6.0, 100.0]).view(-1, *[1] * len(shape))
+        + 1e-3
+    )
     with torch.no_grad():
         y = type(module).forward(probe, x)
     for eps, centred, offset in product(said or _USUAL_EPS, (False, True), (0.0, 1.0)):

@@ -1,4 +1,4 @@
-"""Models without weights (on the device "meta"): their passes run without numbers, so that what they take can be counted.
+"""Models without weights, on the device "meta": their passes run without numbers, and what they take can be counted.
 
 Floating-point tensors are shapes alone. Whole numbers stay what they are: they decide which shapes there are (tokens,
 positions, masks), while numbers that nobody knows decide none, but in mixtures of experts that run expert by expert.
@@ -29,8 +29,8 @@ class Shape(Tensor):
     held: Tensor
 
     @staticmethod
-    def __new__(cls, held: Tensor, requires_grad: bool = False) -> Shape:
-        made: Shape = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    def __new__(cls, held: Tensor) -> Shape:
+        made: Shape = torch.Tensor._make_wrapper_subclass(
             cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype
         )
         made.held = held
@@ -44,7 +44,7 @@ class Shape(Tensor):
         return self.held.untyped_storage()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _run(func, args, kwargs or {})
 
 
@@ -69,8 +69,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         given["device"] = _META
     try:
         out = func(*tree_map(change, args), **given)
-    except NotImplementedError as error:
-        raise expected("model", f"weights, as numbers decide the shapes of its passes ({func})", "none") from error
+    except RuntimeError as error:
+        raise expected("model", f"weights, without which {func} does not run", "none") from error
     if not tensors and not out.is_floating_point():
         return func(*args, **kwargs)
     return tree_map(lambda y: _shape(y, changed), out)
@@ -100,19 +100,17 @@ def weightless(model: Any) -> Iterator[AbstractContextManager[Any]]:
     """For a model without weights: shapes in their place; the mode that is given is for passes to run in.
 
     A model that has weights is left alone, and the mode does nothing.
-
-    Raises:
-        InputError: only some of the weights are there.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    places = [places for module in modules for places in (module._parameters, module._buffers)]
+    places: list[dict[str, Any]] = [places for module in modules for places in (module._parameters, module._buffers)]
     absent = [(each, name, x) for each in places for name, x in each.items() if x is not None and x.is_meta]
     if not absent or any(hasattr(module, "_hf_hook") for module in modules):  # offloaded
         yield nullcontext()
         return
     try:
+        shapes = {id(x): Shape(x.detach()) for _, _, x in absent}  # tied weights stay one
         for each, name, x in absent:
-            each[name] = Shape(x.detach())
+            each[name] = shapes[id(x)]
         yield _WithoutNumbers()
     finally:
         for each, name, x in absent:

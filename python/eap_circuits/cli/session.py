@@ -68,9 +68,7 @@ def check_align(align: bool, found: str) -> None:
         raise expected("--align", "--data with it (the pairs of a task are equally long)", found)
 
 
-def load_model(
-    name: str, dtype: str | None = None, device: str | None = None, weights: bool = True
-) -> tuple[Any, Any]:
+def load_model(name: str, dtype: str | None = None, device: str | None = None, weights: bool = True) -> tuple[Any, Any]:
     """The model and its tokenizer; other libraries' words are kept off the terminal."""
     import torch
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import eap_circuits as eap
-from eap_circuits.adapters import bind
+from eap_circuits.adapters import bind, linear_weight
 from eap_circuits.evaluation import check_model
 
 
@@ -76,8 +76,36 @@ def test_linear_layers_of_other_kinds(name, kind, make_model, make_pairs, relati
     agree(model, plain, make_pairs(), relative)
 
 
-def test_self_check_of_a_model_with_adapters(make_model):
-    assert all(check.passed for check in check_model(replaced(make_model("llama"), LowRank)[0]))
+@pytest.mark.parametrize("kind", [LowRank, EightBit])
+def test_self_check_of_a_model_with_other_linear_layers(kind, make_model):
+    assert all(check.passed for check in check_model(replaced(make_model("llama"), kind)[0]))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes(bits, make_model, make_pairs, relative):
+    """Also of a model in eval mode, in which its layers round or give no gradients on a CPU."""
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def quantised(base):
+        if bits == 8:
+            new = bnb.nn.Linear8bitLt(base.in_features, base.out_features, False, has_fp16_weights=False)
+            new.weight = bnb.nn.Int8Params(base.weight.data, requires_grad=False)
+        else:
+            new = bnb.nn.Linear4bit(base.in_features, base.out_features, False, torch.float32, quant_type="nf4")
+            new.weight = bnb.nn.Params4bit(base.weight.data, requires_grad=False, quant_type="nf4")
+        return new.to("cpu")
+
+    model, plain = make_model("llama", torch.float32), make_model("llama", torch.float32)
+    for layer, twin in zip(model.model.layers, plain.model.layers):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            module = quantised(getattr(layer.self_attn, name))
+            setattr(layer.self_attn, name, module)
+            getattr(twin.self_attn, name).weight.data = linear_weight(module).contiguous()
+    model.eval()
+    agree(model, plain, make_pairs(), relative, 1e-5)
+    assert not any(module.training for module in model.modules())
+    checks = check_model(model)
+    assert all(check.passed for check in checks), checks
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox"])

@@ -22,7 +22,8 @@ def borrowed(model: nn.Module) -> Iterator[None]:
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for module, _ in modes:
-            module.training = False
+            # In eval mode its layers round what they are given, or on a CPU pack their weights and give no gradients.
+            module.training = type(module).__module__.startswith("bitsandbytes.")
         for parameter, _ in frozen:
             parameter.requires_grad_(False)
         with torch.inference_mode(False), torch.enable_grad():

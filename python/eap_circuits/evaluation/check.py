@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..adapters import Architecture, Family, Norm, bind
+from ..adapters import Architecture, Family, Norm, bind, linear_weight
 from ..capture import (
     Batch,
     Hooks,
@@ -81,9 +81,7 @@ def check_model(model: nn.Module, n_edges: int = 8, seed: int = 0, family: Famil
     layers, graph = len(arch.layers), arch.graph("kv")
     checks = [Check("architecture", True, f"{arch.family.name}: {layers} layers, {graph.n_edges} edges")]
     before = _state(model)
-    exact: Any = copy.deepcopy(model).double()
-    if getattr(exact.config, "_experts_implementation", None) is not None:
-        exact.set_experts_implementation("eager")  # grouped products of experts know no float64
+    exact = exact_copy(model)
     arch = bind(exact, family)
     data = _random_pairs(exact, seed)
     with borrowed(exact), StayDouble():
@@ -101,6 +99,24 @@ def check_model(model: nn.Module, n_edges: int = 8, seed: int = 0, family: Famil
             _scores(arch, heads, batch)
     checks.append(_same("model untouched", float(_state(model) != before), "hooks, modes, gradients, attributes"))
     return checks
+
+
+def exact_copy(model: nn.Module) -> Any:
+    """The model in float64; a quantised linear layer becomes a plain one with the weights that it stands for."""
+    plain: dict[int, Any] = {}
+    with borrowed(model):
+        for module in model.modules():
+            if hasattr(module, "in_features") and not getattr(module, "weight", torch.empty(0)).is_floating_point():
+                weight, bias = linear_weight(module), getattr(module, "bias", None)
+                plain[id(module)] = layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+                layer.weight.data = weight.double().clone()
+                if bias is not None:
+                    layer.bias.data = bias.detach().double().clone()
+    exact: Any = copy.deepcopy(model, plain)  # as if they had been copied already
+    exact.double()
+    if getattr(exact.config, "_experts_implementation", None) is not None:
+        exact.set_experts_implementation("eager")  # grouped products of experts know no float64
+    return exact
 
 
 def _random_pairs(model: Any, seed: int) -> PairedDataset:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import torch
 from torch import nn
 
 from ..adapters import Family, propose
 from ..capture import borrowed, trace
 from ..errors import expected
-from .check import Check, check_model
+from .check import Check, check_model, exact_copy
 
 
 def discover(model: nn.Module) -> tuple[Family, list[Check]]:
@@ -29,9 +26,7 @@ def discover(model: nn.Module) -> tuple[Family, list[Check]]:
     Raises:
         InputError: no table was found that passes the self-check; the sentence says what did not hold.
     """
-    exact: Any = copy.deepcopy(model).double()
-    if getattr(exact.config, "_experts_implementation", None) is not None:
-        exact.set_experts_implementation("eager")
+    exact = exact_copy(model)
     embed = exact.get_input_embeddings()
     order = torch.randperm(embed.weight.shape[0], generator=torch.Generator().manual_seed(0))
     tokens = order[: 2 * min(5, len(order) // 2)].view(2, -1).to(embed.weight.device)

@@ -116,6 +116,8 @@ def exact_copy(model: nn.Module) -> Any:
     exact.double()
     if getattr(exact.config, "_experts_implementation", None) is not None:
         exact.set_experts_implementation("eager")  # grouped products of experts know no float64
+    if "flash" in str(getattr(exact.config, "_attn_implementation", None)):  # nor does flash attention
+        exact.set_attn_implementation("eager")
     return exact
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertForMas
 
 import eap_circuits as eap
 from eap_circuits.adapters import FAMILIES, bind
+from eap_circuits.capture import prefix
 from eap_circuits.evaluation.check import StayDouble
 
 
@@ -122,6 +123,19 @@ def test_self_check_passes_on_every_family_and_fails_on_a_broken_site(family, ma
     monkeypatch.setattr(binding._Binder, "_layer", wrong)
     failed = {check.name for check in check_model(make_model(family, dtype=torch.float32)) if not check.passed}
     assert {"contributions sum to the residual", "all edges kept is the model on clean prompts"} <= failed
+
+
+def test_self_check_says_where_prefixes_cannot_be_reused(make_model, monkeypatch):
+    """As of StableLM in transformers 5.0.0, whose cache and mask differ in size."""
+
+    def fails(*_):
+        raise RuntimeError("The size of tensor a (9) must match\nmore lines")
+
+    monkeypatch.setattr(prefix._Before, "update", fails)
+    failed = [check for check in eap.check_model(make_model("llama")) if not check.passed]
+    assert [(check.name, check.detail) for check in failed] == [
+        ("prefix reuse", "not possible, needs reuse_prefix=False: The size of tensor a (9) must match")
+    ]
 
 
 def test_self_check_sees_the_wrong_norm(make_model, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,6 +130,23 @@ def test_tables_of_other_packages_are_loaded_when_first_asked_for(monkeypatch):
     assert registry.family_of("llama") is FAMILIES["llama"] and not asked
     assert registry.family_of("outside").q == "self_attn.q_proj" and asked == ["eap_circuits.families"]
     assert registry.family_of("nowhere") is None and len(asked) == 1
+    registry._load_announced.cache_clear()
+
+
+def test_an_installed_package_changes_no_table_unasked(monkeypatch):
+    right = FAMILIES["llama"]
+    other = dataclasses.replace(right, q="elsewhere", model_types=("llama", "outside"))
+    announced = SimpleNamespace(load=lambda: other, value="package:TABLE")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [announced])
+    monkeypatch.setitem(FAMILIES, "outside", right)  # to be taken out again
+    del FAMILIES["outside"]
+    registry._load_announced.cache_clear()
+    with pytest.warns(UserWarning, match="llama: the table of package:TABLE is not used, as there is one already"):
+        assert registry.family_of("outside") is other
+    assert FAMILIES["llama"] is right
+    monkeypatch.setitem(FAMILIES, "llama", right)  # to be put back
+    eap.register_family(other)
+    assert FAMILIES["llama"] is other
     registry._load_announced.cache_clear()
 
 

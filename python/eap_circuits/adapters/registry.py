@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from importlib.metadata import entry_points
 
@@ -16,10 +17,10 @@ def register_family(family: Family) -> None:
     """Serve the architectures that a table names, in place of any table that they had.
 
     A package announces its tables, without being imported first, by entry points of the group
-    `eap_circuits.families`, each of which names a `Family`.
+    `eap_circuits.families`, each of which names a `Family`. Those serve architectures without a table alone: what is
+    installed does not change how others are read.
     """
-    if not isinstance(family, Family):
-        raise expected("family", "a Family", type(family).__name__)
+    _check(family)
     FAMILIES.update(dict.fromkeys(family.model_types, family))
 
 
@@ -33,4 +34,14 @@ def family_of(model_type: str) -> Family | None:
 @cache
 def _load_announced() -> None:
     for announced in entry_points(group=ENTRY_POINTS):
-        register_family(announced.load())
+        family = announced.load()
+        _check(family)
+        for model_type in family.model_types:
+            if FAMILIES.setdefault(model_type, family) != family:
+                message = f"{model_type}: the table of {announced.value} is not used, as there is one already"
+                warnings.warn(f"{message}; eap_circuits.register_family puts it in its place.", stacklevel=3)
+
+
+def _check(family: object) -> None:
+    if not isinstance(family, Family):
+        raise expected("family", "a Family", type(family).__name__)

@@ -18,7 +18,8 @@ Written by `python docs/methods.py` from the registry, `eap_circuits.methods.MET
 "Forwards" are passes of the model over the prompts, from their first difference on where prefixes are reused; L layers, M
 `steps`. The definition of a stable method will not change; that of an experimental one may, with a note in the changelog.
 `steps` and `quadrature` are heeded where the table says so and ignored elsewhere; `edges` and `checkpoint` are of `exact`
-alone and refused elsewhere; "memory": `memory=` bounds the run and `eap.plan` tells what it takes.
+alone and refused elsewhere; "memory": `eap.plan` tells what the run takes; `memory=`
+bounds it, and `exact` as well.
 
 ## What a run will take
 

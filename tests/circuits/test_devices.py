@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from contextlib import contextmanager
 
-import accelerate
 import pytest
 import torch
 
@@ -17,6 +16,8 @@ from eap_circuits.adapters import Norm, bind
 from eap_circuits.capture import Batch, Constants, borrow, contraction, masked
 from eap_circuits.evaluation import check_model
 from tests.circuits.pretend import DEVICES, pretending
+
+accelerate = pytest.importorskip("accelerate")
 
 FIRST, SECOND = DEVICES
 GRADIENTS = ["eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupted", "eap-conductance"]

@@ -15,7 +15,6 @@ TESTS = [str(FOLDER / f"test_{op}.py") for op in ("edge_scores", "masked_read", 
 @pytest.mark.slow
 def test_the_operators_tests_pass_on_a_pretended_device():
     """In a process of its own: what devices there are is decided when tests are collected."""
-    pytest.importorskip("tests.circuits.pretend")
     path = os.pathsep.join(filter(None, [str(FOLDER), str(ROOT), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "PYTHONPATH": path, "EAP_QUICK": "1", "EAP_REQUIRE": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "other_device", "-p", "no:cacheprovider", "-k", "meta"]

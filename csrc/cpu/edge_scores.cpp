@@ -10,12 +10,13 @@
 namespace eap {
 namespace {
 
-constexpr int64_t kRows = 240;     // of a tile, at most: panels and sums of a task share the second-level cache
-constexpr int64_t kColumns = 192;  // of a tile, at most
-constexpr int64_t kInner = 384;    // elements of the inner dimension packed at once
+constexpr int64_t kRows = 384;     // of a tile, at most: panels and sums of a task share the second-level cache
+constexpr int64_t kColumns = 480;  // of a tile, at most
+constexpr int64_t kInner = 256;    // elements of the inner dimension packed at once: a panel stays in the first-level cache
 constexpr int64_t kLd = kInner + 16;  // rows are padded: a power of two apart they would share cache sets
-constexpr int64_t kTasks = 48;     // wanted, so that threads end together; cutting tiles smaller would pack more
-constexpr int64_t kBlocksPerChunk = 8;
+constexpr int64_t kFlush = 32;     // blocks after which sums are added to those in double
+constexpr int64_t kTasks = 48;     // wanted, so that threads end together
+constexpr int64_t kBlocksPerChunk = 12;  // at least: each chunk leaves partial sums to be added up
 
 struct Block { int64_t token, tokens, feature, features; };
 
@@ -47,21 +48,43 @@ EAP_INLINE void copy(bf16x2* to, const bf16* from, int64_t, int64_t count) {
   if (count % 2) to[count / 2].bits = from[count - 1].bits;
 }
 
-// Some rows of one block of x as [rows, kLd], followed by zeros up to a multiple of `lanes`. Returns that width.
-template <class T, class E>
-EAP_INLINE int64_t pack(const View& x, const int64_t* order, int64_t row, int64_t rows, Block block, int64_t lanes, E* to) {
-  constexpr int64_t per_element = std::is_same_v<E, bf16x2> ? 2 : 1;
-  const bool flat = x.stride[2] == 1 && x.stride[1] == block.features;
-  const int64_t pieces = flat ? 1 : block.tokens, length = flat ? block.tokens * block.features : block.features;
-  const int64_t piece = divide_up(length, per_element), width = divide_up(pieces * piece, lanes) * lanes;
-  for (int64_t r = row; r < row + rows; ++r, to += kLd) {
-    const T* from = static_cast<const T*>(x.data) + (order ? order[r] : r) * x.stride[0] + block.token * x.stride[1] +
-                    block.feature * x.stride[2];
-    for (int64_t p = 0; p < pieces; ++p, from += x.stride[1]) copy(to + p * piece, from, x.stride[2], length);
-    std::fill(to + pieces * piece, to + width, E{});
+// Which rows of an operand: `order` names them, or they follow each other.
+struct Rows {
+  const View& x;
+  const int64_t* order;
+  int64_t first, count;
+
+  template <class T> EAP_INLINE const T* at(int64_t i, const Block& block) const {
+    return static_cast<const T*>(x.data) + (order ? order[first + i] : first + i) * x.stride[0] +
+           block.token * x.stride[1] + block.feature * x.stride[2];
   }
-  return width;
-}
+  Rows part(int64_t from, int64_t size) const { return {x, order, first + from, size}; }
+};
+
+// One block of rows as contiguous elements E: [rows, kLd], followed by zeros up to a multiple of `lanes`.
+template <class T, class E> struct Packed {
+  static constexpr int64_t per_element = std::is_same_v<E, bf16x2> ? 2 : 1;
+  int64_t pieces, length, piece, width;
+
+  EAP_INLINE Packed(const View& x, const Block& block, int64_t lanes) {
+    const bool flat = x.stride[2] == 1 && x.stride[1] == block.features;
+    pieces = flat ? 1 : block.tokens, length = flat ? block.tokens * block.features : block.features;
+    piece = divide_up(length, per_element), width = divide_up(pieces * piece, lanes) * lanes;
+  }
+
+  EAP_INLINE void copy_rows(const Rows& rows, const Block& block, E* to) const {
+    for (int64_t r = 0; r < rows.count; ++r, to += kLd) {
+      const T* from = rows.at<T>(r, block);
+      for (int64_t i = 0; i < pieces; ++i, from += rows.x.stride[1]) copy(to + i * piece, from, rows.x.stride[2], length);
+      std::fill(to + pieces * piece, to + width, E{});
+    }
+  }
+
+  // Whether a row lies in memory as it would be copied.
+  bool in_place(const View& x) const {
+    return sizeof(T) * per_element == sizeof(E) && x.stride[2] == 1 && pieces == 1 && length == width * per_element;
+  }
+};
 
 // Adds sum(i, j) of every edge of a tile to out.
 template <class O, class Sum>
@@ -74,70 +97,149 @@ void write(const EdgeScores& p, const Tile& t, int64_t segment, const Sum& sum) 
     }
 }
 
-template <class T, class E, int BYTES> struct Tiles {
+template <class T, class E, int BYTES> class Tiles {
   using A = acc_t<E>;
   static constexpr int64_t lanes = BYTES / sizeof(E), width = tile_columns<E, BYTES>;
 
+  const EdgeScores& p;
+  const Tile& t;
+  const Rows rows, columns;
+  A* const sums;        // [panels, rows, width]
+  double* const total;  // [panels, rows, width], once there were more than kFlush blocks
+  bool deep = false;    // whether there were
+  E *const a, *const b, *const staged;
+  int64_t register_tiles = 0;
+  std::vector<const char*> ahead;  // rows of the next block
+  int64_t fetched = 0;             // of them
+
+ public:
   EAP_INLINE static void run(const EdgeScores& p, int64_t task) {
-    const Tile& tile = p.tiles[task / p.chunks];
-    const int64_t chunk = task % p.chunks, tokens = p.delta.size[1];
-    const Blocks blocks(tokens, p.delta.size[2]);
-    double* const total = scratch<double>(kRows * kColumns + (kRows + 2 * width) * kLd);
-    std::fill_n(total, tile.rows * kColumns, 0.0);
-    if (p.segments == nullptr) {
-      const int64_t count = blocks.count(), end = (chunk + 1) * count / p.chunks;
-      for (int64_t i = chunk * count / p.chunks; i < end; ++i) add_block(p, tile, blocks[i], total);
-      if (p.chunks == 1) return deliver(p, tile, 0, total);
-      double* const kept = p.partial.get() + tile.offset + chunk * tile.rows * tile.columns;
-      for (int64_t i = 0; i < tile.rows; ++i)
-        std::copy_n(total + i * kColumns, tile.columns, kept + i * tile.columns);
-      return;
-    }
-    for (int64_t n = 0; n < tokens;) {
-      const int64_t segment = p.segments[n];
-      int64_t end = n + 1;
-      while (end < tokens && p.segments[end] == segment) ++end;
-      const Blocks run(end - n, p.delta.size[2]);
-      for (int64_t i = 0; i < run.count(); ++i) {
-        Block block = run[i];
-        block.token += n;
-        add_block(p, tile, block, total);
-      }
-      deliver(p, tile, segment, total);
-      std::fill_n(total, tile.rows * kColumns, 0.0);
-      n = end;
+    Tiles tiles(p, p.tiles[task / p.chunks]);
+    if (p.segments) tiles.all_segments();
+    else tiles.one_chunk(task % p.chunks);
+  }
+
+ private:
+  EAP_INLINE Tiles(const EdgeScores& p, const Tile& t)
+      : p(p), t(t),
+        rows{p.swapped ? p.grad : p.delta, p.swapped ? p.order.data() : nullptr, t.row, t.rows},
+        columns{p.swapped ? p.delta : p.grad, p.swapped ? nullptr : p.order.data(), t.column, t.columns},
+        sums(reinterpret_cast<A*>(scratch<double>(2 * kRows * (kColumns + width) + (kRows + width + lanes) * kLd))),
+        total(reinterpret_cast<double*>(sums) + kRows * (kColumns + width)),
+        a(reinterpret_cast<E*>(total + kRows * (kColumns + width))), b(a + kRows * kLd), staged(b + width * kInner) {
+    std::fill_n(sums, size(), A(0));
+    for (int64_t c = 0; c < t.columns; c += width)
+      for_strips(c, [&](int64_t, int64_t, int64_t, int64_t height) EAP_INLINE_LAMBDA {
+        register_tiles += divide_up(height, tile_rows(BYTES));
+      });
+  }
+
+  int64_t size() const { return t.rows * divide_up(t.columns, width) * width; }
+
+  A sum(int64_t i, int64_t j) const {
+    const int64_t at = (j / width * t.rows + i) * width + j % width;
+    return deep ? A(total[at] + double(sums[at])) : sums[at];
+  }
+
+  // Calls strip(first vector, vectors, row, rows) for the rows of a panel at column c that meet edges in the same vectors:
+  // deep rows only in the last ones; where receivers are rows, early ones only in the first.
+  template <class Strip> EAP_INLINE void for_strips(int64_t c, const Strip& strip) const {
+    int64_t row = 0;
+    for (int64_t w = 0; w < kVectors; ++w) {
+      const int64_t end = p.swapped ? (w + 1 < kVectors ? blind(c + (w + 1) * lanes) : t.rows)
+                                    : std::clamp<int64_t>(p.reach[p.order[t.column + std::min(c + (w + 1) * lanes, t.columns) - 1]] - t.row, 0, t.rows);
+      if (p.swapped && w == 0) row = blind(c);
+      if (end > row) strip(p.swapped ? 0 : w, p.swapped ? w + 1 : kVectors - w, row, end - row);
+      row = std::max(row, end);
     }
   }
 
-  EAP_INLINE static void add_block(const EdgeScores& p, const Tile& t, Block block, double* total) {
-    E* const a = reinterpret_cast<E*>(total + kRows * kColumns);
-    E* const b = a + kRows * kLd;
-    E* const rows = b + width * kLd;
-    const View &x = p.swapped ? p.grad : p.delta, &y = p.swapped ? p.delta : p.grad;
-    const int64_t *of_rows = p.swapped ? p.order.data() : nullptr, *of_columns = p.swapped ? nullptr : p.order.data();
-    const int64_t inner = pack<T>(x, of_rows, t.row, t.rows, block, lanes, a);
+  // How many of the tile's receivers do not see the sender at column c.
+  EAP_INLINE int64_t blind(int64_t c) const {
+    int64_t r = 0;
+    while (r < t.rows && p.reach[p.order[t.row + r]] <= t.column + c) ++r;
+    return r;
+  }
+
+  EAP_INLINE void one_chunk(int64_t chunk) {
+    const Blocks blocks(p.delta.size[1], p.delta.size[2]);
+    const int64_t count = blocks.count();
+    add_blocks(blocks, 0, chunk * count / p.chunks, (chunk + 1) * count / p.chunks);
+    if (p.chunks == 1) return deliver(0);
+    A* const kept = static_cast<A*>(p.partial.get()) + t.offset + chunk * t.rows * t.columns;
+    for (int64_t c = 0; c < t.columns; c += width)
+      for (int64_t i = 0; i < t.rows; ++i)
+        for (int64_t j = c; j < std::min(c + width, t.columns); ++j) kept[i * t.columns + j] = sum(i, j);
+  }
+
+  EAP_INLINE void all_segments() {
+    const int64_t tokens = p.delta.size[1];
+    for (int64_t n = 0, end; n < tokens; n = end) {
+      for (end = n + 1; end < tokens && p.segments[end] == p.segments[n];) ++end;
+      const Blocks blocks(end - n, p.delta.size[2]);
+      add_blocks(blocks, n, 0, blocks.count());
+      deliver(p.segments[n]);
+      std::fill_n(sums, size(), A(0));
+      deep = false;
+    }
+  }
+
+  EAP_INLINE void deliver(int64_t segment) {
+    write<A>(p, t, segment, [&](int64_t i, int64_t j) { return sum(i, j); });
+  }
+
+  EAP_INLINE void add_blocks(const Blocks& blocks, int64_t token, int64_t begin, int64_t end) {
+    const auto at = [&](int64_t i) {
+      Block block = blocks[i];
+      block.token += token;
+      return block;
+    };
+    for (int64_t i = begin; i < end; ++i) {
+      ahead.clear();
+      if (i + 1 < end && rows.x.stride[2] == 1 && columns.x.stride[2] == 1)
+        for (const Rows* side : {&rows, &columns})
+          for (int64_t r = 0; r < side->count; ++r)
+            ahead.push_back(reinterpret_cast<const char*>(side->template at<T>(r, at(i + 1))));
+      fetched = 0;
+      add_block(at(i));
+      if ((i + 1 - begin) % kFlush == 0 && i + 1 < end) flush();
+    }
+  }
+
+  EAP_INLINE void flush() {
+    if (!deep) std::fill_n(total, size(), 0.0);
+    deep = true;
+    for (int64_t i = 0; i < size(); ++i) total[i] += double(sums[i]);
+    std::fill_n(sums, size(), A(0));
+  }
+
+  EAP_INLINE void add_block(const Block& block) {
+    const Packed<T, E> of_rows(rows.x, block, lanes), of_columns(columns.x, block, lanes);
+    const int64_t inner = of_rows.width, each = divide_up(int64_t(ahead.size()), register_tiles);
+    of_rows.copy_rows(rows, block, a);
+    const bool in_place = of_columns.in_place(columns.x);
     for (int64_t c = 0; c < t.columns; c += width) {
-      const int64_t columns = std::min(width, t.columns - c);
-      pack<T>(y, of_columns, t.column + c, columns, block, lanes, rows);
-      for (int64_t r = columns; r < width; ++r) std::fill_n(rows + r * kLd, inner, E{});
-      transpose<E, BYTES>(rows, kLd, inner, b);
-      const int64_t deepest = p.swapped ? 0 : p.reach[p.order[t.column + c + columns - 1]] - t.row;
-      const int64_t height = p.swapped ? t.rows : std::min(t.rows, deepest);
-      for_tiles<BYTES>(height, [&](auto m, int64_t row) EAP_INLINE_LAMBDA {
-        constexpr int M = decltype(m)::value;
-        if (p.swapped && p.reach[p.order[t.row + row + M - 1]] <= t.column + c) return;
-        vector_t<A, BYTES> sums[M][2] = {};
-        multiply<E, BYTES, M>(a + row * kLd, kLd, b, width, inner, sums);
-        A values[M][width];
-        std::memcpy(values, sums, sizeof(sums));
-        for (int i = 0; i < M; ++i)
-          for (int64_t j = 0; j < width; ++j) total[(row + i) * kColumns + c + j] += double(values[i][j]);
+      for (int64_t w = 0; w < width; w += lanes) {
+        const Rows part = columns.part(c + w, std::clamp<int64_t>(t.columns - c - w, 0, lanes));
+        const E* from[lanes];
+        if (!in_place) of_columns.copy_rows(part, block, staged);
+        for (int64_t r = 0; r < lanes; ++r) {
+          from[r] = staged + r * kLd;
+          if (r >= part.count) std::fill_n(staged + r * kLd, inner, E{});
+          else if (in_place) from[r] = reinterpret_cast<const E*>(part.template at<T>(r, block));
+        }
+        transpose<E, BYTES>(from, inner, b + w, width);
+      }
+      for_strips(c, [&](int64_t first, int64_t vectors, int64_t row, int64_t height) EAP_INLINE_LAMBDA {
+        for_tiles<BYTES>(height, [&](int64_t r, int64_t M) EAP_INLINE_LAMBDA {
+          const int64_t more = std::min(each, int64_t(ahead.size()) - fetched);
+          tile_kernel<E, BYTES>(M, vectors)(a + (row + r) * kLd, kLd, b + first * lanes, width, inner,
+                                            sums + c * t.rows + (row + r) * width + first * lanes, width,
+                                            {ahead.data() + fetched, more, sizeof(T) * Packed<T, E>::per_element});
+          fetched += more;
+        });
       });
     }
-  }
-
-  EAP_INLINE static void deliver(const EdgeScores& p, const Tile& tile, int64_t segment, const double* total) {
-    write<A>(p, tile, segment, [&](int64_t i, int64_t j) { return total[i * kColumns + j]; });
   }
 };
 
@@ -184,23 +286,29 @@ void EdgeScores::plan() {
   }
   const int64_t blocks = Blocks(delta.size[1], delta.size[2]).count(), wanted = divide_up(kTasks, tiles.size() + 1);
   chunks = segments ? 1 : std::max<int64_t>(1, std::min(wanted, blocks / kBlocksPerChunk));
+  if (chunks > 4) chunks = chunks / 4 * 4;
   for (Tile& tile : tiles) tile.offset *= chunks;
-  if (chunks > 1) partial.reset(new double[offset * chunks]);
+  // The last tiles reach deepest: first come those that take longest.
+  std::reverse(tiles.begin(), tiles.end());
+  if (chunks > 1) partial.reset(std::malloc(offset * chunks * (dtype == Dtype::f64 ? 8 : 4)));
+  if (chunks > 1 && !partial) throw std::bad_alloc();
 }
 
 void EdgeScores::run(int64_t task) const { dispatch<Body>(dtype, *this, task); }
 
-void EdgeScores::merge(int64_t index) const {
-  const Tile& tile = tiles[index];
+template <class A> static void add_chunks(const EdgeScores& p, const Tile& tile) {
   const int64_t size = tile.rows * tile.columns;
-  const double* const kept = partial.get() + tile.offset;
-  const auto sum = [&](int64_t i, int64_t j) {
+  const A* const kept = static_cast<const A*>(p.partial.get()) + tile.offset;
+  write<A>(p, tile, 0, [&](int64_t i, int64_t j) {
     double total = 0;
-    for (int64_t c = 0; c < chunks; ++c) total += kept[c * size + i * tile.columns + j];
+    for (int64_t c = 0; c < p.chunks; ++c) total += double(kept[c * size + i * tile.columns + j]);
     return total;
-  };
-  if (dtype == Dtype::f64) write<double>(*this, tile, 0, sum);
-  else write<float>(*this, tile, 0, sum);
+  });
+}
+
+void EdgeScores::merge(int64_t tile) const {
+  if (dtype == Dtype::f64) add_chunks<double>(*this, tiles[tile]);
+  else add_chunks<float>(*this, tiles[tile]);
 }
 
 }  // namespace eap

@@ -34,13 +34,14 @@ template <class T, int BYTES> struct Body {
   }
 
   EAP_INLINE static void project(const Expand& p, const Nodes& g, int64_t i, A* to) {
-    const int64_t inner = g.values.size[2];
-    A* const a = scratch<A>((p.tokens + width) * inner);
-    A* const packed = a + p.tokens * inner;
+    const int64_t inner = g.values.size[2], rows = tile_rows(BYTES);
+    A* const a = scratch<A>((p.tokens + width) * inner + rows * width);
+    A *const packed = a + p.tokens * inner, *const edge = packed + width * inner;
     for (int64_t n = 0; n < p.tokens; ++n) {
       const T* from = at(g.values, i, p.token + n, 0);
       for (int64_t k = 0; k < inner; ++k) a[n * inner + k] = load(from[k * g.values.stride[2]]);
     }
+    std::fill_n(to, p.tokens * p.features, A(0));
     for (int64_t d = 0; d < p.features; d += width) {
       const int64_t columns = std::min(width, p.features - d);
       const T* const weight = at(g.weight, i / g.per_weight, 0, p.feature + d);
@@ -52,11 +53,12 @@ template <class T, int BYTES> struct Body {
         for (int64_t k = 0; k < inner; ++k)
           for (int64_t j = 0; j < width; ++j)
             packed[k * width + j] = j < columns ? A(load(weight[k * g.weight.stride[1] + j * g.weight.stride[2]])) : A(0);
-      for_tiles<BYTES>(p.tokens, [&](auto m, int64_t row) EAP_INLINE_LAMBDA {
-        constexpr int M = decltype(m)::value;
-        vector_t<A, BYTES> sums[M][2] = {};
-        multiply<A, BYTES, M>(a + row * inner, inner, b, ldb, inner, sums);
-        for (int r = 0; r < M; ++r) std::memcpy(to + (row + r) * p.features + d, sums[r], columns * sizeof(A));
+      for_tiles<BYTES>(p.tokens, [&](int64_t row, int64_t M) EAP_INLINE_LAMBDA {
+        const auto kernel = tile_kernel<A, BYTES>(M, kVectors);
+        if (columns == width) return kernel(a + row * inner, inner, b, ldb, inner, to + row * p.features + d, p.features, {});
+        std::fill_n(edge, M * width, A(0));
+        kernel(a + row * inner, inner, b, ldb, inner, edge, width, {});
+        for (int64_t r = 0; r < M; ++r) std::copy_n(edge + r * width, columns, to + (row + r) * p.features + d);
       });
     }
   }

@@ -1,6 +1,7 @@
 // What the operator library asks of the CPU kernels. No torch header: pointers, sizes and strides in elements.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <vector>
 
@@ -42,7 +43,7 @@ struct EdgeScores {
   std::vector<int64_t> order;       // receivers, those that see least first
   std::vector<Tile> tiles;          // only those with work in them
   int64_t chunks;
-  std::unique_ptr<double[]> partial;  // [tiles, chunks, rows, columns], with more than one chunk
+  std::unique_ptr<void, decltype(&std::free)> partial{nullptr, std::free};  // [tiles, chunks, rows, columns] of out's type
 };
 
 // Consecutive nodes in head space, as the rows first, first + 1, ... of what they expand to.

@@ -1,10 +1,11 @@
 // Register-tiled matrix products: rows of `a` are broadcast, columns of `b` lie in vectors.
-// c[m, n] += sum_k a[m, k] * b[k, n] over one tile of M rows and two vectors of columns.
 #pragma once
-#include <algorithm>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "convert.h"
+#include "kernels.h"
 
 namespace eap {
 
@@ -15,44 +16,33 @@ template <class A, int BYTES> using vector_t = typename Vector<A, BYTES>::type;
 struct bf16x2 { uint32_t bits; };
 template <> struct Accumulate<bf16x2> { using type = float; };
 
-// Rows of a register tile: accumulators, two vectors of b and a broadcast fit into 32 (AVX-512) or 16 registers.
+// Rows of a register tile, at most: accumulators, two vectors of b and a broadcast fit into 32 (AVX-512) or 16 registers.
 constexpr int tile_rows(int bytes) { return bytes == 64 ? 12 : 6; }
-template <class E, int BYTES> constexpr int64_t tile_columns = 2 * BYTES / int64_t(sizeof(E));
+// Vectors of columns of a register tile, at most.
+constexpr int kVectors = 2;
+template <class E, int BYTES> constexpr int64_t tile_columns = kVectors * BYTES / int64_t(sizeof(E));
 
-template <class V, class E> EAP_INLINE void multiply_add(V& acc, E a, const V& b) { acc += a * b; }
-template <class V> EAP_INLINE void multiply_add(V& acc, bf16x2 a, const V& b) {
-#ifdef EAP_X86_LEVELS
-  typedef uint32_t Words __attribute__((vector_size(sizeof(V))));
-  const Words pairs = a.bits + Words{};
-  asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(pairs), "v"(b));
-#endif
-}
+// What to bring into the cache while a tile is multiplied: `count` rows of elements of so many bytes, at the tile's pace.
+struct Ahead {
+  const char* const* rows = nullptr;
+  int64_t count = 0, element = 0;
+};
 
-template <class E, int BYTES, int M>
-EAP_INLINE void multiply(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t inner,
-                         vector_t<acc_t<E>, BYTES> (&c)[M][2]) {
-  using V = vector_t<acc_t<E>, BYTES>;
-  for (int64_t k = 0; k < inner; ++k) {
-    V left, right;
-    std::memcpy(&left, b + k * ldb, BYTES);
-    std::memcpy(&right, b + k * ldb + BYTES / sizeof(E), BYTES);
-    for (int m = 0; m < M; ++m) {
-      multiply_add(c[m][0], a[m * lda + k], left);
-      multiply_add(c[m][1], a[m * lda + k], right);
-    }
-  }
-}
+// c[m, n] += sum_k a[m, k] * b[k, n] over one tile; rows of a, b and c are lda, ldb and ldc apart.
+template <class E>
+using TileKernel = void (*)(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t inner, acc_t<E>* c, int64_t ldc,
+                            const Ahead& ahead);
 
-// Calls `tile(std::integral_constant<int, M>, row)` over `rows` rows, in tiles as high as registers allow.
+// The kernel of so many rows and vectors of columns, in product.cpp.
+template <class E, int BYTES> TileKernel<E> tile_kernel(int64_t rows, int64_t vectors);
+
+// Calls `tile(row, height)` over `rows` rows, in tiles of nearly equal height: low ones would leave the units idle.
 template <int BYTES, class Tile> EAP_INLINE void for_tiles(int64_t rows, const Tile& tile) {
-  constexpr int M = tile_rows(BYTES);
-  int64_t row = 0;
-  for (; row + M <= rows; row += M) tile(std::integral_constant<int, M>{}, row);
-  if constexpr (M > 8)
-    for (; row + 8 <= rows; row += 8) tile(std::integral_constant<int, 8>{}, row);
-  for (; row + 4 <= rows; row += 4) tile(std::integral_constant<int, 4>{}, row);
-  for (; row + 2 <= rows; row += 2) tile(std::integral_constant<int, 2>{}, row);
-  for (; row < rows; ++row) tile(std::integral_constant<int, 1>{}, row);
+  const int64_t tiles = divide_up(rows, tile_rows(BYTES));
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t row = i * rows / tiles;
+    tile(row, (i + 1) * rows / tiles - row);
+  }
 }
 
 #if defined(__has_builtin)
@@ -62,35 +52,54 @@ template <int BYTES, class Tile> EAP_INLINE void for_tiles(int64_t rows, const T
 #endif
 
 #ifdef EAP_SHUFFLES
-// Elements of a and b in turns: the first halves go to `low`, the second to `high`.
-template <class V, int64_t... I>
-EAP_INLINE void interleave(const V& a, const V& b, V& low, V& high, std::integer_sequence<int64_t, I...>) {
-  constexpr int64_t n = sizeof...(I);
-  low = __builtin_shufflevector(a, b, (I % 2 * n + I / 2)...);
-  high = __builtin_shufflevector(a, b, (I % 2 * n + n / 2 + I / 2)...);
+// A vector of 16-byte lanes: those of rows[0], rows[step], rows[2 * step], ... at element k. By hand, since compilers
+// join lanes through memory.
+template <class E, int BYTES> EAP_INLINE void load_lanes(const E* const* rows, int64_t step, int64_t k, vector_t<acc_t<E>, BYTES>& to) {
+#ifdef EAP_X86_LEVELS
+  struct Lane { char bytes[16]; };
+  const auto lane = [&](int64_t i) -> const Lane& { return *reinterpret_cast<const Lane*>(rows[i * step] + k); };
+  if constexpr (BYTES > 16) asm("vmovups %1, %x0" : "=v"(to) : "m"(lane(0)));
+  if constexpr (BYTES == 32) asm("vinsertf128 $1, %1, %0, %0" : "+x"(to) : "m"(lane(1)));
+  if constexpr (BYTES == 64) {
+    asm("vinsertf32x4 $1, %1, %0, %0" : "+v"(to) : "m"(lane(1)));
+    asm("vinsertf32x4 $2, %1, %0, %0" : "+v"(to) : "m"(lane(2)));
+    asm("vinsertf32x4 $3, %1, %0, %0" : "+v"(to) : "m"(lane(3)));
+  }
+#endif
+  if constexpr (BYTES == 16) std::memcpy(&to, rows[0] + k, 16);
+}
+
+// Within each 16-byte lane of L elements: elements of a and b in turns, of their first halves or of their second.
+template <int L, bool HIGH, class V, int... I>
+EAP_INLINE void interleave(const V& a, const V& b, V& to, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  to = __builtin_shufflevector(a, b, (I % 2 * n + I / L * L + (HIGH ? L / 2 : 0) + I % L / 2)...);
 }
 #endif
 
-// to[k, r] = from[r, k] for `rows` = tile_columns rows; `inner` is a multiple of the lanes.
-template <class E, int BYTES> EAP_INLINE void transpose(const E* from, int64_t ld, int64_t inner, E* to) {
-  constexpr int64_t lanes = BYTES / int64_t(sizeof(E)), columns = 2 * lanes;
+// to[k * ld + r] = rows[r][k] for a vector's width of rows; `inner` is a multiple of that width.
+template <class E, int BYTES> EAP_INLINE void transpose(const E* const* rows, int64_t inner, E* to, int64_t ld) {
+  constexpr int lanes = BYTES / int(sizeof(E));
 #ifdef EAP_SHUFFLES
   using V = vector_t<acc_t<E>, BYTES>;
-  for (int64_t half = 0; half < 2; ++half)
-    for (int64_t k = 0; k < inner; k += lanes) {
-      V x[lanes], y[lanes];
-      for (int64_t r = 0; r < lanes; ++r) std::memcpy(&x[r], from + (half * lanes + r) * ld + k, BYTES);
-      // Each pass interleaves row i with row i + lanes / 2; log2(lanes) passes transpose.
-      for (int64_t step = 1; step < lanes; step *= 2) {
-        for (int64_t r = 0; r < lanes / 2; ++r)
-          interleave(x[r], x[r + lanes / 2], y[2 * r], y[2 * r + 1], std::make_integer_sequence<int64_t, lanes>{});
-        for (int64_t r = 0; r < lanes; ++r) x[r] = y[r];
+  constexpr int L = 16 / int(sizeof(E));
+  constexpr auto all = std::make_integer_sequence<int, lanes>{};
+  for (int64_t k = 0; k < inner; k += L) {
+    V x[L], y[L];
+    for (int r = 0; r < L; ++r) load_lanes<E, BYTES>(rows + r, L, k, x[r]);
+    // Each pass interleaves row i with row i + L / 2; log2(L) passes transpose every lane.
+    for (int step = 1; step < L; step *= 2) {
+      for (int r = 0; r < L / 2; ++r) {
+        interleave<L, false>(x[r], x[r + L / 2], y[2 * r], all);
+        interleave<L, true>(x[r], x[r + L / 2], y[2 * r + 1], all);
       }
-      for (int64_t r = 0; r < lanes; ++r) std::memcpy(to + (k + r) * columns + half * lanes, &x[r], BYTES);
+      for (int r = 0; r < L; ++r) x[r] = y[r];
     }
+    for (int r = 0; r < L; ++r) std::memcpy(to + (k + r) * ld, &x[r], BYTES);
+  }
 #else
-  for (int64_t r = 0; r < columns; ++r)
-    for (int64_t k = 0; k < inner; ++k) to[k * columns + r] = from[r * ld + k];
+  for (int r = 0; r < lanes; ++r)
+    for (int64_t k = 0; k < inner; ++k) to[k * ld + r] = rows[r][k];
 #endif
 }
 

@@ -46,17 +46,16 @@ void edge_scores(Tensor delta, Tensor grad, Tensor reach, Tensor out, std::optio
 // What a tile of expanded rows may fill: it is written once and read a few times, so it should stay in cache.
 constexpr int64_t kTileBytes = 24 << 20;
 
-// Tokens and features of a tile of about `elements` per row: nearly square, since expanding reads both sides.
+// Tokens and features of a tile of about `elements` per row: nearly square, since expanding reads both sides. All tiles
+// read the weights, of few tokens or many, so they are of equal size.
 std::pair<int64_t, int64_t> tile_shape(int64_t elements, int64_t N, int64_t D) {
-  const auto features = [&](int64_t wanted) {
-    const int64_t parts = std::max<int64_t>(1, D / std::max<int64_t>(wanted, 64));
-    return std::min(D, divide_up(divide_up(D, parts), 32) * 32);
-  };
+  constexpr int64_t kFewest = 64, kMost = 384;  // features: short rows are read slowly, long ones crowd the cache
+  const auto part = [](int64_t size, int64_t most) { return divide_up(size, divide_up(size, most)); };
   int64_t side = 1;
   while (side * side < elements) ++side;
-  int64_t width = features(side);
-  if (N * width < elements) width = features(elements / std::max<int64_t>(N, 1));
-  return {std::clamp<int64_t>(elements / std::max<int64_t>(width, 1), 1, std::max<int64_t>(N, 1)), width};
+  const int64_t wanted = std::clamp(elements / part(N, side), kFewest, kMost) / 32 * 32;
+  const int64_t width = std::min(D, divide_up(part(D, wanted), 32) * 32);
+  return {part(N, std::max<int64_t>(1, elements / width)), width};
 }
 
 Nodes nodes(const char* op, const Tensor& values, const Tensor& weight, const Tensor& coefficients,
@@ -115,7 +114,7 @@ void head_space_scores(std::vector<Tensor> values, std::vector<Tensor> weights, 
     for (int64_t n = 0; n < N; n += tokens) {
       const Expand expand{groups.data(), int64_t(count), dtype, n, std::min(tokens, N - n), d, std::min(width, D - d),
                           data, row};
-      run_tasks(rows, [&](int64_t node) { expand.run(node); });
+      run_tasks(expand.tasks(), [&](int64_t task) { expand.run(task); });
       const int64_t inner = expand.tokens * expand.features;
       EdgeScores kernel{{data, {S, 1, inner}, {row, inner, 1}}, {data + S * row * element, {R, 1, inner}, {row, inner, 1}},
                         wide ? Dtype::f64 : Dtype::f32, reach_values.data(), nullptr, out.mutable_data_ptr(),

@@ -1,6 +1,7 @@
 // Residual-space rows of nodes that are kept in head space, one tile of tokens x features at a time:
 // row(i)[n, d] = sum_k values[i, n, k] * weight[i / per_weight, k, d] - sum_m coefficients[i, m, n] * normalised[m, n, d].
 #include <algorithm>
+#include <vector>
 
 #include "dispatch.h"
 #include "product.h"
@@ -8,18 +9,41 @@
 namespace eap {
 namespace {
 
+constexpr int64_t kNodes = 8;  // of a task, one after another, so that each brings the next one's weight into the cache
+
 template <class T, int BYTES> struct Body {
   using A = acc_t<T>;
   static constexpr int64_t width = tile_columns<A, BYTES>;
 
-  EAP_INLINE static void run(const Expand& p, int64_t node) {
-    const Nodes& g = *std::find_if(p.groups, p.groups + p.n_groups,
-                                   [&](const Nodes& x) { return node < x.first + x.values.size[0]; });
-    const int64_t i = node - g.first;
-    A* const to = static_cast<A*>(p.out) + node * p.out_stride;
-    if (g.weight.data) project(p, g, i, to);
-    else rows(p, g, i, to);
-    for (int64_t m = 0; m < g.normalised.size[0]; ++m) subtract(p, g, i, m, to);
+  EAP_INLINE static void run(const Expand& p, int64_t task) {
+    const int64_t end = std::min((task + 1) * kNodes, p.rows());
+    std::vector<const char*> ahead;
+    for (int64_t node = task * kNodes; node < end; ++node) {
+      const Nodes& g = group(p, node);
+      const int64_t i = node - g.first;
+      A* const to = static_cast<A*>(p.out) + node * p.out_stride;
+      ahead.clear();
+      if (node + 1 < end) look_ahead(p, g, node + 1, ahead);
+      if (g.weight.data) project(p, g, i, to, ahead);
+      else rows(p, g, i, to);
+      for (int64_t m = 0; m < g.normalised.size[0]; ++m) subtract(p, g, i, m, to);
+    }
+  }
+
+  EAP_INLINE static const Nodes& group(const Expand& p, int64_t node) {
+    return *std::find_if(p.groups, p.groups + p.n_groups,
+                         [&](const Nodes& x) { return node < x.first + x.values.size[0]; });
+  }
+
+  // The weight of the next node, in pieces as long as a row of this node's values.
+  EAP_INLINE static void look_ahead(const Expand& p, const Nodes& now, int64_t node, std::vector<const char*>& ahead) {
+    const Nodes& g = group(p, node);
+    const int64_t i = (node - g.first) / g.per_weight, piece = now.values.size[2];
+    const bool shared = &g == &now && i == (node - 1 - g.first) / g.per_weight;
+    if (!now.weight.data || !g.weight.data || g.weight.stride[2] != 1 || shared) return;
+    for (int64_t k = 0; k < g.weight.size[1]; ++k)
+      for (int64_t d = 0; d < p.features; d += piece)
+        ahead.push_back(reinterpret_cast<const char*>(at(g.weight, i, k, p.feature + d)));
   }
 
   EAP_INLINE static const T* at(const View& x, int64_t i, int64_t j, int64_t k) {
@@ -27,40 +51,59 @@ template <class T, int BYTES> struct Body {
   }
 
   EAP_INLINE static void rows(const Expand& p, const Nodes& g, int64_t i, A* to) {
-    for (int64_t n = 0; n < p.tokens; ++n) {
-      const T* from = at(g.values, i, p.token + n, p.feature);
-      for (int64_t d = 0; d < p.features; ++d) to[n * p.features + d] = load(from[d * g.values.stride[2]]);
-    }
+    for (int64_t n = 0; n < p.tokens; ++n)
+      widen(at(g.values, i, p.token + n, p.feature), g.values.stride[2], p.features, to + n * p.features);
   }
 
-  EAP_INLINE static void project(const Expand& p, const Nodes& g, int64_t i, A* to) {
-    const int64_t inner = g.values.size[2], rows = tile_rows(BYTES);
-    A* const a = scratch<A>((p.tokens + width) * inner + rows * width);
-    A *const packed = a + p.tokens * inner, *const edge = packed + width * inner;
-    for (int64_t n = 0; n < p.tokens; ++n) {
-      const T* from = at(g.values, i, p.token + n, 0);
-      for (int64_t k = 0; k < inner; ++k) a[n * inner + k] = load(from[k * g.values.stride[2]]);
-    }
+  EAP_INLINE static void project(const Expand& p, const Nodes& g, int64_t i, A* to,
+                                 const std::vector<const char*>& ahead) {
+    const int64_t inner = g.values.size[2], count = ahead.size();
+    const int64_t tiles = divide_up(p.features, width) * divide_up(p.tokens, tile_rows(BYTES));
+    int64_t fetched = 0;
+    A* const a = scratch<A>(p.tokens * inner + divide_up(p.features, width) * width * inner + tile_rows(BYTES) * width);
+    A* const b = a + p.tokens * inner;  // [panels, inner, width]
+    A* const edge = b + divide_up(p.features, width) * width * inner;
+    for (int64_t n = 0; n < p.tokens; ++n) widen(at(g.values, i, p.token + n, 0), g.values.stride[2], inner, a + n * inner);
+    pack(p, g.weight, i / g.per_weight, b);
     std::fill_n(to, p.tokens * p.features, A(0));
     for (int64_t d = 0; d < p.features; d += width) {
       const int64_t columns = std::min(width, p.features - d);
-      const T* const weight = at(g.weight, i / g.per_weight, 0, p.feature + d);
-      const A* b = packed;
-      int64_t ldb = width;
-      if constexpr (std::is_same_v<T, A>)
-        if (columns == width && g.weight.stride[2] == 1) b = weight, ldb = g.weight.stride[1];
-      if (b == packed)
-        for (int64_t k = 0; k < inner; ++k)
-          for (int64_t j = 0; j < width; ++j)
-            packed[k * width + j] = j < columns ? A(load(weight[k * g.weight.stride[1] + j * g.weight.stride[2]])) : A(0);
       for_tiles<BYTES>(p.tokens, [&](int64_t row, int64_t M) EAP_INLINE_LAMBDA {
         const auto kernel = tile_kernel<A, BYTES>(M, kVectors);
-        if (columns == width) return kernel(a + row * inner, inner, b, ldb, inner, to + row * p.features + d, p.features, {});
+        A* const c = to + row * p.features + d;
+        const Ahead next{ahead.data() + fetched, std::min(divide_up(count, tiles), count - fetched), sizeof(T)};
+        fetched += next.count;
+        if (columns == width) return kernel(a + row * inner, inner, b + d * inner, width, inner, c, p.features, next);
         std::fill_n(edge, M * width, A(0));
-        kernel(a + row * inner, inner, b, ldb, inner, edge, width, {});
-        for (int64_t r = 0; r < M; ++r) std::copy_n(edge + r * width, columns, to + (row + r) * p.features + d);
+        kernel(a + row * inner, inner, b + d * inner, width, inner, edge, width, next);
+        for (int64_t r = 0; r < M; ++r) std::copy_n(edge + r * width, columns, c + r * p.features);
       });
     }
+  }
+
+  // Whole rows of a weight at a time, some ahead of their use: a panel's columns alone are too short for the processor to
+  // see them coming.
+  EAP_INLINE static void pack(const Expand& p, const View& weight, int64_t i, A* b) {
+    constexpr int64_t kAhead = 8;
+    const int64_t inner = weight.size[1], step = weight.stride[2];
+    for (int64_t k = 0; k < inner; ++k) {
+      const T* const row = at(weight, i, k, p.feature);
+      if (step == 1 && k + kAhead < inner)
+        for (int64_t d = 0; d < p.features; d += 64 / sizeof(T)) __builtin_prefetch(row + kAhead * weight.stride[1] + d);
+      for (int64_t d = 0; d < p.features; d += width) {
+        const int64_t columns = std::min(width, p.features - d);
+        A* const panel = b + d * inner + k * width;
+        widen(row + d * step, step, columns, panel);
+        std::fill(panel + columns, panel + width, A(0));
+      }
+    }
+  }
+
+  EAP_INLINE static void widen(const T* from, int64_t step, int64_t count, A* to) {
+    if (step == 1)
+      for (int64_t i = 0; i < count; ++i) to[i] = load(from[i]);
+    else
+      for (int64_t i = 0; i < count; ++i) to[i] = load(from[i * step]);
   }
 
   EAP_INLINE static void subtract(const Expand& p, const Nodes& g, int64_t i, int64_t m, A* to) {
@@ -78,6 +121,10 @@ template <class T, int BYTES> struct Body {
 
 }  // namespace
 
-void Expand::run(int64_t node) const { dispatch<Body>(dtype, *this, node); }
+int64_t Expand::rows() const { return groups[n_groups - 1].first + groups[n_groups - 1].values.size[0]; }
+
+int64_t Expand::tasks() const { return divide_up(rows(), kNodes); }
+
+void Expand::run(int64_t task) const { dispatch<Body>(dtype, *this, task); }
 
 }  // namespace eap

@@ -65,7 +65,9 @@ struct Expand {
   void* out;
   int64_t out_stride;  // elements from one node to the next
 
-  void run(int64_t node) const;
+  int64_t rows() const;
+  int64_t tasks() const;
+  void run(int64_t task) const;  // some consecutive nodes
 };
 
 // out[v, n, d] = base[v, n, d] + sum_i weight[i] * delta[sender[i], n, d]   for i in [first[v], first[v + 1])

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kRows = 384;     // of a tile, at most: panels and sums of a task share the second-level cache
 constexpr int64_t kColumns = 480;  // of a tile, at most
-constexpr int64_t kInner = 256;    // elements of the inner dimension packed at once: a panel stays in the first-level cache
+constexpr int64_t kInner = 256;    // elements of the inner dimension packed at once: a panel fits the first-level cache
 constexpr int64_t kLd = kInner + 16;  // rows are padded: a power of two apart they would share cache sets
 constexpr int64_t kFlush = 32;     // blocks after which sums are added to those in double
 constexpr int64_t kTasks = 48;     // wanted, so that threads end together
@@ -75,7 +75,8 @@ template <class T, class E> struct Packed {
   EAP_INLINE void copy_rows(const Rows& rows, const Block& block, E* to) const {
     for (int64_t r = 0; r < rows.count; ++r, to += kLd) {
       const T* from = rows.at<T>(r, block);
-      for (int64_t i = 0; i < pieces; ++i, from += rows.x.stride[1]) copy(to + i * piece, from, rows.x.stride[2], length);
+      for (int64_t i = 0; i < pieces; ++i, from += rows.x.stride[1])
+        copy(to + i * piece, from, rows.x.stride[2], length);
       std::fill(to + pieces * piece, to + width, E{});
     }
   }
@@ -141,18 +142,21 @@ template <class T, class E, int BYTES> class Tiles {
     return deep ? A(total[at] + double(sums[at])) : sums[at];
   }
 
-  // Calls strip(first vector, vectors, row, rows) for the rows of a panel at column c that meet edges in the same vectors:
-  // deep rows only in the last ones; where receivers are rows, early ones only in the first.
+  // Calls strip(first vector, vectors, row, rows) for the rows of a panel at column c that meet edges in the same
+  // vectors: deep rows only in the last ones; where receivers are rows, early ones only in the first.
   template <class Strip> EAP_INLINE void for_strips(int64_t c, const Strip& strip) const {
-    int64_t row = 0;
+    int64_t row = p.swapped ? blind(c) : 0;
     for (int64_t w = 0; w < kVectors; ++w) {
-      const int64_t end = p.swapped ? (w + 1 < kVectors ? blind(c + (w + 1) * lanes) : t.rows)
-                                    : std::clamp<int64_t>(p.reach[p.order[t.column + std::min(c + (w + 1) * lanes, t.columns) - 1]] - t.row, 0, t.rows);
-      if (p.swapped && w == 0) row = blind(c);
+      int64_t end = t.rows;
+      if (!p.swapped) end = std::clamp<int64_t>(deepest(std::min(c + (w + 1) * lanes, t.columns)) - t.row, 0, t.rows);
+      else if (w + 1 < kVectors) end = blind(c + (w + 1) * lanes);
       if (end > row) strip(p.swapped ? 0 : w, p.swapped ? w + 1 : kVectors - w, row, end - row);
       row = std::max(row, end);
     }
   }
+
+  // How many senders the tile's receivers before column `end` see, at most.
+  int64_t deepest(int64_t end) const { return p.reach[p.order[t.column + end - 1]]; }
 
   // How many of the tile's receivers do not see the sender at column c.
   EAP_INLINE int64_t blind(int64_t c) const {
@@ -234,7 +238,7 @@ template <class T, class E, int BYTES> class Tiles {
         for_tiles<BYTES>(height, [&](int64_t r, int64_t M) EAP_INLINE_LAMBDA {
           const int64_t more = std::min(each, int64_t(ahead.size()) - fetched);
           tile_kernel<E, BYTES>(M, vectors)(a + (row + r) * kLd, kLd, b + first * lanes, width, inner,
-                                            sums + c * t.rows + (row + r) * width + first * lanes, width,
+                                            sums + c * t.rows + (row + r) * width + first * lanes, width, true,
                                             {ahead.data() + fetched, more, sizeof(T) * Packed<T, E>::per_element});
           fetched += more;
         });

@@ -26,7 +26,9 @@ template <class T, int BYTES> struct Body {
       if (node + 1 < end) look_ahead(p, g, node + 1, ahead);
       if (g.weight.data) project(p, g, i, to, ahead);
       else rows(p, g, i, to);
-      for (int64_t m = 0; m < g.normalised.size[0]; ++m) subtract(p, g, i, m, to);
+      int64_t m = 0;
+      for (; m + 4 <= g.normalised.size[0]; m += 4) subtract<4>(p, g, i, m, to);
+      for (; m < g.normalised.size[0]; ++m) subtract<1>(p, g, i, m, to);
     }
   }
 
@@ -60,12 +62,13 @@ template <class T, int BYTES> struct Body {
     const int64_t inner = g.values.size[2], count = ahead.size();
     const int64_t tiles = divide_up(p.features, width) * divide_up(p.tokens, tile_rows(BYTES));
     int64_t fetched = 0;
-    A* const a = scratch<A>(p.tokens * inner + divide_up(p.features, width) * width * inner + tile_rows(BYTES) * width);
+    const int64_t padded = divide_up(p.features, width) * width;
+    A* const a = scratch<A>((p.tokens + padded) * inner + tile_rows(BYTES) * width);
     A* const b = a + p.tokens * inner;  // [panels, inner, width]
-    A* const edge = b + divide_up(p.features, width) * width * inner;
-    for (int64_t n = 0; n < p.tokens; ++n) widen(at(g.values, i, p.token + n, 0), g.values.stride[2], inner, a + n * inner);
+    A* const edge = b + padded * inner;
+    for (int64_t n = 0; n < p.tokens; ++n)
+      widen(at(g.values, i, p.token + n, 0), g.values.stride[2], inner, a + n * inner);
     pack(p, g.weight, i / g.per_weight, b);
-    std::fill_n(to, p.tokens * p.features, A(0));
     for (int64_t d = 0; d < p.features; d += width) {
       const int64_t columns = std::min(width, p.features - d);
       for_tiles<BYTES>(p.tokens, [&](int64_t row, int64_t M) EAP_INLINE_LAMBDA {
@@ -73,23 +76,25 @@ template <class T, int BYTES> struct Body {
         A* const c = to + row * p.features + d;
         const Ahead next{ahead.data() + fetched, std::min(divide_up(count, tiles), count - fetched), sizeof(T)};
         fetched += next.count;
-        if (columns == width) return kernel(a + row * inner, inner, b + d * inner, width, inner, c, p.features, next);
-        std::fill_n(edge, M * width, A(0));
-        kernel(a + row * inner, inner, b + d * inner, width, inner, edge, width, next);
+        const bool whole = columns == width;
+        kernel(a + row * inner, inner, b + d * inner, width, inner, whole ? c : edge, whole ? p.features : width, false,
+               next);
+        if (whole) return;
         for (int64_t r = 0; r < M; ++r) std::copy_n(edge + r * width, columns, c + r * p.features);
       });
     }
   }
 
-  // Whole rows of a weight at a time, some ahead of their use: a panel's columns alone are too short for the processor to
-  // see them coming.
+  // Whole rows of a weight at a time, some ahead of their use: a panel's columns alone are too short for the processor
+  // to see them coming.
   EAP_INLINE static void pack(const Expand& p, const View& weight, int64_t i, A* b) {
     constexpr int64_t kAhead = 8;
     const int64_t inner = weight.size[1], step = weight.stride[2];
     for (int64_t k = 0; k < inner; ++k) {
       const T* const row = at(weight, i, k, p.feature);
       if (step == 1 && k + kAhead < inner)
-        for (int64_t d = 0; d < p.features; d += 64 / sizeof(T)) __builtin_prefetch(row + kAhead * weight.stride[1] + d);
+        for (int64_t d = 0; d < p.features; d += 64 / sizeof(T))
+          __builtin_prefetch(row + kAhead * weight.stride[1] + d);
       for (int64_t d = 0; d < p.features; d += width) {
         const int64_t columns = std::min(width, p.features - d);
         A* const panel = b + d * inner + k * width;
@@ -106,16 +111,30 @@ template <class T, int BYTES> struct Body {
       for (int64_t i = 0; i < count; ++i) to[i] = load(from[i * step]);
   }
 
-  EAP_INLINE static void subtract(const Expand& p, const Nodes& g, int64_t i, int64_t m, A* to) {
+  // M points at once: one load and one store of the row for all of them.
+  template <int M> EAP_INLINE static void subtract(const Expand& p, const Nodes& g, int64_t i, int64_t m, A* to) {
     for (int64_t n = 0; n < p.tokens; ++n) {
-      const A c = load(*at(g.coefficients, i, m, p.token + n));
-      const T* const x = at(g.normalised, m, p.token + n, p.feature);
-      A* __restrict row = to + n * p.features;
-      if (g.normalised.stride[2] == 1)
-        for (int64_t d = 0; d < p.features; ++d) row[d] -= c * load(x[d]);
-      else
-        for (int64_t d = 0; d < p.features; ++d) row[d] -= c * load(x[d * g.normalised.stride[2]]);
+      A c[M];
+      const T* x[M];
+      for (int j = 0; j < M; ++j) {
+        c[j] = load(*at(g.coefficients, i, m + j, p.token + n));
+        x[j] = at(g.normalised, m + j, p.token + n, p.feature);
+      }
+      subtract<M>(to + n * p.features, c, x, g.normalised.stride[2], p.features);
     }
+  }
+
+  template <int M>
+  EAP_INLINE static void subtract(A* __restrict row, const A* c, const T* const* x, int64_t step, int64_t count) {
+    const auto sum = [&](int64_t at) EAP_INLINE_LAMBDA {
+      A total = 0;
+      for (int j = 0; j < M; ++j) total += c[j] * load(x[j][at]);
+      return total;
+    };
+    if (step == 1)
+      for (int64_t d = 0; d < count; ++d) row[d] -= sum(d);
+    else
+      for (int64_t d = 0; d < count; ++d) row[d] -= sum(d * step);
   }
 };
 

@@ -43,7 +43,8 @@ struct EdgeScores {
   std::vector<int64_t> order;       // receivers, those that see least first
   std::vector<Tile> tiles;          // only those with work in them
   int64_t chunks;
-  std::unique_ptr<void, decltype(&std::free)> partial{nullptr, std::free};  // [tiles, chunks, rows, columns] of out's type
+  // [tiles, chunks, rows, columns] of out's type, with more than one chunk.
+  std::unique_ptr<void, decltype(&std::free)> partial{nullptr, std::free};
 };
 
 // Consecutive nodes in head space, as the rows first, first + 1, ... of what they expand to.
@@ -82,6 +83,7 @@ struct MaskedRead {
   void* out;              // [R, N, D] contiguous
   int64_t chunk;          // elements of a token row handled at once
   int64_t receivers_per_task;
+  bool past_caches;       // whether the result is written past the caches
 
   int64_t tasks() const;
   void plan(int64_t threads);

@@ -1,6 +1,8 @@
 // Masked read: each receiver sums the senders it keeps, so cost follows the kept edges, not the size of the graph.
 // Token rows are cut into chunks small enough that the chunk of every used sender stays in cache for all receivers.
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
 
 #include "dispatch.h"
 
@@ -9,6 +11,7 @@ namespace {
 
 constexpr int64_t kChunk = 2048;            // elements, at most
 constexpr int64_t kCacheBytes = 1 << 20;    // that the chunks of all used senders may fill
+constexpr int64_t kLargeBytes = 4 << 20;    // of a result that its reader will not find in a core's own cache
 
 template <class T, class A>
 EAP_INLINE void axpy(A* __restrict acc, const T* x, int64_t step, A weight, int64_t count) {
@@ -27,6 +30,21 @@ EAP_INLINE void axpy4(A* __restrict acc, const T* const* x, const A* weight, int
     acc[i] += w0 * load(x0[i]) + w1 * load(x1[i]) + w2 * load(x2[i]) + w3 * load(x3[i]);
 }
 
+// Past the caches: what is written is not read first, and senders stay in the cache.
+template <int BYTES, class A> EAP_INLINE void stream(A* to, const A* from, int64_t count) {
+  typedef A V __attribute__((vector_size(BYTES)));
+  constexpr int64_t lanes = BYTES / int64_t(sizeof(A));
+  int64_t i = 0;
+#ifdef EAP_X86_LEVELS
+  for (; BYTES > 16 && i + lanes <= count; i += lanes) {
+    V v;
+    std::memcpy(&v, from + i, BYTES);
+    asm("vmovntps %1, %0" : "=m"(*reinterpret_cast<V*>(to + i)) : "v"(v));
+  }
+#endif
+  std::copy_n(from + i, count - i, to + i);
+}
+
 template <class T, int BYTES> struct Body {
   using A = acc_t<T>;
 
@@ -36,6 +54,9 @@ template <class T, int BYTES> struct Body {
     const int64_t v0 = task % groups * p.receivers_per_task, v1 = std::min(R, v0 + p.receivers_per_task);
     const int64_t d = task / groups % chunks * p.chunk, n = task / groups / chunks;
     for (int64_t v = v0; v < v1; ++v) receiver(p, v, n, d, std::min(p.chunk, D - d));
+#ifdef EAP_X86_LEVELS
+    asm volatile("sfence" ::: "memory");
+#endif
   }
 
   EAP_INLINE static void receiver(const MaskedRead& p, int64_t v, int64_t n, int64_t d, int64_t count) {
@@ -58,6 +79,8 @@ template <class T, int BYTES> struct Body {
     }
     for (; e < end; ++e) axpy(acc, delta + p.sender[e] * p.delta.stride[0], step, A(p.weight[e]), count);
     T* const out = static_cast<T*>(p.out) + (v * N + n) * D + d;
+    if constexpr (std::is_same_v<T, A>)
+      if (p.past_caches && reinterpret_cast<uintptr_t>(out) % BYTES == 0) return stream<BYTES>(out, acc, count);
     for (int64_t i = 0; i < count; ++i) store(out[i], acc[i]);
   }
 };
@@ -70,6 +93,7 @@ void MaskedRead::plan(int64_t threads) {
     // Tokens follow each other without gaps: one long row, so that small D does not mean short loops.
     for (View* x : {&delta, &base}) x->size[2] *= x->size[1], x->stride[1] *= x->size[1], x->size[1] = 1;
   }
+  past_caches = base.size[0] * delta.size[1] * delta.size[2] * element >= kLargeBytes;
   const int64_t row = delta.size[2], tokens = delta.size[1], R = base.size[0];
   chunk = std::clamp(kCacheBytes / element / std::max<int64_t>(senders_used, 1), int64_t(256), kChunk) / 64 * 64;
   const int64_t blocks = std::max<int64_t>(1, tokens * divide_up(row, chunk));

@@ -17,7 +17,7 @@ template <class V> EAP_INLINE void multiply_add(V& acc, bf16x2 a, const V& b) {
 
 template <class E, int BYTES, int M, int W>
 EAP_INLINE void multiply(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t inner, acc_t<E>* c, int64_t ldc,
-                         const Ahead& ahead) {
+                         bool add, const Ahead& ahead) {
   using V = vector_t<acc_t<E>, BYTES>;
   constexpr int64_t lanes = BYTES / int64_t(sizeof(E)), run = 16;
   V sums[M][W] = {};
@@ -36,18 +36,18 @@ EAP_INLINE void multiply(const E* a, int64_t lda, const E* b, int64_t ldb, int64
   for (; k < inner; ++k) step(k);
   for (int m = 0; m < M; ++m)
     for (int w = 0; w < W; ++w) {
-      V total;
-      std::memcpy(&total, c + m * ldc + w * lanes, BYTES);
-      total += sums[m][w];
-      std::memcpy(c + m * ldc + w * lanes, &total, BYTES);
+      V before = {};
+      if (add) std::memcpy(&before, c + m * ldc + w * lanes, BYTES);
+      sums[m][w] += before;
+      std::memcpy(c + m * ldc + w * lanes, &sums[m][w], BYTES);
     }
 }
 
-#define EAP_TILE(NAME, BYTES, TARGET)                                                                          \
-  template <class E, int M, int W>                                                                             \
-  TARGET void NAME(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t inner, acc_t<E>* c, int64_t ldc,  \
-                   const Ahead& ahead) {                                                                       \
-    multiply<E, BYTES, M, W>(a, lda, b, ldb, inner, c, ldc, ahead);                                            \
+#define EAP_TILE(NAME, BYTES, TARGET)                                                                         \
+  template <class E, int M, int W>                                                                            \
+  TARGET void NAME(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t inner, acc_t<E>* c, int64_t ldc, \
+                   bool add, const Ahead& ahead) {                                                            \
+    multiply<E, BYTES, M, W>(a, lda, b, ldb, inner, c, ldc, add, ahead);                                      \
   }
 EAP_TILE(tile_base, 16, )
 #ifdef EAP_X86_LEVELS

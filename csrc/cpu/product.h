@@ -16,22 +16,22 @@ template <class A, int BYTES> using vector_t = typename Vector<A, BYTES>::type;
 struct bf16x2 { uint32_t bits; };
 template <> struct Accumulate<bf16x2> { using type = float; };
 
-// Rows of a register tile, at most: accumulators, two vectors of b and a broadcast fit into 32 (AVX-512) or 16 registers.
+// Rows of a register tile, at most: accumulators, vectors of b and a broadcast fit into 32 (AVX-512) or 16 registers.
 constexpr int tile_rows(int bytes) { return bytes == 64 ? 12 : 6; }
 // Vectors of columns of a register tile, at most.
 constexpr int kVectors = 2;
 template <class E, int BYTES> constexpr int64_t tile_columns = kVectors * BYTES / int64_t(sizeof(E));
 
-// What to bring into the cache while a tile is multiplied: `count` rows of elements of so many bytes, at the tile's pace.
+// What to bring into the cache while a tile is multiplied: `count` rows as long as its own, of elements of some bytes.
 struct Ahead {
   const char* const* rows = nullptr;
   int64_t count = 0, element = 0;
 };
 
-// c[m, n] += sum_k a[m, k] * b[k, n] over one tile; rows of a, b and c are lda, ldb and ldc apart.
+// c[m, n] = sum_k a[m, k] * b[k, n] over one tile, or += with `add`; rows of a, b and c are lda, ldb and ldc apart.
 template <class E>
 using TileKernel = void (*)(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t inner, acc_t<E>* c, int64_t ldc,
-                            const Ahead& ahead);
+                            bool add, const Ahead& ahead);
 
 // The kernel of so many rows and vectors of columns, in product.cpp.
 template <class E, int BYTES> TileKernel<E> tile_kernel(int64_t rows, int64_t vectors);
@@ -54,7 +54,8 @@ template <int BYTES, class Tile> EAP_INLINE void for_tiles(int64_t rows, const T
 #ifdef EAP_SHUFFLES
 // A vector of 16-byte lanes: those of rows[0], rows[step], rows[2 * step], ... at element k. By hand, since compilers
 // join lanes through memory.
-template <class E, int BYTES> EAP_INLINE void load_lanes(const E* const* rows, int64_t step, int64_t k, vector_t<acc_t<E>, BYTES>& to) {
+template <class E, int BYTES>
+EAP_INLINE void load_lanes(const E* const* rows, int64_t step, int64_t k, vector_t<acc_t<E>, BYTES>& to) {
 #ifdef EAP_X86_LEVELS
   struct Lane { char bytes[16]; };
   const auto lane = [&](int64_t i) -> const Lane& { return *reinterpret_cast<const Lane*>(rows[i * step] + k); };

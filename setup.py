@@ -24,7 +24,10 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "eap_kernels/__init__.py").
 REQUIRED = os.environ.get("EAP_REQUIRE_EXT") == "1"
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
 
-OPERATORS = ["csrc/register.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("edge_scores", "expand", "masked_read", "product"))]
+OPERATORS = [
+    "csrc/register.cpp",
+    *(f"csrc/cpu/{name}.cpp" for name in ("edge_scores", "expand", "masked_read", "product")),
+]
 CUDA_OPERATORS = [
     "csrc/register_cuda.cpp",
     "csrc/cuda/edge_scores.cu",

@@ -148,7 +148,7 @@ def attribute(
     prompts = session.Prompts(task, data, n, seed, align, ablation_data)
     prompts.check(metric, gradient=method != "exact", ablation=ablation)
 
-    loaded, tokenizer = session.load_model(model, dtype, device, weights=not no_weights)
+    loaded, tokenizer = session.load_model(model, dtype, device, not no_weights)
     pairs = prompts.load(tokenizer)
     if dry_run:
         kind = cast(Any, heads)

@@ -19,20 +19,22 @@ def borrowed(model: nn.Module) -> Iterator[None]:
     Gradients can be computed inside whatever grad or inference mode the caller is in.
     """
     modes = [(module, module.training) for module in model.modules()]
-    frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # By their names: accelerate puts others in the place of those that it offloads.
+    named = [(part, name, x) for part in model.modules() for name, x in part._parameters.items()]
+    frozen: list[tuple[Any, str, bool]] = [(part, name, x.requires_grad) for part, name, x in named if x is not None]
     try:
         for module, _ in modes:
             # In eval mode its layers round what they are given, or on a CPU pack their weights and give no gradients.
             module.training = type(module).__module__.startswith("bitsandbytes.")
-        for parameter, _ in frozen:
-            parameter.requires_grad_(False)
+        for part, name, _ in frozen:
+            part._parameters[name].requires_grad_(False)
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for module, training in modes:
             module.training = training
-        for parameter, requires_grad in frozen:
-            parameter.requires_grad_(requires_grad)
+        for part, name, requires_grad in frozen:
+            part._parameters[name].requires_grad_(requires_grad)
 
 
 class Hooks:

@@ -138,8 +138,7 @@ template <class T, class E, int BYTES> class Tiles {
   int64_t size() const { return t.rows * divide_up(t.columns, width) * width; }
 
   A sum(int64_t i, int64_t j) const {
-    const int64_t at = (j / width * t.rows + i) * width + j % width;
-    return deep ? A(total[at] + double(sums[at])) : sums[at];
+    return sums[(j / width * t.rows + i) * width + j % width];
   }
 
   // Calls strip(first vector, vectors, row, rows) for the rows of a panel at column c that meet edges in the same
@@ -173,7 +172,7 @@ template <class T, class E, int BYTES> class Tiles {
     A* const kept = static_cast<A*>(p.partial.get()) + t.offset + chunk * t.rows * t.columns;
     for (int64_t c = 0; c < t.columns; c += width)
       for (int64_t i = 0; i < t.rows; ++i)
-        for (int64_t j = c; j < std::min(c + width, t.columns); ++j) kept[i * t.columns + j] = sum(i, j);
+        std::copy_n(sums + c * t.rows + i * width, std::min(width, t.columns - c), kept + i * t.columns + c);
   }
 
   EAP_INLINE void all_segments() {
@@ -184,7 +183,6 @@ template <class T, class E, int BYTES> class Tiles {
       add_blocks(blocks, n, 0, blocks.count());
       deliver(p.segments[n]);
       std::fill_n(sums, size(), A(0));
-      deep = false;
     }
   }
 
@@ -208,6 +206,9 @@ template <class T, class E, int BYTES> class Tiles {
       add_block(at(i));
       if ((i + 1 - begin) % kFlush == 0 && i + 1 < end) flush();
     }
+    if (!deep) return;
+    for (int64_t i = 0; i < size(); ++i) sums[i] = A(total[i] + double(sums[i]));
+    deep = false;
   }
 
   EAP_INLINE void flush() {

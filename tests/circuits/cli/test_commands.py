@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,18 @@ def test_evaluate(tmp_path: Path, saved: Path, pairs: Path, make_model: Any, mak
     shown = run("evaluate", "tiny", tmp_path / "c.json", "--data", pairs).stdout
     assert f"{wanted.faithfulness:.3f}" in shown
     assert f"{wanted.clean:.3f}" in shown
+
+
+def test_memory_bounds_evaluate_and_curve(
+    tmp_path: Path, saved: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eap.EdgeScores.load(saved).select(n_edges=200).save(tmp_path / "c.json")
+    asked = []
+    module = importlib.import_module("eap_circuits.evaluation.evaluate")
+    monkeypatch.setattr(module, "budget", lambda _, memory: asked.append(memory) or 10**9)
+    run("evaluate", "tiny", tmp_path / "c.json", "--data", pairs, "--memory", "7MB")
+    run("curve", "tiny", saved, "--data", pairs, "--fractions", "0.5", "--baselines", "none", "--memory", "8MB")
+    assert asked == ["7MB", "8MB"]
 
 
 def test_ablations(

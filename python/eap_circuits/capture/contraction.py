@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import accumulate, groupby
 
@@ -16,8 +16,8 @@ from ..adapters import Architecture
 
 def contract(
     arch: Architecture,
-    senders: list[Nodes],
-    receivers: list[Nodes],
+    senders: Iterable[Nodes],
+    receivers: Iterable[Nodes],
     reach: Tensor,
     rows: Tensor | slice = slice(None),
 ) -> Tensor:
@@ -66,8 +66,8 @@ def contract_neurons(senders: list[Nodes], receivers: list[Nodes], reach: Tensor
         return torch.cat([part.to(gradient.device) for part in scores[::-1]])
 
 
-def lowered(arch: Architecture, nodes: list[Nodes]) -> list[Nodes]:
-    """Nodes in the dtype in which senders meet receivers."""
+def lowered(arch: Architecture, nodes: Iterable[Nodes]) -> list[Nodes]:
+    """Nodes in the dtype in which senders meet receivers, one made after the other."""
     return [_to(group, arch.contracted) for group in nodes]
 
 

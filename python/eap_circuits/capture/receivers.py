@@ -13,7 +13,7 @@ are the same with W = I. Under backward rules (`rules.py`) r is a constant, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -147,9 +147,9 @@ class ReceiverGradients:
         for site in self._sites():
             site.gradient.zero_()
 
-    def nodes(self) -> list[Nodes]:
-        """Σ_k w_k ∂loss/∂x_v of what has been accumulated, in the graph's order."""
-        return [self._node(site) for site in sorted(self._sites(), key=lambda site: site.receivers.start)]
+    def nodes(self) -> Iterator[Nodes]:
+        """Σ_k w_k ∂loss/∂x_v of what has been accumulated, in the graph's order, each made when it is asked for."""
+        return map(self._node, sorted(self._sites(), key=lambda site: site.receivers.start))
 
     def _node(self, site: _Site) -> Nodes:
         norm, values, weight = site.reads.norm, site.gradient, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -96,9 +96,9 @@ class SenderDifferences:
     def _subtract(self, corrupted: Tensor, scale: float, x: Tensor) -> None:
         corrupted.sub_(self._rows(x[: self._batch.n_examples])[0], alpha=scale)
 
-    def nodes(self) -> list[Nodes]:
-        """The senders, in the graph's order."""
-        return [self.group(index) for index in range(1 + 2 * len(self.arch.layers))]
+    def nodes(self) -> Iterator[Nodes]:
+        """The senders, in the graph's order, each made when it is asked for: its weights may be a copy."""
+        return (self.group(index) for index in range(1 + 2 * len(self.arch.layers)))
 
     def group(self, index: int) -> Nodes:
         """One of `nodes`: the embedding, then each layer's heads and its MLP."""

@@ -6,7 +6,7 @@ score of that example or position, and all of them together cost what the whole 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -87,8 +87,8 @@ class BatchScores:
 
     def add(
         self,
-        senders: list[Nodes],
-        receivers: list[Nodes],
+        senders: Iterable[Nodes],
+        receivers: Iterable[Nodes],
         reach: Tensor | None = None,
         of: tuple[slice, Tensor | slice] = (slice(None), slice(None)),
         times: float = 1.0,
@@ -102,15 +102,16 @@ class BatchScores:
             times: a factor.
         """
         reach = self._graph.reach if reach is None else reach
+        if self._neurons:
+            senders, receivers = list(senders), list(receivers)
+            neurons = contract_neurons(senders, receivers, reach).double().cpu()
+            self.sums["neurons"][of[0]] += times * neurons
         delta, grad = lowered(self._arch, senders), lowered(self._arch, receivers)
         if not self._parts:
             self.sums["total"][of] += times * contract(self._arch, delta, grad, reach).double().cpu()
         for name, parts in self._parts.items():
             for scores, rows in zip(self.sums[name], parts, strict=True):
                 scores[of] += times * contract(self._arch, delta, grad, reach, rows)
-        if self._neurons:
-            found = contract_neurons(senders, receivers, reach).double().cpu()
-            self.sums["neurons"][of[0]] += times * found
 
 
 class Statistics:

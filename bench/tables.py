@@ -18,7 +18,11 @@ README_ROWS = (
         "speedup",
         "`attribute`, 400 shared and 20 own tokens a prompt: time over the floor's",
     ),
-    ("test_shape_over_floor[gpt2]", "speedup", "GPT-2-small's shape, random weights, no shared tokens: time over the floor's"),
+    (
+        "test_shape_over_floor[gpt2]",
+        "speedup",
+        "GPT-2-small's shape, random weights, no shared tokens: time over the floor's",
+    ),
     (
         "test_memory_over_floor[prefix-reuse]",
         "memory",

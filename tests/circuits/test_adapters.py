@@ -76,11 +76,11 @@ def test_no_model_at_all():
     assert "str" in refused("gpt2")
 
 
-def test_several_devices(make_model):
+def test_weights_that_are_not_there(make_model):
     model = make_model("llama")
     model.model.layers[1].to("meta")
     text = refused(model)
-    assert "one device" in text and "cpu, meta" in text
+    assert "all weights" in text and "meta" in text
 
 
 def test_site_of_another_kind_is_named(make_model):

@@ -49,7 +49,7 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
         if getattr(config, name, value) != value:
             raise expected(f"{type(model).__name__}.config.{name}", repr(value), repr(getattr(config, name)))
     if torch.device("meta") in devices_of(model):
-        raise expected("model", "weights", "none (on the device meta, where only eap.plan works)")
+        raise expected("model", "all weights", "some on the device meta, where only eap.plan works")
     return _Binder(model, config, family).architecture()
 
 

@@ -59,7 +59,7 @@ def test_a_model_that_fits_nowhere(make_pairs):
     # An MLP keeps what its two products and its activation function gave.
     assert plan.bytes > 3 * 4 * 2**24 * sum(examples for examples, _, _ in plan.batches)
     assert [id(parameter) for parameter in model.parameters()] == before
-    with pytest.raises(eap.InputError, match="model: expected weights, found none"):
+    with pytest.raises(eap.InputError, match="model: expected all weights, found some on the device meta"):
         eap.attribute(model, make_pairs())
 
 

@@ -33,7 +33,7 @@ def pairs(beginning: int, prefixes: int) -> eap.PairedDataset:
 
 @pytest.mark.parametrize("heads", ["kv", "query"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "bloom", "gpt-neox", "opt"])
-@pytest.mark.parametrize(("beginning", "prefixes"), [(0, 6), (9, 6), (9, 3), (9, 1)])
+@pytest.mark.parametrize(("beginning", "prefixes"), [(0, 6), (9, 6), (9, 3), (9, 1), (12, 3)])
 def test_nothing_changes(beginning, prefixes, kind, heads, make_model, relative, monkeypatch):
     monkeypatch.setattr(prefix, "_WORTH_A_PASS", 20)
     model, data = make_model(kind), pairs(beginning, prefixes)
@@ -57,3 +57,13 @@ def test_distinct_prefixes_run_with_the_corrupted_prompts(make_model):
     eap.attribute(model, data, steps=2, batch_size=6)
     hook.remove()
     assert shapes == [(6, int(data.lengths.max())), (12, 5)]
+
+
+@pytest.mark.parametrize(("beginning", "prefixes"), [(0, 6), (12, 6), (12, 3), (12, 1)])
+def test_no_pass_gives_logits_of_more_than_one_position(beginning, prefixes, make_model, monkeypatch):
+    monkeypatch.setattr(prefix, "_WORTH_A_PASS", 20)
+    model, shapes = make_model("llama"), []
+    hook = model.lm_head.register_forward_hook(lambda _, __, logits: shapes.append(logits.shape[1]))
+    eap.attribute(model, pairs(beginning, prefixes), steps=2, metric="kl_divergence")
+    hook.remove()
+    assert shapes and set(shapes) == {1}

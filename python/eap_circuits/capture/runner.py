@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -70,8 +71,7 @@ class Runner:
         if batch.prefix.shape[1]:
             if self._prefix is None:
                 once = [1] * len(self.spread)
-                with torch.no_grad(), Hooks(tokens=1) as hooks:
-                    self._score(torch.zeros_like(batch.prefix[:, 0]), hooks)
+                with torch.no_grad(), self._for_cache():
                     ran = run_prefixes(self._model, batch.prefix, once)
                 self._prefix = Prefix(batch, ran, batch.prefix_of, once)
             given = self._prefix.arguments(suffix, copies)
@@ -93,7 +93,8 @@ class Runner:
             if self._prefix is not None or not batch.prefix.shape[1] or len(embeddings) != len(batch.prefix):
                 return self.logits(embeddings, register, corrupted)
             prefixes = batch.prefix[batch.prefix_of]
-            cache, shared = beginning(self._model, prefixes, self.spread)
+            with self._for_cache():
+                cache, shared = beginning(self._model, prefixes, self.spread)
             whole = WholePrompts(batch, shared)
             joined = whole.join(self.embed(prefixes[:, shared:]), embeddings)
             scored = batch.start - shared + (batch.corrupted_scored if corrupted else batch.scored)
@@ -121,15 +122,23 @@ class Runner:
         if register is not None:
             register(registered)
         self._restore(hooks)
-        self._score(scored, hooks)
+        rows = torch.arange(len(scored), device=scored.device)
+        self._score(lambda x: x[rows.to(x.device), scored.to(x.device)][:, None], hooks)
         logits: Tensor = self._model(inputs_embeds=inputs, **given).logits.to(embeddings.device)
-        return logits.squeeze(1) if logits.shape[1] == 1 else logits[torch.arange(len(scored)), scored]
+        return logits.squeeze(1) if logits.shape[1] == 1 else logits[rows, scored]
 
-    def _score(self, positions: Tensor, hooks: Hooks) -> None:
-        """Logits [rows, 1, V] or [rows, 1, U] of one position of each row alone."""
-        head, rows = self._model.get_output_embeddings(), torch.arange(len(positions), device=positions.device)
+    @contextmanager
+    def _for_cache(self) -> Iterator[None]:
+        """For passes of which nothing but the cache is wanted, whatever their rows."""
+        with Hooks(tokens=1) as hooks:
+            self._score(lambda x: x[:, :1], hooks)
+            yield
+
+    def _score(self, cut: Callable[[Tensor], Tensor], hooks: Hooks) -> None:
+        """Logits [rows, 1, V] or [rows, 1, U] of one position of each row alone: `cut` takes it, [rows, 1, D]."""
+        head = self._model.get_output_embeddings()
         if head is not None:
-            hooks.on_input(head, lambda x: x[rows.to(x.device), positions.to(x.device)][:, None])
+            hooks.on_input(head, cut)
         # Nothing but a plain linear layer gives some tokens' logits alone.
         if self._tokens is not None and type(head) is nn.Linear and not is_offloaded(head):
             which = self._tokens.to(head.weight.device)

@@ -1,4 +1,4 @@
-"""The table of models: run the self-check on a tiny random model of every family, then write docs/models.md.
+"""The tables of models: run the self-check and the tests on a tiny random model of every family, write docs/models.md.
 
 python docs/models.py [--write-only]
 """
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -18,8 +19,8 @@ from eap_circuits.evaluation import check_model
 
 DOCS = Path(__file__).parent
 RESULTS, PAGE = DOCS / "results" / "models.json", DOCS / "models.md"
-# Column of the table: the checks that it sums up.
-COLUMNS = {
+# Column of the first table: the checks that it sums up.
+CHECKS = {
     "sums": ("contributions sum to the residual",),
     "heads": ("projections are the heads' queries, keys and values",),
     "runs": (
@@ -32,11 +33,40 @@ COLUMNS = {
     "groups": ("key/value head scores are their group's sums",),
     "untouched": ("model untouched",),
 }
+# Column of the second table: the tests that it sums up.
+TESTS = {
+    "layout": ("test_weights_in_canonical_layout", "test_norm_statistics_are_the_norms"),
+    "EAP, EAP-IG": (
+        "test_score_is_derivative_of_loss_by_edge",
+        "test_eap_is_the_path_of_one_point_and_clean_corrupted_of_two_ends",
+        "test_kv_scores_are_group_sums_of_query_scores",
+    ),
+    "activations": ("test_activation_paths_give_derivatives_at_points_of_the_senders_own_path",),
+    "conductance": (
+        "test_conductance_of_the_input_is_integrated_gradients",
+        "test_conductance_of_one_segment_is_clean_corrupted",
+    ),
+    "flow": ("test_what_flow_takes_for_contributions_adds_up", "test_flow_is_shares_of_the_clean_prompts_inputs"),
+    "exact": ("test_an_edge_alone_corrupted_is_the_circuit_without_it",),
+    "nodes": ("test_dimensions_sum_to_nodes_and_nodes_do_not_depend_on_the_head_graph",),
+    "rules": ("test_values_stay_as_they_are",),
+    "evaluation": (
+        "test_all_edges_are_the_model_and_none_the_corrupted_run",
+        "test_only_the_answers_logits_are_computed_for_what_looks_at_no_others",
+        "test_prompts_ablated_to_their_own_contributions_stay_what_they_are",
+        "test_circuits_are_those_of_the_published_package",
+    ),
+    "untouched": ("test_after_success", "test_after_backward_rules"),
+}
 TEXT = """# Models
 
-Written by `python docs/models.py` from [results/models.json](results/models.json): the self-check (`eap check`) on a tiny
-random model of each family, in float64, with transformers {transformers} and torch {torch}. Models of other architectures
-are served when their parts can be found and the self-check passes ([adapters.md](adapters.md)).
+Written by `python docs/models.py` from [results/models.json](results/models.json), for a tiny random model of each family,
+with transformers {transformers} and torch {torch}. Models of other architectures are served when their parts can be found and
+the self-check passes ([adapters.md](adapters.md)).
+
+## The self-check
+
+What `eap check` finds, in float64.
 
 | column | what was seen to hold |
 |---|---|
@@ -48,9 +78,26 @@ are served when their parts can be found and the self-check passes ([adapters.md
 | groups | a key/value head's scores are the sums over its query heads: 1e-8; – where every head has its own |
 | untouched | weights, hooks, modes, gradients and attributes are as before |
 
-{table}
-The tests also run every row through all methods and the evaluation: tests/circuits, the fixture `family`. Published results
-are matched for GPT-2, Llama, Qwen 2, GPT-NeoX and Gemma 2 (tests/parity).
+{checks}
+## The tests
+
+What the tests of tests/circuits that run on every family found.
+
+| column | what was seen to hold |
+|---|---|
+| layout | each head's queries, keys, values and output are what its own slice of the weights gives, and norms what their statistics and gains give |
+| EAP, EAP-IG | scores of edges are finite differences of the loss, with both head graphs; `eap` and `clean-corrupted` are the paths of their points; scores of a key/value head the sums of its query heads' |
+| activations | scores of `eap-ig-activations` are finite differences of the loss at points of the sender's own path |
+| conductance | scores of edges out of `input` are those of EAP-IG by the trapezoid rule, all scores of one segment those of `clean-corrupted` |
+| flow | the contributions of `information-flow-routes` add up to what is read; scores are shares, of the clean prompts alone |
+| exact | an edge's score is the metric's change in the circuit without it, with both head graphs |
+| nodes | a node's score is the sum over dimensions, and that over its edges, with both head graphs |
+| rules | backward rules (`relp`, `relp-ah`, `gim`) leave every logit as it is, bit for bit |
+| evaluation | the circuit of all edges is the model, that of none the corrupted run, for both head graphs; only the answers' logits are computed where no others count; ablation to a prompt's own contributions changes nothing; circuits are those the published package selects |
+| untouched | weights, hooks, modes, gradients and attributes are as before, and rules are gone |
+
+{tests}
+Published results are matched for GPT-2, Llama, Qwen 2, GPT-NeoX and Gemma 2 (tests/parity).
 """  # noqa: E501
 
 
@@ -94,9 +141,29 @@ def _has(module: torch.nn.Module, *names: str) -> bool:
     return any(hasattr(module, name) for name in names)
 
 
+class Outcomes:
+    """A plugin of pytest: of what it collects, runs the tests in TESTS, and keeps what each found for each family."""
+
+    def __init__(self) -> None:
+        self.cases: dict[str, tuple[str, str]] = {}
+        self.passed: dict[str, dict[str, bool]] = {}
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        wanted = {test for tests in TESTS.values() for test in tests}
+        items[:] = [item for item in items if item.originalname in wanted and "family" in item.fixturenames]
+        self.cases = {item.nodeid: (item.callspec.params["family"], item.originalname) for item in items}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        family, test = self.cases[report.nodeid]
+        found = self.passed.setdefault(family, {})
+        found[test] = found.get(test, True) and report.passed
+
+
 def run() -> None:
     from tests.circuits.conftest import CONFIGS, tiny_model
 
+    outcomes = Outcomes()
+    pytest.main(["-q", "-p", "no:cacheprovider", str(DOCS.parent / "tests" / "circuits")], plugins=[outcomes])
     rows = {}
     for name in CONFIGS:
         model = tiny_model(name)
@@ -104,21 +171,35 @@ def run() -> None:
             "class": type(model).__name__,
             "features": features(bind(model)),
             "checks": [[check.name, check.passed, check.detail] for check in check_model(model)],
+            "tests": outcomes.passed[name],
         }
     facts = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0], "models": rows}
     RESULTS.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
 
+def table(columns: dict[str, tuple[str, ...]], found: dict[str, dict[str, bool]], last: dict[str, str]) -> str:
+    """Rows of `found` by name, whose cells say whether all that a column sums up passed, – where there was nothing."""
+    heads = ["model", *columns, *(["what is particular"] if last else [])]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, passed in found.items():
+        cells = []
+        for summed in columns.values():
+            its = [passed[one] for one in summed if one in passed]
+            cells.append("–" if not its else "✓" if all(its) else "✗")
+        lines.append("| " + " | ".join([name, *cells, *([last[name]] if last else [])]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def page() -> str:
     facts = json.loads(RESULTS.read_text())
-    lines = ["| model | " + " | ".join(COLUMNS) + " | what is particular |", "|---|" + "---|" * (len(COLUMNS) + 1)]
-    for name, row in sorted(facts["models"].items()):
-        cells = []
-        for checks in COLUMNS.values():
-            found = [passed for check, passed, _ in row["checks"] if check in checks]
-            cells.append("–" if not found else "✓" if all(found) else "✗")
-        lines.append(f"| {row['class']} ({name}) | " + " | ".join(cells) + f" | {'; '.join(row['features'])} |")
-    return TEXT.format(transformers=facts["transformers"], torch=facts["torch"], table="\n".join(lines) + "\n")
+    rows = {f"{row['class']} ({name})": row for name, row in sorted(facts["models"].items())}
+    checks = {name: {check: passed for check, passed, _ in row["checks"]} for name, row in rows.items()}
+    return TEXT.format(
+        transformers=facts["transformers"],
+        torch=facts["torch"],
+        checks=table(CHECKS, checks, {name: "; ".join(row["features"]) for name, row in rows.items()}),
+        tests=table(TESTS, {name: row["tests"] for name, row in rows.items()}, {}),
+    )
 
 
 if __name__ == "__main__":

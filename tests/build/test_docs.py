@@ -52,7 +52,9 @@ def test_the_table_of_models_is_that_of_the_committed_checks_and_has_every_famil
     rows = json.loads(models.RESULTS.read_text())["models"]
     assert set(rows) == set(CONFIGS)
     assert all(passed for row in rows.values() for _, passed, _ in row["checks"])
-    columns = {check for checks in models.COLUMNS.values() for check in checks}
+    tests = {test for tests in models.TESTS.values() for test in tests}
+    assert all(set(row["tests"]) == tests and all(row["tests"].values()) for row in rows.values())
+    columns = {check for checks in models.CHECKS.values() for check in checks}
     assert columns | {"architecture"} == {name for row in rows.values() for name, *_ in row["checks"]}
 
 

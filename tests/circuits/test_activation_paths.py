@@ -26,11 +26,13 @@ def group_of(graph, sender):
     return [u for u, other in enumerate(graph.senders) if other.split(".")[0] == name]
 
 
-@pytest.mark.parametrize(("name", "quadrature"), [*((name, "right") for name in FAMILIES), ("gemma2", "midpoint")])
-def test_activation_paths_give_derivatives_at_points_of_the_senders_own_path(name, quadrature, make_model, make_pairs):
+@pytest.mark.parametrize(("family", "quadrature"), [*((name, "right") for name in FAMILIES), ("gemma2", "midpoint")])
+def test_activation_paths_give_derivatives_at_points_of_the_senders_own_path(
+    family, quadrature, make_model, make_pairs
+):
     """Where every edge out of u's group carries corrupted + α (clean − corrupted), which the circuit run does with a
     soft mask, the derivative by the mask of (u, v) is u's part of the score."""
-    model, data, steps, step = make_model(name), make_pairs(n=4), 2, 1e-5
+    model, data, steps, step = make_model(family), make_pairs(n=4), 2, 1e-5
     given = {"method": "eap-ig-activations", "steps": steps, "quadrature": quadrature}
     with StayDouble():
         scores = eap.attribute(model, data, heads="query", **given)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..adapters import as_given
+from .attention import shared_keys
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def borrowed(model: nn.Module) -> Iterator[None]:
             module.training = type(module).__module__.startswith("bitsandbytes.")
         for part, name, _ in frozen:
             part._parameters[name].requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), shared_keys():
             yield
     finally:
         for module, training in modes:

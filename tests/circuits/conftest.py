@@ -27,6 +27,8 @@ _GROUPED = {**_WIDE, "num_key_value_heads": 2}
 _WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _GPT2 = {**_RANDOM, "vocab_size": VOCABULARY, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 48}
 _FALCON = {**_NARROW, "num_hidden_layers": 2, "num_attention_heads": 6}
+_SMALL_IMAGES = {"intermediate_size": 8, "image_size": 14, "patch_size": 14}
+_ROTARY = {"rope_type": "default", "rope_theta": 100.0}
 _EXPERTS = {**_GROUPED, "num_experts_per_tok": 2}
 # name: (model type, configuration)
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -120,6 +122,79 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("stablelm", {**_GROUPED, "use_qkv_bias": True}),
     "stablelm-parallel": ("stablelm", {**_GROUPED, "use_parallel_residual": True, "qk_layernorm": True}),
     "starcoder2": ("starcoder2", {**_GROUPED, "sliding_window": 4}),
+    # Beyond those that were asked for.
+    "apertus": ("apertus", {**_GROUPED, "rope_parameters": _ROTARY}),
+    "arcee": ("arcee", {**_GROUPED, "head_dim": 6}),
+    "cwm": ("cwm", {**_GROUPED, **_WINDOWS, "bos_token_id": 1, "head_dim": 6, "rope_parameters": _ROTARY}),
+    "ernie4-5": ("ernie4_5", {**_GROUPED, "head_dim": 6, "use_bias": True}),
+    "ernie4-5-moe": (
+        "ernie4_5_moe",
+        {**_GROUPED, "moe_num_experts": 3, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1},
+    ),
+    "exaone4": ("exaone4", {**_GROUPED, **_WINDOWS}),
+    "flex-olmo": ("flex_olmo", {**_EXPERTS, "num_experts": 3}),
+    "gemma3-images": (
+        "gemma3",
+        {
+            "text_config": {**_GROUPED, **_WINDOWS, "head_dim": 6, "query_pre_attn_scalar": 6},
+            "vision_config": {**_SMALL_IMAGES, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
+            "mm_tokens_per_image": 1,
+        },
+    ),
+    "glm": ("glm", {**_GROUPED, "head_dim": 8, "attention_bias": True}),
+    "glm4": ("glm4", {**_GROUPED, "head_dim": 8, "attention_bias": True}),
+    "glm4-moe": (
+        "glm4_moe",
+        {
+            **_EXPERTS,
+            "n_routed_experts": 3,
+            "moe_intermediate_size": 16,
+            "head_dim": 8,
+            "use_qk_norm": True,
+            "attention_bias": True,
+        },
+    ),
+    "granitemoe": (
+        "granitemoe",
+        {
+            **_EXPERTS,
+            "num_local_experts": 3,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.0,
+            "attention_multiplier": 0.3,
+        },
+    ),
+    "helium": ("helium", {**_GROUPED, "head_dim": _GROUPED["hidden_size"] // 6}),
+    "hunyuan": ("hunyuan_v1_dense", {**_GROUPED, "head_dim": 6}),
+    "llama4": (
+        "llama4_text",
+        {
+            **_GROUPED,
+            "num_experts_per_tok": 1,
+            "num_local_experts": 3,
+            "interleave_moe_layer_step": 2,
+            "intermediate_size_mlp": 20,
+            "no_rope_layers": [1, 0, 1],
+            "attention_chunk_size": 6,
+            "head_dim": 6,
+        },
+    ),
+    "minimax-m2": ("minimax_m2", {**_EXPERTS, "num_local_experts": 3, "head_dim": 6, "rotary_dim": 4}),
+    "ministral3": (
+        "ministral3",
+        {
+            **_GROUPED,
+            "head_dim": 6,
+            "rope_parameters": {**_ROTARY, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 4},
+        },
+    ),
+    "mpt": (
+        "mpt",
+        {**_RANDOM, "vocab_size": VOCABULARY, "d_model": 24, "n_layers": 2, "n_heads": 3, "max_seq_len": 48},
+    ),
+    "olmoe": ("olmoe", {**_EXPERTS, "num_experts": 3}),
+    "seed-oss": ("seed_oss", {**_GROUPED, "head_dim": 6}),
 }
 FAMILIES = sorted(CONFIGS)
 # One of each way in which families differ, for what does not depend on the modules' names.
@@ -130,7 +205,7 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -
     """A random model whose every weight matters: gains and biases too are away from 1 and 0."""
     torch.manual_seed(FAMILIES.index(name))
     kind, fields = CONFIGS[name]
-    if "num_experts_per_tok" in fields:  # grouped products of experts know no float64
+    if any("experts" in name for name in fields):  # grouped products of experts know no float64
         settings = {"experts_implementation": "eager", **settings}
     if "attn_logit_softcapping" in fields:  # which transformers 5.17 forgets in the attention that it takes by itself
         settings = {"attn_implementation": "eager", **settings}

@@ -6,12 +6,13 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig
 
 import eap_circuits as eap
 from eap_circuits.adapters import FAMILIES, bind
 from eap_circuits.capture import prefix
 from eap_circuits.evaluation.check import StayDouble
+from tests.circuits.conftest import CONFIGS
 
 
 def test_weights_in_canonical_layout(family, make_model):
@@ -87,6 +88,14 @@ def test_site_of_another_kind_is_named(make_model):
     model = make_model("llama")
     model.model.layers[0].self_attn.q_proj = torch.nn.Sequential(model.model.layers[0].self_attn.q_proj)
     assert "self_attn.q_proj" in refused(model) and "Sequential" in refused(model)
+
+
+def test_embeddings_of_another_width_are_named():
+    kind, fields = CONFIGS["opt"]
+    text = refused(
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**fields, "word_embed_proj_dim": 12}))
+    )
+    assert "OPTForCausalLM's token embeddings" in text and "24" in text and "12" in text
 
 
 def test_head_counts_that_do_not_fit_are_named(make_model):

@@ -63,16 +63,21 @@ class _Binder:
         layers = [self._layer(layer) for layer in _site(self.model, family.layers).children()]
         if not layers:
             raise expected(f"{type(self.model).__name__}.{family.layers}", "decoder layers", "none")
+        embed, width = self.model.get_input_embeddings(), linear_shape(layers[0].out)[0]
+        if getattr(embed, "embedding_dim", width) != width:
+            raise expected(
+                f"{type(self.model).__name__}'s token embeddings", f"{width} features, the layers'", embed.embedding_dim
+            )
         embedding_norm = family.embedding_norm
         return Architecture(
             model=self.model,
             family=family,
             layers=layers,
-            final_norm=self._norm(self.model, family.final_norm, linear_shape(layers[0].out)[0]),
+            final_norm=self._norm(self.model, family.final_norm, width),
             parallel=self._parallel(),
             embedding_norm=None if embedding_norm is None else _site(self.model, embedding_norm),
             embedding_scale=self._factor(family.embedding_multiplier),
-            device=device_of(self.model.get_input_embeddings()),
+            device=device_of(embed),
             dtype=next(p.dtype for p in self.model.parameters() if p.is_floating_point()),
         )
 

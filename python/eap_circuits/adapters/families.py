@@ -10,8 +10,9 @@ from .family import Family
 LLAMA = Family(
     name="llama",
     model_types=(
-        *("llama", "mistral", "ministral", "mixtral", "smollm3", "starcoder2", "olmo", "gpt_oss"),
-        *("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"),
+        *("llama", "mistral", "ministral", "ministral3", "mixtral", "smollm3", "starcoder2", "olmo", "gpt_oss"),
+        *("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "arcee", "cwm", "seed_oss", "helium"),
+        *("ernie4_5", "ernie4_5_moe", "glm", "glm4_moe", "hunyuan_v1_dense"),
     ),
     layers="model.layers",
     final_norm="model.norm",
@@ -36,6 +37,23 @@ GRANITE = replace(
     model_types=("granite",),
     embedding_multiplier="embedding_multiplier",
     residual_multiplier="residual_multiplier",
+)
+GRANITE_MOE = replace(GRANITE, name="granite_moe", model_types=("granitemoe",), mlp="block_sparse_moe")
+LLAMA4 = replace(LLAMA, name="llama4", model_types=("llama4_text",), mlp="feed_forward")
+OLMOE = replace(LLAMA, name="olmoe", model_types=("olmoe", "minimax_m2"), k_norm="self_attn.k_norm")
+APERTUS = replace(
+    OLMOE,
+    name="apertus",
+    model_types=("apertus",),
+    attention_norm="attention_layernorm",
+    mlp_norm="feedforward_layernorm",
+)
+GLM4 = replace(
+    LLAMA,
+    name="glm4",
+    model_types=("glm4",),
+    attention_post_norm="post_self_attn_layernorm",
+    mlp_post_norm="post_mlp_layernorm",
 )
 STABLELM = replace(
     LLAMA,
@@ -67,7 +85,7 @@ PHI = replace(
 def _gemma_embedding_factor(model: Any) -> float:
     """Releases of transformers before the embeddings' own `embed_scale` multiply in the model's forward."""
     scaled = hasattr(model.get_input_embeddings(), "embed_scale")
-    return 1.0 if scaled else float(model.config.hidden_size) ** 0.5
+    return 1.0 if scaled else float(model.config.get_text_config().hidden_size) ** 0.5
 
 
 GEMMA = replace(LLAMA, name="gemma", model_types=("gemma",), embedding_multiplier=_gemma_embedding_factor)
@@ -79,10 +97,18 @@ GEMMA2 = replace(
     attention_post_norm="post_attention_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
 )
+# With images: the language model is a part of it.
+GEMMA3 = replace(
+    GEMMA2,
+    name="gemma3",
+    model_types=("gemma3",),
+    layers="model.language_model.layers",
+    final_norm="model.language_model.norm",
+)
 OLMO2 = replace(
     LLAMA,
     name="olmo2",
-    model_types=("olmo2", "olmo3"),
+    model_types=("olmo2", "olmo3", "flex_olmo", "exaone4"),
     attention_norm=None,
     mlp_norm=None,
     attention_post_norm="post_attention_layernorm",
@@ -166,6 +192,20 @@ FALCON = replace(
     ungrouped={"new_decoder_architecture": True},
     requires={},
 )
+MPT = Family(
+    name="mpt",
+    model_types=("mpt",),
+    layers="transformer.blocks",
+    final_norm="transformer.norm_f",
+    attention_norm="norm_1",
+    mlp_norm="norm_2",
+    q="attn.Wqkv",
+    k="attn.Wqkv",
+    v="attn.Wqkv",
+    out="attn.out_proj",
+    # The module named ffn adds the residual stream to what it gives back.
+    mlp=("ffn.up_proj", "ffn.down_proj"),
+)
 OPT = Family(
     name="opt",
     model_types=("opt",),
@@ -182,7 +222,7 @@ OPT = Family(
 )
 
 _TABLES = (
-    *(LLAMA, PHI3, GRANITE, STABLELM, COHERE, PHI, GEMMA, GEMMA2, OLMO2),
-    *(GPT2, GPT_NEO, GPTJ, GPT_NEOX, BLOOM, FALCON, OPT),
+    *(LLAMA, PHI3, GRANITE, GRANITE_MOE, LLAMA4, OLMOE, APERTUS, GLM4, STABLELM, COHERE, PHI, GEMMA, GEMMA2, GEMMA3),
+    *(OLMO2, GPT2, GPT_NEO, GPTJ, GPT_NEOX, BLOOM, FALCON, MPT, OPT),
 )
 FAMILIES: dict[str, Family] = {model_type: family for family in _TABLES for model_type in family.model_types}

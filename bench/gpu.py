@@ -43,8 +43,10 @@ PYTEST = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--show-capture=st
 # in `make test`.
 TEST = [*PYTEST, "--maxfail=10", "-k", "not test_smollm2", "-m", "not slow"]
 JOBS = max(1, (os.cpu_count() or 2) // 2)
-BENCHES = ("edge_scores", "masked_read", "head_space_scores")
-RUNS = {op: f"build/bench-{op}.json" for op in BENCHES}
+OPERATORS = ("edge_scores", "masked_read", "head_space_scores")
+# Those of bench/circuits that need no demo model too.
+BENCHES = {**{op: f"bench/kernels/bench_{op}.py" for op in OPERATORS}, "shapes": "bench/circuits/bench_shapes.py"}
+RUNS = {name: f"build/bench-{name}.json" for name in BENCHES}
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 # Calls of the driver that find nothing are no errors: torch tries which functions there are.
 TOOLS = (["--tool", "memcheck", "--report-api-errors", "no"], ["--tool", "racecheck"])
@@ -70,7 +72,7 @@ def tests() -> list[list[str]]:
         found = sorted((ROOT / "tests" / folder).rglob("test_*.py"))
         return [str(file.relative_to(ROOT)) for file in found if file.name != "test_metadata.py"]
 
-    circuits, operators = files("circuits"), [f"tests/kernels/test_{op}.py" for op in BENCHES]
+    circuits, operators = files("circuits"), [f"tests/kernels/test_{op}.py" for op in OPERATORS]
     rest = sorted({*files("kernels"), *files("build")} - {*operators})
     return [
         *([*TEST, "-k", "cuda-cuda", file] for file in operators),
@@ -96,11 +98,11 @@ STAGES = (
     Stage("info", 0.3, [[sys.executable, "-m", "eap_kernels.info"]]),
     Stage("tests", 6.0, tests(), {"EAP_REQUIRE": "cpu,triton,cuda", "OMP_NUM_THREADS": "2"}, JOBS),
     Stage("sanitize", 2.0, sanitized(), {}, 4),
-    # One after the other, or they would disturb each other. Those of bench/circuits need the demo model.
+    # One after the other, or they would disturb each other.
     Stage(
         "bench",
         6.0,
-        [[*PYTEST, "-s", f"bench/kernels/bench_{op}.py", f"--benchmark-json={RUNS[op]}"] for op in BENCHES],
+        [[*PYTEST, "-s", path, f"--benchmark-json={RUNS[name]}"] for name, path in BENCHES.items()],
     ),
     Stage("record", 0.3, [[sys.executable, "-m", "bench.record", *RUNS.values()]]),
 )

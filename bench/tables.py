@@ -184,8 +184,18 @@ def integrations(results: dict[str, dict]) -> str:
     return f"{costs}\n{measured(results, 'integrations_scores', columns, scores)}"
 
 
+def model_shapes(results: dict[str, dict]) -> str:
+    def row(info: dict, ratios: dict[str, float]) -> list[str]:
+        memory = f"{1 / ratios['memory']:.2f}" if "memory" in ratios else ""
+        return [info["model"], f"{info['examples']} × {info['tokens']}", f"{1 / ratios['speedup']:.2f}", memory]
+
+    columns = ["shape", "prompts × tokens", "time over the floor's", "peak memory over 24 GB"]
+    return measured(results, "test_shape_over_floor", columns, row)
+
+
 PAGES = {
     "README.md": readme,
+    "docs/performance.md": model_shapes,
     "docs/ops/edge_scores.md": edge_scores,
     "docs/ops/masked_read.md": masked_read,
     "docs/ops/head_space_scores.md": head_space_scores,

@@ -309,7 +309,7 @@ def test_an_interrupted_stage_can_finish_its_report(tmp_path, monkeypatch):
 def test_every_test_is_among_those_of_the_gpu():
     """Each file in one process, the operators' three cut by backend."""
     files = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
-    operators = [f"tests/kernels/test_{op}.py" for op in gpu.BENCHES]
+    operators = [f"tests/kernels/test_{op}.py" for op in gpu.OPERATORS]
     named = [argument for command in gpu.tests() for argument in command if argument.startswith("tests/")]
     assert sorted(named) == sorted([*files - {"tests/build/test_metadata.py"}, *operators, *operators])
 

@@ -23,7 +23,8 @@ def nonlinear_parts(layer: Layer, width: int, kinds: Kinds) -> tuple[list[Norm],
     for module in layer.module.modules():
         if next(module.children(), None) is not None:
             continue
-        weights = dict(module.named_parameters())
+        # Activation functions may have a learned number or two.
+        weights = {name: weight for name, weight in module.named_parameters() if weight.numel() > 1}
         if not weights:
             found = _without_weights(module, width, kinds)
             if isinstance(found, Norm):
@@ -39,6 +40,7 @@ def nonlinear_parts(layer: Layer, width: int, kinds: Kinds) -> tuple[list[Norm],
 
 def _without_weights(module: nn.Module, width: int, kinds: Kinds) -> Norm | nn.Module | None:
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
+    x = next((x.to(number) for number in module.parameters()), x)
     y, part = _output(module, x), _output(module, x[:2, :3])
     if y is None or y.shape != x.shape or torch.equal(y, x):
         return None

@@ -30,17 +30,17 @@ _FALCON = {**_NARROW, "num_hidden_layers": 2, "num_attention_heads": 6}
 _SMALL_IMAGES = {"intermediate_size": 8, "image_size": 14, "patch_size": 14}
 _ROTARY = {"rope_type": "default", "rope_theta": 100.0}
 _EXPERTS = {**_GROUPED, "num_experts_per_tok": 2}
-# name: (model type, configuration)
+# name: (model type, configuration). New ones come last: a model's weights are random by its place.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {**_NARROW, "n_layer": 2, "n_head": 3}),
     "cohere": ("cohere", {**_GROUPED, "use_qk_norm": True, "logit_scale": 0.5}),
     "cohere2": ("cohere2", {**_GROUPED, **_WINDOWS}),
     "falcon": ("falcon", {**_FALCON, "num_kv_heads": 2, "new_decoder_architecture": True}),
+    "falcon-7b": ("falcon", {**_FALCON, "multi_query": True, "parallel_attn": True}),
     "falcon-one-norm": (
         "falcon",
         {**_FALCON, "num_kv_heads": 2, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 1},
     ),
-    "falcon-7b": ("falcon", {**_FALCON, "multi_query": True, "parallel_attn": True}),
     "falcon-sequential": ("falcon", {**_FALCON, "multi_query": False, "parallel_attn": False, "alibi": True}),
     "gemma": ("gemma", {**_GROUPED, "head_dim": 6}),
     "gemma2": (
@@ -55,7 +55,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gemma3": ("gemma3_text", {**_GROUPED, **_WINDOWS, "head_dim": 6, "query_pre_attn_scalar": 6}),
-    "gpt2": ("gpt2", _GPT2),
     "gpt-neo": (
         "gpt_neo",
         {
@@ -71,6 +70,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-neox": ("gpt_neox", _WIDE),
     "gpt-neox-sequential": ("gpt_neox", {**_WIDE, "use_parallel_residual": False}),
     "gpt-oss": ("gpt_oss", {**_EXPERTS, **_WINDOWS, "num_local_experts": 3, "head_dim": 6}),
+    "gpt2": ("gpt2", _GPT2),
     "gptj": ("gptj", {**_GPT2, "rotary_dim": 4, "n_inner": 40}),
     "granite": (
         "granite",
@@ -196,7 +196,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {**_EXPERTS, "num_experts": 3}),
     "seed-oss": ("seed_oss", {**_GROUPED, "head_dim": 6}),
 }
-FAMILIES = sorted(CONFIGS)
+FAMILIES = list(CONFIGS)
 # One of each way in which families differ, for what does not depend on the modules' names.
 KINDS = ["falcon", "gemma2", "gpt2", "gpt-neox", "llama", "mistral-window", "olmo2", "qwen3-moe"]
 

@@ -24,7 +24,7 @@ _WIDE = {
     "max_position_embeddings": 48,
     "initializer_range": 0.3,
 }
-# Architectures of Hugging Face that no table names.
+# Architectures of Hugging Face, served without a table.
 UNKNOWN = {
     "biogpt": _WIDE,
     "glm4": {**_WIDE, "num_key_value_heads": 2, "head_dim": 4, "pad_token_id": None},
@@ -67,6 +67,7 @@ def random_model(kind, fields, dtype=torch.float64):
 @pytest.mark.parametrize("kind", UNKNOWN)
 def test_unknown_architectures_are_refused_discovered_and_served(kind, make_pairs):
     model, data = random_model(kind, UNKNOWN[kind]), make_pairs(n=3)
+    FAMILIES.pop(kind, None)
     with pytest.raises(eap.InputError, match="discover"):
         eap.attribute(model, data)
     family, checks = eap.discover(model)

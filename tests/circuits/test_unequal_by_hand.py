@@ -163,16 +163,16 @@ def test_scores_are_their_definition(case, method, relative):
     path = points.get(method, [((k + 0.5) / 3, 1 / 3) for k in range(3)])
     with StayDouble():
         found = eap.attribute(model, data, method=method, steps=3, quadrature="midpoint", heads="query").values
-    total = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64)
-    for e in range(len(data)):
-        with torch.no_grad():
-            x, own, other = aligned_run(model, graph, data, e)
-        Δ = torch.stack([b - a for a, b in zip(own, other)]).flatten(1)  # [S, T·D]
-        for alpha, weight in path:
-            added = [torch.zeros_like(x, requires_grad=True) for _ in range(graph.n_receivers)]
-            _, logits = run(model, graph, other[0] + alpha * (x - other[0]), added=added)
-            gradients = torch.autograd.grad(-difference(data, e, logits), added)
-            total += weight * Δ.detach() @ torch.stack(gradients).flatten(1).T
+        total = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64)
+        for e in range(len(data)):
+            with torch.no_grad():
+                x, own, other = aligned_run(model, graph, data, e)
+            Δ = torch.stack([b - a for a, b in zip(own, other)]).flatten(1)  # [S, T·D]
+            for alpha, weight in path:
+                added = [torch.zeros_like(x, requires_grad=True) for _ in range(graph.n_receivers)]
+                _, logits = run(model, graph, other[0] + alpha * (x - other[0]), added=added)
+                gradients = torch.autograd.grad(-difference(data, e, logits), added)
+                total += weight * Δ.detach() @ torch.stack(gradients).flatten(1).T
     assert relative(found[graph.edge_mask], (total / len(data))[graph.edge_mask]) < 1e-6
 
 

@@ -200,14 +200,13 @@ def _tokens_together(
     run: Run, circuits: Sequence[Circuit], batch_size: int | None, reuse_prefix: bool, allowed: int
 ) -> int:
     """The most tokens of circuits that run together within a budget of bytes."""
-    graph = circuits[0].graph
-    # Circuits keep the senders that they read; where all edges are kept nothing but the clean run is needed.
-    senders = [int(item.mask.any(1).sum()) * (item.n_edges < graph.n_edges) for item in circuits]
-    largest = circuits[max(range(len(circuits)), key=senders.__getitem__)]
+    # Rows of tokens × features: what is kept of senders, and what receivers read.
+    rows = [sum(_computed(item)) for item in circuits]
+    largest = circuits[max(range(len(circuits)), key=rows.__getitem__)]
     first = run.data.first_difference if reuse_prefix else 0
     there_are = int((run.data.longer_lengths - first).sum())
     kept, at_once = min(there_are, TOKENS_PER_BATCH), min(there_are * len(circuits), TOKENS_TOGETHER)
-    rough = bytes_without_gradient(run, kept, at_once, max(senders) * run.arch.d_model)
+    rough = bytes_without_gradient(run, kept, at_once, max(rows) * run.arch.d_model)
 
     def measured(few: Batch, copies: int, phase: Callable[[], None]) -> None:
         _values(run, [largest] * copies, few, copies * few.clean.numel())
@@ -217,6 +216,13 @@ def _tokens_together(
         return Cost(run.data, batch, measured)
 
     return tokens_within(run, batch_size, reuse_prefix, allowed, TOKENS_TOGETHER, rough, cost)
+
+
+def _computed(item: Circuit) -> tuple[int, int]:
+    """How many receivers read some of their edges, but not all, and how many senders they read."""
+    kept = item.mask
+    some = kept.any(0) & ~(kept | ~item.graph.edge_mask).all(0)
+    return int(some.sum()), int(kept[:, some].any(1).sum())
 
 
 def _with_own_constants(

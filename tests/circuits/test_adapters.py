@@ -134,17 +134,51 @@ def test_self_check_passes_on_every_family_and_fails_on_a_broken_site(family, ma
     assert {"contributions sum to the residual", "all edges kept is the model on clean prompts"} <= failed
 
 
-def test_self_check_says_where_prefixes_cannot_be_reused(make_model, monkeypatch):
+@pytest.fixture
+def broken_cache(monkeypatch):
     """As of StableLM in transformers 5.0.0, whose cache and mask differ in size."""
 
     def fails(*_):
         raise RuntimeError("The size of tensor a (9) must match\nmore lines")
 
     monkeypatch.setattr(prefix._Before, "update", fails)
-    failed = [check for check in eap.check_model(make_model("llama")) if not check.passed]
-    assert [(check.name, check.detail) for check in failed] == [
-        ("prefix reuse", "not possible, needs reuse_prefix=False: The size of tensor a (9) must match")
-    ]
+
+
+def test_self_check_says_where_prefixes_cannot_be_reused(make_model, broken_cache):
+    checks = {check.name: check for check in eap.check_model(make_model("llama"))}
+    assert all(check.passed for check in checks.values()) and "prefix reuse is exact" not in checks
+    said = "left out, as the model's cache cannot serve: The size of tensor a (9) must match"
+    assert checks["prefix reuse"].detail == said
+
+
+@pytest.mark.parametrize("method", ["eap-ig-inputs", "exact"])
+def test_where_prefixes_cannot_be_reused_they_are_not(method, make_model, make_pairs, broken_cache, relative):
+    model, data = make_model("llama"), make_pairs(n=4)
+    right = eap.attribute(model, data, method=method, reuse_prefix=False)
+    said = r"LlamaForCausalLM: prefixes are not reused, as its cache cannot serve \(The size of tensor a \(9\) must"
+    with pytest.warns(UserWarning, match=said):
+        found = eap.attribute(model, data, method=method)
+    assert relative(found.values, right.values) < 1e-6
+    circuit = right.select(40)
+    with pytest.warns(UserWarning, match=said):
+        curve = eap.faithfulness_curve(model, right, data, (0.1, 1.0))
+    assert curve.results[-1].faithfulness == pytest.approx(1)
+    with pytest.warns(UserWarning, match=said):
+        found = eap.evaluate(model, circuit, data)
+    assert relative(found.values, eap.evaluate(model, circuit, data, reuse_prefix=False).values) < 1e-6
+    with pytest.warns(UserWarning, match=said):
+        eap.plan(model, data)
+
+
+def test_other_errors_of_a_run_are_not_the_caches(make_model, make_pairs):
+    model, data = make_model("llama"), make_pairs(n=4)
+
+    def fails(*_):
+        raise RuntimeError("no")
+
+    model.model.layers[1].register_forward_hook(fails)
+    with pytest.raises(RuntimeError, match=r"^no$"), pytest.warns(UserWarning, match="not reused"):
+        eap.attribute(model, data)
 
 
 def test_self_check_sees_the_wrong_norm(make_model, monkeypatch):

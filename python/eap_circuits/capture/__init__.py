@@ -3,6 +3,7 @@
 from .ablation import ABLATIONS, Constants, means
 from .batches import TOKENS_PER_BATCH, Batch, make_batches, some_of
 from .borrow import Hooks, borrowed
+from .cache import CacheError, without_cache_where_it_fails
 from .contraction import contract, contract_neurons, lowered
 from .contributions import Contributions
 from .fitting import Cost, budget, bytes_without_gradient, numbers_per_token, tokens_within
@@ -24,6 +25,7 @@ __all__ = [
     "TOKENS_PER_BATCH",
     "TOKENS_TOGETHER",
     "Batch",
+    "CacheError",
     "Constants",
     "Contributions",
     "Cost",
@@ -57,4 +59,5 @@ __all__ = [
     "some_of",
     "tokens_within",
     "trace",
+    "without_cache_where_it_fails",
 ]

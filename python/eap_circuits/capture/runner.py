@@ -15,6 +15,7 @@ from ..adapters import Architecture, concatenate, group, is_offloaded
 from ..graph import Graph
 from .batches import Batch
 from .borrow import Hooks
+from .cache import behind_cache
 from .prefix import Prefix, WholePrompts, beginning, run_prefixes
 
 Register = Callable[[Hooks], None]
@@ -71,7 +72,7 @@ class Runner:
         if batch.prefix.shape[1]:
             if self._prefix is None:
                 once = [1] * len(self.spread)
-                with torch.no_grad(), self._for_cache():
+                with torch.no_grad(), behind_cache(True), self._for_cache():
                     ran = run_prefixes(self._model, batch.prefix, once)
                 self._prefix = Prefix(batch, ran, batch.prefix_of, once)
             given = self._prefix.arguments(suffix, copies)
@@ -80,7 +81,7 @@ class Runner:
                 # Padding may reach beyond the positions that a model has.
                 last = batch.start + torch.maximum(clean, own)
                 given["position_ids"] = (batch.start[:, None] + offset).minimum(last[:, None]).repeat(copies, 1)
-        with Hooks(tokens=suffix) as hooks:
+        with behind_cache(bool(batch.prefix.shape[1])), Hooks(tokens=suffix) as hooks:
             return self._run(embeddings, scored, given, hooks, register, hooks)
 
     def record(self, embeddings: Tensor, register: Register, corrupted: int = 0) -> Tensor:
@@ -93,13 +94,14 @@ class Runner:
             if self._prefix is not None or not batch.prefix.shape[1] or len(embeddings) != len(batch.prefix):
                 return self.logits(embeddings, register, corrupted)
             prefixes = batch.prefix[batch.prefix_of]
-            with self._for_cache():
+            with behind_cache(True), self._for_cache():
                 cache, shared = beginning(self._model, prefixes, self.spread)
             whole = WholePrompts(batch, shared)
             joined = whole.join(self.embed(prefixes[:, shared:]), embeddings)
             scored = batch.start - shared + (batch.corrupted_scored if corrupted else batch.scored)
             given = {"past_key_values": cache, "use_cache": True}
-            with Hooks(joined.shape[1]) as hooks, Hooks(joined.shape[1], whole.suffixes) as reading:
+            tokens = joined.shape[1]
+            with behind_cache(True), Hooks(tokens) as hooks, Hooks(tokens, whole.suffixes) as reading:
                 logits = self._run(joined, scored, given, hooks, register, reading)
             every = torch.arange(len(prefixes), device=prefixes.device)
             self._prefix = Prefix(batch, cache, every, self.spread)

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from ..adapters import Architecture, Family, Norm, bind, linear_weight
 from ..capture import (
     Batch,
+    CacheError,
     Hooks,
     ReceiverGradients,
     RecordedRun,
@@ -89,9 +90,8 @@ def check_model(model: nn.Module, n_edges: int = 8, seed: int = 0, family: Famil
         (whole,) = make_batches(data, len(data), False, arch.device)
         try:
             _scores(arch, "kv", batch)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            checks.append(Check("prefix reuse", False, f"not possible, needs reuse_prefix=False: {reason}"))
+        except CacheError as error:
+            checks.append(Check("prefix reuse", True, f"left out, as the model's cache cannot serve: {error}"))
             batch = whole
         kinds: list[Heads] = ["kv", "query"] if any(layer.groups > 1 for layer in arch.layers) else ["kv"]
         checks += [_contributions(arch, batch), _heads(arch, data)]

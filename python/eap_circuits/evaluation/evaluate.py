@@ -27,6 +27,7 @@ from ..capture import (
     prepare,
     run_circuits,
     tokens_within,
+    without_cache_where_it_fails,
 )
 from ..graph import Circuit
 from ..tasks import PairedDataset
@@ -99,6 +100,7 @@ def evaluate(
     ablation_data: PairedDataset | None = ...,
     memory: int | str | None = ...,
 ) -> list[EvaluationResult]: ...
+@without_cache_where_it_fails
 def evaluate(
     model: nn.Module,
     circuit: Circuit | Sequence[Circuit],
@@ -126,7 +128,8 @@ def evaluate(
             ablation data for each circuit. Faithfulness is 0 where all edges carry it: for "optimal", constants of
             their own. With all but "patching" prompts are run from their first token on.
         batch_size: examples per batch; by default about a thousand tokens.
-        reuse_prefix: run the tokens before the first difference once and keep their keys and values; exact.
+        reuse_prefix: run the tokens before the first difference once and keep their keys and values; exact. Where the
+            model's cache cannot serve it is left out, with a warning.
         progress: called with (examples done, examples in all) after each batch.
         ablation_data: over whose clean prompts means are taken or constants learned; by default the data themselves.
         memory: what the run may take beside the model and the data, in bytes or such as "8GiB"; by default half of

@@ -23,6 +23,7 @@ from ..capture import (
     make_batches,
     most_tokens,
     prepare,
+    without_cache_where_it_fails,
 )
 from ..errors import expected, one_of
 from ..graph import Circuit, EdgeScores, Graph, Heads
@@ -37,6 +38,7 @@ from .statistics import Statistics, to_keep
 _SAMPLED = 64  # numbers of each weight that tell models apart
 
 
+@without_cache_where_it_fails
 def attribute(
     model: nn.Module,
     data: PairedDataset,
@@ -84,7 +86,8 @@ def attribute(
             with a norm after attention (Gemma 2, Gemma 3, OLMo 2) a head's contribution is then what enters that
             norm, not what it adds to the residual stream; in "eap-ig-activations" every path's gradients go to every
             edge.
-        reuse_prefix: run the tokens before the first difference once and keep their keys and values; exact.
+        reuse_prefix: run the tokens before the first difference once and keep their keys and values; exact. Where the
+            model's cache cannot serve it is left out, with a warning.
         memory: what the run may take beside the model and the data, in bytes or such as "8GiB"; by default half of
             what is free. Where it runs out all the same, the run goes on with less at once. Scores do not depend on it.
             "eap-conductance" and "information-flow-routes" do not heed it.
@@ -157,6 +160,7 @@ def attribute(
     return statistics.scores(info)
 
 
+@without_cache_where_it_fails
 def plan(
     model: nn.Module,
     data: PairedDataset,

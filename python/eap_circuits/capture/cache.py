@@ -1,0 +1,50 @@
+"""Models whose own key/value cache cannot serve: a run behind it fails, and the call goes on without prefix reuse."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+from ..errors import InputError
+from .memory import out_of_memory
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class CacheError(RuntimeError):
+    """A run behind a model's cache failed; the first line of the model's own error."""
+
+
+@contextmanager
+def behind_cache(cached: bool) -> Iterator[None]:
+    """Errors of a run are said to be the cache's where it has one."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        if not cached or isinstance(error, (CacheError, InputError)) or out_of_memory(error):
+            raise
+        raise CacheError(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+
+
+def without_cache_where_it_fails(call: Callable[P, T]) -> Callable[P, T]:
+    """`call`, made again with reuse_prefix=False, and a warning, where a run behind the model's cache fails."""
+    signature = inspect.signature(call)
+
+    @wraps(call)
+    def made(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return call(*args, **kwargs)
+        except CacheError as error:
+            reason = str(error)
+        given = signature.bind(*args, **kwargs)
+        given.arguments["reuse_prefix"] = False
+        model = type(given.arguments["model"]).__name__
+        warnings.warn(f"{model}: prefixes are not reused, as its cache cannot serve ({reason}).", stacklevel=2)
+        return call(*given.args, **given.kwargs)
+
+    return made

@@ -39,7 +39,7 @@ void edge_scores(Tensor delta, Tensor grad, Tensor reach, Tensor out, std::optio
   const char* op = "edge_scores";
   const EdgeScoresRest rest = check_edge_scores(op, delta, grad, reach, out, segments);
   EdgeScores kernel{view(delta), view(grad), rest.dtype, rest.reach.data(), rest.segment_data(), out.mutable_data_ptr(),
-                    {rest.out_stride[0], rest.out_stride[1], rest.out_stride[2]}, {}, {}, {}, {}};
+                    {rest.out_stride[0], rest.out_stride[1], rest.out_stride[2]}, {}, {}, {}};
   run(kernel);
 }
 
@@ -118,7 +118,7 @@ void head_space_scores(std::vector<Tensor> values, std::vector<Tensor> weights, 
       const int64_t inner = expand.tokens * expand.features;
       EdgeScores kernel{{data, {S, 1, inner}, {row, inner, 1}}, {data + S * row * element, {R, 1, inner}, {row, inner, 1}},
                         wide ? Dtype::f64 : Dtype::f32, reach_values.data(), nullptr, out.mutable_data_ptr(),
-                        {0, out.stride(0), out.stride(1)}, {}, {}, {}, {}};
+                        {0, out.stride(0), out.stride(1)}, {}, {}, {}};
       run(kernel);
     }
 }

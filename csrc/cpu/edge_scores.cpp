@@ -1,6 +1,7 @@
 // Edge scores: a matrix product whose inner dimension (tokens x features) is strided and whose shape is a staircase.
-// A task owns a tile of the result and a chunk of the inner dimension. Block by block it packs both operands into
-// panels, which is where strides and low precision end, and multiplies those register tiles that hold an edge.
+// A task owns a tile of the result, receivers by senders, and a chunk of the inner dimension. Block by block it packs the
+// senders into panels, and then the receivers, a strip of a register tile's height at a time, which meets the panels that
+// hold its edges at once. Packing is where strides and low precision end.
 #include <algorithm>
 #include <numeric>
 
@@ -10,11 +11,11 @@
 namespace eap {
 namespace {
 
-constexpr int64_t kRows = 384;     // of a tile, at most: panels and sums of a task share the second-level cache
-constexpr int64_t kColumns = 480;  // of a tile, at most
-constexpr int64_t kInner = 256;    // elements of the inner dimension packed at once: a panel fits the first-level cache
+constexpr int64_t kRows = 480;     // of a tile, at most: panels and sums of a task share the second-level cache
+constexpr int64_t kColumns = 256;  // of a tile, at most
+constexpr int64_t kInner = 512;    // elements of the inner dimension packed at once: a strip fits the first-level cache
 constexpr int64_t kLd = kInner + 16;  // rows are padded: a power of two apart they would share cache sets
-constexpr int64_t kFlush = 32;     // blocks after which sums are added to those in double
+constexpr int64_t kFlush = 16;    // blocks after which sums are added to those in double
 constexpr int64_t kTasks = 48;     // wanted, so that threads end together
 constexpr int64_t kBlocksPerChunk = 12;  // at least: each chunk leaves partial sums to be added up
 
@@ -87,20 +88,23 @@ template <class T, class E> struct Packed {
   }
 };
 
-// Adds sum(i, j) of every edge of a tile to out.
-template <class O, class Sum>
-void write(const EdgeScores& p, const Tile& t, int64_t segment, const Sum& sum) {
-  O* const out = static_cast<O*>(p.out) + segment * p.out_stride[0];
-  for (int64_t i = 0; i < t.rows; ++i)
-    for (int64_t j = 0; j < t.columns; ++j) {
-      const int64_t u = p.swapped ? t.column + j : t.row + i, v = p.order[p.swapped ? t.row + i : t.column + j];
-      if (u < p.reach[v]) out[u * p.out_stride[1] + v * p.out_stride[2]] += O(sum(i, j));
-    }
+// Adds row(i)[j] of every edge of a tile to out.
+template <class O, class Row>
+void write(const EdgeScores& p, const Tile& t, int64_t segment, const Row& row) {
+  O* const out = static_cast<O*>(p.out) + segment * p.out_stride[0] + t.column * p.out_stride[1];
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const int64_t v = p.order[t.row + i], count = std::min(t.columns, p.reach[v] - t.column);
+    const auto from = row(i);
+    for (int64_t j = 0; j < count; ++j) out[j * p.out_stride[1] + v * p.out_stride[2]] += O(from(j));
+  }
 }
+
+// Rows of a tile that are multiplied together, and how many vectors of columns they meet.
+struct Strip { int64_t row, rows, vectors; };
 
 template <class T, class E, int BYTES> class Tiles {
   using A = acc_t<E>;
-  static constexpr int64_t lanes = BYTES / sizeof(E), width = tile_columns<E, BYTES>;
+  static constexpr int64_t lanes = BYTES / sizeof(E), width = tile_columns<E, BYTES>, height = tile_rows(BYTES);
 
   const EdgeScores& p;
   const Tile& t;
@@ -109,9 +113,8 @@ template <class T, class E, int BYTES> class Tiles {
   double* const total;  // [panels, rows, width], once there were more than kFlush blocks
   bool deep = false;    // whether there were
   E *const a, *const b, *const staged;
-  int64_t register_tiles = 0;
-  std::vector<const char*> ahead;  // rows of the next block
-  int64_t fetched = 0;             // of them
+  std::vector<Strip> strips;
+  std::vector<const char*> ahead;  // rows to be packed next
 
  public:
   EAP_INLINE static void run(const EdgeScores& p, int64_t task) {
@@ -122,47 +125,24 @@ template <class T, class E, int BYTES> class Tiles {
 
  private:
   EAP_INLINE Tiles(const EdgeScores& p, const Tile& t)
-      : p(p), t(t),
-        rows{p.swapped ? p.grad : p.delta, p.swapped ? p.order.data() : nullptr, t.row, t.rows},
-        columns{p.swapped ? p.delta : p.grad, p.swapped ? nullptr : p.order.data(), t.column, t.columns},
-        sums(reinterpret_cast<A*>(scratch<double>(2 * kRows * (kColumns + width) + (kRows + width + lanes) * kLd))),
-        total(reinterpret_cast<double*>(sums) + kRows * (kColumns + width)),
-        a(reinterpret_cast<E*>(total + kRows * (kColumns + width))), b(a + kRows * kLd), staged(b + width * kInner) {
+      : p(p), t(t), rows{p.grad, p.order.data(), t.row, t.rows}, columns{p.delta, nullptr, t.column, t.columns},
+        sums(reinterpret_cast<A*>(scratch<double>(2 * kRows * kColumns + kColumns * kInner + (height + lanes) * kLd))),
+        total(reinterpret_cast<double*>(sums) + kRows * kColumns),
+        a(reinterpret_cast<E*>(total + kRows * kColumns)), b(a + height * kLd), staged(b + kColumns * kInner) {
     std::fill_n(sums, size(), A(0));
-    for (int64_t c = 0; c < t.columns; c += width)
-      for_strips(c, [&](int64_t, int64_t, int64_t, int64_t height) EAP_INLINE_LAMBDA {
-        register_tiles += divide_up(height, tile_rows(BYTES));
-      });
+    const auto vectors = [&](int64_t i) {
+      return divide_up(std::min(p.reach[p.order[t.row + i]] - t.column, t.columns), lanes);
+    };
+    for (int64_t row = 0, end; row < t.rows; row = end) {
+      for (end = row + 1; end < t.rows && vectors(end) == vectors(row);) ++end;
+      for_tiles<BYTES>(end - row, [&](int64_t r, int64_t rows) { strips.push_back({row + r, rows, vectors(row)}); });
+    }
+    // Short and long ones in turns, so that there is always time to fetch what comes next.
+    const std::vector<Strip> sorted = strips;
+    for (size_t i = 0; i < sorted.size(); ++i) strips[i] = sorted[i % 2 ? sorted.size() - 1 - i / 2 : i / 2];
   }
 
   int64_t size() const { return t.rows * divide_up(t.columns, width) * width; }
-
-  A sum(int64_t i, int64_t j) const {
-    return sums[(j / width * t.rows + i) * width + j % width];
-  }
-
-  // Calls strip(first vector, vectors, row, rows) for the rows of a panel at column c that meet edges in the same
-  // vectors: deep rows only in the last ones; where receivers are rows, early ones only in the first.
-  template <class Strip> EAP_INLINE void for_strips(int64_t c, const Strip& strip) const {
-    int64_t row = p.swapped ? blind(c) : 0;
-    for (int64_t w = 0; w < kVectors; ++w) {
-      int64_t end = t.rows;
-      if (!p.swapped) end = std::clamp<int64_t>(deepest(std::min(c + (w + 1) * lanes, t.columns)) - t.row, 0, t.rows);
-      else if (w + 1 < kVectors) end = blind(c + (w + 1) * lanes);
-      if (end > row) strip(p.swapped ? 0 : w, p.swapped ? w + 1 : kVectors - w, row, end - row);
-      row = std::max(row, end);
-    }
-  }
-
-  // How many senders the tile's receivers before column `end` see, at most.
-  int64_t deepest(int64_t end) const { return p.reach[p.order[t.column + end - 1]]; }
-
-  // How many of the tile's receivers do not see the sender at column c.
-  EAP_INLINE int64_t blind(int64_t c) const {
-    int64_t r = 0;
-    while (r < t.rows && p.reach[p.order[t.row + r]] <= t.column + c) ++r;
-    return r;
-  }
 
   EAP_INLINE void one_chunk(int64_t chunk) {
     const Blocks blocks(p.delta.size[1], p.delta.size[2]);
@@ -187,7 +167,9 @@ template <class T, class E, int BYTES> class Tiles {
   }
 
   EAP_INLINE void deliver(int64_t segment) {
-    write<A>(p, t, segment, [&](int64_t i, int64_t j) { return sum(i, j); });
+    write<A>(p, t, segment, [&](int64_t i) {
+      return [=, this](int64_t j) { return sums[(j / width * t.rows + i) * width + j % width]; };
+    });
   }
 
   EAP_INLINE void add_blocks(const Blocks& blocks, int64_t token, int64_t begin, int64_t end) {
@@ -197,13 +179,7 @@ template <class T, class E, int BYTES> class Tiles {
       return block;
     };
     for (int64_t i = begin; i < end; ++i) {
-      ahead.clear();
-      if (i + 1 < end && rows.x.stride[2] == 1 && columns.x.stride[2] == 1)
-        for (const Rows* side : {&rows, &columns})
-          for (int64_t r = 0; r < side->count; ++r)
-            ahead.push_back(reinterpret_cast<const char*>(side->template at<T>(r, at(i + 1))));
-      fetched = 0;
-      add_block(at(i));
+      add_block(at(i), i + 1 < end ? at(i + 1) : Block{});
       if ((i + 1 - begin) % kFlush == 0 && i + 1 < end) flush();
     }
     if (!deep) return;
@@ -218,33 +194,50 @@ template <class T, class E, int BYTES> class Tiles {
     std::fill_n(sums, size(), A(0));
   }
 
-  EAP_INLINE void add_block(const Block& block) {
+  EAP_INLINE void add_block(const Block& block, const Block& next) {
     const Packed<T, E> of_rows(rows.x, block, lanes), of_columns(columns.x, block, lanes);
-    const int64_t inner = of_rows.width, each = divide_up(int64_t(ahead.size()), register_tiles);
-    of_rows.copy_rows(rows, block, a);
-    const bool in_place = of_columns.in_place(columns.x);
-    for (int64_t c = 0; c < t.columns; c += width) {
-      for (int64_t w = 0; w < width; w += lanes) {
-        const Rows part = columns.part(c + w, std::clamp<int64_t>(t.columns - c - w, 0, lanes));
-        const E* from[lanes];
-        if (!in_place) of_columns.copy_rows(part, block, staged);
-        for (int64_t r = 0; r < lanes; ++r) {
-          from[r] = staged + r * kLd;
-          if (r >= part.count) std::fill_n(staged + r * kLd, inner, E{});
-          else if (in_place) from[r] = reinterpret_cast<const E*>(part.template at<T>(r, block));
-        }
-        transpose<E, BYTES>(from, inner, b + w, width);
-      }
-      for_strips(c, [&](int64_t first, int64_t vectors, int64_t row, int64_t height) EAP_INLINE_LAMBDA {
-        for_tiles<BYTES>(height, [&](int64_t r, int64_t M) EAP_INLINE_LAMBDA {
-          const int64_t more = std::min(each, int64_t(ahead.size()) - fetched);
-          tile_kernel<E, BYTES>(M, vectors)(a + (row + r) * kLd, kLd, b + first * lanes, width, inner,
-                                            sums + c * t.rows + (row + r) * width + first * lanes, width, true,
-                                            {ahead.data() + fetched, more, sizeof(T) * Packed<T, E>::per_element});
-          fetched += more;
-        });
-      });
+    const int64_t inner = of_rows.width, count = strips.size();
+    pack_columns(of_columns, block);
+    for (int64_t s = 0; s < count; ++s) {
+      const Strip& strip = strips[s];
+      of_rows.copy_rows(rows.part(strip.row, strip.rows), block, a);
+      look_ahead(s, block, next);
+      const int64_t panels = divide_up(strip.vectors, kVectors), all = ahead.size();
+      for (int64_t i = 0; i < panels; ++i)
+        tile_kernel<E, BYTES>(strip.rows, std::min<int64_t>(kVectors, strip.vectors - i * kVectors))(
+            a, kLd, b + i * width * kInner, width, inner, sums + (i * t.rows + strip.row) * width, width, true,
+            {ahead.data() + i * all / panels, (i + 1) * all / panels - i * all / panels,
+             sizeof(T) * Packed<T, E>::per_element});
     }
+  }
+
+  EAP_INLINE void pack_columns(const Packed<T, E>& packed, const Block& block) {
+    const bool in_place = packed.in_place(columns.x);
+    for (int64_t c = 0; c < t.columns; c += lanes) {
+      const Rows part = columns.part(c, std::min(lanes, t.columns - c));
+      const E* from[lanes];
+      if (!in_place) packed.copy_rows(part, block, staged);
+      for (int64_t r = 0; r < lanes; ++r) {
+        from[r] = staged + r * kLd;
+        if (r >= part.count) std::fill_n(staged + r * kLd, packed.width, E{});
+        else if (in_place) from[r] = reinterpret_cast<const E*>(part.template at<T>(r, block));
+      }
+      transpose<E, BYTES>(from, packed.width, b + c / width * width * kInner + c % width, width);
+    }
+  }
+
+  // What to fetch while a strip is multiplied: the rows of the one after it, and its share of the next block's columns.
+  EAP_INLINE void look_ahead(int64_t s, const Block& block, const Block& next) {
+    ahead.clear();
+    const int64_t count = strips.size();
+    const bool last = s + 1 == count;
+    const auto add = [&](const Rows& side, int64_t begin, int64_t end, const Block& block) {
+      if (side.x.stride[2] == 1 && block.tokens)
+        for (int64_t r = begin; r < end; ++r) ahead.push_back(reinterpret_cast<const char*>(side.template at<T>(r, block)));
+    };
+    const Strip& strip = strips[last ? 0 : s + 1];
+    add(rows, strip.row, strip.row + strip.rows, last ? next : block);
+    add(columns, s * t.columns / count, (s + 1) * t.columns / count, next);
   }
 };
 
@@ -274,20 +267,16 @@ void EdgeScores::plan() {
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return reach[a] < reach[b]; });
   order.erase(order.begin(), std::find_if(order.begin(), order.end(), [&](int64_t v) { return reach[v] > 0; }));
 
-  // A vector's width of columns: few receivers would leave most of it empty.
-  swapped = R < 24 && S > R;
   const int64_t seen = order.size(), deepest = seen ? reach[order.back()] : 0;
-  int64_t offset = 0;
-  const auto add = [&](int64_t row, int64_t rows, int64_t column, int64_t columns) {
-    tiles.push_back({row, rows, column, columns, offset});
-    offset += rows * columns;
-  };
-  const int64_t columns = swapped ? deepest : seen;
-  const int64_t across = columns ? part(columns, kColumns, 32) : 1;
-  for (int64_t c = 0; c < columns; c += across) {
-    const int64_t width = std::min(across, columns - c);
-    const int64_t height = swapped ? seen : reach[order[c + width - 1]], down = part(height, kRows, 12);
-    for (int64_t r = 0; r < height; r += down) add(r, std::min(down, height - r), c, width);
+  int64_t offset = 0, first = 0;
+  const int64_t across = deepest ? part(deepest, kColumns, 32) : 1;
+  for (int64_t c = 0; c < deepest; c += across) {
+    while (reach[order[first]] <= c) ++first;
+    const int64_t down = part(seen - first, kRows, 12);
+    for (int64_t r = first; r < seen; r += down) {
+      tiles.push_back({r, std::min(down, seen - r), c, std::min(across, deepest - c), offset});
+      offset += tiles.back().rows * tiles.back().columns;
+    }
   }
   const int64_t blocks = Blocks(delta.size[1], delta.size[2]).count(), wanted = divide_up(kTasks, tiles.size() + 1);
   chunks = segments ? 1 : std::max<int64_t>(1, std::min(wanted, blocks / kBlocksPerChunk));
@@ -304,10 +293,12 @@ void EdgeScores::run(int64_t task) const { dispatch<Body>(dtype, *this, task); }
 template <class A> static void add_chunks(const EdgeScores& p, const Tile& tile) {
   const int64_t size = tile.rows * tile.columns;
   const A* const kept = static_cast<const A*>(p.partial.get()) + tile.offset;
-  write<A>(p, tile, 0, [&](int64_t i, int64_t j) {
-    double total = 0;
-    for (int64_t c = 0; c < p.chunks; ++c) total += double(kept[c * size + i * tile.columns + j]);
-    return total;
+  std::vector<double> total(tile.columns);
+  write<A>(p, tile, 0, [&](int64_t i) {
+    std::fill(total.begin(), total.end(), 0.0);
+    for (int64_t c = 0; c < p.chunks; ++c)
+      for (int64_t j = 0; j < tile.columns; ++j) total[j] += double(kept[c * size + i * tile.columns + j]);
+    return [&](int64_t j) { return total[j]; };
   });
 }
 

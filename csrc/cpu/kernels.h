@@ -38,8 +38,7 @@ struct EdgeScores {
   int64_t merges() const { return chunks > 1 ? int64_t(tiles.size()) : 0; }
   void merge(int64_t tile) const;   // adds a tile's chunks to out, in their order
 
-  // Made by plan(). Rows are senders and columns receivers, or, for few receivers, the other way round.
-  bool swapped;
+  // Made by plan(). Rows of tiles are receivers in this order, columns are senders.
   std::vector<int64_t> order;       // receivers, those that see least first
   std::vector<Tile> tiles;          // only those with work in them
   int64_t chunks;

@@ -55,7 +55,8 @@ template <int BYTES, class Tile> EAP_INLINE void for_tiles(int64_t rows, const T
 // A vector of 16-byte lanes: those of rows[0], rows[step], rows[2 * step], ... at element k. By hand, since compilers
 // join lanes through memory.
 template <class E, int BYTES>
-EAP_INLINE void load_lanes(const E* const* rows, int64_t step, int64_t k, vector_t<acc_t<E>, BYTES>& to) {
+EAP_INLINE auto load_lanes(const E* const* rows, int64_t step, int64_t k) {
+  vector_t<acc_t<E>, BYTES> to;
 #ifdef EAP_X86_LEVELS
   struct Lane { char bytes[16]; };
   const auto lane = [&](int64_t i) -> const Lane& { return *reinterpret_cast<const Lane*>(rows[i * step] + k); };
@@ -68,6 +69,7 @@ EAP_INLINE void load_lanes(const E* const* rows, int64_t step, int64_t k, vector
   }
 #endif
   if constexpr (BYTES == 16) std::memcpy(&to, rows[0] + k, 16);
+  return to;
 }
 
 // Within each 16-byte lane of L elements: elements of a and b in turns, of their first halves or of their second.
@@ -83,20 +85,23 @@ template <class E, int BYTES> EAP_INLINE void transpose(const E* const* rows, in
   constexpr int lanes = BYTES / int(sizeof(E));
 #ifdef EAP_SHUFFLES
   using V = vector_t<acc_t<E>, BYTES>;
-  constexpr int L = 16 / int(sizeof(E));
+  constexpr int L = 16 / int(sizeof(E)), pieces = BYTES / 16;
   constexpr auto all = std::make_integer_sequence<int, lanes>{};
-  for (int64_t k = 0; k < inner; k += L) {
-    V x[L], y[L];
-    for (int r = 0; r < L; ++r) load_lanes<E, BYTES>(rows + r, L, k, x[r]);
-    // Each pass interleaves row i with row i + L / 2; log2(L) passes transpose every lane.
-    for (int step = 1; step < L; step *= 2) {
-      for (int r = 0; r < L / 2; ++r) {
-        interleave<L, false>(x[r], x[r + L / 2], y[2 * r], all);
-        interleave<L, true>(x[r], x[r + L / 2], y[2 * r + 1], all);
+  for (int64_t k = 0; k < inner; k += lanes) {
+    V x[pieces][L], y[L];
+    for (int r = 0; r < L; ++r)
+      for (int q = 0; q < pieces; ++q) x[q][r] = load_lanes<E, BYTES>(rows + r, L, k + q * L);
+    for (int q = 0; q < pieces; ++q) {
+      // Each pass interleaves row i with row i + L / 2; log2(L) passes transpose every lane.
+      for (int step = 1; step < L; step *= 2) {
+        for (int r = 0; r < L / 2; ++r) {
+          interleave<L, false>(x[q][r], x[q][r + L / 2], y[2 * r], all);
+          interleave<L, true>(x[q][r], x[q][r + L / 2], y[2 * r + 1], all);
+        }
+        for (int r = 0; r < L; ++r) x[q][r] = y[r];
       }
-      for (int r = 0; r < L; ++r) x[r] = y[r];
+      for (int r = 0; r < L; ++r) std::memcpy(to + (k + q * L + r) * ld, &x[q][r], BYTES);
     }
-    for (int r = 0; r < L; ++r) std::memcpy(to + (k + r) * ld, &x[r], BYTES);
   }
 #else
   for (int r = 0; r < lanes; ++r)

@@ -15,9 +15,9 @@ constexpr int64_t kRows = 480;     // of a tile, at most: panels and sums of a t
 constexpr int64_t kColumns = 256;  // of a tile, at most
 constexpr int64_t kInner = 512;    // elements of the inner dimension packed at once: a strip fits the first-level cache
 constexpr int64_t kLd = kInner + 16;  // rows are padded: a power of two apart they would share cache sets
-constexpr int64_t kFlush = 16;    // blocks after which sums are added to those in double
+constexpr int64_t kFlush = 16;     // blocks after which sums are added to those in double
 constexpr int64_t kTasks = 48;     // wanted, so that threads end together
-constexpr int64_t kBlocksPerChunk = 12;  // at least: each chunk leaves partial sums to be added up
+constexpr int64_t kBlocksPerChunk = 6;  // at least: each chunk leaves partial sums to be added up
 
 struct Block { int64_t token, tokens, feature, features; };
 

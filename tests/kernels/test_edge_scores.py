@@ -39,6 +39,8 @@ LARGE = {
 }
 # So many features that partial sums are added up: those of chunks, or within a token's segment.
 LONG = {**LARGE, "senders": 5, "receivers": 30, "features": 140 if QUICK else 9000}
+# So many rows that the result is cut into several tiles both ways.
+WIDE = {**LARGE, "senders": 90 if QUICK else 300, "receivers": 90 if QUICK else 500, "tokens": 2, "features": 37}
 
 
 def make_reach(kind, senders, receivers, generator):
@@ -76,6 +78,7 @@ def poisoned(shape, reach, dtype, inside=0.0):
 @example(case={**LARGE, "segments": "shuffled", "tokens": 9, "layouts": ("reversed", "padded")})
 @example(case={**LONG, "layouts": ("contiguous", "contiguous")})
 @example(case={**LONG, "segments": "runs", "reach": "shuffled"})
+@example(case={**WIDE, "reach": "shuffled"})
 def test_agrees_with_oracle(impl, device, dtype, case):
     delta, grad, reach, segments = make_inputs(case, dtype, device)
     shape = (*([] if segments is None else [3]), delta.shape[0], grad.shape[0])

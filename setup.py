@@ -26,7 +26,7 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x0
 
 OPERATORS = [
     "csrc/register.cpp",
-    *(f"csrc/cpu/{name}.cpp" for name in ("edge_scores", "expand", "masked_read", "product")),
+    *(f"csrc/cpu/{name}.cpp" for name in ("edge_scores", "expand", "masked_read", "product", "product_amx")),
 ]
 CUDA_OPERATORS = [
     "csrc/register_cuda.cpp",

@@ -42,11 +42,9 @@ PYBIND11_MODULE(_build_info, m) {
 #else
       "g++ " __VERSION__;
 #endif
-#ifdef EAP_X86_LEVELS
-  m.attr("instruction_sets") = pybind11::make_tuple("default", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16");
-#else
-  m.attr("instruction_sets") = pybind11::make_tuple("default");
-#endif
+  std::vector<std::string> levels;
+  for (eap::Isa level : eap::kLevels) levels.push_back(eap::isa_name(level));
+  m.attr("instruction_sets") = pybind11::tuple(pybind11::cast(levels));
   m.def("instruction_set", [] { return std::string(eap::isa_name(eap::isa())); },
         "The instruction set level that the kernels use on this machine.");
   m.attr("cuda_architectures") = pybind11::make_tuple(EAP_CUDA_ARCHITECTURES);

@@ -129,7 +129,7 @@ def test_edge_scores(in_turns, name, dtype, layout):
             found["over_peers_five_steps"] = STEPS * found["over_peers"]
         return found | {"auto_over_best": over_best(seconds)}
 
-    bars = {"over_peers": 1.5} if "peers" in others else {"over_dense": 0.8 if dtype == "float32" else 0.3}
+    bars = {"over_peers": 1.5} if "peers" in others else {"over_dense": 0.8}
     facts = {"model": name, "dtype": dtype, "layout": layout, "receivers": len(grad), "tokens": tokens}
     facts["not_compiled"] = missing
     in_turns(runs, ratios, bars, **facts)

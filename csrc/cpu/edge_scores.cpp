@@ -13,8 +13,8 @@ namespace {
 
 constexpr int64_t kRows = 480;     // of a tile, at most: panels and sums of a task share the second-level cache
 constexpr int64_t kColumns = 256;  // of a tile, at most
-constexpr int64_t kInner = 512;    // elements of the inner dimension packed at once: a strip fits the first-level cache
-constexpr int64_t kLd = kInner + 16;  // rows are padded: a power of two apart they would share cache sets
+constexpr int64_t kInner = 512;    // values of the inner dimension packed at once: a strip fits the first-level cache
+constexpr int64_t kTileInner = 1024;  // for AMX, which waits for memory: long pieces of it are read faster
 constexpr int64_t kFlush = 16;     // blocks after which sums are added to those in double
 constexpr int64_t kTasks = 48;     // wanted, so that threads end together
 constexpr int64_t kBlocksPerChunk = 6;  // at least: each chunk leaves partial sums to be added up
@@ -23,14 +23,16 @@ struct Block { int64_t token, tokens, feature, features; };
 
 // How the inner dimension is cut: several tokens to a block, or several blocks to a token.
 struct Blocks {
-  int64_t tokens, features, per_block, per_token;
-  Blocks(int64_t tokens, int64_t features)
-      : tokens(tokens), features(features), per_block(std::max<int64_t>(1, kInner / std::max<int64_t>(features, 1))),
-        per_token(divide_up(features, kInner)) {}
+  int64_t tokens, features, inner, per_block, per_token;
+  // `multiple`: of which a token's values are packed.
+  Blocks(int64_t tokens, int64_t features, int64_t inner, int64_t multiple = 1)
+      : tokens(tokens), features(features), inner(inner),
+        per_block(std::max<int64_t>(1, inner / std::max<int64_t>(divide_up(features, multiple) * multiple, 1))),
+        per_token(divide_up(features, inner)) {}
   int64_t count() const { return divide_up(tokens, per_block) * per_token; }
   Block operator[](int64_t i) const {
-    const int64_t token = i / per_token * per_block, feature = i % per_token * kInner;
-    return {token, std::min(per_block, tokens - token), feature, std::min(kInner, features - feature)};
+    const int64_t token = i / per_token * per_block, feature = i % per_token * inner;
+    return {token, std::min(per_block, tokens - token), feature, std::min(inner, features - feature)};
   }
 };
 
@@ -62,19 +64,23 @@ struct Rows {
   Rows part(int64_t from, int64_t size) const { return {x, order, first + from, size}; }
 };
 
-// One block of rows as contiguous elements E: [rows, kLd], followed by zeros up to a multiple of `lanes`.
+// One block of rows as contiguous elements E: [rows, ld], followed by zeros up to a multiple of `lanes`.
 template <class T, class E> struct Packed {
-  static constexpr int64_t per_element = std::is_same_v<E, bf16x2> ? 2 : 1;
+  static constexpr int64_t per_element = std::is_base_of_v<bf16x2, E> ? 2 : 1;
+  static constexpr int64_t inner = std::is_same_v<E, tile_pair> ? kTileInner : kInner;  // values of a block, at most
+  // Elements of it. Rows are padded: a power of two apart they would share cache sets.
+  static constexpr int64_t depth = inner / per_element, ld = depth + 16;
   int64_t pieces, length, piece, width;
 
   EAP_INLINE Packed(const View& x, const Block& block, int64_t lanes) {
-    const bool flat = x.stride[2] == 1 && x.stride[1] == block.features;
+    // Tokens of an odd number of values end in half a pair, whether or not the other operand is flat as well.
+    const bool flat = x.stride[2] == 1 && x.stride[1] == block.features && block.features % per_element == 0;
     pieces = flat ? 1 : block.tokens, length = flat ? block.tokens * block.features : block.features;
     piece = divide_up(length, per_element), width = divide_up(pieces * piece, lanes) * lanes;
   }
 
   EAP_INLINE void copy_rows(const Rows& rows, const Block& block, E* to) const {
-    for (int64_t r = 0; r < rows.count; ++r, to += kLd) {
+    for (int64_t r = 0; r < rows.count; ++r, to += ld) {
       const T* from = rows.at<T>(r, block);
       for (int64_t i = 0; i < pieces; ++i, from += rows.x.stride[1])
         copy(to + i * piece, from, rows.x.stride[2], length);
@@ -104,7 +110,9 @@ struct Strip { int64_t row, rows, vectors; };
 
 template <class T, class E, int BYTES> class Tiles {
   using A = acc_t<E>;
-  static constexpr int64_t lanes = BYTES / sizeof(E), width = tile_columns<E, BYTES>, height = tile_rows(BYTES);
+  using Panel = Packed<T, E>;
+  static constexpr int64_t lanes = BYTES / sizeof(E), width = tile_columns<E, BYTES>, height = tile_rows<E>(BYTES);
+  static constexpr int64_t depth = Panel::depth, ld = Panel::ld;
 
   const EdgeScores& p;
   const Tile& t;
@@ -126,16 +134,16 @@ template <class T, class E, int BYTES> class Tiles {
  private:
   EAP_INLINE Tiles(const EdgeScores& p, const Tile& t)
       : p(p), t(t), rows{p.grad, p.order.data(), t.row, t.rows}, columns{p.delta, nullptr, t.column, t.columns},
-        sums(reinterpret_cast<A*>(scratch<double>(2 * kRows * kColumns + kColumns * kInner + (height + lanes) * kLd))),
+        sums(reinterpret_cast<A*>(scratch<double>(2 * kRows * kColumns + kColumns * depth + (height + lanes) * ld))),
         total(reinterpret_cast<double*>(sums) + kRows * kColumns),
-        a(reinterpret_cast<E*>(total + kRows * kColumns)), b(a + height * kLd), staged(b + kColumns * kInner) {
+        a(reinterpret_cast<E*>(total + kRows * kColumns)), b(a + height * ld), staged(b + kColumns * depth) {
     std::fill_n(sums, size(), A(0));
     const auto vectors = [&](int64_t i) {
       return divide_up(std::min(p.reach[p.order[t.row + i]] - t.column, t.columns), lanes);
     };
     for (int64_t row = 0, end; row < t.rows; row = end) {
       for (end = row + 1; end < t.rows && vectors(end) == vectors(row);) ++end;
-      for_tiles<BYTES>(end - row, [&](int64_t r, int64_t rows) { strips.push_back({row + r, rows, vectors(row)}); });
+      for_tiles<BYTES, E>(end - row, [&](int64_t r, int64_t rows) { strips.push_back({row + r, rows, vectors(row)}); });
     }
     // Short and long ones in turns, so that there is always time to fetch what comes next.
     const std::vector<Strip> sorted = strips;
@@ -145,7 +153,7 @@ template <class T, class E, int BYTES> class Tiles {
   int64_t size() const { return t.rows * divide_up(t.columns, width) * width; }
 
   EAP_INLINE void one_chunk(int64_t chunk) {
-    const Blocks blocks(p.delta.size[1], p.delta.size[2]);
+    const Blocks blocks(p.delta.size[1], p.delta.size[2], Panel::inner, Panel::per_element);
     const int64_t count = blocks.count();
     add_blocks(blocks, 0, chunk * count / p.chunks, (chunk + 1) * count / p.chunks);
     if (p.chunks == 1) return deliver(0);
@@ -159,7 +167,7 @@ template <class T, class E, int BYTES> class Tiles {
     const int64_t tokens = p.delta.size[1];
     for (int64_t n = 0, end; n < tokens; n = end) {
       for (end = n + 1; end < tokens && p.segments[end] == p.segments[n];) ++end;
-      const Blocks blocks(end - n, p.delta.size[2]);
+      const Blocks blocks(end - n, p.delta.size[2], Panel::inner, Panel::per_element);
       add_blocks(blocks, n, 0, blocks.count());
       deliver(p.segments[n]);
       std::fill_n(sums, size(), A(0));
@@ -195,7 +203,7 @@ template <class T, class E, int BYTES> class Tiles {
   }
 
   EAP_INLINE void add_block(const Block& block, const Block& next) {
-    const Packed<T, E> of_rows(rows.x, block, lanes), of_columns(columns.x, block, lanes);
+    const Panel of_rows(rows.x, block, lanes), of_columns(columns.x, block, lanes);
     const int64_t inner = of_rows.width, count = strips.size();
     pack_columns(of_columns, block);
     for (int64_t s = 0; s < count; ++s) {
@@ -205,24 +213,24 @@ template <class T, class E, int BYTES> class Tiles {
       const int64_t panels = divide_up(strip.vectors, kVectors), all = ahead.size();
       for (int64_t i = 0; i < panels; ++i)
         tile_kernel<E, BYTES>(strip.rows, std::min<int64_t>(kVectors, strip.vectors - i * kVectors))(
-            a, kLd, b + i * width * kInner, width, inner, sums + (i * t.rows + strip.row) * width, width, true,
+            a, ld, b + i * width * depth, width, inner, sums + (i * t.rows + strip.row) * width, width, true,
             {ahead.data() + i * all / panels, (i + 1) * all / panels - i * all / panels,
-             sizeof(T) * Packed<T, E>::per_element});
+             sizeof(T) * Panel::per_element});
     }
   }
 
-  EAP_INLINE void pack_columns(const Packed<T, E>& packed, const Block& block) {
+  EAP_INLINE void pack_columns(const Panel& packed, const Block& block) {
     const bool in_place = packed.in_place(columns.x);
     for (int64_t c = 0; c < t.columns; c += lanes) {
       const Rows part = columns.part(c, std::min(lanes, t.columns - c));
       const E* from[lanes];
       if (!in_place) packed.copy_rows(part, block, staged);
       for (int64_t r = 0; r < lanes; ++r) {
-        from[r] = staged + r * kLd;
-        if (r >= part.count) std::fill_n(staged + r * kLd, packed.width, E{});
+        from[r] = staged + r * ld;
+        if (r >= part.count) std::fill_n(staged + r * ld, packed.width, E{});
         else if (in_place) from[r] = reinterpret_cast<const E*>(part.template at<T>(r, block));
       }
-      transpose<E, BYTES>(from, packed.width, b + c / width * width * kInner + c % width, width);
+      transpose<E, BYTES>(from, packed.width, b + c / width * width * depth + c % width, width);
     }
   }
 
@@ -241,11 +249,19 @@ template <class T, class E, int BYTES> class Tiles {
   }
 };
 
+// Whether the instruction set multiplies pairs of neighbouring values, and this is where they lie.
+bool in_pairs(const EdgeScores& p, Isa level) {
+  return isa() == level && p.dtype == Dtype::bf16 && p.delta.stride[2] == 1 && p.grad.stride[2] == 1;
+}
+
 template <class T, int BYTES> struct Body {
   EAP_INLINE static void run(const EdgeScores& p, int64_t task) {
-    if constexpr (std::is_same_v<T, bf16> && BYTES == 64)
-      if (isa() == Isa::v4_bf16 && p.delta.stride[2] == 1 && p.grad.stride[2] == 1)
-        return Tiles<T, bf16x2, BYTES>::run(p, task);
+    if constexpr (std::is_same_v<T, bf16> && BYTES == 64) {
+#ifdef EAP_AMX
+      if (in_pairs(p, Isa::v4_amx)) return Tiles<T, tile_pair, BYTES>::run(p, task), release_tiles();
+#endif
+      if (in_pairs(p, Isa::v4_bf16)) return Tiles<T, bf16x2, BYTES>::run(p, task);
+    }
     Tiles<T, acc_t<T>, BYTES>::run(p, task);
   }
 };
@@ -258,7 +274,7 @@ int64_t part(int64_t size, int64_t limit, int64_t step) {
 }  // namespace
 
 void EdgeScores::plan() {
-  const int64_t S = delta.size[0], R = grad.size[0];
+  const int64_t R = grad.size[0];
   const auto flat = [](const View& x) { return x.stride[2] == 1 && (x.stride[1] == x.size[2] || x.size[1] == 1); };
   if (segments == nullptr && flat(delta) && flat(grad))
     for (View* x : {&delta, &grad}) x->size[2] *= x->size[1], x->size[1] = x->size[2] > 0, x->stride[1] = x->size[2];
@@ -278,8 +294,11 @@ void EdgeScores::plan() {
       offset += tiles.back().rows * tiles.back().columns;
     }
   }
-  const int64_t blocks = Blocks(delta.size[1], delta.size[2]).count(), wanted = divide_up(kTasks, tiles.size() + 1);
-  chunks = segments ? 1 : std::max<int64_t>(1, std::min(wanted, blocks / kBlocksPerChunk));
+  const int64_t blocks = Blocks(delta.size[1], delta.size[2], kInner).count();
+  const int64_t wanted = divide_up(kTasks, tiles.size() + 1);
+  // AMX is done with a block sooner, but not with its partial sums.
+  const int64_t least = in_pairs(*this, Isa::v4_amx) ? 2 * kBlocksPerChunk : kBlocksPerChunk;
+  chunks = segments ? 1 : std::max<int64_t>(1, std::min(wanted, blocks / least));
   if (chunks > 4) chunks = chunks / 4 * 4;
   for (Tile& tile : tiles) tile.offset *= chunks;
   // The last tiles reach deepest: first come those that take longest.

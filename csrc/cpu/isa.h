@@ -10,16 +10,49 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define EAP_X86_LEVELS 1
 #define EAP_TARGET_V3 __attribute__((target("avx,avx2,fma,f16c,bmi,bmi2")))
-#define EAP_TARGET_V4 \
-  __attribute__((target("avx,avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")))
+#define EAP_V4_FEATURES "avx,avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"
+#define EAP_TARGET_V4 __attribute__((target(EAP_V4_FEATURES)))
+// GCC and clang know it from version 11 on.
+#if defined(__linux__) && (defined(__clang__) ? __clang_major__ : __GNUC__) >= 11
+#define EAP_AMX 1
+#define EAP_TARGET_AMX __attribute__((target(EAP_V4_FEATURES ",amx-tile,amx-bf16")))
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace eap {
 
-enum class Isa { base, v3, v4, v4_bf16 };
+enum class Isa { base, v3, v4, v4_bf16, v4_amx };
+
+// What was built.
+inline constexpr Isa kLevels[] = {
+    Isa::base,
+#ifdef EAP_X86_LEVELS
+    Isa::v3, Isa::v4, Isa::v4_bf16,
+#endif
+#ifdef EAP_AMX
+    Isa::v4_amx,
+#endif
+};
 
 inline const char* isa_name(Isa isa) {
-  return isa == Isa::v4_bf16 ? "x86-64-v4-bf16" : isa == Isa::v4 ? "x86-64-v4" : isa == Isa::v3 ? "x86-64-v3" : "default";
+  constexpr const char* names[] = {"default", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16", "x86-64-v4-amx"};
+  return names[int(isa)];
+}
+
+// Whether the processor has AMX tiles of bf16 and Linux lets this process use them, which it has to be asked for.
+inline bool amx_allowed() {
+#ifdef EAP_AMX
+  constexpr unsigned tile_and_bf16 = 1u << 24 | 1u << 22;
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tile_and_bf16) != tile_and_bf16) return false;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
 }
 
 // EAP_CPU_ISA names another level that the processor has, so that one machine can test them all.
@@ -38,9 +71,10 @@ inline Isa isa() {
     has = best;
     // Intel's bf16 dot product runs at half the rate of two fp32 products (measured on Sapphire Rapids).
     if (__builtin_cpu_is("intel")) best = std::min(best, Isa::v4);
+    if (has == Isa::v4_bf16 && amx_allowed()) best = has = Isa::v4_amx;
 #endif
     const char* asked = std::getenv("EAP_CPU_ISA");
-    for (Isa level : {Isa::base, Isa::v3, Isa::v4, Isa::v4_bf16})
+    for (Isa level : kLevels)
       if (asked && level <= has && !std::strcmp(asked, isa_name(level))) return level;
     return best;
   }();

@@ -15,9 +15,14 @@ template <class A, int BYTES> using vector_t = typename Vector<A, BYTES>::type;
 // Two neighbouring bf16 values of a row, multiplied and summed by one instruction (AVX512-BF16).
 struct bf16x2 { uint32_t bits; };
 template <> struct Accumulate<bf16x2> { using type = float; };
+// The same for AMX, which multiplies 16 rows of 16 pairs by 16 columns of them.
+struct tile_pair : bf16x2 {};
+template <> struct Accumulate<tile_pair> { using type = float; };
 
 // Rows of a register tile, at most: accumulators, vectors of b and a broadcast fit into 32 (AVX-512) or 16 registers.
-constexpr int tile_rows(int bytes) { return bytes == 64 ? 12 : 6; }
+template <class E = float> constexpr int tile_rows(int bytes) {
+  return std::is_same_v<E, tile_pair> ? 32 : bytes == 64 ? 12 : 6;
+}
 // Vectors of columns of a register tile, at most.
 constexpr int kVectors = 2;
 template <class E, int BYTES> constexpr int64_t tile_columns = kVectors * BYTES / int64_t(sizeof(E));
@@ -35,10 +40,15 @@ using TileKernel = void (*)(const E* a, int64_t lda, const E* b, int64_t ldb, in
 
 // The kernel of so many rows and vectors of columns, in product.cpp.
 template <class E, int BYTES> TileKernel<E> tile_kernel(int64_t rows, int64_t vectors);
+#ifdef EAP_AMX
+// In product_amx.cpp. A thread that has called it releases the tiles: other libraries set up their own.
+template <> TileKernel<tile_pair> tile_kernel<tile_pair, 64>(int64_t rows, int64_t vectors);
+void release_tiles();
+#endif
 
 // Calls `tile(row, height)` over `rows` rows, in tiles of nearly equal height: low ones would leave the units idle.
-template <int BYTES, class Tile> EAP_INLINE void for_tiles(int64_t rows, const Tile& tile) {
-  const int64_t tiles = divide_up(rows, tile_rows(BYTES));
+template <int BYTES, class E = float, class Tile> EAP_INLINE void for_tiles(int64_t rows, const Tile& tile) {
+  const int64_t tiles = divide_up(rows, tile_rows<E>(BYTES));
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t row = i * rows / tiles;
     tile(row, (i + 1) * rows / tiles - row);
@@ -55,7 +65,7 @@ template <int BYTES, class Tile> EAP_INLINE void for_tiles(int64_t rows, const T
 // A vector of 16-byte lanes: those of rows[0], rows[step], rows[2 * step], ... at element k. By hand, since compilers
 // join lanes through memory.
 template <class E, int BYTES>
-EAP_INLINE auto load_lanes(const E* const* rows, int64_t step, int64_t k) {
+EAP_INLINE void load_lanes(const E* const* rows, int64_t step, int64_t k, vector_t<acc_t<E>, BYTES>& loaded) {
   vector_t<acc_t<E>, BYTES> to;
 #ifdef EAP_X86_LEVELS
   struct Lane { char bytes[16]; };
@@ -69,7 +79,7 @@ EAP_INLINE auto load_lanes(const E* const* rows, int64_t step, int64_t k) {
   }
 #endif
   if constexpr (BYTES == 16) std::memcpy(&to, rows[0] + k, 16);
-  return to;
+  loaded = to;
 }
 
 // Within each 16-byte lane of L elements: elements of a and b in turns, of their first halves or of their second.
@@ -90,7 +100,7 @@ template <class E, int BYTES> EAP_INLINE void transpose(const E* const* rows, in
   for (int64_t k = 0; k < inner; k += lanes) {
     V x[pieces][L], y[L];
     for (int r = 0; r < L; ++r)
-      for (int q = 0; q < pieces; ++q) x[q][r] = load_lanes<E, BYTES>(rows + r, L, k + q * L);
+      for (int q = 0; q < pieces; ++q) load_lanes<E, BYTES>(rows + r, L, k + q * L, x[q][r]);
     for (int q = 0; q < pieces; ++q) {
       // Each pass interleaves row i with row i + L / 2; log2(L) passes transpose every lane.
       for (int step = 1; step < L; step *= 2) {

@@ -79,18 +79,30 @@ def test_the_operator_library_loads_without_the_build_description():
         assert description == "no description for this Python version"
 
 
-@pytest.mark.parametrize("level", ["default", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16"])
+@pytest.mark.parametrize("level", ["default", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16", "x86-64-v4-amx"])
 def test_every_instruction_set_level_is_right(level):
     """Integers small enough to be exact in every dtype, so that all levels must agree to the bit."""
     if "cpu" not in testing.available_backends():
         return
     code = """
-ok = True
+import itertools
+from eap_kernels import testing
+ok, generator = True, torch.Generator()
 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
     delta, grad = (torch.randint(-2, 3, (rows, 5, 67)).to(dtype) for rows in (31, 23))
     reach, mask = torch.randint(0, 32, (23,)), torch.randint(0, 2, (31, 23)).bool()
     scores = torch.einsum("und,vnd->uv", delta.double(), grad.double()) * (torch.arange(31)[:, None] < reach)
     ok &= torch.equal(ek.edge_scores(delta, grad, reach, impl="cpu").double(), scores)
+    # Tiles and blocks with and without remainders, several of each.
+    for senders, receivers, tokens, features in ((431, 517, 1, 64), (70, 90, 3, 1101), (9, 31, 1500, 1), (41, 3, 2, 5)):
+        for layouts in itertools.product(("contiguous", "tokens_first", "padded"), repeat=2):
+            d, g = (
+                testing.random_tensor((rows, tokens, features), dtype, generator, layout).round_()
+                for rows, layout in zip((senders, receivers), layouts)
+            )
+            ends = torch.randint(0, senders + 1, (receivers,))
+            scores = d.double().flatten(1) @ g.double().flatten(1).T * (torch.arange(senders)[:, None] < ends)
+            ok &= torch.equal(ek.edge_scores(d, g, ends, impl="cpu").double(), scores)
     read = delta[0].double() + torch.einsum("uv,und->vnd", mask.double(), delta.double())
     ok &= torch.equal(ek.masked_read(delta[0], delta, mask, impl="cpu").double(), read)
 from eap_kernels import _native

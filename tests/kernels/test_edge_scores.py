@@ -107,8 +107,8 @@ def test_accumulates_into_strided_out(impl, device, randn):
     assert (whole[:, 1::2][staircase] == 1).all()
 
 
-def test_values_outside_the_staircase_do_not_leak_in(impl, device):
-    delta, grad = torch.ones(3, 2, 4), torch.ones(2, 2, 4)
+def test_values_outside_the_staircase_do_not_leak_in(impl, device, dtype):
+    delta, grad = torch.ones(3, 2, 4, dtype=dtype), torch.ones(2, 2, 4, dtype=dtype)
     delta[2] = math.nan
     assert ek.edge_scores(delta, grad, torch.tensor([1, 2]), impl=impl).tolist() == [[8, 8], [0, 8], [0, 0]]
 

@@ -7,13 +7,13 @@
 #define EAP_INLINE inline __attribute__((always_inline))
 #define EAP_INLINE_LAMBDA __attribute__((always_inline))
 
-#if defined(__x86_64__) && defined(__GNUC__)
+// Not clang, which holds inline assembly to the instruction set of the whole file.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define EAP_X86_LEVELS 1
 #define EAP_TARGET_V3 __attribute__((target("avx,avx2,fma,f16c,bmi,bmi2")))
 #define EAP_V4_FEATURES "avx,avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"
 #define EAP_TARGET_V4 __attribute__((target(EAP_V4_FEATURES)))
-// GCC and clang know it from version 11 on.
-#if defined(__linux__) && (defined(__clang__) ? __clang_major__ : __GNUC__) >= 11
+#if defined(__linux__) && __GNUC__ >= 11
 #define EAP_AMX 1
 #define EAP_TARGET_AMX __attribute__((target(EAP_V4_FEATURES ",amx-tile,amx-bf16")))
 #include <cpuid.h>

@@ -66,6 +66,7 @@ template <int BYTES, class E = float, class Tile> EAP_INLINE void for_tiles(int6
 // join lanes through memory.
 template <class E, int BYTES>
 EAP_INLINE void load_lanes(const E* const* rows, int64_t step, int64_t k, vector_t<acc_t<E>, BYTES>& loaded) {
+  // Joined here: g++ 12 would store what it has of `loaded` after each lane.
   vector_t<acc_t<E>, BYTES> to;
 #ifdef EAP_X86_LEVELS
   struct Lane { char bytes[16]; };

@@ -8,7 +8,7 @@ from .contraction import contract, contract_neurons, lowered
 from .contributions import Contributions
 from .fitting import Cost, budget, bytes_without_gradient, numbers_per_token, tokens_within
 from .inputs import Progress, Run, prepare
-from .masked import TOKENS_TOGETHER, learning_run, run_circuits
+from .masked import TOKENS_TOGETHER, learning_run, rows_computed, run_circuits
 from .memory import PeakBytes, free_bytes, in_memory, most_tokens, parse_bytes
 from .patched import PatchedEdges
 from .paths import GroupPaths
@@ -55,6 +55,7 @@ __all__ = [
     "numbers_per_token",
     "parse_bytes",
     "prepare",
+    "rows_computed",
     "run_circuits",
     "some_of",
     "tokens_within",

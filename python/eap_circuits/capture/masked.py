@@ -47,15 +47,26 @@ def learning_run(runner: Runner, graph: Graph, ablated: RecordedRun, mask: Tenso
     return _CircuitsRun(runner, graph, ablated, [_LearningCircuit(runner, graph, mask)]).logits()[0]
 
 
+def rows_computed(graph: Graph, mask: Tensor) -> int:
+    """How many rows of tokens × features a circuit takes: receivers that have to be computed and senders they read."""
+    _, _, partial = _receivers(graph, mask)
+    return int(partial.sum()) + int((mask[:, partial] != 0).any(1).sum())
+
+
+def _receivers(graph: Graph, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bool [R] each: those that read the corrupted run alone, the circuit's own run alone, and have to be computed."""
+    closed = ~(mask != 0).any(0)
+    whole = ((mask == 1) | ~graph.edge_mask).all(0) & ~closed
+    return closed, whole, ~closed & ~whole
+
+
 class _Circuit:
     """What a mask asks for: which receivers are computed, which senders run, which differences are stored."""
 
     def __init__(self, runner: Runner, graph: Graph, mask: Tensor) -> None:
         self.dtype = runner.arch.accumulate
         kept = mask != 0
-        self.closed = ~kept.any(0)  # [R] reads the corrupted run alone
-        self.whole = ((mask == 1) | ~graph.edge_mask).all(0) & ~self.closed  # [R] reads the circuit's own run alone
-        self.partial = ~self.closed & ~self.whole  # [R] has to be computed
+        self.closed, self.whole, self.partial = _receivers(graph, mask)
         self._last_whole = int(self.whole.nonzero().max()) if self.whole.any() else -1
         self.needed = kept.any(1).tolist()  # [S] read by any receiver
         stored = kept[:, self.partial].any(1)

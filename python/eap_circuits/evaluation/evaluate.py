@@ -25,6 +25,7 @@ from ..capture import (
     in_memory,
     make_batches,
     prepare,
+    rows_computed,
     run_circuits,
     tokens_within,
     without_cache_where_it_fails,
@@ -203,8 +204,7 @@ def _tokens_together(
     run: Run, circuits: Sequence[Circuit], batch_size: int | None, reuse_prefix: bool, allowed: int
 ) -> int:
     """The most tokens of circuits that run together within a budget of bytes."""
-    # Rows of tokens × features: what is kept of senders, and what receivers read.
-    rows = [sum(_computed(item)) for item in circuits]
+    rows = [rows_computed(item.graph, item.mask) for item in circuits]
     largest = circuits[max(range(len(circuits)), key=rows.__getitem__)]
     first = run.data.first_difference if reuse_prefix else 0
     there_are = int((run.data.longer_lengths - first).sum())
@@ -219,13 +219,6 @@ def _tokens_together(
         return Cost(run.data, batch, measured)
 
     return tokens_within(run, batch_size, reuse_prefix, allowed, TOKENS_TOGETHER, rough, cost)
-
-
-def _computed(item: Circuit) -> tuple[int, int]:
-    """How many receivers read some of their edges, but not all, and how many senders they read."""
-    kept = item.mask
-    some = kept.any(0) & ~(kept | ~item.graph.edge_mask).all(0)
-    return int(some.sum()), int(kept[:, some].any(1).sum())
 
 
 def _with_own_constants(

@@ -127,7 +127,6 @@ void head_space_scores(std::vector<Tensor> values, std::vector<Tensor> weights, 
 struct Kept {
   std::vector<int64_t> first, sender;
   std::vector<double> weight;
-  int64_t senders_used = 0;
 };
 
 template <class T> double value(const void* data, int64_t i) {
@@ -140,12 +139,9 @@ template <class T> Kept kept(const Tensor& mask) {
   const void* data = mask.const_data_ptr();
   Kept k;
   k.first.assign(R + 1, 0);
-  for (int64_t u = 0; u < S; ++u) {
-    bool used = false;
+  for (int64_t u = 0; u < S; ++u)
     for (int64_t v = 0; v < R; ++v)
-      if (value<T>(data, u * s0 + v * s1) != 0) ++k.first[v + 1], used = true;
-    k.senders_used += used;
-  }
+      if (value<T>(data, u * s0 + v * s1) != 0) ++k.first[v + 1];
   for (int64_t v = 0; v < R; ++v) k.first[v + 1] += k.first[v];
   k.sender.resize(k.first[R]);
   k.weight.resize(k.first[R]);
@@ -174,7 +170,7 @@ Tensor masked_read(Tensor base, Tensor delta, Tensor mask) {
   const Kept k = kept(mask, rest.mask_dtype);
   Tensor out = torch::stable::new_empty(delta, {mask.size(1), delta.size(1), delta.size(2)});
   MaskedRead kernel{view(delta), rest.base, rest.dtype, k.first.data(), k.sender.data(), k.weight.data(),
-                    k.senders_used, out.mutable_data_ptr(), 0, 0, false};
+                    out.mutable_data_ptr(), 0, false};
   kernel.plan(torch::stable::get_num_threads());
   run_tasks(kernel.tasks(), [&](int64_t task) { kernel.run(task); });
   return out;

@@ -78,9 +78,7 @@ struct MaskedRead {
   const int64_t* first;   // [R + 1]
   const int64_t* sender;  // kept edges, grouped by receiver
   const double* weight;   // kept edges
-  int64_t senders_used;   // rows of delta that some receiver keeps
   void* out;              // [R, N, D] contiguous
-  int64_t chunk;          // elements of a token row handled at once
   int64_t receivers_per_task;
   bool past_caches;       // whether the result is written past the caches
 

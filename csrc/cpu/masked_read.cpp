@@ -1,17 +1,20 @@
 // Masked read: each receiver sums the senders it keeps, so cost follows the kept edges, not the size of the graph.
-// Token rows are cut into chunks small enough that the chunk of every used sender stays in cache for all receivers.
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "dispatch.h"
 
 namespace eap {
 namespace {
 
-constexpr int64_t kChunk = 2048;            // elements, at most
-constexpr int64_t kCacheBytes = 1 << 20;    // that the chunks of all used senders may fill
-constexpr int64_t kLargeBytes = 4 << 20;    // of a result that its reader will not find in a core's own cache
+// Elements of a token row handled at once: pages long, since senders lie far apart and few receivers read the same one.
+constexpr int64_t kChunk = 1024;
+constexpr int64_t kLargeBytes = 4 << 20;  // of a result that its reader will not find in a core's own cache
 
 template <class T, class A>
 EAP_INLINE void axpy(A* __restrict acc, const T* x, int64_t step, A weight, int64_t count) {
@@ -45,15 +48,25 @@ template <int BYTES, class A> EAP_INLINE void stream(A* to, const A* from, int64
   std::copy_n(from + i, count - i, to + i);
 }
 
+// Asks for pages of 2 MiB where the system has them: a large result is new memory, and it comes a page at a time.
+void in_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t page = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) & ~(page - 1);
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // refused, all is as it was
+#endif
+}
+
 template <class T, int BYTES> struct Body {
   using A = acc_t<T>;
 
   EAP_INLINE static void run(const MaskedRead& p, int64_t task) {
     const int64_t R = p.base.size[0], D = p.delta.size[2];
-    const int64_t chunks = divide_up(D, p.chunk), groups = divide_up(R, p.receivers_per_task);
+    const int64_t chunks = divide_up(D, kChunk), groups = divide_up(R, p.receivers_per_task);
     const int64_t v0 = task % groups * p.receivers_per_task, v1 = std::min(R, v0 + p.receivers_per_task);
-    const int64_t d = task / groups % chunks * p.chunk, n = task / groups / chunks;
-    for (int64_t v = v0; v < v1; ++v) receiver(p, v, n, d, std::min(p.chunk, D - d));
+    const int64_t d = task / groups % chunks * kChunk, n = task / groups / chunks;
+    for (int64_t v = v0; v < v1; ++v) receiver(p, v, n, d, std::min(kChunk, D - d));
 #ifdef EAP_X86_LEVELS
     asm volatile("sfence" ::: "memory");
 #endif
@@ -93,16 +106,16 @@ void MaskedRead::plan(int64_t threads) {
     // Tokens follow each other without gaps: one long row, so that small D does not mean short loops.
     for (View* x : {&delta, &base}) x->size[2] *= x->size[1], x->stride[1] *= x->size[1], x->size[1] = 1;
   }
-  past_caches = base.size[0] * delta.size[1] * delta.size[2] * element >= kLargeBytes;
-  const int64_t row = delta.size[2], tokens = delta.size[1], R = base.size[0];
-  chunk = std::clamp(kCacheBytes / element / std::max<int64_t>(senders_used, 1), int64_t(256), kChunk) / 64 * 64;
-  const int64_t blocks = std::max<int64_t>(1, tokens * divide_up(row, chunk));
+  const int64_t row = delta.size[2], tokens = delta.size[1], R = base.size[0], bytes = R * tokens * row * element;
+  past_caches = bytes >= kLargeBytes;
+  if (past_caches) in_huge_pages(out, bytes);
+  const int64_t blocks = std::max<int64_t>(1, tokens * divide_up(row, kChunk));
   const int64_t groups = std::clamp(divide_up(4 * threads, blocks), int64_t(1), std::max<int64_t>(R, 1));
   receivers_per_task = std::max<int64_t>(1, divide_up(R, groups));
 }
 
 int64_t MaskedRead::tasks() const {
-  return delta.size[1] * divide_up(delta.size[2], chunk) * divide_up(base.size[0], receivers_per_task);
+  return delta.size[1] * divide_up(delta.size[2], kChunk) * divide_up(base.size[0], receivers_per_task);
 }
 
 void MaskedRead::run(int64_t task) const { dispatch<Body>(dtype, *this, task); }

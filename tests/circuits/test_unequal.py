@@ -65,7 +65,7 @@ def test_what_all_senders_differ_by_is_what_the_residual_stream_does(kind, make_
     with StayDouble(), torch.no_grad():
         for e in range(len(data)):
             (batch,) = make_batches(data[[e]], None, False, torch.device("cpu"))
-            senders = SenderDifferences(Runner(arch, arch.graph("query"), batch), arch.graph("query"))
+            senders = SenderDifferences(Runner(arch, arch.graph("query"), batch, every_mlp=True), arch.graph("query"))
             total = 0
             for nodes in senders.nodes():
                 values = (

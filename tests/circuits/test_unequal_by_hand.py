@@ -134,7 +134,7 @@ def test_differences_are_of_aligned_contributions(case, reuse_prefix, together):
     model, graph, data = case
     with torch.no_grad(), StayDouble():
         for batch in make_batches(data, 3, reuse_prefix, torch.device("cpu")):
-            runner = Runner(bind(model), graph, batch)
+            runner = Runner(bind(model), graph, batch, every_mlp=True)
             senders = SenderDifferences(runner, graph, clean=together)
             if not together:
                 runner.logits(senders.clean_embeddings, senders.register_clean)

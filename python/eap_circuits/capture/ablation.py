@@ -158,7 +158,7 @@ def means(
                 hooks.on_input(layer.out, partial(_given_written, layer, partial(add, values)))
                 hooks.on_output(layer.mlp_out, partial(add, mlp))
 
-        runner = Runner(arch, arch.graph("kv"), batch)
+        runner = Runner(arch, arch.graph("kv"), batch, every_mlp=True)
         embeddings = runner.embed(batch.clean)
         add(sums.embedding, embeddings)
         with torch.no_grad():

@@ -24,6 +24,9 @@ from .runner import Runner
 
 TOKENS_TOGETHER = 2048  # of circuits that run together
 
+Places = slice | Tensor  # some of a batch's [E·T] tokens
+EVERYWHERE = slice(None)
+
 
 def run_circuits(
     runner: Runner, graph: Graph, corrupted: RecordedRun, masks: Sequence[Tensor], tokens: int = TOKENS_TOGETHER
@@ -105,11 +108,11 @@ class _Circuit:
         start = self._before[sender]
         torch.bmm(difference, weight, out=self.differences[start : start + len(difference)])
 
-    def read(self, base: Tensor, receivers: Tensor, stop: int, start: int = 0) -> Tensor:
-        """base [N, D] and what some receivers keep of the senders from start to stop: [r, N, D]."""
+    def read(self, base: Tensor, receivers: Tensor, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
+        """base [n, D] and what some receivers keep there of the senders from start to stop: [r, n, D]."""
         self.follow(base.device)
         rows = slice(self._before[start], self._before[stop])
-        return masked_read(base, self.differences[rows], self.mask[rows][:, receivers])
+        return masked_read(base, self.differences[rows][:, at], self.mask[rows][:, receivers])
 
 
 class _LearningCircuit(_Circuit):
@@ -124,14 +127,14 @@ class _LearningCircuit(_Circuit):
     def store_heads(self, sender: int, difference: Tensor, weight: Tensor) -> None:
         self._stored += torch.bmm(difference, weight).unbind()
 
-    def read(self, base: Tensor, receivers: Tensor, stop: int, start: int = 0) -> Tensor:
+    def read(self, base: Tensor, receivers: Tensor, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
         first = self._before[start]
         weights = self.mask[first : self._before[stop]].to(base.device)[:, receivers]
         used = weights.any(1).nonzero()[:, 0]
         if not len(used):
             return base.expand(len(receivers), -1, -1)
         # A product keeps for its gradient what multiplies the differences, not these.
-        read = torch.stack([self._stored[first + row].to(base.device) for row in used.tolist()])
+        read = torch.stack([self._stored[first + row][at].to(base.device) for row in used.tolist()])
         return base + torch.tensordot(weights[used].T, read, 1)
 
 
@@ -141,6 +144,10 @@ class _CircuitsRun:
         self.dtype = runner.arch.accumulate
         self.ready: dict[str, Tensor] = {}  # the current layer's projections, made when the first is asked for
         self.begun: dict[int, Tensor] = {}  # circuit -> what the current layer's MLP reads from the layers before
+        (examples, tokens), last = runner.batch.shape, runner.batch.scored.cpu()
+        # A slice, where it can be one, picks without a copy.
+        alike = bool((last == last[0]).all())
+        self.scored: Places = slice(int(last[0]), None, tokens) if alike else tokens * torch.arange(examples) + last
 
     def logits(self) -> Tensor:
         """[C, E, V]"""
@@ -229,38 +236,44 @@ class _CircuitsRun:
         """What the norm reads in the corrupted run, [E, T, D]."""
         return self.corrupted.norm_inputs[id(norm.module)]
 
-    def _tokens(self, norm: Norm) -> Tensor:
-        """The same as [N, D], in the accumulation dtype."""
-        return self._base(norm).flatten(0, 1).to(self.dtype)
+    def _tokens(self, norm: Norm, at: Places = EVERYWHERE) -> Tensor:
+        """The same at some tokens as [n, D], in the accumulation dtype."""
+        return self._base(norm).flatten(0, 1)[at].to(self.dtype)
 
     def _normalised(self, norm: Norm, y: Tensor) -> Tensor:
-        """The norm of y [r, N, D], in the model's dtype: [r, E, T, D]."""
-        base = self._base(norm)
-        return norm(y.to(base.dtype).unflatten(1, base.shape[:2]))
+        """The norm of y [r, n, D], in the model's dtype."""
+        return norm(y.to(self._base(norm).dtype))
 
     def _read_mlp(self, index: int, layer: Layer, receiver: int, run: list[int], own: Tensor) -> Tensor:
         norm, reach, begun = layer.mlp_norm, self.graph.mlp_reach(index), self.graph.attention_reach(index)
+        at = self._read_at(index)
         x = self._split(own)[run]
         slots = [slot for slot, c in enumerate(run) if self.circuits[c].partial[receiver]]
         if slots:
-            base, which = self._tokens(norm), torch.tensor([receiver])
+            base, which = self._tokens(norm, at), torch.tensor([receiver])
             more = base - self._tokens(layer.attention_norm) if self.begun else base
             reads = []
             for c in (run[slot] for slot in slots):
                 if c in self.begun:
                     reads.append(self.circuits[c].read(self.begun.pop(c) + more, which, reach, begun))
                 else:
-                    reads.append(self.circuits[c].read(base, which, reach))
-            x[slots] = self._normalised(norm, torch.cat(reads))
+                    reads.append(self.circuits[c].read(base, which, reach, at=at))
+            for slot, y in zip(slots, self._normalised(norm, torch.cat(reads)), strict=True):
+                x[slot].view(-1, x.shape[-1])[at] = y
         return x.flatten(0, 1)
+
+    def _read_at(self, index: int) -> Places:
+        """Where a layer's MLP runs: the last one where logits are scored (`scored.py`)."""
+        return self.scored if index == len(self.runner.arch.layers) - 1 else EVERYWHERE
 
     def _read_final(self, own: Tensor) -> Tensor:
         norm, receiver = self.runner.arch.final_norm, self.graph.logits_receiver.start
-        x = self._split(own).clone()
+        x = self._split(own).clone(memory_format=torch.contiguous_format)
         for slot, circuit in enumerate(self.circuits):
             if circuit.partial[receiver]:
-                y = circuit.read(self._tokens(norm), torch.tensor([receiver]), self.graph.n_senders)
-                x[slot] = y[0].unflatten(0, x.shape[1:3])
+                base = self._tokens(norm, self.scored)
+                y = circuit.read(base, torch.tensor([receiver]), self.graph.n_senders, at=self.scored)
+                x[slot].view(-1, x.shape[-1])[self.scored] = y[0].to(x.dtype)
             elif circuit.closed[receiver]:
                 x[slot] = self._base(norm)
         return x.flatten(0, 1)
@@ -296,12 +309,12 @@ class _CircuitsRun:
                 continue
             norm, reach = layer.attention_norm, graph.attention_reach(index)
             # What the MLP reads of the same senders comes along: they are read from memory once.
-            begins = bool(circuit.partial[mlp]) and not graph.parallel
+            begins = bool(circuit.partial[mlp]) and not graph.parallel and self._read_at(index) is EVERYWHERE
             readers = torch.cat([wanted, torch.tensor([mlp])]) if begins else wanted
             y = circuit.read(self._tokens(norm), readers, reach)
             if begins:
                 self.begun[c] = y[-1].clone()
-            x = self._normalised(norm, y[: len(wanted)]).flatten(1, 2)  # [r, N, D]
+            x = self._normalised(norm, y[: len(wanted)])  # [r, N, D]
             for letter, receivers in sites.items():
                 here = slice(*torch.searchsorted(wanted, torch.tensor([receivers.start, receivers.stop])).tolist())
                 heads = (wanted[here] - receivers.start).tolist()

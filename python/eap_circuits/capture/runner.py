@@ -17,6 +17,7 @@ from .batches import Batch
 from .borrow import Hooks
 from .cache import behind_cache
 from .prefix import Prefix, WholePrompts, beginning, run_prefixes
+from .scored import ScoredMLP
 
 Register = Callable[[Hooks], None]
 
@@ -30,12 +31,16 @@ class Runner:
             to attention per query head (the value is the same, the gradient and the mask are per head).
         tokens: int64 [U]: compute these tokens' logits alone where the model's last module allows it; logits are
             [E, U] then.
+        every_mlp: of the last layer's MLP, too, what nothing reads: by default it gives 0 but where logits are scored.
     """
 
-    def __init__(self, arch: Architecture, graph: Graph, batch: Batch, tokens: Tensor | None = None) -> None:
+    def __init__(
+        self, arch: Architecture, graph: Graph, batch: Batch, tokens: Tensor | None = None, every_mlp: bool = False
+    ) -> None:
         self.arch = arch
         self.batch = batch
         self._tokens = tokens
+        self._every_mlp = every_mlp
         self.spread = [
             layer.groups if graph.heads == "query" else 1 for layer in arch.layers
         ]  # key/value copies per layer
@@ -121,18 +126,27 @@ class Runner:
         if self.arch.embedding_norm is not None:
             hooks.on_output(self.arch.embedding_norm, lambda _: embeddings)
         self._arrange(hooks)
-        if register is not None:
-            register(registered)
-        self._restore(hooks)
-        rows = torch.arange(len(scored), device=scored.device)
-        self._score(lambda x: x[rows.to(x.device), scored.to(x.device)][:, None], hooks)
-        logits: Tensor = self._model(inputs_embeds=inputs, **given).logits.to(embeddings.device)
+        last = ScoredMLP(self.arch.layers[-1], lambda rows: scored[:rows])
+        with Hooks(tokens=1) as single:
+            if not self._every_mlp:
+                last.put(single)
+            if register is not None:
+                register(registered)
+            if not self._every_mlp:
+                last.take(hooks)
+            self._restore(hooks)
+            rows = torch.arange(len(scored), device=scored.device)
+            self._score(lambda x: x[rows.to(x.device), scored.to(x.device)][:, None], hooks)
+            logits: Tensor = self._model(inputs_embeds=inputs, **given).logits.to(embeddings.device)
         return logits.squeeze(1) if logits.shape[1] == 1 else logits[rows, scored]
 
     @contextmanager
     def _for_cache(self) -> Iterator[None]:
         """For passes of which nothing but the cache is wanted, whatever their rows."""
         with Hooks(tokens=1) as hooks:
+            last = ScoredMLP(self.arch.layers[-1], lambda rows: torch.zeros(rows, dtype=torch.long))
+            last.put(hooks)
+            last.take(hooks)
             self._score(lambda x: x[:, :1], hooks)
             yield
 

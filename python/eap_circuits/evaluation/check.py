@@ -160,7 +160,7 @@ def _relative(found: Tensor, right: Tensor) -> float:
 def _contributions(arch: Architecture, batch: Batch) -> Check:
     """At every norm the residual's difference is the sum of the differences of the senders before it."""
     graph = arch.graph("kv")
-    runner = Runner(arch, graph, batch)
+    runner = Runner(arch, graph, batch, every_mlp=True)
     nodes = SenderDifferences(runner, graph).nodes()
     rows = [x.values.transpose(0, 1) if x.weight is None else x.values.transpose(0, 1) @ x.weight for x in nodes]
     delta = torch.cat([x.to(arch.device) for x in rows])

@@ -29,7 +29,7 @@ Site = tuple[Norm, list[int]]  # a norm in front of receivers, and these receive
 
 def score_batch(run: Run, graph: Graph, path: Path, batch: Batch, tokens: int) -> BatchScores:
     """Scores of the batch's examples, whose prompts run whole."""
-    record = RecordedRun(Runner(run.arch, graph, batch), corrupted=False)
+    record = RecordedRun(Runner(run.arch, graph, batch, every_mlp=True), corrupted=False)
     real = torch.arange(batch.clean.shape[1], device=batch.clean.device) < batch.lengths[:, None]  # [E, T]
     rows = real.flatten().nonzero()[:, 0]
     weights = (real / batch.lengths[:, None]).flatten()[rows].to(run.arch.accumulate)  # [n]

@@ -14,6 +14,7 @@ from eap_circuits.adapters import bind
 from eap_circuits.capture import (
     ABLATIONS,
     Constants,
+    PeakBytes,
     RecordedRun,
     Runner,
     borrowed,
@@ -181,3 +182,53 @@ def test_the_pages_example_runs(make_model, make_pairs, monkeypatch, capsys):
     assert capsys.readouterr().out.count("EvaluationResult") == 2
     for ablation in ABLATIONS:
         assert f'`"{ablation}"`' in page
+
+
+def longer_pairs():
+    generator = torch.Generator().manual_seed(5)
+    clean = torch.randint(1, 30, (12, 20), generator=generator)
+    corrupted = (clean + torch.randint(0, 2, clean.shape, generator=generator)) % 30 + 1
+    answers = torch.randint(1, 30, (12, 2), generator=generator)
+    answers[:, 1] = answers[:, 0] % 30 + 1
+    return eap.PairedDataset.from_tokens(clean, corrupted, torch.full((12,), 20), answers)
+
+
+def test_learning_keeps_to_its_budget(make_model, relative):
+    model, data = make_model("llama"), longer_pairs()
+    circuit = circuit_of(model)
+
+    def learn(memory):
+        with PeakBytes() as taken:
+            found = eap.optimal_constants(model, circuit, data, steps=2, memory=memory)
+        return found, taken.peak
+
+    right, all_at_once = learn(None)
+    budget = all_at_once // 2
+    found, peak = learn(budget)
+    assert peak <= budget
+    for one, two in zip(found.tensors, right.tensors):
+        assert relative(one, two) < 1e-6
+    with pytest.raises(eap.InputError, match="memory: expected bytes"):
+        learn("much")
+
+
+@pytest.mark.parametrize("later", [0, 2])
+def test_learning_goes_on_with_smaller_batches(later, make_model, relative, monkeypatch):
+    """No prompt is lost, or learned from twice, also where memory runs out in a later step."""
+    module = importlib.import_module("eap_circuits.evaluation.constants")
+    model, data, ran = make_model("llama"), longer_pairs(), []
+    circuit = circuit_of(model)
+    right = eap.optimal_constants(model, circuit, data, steps=4)
+
+    def run(runner, *given):
+        logits = learning_run(runner, *given)
+        if runner.batch.clean.numel() > 60 and len(ran) >= later:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore lines")
+        ran.append(runner.batch.index.tolist())
+        return logits
+
+    monkeypatch.setattr(module, "learning_run", run)
+    found = eap.optimal_constants(model, circuit, data, steps=4)
+    assert sorted(sum(ran, [])) == sorted(5 * list(range(12)))
+    for one, two in zip(found.tensors, right.tensors):
+        assert relative(one, two) < 1e-6

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..capture import (
+    Batch,
     Constants,
+    Cost,
     Progress,
     RecordedRun,
     Run,
     Runner,
     borrowed,
+    budget,
+    in_memory,
     learning_run,
     make_batches,
     means,
+    numbers_per_token,
     prepare,
+    tokens_within,
 )
 from ..errors import expected
 from ..graph import Circuit
@@ -35,6 +42,7 @@ def optimal_constants(
     rate: float = 0.05,
     batch_size: int | None = None,
     progress: Progress | None = None,
+    memory: int | str | None = None,
 ) -> Constants:
     """Learn one constant for every sender, which the edges outside a circuit carry, so that the circuit does its best.
 
@@ -52,6 +60,8 @@ def optimal_constants(
         rate: Adam's learning rate.
         batch_size: examples per batch; by default a few hundred tokens.
         progress: called with (steps done, steps in all).
+        memory: what learning may take beside the model and the data, in bytes or such as "8GiB"; by default half of
+            what is free. Where memory runs out all the same, it goes on with smaller batches.
 
     Returns:
         Constants, to be passed as `ablation=` to `evaluate`, `faithfulness_curve` and `attribute`.
@@ -66,12 +76,13 @@ def optimal_constants(
         raise expected("rate", "a positive number", repr(rate))
     run = prepare(model, data, metric, "mean", batch_size)
     check_circuit(circuit, run)
+    allowed = budget(run, memory)
     with borrowed(run.arch.model):
         run = run.with_constants()
         assert run.constants is not None
         if circuit.n_edges == circuit.graph.n_edges:
             return run.constants
-        return _learn(run, circuit, steps, rate, batch_size, progress)
+        return _learn(run, circuit, steps, rate, batch_size, allowed, progress)
 
 
 def check_circuit(circuit: object, run: Run) -> None:
@@ -83,11 +94,18 @@ def check_circuit(circuit: object, run: Run) -> None:
 
 
 def _learn(
-    run: Run, circuit: Circuit, steps: int, rate: float, batch_size: int | None, progress: Progress | None
+    run: Run,
+    circuit: Circuit,
+    steps: int,
+    rate: float,
+    batch_size: int | None,
+    allowed: int,
+    progress: Progress | None,
 ) -> Constants:
-    start = run.constants
+    start, data = run.constants, run.data
     assert start is not None
-    batches = list(make_batches(run.data, batch_size, False, run.arch.device, TOKENS_TOGETHER))
+    tokens = _tokens_together(run, circuit, batch_size, allowed)
+    batches = list(make_batches(data, batch_size, False, run.arch.device, tokens))
     squares = means(run.arch, batches, of=torch.square)
     units = [
         (square - mean.square()).clamp(min=0).sqrt()
@@ -95,29 +113,70 @@ def _learn(
     ]
     moves = [torch.zeros_like(mean, requires_grad=True) for mean in start.tensors]
     adam = torch.optim.Adam(moves, lr=rate)
-    best, found = -float("inf"), start
-    plain = []  # clean and corrupted logits of each batch
-    for batch in batches:
+
+    def moved() -> Constants:
+        terms = zip(start.tensors, units, moves, strict=True)
+        return start.of_tensors([mean + unit * move for mean, unit, move in terms])
+
+    def plain(batch: Batch, _: int) -> list[Tensor]:
         runner = Runner(run.arch, circuit.graph, batch)
         with torch.no_grad():
-            sides = (batch.clean, batch.corrupted)
-            plain.append([runner.logits(runner.embed(tokens), None, side) for side, tokens in enumerate(sides)])
+            return [runner.logits(runner.embed(side), None, i) for i, side in enumerate((batch.clean, batch.corrupted))]
+
+    def lesson(batch: Batch, _: int) -> tuple[float, tuple[Tensor | None, ...]]:
+        both = (logits[batch.index.to(logits.device)] for logits in (clean, corrupted))
+        value = _value(run, circuit, batch, moved(), *both)
+        # Edges that nothing reads leave nothing to learn.
+        slopes = torch.autograd.grad(-value, moves, allow_unused=True) if value.requires_grad else ()
+        return float(value.detach()), slopes
+
+    found = list(in_memory(data, batches, tokens, plain))
+    order = torch.cat([batch.index for batch, _ in found]).argsort().to(run.arch.device)
+    clean, corrupted = (torch.cat(logits)[order] for logits in zip(*(sides for _, sides in found), strict=True))
+    best, learned = -float("inf"), start
     for step in range(steps + 1):
         adam.zero_grad()
-        reached = 0.0
-        for batch, (clean, corrupted) in zip(batches, plain, strict=True):
-            terms = zip(start.tensors, units, moves, strict=True)
-            constants = start.of_tensors([mean + unit * move for mean, unit, move in terms])
-            runner = Runner(run.arch, circuit.graph, batch)
-            ablated = RecordedRun(runner, False, constants)
-            logits = learning_run(runner, circuit.graph, ablated, circuit.mask)
-            value = run.values(logits, batch, clean, corrupted).sum()
-            reached += float(value.detach())
-            if value.requires_grad:  # edges that nothing reads leave nothing to learn
-                (-value).backward()
+        reached, ran = 0.0, []
+        for batch, (value, slopes) in in_memory(data, batches, tokens, lesson):
+            ran.append(batch)
+            reached += value
+            for move, slope in zip(moves, slopes, strict=bool(slopes)):
+                if slope is not None:
+                    move.grad = slope if move.grad is None else move.grad + slope
+        batches = ran  # some of them halved
         if reached > best:
-            best, found = reached, constants.map(Tensor.detach)
+            best, learned = reached, moved().map(Tensor.detach)
         adam.step()
         if progress is not None:
             progress(step, steps)
-    return found
+    return learned
+
+
+def _value(run: Run, circuit: Circuit, batch: Batch, constants: Constants, clean: Tensor, corrupted: Tensor) -> Tensor:
+    """The circuit's metric, summed over the batch."""
+    runner = Runner(run.arch, circuit.graph, batch)
+    ablated = RecordedRun(runner, False, constants)
+    return run.values(learning_run(runner, circuit.graph, ablated, circuit.mask), batch, clean, corrupted).sum()
+
+
+def _tokens_together(run: Run, circuit: Circuit, batch_size: int | None, allowed: int) -> int:
+    """The most tokens of a batch within a budget of bytes."""
+    graph, constants = circuit.graph, run.constants
+    assert constants is not None
+    # Of every receiver its input and what the norm makes of it, and of every sender its difference.
+    kept = (2 * graph.n_receivers + graph.n_senders) * run.arch.d_model + 2 * numbers_per_token(run)
+    rough = TOKENS_TOGETHER * kept * run.arch.accumulate.itemsize
+
+    def measured(few: Batch, _: int, phase: Callable[[], None]) -> None:
+        learned = constants.map(lambda x: x.clone().requires_grad_())
+        runner = Runner(run.arch, graph, few)
+        logits = runner.logits(runner.embed(few.clean)).detach()
+        value = _value(run, circuit, few, learned, logits, logits)
+        if value.requires_grad:
+            torch.autograd.grad(value, learned.tensors, allow_unused=True)
+        phase()
+
+    def cost(batch: Batch) -> Cost:
+        return Cost(run.data, batch, measured, copies=False)
+
+    return tokens_within(run, batch_size, False, allowed, TOKENS_TOGETHER, rough, cost, per_batch=TOKENS_TOGETHER)

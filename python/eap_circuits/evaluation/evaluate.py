@@ -136,7 +136,7 @@ def evaluate(
         memory: what the run may take beside the model and the data, in bytes or such as "8GiB"; by default half of
             what is free. Where a rough estimate comes near it, three runs of one or two examples measure how many
             circuits and examples fit side by side. Where memory runs out all the same, the run goes on with less at
-            once. Results do not depend on it; learning constants does not heed it.
+            once. Results do not depend on it.
 
     Returns:
         An EvaluationResult, or a list of them for a list of circuits.
@@ -237,7 +237,7 @@ def _with_own_constants(
     none = Circuit.from_mask(graph, torch.zeros_like(graph.edge_mask))
     results = []
     for number, item in enumerate([none, *circuits]):
-        constants = optimal_constants(model, item, lessons, batch_size=batch_size)
+        constants = optimal_constants(model, item, lessons, batch_size=batch_size, memory=memory)
         results.append(evaluate(model, item, data, metric, constants, batch_size, reuse_prefix, memory=memory))
         if progress is not None:
             progress(number * len(data) // len(circuits), len(data))

@@ -44,7 +44,7 @@ void edge_scores(Tensor delta, Tensor grad, Tensor reach, Tensor out, std::optio
 }
 
 // What a tile of expanded rows may fill: it is written once and read a few times, so it should stay in cache.
-constexpr int64_t kTileBytes = 24 << 20;
+constexpr int64_t kTileBytes = 48 << 20;
 
 // Tokens and features of a tile of about `elements` per row: nearly square, since expanding reads both sides. All tiles
 // read the weights, of few tokens or many, so they are of equal size.

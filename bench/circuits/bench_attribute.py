@@ -20,7 +20,7 @@ def test_attribute_over_floor(speedup, model_and_data, floor, reuse, at_least):
         lambda: floor(STEPS),
         at_least,
         threads=THREADS,
-        rounds=3,
+        rounds=8,
     )
 
 
@@ -57,7 +57,7 @@ def test_curve_over_forward(speedup, model_and_data, forward):
     """A ten-point faithfulness curve against one plain forward: the bar is a tenth, one forward a circuit."""
     model, data = model_and_data
     scores = eap.attribute(model, data, method="eap")
-    speedup(lambda: eap.faithfulness_curve(model, scores, data, SIZES), forward, 1 / 10, threads=THREADS, rounds=3)
+    speedup(lambda: eap.faithfulness_curve(model, scores, data, SIZES), forward, 1 / 10, threads=THREADS, rounds=8)
 
 
 def test_exact_over_forward(in_turns, model_and_data, forward):

@@ -212,7 +212,7 @@ def test_learning_keeps_to_its_budget(make_model, relative):
         learn("much")
 
 
-@pytest.mark.parametrize("later", [0, 2])
+@pytest.mark.parametrize("later", [0, 24])
 def test_learning_goes_on_with_smaller_batches(later, make_model, relative, monkeypatch):
     """No prompt is lost, or learned from twice, also where memory runs out in a later step."""
     module = importlib.import_module("eap_circuits.evaluation.constants")
@@ -224,11 +224,11 @@ def test_learning_goes_on_with_smaller_batches(later, make_model, relative, monk
         logits = learning_run(runner, *given)
         if runner.batch.clean.numel() > 60 and len(ran) >= later:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore lines")
-        ran.append(runner.batch.index.tolist())
+        ran.extend(runner.batch.index.tolist())
         return logits
 
     monkeypatch.setattr(module, "learning_run", run)
     found = eap.optimal_constants(model, circuit, data, steps=4)
-    assert sorted(sum(ran, [])) == sorted(5 * list(range(12)))
+    assert sorted(ran) == sorted(5 * list(range(12)))
     for one, two in zip(found.tensors, right.tensors):
         assert relative(one, two) < 1e-6

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +35,18 @@ def device_of(module: nn.Module) -> torch.device:
         if is_offloaded(part):
             hook: Any = part._hf_hook
             return torch.device(hook.execution_device)
-        for parameter in part.parameters(recurse=False):
+        for parameter in filter(_there, part._parameters.values()):
             return parameter.device
     return torch.device("cpu")
 
 
 def devices_of(model: nn.Module) -> set[torch.device]:
     """Every device on which a module with weights computes."""
-    return {device_of(part) for part in model.modules() if any(True for _ in part.parameters(recurse=False))}
+    return {device_of(part) for part in model.modules() if any(map(_there, part._parameters.values()))}
+
+
+def _there(parameter: Tensor | None) -> TypeGuard[Tensor]:
+    return parameter is not None
 
 
 def as_given(module: nn.Module, x: Tensor) -> Tensor:

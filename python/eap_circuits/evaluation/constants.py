@@ -106,10 +106,9 @@ def _learn(
     assert start is not None
     tokens = _tokens_together(run, circuit, batch_size, allowed)
     batches = list(make_batches(data, batch_size, False, run.arch.device, tokens))
-    squares = means(run.arch, batches, of=torch.square)
+    squares = means(run.arch, batches, of=torch.square).tensors
     units = [
-        (square - mean.square()).clamp(min=0).sqrt()
-        for square, mean in zip(squares.tensors, start.tensors, strict=True)
+        (square - mean.square()).clamp(min=0).sqrt() for square, mean in zip(squares, start.tensors, strict=True)
     ]
     moves = [torch.zeros_like(mean, requires_grad=True) for mean in start.tensors]
     adam = torch.optim.Adam(moves, lr=rate)
@@ -124,15 +123,16 @@ def _learn(
             return [runner.logits(runner.embed(side), None, i) for i, side in enumerate((batch.clean, batch.corrupted))]
 
     def lesson(batch: Batch, _: int) -> tuple[float, tuple[Tensor | None, ...]]:
-        both = (logits[batch.index.to(logits.device)] for logits in (clean, corrupted))
-        value = _value(run, circuit, batch, moved(), *both)
+        value = _value(run, circuit, batch, moved(), *sides[:, batch.index.to(sides.device)])
         # Edges that nothing reads leave nothing to learn.
         slopes = torch.autograd.grad(-value, moves, allow_unused=True) if value.requires_grad else ()
         return float(value.detach()), slopes
 
-    found = list(in_memory(data, batches, tokens, plain))
-    order = torch.cat([batch.index for batch, _ in found]).argsort().to(run.arch.device)
-    clean, corrupted = (torch.cat(logits)[order] for logits in zip(*(sides for _, sides in found), strict=True))
+    sides = torch.empty(0)  # clean and corrupted logits, [2, n, V]
+    for batch, logits in in_memory(data, batches, tokens, plain):
+        if not len(sides):
+            sides = logits[0].new_empty(2, len(data), logits[0].shape[1])
+        sides[:, batch.index.to(sides.device)] = torch.stack(logits)
     best, learned = -float("inf"), start
     for step in range(steps + 1):
         adam.zero_grad()
@@ -166,6 +166,11 @@ def _tokens_together(run: Run, circuit: Circuit, batch_size: int | None, allowed
     # Of every receiver its input and what the norm makes of it, and of every sender its difference.
     kept = (2 * graph.n_receivers + graph.n_senders) * run.arch.d_model + 2 * numbers_per_token(run)
     rough = TOKENS_TOGETHER * kept * run.arch.accumulate.itemsize
+    # What stays: both sides' logits; the means, the mean squares, units, moves, their gradient, Adam's two moments and
+    # the best constants so far.
+    model: Any = run.arch.model
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    allowed -= 2 * len(run.data) * vocabulary * run.arch.dtype.itemsize + 8 * sum(x.nbytes for x in constants.tensors)
 
     def measured(few: Batch, _: int, phase: Callable[[], None]) -> None:
         learned = constants.map(lambda x: x.clone().requires_grad_())

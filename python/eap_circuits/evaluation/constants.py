@@ -107,9 +107,7 @@ def _learn(
     tokens = _tokens_together(run, circuit, batch_size, allowed)
     batches = list(make_batches(data, batch_size, False, run.arch.device, tokens))
     squares = means(run.arch, batches, of=torch.square).tensors
-    units = [
-        (square - mean.square()).clamp(min=0).sqrt() for square, mean in zip(squares, start.tensors, strict=True)
-    ]
+    units = [(square - mean.square()).clamp(min=0).sqrt() for square, mean in zip(squares, start.tensors, strict=True)]
     moves = [torch.zeros_like(mean, requires_grad=True) for mean in start.tensors]
     adam = torch.optim.Adam(moves, lr=rate)
 

@@ -170,7 +170,7 @@ Tensor masked_read(Tensor base, Tensor delta, Tensor mask) {
   const Kept k = kept(mask, rest.mask_dtype);
   Tensor out = torch::stable::new_empty(delta, {mask.size(1), delta.size(1), delta.size(2)});
   MaskedRead kernel{view(delta), rest.base, rest.dtype, k.first.data(), k.sender.data(), k.weight.data(),
-                    out.mutable_data_ptr(), 0, false};
+                    out.mutable_data_ptr(), 0, 0, false};
   kernel.plan(torch::stable::get_num_threads());
   run_tasks(kernel.tasks(), [&](int64_t task) { kernel.run(task); });
   return out;

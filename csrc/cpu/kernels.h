@@ -79,6 +79,7 @@ struct MaskedRead {
   const int64_t* sender;  // kept edges, grouped by receiver
   const double* weight;   // kept edges
   void* out;              // [R, N, D] contiguous
+  int64_t chunk;          // elements of a token row handled at once
   int64_t receivers_per_task;
   bool past_caches;       // whether the result is written past the caches
 

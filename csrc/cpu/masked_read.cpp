@@ -12,8 +12,9 @@
 namespace eap {
 namespace {
 
-// Elements of a token row handled at once: pages long, since senders lie far apart and few receivers read the same one.
-constexpr int64_t kChunk = 1024;
+// Elements of a token row handled at once, pages long since senders lie far apart: where receivers keep few edges on
+// average the longer, as few of them read the same sender, so that it need not stay in cache.
+constexpr int64_t kLong = 2048, kShort = 1024, kFewEdges = 16;
 constexpr int64_t kLargeBytes = 4 << 20;  // of a result that its reader will not find in a core's own cache
 
 template <class T, class A>
@@ -63,10 +64,10 @@ template <class T, int BYTES> struct Body {
 
   EAP_INLINE static void run(const MaskedRead& p, int64_t task) {
     const int64_t R = p.base.size[0], D = p.delta.size[2];
-    const int64_t chunks = divide_up(D, kChunk), groups = divide_up(R, p.receivers_per_task);
+    const int64_t chunks = divide_up(D, p.chunk), groups = divide_up(R, p.receivers_per_task);
     const int64_t v0 = task % groups * p.receivers_per_task, v1 = std::min(R, v0 + p.receivers_per_task);
-    const int64_t d = task / groups % chunks * kChunk, n = task / groups / chunks;
-    for (int64_t v = v0; v < v1; ++v) receiver(p, v, n, d, std::min(kChunk, D - d));
+    const int64_t d = task / groups % chunks * p.chunk, n = task / groups / chunks;
+    for (int64_t v = v0; v < v1; ++v) receiver(p, v, n, d, std::min(p.chunk, D - d));
 #ifdef EAP_X86_LEVELS
     asm volatile("sfence" ::: "memory");
 #endif
@@ -77,7 +78,7 @@ template <class T, int BYTES> struct Body {
     const T* const delta = static_cast<const T*>(p.delta.data) + n * p.delta.stride[1] + d * step;
     const T* const base = static_cast<const T*>(p.base.data) + v * p.base.stride[0] + n * p.base.stride[1] +
                           d * p.base.stride[2];
-    A acc[kChunk];
+    A acc[kLong];
     for (int64_t i = 0; i < count; ++i) acc[i] = load(base[i * p.base.stride[2]]);
     int64_t e = p.first[v];
     const int64_t end = p.first[v + 1];
@@ -107,15 +108,16 @@ void MaskedRead::plan(int64_t threads) {
     for (View* x : {&delta, &base}) x->size[2] *= x->size[1], x->stride[1] *= x->size[1], x->size[1] = 1;
   }
   const int64_t row = delta.size[2], tokens = delta.size[1], R = base.size[0], bytes = R * tokens * row * element;
+  chunk = first[R] <= kFewEdges * R ? kLong : kShort;
   past_caches = bytes >= kLargeBytes;
   if (past_caches) in_huge_pages(out, bytes);
-  const int64_t blocks = std::max<int64_t>(1, tokens * divide_up(row, kChunk));
+  const int64_t blocks = std::max<int64_t>(1, tokens * divide_up(row, chunk));
   const int64_t groups = std::clamp(divide_up(4 * threads, blocks), int64_t(1), std::max<int64_t>(R, 1));
   receivers_per_task = std::max<int64_t>(1, divide_up(R, groups));
 }
 
 int64_t MaskedRead::tasks() const {
-  return delta.size[1] * divide_up(delta.size[2], kChunk) * divide_up(base.size[0], receivers_per_task);
+  return delta.size[1] * divide_up(delta.size[2], chunk) * divide_up(base.size[0], receivers_per_task);
 }
 
 void MaskedRead::run(int64_t task) const { dispatch<Body>(dtype, *this, task); }

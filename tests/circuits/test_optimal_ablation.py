@@ -24,6 +24,7 @@ from eap_circuits.capture import (
 )
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.graph import prune
+from tests.circuits.test_memory import longer_pairs
 
 
 def circuit_of(model, heads="kv", share=0.4, seed=0):
@@ -184,17 +185,8 @@ def test_the_pages_example_runs(make_model, make_pairs, monkeypatch, capsys):
         assert f'`"{ablation}"`' in page
 
 
-def longer_pairs():
-    generator = torch.Generator().manual_seed(5)
-    clean = torch.randint(1, 30, (12, 20), generator=generator)
-    corrupted = (clean + torch.randint(0, 2, clean.shape, generator=generator)) % 30 + 1
-    answers = torch.randint(1, 30, (12, 2), generator=generator)
-    answers[:, 1] = answers[:, 0] % 30 + 1
-    return eap.PairedDataset.from_tokens(clean, corrupted, torch.full((12,), 20), answers)
-
-
 def test_learning_keeps_to_its_budget(make_model, relative):
-    model, data = make_model("llama"), longer_pairs()
+    model, data = make_model("llama"), longer_pairs(longest=20)
     circuit = circuit_of(model)
 
     def learn(memory):
@@ -216,7 +208,7 @@ def test_learning_keeps_to_its_budget(make_model, relative):
 def test_learning_goes_on_with_smaller_batches(later, make_model, relative, monkeypatch):
     """No prompt is lost, or learned from twice, also where memory runs out in a later step."""
     module = importlib.import_module("eap_circuits.evaluation.constants")
-    model, data, ran = make_model("llama"), longer_pairs(), []
+    model, data, ran = make_model("llama"), longer_pairs(longest=20), []
     circuit = circuit_of(model)
     right = eap.optimal_constants(model, circuit, data, steps=4)
 

@@ -17,7 +17,7 @@ from .batches import Batch
 from .borrow import Hooks
 from .cache import behind_cache
 from .prefix import Prefix, WholePrompts, beginning, run_prefixes
-from .scored import ScoredMLP
+from .scored import ScoredMLP, at_scored
 
 Register = Callable[[Hooks], None]
 
@@ -135,10 +135,9 @@ class Runner:
             if not self._every_mlp:
                 last.take(hooks)
             self._restore(hooks)
-            rows = torch.arange(len(scored), device=scored.device)
-            self._score(lambda x: x[rows.to(x.device), scored.to(x.device)][:, None], hooks)
+            self._score(lambda x: at_scored(x, scored), hooks)
             logits: Tensor = self._model(inputs_embeds=inputs, **given).logits.to(embeddings.device)
-        return logits.squeeze(1) if logits.shape[1] == 1 else logits[rows, scored]
+        return (logits if logits.shape[1] == 1 else at_scored(logits, scored)).squeeze(1)
 
     @contextmanager
     def _for_cache(self) -> Iterator[None]:

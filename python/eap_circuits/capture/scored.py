@@ -11,6 +11,15 @@ from ..adapters import Layer
 from .borrow import Hooks
 
 
+def at_scored(x: Tensor, scored: Tensor) -> Tensor:
+    """One position of each row, int64 [rows]: [rows, T, X] -> [rows, 1, X]."""
+    return x[_places(x, scored)][:, None]
+
+
+def _places(x: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.arange(len(x), device=x.device), scored.to(x.device)
+
+
 class ScoredMLP:
     """An MLP that runs at one position of each row, and gives 0 at the others.
 
@@ -33,12 +42,9 @@ class ScoredMLP:
 
     def _take(self, x: Tensor) -> Tensor:
         self._tokens = x.shape[1]
-        return x[self._places(x)][:, None]
+        return at_scored(x, self._scored(len(x)))
 
     def _put(self, y: Tensor) -> Tensor:
         full = y.new_zeros(len(y), self._tokens, y.shape[2])
-        full[self._places(y)] = y[:, 0]
+        full[_places(y, self._scored(len(y)))] = y[:, 0]
         return full
-
-    def _places(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.arange(len(x), device=x.device), self._scored(len(x)).to(x.device)

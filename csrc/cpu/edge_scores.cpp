@@ -6,20 +6,16 @@
 #include <numeric>
 
 #include "dispatch.h"
-#include "product.h"
+#include "pack.h"
 
 namespace eap {
 namespace {
 
 constexpr int64_t kRows = 480;     // of a tile, at most: panels and sums of a task share the second-level cache
 constexpr int64_t kColumns = 256;  // of a tile, at most
-constexpr int64_t kInner = 512;    // values of the inner dimension packed at once: a strip fits the first-level cache
-constexpr int64_t kTileInner = 1024;  // for AMX, which waits for memory: long pieces of it are read faster
-constexpr int64_t kFlush = 16;     // blocks after which sums are added to those in double
+constexpr int64_t kFlush = 4;      // blocks after which sums are added to those in double
 constexpr int64_t kTasks = 48;     // wanted, so that threads end together
 constexpr int64_t kBlocksPerChunk = 6;  // at least: each chunk leaves partial sums to be added up
-
-struct Block { int64_t token, tokens, feature, features; };
 
 // How the inner dimension is cut: several tokens to a block, or several blocks to a token.
 struct Blocks {
@@ -33,64 +29,6 @@ struct Blocks {
   Block operator[](int64_t i) const {
     const int64_t token = i / per_token * per_block, feature = i % per_token * inner;
     return {token, std::min(per_block, tokens - token), feature, std::min(inner, features - feature)};
-  }
-};
-
-EAP_INLINE void copy(double* to, const double* from, int64_t step, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
-}
-template <class T> EAP_INLINE void copy(float* to, const T* from, int64_t step, int64_t count) {
-  if (step == 1)
-    for (int64_t i = 0; i < count; ++i) to[i] = load(from[i]);
-  else
-    for (int64_t i = 0; i < count; ++i) to[i] = load(from[i * step]);
-}
-// Pairs of neighbours as they lie in memory; the last of an odd number is paired with zero.
-EAP_INLINE void copy(bf16x2* to, const bf16* from, int64_t, int64_t count) {
-  std::memcpy(to, from, count * sizeof(bf16));
-  if (count % 2) to[count / 2].bits = from[count - 1].bits;
-}
-
-// Which rows of an operand: `order` names them, or they follow each other.
-struct Rows {
-  const View& x;
-  const int64_t* order;
-  int64_t first, count;
-
-  template <class T> EAP_INLINE const T* at(int64_t i, const Block& block) const {
-    return static_cast<const T*>(x.data) + (order ? order[first + i] : first + i) * x.stride[0] +
-           block.token * x.stride[1] + block.feature * x.stride[2];
-  }
-  Rows part(int64_t from, int64_t size) const { return {x, order, first + from, size}; }
-};
-
-// One block of rows as contiguous elements E: [rows, ld], followed by zeros up to a multiple of `lanes`.
-template <class T, class E> struct Packed {
-  static constexpr int64_t per_element = std::is_base_of_v<bf16x2, E> ? 2 : 1;
-  static constexpr int64_t inner = std::is_same_v<E, tile_pair> ? kTileInner : kInner;  // values of a block, at most
-  // Elements of it. Rows are padded: a power of two apart they would share cache sets.
-  static constexpr int64_t depth = inner / per_element, ld = depth + 16;
-  int64_t pieces, length, piece, width;
-
-  EAP_INLINE Packed(const View& x, const Block& block, int64_t lanes) {
-    // Tokens of an odd number of values end in half a pair, whether or not the other operand is flat as well.
-    const bool flat = x.stride[2] == 1 && x.stride[1] == block.features && block.features % per_element == 0;
-    pieces = flat ? 1 : block.tokens, length = flat ? block.tokens * block.features : block.features;
-    piece = divide_up(length, per_element), width = divide_up(pieces * piece, lanes) * lanes;
-  }
-
-  EAP_INLINE void copy_rows(const Rows& rows, const Block& block, E* to) const {
-    for (int64_t r = 0; r < rows.count; ++r, to += ld) {
-      const T* from = rows.at<T>(r, block);
-      for (int64_t i = 0; i < pieces; ++i, from += rows.x.stride[1])
-        copy(to + i * piece, from, rows.x.stride[2], length);
-      std::fill(to + pieces * piece, to + width, E{});
-    }
-  }
-
-  // Whether a row lies in memory as it would be copied.
-  bool in_place(const View& x) const {
-    return sizeof(T) * per_element == sizeof(E) && x.stride[2] == 1 && pieces == 1 && length == width * per_element;
   }
 };
 
@@ -109,65 +47,79 @@ void write(const EdgeScores& p, const Tile& t, int64_t segment, const Row& row) 
 struct Strip { int64_t row, rows, vectors; };
 
 template <class T, class E, int BYTES> class Tiles {
-  using A = acc_t<E>;
-  using Panel = Packed<T, E>;
-  static constexpr int64_t lanes = BYTES / sizeof(E), width = tile_columns<E, BYTES>, height = tile_rows<E>(BYTES);
-  static constexpr int64_t depth = Panel::depth, ld = Panel::ld;
+  using Pack = Packer<T, E, BYTES, kColumns>;
+  using A = typename Pack::A;
+  static constexpr int64_t lanes = BYTES / sizeof(E), width = Pack::width, height = tile_rows<E>(BYTES);
 
   const EdgeScores& p;
   const Tile& t;
   const Rows rows, columns;
-  A* const sums;        // [panels, rows, width]
-  double* const total;  // [panels, rows, width], once there were more than kFlush blocks
-  bool deep = false;    // whether there were
-  E *const a, *const b, *const staged;
+  const int64_t padded;  // rows, to whole register tiles where those are added to as a whole
+  A* const sums;         // [panels, padded, width]
+  double* const total;   // [panels, padded, width], once there were more than kFlush blocks
+  bool deep = false;     // whether there were
+  Pack pack;
   std::vector<Strip> strips;
   std::vector<const char*> ahead;  // rows to be packed next
 
  public:
   EAP_INLINE static void run(const EdgeScores& p, int64_t task) {
+#ifdef EAP_AMX
+    if (on_tiles<E>) set_up_tiles();
+#endif
     Tiles tiles(p, p.tiles[task / p.chunks]);
     if (p.segments) tiles.all_segments();
     else tiles.one_chunk(task % p.chunks);
+#ifdef EAP_AMX
+    if (on_tiles<E>) release_tiles();
+#endif
   }
 
  private:
   EAP_INLINE Tiles(const EdgeScores& p, const Tile& t)
       : p(p), t(t), rows{p.grad, p.order.data(), t.row, t.rows}, columns{p.delta, nullptr, t.column, t.columns},
-        sums(reinterpret_cast<A*>(scratch<double>(2 * kRows * kColumns + kColumns * depth + (height + lanes) * ld))),
+        padded(on_tiles<E> ? divide_up(t.rows, height) * height : t.rows),
+        sums(reinterpret_cast<A*>(scratch<double>(2 * kRows * kColumns + Pack::elements))),
         total(reinterpret_cast<double*>(sums) + kRows * kColumns),
-        a(reinterpret_cast<E*>(total + kRows * kColumns)), b(a + height * ld), staged(b + kColumns * depth) {
+        pack(reinterpret_cast<E*>(total + kRows * kColumns)) {
     std::fill_n(sums, size(), A(0));
     const auto vectors = [&](int64_t i) {
       return divide_up(std::min(p.reach[p.order[t.row + i]] - t.column, t.columns), lanes);
     };
     for (int64_t row = 0, end; row < t.rows; row = end) {
+      // AMX tiles take 16 rows in the time of one: better some products outside the staircase than low strips.
+      if constexpr (on_tiles<E>) {
+        end = std::min(row + height, t.rows);
+        strips.push_back({row, end - row, vectors(end - 1)});
+        continue;
+      }
       for (end = row + 1; end < t.rows && vectors(end) == vectors(row);) ++end;
       for_tiles<BYTES, E>(end - row, [&](int64_t r, int64_t rows) { strips.push_back({row + r, rows, vectors(row)}); });
     }
     // Short and long ones in turns, so that there is always time to fetch what comes next.
     const std::vector<Strip> sorted = strips;
+    if (std::is_same_v<E, tile_split>) return;
     for (size_t i = 0; i < sorted.size(); ++i) strips[i] = sorted[i % 2 ? sorted.size() - 1 - i / 2 : i / 2];
   }
 
-  int64_t size() const { return t.rows * divide_up(t.columns, width) * width; }
+  int64_t size() const { return padded * divide_up(t.columns, width) * width; }
 
   EAP_INLINE void one_chunk(int64_t chunk) {
-    const Blocks blocks(p.delta.size[1], p.delta.size[2], Panel::inner, Panel::per_element);
+    const Blocks blocks(p.delta.size[1], p.delta.size[2], Pack::inner, Pack::values);
     const int64_t count = blocks.count();
     add_blocks(blocks, 0, chunk * count / p.chunks, (chunk + 1) * count / p.chunks);
     if (p.chunks == 1) return deliver(0);
     A* const kept = static_cast<A*>(p.partial.get()) + t.offset + chunk * t.rows * t.columns;
     for (int64_t c = 0; c < t.columns; c += width)
       for (int64_t i = 0; i < t.rows; ++i)
-        std::copy_n(sums + c * t.rows + i * width, std::min(width, t.columns - c), kept + i * t.columns + c);
+        std::copy_n(sums + c * padded + i * width, std::min(width, t.columns - c), kept + i * t.columns + c);
   }
 
   EAP_INLINE void all_segments() {
     const int64_t tokens = p.delta.size[1];
     for (int64_t n = 0, end; n < tokens; n = end) {
       for (end = n + 1; end < tokens && p.segments[end] == p.segments[n];) ++end;
-      const Blocks blocks(end - n, p.delta.size[2], Panel::inner, Panel::per_element);
+      const Blocks blocks(end - n, p.delta.size[2], Pack::inner, Pack::values);
       add_blocks(blocks, n, 0, blocks.count());
       deliver(p.segments[n]);
       std::fill_n(sums, size(), A(0));
@@ -176,7 +128,7 @@ template <class T, class E, int BYTES> class Tiles {
 
   EAP_INLINE void deliver(int64_t segment) {
     write<A>(p, t, segment, [&](int64_t i) {
-      return [=, this](int64_t j) { return sums[(j / width * t.rows + i) * width + j % width]; };
+      return [=, this](int64_t j) { return sums[(j / width * padded + i) * width + j % width]; };
     });
   }
 
@@ -203,40 +155,25 @@ template <class T, class E, int BYTES> class Tiles {
   }
 
   EAP_INLINE void add_block(const Block& block, const Block& next) {
-    const Panel of_rows(rows.x, block, lanes), of_columns(columns.x, block, lanes);
-    const int64_t inner = of_rows.width, count = strips.size();
-    pack_columns(of_columns, block);
+    const int64_t inner = Pack::length(rows, block), count = strips.size();
+    pack.pack_columns(columns, block);
     for (int64_t s = 0; s < count; ++s) {
       const Strip& strip = strips[s];
-      of_rows.copy_rows(rows.part(strip.row, strip.rows), block, a);
+      pack.pack_strip(rows, strip.row, strip.rows, block, next);
       look_ahead(s, block, next);
       const int64_t panels = divide_up(strip.vectors, kVectors), all = ahead.size();
       for (int64_t i = 0; i < panels; ++i)
-        tile_kernel<E, BYTES>(strip.rows, std::min<int64_t>(kVectors, strip.vectors - i * kVectors))(
-            a, ld, b + i * width * depth, width, inner, sums + (i * t.rows + strip.row) * width, width, true,
-            {ahead.data() + i * all / panels, (i + 1) * all / panels - i * all / panels,
-             sizeof(T) * Panel::per_element});
-    }
-  }
-
-  EAP_INLINE void pack_columns(const Panel& packed, const Block& block) {
-    const bool in_place = packed.in_place(columns.x);
-    for (int64_t c = 0; c < t.columns; c += lanes) {
-      const Rows part = columns.part(c, std::min(lanes, t.columns - c));
-      const E* from[lanes];
-      if (!in_place) packed.copy_rows(part, block, staged);
-      for (int64_t r = 0; r < lanes; ++r) {
-        from[r] = staged + r * ld;
-        if (r >= part.count) std::fill_n(staged + r * ld, packed.width, E{});
-        else if (in_place) from[r] = reinterpret_cast<const E*>(part.template at<T>(r, block));
-      }
-      transpose<E, BYTES>(from, packed.width, b + c / width * width * depth + c % width, width);
+        pack.multiply(strip.rows, i, std::min<int64_t>(kVectors, strip.vectors - i * kVectors), inner,
+                      sums + (i * padded + strip.row) * width,
+                      {ahead.data() + i * all / panels, (i + 1) * all / panels - i * all / panels,
+                       sizeof(T) * Pack::values});
     }
   }
 
   // What to fetch while a strip is multiplied: the rows of the one after it, and its share of the next block's columns.
   EAP_INLINE void look_ahead(int64_t s, const Block& block, const Block& next) {
     ahead.clear();
+    if (std::is_same_v<E, tile_split>) return;  // packing fetches for itself
     const int64_t count = strips.size();
     const bool last = s + 1 == count;
     const auto add = [&](const Rows& side, int64_t begin, int64_t end, const Block& block) {
@@ -256,12 +193,16 @@ bool in_pairs(const EdgeScores& p, Isa level) {
 
 template <class T, int BYTES> struct Body {
   EAP_INLINE static void run(const EdgeScores& p, int64_t task) {
-    if constexpr (std::is_same_v<T, bf16> && BYTES == 64) {
+    if constexpr (BYTES == 64 && std::is_same_v<T, bf16>) {
 #ifdef EAP_AMX
-      if (in_pairs(p, Isa::v4_amx)) return Tiles<T, tile_pair, BYTES>::run(p, task), release_tiles();
+      if (in_pairs(p, Isa::v4_amx)) return Tiles<T, tile_pair, BYTES>::run(p, task);
 #endif
       if (in_pairs(p, Isa::v4_bf16)) return Tiles<T, bf16x2, BYTES>::run(p, task);
     }
+#ifdef EAP_AMX
+    if constexpr (BYTES == 64 && !std::is_same_v<T, double>)
+      if (isa() == Isa::v4_amx) return Tiles<T, tile_split, BYTES>::run(p, task);
+#endif
     Tiles<T, acc_t<T>, BYTES>::run(p, task);
   }
 };
@@ -288,7 +229,7 @@ void EdgeScores::plan() {
   const int64_t across = deepest ? part(deepest, kColumns, 32) : 1;
   for (int64_t c = 0; c < deepest; c += across) {
     while (reach[order[first]] <= c) ++first;
-    const int64_t down = part(seen - first, kRows, 12);
+    const int64_t down = part(seen - first, kRows, 96);
     for (int64_t r = first; r < seen; r += down) {
       tiles.push_back({r, std::min(down, seen - r), c, std::min(across, deepest - c), offset});
       offset += tiles.back().rows * tiles.back().columns;

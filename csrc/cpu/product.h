@@ -18,10 +18,21 @@ template <> struct Accumulate<bf16x2> { using type = float; };
 // The same for AMX, which multiplies 16 rows of 16 pairs by 16 columns of them.
 struct tile_pair : bf16x2 {};
 template <> struct Accumulate<tile_pair> { using type = float; };
+// The same for fp32, as three bf16 values that add up to it: of 32 values of a row, pairs of their largest parts, of what
+// is left, and of what is left then.
+struct tile_split : bf16x2 {};
+template <> struct Accumulate<tile_split> { using type = float; };
+template <class E> constexpr bool on_tiles = std::is_same_v<E, tile_pair> || std::is_same_v<E, tile_split>;
+
+// How many elements so many values of a row take, and the other way round.
+template <class E> struct Group { static constexpr int64_t values = 1, elements = 1; };
+template <> struct Group<bf16x2> { static constexpr int64_t values = 2, elements = 1; };
+template <> struct Group<tile_pair> { static constexpr int64_t values = 2, elements = 1; };
+template <> struct Group<tile_split> { static constexpr int64_t values = 32, elements = 48; };
 
 // Rows of a register tile, at most: accumulators, vectors of b and a broadcast fit into 32 (AVX-512) or 16 registers.
 template <class E = float> constexpr int tile_rows(int bytes) {
-  return std::is_same_v<E, tile_pair> ? 32 : bytes == 64 ? 12 : 6;
+  return on_tiles<E> ? 32 : bytes == 64 ? 12 : 6;
 }
 // Vectors of columns of a register tile, at most.
 constexpr int kVectors = 2;
@@ -41,8 +52,11 @@ using TileKernel = void (*)(const E* a, int64_t lda, const E* b, int64_t ldb, in
 // The kernel of so many rows and vectors of columns, in product.cpp.
 template <class E, int BYTES> TileKernel<E> tile_kernel(int64_t rows, int64_t vectors);
 #ifdef EAP_AMX
-// In product_amx.cpp. A thread that has called it releases the tiles: other libraries set up their own.
+// In product_amx.cpp. They add to whole tiles of 16 rows, those past the last row as well. A thread sets its tiles up and
+// releases them: other libraries have their own.
 template <> TileKernel<tile_pair> tile_kernel<tile_pair, 64>(int64_t rows, int64_t vectors);
+template <> TileKernel<tile_split> tile_kernel<tile_split, 64>(int64_t rows, int64_t vectors);
+void set_up_tiles();
 void release_tiles();
 #endif
 

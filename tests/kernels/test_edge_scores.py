@@ -113,6 +113,53 @@ def test_values_outside_the_staircase_do_not_leak_in(impl, device, dtype):
     assert ek.edge_scores(delta, grad, torch.tensor([1, 2]), impl=impl).tolist() == [[8, 8], [0, 8], [0, 0]]
 
 
+def test_every_edge_is_as_exact_as_fp32_whatever_its_size(impl, device, generator):
+    """Rows from 2^-120 to 2^120 beside each other; summed in fp32, they are off by n eps of the terms at most."""
+    tokens, features = 3, 45
+    delta, grad = (testing.random_tensor((rows, tokens, features), torch.float32, generator) for rows in (40, 50))
+    delta *= 2.0 ** torch.randint(-60, 61, (40, 1, 1), generator=generator)
+    grad *= 2.0 ** torch.randint(-60, 61, (50, 1, 1), generator=generator)
+    for row, power in ((0, -120), (1, 120), (2, -50)):
+        delta[row], grad[row] = (testing.random_tensor((2, tokens, features), torch.float32, generator)) * 2.0**power
+    delta[5], grad[7] = 0, 0
+    exact = torch.einsum("snd,rnd->sr", delta.double(), grad.double())
+    terms = torch.einsum("snd,rnd->sr", delta.double().abs(), grad.double().abs())
+    scores = ek.edge_scores(delta.to(device), grad.to(device), torch.full((50,), 40, device="cpu"), impl=impl).cpu()
+    normal = (terms > 2.0**-100) & (terms < 2.0**127)
+    bound = tokens * features * torch.finfo(torch.float32).eps * terms
+    assert normal.sum() > 1500
+    assert ((scores - exact).abs() <= bound)[normal].all()
+    assert (scores[terms < 2.0**-150] == 0).all()
+    assert (scores[5] == 0).all() and (scores[:, 7] == 0).all()
+
+
+def test_a_single_product_is_as_exact_as_fp32(impl, device):
+    """Where nothing averages out: mantissas of all kinds, one token, one feature."""
+    delta, grad = (1 + torch.randint(0, 2**23, (n, 1, 1), device="cpu") / 2**23 for n in (100, 70))
+    delta[0] = grad[0] = 1 + 2**-7 - 2**-23  # the most that eight leading bits leave, twice
+    scores = ek.edge_scores(delta.to(device), grad.to(device), torch.full((70,), 100, device="cpu"), impl=impl).cpu()
+    exact = delta.double().flatten()[:, None] * grad.double().flatten()
+    assert ((scores - exact).abs() <= 2 * torch.finfo(torch.float32).eps * exact).all()
+
+
+@pytest.mark.parametrize("bits", [0x7F800000, 0xFF800000, 0x7FC00000, 0x7FFFFFFF, 0x7F800001])
+def test_a_value_that_is_not_finite_stays_with_its_own_edges(impl, device, randn, bits):
+    """Infinities and every kind of NaN."""
+    delta, grad = randn(20, 2, 40), randn(35, 2, 40)
+    reach = torch.full((35,), 20, device="cpu")
+    expected = ek.edge_scores(delta, grad, reach, impl=impl)
+    value = torch.tensor(bits - 2**32 if bits >= 2**31 else bits, dtype=torch.int32).view(torch.float32)
+    delta[3, 1, 5], grad[33, 0, 39] = value, value
+    scores = ek.edge_scores(delta, grad, reach, impl=impl)
+    finite = scores.isfinite()
+    assert not finite[3].any()
+    assert not finite[:, 33].any()
+    finite[3], finite[:, 33] = True, True
+    assert finite.all()
+    others = [i for i in range(35) if i != 33]
+    assert torch.equal(scores[4:, others], expected[4:, others])
+
+
 def test_allocates_out_from_segments(impl, device):
     scores = ek.edge_scores(
         torch.ones(1, 3, 2),

@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t kRows = 480;     // of a tile, at most: panels and sums of a task share the second-level cache
 constexpr int64_t kColumns = 256;  // of a tile, at most
 constexpr int64_t kFlush = 4;      // blocks after which sums are added to those in double
+constexpr int64_t kEdgesPerRow = 16;  // at least, for AMX in parts: with fewer products its packing does not pay
 constexpr int64_t kTasks = 48;     // wanted, so that threads end together
 constexpr int64_t kBlocksPerChunk = 6;  // at least: each chunk leaves partial sums to be added up
 
@@ -201,7 +202,7 @@ template <class T, int BYTES> struct Body {
     }
 #ifdef EAP_AMX
     if constexpr (BYTES == 64 && !std::is_same_v<T, double>)
-      if (isa() == Isa::v4_amx) return Tiles<T, tile_split, BYTES>::run(p, task);
+      if (p.in_parts) return Tiles<T, tile_split, BYTES>::run(p, task);
 #endif
     Tiles<T, acc_t<T>, BYTES>::run(p, task);
   }
@@ -225,6 +226,9 @@ void EdgeScores::plan() {
   order.erase(order.begin(), std::find_if(order.begin(), order.end(), [&](int64_t v) { return reach[v] > 0; }));
 
   const int64_t seen = order.size(), deepest = seen ? reach[order.back()] : 0;
+  int64_t edges = 0;
+  for (int64_t v : order) edges += reach[v];
+  in_parts = isa() == Isa::v4_amx && dtype != Dtype::f64 && edges >= kEdgesPerRow * (seen + deepest);
   int64_t offset = 0, first = 0;
   const int64_t across = deepest ? part(deepest, kColumns, 32) : 1;
   for (int64_t c = 0; c < deepest; c += across) {

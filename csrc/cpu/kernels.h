@@ -42,6 +42,7 @@ struct EdgeScores {
   std::vector<int64_t> order;       // receivers, those that see least first
   std::vector<Tile> tiles;          // only those with work in them
   int64_t chunks;
+  bool in_parts = false;            // whether fp32 values are multiplied as parts, on AMX tiles
   // [tiles, chunks, rows, columns] of out's type, with more than one chunk.
   std::unique_ptr<void, decltype(&std::free)> partial{nullptr, std::free};
 };

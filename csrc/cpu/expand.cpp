@@ -11,6 +11,57 @@ namespace {
 
 constexpr int64_t kNodes = 8;  // of a task, one after another, so that each brings the next one's weight into the cache
 
+template <class T> EAP_INLINE const T* at(const View& x, int64_t i, int64_t j, int64_t k) {
+  return static_cast<const T*>(x.data) + i * x.stride[0] + j * x.stride[1] + k * x.stride[2];
+}
+
+#ifdef EAP_AMX
+// The product of bf16 values and weights on AMX tiles, as pairs: a row's neighbours meet two rows of the weight.
+EAP_INLINE void project_pairs(const Expand& p, const Nodes& g, int64_t i, float* to) {
+  using E = tile_pair;
+  constexpr int64_t height = tile_rows<E>(64), width = tile_columns<E, 64>, side = width / kVectors, kAhead = 4;
+  const int64_t inner = g.values.size[2], depth = divide_up(inner, 2 * side) * side, ld = depth + side;
+  const int64_t step = g.weight.stride[1], panels = divide_up(p.features, width);
+  E* const a = scratch<E>(height * ld + panels * width * depth + height * width);
+  E* const b = a + height * ld;  // [panels, depth, width]
+  float* const edge = reinterpret_cast<float*>(b + panels * width * depth);
+  const bf16* const weight = at<bf16>(g.weight, i / g.per_weight, 0, p.feature);
+  for (int64_t k = 0; k < depth; ++k) {
+    const bf16 *const first = weight + 2 * k * step, *const second = first + step;
+    for (int64_t d = 0; d < p.features; d += width) {
+      const int64_t count = std::min(width, p.features - d);
+      E* const line = b + d * depth + k * width;
+      for (const bf16* row : {first, second}) __builtin_prefetch(row + kAhead * step + d, 0, 2);
+      for (int64_t c = 0; c < count; ++c)
+        line[c].bits = 2 * k + 1 < inner ? uint32_t(first[d + c].bits) | uint32_t(second[d + c].bits) << 16
+                       : 2 * k < inner   ? uint32_t(first[d + c].bits)
+                                         : 0;
+      std::fill(line + count, line + width, E{});
+    }
+  }
+  for (int64_t n = 0; n < p.tokens; n += height) {
+    const int64_t rows = std::min(height, p.tokens - n);
+    for (int64_t r = 0; r < rows; ++r) {
+      const bf16* const from = at<bf16>(g.values, i, p.token + n + r, 0);
+      const int64_t step = g.values.stride[2];
+      for (int64_t k = 0; k < depth; ++k)
+        a[r * ld + k].bits = (2 * k < inner ? uint32_t(from[2 * k * step].bits) : 0) |
+                             (2 * k + 1 < inner ? uint32_t(from[(2 * k + 1) * step].bits) : 0) << 16;
+    }
+    for (int64_t d = 0; d < p.features; d += width) {
+      const int64_t columns = std::min(width, p.features - d);
+      const bool whole = rows % side == 0 && columns % side == 0;
+      float* const c = to + n * p.features + d;
+      tile_kernel<E, 64>(rows, divide_up(columns, side))(a, ld, b + d * depth, width, depth, whole ? c : edge,
+                                                        whole ? p.features : width, false, {});
+      if (whole) continue;
+      for (int64_t r = 0; r < rows; ++r) std::copy_n(edge + r * width, columns, c + r * p.features);
+    }
+  }
+}
+
+#endif
+
 template <class T, int BYTES> struct Body {
   using A = acc_t<T>;
   static constexpr int64_t width = tile_columns<A, BYTES>;
@@ -18,18 +69,28 @@ template <class T, int BYTES> struct Body {
   EAP_INLINE static void run(const Expand& p, int64_t task) {
     const int64_t end = std::min((task + 1) * kNodes, p.rows());
     std::vector<const char*> ahead;
+#ifdef EAP_AMX
+    const bool on_amx = std::is_same_v<T, bf16> && isa() == Isa::v4_amx;
+    if (on_amx) set_up_tiles();
+#endif
     for (int64_t node = task * kNodes; node < end; ++node) {
       const Nodes& g = group(p, node);
       const int64_t i = node - g.first;
       A* const to = static_cast<A*>(p.out) + node * p.out_stride;
       ahead.clear();
       if (node + 1 < end) look_ahead(p, g, node + 1, ahead);
-      if (g.weight.data) project(p, g, i, to, ahead);
-      else rows(p, g, i, to);
+      if (!g.weight.data) rows(p, g, i, to);
+#ifdef EAP_AMX
+      else if (on_amx && g.weight.stride[2] == 1) project_pairs(p, g, i, reinterpret_cast<float*>(to));
+#endif
+      else project(p, g, i, to, ahead);
       int64_t m = 0;
       for (; m + 4 <= g.normalised.size[0]; m += 4) subtract<4>(p, g, i, m, to);
       for (; m < g.normalised.size[0]; ++m) subtract<1>(p, g, i, m, to);
     }
+#ifdef EAP_AMX
+    if (on_amx) release_tiles();
+#endif
   }
 
   EAP_INLINE static const Nodes& group(const Expand& p, int64_t node) {
@@ -45,16 +106,12 @@ template <class T, int BYTES> struct Body {
     if (!now.weight.data || !g.weight.data || g.weight.stride[2] != 1 || shared) return;
     for (int64_t k = 0; k < g.weight.size[1]; ++k)
       for (int64_t d = 0; d < p.features; d += piece)
-        ahead.push_back(reinterpret_cast<const char*>(at(g.weight, i, k, p.feature + d)));
-  }
-
-  EAP_INLINE static const T* at(const View& x, int64_t i, int64_t j, int64_t k) {
-    return static_cast<const T*>(x.data) + i * x.stride[0] + j * x.stride[1] + k * x.stride[2];
+        ahead.push_back(reinterpret_cast<const char*>(at<T>(g.weight, i, k, p.feature + d)));
   }
 
   EAP_INLINE static void rows(const Expand& p, const Nodes& g, int64_t i, A* to) {
     for (int64_t n = 0; n < p.tokens; ++n)
-      widen(at(g.values, i, p.token + n, p.feature), g.values.stride[2], p.features, to + n * p.features);
+      widen(at<T>(g.values, i, p.token + n, p.feature), g.values.stride[2], p.features, to + n * p.features);
   }
 
   EAP_INLINE static void project(const Expand& p, const Nodes& g, int64_t i, A* to,
@@ -67,7 +124,7 @@ template <class T, int BYTES> struct Body {
     A* const b = a + p.tokens * inner;  // [panels, inner, width]
     A* const edge = b + padded * inner;
     for (int64_t n = 0; n < p.tokens; ++n)
-      widen(at(g.values, i, p.token + n, 0), g.values.stride[2], inner, a + n * inner);
+      widen(at<T>(g.values, i, p.token + n, 0), g.values.stride[2], inner, a + n * inner);
     pack(p, g.weight, i / g.per_weight, b);
     for (int64_t d = 0; d < p.features; d += width) {
       const int64_t columns = std::min(width, p.features - d);
@@ -91,7 +148,7 @@ template <class T, int BYTES> struct Body {
     constexpr int64_t kAhead = 8;
     const int64_t inner = weight.size[1], step = weight.stride[2];
     for (int64_t k = 0; k < inner; ++k) {
-      const T* const row = at(weight, i, k, p.feature);
+      const T* const row = at<T>(weight, i, k, p.feature);
       if (step == 1 && k + kAhead < inner)
         for (int64_t d = 0; d < p.features; d += 64 / sizeof(T))
           __builtin_prefetch(row + kAhead * weight.stride[1] + d);
@@ -117,8 +174,8 @@ template <class T, int BYTES> struct Body {
       A c[M];
       const T* x[M];
       for (int j = 0; j < M; ++j) {
-        c[j] = load(*at(g.coefficients, i, m + j, p.token + n));
-        x[j] = at(g.normalised, m + j, p.token + n, p.feature);
+        c[j] = load(*at<T>(g.coefficients, i, m + j, p.token + n));
+        x[j] = at<T>(g.normalised, m + j, p.token + n, p.feature);
       }
       subtract<M>(to + n * p.features, c, x, g.normalised.stride[2], p.features);
     }

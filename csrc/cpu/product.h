@@ -52,7 +52,7 @@ using TileKernel = void (*)(const E* a, int64_t lda, const E* b, int64_t ldb, in
 // The kernel of so many rows and vectors of columns, in product.cpp.
 template <class E, int BYTES> TileKernel<E> tile_kernel(int64_t rows, int64_t vectors);
 #ifdef EAP_AMX
-// In product_amx.cpp. They add to whole tiles of 16 rows, those past the last row as well. A thread sets its tiles up and
+// In product_amx.cpp. They write whole tiles of 16 rows, those past the last row as well. A thread sets its tiles up and
 // releases them: other libraries have their own.
 template <> TileKernel<tile_pair> tile_kernel<tile_pair, 64>(int64_t rows, int64_t vectors);
 template <> TileKernel<tile_split> tile_kernel<tile_split, 64>(int64_t rows, int64_t vectors);

@@ -23,7 +23,7 @@ constexpr Config config() {
 
 // Tiles 0 to 3 hold the sums, 4 and 5 the two halves of the rows, 6 and 7 those of the columns.
 template <class E, int M, int W>
-EAP_TARGET_AMX void tile(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t inner, float* c, int64_t ldc, bool,
+EAP_TARGET_AMX void tile(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t inner, float* c, int64_t ldc, bool add,
                          const Ahead& ahead) {
   // Macros, not functions: instructions name tiles by constants.
 #define EAP_EACH_SUM(DO)                        \
@@ -32,6 +32,7 @@ EAP_TARGET_AMX void tile(const E* a, int64_t lda, const E* b, int64_t ldb, int64
   if constexpr (M == 2) DO(2, c + kSide * ldc); \
   if constexpr (M == 2 && W == 2) DO(3, c + kSide * ldc + kSide);
 #define EAP_LOAD(TILE, FROM) _tile_loadd(TILE, FROM, 4 * ldc)
+#define EAP_ZERO(TILE, FROM) _tile_zero(TILE)
 #define EAP_STORE(TILE, TO) _tile_stored(TILE, TO, 4 * ldc)
 #define EAP_ROWS(PART)                             \
   _tile_loadd(4, a + k + PART * kSide, 4 * lda);   \
@@ -44,7 +45,11 @@ EAP_TARGET_AMX void tile(const E* a, int64_t lda, const E* b, int64_t ldb, int64
   if constexpr (W == 2) _tile_dpbf16ps(1, 4, 7); \
   if constexpr (M == 2) _tile_dpbf16ps(2, 5, 6); \
   if constexpr (M == 2 && W == 2) _tile_dpbf16ps(3, 5, 7);
-  EAP_EACH_SUM(EAP_LOAD)
+  if (add) {
+    EAP_EACH_SUM(EAP_LOAD)
+  } else {
+    EAP_EACH_SUM(EAP_ZERO)
+  }
   if constexpr (std::is_same_v<E, tile_split>) {
     for (int64_t k = 0; k < inner; k += 3 * kSide) {
       // Not the smallest parts' products with each other and with the middle ones.

@@ -65,15 +65,10 @@ template <class T, class E, int BYTES> class Tiles {
 
  public:
   EAP_INLINE static void run(const EdgeScores& p, int64_t task) {
-#ifdef EAP_AMX
-    if (on_tiles<E>) set_up_tiles();
-#endif
+    const TileScope scope(on_tiles<E>);
     Tiles tiles(p, p.tiles[task / p.chunks]);
     if (p.segments) tiles.all_segments();
     else tiles.one_chunk(task % p.chunks);
-#ifdef EAP_AMX
-    if (on_tiles<E>) release_tiles();
-#endif
   }
 
  private:
@@ -92,14 +87,14 @@ template <class T, class E, int BYTES> class Tiles {
       if constexpr (on_tiles<E>) {
         end = std::min(row + height, t.rows);
         strips.push_back({row, end - row, vectors(end - 1)});
-        continue;
+      } else {
+        for (end = row + 1; end < t.rows && vectors(end) == vectors(row);) ++end;
+        for_tiles<BYTES, E>(end - row, [&](int64_t r, int64_t rows) { strips.push_back({row + r, rows, vectors(row)}); });
       }
-      for (end = row + 1; end < t.rows && vectors(end) == vectors(row);) ++end;
-      for_tiles<BYTES, E>(end - row, [&](int64_t r, int64_t rows) { strips.push_back({row + r, rows, vectors(row)}); });
     }
+    if (Pack::splits) return;
     // Short and long ones in turns, so that there is always time to fetch what comes next.
     const std::vector<Strip> sorted = strips;
-    if (std::is_same_v<E, tile_split>) return;
     for (size_t i = 0; i < sorted.size(); ++i) strips[i] = sorted[i % 2 ? sorted.size() - 1 - i / 2 : i / 2];
   }
 
@@ -174,7 +169,7 @@ template <class T, class E, int BYTES> class Tiles {
   // What to fetch while a strip is multiplied: the rows of the one after it, and its share of the next block's columns.
   EAP_INLINE void look_ahead(int64_t s, const Block& block, const Block& next) {
     ahead.clear();
-    if (std::is_same_v<E, tile_split>) return;  // packing fetches for itself
+    if (Pack::splits) return;  // packing fetches for itself
     const int64_t count = strips.size();
     const bool last = s + 1 == count;
     const auto add = [&](const Rows& side, int64_t begin, int64_t end, const Block& block) {
@@ -233,7 +228,7 @@ void EdgeScores::plan() {
   const int64_t across = deepest ? part(deepest, kColumns, 32) : 1;
   for (int64_t c = 0; c < deepest; c += across) {
     while (reach[order[first]] <= c) ++first;
-    const int64_t down = part(seen - first, kRows, 96);
+    const int64_t down = part(seen - first, kRows, 96);  // whole strips, of 12 rows and of 32
     for (int64_t r = first; r < seen; r += down) {
       tiles.push_back({r, std::min(down, seen - r), c, std::min(across, deepest - c), offset});
       offset += tiles.back().rows * tiles.back().columns;

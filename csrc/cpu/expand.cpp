@@ -59,7 +59,6 @@ EAP_INLINE void project_pairs(const Expand& p, const Nodes& g, int64_t i, float*
     }
   }
 }
-
 #endif
 
 template <class T, int BYTES> struct Body {
@@ -69,28 +68,27 @@ template <class T, int BYTES> struct Body {
   EAP_INLINE static void run(const Expand& p, int64_t task) {
     const int64_t end = std::min((task + 1) * kNodes, p.rows());
     std::vector<const char*> ahead;
-#ifdef EAP_AMX
     const bool on_amx = std::is_same_v<T, bf16> && isa() == Isa::v4_amx;
-    if (on_amx) set_up_tiles();
-#endif
+    const TileScope scope(on_amx);
     for (int64_t node = task * kNodes; node < end; ++node) {
       const Nodes& g = group(p, node);
       const int64_t i = node - g.first;
       A* const to = static_cast<A*>(p.out) + node * p.out_stride;
-      ahead.clear();
-      if (node + 1 < end) look_ahead(p, g, node + 1, ahead);
-      if (!g.weight.data) rows(p, g, i, to);
+      if (!g.weight.data) {
+        rows(p, g, i, to);
 #ifdef EAP_AMX
-      else if (on_amx && g.weight.stride[2] == 1) project_pairs(p, g, i, reinterpret_cast<float*>(to));
+      } else if (on_amx && g.weight.stride[2] == 1) {
+        project_pairs(p, g, i, reinterpret_cast<float*>(to));
 #endif
-      else project(p, g, i, to, ahead);
+      } else {
+        ahead.clear();
+        if (node + 1 < end) look_ahead(p, g, node + 1, ahead);
+        project(p, g, i, to, ahead);
+      }
       int64_t m = 0;
       for (; m + 4 <= g.normalised.size[0]; m += 4) subtract<4>(p, g, i, m, to);
       for (; m < g.normalised.size[0]; ++m) subtract<1>(p, g, i, m, to);
     }
-#ifdef EAP_AMX
-    if (on_amx) release_tiles();
-#endif
   }
 
   EAP_INLINE static const Nodes& group(const Expand& p, int64_t node) {
@@ -103,7 +101,7 @@ template <class T, int BYTES> struct Body {
     const Nodes& g = group(p, node);
     const int64_t i = (node - g.first) / g.per_weight, piece = now.values.size[2];
     const bool shared = &g == &now && i == (node - 1 - g.first) / g.per_weight;
-    if (!now.weight.data || !g.weight.data || g.weight.stride[2] != 1 || shared) return;
+    if (!g.weight.data || g.weight.stride[2] != 1 || shared) return;
     for (int64_t k = 0; k < g.weight.size[1]; ++k)
       for (int64_t d = 0; d < p.features; d += piece)
         ahead.push_back(reinterpret_cast<const char*>(at<T>(g.weight, i, k, p.feature + d)));

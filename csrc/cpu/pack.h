@@ -74,7 +74,10 @@ template <class T, class E> struct Packed {
 
 // Packs a strip of rows at a time into `a`, [rows, ld], and columns into `b`, panels of [depth, width].
 template <class T, class E, int BYTES, int64_t COLUMNS> class Packer {
+ public:
   static constexpr bool splits = std::is_same_v<E, tile_split>;
+
+ private:
   using Row = std::conditional_t<splits, float, E>;  // elements of a row before it is split
   using Panel = Packed<T, Row>;
   static constexpr int64_t lanes = BYTES / sizeof(E), height = tile_rows<E>(BYTES);

@@ -52,13 +52,30 @@ using TileKernel = void (*)(const E* a, int64_t lda, const E* b, int64_t ldb, in
 // The kernel of so many rows and vectors of columns, in product.cpp.
 template <class E, int BYTES> TileKernel<E> tile_kernel(int64_t rows, int64_t vectors);
 #ifdef EAP_AMX
-// In product_amx.cpp. They write whole tiles of 16 rows, those past the last row as well. A thread sets its tiles up and
-// releases them: other libraries have their own.
+// In product_amx.cpp. They write whole tiles of 16 rows, those past the last row as well.
 template <> TileKernel<tile_pair> tile_kernel<tile_pair, 64>(int64_t rows, int64_t vectors);
 template <> TileKernel<tile_split> tile_kernel<tile_split, 64>(int64_t rows, int64_t vectors);
 void set_up_tiles();
 void release_tiles();
 #endif
+
+// Where `used`, the thread's AMX tiles are set up as long as this lives: other libraries have their own.
+class TileScope {
+  [[maybe_unused]] const bool used;
+
+ public:
+  explicit TileScope(bool set_up) : used(set_up) {
+#ifdef EAP_AMX
+    if (used) set_up_tiles();
+#endif
+  }
+  ~TileScope() {
+#ifdef EAP_AMX
+    if (used) release_tiles();
+#endif
+  }
+  TileScope(const TileScope&) = delete;
+};
 
 // Calls `tile(row, height)` over `rows` rows, in tiles of nearly equal height: low ones would leave the units idle.
 template <int BYTES, class E = float, class Tile> EAP_INLINE void for_tiles(int64_t rows, const Tile& tile) {

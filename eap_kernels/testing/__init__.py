@@ -126,6 +126,18 @@ def _error(x: Tensor, oracle: Oracle) -> float:
     return float((x.double().cpu() - oracle.value).abs().max())
 
 
+# Values of this size are what rounding leaves of a difference: no test here compares smaller ones.
+NOISE = 1e-9
+
+
+def relative_error(found: Tensor, right: Tensor) -> float:
+    """Relative error of a tensor in the Frobenius norm; raises AssertionError where `right` is rounding noise."""
+    size = float(right.double().norm())
+    if not size > NOISE:
+        raise AssertionError(f"relative error: expected a norm above {NOISE:g} to compare with, got {size:.3g}")
+    return float((found.double().cpu() - right.double().cpu()).norm()) / size
+
+
 def random_tensor(
     shape: Sequence[int],
     dtype: torch.dtype,

@@ -15,6 +15,12 @@ def expected(name: str, wanted: str, found: object) -> InputError:
     return InputError(f"{name}: expected {wanted}, found {found}.")
 
 
+def reason(error: BaseException) -> str:
+    """What another library's error says, as a clause of a sentence: its first line, or the kind of error."""
+    lines = str(error).splitlines()
+    return (lines[0][:200] if lines else "") or type(error).__name__
+
+
 def one_of(name: str, value: object, choices: object) -> None:
     """Refuse a value that is not among `choices` (a collection of strings)."""
     names = sorted(choices)  # type: ignore[call-overload]

@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 
 from .errors import InputError, expected
 
-# What json, safetensors and torch raise for a damaged file; torch makes an OSError of some truncated ones.
+# What json, safetensors and torch raise for a damaged file: torch makes an OSError of some truncated ones, and asserts.
 DAMAGED = (
-    AttributeError, EOFError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError,
-    pickle.UnpicklingError, struct.error,
+    AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SafetensorError, TypeError,
+    ValueError, pickle.UnpicklingError, struct.error,
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from eap_circuits.tasks import PairedDataset
+from eap_kernels.testing import relative_error
 
 VOCABULARY = 59
 _RANDOM = {"initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -263,9 +264,4 @@ def make_pairs() -> Any:
 
 @pytest.fixture
 def relative() -> Any:
-    """Relative error of a tensor in the Frobenius norm."""
-
-    def error(found: torch.Tensor, right: torch.Tensor) -> float:
-        return float((found.double() - right.double()).norm() / right.double().norm())
-
-    return error
+    return relative_error

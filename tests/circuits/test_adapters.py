@@ -138,7 +138,7 @@ def test_self_check_passes_on_every_family_and_fails_on_a_broken_site(family, ma
 def broken_cache(monkeypatch):
     """As of StableLM in transformers 5.0.0, whose cache and mask differ in size."""
 
-    def fails(*_):
+    def fails(*_, **__):
         raise RuntimeError("The size of tensor a (9) must match\nmore lines")
 
     monkeypatch.setattr(prefix._Before, "update", fails)

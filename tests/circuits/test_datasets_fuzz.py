@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import pickle
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,13 @@ def tokens(suffix: str) -> bytes:
     file = io.BytesIO()
     torch.save(found, file)
     return file.getvalue()
+
+
+def test_a_reference_in_place_of_any_byte_of_a_pickle() -> None:
+    """torch asserts what a persistent id refers to."""
+    whole = tokens(".pt")
+    for place in range(len(whole)):
+        read(".pt", whole[:place] + pickle.BINPERSID + whole[place + 1 :])
 
 
 @pytest.mark.parametrize("suffix", [*TEXTS, ".safetensors", ".pt"])

@@ -1,5 +1,7 @@
 """Tokens before the first difference run once: what is scored and what circuits give is as if they ran every time."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -67,3 +69,46 @@ def test_no_pass_gives_logits_of_more_than_one_position(beginning, prefixes, mak
     eap.attribute(model, pairs(beginning, prefixes), steps=2, metric="kl_divergence")
     hook.remove()
     assert shapes and set(shapes) == {1}
+
+
+class Renamed:
+    """Forwards as models of several versions have them, and one that only passes on what it is given."""
+
+    class Old(torch.nn.Module):
+        def forward(self, inputs_embeds=None, position_ids=None, past_key_values=None):
+            return past_key_values
+
+    class New(torch.nn.Module):
+        def forward(self, inputs_embeds=None, cache=None):
+            return cache
+
+    class Both(torch.nn.Module):
+        def forward(self, inputs_embeds=None, cache=None, past_key_values=None):
+            return cache
+
+    class Passing(New):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["Old", "New", "Both", "Passing"])
+def test_the_cache_goes_by_the_name_that_the_forward_has(kind):
+    model, cache = getattr(Renamed, kind)(), object()
+    given = prefix.behind(model, cache)
+    assert given.pop("use_cache") is True
+    assert model(**given) is cache
+    assert ("position_ids" in prefix.parameters(model)) == (kind == "Old")
+
+
+def test_a_model_that_passes_its_arguments_on_runs_behind_its_cache(make_model, make_pairs, relative):
+    model, data = make_model("llama"), make_pairs()
+    right = eap.attribute(model, data, method="eap").values
+
+    class Passing(type(model)):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model.__class__ = Passing
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert relative(eap.attribute(model, data, method="eap").values, right) < 1e-6

@@ -71,7 +71,8 @@ def test_positions_are_those_of_the_prompts(make_model, make_pairs, relative):
     for e in range(len(data)):
         n = int(data.lengths[e])
         own = eap.attribute(model, data[[e]], steps=2, keep="positions").per_position
-        assert relative(own.sum(0), each[e]) < 1e-5 or not each[e].any()
+        # Of a pair that differs nowhere, or not where it matters, there is nothing but rounding.
+        assert (own.sum(0) - each[e]).norm() < 1e-5 * each.norm()
         # Before the first difference nothing differs.
         assert not own[: int(data.first_difference[e])].any()
         by_start[:n] += own / len(data)

@@ -117,8 +117,8 @@ def test_every_edge_is_as_exact_as_fp32_whatever_its_size(impl, device, generato
     """Rows from 2^-120 to 2^120 beside each other; summed in fp32, they are off by n eps of the terms at most."""
     tokens, features = 3, 45
     delta, grad = (testing.random_tensor((rows, tokens, features), torch.float32, generator) for rows in (40, 50))
-    delta *= 2.0 ** torch.randint(-60, 61, (40, 1, 1), generator=generator)
-    grad *= 2.0 ** torch.randint(-60, 61, (50, 1, 1), generator=generator)
+    delta *= 2.0 ** torch.randint(-60, 61, (40, 1, 1), generator=generator, device="cpu")
+    grad *= 2.0 ** torch.randint(-60, 61, (50, 1, 1), generator=generator, device="cpu")
     for row, power in ((0, -120), (1, 120), (2, -50)):
         delta[row], grad[row] = (testing.random_tensor((2, tokens, features), torch.float32, generator)) * 2.0**power
     delta[5], grad[7] = 0, 0

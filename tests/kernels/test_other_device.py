@@ -5,14 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 TESTS = [str(FOLDER / f"test_{op}.py") for op in ("edge_scores", "masked_read", "head_space_scores")]
 
 
-@pytest.mark.slow
 def test_the_operators_tests_pass_on_a_pretended_device():
     """In a process of its own: what devices there are is decided when tests are collected."""
     path = os.pathsep.join(filter(None, [str(FOLDER), str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -15,6 +15,7 @@ import eap_circuits as eap
 from eap_circuits.adapters import bind
 from eap_circuits.capture import Constants
 from eap_circuits.evaluation.check import StayDouble
+from eap_kernels.testing import relative_error as relative
 
 DATA = Path(__file__).parent / "data"
 FAMILIES = ("gpt2", "llama", "qwen2", "neox", "gemma2")
@@ -29,10 +30,6 @@ METHODS = {
     "eap_ig_activations": {"method": "eap-ig-activations", "steps": 3, "compat": "eap-ig"},
 }
 TOLERANCE = 1e-5
-
-
-def relative(found, right):
-    return float((found.double() - right.double()).norm() / right.double().norm())
 
 
 def group_sums(graph, values):

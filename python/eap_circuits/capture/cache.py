@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-from ..errors import InputError
+from ..errors import InputError, reason
 from .memory import out_of_memory
 
 P = ParamSpec("P")
@@ -28,7 +28,7 @@ def behind_cache(cached: bool) -> Iterator[None]:
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         if not cached or isinstance(error, (CacheError, InputError)) or out_of_memory(error):
             raise
-        raise CacheError(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+        raise CacheError(reason(error)) from error
 
 
 def without_cache_where_it_fails(call: Callable[P, T]) -> Callable[P, T]:
@@ -40,11 +40,11 @@ def without_cache_where_it_fails(call: Callable[P, T]) -> Callable[P, T]:
         try:
             return call(*args, **kwargs)
         except CacheError as error:
-            reason = str(error)
+            failure = str(error)
         given = signature.bind(*args, **kwargs)
         given.arguments["reuse_prefix"] = False
         model = type(given.arguments["model"]).__name__
-        warnings.warn(f"{model}: prefixes are not reused, as its cache cannot serve ({reason}).", stacklevel=2)
+        warnings.warn(f"{model}: prefixes are not reused, as its cache cannot serve ({failure}).", stacklevel=2)
         return call(*given.args, **given.kwargs)
 
     return made

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import InputError, expected
+from ..errors import InputError, expected, reason
 from ..tasks import PairedDataset
 from .batches import TOKENS_PER_BATCH, Batch, halves
 
@@ -134,7 +134,7 @@ def in_memory(
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                failed = str(error).splitlines()[0]
+                failed = reason(error)
             # Outside of `except`, whose traceback would keep what the run had allocated.
             if failed is None:
                 yield batch, found[0]

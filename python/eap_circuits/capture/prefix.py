@@ -5,6 +5,7 @@ Prefixes of different lengths end together: shorter ones have unused places befo
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -13,8 +14,24 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .batches import Batch
 
+# What `forward` calls the cache: the first name since transformers 5.24, the second before and in other models' code.
+_CACHE_NAMES = ("cache", "past_key_values")
 # Tokens saved from which prefixes' own common beginning is run once for all, which takes one pass more.
 _WORTH_A_PASS = 64
+
+
+def parameters(model: Any) -> set[str]:
+    """The names of what the model's forward takes, also where a subclass's forward only passes them on."""
+    forwards = [model.forward, *(vars(kind)["forward"] for kind in type(model).__mro__ if "forward" in vars(kind))]
+    found = (set(inspect.signature(forward).parameters) for forward in forwards)
+    return next((names for names in found if "inputs_embeds" in names), set())
+
+
+def behind(model: Any, cache: Cache) -> dict[str, Any]:
+    """The arguments of the model's forward for a run behind a cache."""
+    taken = parameters(model)
+    name = next((name for name in _CACHE_NAMES if name in taken), _CACHE_NAMES[-1])
+    return {name: cache, "use_cache": True}
 
 
 class Prefix:
@@ -45,9 +62,9 @@ class Prefix:
         self.cache = Cache(layers=[_Before(*pair) for pair in kept])
         self._longest = longest
 
-    def arguments(self, suffix: int, copies: int) -> dict[str, Any]:
-        """Arguments of the model's forward for `copies` of the batch's suffixes of so many tokens."""
-        given: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
+    def arguments(self, model: Any, suffix: int, copies: int) -> dict[str, Any]:
+        """Arguments of the model's forward for `copies` of the batch's suffixes of this many tokens."""
+        given = behind(model, self.cache)
         if not self._aligned:
             place = torch.arange(self._longest + suffix, device=self._start.device)
             used = place >= self._longest - self._start[:, None]
@@ -105,7 +122,7 @@ class WholePrompts:
 def run_prefixes(model: Any, prefixes: Tensor, spread: list[int]) -> DynamicCache:
     """The cache of a run of prefixes int64 [U, P], of which `beginning` ran alone where that pays."""
     cache, shared = beginning(model, prefixes, spread)
-    model(input_ids=prefixes[:, shared:], past_key_values=cache, use_cache=True)
+    model(input_ids=prefixes[:, shared:], **behind(model, cache))
     return cache
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +15,7 @@ from ..graph import Graph
 from .batches import Batch
 from .borrow import Hooks
 from .cache import behind_cache
-from .prefix import Prefix, WholePrompts, beginning, run_prefixes
+from .prefix import Prefix, WholePrompts, beginning, behind, parameters, run_prefixes
 from .scored import ScoredMLP, at_scored
 
 Register = Callable[[Hooks], None]
@@ -45,7 +44,7 @@ class Runner:
             layer.groups if graph.heads == "query" else 1 for layer in arch.layers
         ]  # key/value copies per layer
         self._model: Any = arch.model
-        self._place = "position_ids" in inspect.signature(self._model.forward).parameters
+        self._place = "position_ids" in parameters(self._model)
         self._prefix: Prefix | None = None
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -80,7 +79,7 @@ class Runner:
                 with torch.no_grad(), behind_cache(True), self._for_cache():
                     ran = run_prefixes(self._model, batch.prefix, once)
                 self._prefix = Prefix(batch, ran, batch.prefix_of, once)
-            given = self._prefix.arguments(suffix, copies)
+            given = self._prefix.arguments(self._model, suffix, copies)
             if self._place:
                 offset = torch.arange(suffix, device=scored.device)
                 # Padding may reach beyond the positions that a model has.
@@ -104,7 +103,7 @@ class Runner:
             whole = WholePrompts(batch, shared)
             joined = whole.join(self.embed(prefixes[:, shared:]), embeddings)
             scored = batch.start - shared + (batch.corrupted_scored if corrupted else batch.scored)
-            given = {"past_key_values": cache, "use_cache": True}
+            given = behind(self._model, cache)
             tokens = joined.shape[1]
             with behind_cache(True), Hooks(tokens) as hooks, Hooks(tokens, whole.suffixes) as reading:
                 logits = self._run(joined, scored, given, hooks, register, reading)

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import InputError, expected
+from ..errors import InputError, expected, reason
 from ..files import DAMAGED, write_whole
 from .circuit import Circuit
 from .layout import Graph
@@ -109,8 +109,7 @@ def _read(path: str | os.PathLike[str], nodes: bool = False) -> _Content:
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except DAMAGED as error:
-        reason = str(error).split("\n")[0][:200] or type(error).__name__
-        raise expected(str(path), what, f"something else ({reason})") from error
+        raise expected(str(path), what, f"something else ({reason(error)})") from error
 
 
 def _read_safetensors(form: str, path: Path) -> _Content:

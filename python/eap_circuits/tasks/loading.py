@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..errors import InputError, expected
+from ..errors import InputError, expected, reason
 from ..files import DAMAGED, write_whole
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".safetensors", ".pt")
@@ -124,7 +124,7 @@ def _parquet(path: Path) -> Any:
     try:
         return parquet.read_table(path).to_pylist()
     except (ArrowException, OSError, ValueError) as error:
-        raise expected("file", "Parquet", f"something else ({str(error).splitlines()[0][:200]})") from error
+        raise expected("file", "Parquet", f"something else ({reason(error)})") from error
 
 
 def own_records(rows: list[Any], labels: list[str]) -> Records:
@@ -172,8 +172,7 @@ def read_tokens(path: Path) -> dict[str, Any]:
     try:
         content, texts = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
     except DAMAGED as error:
-        reason = str(error).split("\n")[0][:200] or type(error).__name__
-        raise expected("file", "token tensors", f"something else ({reason})") from error
+        raise expected("file", "token tensors", f"something else ({reason(error)})") from error
     missing = [name for name in _TENSORS if name not in content]
     if missing:
         raise expected("file", "tensors " + ", ".join(_TENSORS), "none named " + ", ".join(missing))

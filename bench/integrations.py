@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from bench import measure, record
+from bench.processes import commit
 from eap_kernels.integrations import auto_circuit, eap_ig
 
 # Published and patched scores may differ by this share of the largest one.
@@ -381,7 +382,7 @@ def main() -> None:
         benches |= compared(*package)
     for package in timed:
         benches |= measured(*package, options.rounds)
-    result = {"machine": measure.machine(), "commit": measure.commit(), "date": date.today().isoformat()}
+    result = {"machine": measure.machine(), "commit": commit(), "date": date.today().isoformat()}
     result["versions"] = measure.versions() | {"transformer-lens": version("transformer-lens")}
     result |= {"threads": torch.get_num_threads(), "rounds": options.rounds, "benches": benches}
     name = f"integrations-{measure.slug(result['machine'])}" if "gpu" in result["machine"] else "integrations"

@@ -1,7 +1,8 @@
 """Turn a pytest-benchmark JSON into a committed result, the machine's baseline, and the tables: of the docs, and of
-what `auto` takes on a GPU.
+what `auto` takes on a GPU. A GPU's benches are measured in parts: each is merged into what is there.
 
 python -m bench.record RUN.json ...          # bench/results/, bench/baselines/, then the tables
+python -m bench.record GPU.json ...          # the same with results that were recorded on another machine
 python -m bench.record --compare RUN.json    # fails on a ratio under its share of the machine's baseline
 python -m bench.record                       # the tables from the committed results alone
 """
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 from bench import baseline, choices, measure, tables
+from bench.processes import commit
 from eap_kernels import _measured
 
 ROOT = Path(__file__).parent.parent
@@ -25,16 +27,34 @@ CHOICES = _measured.TABLE
 def condense(run: dict) -> dict:
     """What is worth keeping of a run: machine, versions, commit, and each bench's own figures.
 
-    A bench that was interrupted has none yet.
+    A bench that was interrupted has none yet. A result that was recorded elsewhere is kept as it is.
     """
+    if "benchmarks" not in run:
+        return run
     figures = {bench["name"]: bench["extra_info"] for bench in run["benchmarks"]}
-    return {
+    result = {
         "machine": measure.machine(),
         "versions": measure.versions(),
         "date": run["datetime"][:10],
-        "commit": measure.commit(),
+        "commit": commit(),
         "benches": {name: info for name, info in figures.items() if "ratios" in info},
     }
+    return result | ({"states": [run["gpu_state"]]} if "gpu_state" in run else {})
+
+
+def merged(old: dict | None, new: dict) -> dict:
+    """The new benches beside those that stay; of other versions or another driver none does.
+
+    A bench that stays carries its own commit and date.
+    """
+    if old is None or any(old[key] != new[key] for key in ("machine", "versions")):
+        return new
+    stays = {
+        name: {"commit": old["commit"], "date": old["date"], **info}
+        for name, info in old["benches"].items()
+        if name not in new["benches"]
+    }
+    return {**new, "benches": {**stays, **new["benches"]}, "states": old.get("states", []) + new.get("states", [])}
 
 
 def result_name(result: dict) -> str:
@@ -55,6 +75,8 @@ def write_choices() -> None:
 def record(run: dict) -> None:
     result = condense(run)
     machine, target = measure.slug(result["machine"]), RESULTS / result_name(result)
+    if "gpu" in result["machine"]:
+        result = merged(json.loads(target.read_text()) if target.exists() else None, result)
     target.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
     baseline.store(result, machine)
     write_choices()
@@ -82,8 +104,12 @@ def main() -> None:
     runs = [json.loads(path.read_text()) for path in named if path.exists()]
     if not runs:
         sys.exit(f"record: expected the JSON of a run of the benches, got none at {', '.join(map(str, named))}")
-    run = {**runs[0], "benchmarks": [bench for each in runs for bench in each["benchmarks"]]}
-    compare(run) if sys.argv[1] == "--compare" else record(run)
+    measured_here = [run for run in runs if "benchmarks" in run]
+    if measured_here:
+        joined = {**measured_here[0], "benchmarks": [bench for run in measured_here for bench in run["benchmarks"]]}
+        compare(joined) if sys.argv[1] == "--compare" else record(joined)
+    for result in (run for run in runs if "benchmarks" not in run):
+        record(result)
 
 
 if __name__ == "__main__":

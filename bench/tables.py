@@ -57,7 +57,15 @@ def provenance(result: dict) -> str:
     facts, versions = result["machine"], result["versions"]
     about = f"driver {facts['driver']}, each row by its fastest backend" if "gpu" in facts else facts["instruction_set"]
     listed = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "python")
-    return f"{machine(result)}, {about}; {listed}; {result['date']}, commit {result['commit'][:7]}."
+    return f"{machine(result)}, {about}; {listed}; {commits(result)}."
+
+
+def commits(result: dict) -> str:
+    """When and of which commit; of several where benches were measured apart."""
+    found = {
+        (info.get("date", result["date"]), info.get("commit", result["commit"])) for info in result["benches"].values()
+    }
+    return ", ".join(f"{date}, commit {commit[:7]}" for date, commit in sorted(found, reverse=True))
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:

@@ -46,8 +46,26 @@ def missing(impl: str) -> str | None:
             return "triton is not installed"
         return None if interpreted() else _no_device()
     if impl == "cuda":
-        return _native.cuda_failure() or _no_device()
+        return _native.cuda_failure() or _no_device() or trial_of_cuda()
     return None
+
+
+@functools.cache
+def trial_of_cuda() -> str | None:
+    """Why the CUDA kernels do not run on this machine's card, found by one small call; None where they do.
+
+    A library may be built for other cards, or by an nvcc that is newer than the driver.
+    """
+    one = torch.ones(1, 1, 1, device="cuda")
+    out = torch.zeros(1, 1, device="cuda")
+    try:
+        torch.ops.eap_kernels.edge_scores.default(one, one, torch.ones(1, dtype=torch.int64, device="cpu"), out, None)
+        found = float(out)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return f"a trial call failed ({str(error).splitlines()[0]})"
+    return None if found == 1 else f"a trial call gave {found:g} where 1 is right"
 
 
 def interpreted() -> bool:

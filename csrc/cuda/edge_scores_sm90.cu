@@ -187,6 +187,9 @@ CUtensorMap tensor_map(const View& x, Dtype dtype, uint32_t rows) {
 }  // namespace
 
 bool hopper_can_run(const EdgeScores& call) {
+#if defined(__CUDACC__) && !defined(EAP_SM90A)
+  return false;  // compiled for other cards alone: the kernel is empty
+#endif
   const int bytes = bytes_of(call.dtype);
   return (bytes == 2 || (call.dtype == Dtype::f32 && call.tf32)) && fits(call.delta, bytes) && fits(call.grad, bytes) &&
          device_attribute(kOp, cudaDevAttrComputeCapabilityMajor, call.device) == 9 &&

@@ -2,15 +2,12 @@
 
 import json
 import math
-import signal
-import sys
-import time
 
 import pytest
 import torch
 
 import eap_kernels as ek
-from bench import baseline, choices, gpu, measure, record, tables
+from bench import baseline, choices, measure, record, tables
 from bench.kernels import bench_edge_scores, head_space, shapes
 from eap_circuits.graph import Graph
 
@@ -74,7 +71,7 @@ def test_turns_go_back_and_forth_and_keep_the_least(monkeypatch):
         return 1.0 + len(called) % 3 if called[-1] == "a" else 7.0 - 0.1 * len(called)
 
     monkeypatch.setattr(measure, "seconds", seconds)
-    found = measure.in_turns({"a": lambda: "a", "b": lambda: "b"}, rounds=2)
+    found = measure.in_turns({"a": lambda: "a", "b": lambda: "b"}, rounds=2, device="cpu")
     assert "".join(called) == "ab" + "abba" * 2
     assert found == {"a": 1.0, "b": pytest.approx(7.0 - 0.1 * 9)}
 
@@ -123,6 +120,31 @@ def test_record_writes_result_baseline_and_tables(elsewhere):
     assert chosen == {"9.0": {"edge_scores": {"bfloat16, flat": ranking}}}
     brought_back = sorted(path.name for path in (elsewhere / "out").iterdir())
     assert brought_back == ["measured.json", "nvidia-h200-ratios.json", "nvidia-h200.json"]
+
+
+def test_parts_of_a_gpu_s_benches_are_merged(elsewhere, monkeypatch):
+    """Those of another commit say so; those of another driver or of other versions do not stay."""
+    path = elsewhere / "results" / "nvidia-h200.json"
+    record.record(run_json({"test_a[x]": {"speedup": 1.0}, "test_b": {"speedup": 2.0}}) | {"gpu_state": {"before": "35 C"}})
+    monkeypatch.setenv("EAP_COMMIT", "abcdef9876")
+    later = {**run_json({"test_b": {"speedup": 3.0}, "test_c": {"speedup": 4.0}}), "datetime": "2026-01-03T00:00:00"}
+    record.record(later | {"gpu_state": {"before": "60 C"}})
+    result = json.loads(path.read_text())
+    assert {name: info["ratios"]["speedup"] for name, info in result["benches"].items()} == {
+        "test_a[x]": 1.0,
+        "test_b": 3.0,
+        "test_c": 4.0,
+    }
+    assert result["benches"]["test_a[x]"]["commit"] == "0123456789" and "commit" not in result["benches"]["test_b"]
+    assert tables.commits(result) == "2026-01-03, commit abcdef9, 2026-01-02, commit 0123456"
+    assert [state["before"] for state in result["states"]] == ["35 C", "60 C"]
+    assert set(baseline.load("nvidia-h200")) == {"test_a[x]", "test_b", "test_c"}
+    # A result of another machine comes in the same way.
+    record.record({**result, "benches": {"test_d": {"ratios": {"speedup": 5.0}}}, "states": []})
+    assert len(json.loads(path.read_text())["benches"]) == 4
+    monkeypatch.setattr(measure, "machine", lambda: GPU_FACTS | {"driver": "590"})
+    record.record(later)
+    assert set(json.loads(path.read_text())["benches"]) == {"test_b", "test_c"}
 
 
 def test_compare_fails_on_a_regression_and_writes_nothing(elsewhere):
@@ -240,91 +262,3 @@ def test_what_head_space_scores_is_compared_with_computes_the_same():
     assert torch.equal(reach, SMALL.reach)
     right = ek.head_space_scores(senders, receivers, reach)
     torch.testing.assert_close(head_space.expanded_scores(senders, receivers, reach), right)
-
-
-def python(code):
-    return [sys.executable, "-c", code]
-
-
-# Ignores the request to stop, and so does what it started.
-STUBBORN = (
-    "import signal, subprocess, sys, time\n"
-    "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-    "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-    "print(child.pid, flush=True)\n"
-    "time.sleep(60)"
-)
-
-
-def test_every_stage_runs_whatever_became_of_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE_SECONDS", 0.5)
-    stages = [
-        gpu.Stage(
-            "fails",
-            1,
-            [python("print('first'); exit(3)"), python("import os; print(os.environ['MARK'])")],
-            {"MARK": "m"},
-        ),
-        gpu.Stage("hangs", 1, [python(STUBBORN), python("print('beside')")], at_once=2),
-        gpu.Stage("absent", 0.1, [["no-such-program"]]),
-        gpu.Stage("works", 4, [python("from importlib.util import find_spec as f; assert f('eap_kernels') and f('eap_circuits')")]),
-    ]
-    begin = time.monotonic()
-    rows = gpu.run_stages(stages, tmp_path / "logs", total=24)
-    assert time.monotonic() - begin < 24
-    assert [name for name, _, _ in rows] == [stage.name for stage in stages]
-    fails, hangs, absent, works = (result for _, result, _ in rows)
-    assert fails == "exit status 3"
-    assert hangs.startswith("stopped after")
-    assert absent == "no-such-program: No such file or directory"
-    assert works == "ok", (tmp_path / "logs" / "works.log").read_text()
-    log = (tmp_path / "logs" / "fails.log").read_text().splitlines()
-    assert log[1] == "first" and log[-1] == "m"
-    log = (tmp_path / "logs" / "hangs.log").read_text().splitlines()
-    assert "beside" in log
-    child = int(next(line for line in log if line.isdigit()))
-    assert not running(child), "what a stage started was left running"
-
-
-def running(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_an_interrupted_stage_can_finish_its_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE_SECONDS", 2.0)
-    code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('report')"
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        ((_, result, seconds),) = gpu.run_stages([gpu.Stage("slow", 1, [python(code)])], tmp_path, total=4)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert result.startswith("stopped after") and seconds < 4
-    assert "report" in (tmp_path / "slow.log").read_text()
-
-
-def test_every_test_is_among_those_of_the_gpu():
-    """Each file in one process, the operators' three cut by backend."""
-    files = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
-    operators = [f"tests/kernels/test_{op}.py" for op in gpu.OPERATORS]
-    named = [argument for command in gpu.tests() for argument in command if argument.startswith("tests/")]
-    assert sorted(named) == sorted([*files - {"tests/build/test_metadata.py"}, *operators, *operators])
-
-
-def test_the_messages_of_failing_tests_are_printed(tmp_path):
-    (tmp_path / "test_it.py").write_text("def test_a():\n    assert False, 'the reason' + 200 * '.' + 'why'\n")
-    stage = gpu.Stage("tests", 1, [[*gpu.TEST, "--rootdir", str(tmp_path), str(tmp_path)]], at_once=2)
-    ((_, result, _),) = gpu.run_stages([stage], tmp_path / "logs", total=120)
-    assert result == "exit status 1"
-    printed = gpu.report("tests", "." * 20_000 + (tmp_path / "logs" / "tests.log").read_text(), 1000)
-    assert "1 failures" in printed and "the reason...." in printed and "...why" in printed
-    assert len(printed) < 1100
-
-
-def test_an_unknown_stage_is_refused(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "build", "paint"])
-    with pytest.raises(SystemExit, match="gpu: expected stages of build, info, tests, sanitize, bench, record, got paint"):
-        gpu.main()

@@ -190,7 +190,7 @@ def copy_of_the_sources(folder):
 
 def build(folder, **env):
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    clean = {"EAP_CUDA": "", "EAP_REQUIRE_EXT": "", "PYTHONPATH": str(folder)}
+    clean = dict.fromkeys(("EAP_CUDA", "EAP_REQUIRE_EXT", "TORCH_CUDA_ARCH_LIST"), "") | {"PYTHONPATH": str(folder)}
     env = {**os.environ, **clean, **env}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
@@ -305,6 +305,42 @@ def test_without_cuda_the_library_is_built_for_the_cpu_and_the_reason_is_kept(to
     assert done.returncode == 0, done.stdout + done.stderr
     assert not (folder / "eap_kernels/_build_failure.txt").exists(), done.stdout
     assert why_no_cuda(folder) == why
+
+
+@pytest.mark.parametrize(
+    ("given", "targets"),
+    [
+        ("", ["sm_80", "sm_90a", "sm_100", "compute_100"]),
+        ("8.0", ["sm_80", "compute_80"]),
+        ("9.0", ["sm_90a", "compute_90"]),
+        ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", ["sm_80", "sm_86", "sm_90a", "sm_100", "sm_120", "compute_120"]),
+        ("Ampere;Hopper+PTX", ["sm_80", "sm_86", "sm_90a", "compute_90"]),
+        ("10.0a;9.0a", ["sm_90a", "sm_100a", "compute_100"]),
+    ],
+)
+def test_the_cards_that_pytorch_s_variable_names_are_compiled_for(tools, tmp_path, given, targets):
+    folder, found = tools
+    codes = "".join(f"echo sm_{code};" for code in (80, 86, 90, 100, 120))
+    touch = 'while [ "$1" != -o ]; do shift; done; touch "$2"'
+    (tmp_path / "cuda/bin/nvcc").write_text(f"#!/bin/sh\n[ $1 = --list-gpu-code ] && {{ {codes} exit 0; }}\n{touch}\n")
+    env = {**found, "EAP_TORCH_DIR": torch_of(tmp_path / "torch", "13.0"), "EAP_REQUIRE_EXT": "1"}
+    done = build(folder, **env, TORCH_CUDA_ARCH_LIST=given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (description,) = folder.glob("build/*/build.ninja")
+    (flags,) = {*re.findall(r"rule nvcc\n.*", description.read_text())}
+    assert re.findall(r"-gencode=arch=\S+,code=(\w+)", flags) == targets
+    assert ("-DEAP_SM90A" in flags) == ("sm_90a" in targets), "elsewhere the kernel of 9.0 is empty"
+
+
+@pytest.mark.parametrize("given", ["7.5", "sm_90", "9", "8.0;'x"])
+def test_a_list_of_cards_that_cannot_be_read_leaves_the_cpu_s_kernels_and_the_reason(tools, tmp_path, given):
+    folder, found = tools
+    env = {**found, "EAP_TORCH_DIR": torch_of(tmp_path / "torch", "13.0"), "TORCH_CUDA_ARCH_LIST": given}
+    done = build(folder, **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert why_no_cuda(folder).startswith("TORCH_CUDA_ARCH_LIST: expected ")
+    done = build(folder, **env, EAP_CUDA="1", EAP_REQUIRE_EXT="1")
+    assert done.returncode != 0 and "TORCH_CUDA_ARCH_LIST: expected " in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

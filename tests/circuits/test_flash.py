@@ -52,14 +52,17 @@ def of_unequal_lengths(
 
 @pytest.fixture
 def with_flash(monkeypatch):
-    functions = attention, of_unequal_lengths, None, flash._pad_input, flash._unpad_input
-    keywords = flash._lazy_define_process_function(of_unequal_lengths)  # those in its signature
-    calls = []
+    # Before transformers 5.17 there is no function that writes to the cache among them.
+    beside = [None] if hasattr(flash, "_flash_with_kvcache_fn") else []
+    functions = (attention, of_unequal_lengths, *beside, flash._pad_input, flash._unpad_input)
+    load, calls = flash.lazy_import_flash_attention, []
 
-    def imported(implementation, *_, **__):
+    def imported(implementation, *args, **kwargs):
         calls.append(implementation)
-        return functions, (keywords, None)
+        return load(implementation, *args, **kwargs)
 
+    monkeypatch.setattr(flash, "_lazy_imports", lambda *_, **__: functions)
+    monkeypatch.setattr(flash, "_loaded_implementation", None)
     monkeypatch.setattr(flash, "lazy_import_flash_attention", imported)
 
     def make(model):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import eap_kernels as ek
-from eap_kernels import testing
+from eap_kernels import _dispatch, testing
 
 # Fewer and smaller cases, for Triton's interpreter in `make test`.
 QUICK = os.environ.get("EAP_QUICK") == "1"
@@ -91,6 +91,20 @@ def test_agrees_with_oracle(impl, device, dtype, case):
     assert ek.edge_scores(delta, grad, reach, out, segments, impl) is out
     assert torch.equal(~out.isnan(), staircase), "entries outside the staircase were touched, or NaN leaked in"
     testing.assert_close(out.nan_to_num(), reference, oracle)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_more_work_than_fits_a_chunk_and_than_there_are_processors(impl, device, kind, generator):
+    """An entry of 65,536 products, of which a GPU's chunk adds up 32,768; hundreds of tiles for 132 processors."""
+    senders, receivers = (70, 40) if _dispatch.interpreted() else (600, 400)
+    delta, grad = (
+        testing.random_tensor((rows, 64, 1024), kind, generator, layout, device)
+        for rows, layout in ((senders, "contiguous"), (receivers, "tokens_first"))
+    )
+    reach = make_reach("sorted", senders, receivers, generator)
+    oracle = testing.edge_scores_oracle(delta, grad, reach)
+    reference = ek.edge_scores(delta, grad, reach, impl="reference")
+    testing.assert_close(ek.edge_scores(delta, grad, reach, impl=impl), reference, oracle)
 
 
 def test_accumulates_into_strided_out(impl, device, randn):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import eap_kernels as ek
-from eap_kernels import testing
+from eap_kernels import _dispatch, testing
 
 # Fewer and smaller cases, for Triton's interpreter in `make test`.
 QUICK = os.environ.get("EAP_QUICK") == "1"
@@ -50,6 +50,17 @@ def make_inputs(case, dtype, device):
         weights = torch.randn(s, r, generator=generator, device="cpu").to(device) * mask
         mask = weights.bfloat16() if case["mask"] == "low" else weights
     return base[0] if case["shared"] else base, delta, mask
+
+
+@pytest.mark.parametrize("density", [0.01, 1.0])
+def test_more_work_than_there_are_processors(impl, device, density):
+    """Thousands of pieces of a result for about 100 processors, and hundreds of senders an entry."""
+    senders, receivers = (70, 40) if _dispatch.interpreted() else (600, 400)
+    case = {"senders": senders, "receivers": receivers, "tokens": 64, "features": 1024, "density": density}
+    base, delta, mask = make_inputs({**LARGE, **case}, torch.float32, device)
+    oracle = testing.masked_read_oracle(base, delta, mask)
+    reference = ek.masked_read(base, delta, mask, impl="reference")
+    testing.assert_close(ek.masked_read(base, delta, mask, impl=impl), reference, oracle)
 
 
 @settings(max_examples=12 if QUICK else 60, deadline=None, derandomize=True)

@@ -1,0 +1,137 @@
+"""One H100 that does not exist: `torch.cuda` answers as it does, and tensors say cuda:0 (tensors.py).
+
+    with pretending():                           # values are computed on the CPU
+        model = model.to("cuda")
+        scores = eap.attribute(model, data)      # operators on mixed devices raise, as on a GPU
+    with pretending(shapes=True): ...            # nothing is computed: full-sized models in no time
+
+Under `shapes`, floating tensors made on the device, and all that meta tensors become on it, have a shape and no
+values; integers, bools and what is copied from the CPU keep theirs. What the host asks of a tensor without values is
+answered by True and 1, and by no where it asks for NaN. Compilation and fake tensors do not work inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+from bench.pretended.tensors import Dispatch, Functions, bases, state, tell
+
+NAME, MEMORY = "NVIDIA H100 80GB HBM3", 85_028_962_304
+
+
+class _Properties:
+    name, major, minor, total_memory, multi_processor_count = NAME, 9, 0, MEMORY, 132
+    L2_cache_size, warp_size, max_threads_per_multi_processor = 50 << 20, 32, 2048
+    shared_memory_per_multiprocessor, shared_memory_per_block_optin = 233472, 232448
+    regs_per_multiprocessor, gcnArchName, uuid, is_integrated = 65536, "", "0", 0
+
+
+class _Nothing:
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.cuda_stream, self.at = 0, 0.0
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def record(self, *_: Any) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other: Any) -> float:
+        return max(1e-3, (other.at - self.at) * 1e3)
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        tell("wait", "synchronize")
+
+    def wait_stream(self, *_: Any) -> None:
+        pass
+
+    wait_event = record_event = wait_stream
+
+
+def _answers() -> dict[str, Any]:
+    answers: dict[str, Any] = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda d: None,
+        "is_initialized": lambda: False,
+        "is_current_stream_capturing": lambda: False,
+        "get_device_capability": lambda d=None: (9, 0),
+        "get_device_name": lambda d=None: NAME,
+        "get_device_properties": lambda d=None: _Properties,
+        "is_bf16_supported": lambda *a, **k: True,
+        "mem_get_info": lambda d=None: (MEMORY - (1 << 30), MEMORY),
+        "synchronize": lambda d=None: tell("wait", "synchronize"),
+        "_lazy_init": lambda: None,
+        "current_stream": _Nothing,
+        "default_stream": _Nothing,
+    }
+    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
+        answers[name] = lambda d=None: 1 << 30
+    for name in ("empty_cache", "reset_peak_memory_stats", "reset_max_memory_allocated", "ipc_collect"):
+        answers[name] = lambda *a, **k: None
+    for name in ("Event", "Stream", "device", "device_of", "stream"):
+        answers[name] = _Nothing
+    return answers
+
+
+@contextlib.contextmanager
+def pretending(shapes: bool = False, native: bool = False) -> Iterator[None]:
+    """Inside there is an H100.
+
+    Args:
+        shapes: nothing is computed; see the module.
+        native: the package's CUDA kernels count as built, and as the fastest measured.
+    """
+    before = state["shapes"]
+    state["shapes"] = shapes
+    with contextlib.ExitStack() as stack:
+        for name, answer in _answers().items():
+            if hasattr(torch.cuda, name):
+                stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        if native:
+            _pretend_native(stack)
+        stack.enter_context(Functions())
+        stack.enter_context(Dispatch())
+        try:
+            yield
+        finally:
+            state["shapes"] = before
+            bases.clear()
+
+
+def _pretend_native(stack: contextlib.ExitStack) -> None:
+    """CUDA kernels are the CPU's, Triton's the reference: all around a kernel runs, and no kernel does."""
+    from eap_kernels import _dispatch, _measured, _native
+    from eap_kernels.reference import edge_scores, masked_read
+    from eap_kernels.triton import edge_scores as triton_edge_scores
+    from eap_kernels.triton import masked_read as triton_masked_read
+
+    def scores(*args: Any) -> None:
+        edge_scores.edge_scores(*args[:5])
+
+    def reads(*args: Any) -> torch.Tensor:
+        return masked_read.masked_read(*args[:3])
+
+    for module, name, stand_in in (
+        (_native, "cuda_failure", lambda: None),
+        (_measured, "ranking", lambda *_: ["cuda"]),
+        (triton_edge_scores, "edge_scores", scores),
+        (triton_masked_read, "masked_read", reads),
+    ):
+        stack.enter_context(mock.patch.object(module, name, stand_in))
+    for cached in (_dispatch._runs, _dispatch.trial_of_cuda):
+        cached.cache_clear()
+        stack.callback(cached.cache_clear)

@@ -1,0 +1,348 @@
+"""Tensors that say cuda:0 and compute on the CPU, or have a shape and no values.
+
+Numbers (0-d tensors) and indices may come from the CPU; all else that is on another device raises RuntimeError, as on a
+GPU. Attention is one operator, as there. Operators of `torch.ops.eap_kernels`: `.select` of the three public ones runs
+the package's own choice and what that picks; every other one is taken as one fused kernel and computed by what the
+package registered for the CPU.
+
+Observers: `observers.append(f)`; f(event, func, args, kwargs, out) with event "op" for each operator that touches the
+device, or "wait" for each moment in which the host waits for it (func is then a word for why).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+CPU, CUDA, META = torch.device("cpu"), torch.device("cuda", 0), torch.device("meta")
+# Builds for CPUs index no tensor that truly says cuda: torch itself sees this device, Python code sees cuda:0.
+_STANDS_FOR_CUDA = torch.device("meta", 0)
+observers: list[Callable[..., None]] = []
+SELECTED = ("edge_scores", "masked_read", "head_space_scores")  # operators whose choice among backends runs
+_SMALL = 4096  # elements: floating tensors made on the device up to this size keep values under `shapes`
+_aten = torch.ops.aten
+_INDEXING = (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default)
+_QUESTIONS = ("isnan", "isinf", "eq", "ne", "lt", "le", "gt", "ge")  # answered where there are no values
+_WIDENED = ("mm", "bmm", "addmm", "baddbmm")
+state = {"shapes": False}
+_addresses = itertools.count(1 << 40, 1 << 36)
+bases: dict[int, int] = {}
+
+
+def tell(event: str, func: Any, args: Any = (), kwargs: Any = None, out: Any = None) -> None:
+    for observer in observers:
+        observer(event, func, args, kwargs or {}, out)
+
+
+class _Plain(type(Tensor)):  # type: ignore[misc]
+    """`type(x) in (Tensor, Parameter)` holds, as it does of a GPU's tensors; `type(x) is Tensor` cannot."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is Tensor or other is torch.nn.Parameter
+
+    __hash__ = type.__hash__
+
+
+class Pretend(Tensor, metaclass=_Plain):
+    """A tensor that says cuda:0; `held` is on the CPU, or on meta where it has no values."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Pretend:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=_STANDS_FOR_CUDA,
+        )
+        made.held = held
+        return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return CUDA
+
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    is_cpu = is_meta = property(lambda self: False)  # type: ignore[assignment]
+
+    def get_device(self) -> int:
+        return 0
+
+    def __repr__(self, **_: Any) -> str:
+        return f"pretended({list(self.shape)}, {self.dtype}, {self.device})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        copy = Pretend(self.held.clone())
+        return torch.nn.Parameter(copy, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copy
+
+    def data_ptr(self) -> int:
+        if not self.held.is_meta:
+            return self.held.data_ptr()
+        storage = self.held.untyped_storage()._cdata
+        if storage not in bases:
+            bases[storage] = next(_addresses)
+        return bases[storage] + self.storage_offset() * self.element_size()
+
+    def tolist(self) -> Any:
+        tell("wait", "tolist")
+        return _known(self.held).tolist()
+
+    def numpy(self, **_: Any) -> Any:
+        tell("wait", "numpy")
+        return _known(self.held).numpy(force=True)
+
+    def pin_memory(self, *_: Any) -> Tensor:
+        raise RuntimeError("cannot pin a CUDA tensor")
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class Dispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class Functions(TorchFunctionMode):
+    """What torch would refuse, or do otherwise, before any operator is dispatched."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CUDA
+        if func is Tensor.to:
+            args = tuple(CUDA if isinstance(x, (str, torch.device)) and _is_cuda(x) else x for x in args)
+            if isinstance(args[0], Pretend):  # it is there already
+                args = tuple(x for x in args if not isinstance(x, torch.device) or x != CUDA)
+                if kwargs.get("device") == CUDA:
+                    kwargs.pop("device")
+                if not any(
+                    isinstance(x, (Tensor, torch.dtype, torch.device, str)) for x in (*args[1:], *kwargs.values())
+                ):
+                    return args[0]
+        if func in (torch.tensor, torch.as_tensor, torch.asarray) and _is_cuda(kwargs.get("device")):
+            return func(*args, **{**kwargs, "device": CPU}).to(CUDA)
+        if func is Tensor.cuda:
+            return args[0].to(CUDA, **{k: v for k, v in kwargs.items() if k == "non_blocking"})
+        if func is Tensor.pin_memory and not isinstance(args[0], Pretend):
+            return args[0]
+        if func is functional.scaled_dot_product_attention and isinstance(args[0], Pretend):
+            return _attention(*args, **kwargs)
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            index = tuple(
+                torch.tensor(part, dtype=None if part else torch.int64, device=CPU) if isinstance(part, list) else part
+                for part in index
+            )
+            return func(args[0], index, *args[2:])
+        if kwargs.get("pin_memory"):
+            kwargs.pop("pin_memory")
+        return func(*args, **kwargs)
+
+
+# --- one operator
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    kwargs = dict(kwargs)
+    tensors = _tensors([*args, *kwargs.values()])
+    if _is_cuda(kwargs.get("device")):
+        kwargs["device"] = CUDA
+    device = kwargs.get("device") or _common(func, tensors)
+    if func.namespace == "eap_kernels" and func._overloadname == "select" and device == CUDA:
+        name = func._schema.name.split("::")[1]
+        choose = _choice(name)
+        if choose is not None:
+            with Functions(), Dispatch():
+                return choose(*args, **kwargs)
+    if func.namespace == "aten" and func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+        with torch._C.DisableTorchFunction(), Dispatch():  # made of other operators
+            made = func.decompose(*args, **kwargs)
+        if made is not NotImplemented:
+            return made
+    held, back = _held(tensors)
+    give = lambda x: held.get(id(x), x) if isinstance(x, Tensor) else x  # noqa: E731
+    valueless = any(h.is_meta for h in held.values())
+    name = func._schema.name.split("::")[-1]
+    if valueless and name in ("_local_scalar_dense", "is_nonzero", "equal"):
+        out: Any = True if name != "_local_scalar_dense" or tensors[0].dtype == torch.bool else 1
+    elif valueless and name == "nonzero":
+        out = Pretend(torch.ones(tensors[0].shape, dtype=torch.bool).nonzero())
+    elif valueless and device == CUDA and name in _QUESTIONS and "out" not in kwargs:
+        no = name in ("isnan", "isinf") or (name == "ne" and args[0] is args[1])
+        shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+        out = Pretend(torch.full((), not no).expand(shape).clone(memory_format=torch.contiguous_format))
+    elif func.namespace == "aten" and func._overloadname == "dtype" and name in _WIDENED and device == CUDA:
+        # Low precision in, wide sums out: CUDA's alone.
+        wide = [held[id(x)].to(args[-1]) for x in tensors]
+        out = Pretend(getattr(torch, name)(*wide))
+    elif valueless and func.namespace == "eap_kernels" and func._overloadname == "default" and name in SELECTED:
+        out = None  # added to in place
+        if name == "masked_read":
+            shape = (tensors[2].shape[1], *tensors[1].shape[1:])
+            out = Pretend(torch.empty(shape, dtype=tensors[1].dtype, device=META))
+    elif valueless and name == "copy_" and not isinstance(args[0], Pretend):
+        out = args[0].fill_(1)
+    elif valueless and name == "_to_copy" and device == CPU:
+        out = torch.ones(tensors[0].shape, dtype=kwargs.get("dtype") or tensors[0].dtype)
+    else:
+        given = tree_map(give, kwargs)
+        if "device" in given:
+            without = device == CUDA and not tensors and _forgotten(args, kwargs)
+            given["device"] = META if valueless or without or device == META else CPU
+        given.pop("pin_memory", None)
+        taken = list(args)
+        if valueless and func in _INDEXING:
+            taken[1] = [n for x in args[1] for n in _numbers(x)]
+        made = func(*tree_map(give, taken), **given)
+        out = tree_map(lambda y: _on(y, device, back), made)
+    if any(isinstance(x, Pretend) for x in (*tensors, *_tensors([out]))):
+        tell("op", func, args, kwargs, out)
+    return out
+
+
+def _choice(name: str) -> Any:
+    """The package's own function behind `.select` of a public operator."""
+    from eap_kernels import _dispatch
+
+    return getattr(_dispatch, "_" + name, None) if name in SELECTED else None
+
+
+def _held(tensors: list[Tensor]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """id of each tensor -> what stands for it; and id of that -> the tensor, for operators in place."""
+    plain = {id(x): x.held if isinstance(x, Pretend) else x for x in tensors}
+    if any(x.is_meta for x in plain.values()):
+        plain = {
+            key: x if x.is_meta else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META)
+            for key, x in plain.items()
+        }
+    return plain, {id(plain[id(x)]): x for x in tensors}
+
+
+def _numbers(index: Any) -> list[Any]:
+    """A mask as the numbers of its places, without values: meta cannot count them."""
+    if not isinstance(index, Tensor) or index.dtype != torch.bool:
+        return [index]
+    held = index.held if isinstance(index, Pretend) else index
+    return [x.to(META) for x in _known(held).nonzero().unbind(1)]
+
+
+def _forgotten(args: Any, kwargs: Any) -> bool:
+    """Under `shapes`, is this a floating tensor that is made without values?"""
+    sizes = [a for a in args if isinstance(a, (list, tuple, torch.Size))]
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
+    return state["shapes"] and dtype.is_floating_point and bool(sizes) and math.prod(sizes[0]) > _SMALL
+
+
+def _on(y: Any, device: torch.device, back: dict[int, Tensor]) -> Any:
+    if not isinstance(y, Tensor):
+        return y
+    if id(y) in back:
+        return back[id(y)]
+    if device != CUDA:
+        return y
+    return Pretend(y)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [x for x in value if isinstance(x, Tensor)]
+    return found
+
+
+def _known(held: Tensor) -> Tensor:
+    return torch.ones(held.shape, dtype=held.dtype) if held.is_meta else held
+
+
+def _is_cuda(device: Any) -> bool:
+    if device is None:
+        return False
+    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return device.type == "cuda" or device == _STANDS_FOR_CUDA
+
+
+def _common(func: Any, tensors: list[Tensor]) -> torch.device:
+    """The device of all of them; raises where there are several."""
+    if tensors and func is _aten.copy_.default:
+        return CUDA if isinstance(tensors[0], Pretend) else CPU
+    here = [CUDA if isinstance(x, Pretend) else x.device for x in tensors]
+    bound = {d for i, (d, x) in enumerate(zip(here, tensors, strict=True)) if d == CUDA or not _free(func, i, x)}
+    if len(bound) > 1:
+        raise RuntimeError(f"{func}: expected all tensors on one device, found {', '.join(sorted(map(str, bound)))}")
+    return bound.pop() if bound else (here[0] if here else CPU)
+
+
+def _free(func: Any, place: int, x: Tensor) -> bool:
+    """May it be on the CPU where others are not?"""
+    if func.namespace == "eap_kernels":
+        return x.dtype == torch.int64
+    return x.dim() == 0 or (place > 0 and func in _INDEXING and x.dtype in (torch.int64, torch.bool))
+
+
+# --- attention as one kernel
+
+
+def attention_forward(*_: Any) -> None:
+    """Stands for the fused kernel where observers are told of it; `attention_backward` likewise."""
+
+
+def attention_backward(*_: Any) -> None:
+    pass
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, mask: Any, given: dict[str, Any]) -> Tensor:
+        held = [x.held for x in (q, k, v)]
+        if any(x.is_meta for x in held):
+            batch, heads, tokens, _ = q.shape
+            out = torch.empty(batch, tokens, heads, v.shape[-1], dtype=q.dtype, device=META).transpose(1, 2)
+        else:
+            out = functional.scaled_dot_product_attention(*held, None if mask is None else mask.held, **given)
+        ctx.save_for_backward(q, k, v, *([] if mask is None else [mask]))
+        ctx.given = given
+        found = Pretend(out)
+        tell("op", attention_forward, (q, k, v, mask), given, found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        q, k, v, *mask = ctx.saved_tensors
+        held = [x.held for x in (q, k, v)]
+        if any(x.is_meta for x in (*held, gradient.held)):
+            found = [torch.empty_like(x, device=META) for x in held]
+        else:
+            with torch.enable_grad():
+                inputs = [x.detach().requires_grad_(True) for x in held]
+                out = functional.scaled_dot_product_attention(*inputs, mask[0].held if mask else None, **ctx.given)
+                found = list(torch.autograd.grad(out, inputs, gradient.held))
+        made = [Pretend(x) for x in found]
+        tell("op", attention_backward, (q, k, v, *mask, gradient), ctx.given, made)
+        return *made, None, None
+
+
+def _attention(q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+               scale: float | None = None, enable_gqa: bool = False) -> Tensor:  # fmt: skip
+    given = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    for x in (k, v, *([] if attn_mask is None else [attn_mask])):
+        if not isinstance(x, Pretend):
+            raise RuntimeError("scaled_dot_product_attention: expected all tensors on one device")
+    found: Tensor = _Attention.apply(q, k, v, attn_mask, given)
+    return found

@@ -1,0 +1,77 @@
+"""Commands that are stopped in time: they and all they started, after a chance to report; and what is measured."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+# From the request to stop until the end: pytest then writes its summary, and the JSON of the benches that ran.
+GRACE_SECONDS = 10.0
+
+
+class Result(NamedTuple):
+    """Of one command of a stage: what was wrong in a few words or None, what it printed, seconds."""
+
+    stage: str
+    label: str
+    problem: str | None
+    output: str
+    seconds: float
+
+
+def commit() -> str:
+    """The commit that is measured: EAP_COMMIT where the sources travel without their history, else git's."""
+    named = os.environ.get("EAP_COMMIT")
+    if named:
+        return named
+    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(
+            f"bench: expected the measured commit in EAP_COMMIT, or a git checkout, found neither in {ROOT}"
+        )
+    return done.stdout.strip()
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Interrupt a process and all it started, and end what is left of them."""
+    for sign in (signal.SIGINT, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, sign)
+            process.wait(GRACE_SECONDS)
+
+
+def run(
+    stage: str, label: str, command: Sequence[str], environment: Mapping[str, str], file: IO[str], limit: float
+) -> Result:
+    """Run one command for at most `limit` seconds, its end included, with its output in `file`."""
+    begin = time.monotonic()
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")]), "PYTHONUNBUFFERED": "1"}
+    # On what calls itself CI pytest does not cut the messages of its summary at the terminal's width.
+    fixed = {"OMP_WAIT_POLICY": "PASSIVE", "CI": "true", **paths}
+    print("$", *command, file=file, flush=True)
+    problem = _run(command, {**os.environ, **fixed, **environment}, file, max(1.0, limit - GRACE_SECONDS))
+    file.seek(0)
+    return Result(stage, label, problem, file.read(), time.monotonic() - begin)
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str], file: IO[str], limit: float) -> str | None:
+    try:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    except OSError as error:
+        return f"{command[0]}: {error.strerror}"
+    try:
+        code = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        stop(process)
+        return f"stopped after {limit:.0f} s"
+    return f"exit status {code}" if code else None

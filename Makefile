@@ -13,7 +13,7 @@ INPUTS := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 # Bridges of TransformerLens need newer packages than the other sets have.
 EXTRAS := demo,test$(if $(filter newest,$(VERSIONS)),$(comma)bridges)
 
-.PHONY: setup demo test test-all test-versions test-oldest test-gpu-machine lint bench record gpu gpu-rehearsal update-locks clean
+.PHONY: setup demo test test-slow test-all test-versions test-oldest test-gpu-machine lint bench record gpu gpu-rehearsal update-locks clean
 
 # What `make demo` needs; the tools for tests and linting are a second stamp.
 setup: $(VENV)/.setup
@@ -40,16 +40,18 @@ $(VENV)/.test: $(VENV)/.setup
 	touch $@
 
 demo: setup
-	$(BIN)/eap demo
+	$(BIN)/eap demo --out build/demo
 
 # Two processes, each with a thread of its own: tests are small, and OpenMP threads that spin while they wait stand still
 # where other processes use the cores.
-PYTEST := OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+PYTEST := OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile $(if $(CI),-p tests.skips)
 test: $(VENV)/.test
 	$(PYTEST) -m "not slow" $(TESTS)
 
-test-all: $(VENV)/.test
-	$(PYTEST) $(TESTS)
+test-slow: $(VENV)/.test
+	$(PYTEST) -m slow $(TESTS)
+
+test-all: test test-slow
 
 # The fast tests under the other sets, each in a copy of the tree and an environment of its own; TESTS="FILE ..." names
 # some. A Python that is not on the path is looked for where pyenv keeps them.
@@ -62,7 +64,7 @@ test-oldest test-gpu-machine: test-%:
 	rm -rf build/versions/$*
 	mkdir -p build/versions/$*
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t build/versions/$*
-	$(MAKE) -C build/versions/$* test VERSIONS=$* VENV=../$*-venv PYTHON=$(call python,$(PYTHON_$*)) TESTS="$(TESTS)"
+	EAP_CUDA=0 $(MAKE) -C build/versions/$* test VERSIONS=$* VENV=../$*-venv PYTHON=$(call python,$(PYTHON_$*)) TESTS="$(TESTS)"
 
 # Renews the newest set, and says what changed; SETS="oldest gpu-machine" names others.
 update-locks: $(VENV)/.setup

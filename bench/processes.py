@@ -34,9 +34,7 @@ def commit() -> str:
         return named
     done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(
-            f"bench: expected the measured commit in EAP_COMMIT, or a git checkout, found neither in {ROOT}"
-        )
+        sys.exit(f"bench: expected the measured commit in EAP_COMMIT, or a git checkout, found neither in {ROOT}")
     return done.stdout.strip()
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from eap_circuits.tasks import PairedDataset
@@ -198,12 +200,27 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "seed-oss": ("seed_oss", {**_GROUPED, "head_dim": 6}),
 }
 FAMILIES = list(CONFIGS)
+# Of older transformers: what the model itself cannot do that tests need.
+SINCE = {
+    "ministral3": ("5.4", "its attention heeds the positions that it is given"),
+    "mpt": ("5.2", "its mask fits float64"),
+    "stablelm": ("5.2", "its cache and its mask are of one size"),
+    "stablelm-parallel": ("5.2", "its cache and its mask are of one size"),
+}
 # One of each way in which families differ, for what does not depend on the modules' names.
 KINDS = ["falcon", "gemma2", "gpt2", "gpt-neox", "llama", "mistral-window", "olmo2", "qwen3-moe"]
 
 
+def need_transformers(name: str) -> None:
+    """Skip where the transformers that is there cannot do what a test needs of a family."""
+    since, reason = SINCE.get(name, ("0", ""))
+    if Version(transformers.__version__) < Version(since):
+        pytest.skip(f"{name}: only since transformers {since} {reason}")
+
+
 def tiny_model(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
     """A random model whose every weight matters: gains and biases too are away from 1 and 0."""
+    need_transformers(name)
     torch.manual_seed(FAMILIES.index(name))
     kind, fields = CONFIGS[name]
     if any("experts" in name for name in fields):  # grouped products of experts know no float64

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig
 
 import eap_circuits as eap
-from eap_circuits.adapters import FAMILIES, bind
+from eap_circuits.adapters import FAMILIES, bind, binding
 from eap_circuits.capture import prefix
 from eap_circuits.evaluation.check import StayDouble
 from tests.circuits.conftest import CONFIGS
@@ -121,8 +121,6 @@ def test_self_check_passes_on_every_family_and_fails_on_a_broken_site(family, ma
     checks = check_model(make_model(family, dtype=torch.float32), n_edges=3)
     assert all(check.passed for check in checks), [check for check in checks if not check.passed]
     # Keys taken for values, and contributions half as large again as they are.
-    from eap_circuits.adapters import binding
-
     right = binding._Binder._layer
 
     def wrong(*args):
@@ -270,3 +268,11 @@ def test_layers_with_different_head_counts(make_model):
     graph = bind(model).graph("kv")
     assert graph.n_heads == (6, 4, 6) and graph.n_kv_heads == (2, 1, 2)
     assert all(check.passed for check in check_model(model))
+
+
+def test_a_model_of_too_old_a_transformers_is_refused(make_model, monkeypatch):
+    """Whose own forward does not heed the positions that it is given."""
+    model = make_model("ministral3")
+    monkeypatch.setattr(binding.transformers, "__version__", "5.3.0")
+    with pytest.raises(eap.InputError, match=r"expected transformers 5.4 or later for Ministral3\w+, found 5.3.0"):
+        bind(model)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import eap_circuits as eap
 from eap_circuits.adapters import FAMILIES, registry
+from tests.circuits.conftest import need_transformers
 
 ROOT = Path(__file__).parents[2]
 _WIDE = {
@@ -66,6 +67,7 @@ def random_model(kind, fields, dtype=torch.float64):
 
 @pytest.mark.parametrize("kind", UNKNOWN)
 def test_unknown_architectures_are_refused_discovered_and_served(kind, make_pairs):
+    need_transformers(kind)
     model, data = random_model(kind, UNKNOWN[kind]), make_pairs(n=3)
     FAMILIES.pop(kind, None)
     with pytest.raises(eap.InputError, match="discover"):

@@ -12,12 +12,16 @@ from eap_kernels.testing import relative_error
 
 
 @pytest.fixture
-def both(make_model):
-    """both(family): the same float64 model on the CPU and on the GPU."""
+def gpu():
     if not torch.cuda.is_available() and "cuda" in os.environ.get("EAP_REQUIRE", "").split(","):
         pytest.fail("EAP_REQUIRE asks for cuda: torch sees no CUDA device")
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
+
+
+@pytest.fixture
+def both(gpu, make_model):
+    """both(family): the same float64 model on the CPU and on the GPU."""
 
     def make(family):
         model = make_model(family)
@@ -85,12 +89,13 @@ def test_statistics_curves_and_constants(both, make_pairs):
     agree(*(constants.tensors for constants in learned))
 
 
-def test_a_model_in_bfloat16_is_as_near_to_the_truth_as_on_the_cpu(both, make_pairs, relative):
+def test_a_model_in_bfloat16_is_as_near_to_the_truth_as_on_the_cpu(gpu, make_model, make_pairs, relative):
     """The same values are rounded on both; on a GPU contributions and gradients meet in bfloat16, too."""
-    data, (model, _) = make_pairs(), both("llama")
-    right = eap.attribute(model, data, method="eap").values
-    cpu, gpu = (
+    data, model = make_pairs(), make_model("llama")
+    with StayDouble():
+        right = eap.attribute(model, data, method="eap").values
+    cpu, cuda = (
         eap.attribute(copy.deepcopy(model).to(device, torch.bfloat16), data, method="eap").values
         for device in ("cpu", "cuda")
     )
-    assert relative(gpu, right) <= 2 * (relative(cpu, right) + torch.finfo(torch.bfloat16).eps)
+    assert relative(cuda, right) <= 2 * (relative(cpu, right) + torch.finfo(torch.bfloat16).eps)

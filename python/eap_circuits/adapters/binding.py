@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -45,6 +47,9 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
             f"an architecture among {', '.join(sorted(FAMILIES))}, or a table of its own (eap_circuits.discover)",
             f"{model_type!r} ({type(model).__name__})",
         )
+    if Version(transformers.__version__) < Version(family.since):
+        wanted = f"transformers {family.since} or later for {type(model).__name__}"
+        raise expected("model", wanted, transformers.__version__)
     for name, value in family.requires.items():
         if getattr(config, name, value) != value:
             raise expected(f"{type(model).__name__}.config.{name}", repr(value), repr(getattr(config, name)))

@@ -10,7 +10,7 @@ from .family import Family
 LLAMA = Family(
     name="llama",
     model_types=(
-        *("llama", "mistral", "ministral", "ministral3", "mixtral", "smollm3", "starcoder2", "olmo", "gpt_oss"),
+        *("llama", "mistral", "ministral", "mixtral", "smollm3", "starcoder2", "olmo", "gpt_oss"),
         *("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "arcee", "cwm", "seed_oss", "helium"),
         *("ernie4_5", "ernie4_5_moe", "glm", "glm4_moe", "hunyuan_v1_dense"),
     ),
@@ -23,6 +23,8 @@ LLAMA = Family(
     v="self_attn.v_proj",
     out="self_attn.o_proj",
 )
+# Before, its attention scaled queries by their place in the batch, whatever positions a run gave.
+MINISTRAL3 = replace(LLAMA, name="ministral3", model_types=("ministral3",), since="5.4")
 PHI3 = replace(
     LLAMA,
     name="phi3",
@@ -222,7 +224,7 @@ OPT = Family(
 )
 
 _TABLES = (
-    *(LLAMA, PHI3, GRANITE, GRANITE_MOE, LLAMA4, OLMOE, APERTUS, GLM4, STABLELM, COHERE, PHI, GEMMA, GEMMA2, GEMMA3),
-    *(OLMO2, GPT2, GPT_NEO, GPTJ, GPT_NEOX, BLOOM, FALCON, MPT, OPT),
+    *(LLAMA, MINISTRAL3, PHI3, GRANITE, GRANITE_MOE, LLAMA4, OLMOE, APERTUS, GLM4, STABLELM, COHERE, PHI, GEMMA),
+    *(GEMMA2, GEMMA3, OLMO2, GPT2, GPT_NEO, GPTJ, GPT_NEOX, BLOOM, FALCON, MPT, OPT),
 )
 FAMILIES: dict[str, Family] = {model_type: family for family in _TABLES for model_type in family.model_types}

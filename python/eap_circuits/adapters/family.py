@@ -39,6 +39,7 @@ class Family:
         ungrouped: attributes of the attention module besides the usual counts under which it takes one key and value
             per query head.
         requires: configuration fields and the only values that are served.
+        since: the first version of transformers whose model is served.
     """
 
     name: str
@@ -62,3 +63,4 @@ class Family:
     residual_multiplier: Factor | None = None
     ungrouped: Mapping[str, object] = field(default_factory=dict)
     requires: Mapping[str, object] = field(default_factory=dict)
+    since: str = "5"

@@ -66,7 +66,8 @@ def test_methods(kind, method, both, make_pairs):
         {"ablation": "mean-positional"},
         {"rules": "relp"},
         {"rules": "gim"},
-        {"metric": "kl_divergence"},
+        # On the clean prompts themselves its gradient is 0, and a score rounding noise.
+        {"metric": "kl_divergence", "method": "eap-ig-inputs", "steps": 2},
         {"memory": "64MiB"},
     ],
     ids=lambda settings: "-".join(f"{name}-{value}" for name, value in settings.items()),

@@ -186,4 +186,4 @@ class Architecture:
     def norms(self) -> list[Norm]:
         """Every norm in front of receivers, in order of depth, each once."""
         norms = [norm for layer in self.layers for norm in (layer.attention_norm, layer.mlp_norm)]
-        return list({id(norm.module): norm for norm in [*norms, self.final_norm]}.values())
+        return list(dict.fromkeys([*norms, self.final_norm]))

@@ -62,6 +62,7 @@ class _Binder:
     def __init__(self, model: Any, config: Any, family: Family) -> None:
         self.model, self.config, self.family = model, config, family
         self.kinds = Kinds()
+        self.norms: dict[nn.Module, Norm] = {}  # one for each module, by which runs are looked up
 
     def architecture(self) -> Architecture:
         family = self.family
@@ -99,7 +100,7 @@ class _Binder:
 
     def _norm(self, root: nn.Module, paths: Paths, width: int) -> Norm:
         module = _site(root, paths)
-        return Norm(module, self.kinds(module, width))
+        return self.norms.setdefault(module, Norm(module, self.kinds(module, width)))
 
     def _layer(self, layer: nn.Module) -> Layer:
         family = self.family
@@ -136,7 +137,9 @@ class _Binder:
         )
 
     def _reads(self, layer: nn.Module, norm: Paths | None, reader: nn.Module, width: int) -> Norm:
-        return Norm(reader, None) if norm is None else self._norm(layer, norm, width)
+        if norm is not None:
+            return self._norm(layer, norm, width)
+        return self.norms.setdefault(reader, Norm(reader, None))
 
     def _projections(self, layer: nn.Module, attention: nn.Module, values: int) -> tuple[Projection, ...]:
         """q, k and v of a layer whose heads' values have so many features."""

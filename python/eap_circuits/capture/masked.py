@@ -234,7 +234,7 @@ class _CircuitsRun:
 
     def _base(self, norm: Norm) -> Tensor:
         """What the norm reads in the corrupted run, [E, T, D]."""
-        return self.corrupted.norm_inputs[id(norm.module)]
+        return self.corrupted.norm_inputs[norm]
 
     def _tokens(self, norm: Norm, at: Places = EVERYWHERE) -> Tensor:
         """The same at some tokens as [n, D], in the accumulation dtype."""

@@ -129,7 +129,7 @@ class PatchedEdges:
 
     def _patched(self, norm: Norm, patched: list[tuple[int, int, int]]) -> Tensor:
         """x_v + Δ_u before a norm, [c, E, T, D], in the model's dtype."""
-        own = self._clean.norm_inputs[id(norm.module)]
+        own = self._clean.norm_inputs[norm]
         senders = [sender for _, _, sender in patched]
         distinct = sorted(set(senders))
         differences = torch.stack([_expand(*self._groups[sender]).to(own.device) for sender in distinct])  # [s, n, D]

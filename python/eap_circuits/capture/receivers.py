@@ -83,7 +83,7 @@ class ReceiverGradients:
         norms = [norm for norm, reach in _reaches(arch, graph) if reach > since]
         shape = points, n, arch.d_model
         self._reads = {  # the most of what is held
-            id(norm.module): _Reads(norm, torch.zeros(shape, dtype=arch.contracted, device=norm.device))
+            norm: _Reads(norm, torch.zeros(shape, dtype=arch.contracted, device=norm.device))
             for norm in norms
         }
 
@@ -92,7 +92,7 @@ class ReceiverGradients:
         ) -> _Site:
             heads = receivers.stop - receivers.start
             width = projection.head_dim if projection else arch.d_model
-            reads = self._reads[id(norm.module)]
+            reads = self._reads[norm]
             new = partial(torch.zeros, dtype=arch.accumulate, device=norm.device)
             found = _Site(receivers, reads, new(n, heads, width), new(heads, points, n), projection, features)
             if projection is not None:
@@ -237,7 +237,7 @@ def _reaches(arch: Architecture, graph: Graph) -> list[tuple[Norm, int]]:
     reaches = [(arch.final_norm, graph.n_senders)]
     for index, layer in enumerate(arch.layers):
         reaches += [(layer.attention_norm, graph.attention_reach(index)), (layer.mlp_norm, graph.mlp_reach(index))]
-    return list({id(norm.module): (norm, reach) for norm, reach in reaches}.values())
+    return list(dict(reaches).items())
 
 
 def _given(gradient: Tensor | None) -> Tensor:

@@ -35,7 +35,7 @@ class Recording:
     ) -> None:
         self._runner, self._constants, self._aligned = runner, constants, aligned
         self._rows = slice(copy * runner.batch.n_examples, (copy + 1) * runner.batch.n_examples)
-        self.norm_inputs: dict[int, Tensor] = {}
+        self.norm_inputs: dict[Norm, Tensor] = {}
         self.projections: list[dict[str, Tensor]] = []
         self.values: list[Tensor] = []
         self.mlps: list[Tensor] = []
@@ -56,7 +56,7 @@ class Recording:
             hooks.on_output(layer.mlp_out, lambda y: self.mlps.append(self._aligned(y[self._rows].clone())))
 
     def _read(self, norm: Norm, x: Tensor) -> None:
-        self.norm_inputs[id(norm.module)] = self._aligned(x[self._rows])
+        self.norm_inputs[norm] = self._aligned(x[self._rows])
 
     def _project(self, index: int, columns: dict[str, slice], y: Tensor) -> None:
         own = y[self._rows]

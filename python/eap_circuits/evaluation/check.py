@@ -166,10 +166,10 @@ def _contributions(arch: Architecture, batch: Batch) -> Check:
     delta = torch.cat([x.to(arch.device) for x in rows])
     runs = []
     for tokens in (batch.corrupted, batch.clean):
-        inputs: dict[int, Tensor] = {}
+        inputs: dict[Norm, Tensor] = {}
 
-        def read(norm: Norm, inputs: dict[int, Tensor] = inputs) -> Callable[[Tensor], None]:
-            return lambda x: inputs.__setitem__(id(norm.module), x.to(arch.device).flatten(0, 1)[batch.rows])
+        def read(norm: Norm, inputs: dict[Norm, Tensor] = inputs) -> Callable[[Tensor], None]:
+            return lambda x: inputs.__setitem__(norm, x.to(arch.device).flatten(0, 1)[batch.rows])
 
         def register(hooks: Hooks, read: Any = read) -> None:
             for norm in arch.norms:
@@ -186,7 +186,7 @@ def _contributions(arch: Architecture, batch: Batch) -> Check:
             (layer.mlp_norm, graph.mlp_reach(index)),
         ]
     for norm, reach in sites:
-        difference = runs[0][id(norm.module)] - runs[1][id(norm.module)]
+        difference = runs[0][norm] - runs[1][norm]
         worst = max(worst, _relative(delta[:reach].sum(0), difference))
     return _same("contributions sum to the residual", worst, f"{len(sites)} norms")
 

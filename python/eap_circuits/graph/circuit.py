@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import expected
+from . import formats
 from .layout import Graph
 
 
@@ -58,10 +59,8 @@ class Circuit:
     @property
     def nodes(self) -> list[str]:
         """Names of the senders in the circuit: those with a kept edge going out or, but for `input`, coming in."""
-        present = self.mask.any(1)
-        receivers, senders = self.graph.inputs_of
-        present[senders[self.mask.any(0)[receivers]]] = True
-        return [name for name, here in zip(self.graph.senders, present.tolist(), strict=True) if here]
+        present = self.graph.connected(self.mask).tolist()
+        return [name for name, here in zip(self.graph.senders, present, strict=True) if here]
 
     @property
     def edges(self) -> list[tuple[str, str]]:
@@ -80,25 +79,21 @@ class Circuit:
         """The same circuit over query heads: an edge to a key/value head becomes one to each head of its group."""
         if self.graph.heads == "query":
             return self
-        query = self.graph.with_heads("query")
-        columns = self.graph.kv_receiver
-        values = None
-        if self.values is not None:
-            values = (self.values / columns.bincount())[:, columns]
-        return Circuit(query, self.mask[:, columns], values, self.info)
+        values = None if self.values is None else self.graph.to_query(self.values)
+        return Circuit(self.graph.with_heads("query"), self.mask[:, self.graph.kv_receiver], values, self.info)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `.safetensors`, or EAP-IG's `.json` or `.pt`; whole or not at all."""
-        from .formats import save
-
-        save(self, path)
+        values = {} if self.values is None else {"values": self.values}
+        formats.save(path, "circuit", formats.Content(self.graph, {"mask": self.mask, **values}, self.info))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Circuit:
         """Read what `save` or EAP-IG wrote; nothing is unpickled. Raises `InputError` for anything else."""
-        from .formats import load_circuit
-
-        return load_circuit(path)
+        graph, tensors, info = formats.load(path)
+        if "mask" not in tensors:
+            raise expected(str(path), "a circuit", "edge scores only; choose a circuit with EdgeScores.select")
+        return cls(graph, tensors["mask"], tensors.get("values"), info)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Circuit) and self.graph == other.graph and bool((self.mask == other.mask).all())

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -21,80 +21,52 @@ from torch import Tensor
 
 from ..errors import InputError, expected, reason
 from ..files import DAMAGED, write_whole
-from .circuit import Circuit
 from .layout import Graph
-from .nodes import NodeScores
-from .scores import STATISTICS, EdgeScores
 
 SUFFIXES = (".safetensors", ".json", ".pt")
 _FORMAT, _NODES = "eap-circuits/1", "eap-circuits/nodes-1"
 
 
-def save(what: Circuit | EdgeScores, path: str | os.PathLike[str]) -> None:
-    """Write scores or a circuit in the format that the path's suffix names, whole or not at all."""
+class Content(NamedTuple):
+    """What a file holds: "values" [S, R] and perhaps "mask" [S, R] and statistics; of nodes "values" [S], "neurons"."""
+
+    graph: Graph
+    tensors: dict[str, Tensor]
+    info: dict[str, Any]
+
+
+def save(path: str | os.PathLike[str], kind: str, content: Content) -> None:
+    """Write "scores" or a "circuit" in the format that the path's suffix names, whole or not at all."""
     suffix = Path(path).suffix
     if suffix == ".safetensors":
-        tensors = {"values": what.values} if what.values is not None else {}
-        if isinstance(what, Circuit):
-            _save_safetensors(path, {"kind": "circuit"}, what, {**tensors, "mask": what.mask})
-        else:
-            _save_safetensors(path, {"kind": "scores"}, what, {**tensors, **what.statistics()})
+        _save_safetensors(path, {"format": _FORMAT, "kind": kind}, content)
     elif suffix == ".json":
-        content = _eap_ig_json(what)
-        write_whole(path, lambda file: file.write_text(json.dumps(content), encoding="utf-8"))
+        text = json.dumps(_eap_ig_json(content))
+        write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
     elif suffix == ".pt":
-        tensors_and_names = _eap_ig_pt(what)
+        tensors_and_names = _eap_ig_pt(content)
         write_whole(path, lambda file: torch.save(tensors_and_names, file))
     else:
         raise expected(str(path), "a name ending in " + ", ".join(SUFFIXES), repr(suffix))
 
 
-def save_nodes(what: NodeScores, path: str | os.PathLike[str]) -> None:
+def save_nodes(path: str | os.PathLike[str], content: Content) -> None:
+    """Write scores of nodes as `.safetensors`, whole or not at all."""
     if Path(path).suffix != ".safetensors":
         raise expected(str(path), "a name ending in .safetensors", repr(Path(path).suffix))
-    tensors = {"values": what.values, "neurons": what.neurons}
-    _save_safetensors(path, {"format": _NODES}, what, {name: x for name, x in tensors.items() if x is not None})
+    _save_safetensors(path, {"format": _NODES}, content)
 
 
-def _save_safetensors(
-    path: str | os.PathLike[str],
-    kind: dict[str, str],
-    what: Circuit | EdgeScores | NodeScores,
-    tensors: dict[str, Tensor],
-) -> None:
-    contents = {"graph": json.dumps(what.graph.to_dict()), "info": json.dumps(what.info)}
-    metadata = {"format": _FORMAT, **kind, **contents}
-    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+def _save_safetensors(path: str | os.PathLike[str], kind: dict[str, str], content: Content) -> None:
+    metadata = {**kind, "graph": json.dumps(content.graph.to_dict()), "info": json.dumps(content.info)}
+    plain = {name: tensor.contiguous() for name, tensor in content.tensors.items()}
     write_whole(path, lambda file: save_file(plain, file, metadata=metadata))
 
 
-def load_scores(path: str | os.PathLike[str]) -> EdgeScores:
-    graph, tensors, info = _read(path)
-    if "values" not in tensors:
-        raise expected(str(path), "a file with edge scores", "a circuit without scores")
-    return EdgeScores(graph, tensors["values"], info, **{name: tensors.get(name) for name in STATISTICS})
-
-
-def load_circuit(path: str | os.PathLike[str]) -> Circuit:
-    graph, tensors, info = _read(path)
-    if "mask" not in tensors:
-        raise expected(str(path), "a circuit", "edge scores only; choose a circuit with EdgeScores.select")
-    return Circuit(graph, tensors["mask"], tensors.get("values"), info)
-
-
-def load_nodes(path: str | os.PathLike[str]) -> NodeScores:
-    graph, tensors, info = _read(path, nodes=True)
-    if "values" not in tensors:
-        raise expected(str(path), "node scores", "a file without values")
-    return NodeScores(graph, tensors["values"], tensors.get("neurons"), info)
-
-
-_Content = tuple[Graph, dict[str, Tensor], dict[str, Any]]
-
-
-def _read(path: str | os.PathLike[str], nodes: bool = False) -> _Content:
+def load(path: str | os.PathLike[str], nodes: bool = False) -> Content:
+    """Read what `save`, `save_nodes` or EAP-IG wrote; raises `InputError` for anything else."""
     path = Path(path)
-    readers: dict[str, Callable[[Path], _Content]]
+    readers: dict[str, Callable[[Path], Content]]
     if nodes:
         what, readers = "node scores written by eap_circuits", {".safetensors": partial(_read_safetensors, _NODES)}
     else:
@@ -112,13 +84,13 @@ def _read(path: str | os.PathLike[str], nodes: bool = False) -> _Content:
         raise expected(str(path), what, f"something else ({reason(error)})") from error
 
 
-def _read_safetensors(form: str, path: Path) -> _Content:
+def _read_safetensors(form: str, path: Path) -> Content:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != form:
             raise expected("metadata", f"format {form!r}", repr(metadata.get("format")))
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-    return Graph.from_dict(json.loads(metadata["graph"])), tensors, json.loads(metadata["info"])
+    return Content(Graph.from_dict(json.loads(metadata["graph"])), tensors, json.loads(metadata["info"]))
 
 
 # EAP-IG's formats.
@@ -137,45 +109,39 @@ def _cfg(graph: Graph) -> dict[str, Any]:
     }
 
 
-def _as_query(what: Circuit | EdgeScores) -> Circuit:
-    """Scores or a circuit over query heads; scores alone are a circuit with no edge kept, as in EAP-IG."""
-    circuit = what
-    if isinstance(circuit, EdgeScores):
-        circuit = Circuit(what.graph, torch.zeros_like(what.graph.edge_mask), what.values)
-    if circuit.values is None:
-        circuit = Circuit(circuit.graph, circuit.mask, torch.zeros(circuit.mask.shape))
-    return circuit.to_query()
+def _as_query(content: Content) -> tuple[Graph, Tensor, Tensor]:
+    """(graph, values, mask) over query heads; scores alone have no edge kept, as in EAP-IG."""
+    graph, tensors, _ = content
+    values = tensors.get("values", torch.zeros(graph.edge_mask.shape))
+    mask = tensors.get("mask", torch.zeros_like(graph.edge_mask))
+    if graph.heads == "query":
+        return graph, values, mask
+    return graph.with_heads("query"), graph.to_query(values), mask[:, graph.kv_receiver]
 
 
-def _node_flags(circuit: Circuit) -> Tensor:
-    kept = set(circuit.nodes)
-    return torch.tensor([name in kept for name in circuit.graph.senders])
-
-
-def _eap_ig_json(what: Circuit | EdgeScores) -> dict[str, Any]:
-    circuit = _as_query(what)
-    graph = circuit.graph
-    nodes = {name: {"in_graph": flag} for name, flag in zip(graph.senders, _node_flags(circuit).tolist(), strict=True)}
+def _eap_ig_json(content: Content) -> dict[str, Any]:
+    graph, values, mask = _as_query(content)
+    flags = graph.connected(mask).tolist()
+    nodes = {name: {"in_graph": flag} for name, flag in zip(graph.senders, flags, strict=True)}
     nodes["logits"] = {"in_graph": True}
-    assert circuit.values is not None
-    scores, kept = circuit.values.tolist(), circuit.mask.tolist()
+    scores, kept = values.tolist(), mask.tolist()
     edges = {
         graph.edge_name(u, v): {"score": scores[u][v], "in_graph": kept[u][v]}
         for v, reach in enumerate(graph.reach.tolist())
         for u in range(reach)
     }
-    return {"cfg": _cfg(what.graph), "nodes": nodes, "edges": edges, "info": what.info}
+    return {"cfg": _cfg(content.graph), "nodes": nodes, "edges": edges, "info": content.info}
 
 
-def _eap_ig_pt(what: Circuit | EdgeScores) -> dict[str, Any]:
-    circuit = _as_query(what)
+def _eap_ig_pt(content: Content) -> dict[str, Any]:
+    graph, values, mask = _as_query(content)
     return {
-        "cfg": _cfg(what.graph),
-        "src_nodes": circuit.graph.senders,
-        "dst_nodes": circuit.graph.receivers,
-        "edges_scores": circuit.values,
-        "edges_in_graph": circuit.mask,
-        "nodes_in_graph": _node_flags(circuit),
+        "cfg": _cfg(content.graph),
+        "src_nodes": graph.senders,
+        "dst_nodes": graph.receivers,
+        "edges_scores": values,
+        "edges_in_graph": mask,
+        "nodes_in_graph": graph.connected(mask),
     }
 
 
@@ -186,20 +152,19 @@ def _graph_of(cfg: dict[str, Any]) -> Graph:
     return Graph((heads,) * layers, (kv_heads,) * layers, int(cfg["d_model"]), bool(cfg["parallel_attn_mlp"]), kind)
 
 
-def _from_query(graph: Graph, values: Tensor, mask: Tensor, info: dict[str, Any]) -> _Content:
+def _from_query(graph: Graph, values: Tensor, mask: Tensor, info: dict[str, Any]) -> Content:
     """Undo `to_query` where the file was written from a kv graph."""
     if graph.heads == "query":
-        return graph, {"values": values, "mask": mask}, info
+        return Content(graph, {"values": values, "mask": mask}, info)
     columns = graph.kv_receiver
     kv_mask = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.bool)
     kv_mask[:, columns] = mask
     if not torch.equal(kv_mask[:, columns], mask):
         raise expected("a kv circuit", "the same edges to every head of a group", "different ones")
-    scores = EdgeScores(graph.with_heads("query"), values).to_kv()
-    return graph, {"values": scores.values, "mask": kv_mask}, info
+    return Content(graph, {"values": graph.to_kv(values), "mask": kv_mask}, info)
 
 
-def _read_json(path: Path) -> _Content:
+def _read_json(path: Path) -> Content:
     content = json.loads(path.read_text(encoding="utf-8"))
     graph = _graph_of(content["cfg"])
     query = graph.with_heads("query")
@@ -224,7 +189,7 @@ def _read_json(path: Path) -> _Content:
     return _from_query(graph, values, mask, content.get("info", {}))
 
 
-def _read_pt(path: Path) -> _Content:
+def _read_pt(path: Path) -> Content:
     content = torch.load(path, map_location="cpu", weights_only=True)
     graph = _graph_of(content["cfg"])
     if "neurons_in_graph" in content:

@@ -191,6 +191,22 @@ class Graph:
         index[-1] = kv.n_receivers - 1
         return index
 
+    def to_query(self, values: Tensor) -> Tensor:
+        """Scores [..., R] of the kv graph over query heads, [..., R_query]: a head of a group gets an equal part."""
+        return (values / self.kv_receiver.bincount())[..., self.kv_receiver]
+
+    def to_kv(self, values: Tensor) -> Tensor:
+        """Scores [..., R_query] over query heads summed over each group, [..., R]."""
+        n = self.with_heads("kv").n_receivers
+        return values.new_zeros(*values.shape[:-1], n).index_add(-1, self.kv_receiver, values)
+
+    def connected(self, mask: Tensor) -> Tensor:
+        """bool [S]: senders with a kept edge going out or, but for `input`, coming in; mask bool [S, R]."""
+        present = mask.any(1)
+        receivers, senders = self.inputs_of
+        present[senders[mask.any(0)[receivers]]] = True
+        return present
+
     # Storage.
 
     def to_dict(self) -> dict[str, Any]:

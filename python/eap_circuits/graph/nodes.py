@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import expected
+from . import formats
 from .circuit import Circuit
 from .layout import Graph
 
@@ -86,16 +87,16 @@ class NodeScores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `.safetensors`, whole or not at all."""
-        from .formats import save_nodes
-
-        save_nodes(self, path)
+        neurons = {} if self.neurons is None else {"neurons": self.neurons}
+        formats.save_nodes(path, formats.Content(self.graph, {"values": self.values, **neurons}, self.info))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> NodeScores:
         """Read what `save` wrote. Raises `InputError` for anything else."""
-        from .formats import load_nodes
-
-        return load_nodes(path)
+        graph, tensors, info = formats.load(path, nodes=True)
+        if "values" not in tensors:
+            raise expected(str(path), "node scores", "a file without values")
+        return cls(graph, tensors["values"], tensors.get("neurons"), info)
 
     def __repr__(self) -> str:
         return f"NodeScores({self.info.get('method', '?')}, {self.graph!r})"

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import expected
+from . import formats
 from .circuit import Circuit
 from .confidence import bootstrap_confidence, normal_confidence
 from .layout import Graph
@@ -146,27 +147,23 @@ class EdgeScores:
         """
         if self.graph.heads == "kv":
             return self
-        kv = self.graph.with_heads("kv")
-
-        def summed(x: Tensor) -> Tensor:
-            return x.new_zeros(*x.shape[:-1], kv.n_receivers).index_add(-1, self.graph.kv_receiver, x)
-
+        kv, summed = self.graph.with_heads("kv"), self.graph.to_kv
         examples, positions = (None if x is None else summed(x) for x in (self.per_example, self.per_position))
         variance = None if self.variance is None or examples is None else examples.var(0, correction=0)
         return EdgeScores(kv, summed(self.values), self.info, variance, examples, positions, self.neurons)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `.safetensors`, or EAP-IG's `.json` or `.pt`; whole or not at all."""
-        from .formats import save
-
-        save(self, path)
+        content = formats.Content(self.graph, {"values": self.values, **self.statistics()}, self.info)
+        formats.save(path, "scores", content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EdgeScores:
         """Read what `save` or EAP-IG wrote; nothing is unpickled. Raises `InputError` for anything else."""
-        from .formats import load_scores
-
-        return load_scores(path)
+        graph, tensors, info = formats.load(path)
+        if "values" not in tensors:
+            raise expected(str(path), "a file with edge scores", "a circuit without scores")
+        return cls(graph, tensors["values"], info, **{name: tensors.get(name) for name in STATISTICS})
 
     def __repr__(self) -> str:
         return f"EdgeScores({self.info.get('method', '?')}, {self.graph!r})"

@@ -46,10 +46,10 @@ def score_batch(run: Run, graph: Graph, path: Path, batch: Batch, tokens: int) -
 
 def _sites(run: Run, graph: Graph) -> list[Site]:
     """In order of depth."""
-    sites: dict[int, Site] = {}
+    sites: dict[Norm, Site] = {}
 
     def add(norm: Norm, receivers: slice) -> None:
-        sites.setdefault(id(norm.module), (norm, []))[1].extend(range(receivers.start, receivers.stop))
+        sites.setdefault(norm, (norm, []))[1].extend(range(receivers.start, receivers.stop))
 
     for index, layer in enumerate(run.arch.layers):
         for letter in "qkv":
@@ -66,7 +66,7 @@ def _per_token(graph: Graph, sites: int) -> int:
 
 def _importance(run: Run, graph: Graph, record: RecordedRun, sites: list[Site], rows: Tensor) -> Tensor:
     """Each sender's share of what each site reads at some tokens, [n, sites, S]."""
-    inputs = (_at(run, record.norm_inputs[id(norm.module)], rows).to(rows.device) for norm, _ in sites)
+    inputs = (_at(run, record.norm_inputs[norm], rows).to(rows.device) for norm, _ in sites)
     read = torch.stack(list(inputs), 1)  # [n, sites, D]
     size = read.abs().sum(-1, keepdim=True)
     reach = [int(graph.reach[receivers[0]]) for _, receivers in sites]

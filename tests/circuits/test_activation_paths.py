@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits.capture import PeakBytes
+from eap_circuits.budget import PeakBytes
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.methods import gradient, planning
 from tests.circuits.conftest import FAMILIES

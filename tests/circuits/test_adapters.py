@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig
 
 import eap_circuits as eap
 from eap_circuits.adapters import FAMILIES, bind, binding
-from eap_circuits.capture import prefix
 from eap_circuits.evaluation.check import StayDouble
+from eap_circuits.forward import prefix
 from tests.circuits.conftest import CONFIGS
 
 

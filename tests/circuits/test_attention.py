@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import eap_circuits as eap
-from eap_circuits.capture.attention import shared_keys
+from eap_circuits.forward.grouped_attention import shared_keys
 
 
 def random_attention(groups, per_head, queries, keys, seed=0):

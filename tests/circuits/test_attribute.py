@@ -7,10 +7,13 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.adapters import Architecture
-from eap_circuits.capture import RecordedRun, Runner, borrowed, make_batches, prepare, run_circuits
 from eap_circuits.evaluation.check import StayDouble
+from eap_circuits.forward import Runner, borrowed, make_batches
+from eap_circuits.intervention import run_circuits
 from eap_circuits.methods.quadrature import QUADRATURES
 from eap_circuits.metrics import get_metric
+from eap_circuits.recording import RecordedRun
+from eap_circuits.request import prepare
 
 
 def losses(model, graph, data, masks, metric="logit_diff"):

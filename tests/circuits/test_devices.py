@@ -13,8 +13,10 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.adapters import Norm, bind
-from eap_circuits.capture import Batch, Constants, borrow, contraction, masked
 from eap_circuits.evaluation import check_model
+from eap_circuits.forward import Batch, Constants, hooks
+from eap_circuits.intervention import circuit_run
+from eap_circuits.recording import contraction
 from eap_kernels.testing import relative_error
 from tests.circuits.pretend import DEVICES, pretending
 
@@ -158,11 +160,11 @@ def ablated(model, data):
 
 
 FAULTS = [
-    (borrow, "as_given", lambda module, x: x, scored),
+    (hooks, "as_given", lambda module, x: x, scored),
     (Batch, "_on", lambda batch, device, index: index, scored),
     (contraction, "_to", lambda group, where: group, scored),
     (Norm, "device", FIRST, scored),
-    (masked._Circuit, "follow", lambda circuit, device: None, evaluated),
+    (circuit_run._Circuit, "follow", lambda circuit, device: None, evaluated),
     (Constants, "on", lambda constants, arch: constants.map(lambda x: x.to(FIRST, arch.accumulate)), ablated),
 ]
 

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind
-from eap_circuits.capture import Runner, borrowed, make_batches, prepare
 from eap_circuits.evaluation.check import StayDouble
+from eap_circuits.forward import Runner, borrowed, make_batches
 from eap_circuits.graph import Graph, prune
+from eap_circuits.request import prepare
 
 
 def random_circuit(graph: Graph, seed: int, share: float) -> eap.Circuit:

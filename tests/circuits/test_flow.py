@@ -6,9 +6,12 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits.capture import PeakBytes, RecordedRun, Runner, borrowed, make_batches, prepare
+from eap_circuits.budget import PeakBytes
 from eap_circuits.evaluation.check import StayDouble
+from eap_circuits.forward import Runner, borrowed, make_batches
 from eap_circuits.methods import flow
+from eap_circuits.recording import RecordedRun
+from eap_circuits.request import prepare
 from tests.circuits.plain_runs import SITES, plain_run
 from tests.circuits.test_memory import longer_pairs
 

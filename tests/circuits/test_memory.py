@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits.capture import PatchedEdges, PeakBytes, parse_bytes
+from eap_circuits.budget import PeakBytes, parse_bytes
+from eap_circuits.intervention import PatchedEdges
 from eap_circuits.methods import METHODS, exact, gradient, planning
 
 

@@ -11,19 +11,13 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind
-from eap_circuits.capture import (
-    ABLATIONS,
-    Constants,
-    PeakBytes,
-    RecordedRun,
-    Runner,
-    borrowed,
-    learning_run,
-    make_batches,
-    prepare,
-)
+from eap_circuits.budget import PeakBytes
 from eap_circuits.evaluation.check import StayDouble
+from eap_circuits.forward import Constants, Runner, borrowed, make_batches
 from eap_circuits.graph import prune
+from eap_circuits.intervention import learning_run
+from eap_circuits.recording import ABLATIONS, RecordedRun
+from eap_circuits.request import prepare
 from tests.circuits.test_memory import longer_pairs
 
 
@@ -207,7 +201,7 @@ def test_learning_keeps_to_its_budget(make_model, relative):
 @pytest.mark.parametrize("later", [0, 24])
 def test_learning_goes_on_with_smaller_batches(later, make_model, relative, monkeypatch):
     """No prompt is lost, or learned from twice, also where memory runs out in a later step."""
-    module = importlib.import_module("eap_circuits.evaluation.constants")
+    module = importlib.import_module("eap_circuits.evaluation.optimal_ablation")
     model, data, ran = make_model("llama"), longer_pairs(longest=20), []
     circuit = circuit_of(model)
     right = eap.optimal_constants(model, circuit, data, steps=4)

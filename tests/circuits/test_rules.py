@@ -12,10 +12,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind
-from eap_circuits.capture import RULES, borrowed
-from eap_circuits.capture.ablation import find_constants
 from eap_circuits.evaluation.check import StayDouble
+from eap_circuits.forward import borrowed
 from eap_circuits.methods.quadrature import QUADRATURES
+from eap_circuits.recording import RULES
+from eap_circuits.recording.means import find_constants
 from tests.circuits.rules_by_hand import scores_by_hand
 
 ALL = sorted(RULES)

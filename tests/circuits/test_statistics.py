@@ -209,7 +209,7 @@ def test_confidence_is_that_of_the_examples_or_of_the_variance(make_model, make_
 
 @pytest.mark.parametrize("keep", ["examples", "positions"])
 def test_what_it_takes_is_predicted_and_kept_within_the_budget(keep, make_model, make_pairs, relative, monkeypatch):
-    from eap_circuits.capture import PeakBytes
+    from eap_circuits.budget import PeakBytes
     from tests.circuits.test_memory import longer_pairs
 
     model, data = make_model("llama"), longer_pairs()

@@ -10,8 +10,10 @@ from torch import Tensor
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind
-from eap_circuits.capture import RecordedRun, Runner, SenderDifferences, make_batches, run_circuits
 from eap_circuits.evaluation.check import StayDouble
+from eap_circuits.forward import Runner, make_batches
+from eap_circuits.intervention import run_circuits
+from eap_circuits.recording import RecordedRun, SenderDifferences
 from tests.circuits.test_evaluate import random_circuit
 from tests.circuits.unequal_pairs import V, difference, prompts, unequal_pairs
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind
-from eap_circuits.capture import Runner, SenderDifferences, make_batches
 from eap_circuits.evaluation.check import StayDouble
+from eap_circuits.forward import Runner, make_batches
 from eap_circuits.graph import Graph
+from eap_circuits.recording import SenderDifferences
 from tests.circuits.test_evaluate import random_circuit
 from tests.circuits.unequal_pairs import difference, prompts, unequal_pairs
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind
-from eap_circuits.capture import Constants
 from eap_circuits.evaluation.check import StayDouble
+from eap_circuits.forward import Constants
 from eap_kernels.testing import relative_error as relative
 
 DATA = Path(__file__).parent / "data"

@@ -29,8 +29,8 @@ class Prompts:
 
     def check(self, metric: str | None = None, gradient: bool = False, ablation: str = "patching") -> None:
         """Refuse what can be refused before a model is loaded; `gradient`: the metric will be differentiated."""
-        from ..capture import ABLATIONS
         from ..metrics import DIFFERENTIABLE, METRICS
+        from ..recording import ABLATIONS
         from ..tasks import TASKS
 
         if (self.task is None) == (self.data is None):

@@ -17,21 +17,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..adapters import Architecture, Family, Norm, bind, linear_weight
-from ..capture import (
-    Batch,
-    CacheError,
-    Hooks,
-    ReceiverGradients,
-    RecordedRun,
-    Runner,
-    SenderDifferences,
-    borrowed,
-    contract,
-    make_batches,
-    run_circuits,
-)
 from ..errors import InputError
+from ..forward import Batch, CacheError, Hooks, Runner, borrowed, make_batches
 from ..graph import Graph, Heads
+from ..intervention import run_circuits
+from ..recording import ReceiverGradients, RecordedRun, SenderDifferences, contract
 from ..tasks import PairedDataset
 
 EXACT = 1e-8  # relative; float64 rounding through a deep model stays far below

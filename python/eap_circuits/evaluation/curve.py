@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..capture import Constants, Progress
 from ..errors import expected, one_of
+from ..forward import Constants
 from ..graph import Circuit, EdgeScores
+from ..request import Progress
 from ..tasks import PairedDataset
 from .baselines import BASELINES, Baseline, baseline_circuits, cmd, cpr
 from .evaluate import EvaluationResult, evaluate

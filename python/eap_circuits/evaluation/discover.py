@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from ..adapters import Family, propose
-from ..capture import borrowed, trace
 from ..errors import expected
+from ..forward import borrowed, trace
 from .check import Check, check_model, exact_copy
 
 

@@ -10,29 +10,14 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from ..capture import (
-    TOKENS_PER_BATCH,
-    TOKENS_TOGETHER,
-    Batch,
-    Constants,
-    Cost,
-    Progress,
-    RecordedRun,
-    Run,
-    borrowed,
-    budget,
-    bytes_without_gradient,
-    in_memory,
-    make_batches,
-    prepare,
-    rows_computed,
-    run_circuits,
-    tokens_within,
-    without_cache_where_it_fails,
-)
+from ..budget import Cost, budget, bytes_without_gradient, in_memory, tokens_within
+from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, make_batches, without_cache_where_it_fails
 from ..graph import Circuit
+from ..intervention import TOKENS_TOGETHER, rows_computed, run_circuits
+from ..recording import RecordedRun
+from ..request import Progress, Run, prepare
 from ..tasks import PairedDataset
-from .constants import check_circuit, optimal_constants
+from .optimal_ablation import check_circuit, optimal_constants
 
 
 @dataclass(frozen=True, eq=False)

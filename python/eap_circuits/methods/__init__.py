@@ -1,6 +1,6 @@
 """Attribution methods: a registry of frozen specs, and `attribute`, which runs them."""
 
-from ..capture import RULES
+from ..recording import RULES
 from .attribution import attribute, data_identity, model_identity, plan
 from .planning import Plan
 from .quadrature import QUADRATURES

@@ -16,8 +16,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..capture import Batch, GroupPaths, ReceiverGradients, Run, SenderDifferences
+from ..forward import Batch
 from ..graph import Graph
+from ..intervention import GroupPaths
+from ..recording import ReceiverGradients, SenderDifferences
+from ..request import Run
 from .gradient import chunks, contracted, loss_of, points_held, steps_at_once
 from .gradient import score_batch as score_along_inputs
 from .quadrature import Path

@@ -11,22 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters import weightless
-from ..capture import (
-    RULES,
-    TOKENS_PER_BATCH,
-    TOKENS_TOGETHER,
-    Constants,
-    Progress,
-    Run,
-    borrowed,
-    budget,
-    make_batches,
-    most_tokens,
-    prepare,
-    without_cache_where_it_fails,
-)
+from ..budget import budget, most_tokens
 from ..errors import expected, one_of
+from ..forward import TOKENS_PER_BATCH, Constants, borrowed, make_batches, without_cache_where_it_fails
 from ..graph import Circuit, EdgeScores, Graph, Heads
+from ..intervention import TOKENS_TOGETHER
+from ..recording import RULES
+from ..request import Progress, Run, prepare
 from ..tasks import PairedDataset
 from .exact import Checkpoint, edge_tokens, edges_to_score, exact_scores
 from .gradient import gradient_scores

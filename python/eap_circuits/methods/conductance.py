@@ -15,8 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..capture import Batch, Contributions, ReceiverGradients, Run, SenderDifferences
+from ..forward import Batch
 from ..graph import Graph
+from ..recording import Contributions, ReceiverGradients, SenderDifferences
+from ..request import Run
 from .gradient import loss_of
 from .quadrature import Path
 from .statistics import BatchScores

@@ -15,21 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..capture import (
-    TOKENS_PER_BATCH,
-    Batch,
-    Cost,
-    PatchedEdges,
-    Progress,
-    Run,
-    bytes_without_gradient,
-    in_memory,
-    some_of,
-    tokens_within,
-)
+from ..budget import Cost, bytes_without_gradient, in_memory, tokens_within
 from ..errors import expected
 from ..files import DAMAGED, check_writable, write_whole
+from ..forward import TOKENS_PER_BATCH, Batch, some_of
 from ..graph import Circuit, Graph
+from ..intervention import PatchedEdges
+from ..request import Progress, Run
 from ..tasks import PairedDataset
 from .statistics import Statistics
 

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from ..adapters import Norm
-from ..capture import Batch, RecordedRun, Run, Runner
+from ..forward import Batch, Runner
 from ..graph import Graph
+from ..recording import RecordedRun
+from ..request import Run
 from .quadrature import Path
 from .statistics import BatchScores
 

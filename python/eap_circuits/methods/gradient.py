@@ -9,8 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..capture import Batch, Progress, ReceiverGradients, Run, SenderDifferences, in_memory
+from ..budget import in_memory
+from ..forward import Batch
 from ..graph import Graph
+from ..recording import ReceiverGradients, SenderDifferences
+from ..request import Progress, Run
 from .quadrature import Path
 from .statistics import BatchScores, Statistics
 

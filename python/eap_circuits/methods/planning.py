@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from ..capture import Batch, Cost, Run, make_batches, most_tokens, numbers_per_token, tokens_within
+from ..budget import Cost, most_tokens, numbers_per_token, tokens_within
+from ..forward import Batch, make_batches
 from ..graph import Graph
+from ..request import Run
 from .gradient import Scorer, points_held, steps_at_once
 from .quadrature import Path
 from .statistics import BatchScores, batch_bytes

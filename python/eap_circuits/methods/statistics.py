@@ -15,9 +15,12 @@ from torch import Tensor
 
 from eap_kernels import Nodes
 
-from ..capture import Batch, Run, contract, contract_neurons, free_bytes, lowered
+from ..budget import free_bytes
 from ..errors import expected, one_of
+from ..forward import Batch
 from ..graph import EdgeScores, Graph
+from ..recording import contract, contract_neurons, lowered
+from ..request import Run
 from .quadrature import Path
 
 KEEP = ("variance", "examples", "positions", "positions-from-end", "neurons")

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from eap_kernels.info import processor
 
 from ..adapters import bind
-from ..capture import Progress
 from ..errors import expected, one_of
 from ..evaluation import FRACTIONS, EvaluationResult, evaluate, faithfulness_curve
 from ..graph import Circuit, EdgeScores, edge_overlap, node_overlap, score_agreement
@@ -30,6 +29,7 @@ from ..methods import QUADRATURES, attribute, data_identity, model_identity
 from ..metrics import DIFFERENTIABLE
 from ..report.curves import saved_curve, smallest_faithful
 from ..report.tables import versions
+from ..request import Progress
 from ..tasks import PairedDataset, load_task
 from .record import Record
 

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import InputError, expected, reason
+from ..forward import TOKENS_PER_BATCH, Batch, halves, out_of_memory
 from ..tasks import PairedDataset
-from .batches import TOKENS_PER_BATCH, Batch, halves
 
 # Where a pass of TOKENS_PER_BATCH does not keep the device busy; not yet measured.
 TOKENS_PER_PASS = {"cuda": 8192}
@@ -147,8 +147,3 @@ def in_memory(
                 raise InputError(f"memory: expected enough for one example of {size} tokens, got {failed}.")
             limit = max((limit or max(tokens, batch.clean.numel())) // 2, size)
             waiting.append(batch)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Is it for want of memory, on a GPU or on a CPU?"""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

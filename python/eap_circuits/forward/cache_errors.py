@@ -1,4 +1,4 @@
-"""Models whose own key/value cache cannot serve: a run behind it fails, and the call goes on without prefix reuse."""
+"""Errors of runs behind a model's own key/value cache, after which a call goes on without prefix reuse."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
+import torch
+
 from ..errors import InputError, reason
-from .memory import out_of_memory
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -18,6 +19,11 @@ T = TypeVar("T")
 
 class CacheError(RuntimeError):
     """A run behind a model's cache failed; the first line of the model's own error."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Is it for want of memory, on a GPU or on a CPU?"""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 @contextmanager

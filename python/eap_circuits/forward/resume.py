@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from ..adapters import Layer
-from .borrow import Hooks
+from .hooks import Hooks
 
 
 class LayerInputs:

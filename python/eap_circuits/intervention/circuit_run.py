@@ -17,10 +17,9 @@ from torch import Tensor
 from eap_kernels import masked_read
 
 from ..adapters import Layer, Norm
+from ..forward import Hooks, Runner
 from ..graph import Graph
-from .borrow import Hooks
-from .recorded import RecordedRun
-from .runner import Runner
+from ..recording import RecordedRun
 
 TOKENS_TOGETHER = 2048  # of circuits that run together
 

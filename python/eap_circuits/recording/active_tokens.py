@@ -16,8 +16,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters import Architecture, linear_weight
-from .batches import Batch
-from .borrow import Hooks
+from ..forward import Batch, Hooks
 
 # Above this share of tokens picking them out costs more than their products.
 _WORTH = 0.7

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Layer
-from .borrow import Hooks
+from .hooks import Hooks
 
 
 def at_scored(x: Tensor, scored: Tensor) -> Tensor:

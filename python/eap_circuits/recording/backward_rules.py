@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..adapters import Architecture, Kinds, Norm, as_given, nonlinear_parts
 from ..errors import expected
-from .borrow import Hooks
+from ..forward import Hooks
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,10 @@ from eap_kernels import Nodes
 
 from ..adapters import Architecture, Norm, Projection
 from ..errors import expected
+from ..forward import Hooks, Runner
 from ..graph import Graph
-from .active import skip_inactive
-from .borrow import Hooks
-from .rules import BackwardRules, Rules
-from .runner import Runner
+from .active_tokens import skip_inactive
+from .backward_rules import BackwardRules, Rules
 
 
 @dataclass
@@ -83,8 +82,7 @@ class ReceiverGradients:
         norms = [norm for norm, reach in _reaches(arch, graph) if reach > since]
         shape = points, n, arch.d_model
         self._reads = {  # the most of what is held
-            norm: _Reads(norm, torch.zeros(shape, dtype=arch.contracted, device=norm.device))
-            for norm in norms
+            norm: _Reads(norm, torch.zeros(shape, dtype=arch.contracted, device=norm.device)) for norm in norms
         }
 
         def site(

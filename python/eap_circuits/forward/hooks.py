@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..adapters import as_given
-from .attention import shared_keys
+from .grouped_attention import shared_keys
 
 
 @contextmanager

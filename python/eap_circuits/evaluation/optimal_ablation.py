@@ -8,26 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture import (
-    Batch,
-    Constants,
-    Cost,
-    Progress,
-    RecordedRun,
-    Run,
-    Runner,
-    borrowed,
-    budget,
-    in_memory,
-    learning_run,
-    make_batches,
-    means,
-    numbers_per_token,
-    prepare,
-    tokens_within,
-)
+from ..budget import Cost, budget, in_memory, numbers_per_token, tokens_within
 from ..errors import expected
+from ..forward import Batch, Constants, Runner, borrowed, make_batches
 from ..graph import Circuit
+from ..intervention import learning_run
+from ..recording import RecordedRun, means
+from ..request import Progress, Run, prepare
 from ..tasks import PairedDataset
 
 TOKENS_TOGETHER = 256  # of a batch, every receiver's input of which is kept for the backward pass

@@ -15,13 +15,9 @@ from torch import Tensor, nn
 from eap_kernels import Nodes
 
 from ..adapters import Layer, Norm
+from ..forward import Constants, Hooks, LayerInputs, Runner
 from ..graph import Graph
-from .ablation import Constants
-from .borrow import Hooks
-from .recorded import Recording
-from .runner import Runner
-from .senders import SenderDifferences
-from .start import LayerInputs
+from ..recording import Recording, SenderDifferences
 
 
 class PatchedEdges:

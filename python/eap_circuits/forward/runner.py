@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..adapters import Architecture, concatenate, group, is_offloaded
 from ..graph import Graph
 from .batches import Batch
-from .borrow import Hooks
-from .cache import behind_cache
+from .cache_errors import behind_cache
+from .hooks import Hooks
+from .last_mlp import ScoredMLP, at_scored
 from .prefix import Prefix, WholePrompts, beginning, behind, parameters, run_prefixes
-from .scored import ScoredMLP, at_scored
 
 Register = Callable[[Hooks], None]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..forward import TOKENS_PER_BATCH, Batch, make_batches
+from ..request import Run
 from ..tasks import PairedDataset
-from .batches import TOKENS_PER_BATCH, Batch, make_batches
-from .inputs import Run
 from .memory import SHARE_OF_FREE, PeakBytes, free_bytes, parse_bytes
 
 # Below this share of the budget a rough estimate is enough.

@@ -13,10 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .borrow import Hooks
-from .runner import Runner
-from .senders import SenderDifferences
-from .start import LayerInputs
+from ..forward import Hooks, LayerInputs, Runner
+from ..recording import SenderDifferences
 
 _ROUNDING = 2**-6  # relative; of embeddings scaled in bfloat16, with room
 

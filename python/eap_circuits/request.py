@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Architecture, bind
-from ..errors import expected, one_of
-from ..graph import Graph
-from ..metrics import OF_ANSWERS, MetricBatch, check_metric_values, get_metric
-from ..tasks import PairedDataset
-from .ablation import ABLATIONS, Constants, different_throughout, find_constants, zeros
-from .batches import Batch
-from .rules import Rules
-from .runner import Runner
+from .adapters import Architecture, bind
+from .errors import expected, one_of
+from .forward import Batch, Constants, Runner, zeros
+from .graph import Graph
+from .metrics import OF_ANSWERS, MetricBatch, check_metric_values, get_metric
+from .recording import ABLATIONS, Rules, different_throughout, find_constants
+from .tasks import PairedDataset
 
 Progress = Callable[[int, int], None]  # (examples done, examples in all)
 

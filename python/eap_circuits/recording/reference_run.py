@@ -8,9 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from ..adapters import Layer, Norm
-from .ablation import Constants, at_tokens
-from .borrow import Hooks
-from .runner import Runner
+from ..forward import Constants, Hooks, Runner, at_tokens
 
 
 class Recording:

@@ -1,0 +1,28 @@
+"""Run one batch: hooks, batches, the prefix cache, the runner; nothing here knows what is read or changed."""
+
+from .batches import TOKENS_PER_BATCH, Batch, halves, make_batches, some_of
+from .cache_errors import CacheError, out_of_memory, without_cache_where_it_fails
+from .constants import Constants, at_tokens, zeros
+from .hooks import Hooks, borrowed
+from .resume import LayerInputs
+from .runner import Runner
+from .trace import trace
+
+__all__ = [
+    "TOKENS_PER_BATCH",
+    "Batch",
+    "CacheError",
+    "Constants",
+    "Hooks",
+    "LayerInputs",
+    "Runner",
+    "at_tokens",
+    "borrowed",
+    "halves",
+    "make_batches",
+    "out_of_memory",
+    "some_of",
+    "trace",
+    "without_cache_where_it_fails",
+    "zeros",
+]

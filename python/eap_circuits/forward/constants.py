@@ -1,0 +1,88 @@
+"""Constants in place of what senders contribute: one for each sender, the same for all prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..adapters import Architecture, Layer, linear_shape
+from .batches import Batch
+from .hooks import Hooks
+
+
+@dataclass(frozen=True, eq=False)
+class Constants:
+    """A constant for every sender, at every position or at all of them alike.
+
+    `embedding` is [P, D], `values` [P, H·K] and `mlps` [P, D] for each layer, P being 1 or the number of positions:
+    what the token embeddings, the heads (`Layer.written`) and the MLP modules are taken to give.
+    """
+
+    embedding: Tensor
+    values: tuple[Tensor, ...]
+    mlps: tuple[Tensor, ...]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The embedding, then each layer's heads and MLP."""
+        return [self.embedding, *(x for layer in zip(self.values, self.mlps, strict=True) for x in layer)]
+
+    @classmethod
+    def of_tensors(cls, tensors: Iterable[Tensor]) -> Constants:
+        """The inverse of `tensors`."""
+        embedding, *rest = tensors
+        return cls(embedding, tuple(rest[::2]), tuple(rest[1::2]))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Constants:
+        """The same with every tensor changed."""
+        return self.of_tensors(map(change, self.tensors))
+
+    def on(self, arch: Architecture) -> Constants:
+        """The same, each tensor where its senders compute, in the dtype in which scores are accumulated."""
+        devices = [arch.device, *(layer.device for layer in arch.layers for _ in range(2))]
+        pairs = zip(self.tensors, devices, strict=True)
+        return self.of_tensors(x.to(device, arch.accumulate) for x, device in pairs)
+
+    def __repr__(self) -> str:
+        return f"Constants({len(self.mlps)} layers, {len(self.embedding)} position(s))"
+
+    def replace(self, arch: Architecture, batch: Batch, hooks: Hooks) -> None:
+        """Let a pass over a batch without prefixes give these for what its heads and MLPs compute."""
+        for layer, values, mlp in zip(arch.layers, self.values, self.mlps, strict=True):
+            hooks.on_input(layer.out, partial(_instead, values, batch))
+            hooks.on_output(layer.mlp_out, partial(_instead, mlp, batch))
+            if layer.post_norm is not None:
+                hooks.replace_forward(layer.post_norm.module, partial(_without_scale, layer))
+
+
+def at_tokens(constant: Tensor, batch: Batch) -> Tensor:
+    """A constant at the tokens of a batch without prefixes: [P, X] -> [E, T, X]."""
+    examples, tokens = batch.shape
+    # Beyond the positions there are only tokens of a corrupted prompt that is longer than every clean one.
+    position = torch.arange(tokens, device=constant.device).clamp(max=len(constant) - 1)
+    return constant[position].expand(examples, tokens, -1)
+
+
+def _instead(constant: Tensor, batch: Batch, x: Tensor) -> Tensor:
+    # Models view what they are given in other shapes, and some add to it in place.
+    return at_tokens(constant, batch).to(x.dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _without_scale(layer: Layer, x: Tensor) -> Tensor:
+    """A norm after attention, of values that carry its scale already."""
+    norm = layer.post_norm
+    assert norm is not None
+    y = norm.forwards(x)
+    return y if norm.bias is None else y + norm.bias
+
+
+def zeros(arch: Architecture) -> Constants:
+    """No contribution at all."""
+
+    shapes = [linear_shape(layer.out) for layer in arch.layers]  # (D, H·K)
+    values, mlps = (tuple(torch.zeros(1, shape[side]) for shape in shapes) for side in (1, 0))
+    return Constants(torch.zeros(1, arch.d_model), values, mlps).on(arch)

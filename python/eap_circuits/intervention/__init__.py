@@ -1,0 +1,14 @@
+"""Change a pass: circuits, single edges, paths of activations."""
+
+from .activation_paths import GroupPaths
+from .circuit_run import TOKENS_TOGETHER, learning_run, rows_computed, run_circuits
+from .edge_patching import PatchedEdges
+
+__all__ = [
+    "TOKENS_TOGETHER",
+    "GroupPaths",
+    "PatchedEdges",
+    "learning_run",
+    "rows_computed",
+    "run_circuits",
+]

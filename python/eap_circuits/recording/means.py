@@ -1,0 +1,90 @@
+"""What a sender's contribution is replaced by where an edge is ablated.
+
+Patching takes the contribution of the corrupted run. Every other ablation takes a constant of the sender, the same for
+all prompts: nothing, its mean over all tokens of some prompts, its mean at each position, or one that was learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters import Architecture, Layer
+from ..forward import Batch, Constants, Hooks, Runner, make_batches, zeros
+from ..tasks import PairedDataset
+
+ABLATIONS = ("patching", "zero", "mean", "mean-positional", "optimal")
+
+
+class _DifferentThroughout(PairedDataset):
+    @cached_property
+    def first_difference(self) -> Tensor:
+        return torch.zeros_like(self.lengths)
+
+    def __getitem__(self, index: Any) -> PairedDataset:
+        return different_throughout(super().__getitem__(index))
+
+
+def different_throughout(data: PairedDataset) -> PairedDataset:
+    """The same prompts, whose activations differ from the first token on, as they do where constants replace them."""
+    return _DifferentThroughout(**{field.name: getattr(data, field.name) for field in fields(data)})
+
+
+def _given_written(layer: Layer, see: Callable[[Tensor], None], z: Tensor) -> None:
+    see(layer.written(z))
+
+
+def find_constants(arch: Architecture, ablation: str, data: PairedDataset) -> Constants | None:
+    """What the ablation puts in place of the senders' contributions; None for patching, which takes another run's.
+
+    Args:
+        data: whose clean prompts means are taken over; nobody else reads them.
+    """
+    if ablation == "patching":
+        return None
+    if ablation == "zero":
+        return zeros(arch)
+    batches = make_batches(different_throughout(data), None, False, arch.device)
+    return means(arch, batches, int(data.lengths.max()) if ablation == "mean-positional" else None)
+
+
+def means(
+    arch: Architecture,
+    batches: Iterable[Batch],
+    positions: int | None = None,
+    of: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Constants:
+    """Means of the senders' contributions over the clean prompts' real tokens.
+
+    Args:
+        batches: of prompts that differ throughout, without prefixes.
+        positions: for means at each of so many positions, over the prompts that have it.
+        of: what is averaged of a contribution.
+    """
+    size = positions or 1
+    count = torch.zeros(size, dtype=torch.float64)
+    sums = zeros(arch).map(lambda x: x.cpu().double().repeat(size, 1))
+    for batch in batches:
+        at = batch.rows % batch.shape[1] if positions else torch.zeros_like(batch.rows)
+        count += torch.bincount(at, minlength=size).cpu()
+
+        def add(total: Tensor, x: Tensor, batch: Batch = batch, at: Tensor = at) -> None:
+            (rows,) = of(batch.active(x).to(arch.accumulate))
+            total += rows.new_zeros(size, rows.shape[1]).index_add_(0, at.to(rows.device), rows).cpu().double()
+
+        def register(hooks: Hooks, add: Callable[[Tensor, Tensor], None] = add) -> None:
+            for layer, values, mlp in zip(arch.layers, sums.values, sums.mlps, strict=True):
+                hooks.on_input(layer.out, partial(_given_written, layer, partial(add, values)))
+                hooks.on_output(layer.mlp_out, partial(add, mlp))
+
+        runner = Runner(arch, arch.graph("kv"), batch, every_mlp=True)
+        embeddings = runner.embed(batch.clean)
+        add(sums.embedding, embeddings)
+        with torch.no_grad():
+            runner.logits(embeddings, register)
+    return sums.map(lambda x: x / count[:, None]).on(arch)

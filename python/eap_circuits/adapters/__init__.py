@@ -11,6 +11,7 @@ from .offloading import as_given, is_offloaded
 from .pretrained import DEMO_MODEL, load_model
 from .projections import Projection, concatenate, group, linear_shape, linear_weight
 from .registry import family_of, register_family
+from .sites import ReceiverSite, receiver_sites
 from .weightless import weightless
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Layer",
     "Norm",
     "Projection",
+    "ReceiverSite",
     "as_given",
     "bind",
     "concatenate",
@@ -34,6 +36,7 @@ __all__ = [
     "load_model",
     "nonlinear_parts",
     "propose",
+    "receiver_sites",
     "register_family",
     "weightless",
 ]

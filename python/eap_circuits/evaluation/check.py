@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..adapters import Architecture, Family, Norm, bind, linear_weight
+from ..adapters import Architecture, Family, Norm, bind, linear_weight, receiver_sites
 from ..errors import InputError
 from ..forward import Batch, CacheError, Hooks, Runner, borrowed, make_batches
 from ..graph import Graph, Heads
@@ -169,16 +169,11 @@ def _contributions(arch: Architecture, batch: Batch) -> Check:
             runner.logits(runner.embed(tokens), register)
         runs.append(inputs)
     worst = 0.0
-    sites = [(arch.final_norm, graph.n_senders)]
-    for index, layer in enumerate(arch.layers):
-        sites += [
-            (layer.attention_norm, graph.attention_reach(index)),
-            (layer.mlp_norm, graph.mlp_reach(index)),
-        ]
-    for norm, reach in sites:
+    reaches = {site.norm: site.reach for site in receiver_sites(arch, graph)}
+    for norm, reach in reaches.items():
         difference = runs[0][norm] - runs[1][norm]
         worst = max(worst, _relative(delta[:reach].sum(0), difference))
-    return _same("contributions sum to the residual", worst, f"{len(sites)} norms")
+    return _same("contributions sum to the residual", worst, f"{len(reaches)} norms")
 
 
 def _heads(arch: Architecture, data: PairedDataset) -> Check:

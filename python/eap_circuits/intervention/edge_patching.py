@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from eap_kernels import Nodes
 
-from ..adapters import Layer, Norm
+from ..adapters import Layer, Norm, receiver_sites
 from ..forward import Constants, Hooks, LayerInputs, Runner
 from ..graph import Graph
 from ..recording import Recording, SenderDifferences
@@ -43,12 +43,9 @@ class PatchedEdges:
         self.clean_logits, self.corrupted_logits = senders.clean_logits, senders.corrupted_logits
         self._embeddings = senders.clean_embeddings
         # (layer, site, head) of each receiver; the logits' layer is one past the last
-        self._places: list[tuple[int, str, int]] = [(len(self._arch.layers), "logits", 0)] * graph.n_receivers
-        for index in range(len(self._arch.layers)):
-            for site in ("q", "k", "v", "mlp"):
-                receivers = graph.receivers_at(index, site)
-                for head, receiver in enumerate(range(receivers.start, receivers.stop)):
-                    self._places[receiver] = index, site, head
+        self._places = [
+            (site.layer, site.name, head) for site in receiver_sites(self._arch, graph) for head in range(site.count)
+        ]
 
     def layer(self, receiver: int) -> int:
         """At which layer runs of this receiver's edges start; all edges of one call share it."""

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..adapters import Norm
+from ..adapters import Norm, receiver_sites
 from ..forward import Batch, Runner
 from ..graph import Graph
 from ..recording import RecordedRun
@@ -49,15 +49,8 @@ def score_batch(run: Run, graph: Graph, path: Path, batch: Batch, tokens: int) -
 def _sites(run: Run, graph: Graph) -> list[Site]:
     """In order of depth."""
     sites: dict[Norm, Site] = {}
-
-    def add(norm: Norm, receivers: slice) -> None:
-        sites.setdefault(norm, (norm, []))[1].extend(range(receivers.start, receivers.stop))
-
-    for index, layer in enumerate(run.arch.layers):
-        for letter in "qkv":
-            add(layer.attention_norm, graph.receivers_at(index, letter))
-        add(layer.mlp_norm, graph.receivers_at(index, "mlp"))
-    add(run.arch.final_norm, graph.logits_receiver)
+    for site in receiver_sites(run.arch, graph):
+        sites.setdefault(site.norm, (site.norm, []))[1].extend(range(site.receivers.start, site.receivers.stop))
     return list(sites.values())
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from eap_kernels import Nodes
 
-from ..adapters import Architecture, Norm, Projection
+from ..adapters import Norm, Projection, ReceiverSite, receiver_sites
 from ..errors import expected
 from ..forward import Hooks, Runner
 from ..graph import Graph
@@ -40,21 +40,14 @@ class _Reads:
 
 
 @dataclass
-class _Site:
-    """A group of receivers behind one norm: ĝ, and c of the points held."""
+class _Held:
+    """Of one site: ĝ, and c of the points held."""
 
-    receivers: slice
+    site: ReceiverSite
     reads: _Reads
     gradient: Tensor  # ĝ, [n, heads, K], or [n, 1, D]
     coefficients: Tensor  # c, [heads, p, n]
-    projection: Projection | None = None  # None: the receiver reads the norm's output itself
-    features: slice | None = None  # the group's features of the (spread) projection's output
-    constant: Tensor | None = None  # the part of that output that does not depend on x̂, [heads, K]
-
-    @property
-    def spread(self) -> int:
-        """Receivers per head of the projection: query heads that share a key or value head."""
-        return self.gradient.shape[1] // self.projection.n_heads if self.projection else 1
+    constant: Tensor | None  # the part of a projection's output that does not depend on x̂, [heads, K]
 
 
 class ReceiverGradients:
@@ -79,36 +72,21 @@ class ReceiverGradients:
         n = len(runner.batch.rows)
         self._filled = slice(0, 0)
         self._weights: dict[torch.device, Tensor] = {}  # of the latest pass, [m]
-        norms = [norm for norm, reach in _reaches(arch, graph) if reach > since]
+        sites = [site for site in receiver_sites(arch, graph) if site.reach > since]
         shape = points, n, arch.d_model
         self._reads = {  # the most of what is held
-            norm: _Reads(norm, torch.zeros(shape, dtype=arch.contracted, device=norm.device)) for norm in norms
+            norm: _Reads(norm, torch.zeros(shape, dtype=arch.contracted, device=norm.device))
+            for norm in dict.fromkeys(site.norm for site in sites)
         }
 
-        def site(
-            receivers: slice, norm: Norm, projection: Projection | None = None, features: slice | None = None
-        ) -> _Site:
-            heads = receivers.stop - receivers.start
+        def hold(site: ReceiverSite) -> _Held:
+            projection, norm = site.projection, site.norm
             width = projection.head_dim if projection else arch.d_model
-            reads = self._reads[norm]
             new = partial(torch.zeros, dtype=arch.accumulate, device=norm.device)
-            found = _Site(receivers, reads, new(n, heads, width), new(heads, points, n), projection, features)
-            if projection is not None:
-                found.constant = _constant(norm, projection, found.spread, arch.accumulate)
-            return found
+            constant = None if projection is None else _constant(norm, projection, site.repeat_kv, arch.accumulate)
+            return _Held(site, self._reads[norm], new(n, site.count, width), new(site.count, points, n), constant)
 
-        self._projected: list[tuple[torch.nn.Module, list[_Site]]] = []
-        self._mlps: list[tuple[torch.nn.Module, _Site]] = []
-        for index, layer in enumerate(arch.layers):
-            for module, columns in runner.projection_sites(index) if graph.attention_reach(index) > since else ():
-                sites = [
-                    site(graph.receivers_at(index, letter), layer.attention_norm, layer.projections[letter], features)
-                    for letter, features in columns.items()
-                ]
-                self._projected.append((module, sites))
-            if graph.mlp_reach(index) > since:
-                self._mlps.append((layer.mlp_in, site(graph.receivers_at(index, "mlp"), layer.mlp_norm)))
-        self._logits = site(graph.logits_receiver, arch.final_norm)
+        self._held = {(site.layer, site.name): hold(site) for site in sites}  # in the graph's order
 
     def run(
         self,
@@ -142,39 +120,36 @@ class ReceiverGradients:
     def clear(self) -> None:
         """Forget what has been accumulated."""
         self._filled = slice(0, 0)
-        for site in self._sites():
-            site.gradient.zero_()
+        for held in self._held.values():
+            held.gradient.zero_()
 
     def nodes(self) -> Iterator[Nodes]:
         """Σ_k w_k ∂loss/∂x_v of what has been accumulated, in the graph's order, each made when it is asked for."""
-        return map(self._node, sorted(self._sites(), key=lambda site: site.receivers.start))
+        return map(self._node, self._held.values())
 
-    def _node(self, site: _Site) -> Nodes:
-        norm, values, weight = site.reads.norm, site.gradient, None
-        if site.projection is None:
+    def _node(self, held: _Held) -> Nodes:
+        norm, projection, values, weight = held.site.norm, held.site.projection, held.gradient, None
+        if projection is None:
             values = norm.backwards(values)
         else:
-            weight = norm.backwards(site.projection.weight(values.dtype))  # [heads, K, D]
+            weight = norm.backwards(projection.weight(values.dtype))  # [heads, K, D]
         if norm.kind is None or self._rules is not None:
             return Nodes(values, weight)
         filled = self._filled.stop
-        return Nodes(values, weight, site.coefficients[:, :filled], site.reads.normalised[:filled])
-
-    def _sites(self) -> list[_Site]:
-        return [
-            *(site for _, sites in self._projected for site in sites),
-            *(site for _, site in self._mlps),
-            self._logits,
-        ]
+        return Nodes(values, weight, held.coefficients[:, :filled], held.reads.normalised[:filled])
 
     def _register(self, hooks: Hooks) -> None:
         for reads in self._reads.values():
             hooks.on_input(reads.norm.module, partial(self._read, reads))
-        for module, sites in self._projected:
-            hooks.on_output(module, partial(self._tap_projection, sites))
-        for module, site in self._mlps:
-            hooks.on_input(module, partial(self._tap, site))
-        hooks.on_output(self._arch.final_norm.module, partial(self._tap, self._logits))
+        for index, layer in enumerate(self._arch.layers):
+            for module, columns in self._runner.projection_sites(index):
+                features = {letter: which for letter, which in columns.items() if (index, letter) in self._held}
+                if features:
+                    hooks.on_output(module, partial(self._tap_projection, index, features))
+            if (index, "mlp") in self._held:
+                hooks.on_input(layer.mlp_in, partial(self._tap, self._held[index, "mlp"]))
+        logits = self._held[len(self._arch.layers), "logits"]
+        hooks.on_output(self._arch.final_norm.module, partial(self._tap, logits))
 
     def _rows(self, x: Tensor) -> Tensor:
         """[m·E, T, X] -> [m, n, X] at the batch's rows, in the accumulation dtype."""
@@ -185,40 +160,40 @@ class ReceiverGradients:
         reads.normalised[self._filled] = normalised
         reads.scale = scale * self._weights[scale.device][:, None]
 
-    def _tap(self, site: _Site, x: Tensor) -> Tensor:
+    def _tap(self, held: _Held, x: Tensor) -> Tensor:
         """Take the gradient at x, which is the norm's output, as far as this reader of it goes."""
         x = x.view_as(x)
-        normalised, scale = site.reads.normalised[self._filled], site.reads.scale
+        normalised, scale = held.reads.normalised[self._filled], held.reads.scale
         assert scale is not None
-        gain = site.reads.norm.gain(scale)
+        gain = held.site.norm.gain(scale)
 
         def take(gradient: Tensor | None) -> None:
             g = self._rows(_given(gradient)) * scale[..., None]  # [m, n, D]
-            self._add(site, g[:, :, None], (g * normalised * gain).sum(-1, keepdim=True))
+            self._add(held, g[:, :, None], (g * normalised * gain).sum(-1, keepdim=True))
 
         x.register_hook(take)
         return x
 
-    def _tap_projection(self, sites: list[_Site], y: Tensor) -> None:
-        """Take the gradient at a projection's output y, [m·E, T, features]."""
-        kept, scale = y.detach(), sites[0].reads.scale
+    def _tap_projection(self, index: int, features: dict[str, slice], y: Tensor) -> None:
+        """Take the gradient at a projection's output y, [m·E, T, features], with the features of each site."""
+        sites = [(self._held[index, letter], which) for letter, which in features.items()]
+        kept, scale = y.detach(), sites[0][0].reads.scale
         assert scale is not None
 
         def take(gradient: Tensor | None) -> None:
             both = _given(gradient), kept
-            for site in sites:
-                heads = site.gradient.shape[1]
-                g, value = (self._rows(t[..., site.features]).unflatten(-1, (heads, -1)) for t in both)
-                value = value if site.constant is None else value - site.constant
+            for held, which in sites:
+                g, value = (self._rows(t[..., which]).unflatten(-1, (held.site.count, -1)) for t in both)
+                value = value if held.constant is None else value - held.constant
                 g = g * scale[..., None, None]  # [m, n, heads, K]
-                self._add(site, g, (g * value).sum(-1))
+                self._add(held, g, (g * value).sum(-1))
 
         y.register_hook(take)
 
-    def _add(self, site: _Site, gradient: Tensor, products: Tensor) -> None:
+    def _add(self, held: _Held, gradient: Tensor, products: Tensor) -> None:
         """Add w_k r_k g, [m, n, heads, K], and w_k r_k ⟨x̂, γ ⊙ Wᵀ g⟩, [m, n, heads], of a pass."""
-        site.gradient += gradient.sum(0)
-        site.coefficients[:, self._filled] = products.permute(2, 0, 1) / self._arch.d_model
+        held.gradient += gradient.sum(0)
+        held.coefficients[:, self._filled] = products.permute(2, 0, 1) / self._arch.d_model
 
 
 def _constant(norm: Norm, projection: Projection, spread: int, dtype: torch.dtype) -> Tensor | None:
@@ -228,14 +203,6 @@ def _constant(norm: Norm, projection: Projection, spread: int, dtype: torch.dtyp
         seen = projection.weight(dtype) @ beta.detach().to(dtype)
         constant = seen if constant is None else constant + seen
     return constant if constant is None else constant.repeat_interleave(spread, 0)
-
-
-def _reaches(arch: Architecture, graph: Graph) -> list[tuple[Norm, int]]:
-    """Each norm in front of receivers, once, and how many senders they see."""
-    reaches = [(arch.final_norm, graph.n_senders)]
-    for index, layer in enumerate(arch.layers):
-        reaches += [(layer.attention_norm, graph.attention_reach(index)), (layer.mlp_norm, graph.mlp_reach(index))]
-    return list(dict(reaches).items())
 
 
 def _given(gradient: Tensor | None) -> Tensor:

@@ -50,8 +50,8 @@ JOBS = max(1, (os.cpu_count() or 2) // 2)
 OPERATORS = ("edge_scores", "masked_read", "head_space_scores")
 FIRST = "bfloat16 and (llama-3.1-8b or gpt2)"
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-# What the pretended device cannot do: fake tensors, inference mode, and the gradients that torch's own backward of these
-# models' operations in place gives.
+# What the pretended device cannot do: fake tensors, inference mode, and the gradients of what these models compute in
+# place.
 NOT_PRETENDED = "not opcheck and not eap_ig_circuit and not llama4 and not olmo-query"
 # Calls of the driver that find nothing are no errors: torch tries which functions there are.
 TOOLS = {"memcheck": ["--tool", "memcheck", "--report-api-errors", "no"], "racecheck": ["--tool", "racecheck"]}

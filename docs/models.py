@@ -105,6 +105,7 @@ def features(arch: Architecture) -> list[str]:
     layer, config = arch.layers[0], arch.model.config
     gated = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
     named: dict[str, Any] = {
+        f"transformers {arch.family.since} or later": arch.family.since != "5",
         "q, k, v in one projection, grouped by head": layer.grouped,
         "q, k, v in one projection": layer.q.module is layer.k.module and not layer.grouped,
         f"{layer.groups} query heads per key": layer.groups > 1,

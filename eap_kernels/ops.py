@@ -108,7 +108,7 @@ def head_space_scores(
     """`edge_scores` of nodes kept in head space, without ever holding [S, N, D] or [R, N, D].
 
     Tiles of the residual-space rows are expanded and contracted one after another: memory beyond the inputs is
-    bounded by `workspace`, whatever N. The norm's gradient is that of DESIGN (a), (b) in ARCHITECTURE.md.
+    bounded by `workspace`, whatever N. The norm's gradient is that of "Gradients in head space" in ARCHITECTURE.md.
 
     Args:
         senders: groups whose nodes, in order, are the S senders.

@@ -28,7 +28,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def behind_cache(cached: bool) -> Iterator[None]:
-    """Errors of a run are said to be the cache's where it has one."""
+    """Re-raise errors of a run behind a cache as CacheError."""
     try:
         yield
     except (RuntimeError, TypeError, ValueError, IndexError) as error:

@@ -30,7 +30,8 @@ class Runner:
             to attention per query head (the value is the same, the gradient and the mask are per head).
         tokens: int64 [U]: compute these tokens' logits alone where the model's last module allows it; logits are
             [E, U] then.
-        every_mlp: of the last layer's MLP, too, what nothing reads: by default it gives 0 but where logits are scored.
+        every_mlp: run the last layer's MLP at every token; by default it runs only where logits are scored, and
+            returns 0 elsewhere.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class Runner:
 
     @contextmanager
     def _for_cache(self) -> Iterator[None]:
-        """For passes of which nothing but the cache is wanted, whatever their rows."""
+        """For passes that only fill the key/value cache."""
         with Hooks(tokens=1) as hooks:
             last = ScoredMLP(self.arch.layers[-1], lambda rows: torch.zeros(rows, dtype=torch.long))
             last.put(hooks)

@@ -1,6 +1,6 @@
 """Run circuits: every receiver reads the circuit's own run along kept edges and the corrupted run along all others.
 
-Receiver v's input is y_v = corr_v + Σ_u mask[u, v]·(cur_u − corr_u), cur being the circuit's own run (DESIGN (i)). Many
+Receiver v's input is y_v = corr_v + Σ_u mask[u, v]·(cur_u − corr_u), cur being the circuit's own run. Many
 circuits run together, one after another along the batch dimension. A receiver with no kept edge takes what the
 corrupted run computed, one with all its edges the circuit's own residual stream; only the others are computed, and
 only from the senders that they read. Modules run only for circuits that need their output.
@@ -262,7 +262,7 @@ class _CircuitsRun:
         return x.flatten(0, 1)
 
     def _read_at(self, index: int) -> Places:
-        """Where a layer's MLP runs: the last one where logits are scored (`scored.py`)."""
+        """Where a layer's MLP runs: the last one where logits are scored (`forward/last_mlp.py`)."""
         return self.scored if index == len(self.runner.arch.layers) - 1 else EVERYWHERE
 
     def _read_final(self, own: Tensor) -> Tensor:

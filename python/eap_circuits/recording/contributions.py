@@ -1,4 +1,4 @@
-"""Contribution differences Δ of every sender, kept in head space until they are needed (DESIGN (c))."""
+"""Contribution differences Δ of every sender, kept in head space until they are needed."""
 
 from __future__ import annotations
 

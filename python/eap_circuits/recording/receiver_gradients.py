@@ -1,4 +1,4 @@
-"""Gradients at every receiver, taken in head space and collapsed over the path (DESIGN (a), (b)).
+"""Gradients at every receiver, taken in head space and collapsed over the path.
 
 Receiver v reads x_v, the residual stream before the norm, through its own q, k or v projection. With g_v the gradient
 at the projection's output, x̂ and r the norm's normalised input and scale, γ its gain and W_v the projection's slice,
@@ -8,7 +8,7 @@ at the projection's output, x̂ and r the norm's normalised input and scale, γ 
 P = I for RMSNorm and I − 11ᵀ/D for LayerNorm. Summed over path points k with weights w_k, the first term needs only
 ĝ_v = Σ_k w_k r_k g_{v,k}; the second needs x̂_k and the number c_{v,k} = w_k r_k ⟨x̂_k, γ ⊙ W_vᵀ g_{v,k}⟩ / D, whose
 product is that of the projection's own output, less its constant part, with its gradient. MLP and logits receivers
-are the same with W = I. Under backward rules (`rules.py`) r is a constant, and there is no second term.
+are the same with W = I. Under backward rules (`backward_rules.py`) r is a constant, and there is no second term.
 """
 
 from __future__ import annotations
@@ -53,14 +53,13 @@ class _Held:
 class ReceiverGradients:
     """Gradients of the loss at every receiver, accumulated over passes along the path.
 
-    Everything held is allocated at once, before the passes: kept pieces between the passes' own memory would keep
-    that from being given back.
+    Everything held is allocated at once, before the passes: allocating between passes would fragment memory.
 
     Args:
         runner: the model on one batch.
         graph: its edge graph.
         points: how many path points can be held until `clear`.
-        since: take the gradients of the receivers that see this sender alone: the last ones of the graph.
+        since: only the receivers that can see this sender, which are the last ones of the graph.
         rules: what takes the gradients' place, if anything.
     """
 

@@ -259,9 +259,9 @@ def main() -> int:
     total = TOTAL_SECONDS.get(words[0] if len(words) == 1 else "all", TOTAL_SECONDS["all"])
     total = REHEARSAL_SECONDS if "--rehearse" in sys.argv else total
     results = run_stages(stages, folder, total)
-    print(gpu_report.failures(results))
-    print(gpu_report.table(results))
     print(gpu_report.first_lines(results))
+    print(gpu_report.table(results))
+    print(gpu_report.failures(results))
     return int(any(result.problem for result in results))
 
 

@@ -1,4 +1,4 @@
-"""What `make gpu` prints: what failed, a table of its stages, and in ten lines what is right and what is fastest."""
+"""What `make gpu` prints: in ten lines what is right and what is fastest, a table of its stages, what failed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Attribution methods: a registry of frozen specs, and `attribute`, which runs them."""
 
 from ..recording import RULES
-from .attribution import attribute, data_identity, model_identity, plan
+from .attribution import attribute, plan
+from .identity import data_identity, model_identity
 from .planning import Plan
 from .quadrature import QUADRATURES
 from .spec import METHODS, Method

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection
 from dataclasses import replace
@@ -19,14 +18,14 @@ from ..intervention import TOKENS_TOGETHER
 from ..recording import RULES
 from ..request import Progress, Run, prepare
 from ..tasks import PairedDataset
-from .exact import Checkpoint, edge_tokens, edges_to_score, exact_scores
+from .checkpoint import Checkpoint
+from .exact import edge_tokens, edges_to_score, exact_scores
 from .gradient import gradient_scores
+from .identity import ablation_identity, model_name, request_identity
 from .planning import Plan, make_plan, tokens_per_pass
 from .quadrature import QUADRATURES, Path
 from .spec import METHODS
 from .statistics import Statistics, to_keep
-
-_SAMPLED = 64  # numbers of each weight that tell models apart
 
 
 @without_cache_where_it_fails
@@ -115,9 +114,9 @@ def attribute(
         run = run.with_constants()
         statistics = Statistics(run, graph)
         if path is None:
-            settings = (batch_size, reuse_prefix, compat, *_ablated_by(run), *sorted(run.keep))
+            settings = (batch_size, reuse_prefix, compat, *ablation_identity(run), *sorted(run.keep))
             started = Checkpoint(
-                checkpoint, _request(model, data, name, graph, chosen, *settings), statistics, len(data)
+                checkpoint, request_identity(model, data, name, graph, chosen, *settings), statistics, len(data)
             )
             tokens = edge_tokens(run, graph, chosen, batch_size, reuse_prefix, allowed, TOKENS_TOGETHER)
             per_batch = min(tokens, TOKENS_PER_BATCH)
@@ -140,7 +139,7 @@ def attribute(
         "ablation": ablation if isinstance(ablation, str) else "constants",
         "data": data.name,
         "n_examples": len(data),
-        "model": _model_name(model),
+        "model": model_name(model),
     }
     if rules is not None:
         info["rules"] = rules
@@ -227,60 +226,3 @@ def _checked(
 
 def _metric_name(metric: Any) -> str:
     return metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
-
-
-def _request(
-    model: Any,
-    data: PairedDataset,
-    metric: str,
-    graph: Graph,
-    edges: Tensor,
-    *settings: Any,
-) -> dict[str, Any]:
-    """What two runs must have in common for one to go on where the other stopped."""
-    return {
-        "model": model_identity(model),
-        "data": [*data_identity(data), _digest(edges)],
-        "metric": metric,
-        "graph": graph.to_dict(),
-        "settings": list(settings),
-    }
-
-
-def model_identity(model: Any) -> list[Any]:
-    """What tells models apart: name, configuration, dtype and some of every weight; plain JSON values.
-
-    The same whatever device and threads compute, so that a run can go on with others.
-    """
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        digest.update(name.encode())
-        # Quantised and offloaded weights have no plain numbers.
-        if type(weight.data) is Tensor and weight.is_floating_point() and not weight.is_meta:
-            few = weight.detach().flatten()[:_SAMPLED]
-            digest.update(few.float().cpu().numpy().tobytes())
-    dtype = model.get_input_embeddings().weight.dtype
-    return [_model_name(model), model.config.to_json_string(), str(dtype), digest.hexdigest()]
-
-
-def data_identity(data: PairedDataset) -> list[str]:
-    """What tells prompt pairs apart: digests of their tokens, lengths, answers and alignment."""
-    tensors = (data.clean, data.corrupted, data.lengths, data.answers, data.corrupted_lengths, data.alignment)
-    return [_digest(x) for x in tensors if x is not None]
-
-
-def _ablated_by(run: Run) -> list[str]:
-    """The ablation, and digests of what it is made from."""
-    if isinstance(run.ablation, Constants):
-        return ["constants", *map(_digest, run.ablation.tensors)]
-    return [run.ablation, *([] if run.ablation_data is None else data_identity(run.ablation_data))]
-
-
-def _digest(x: Tensor) -> str:
-    return hashlib.sha256(x.numpy(force=True).tobytes()).hexdigest()
-
-
-def _model_name(model: Any) -> str:
-    """The hub name, or the folder's own name: results are passed on, and whole paths mean nothing elsewhere."""
-    name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
-    return os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name

@@ -258,3 +258,23 @@ def test_too_little_memory_for_one_edge_is_one_sentence(make_model, monkeypatch)
         eap.InputError, match=r"memory: expected enough for one example of 12 tokens, got (CUDA out|MemoryE)"
     ):
         eap.attribute(make_model("gpt2"), longer_pairs(), method="exact")
+
+
+def test_a_plan_takes_what_attribute_takes(make_model, make_pairs):
+    """Its quadrature, definition and ablation data, and refuses what it refuses."""
+    model, data = make_model("gemma2"), make_pairs()
+    given = {
+        "quadrature": "left",
+        "compat": "eap-ig",
+        "ablation": "mean",
+        "ablation_data": make_pairs(seed=1),
+        "steps": 2,
+    }
+    for method in ("eap-ig-inputs", "eap-ig-activations"):
+        planned = eap.plan(model, data, method=method, **given)
+        assert planned.bytes > 0
+        eap.attribute(model, data, method=method, memory=2 * planned.bytes, **given)
+    for wrong in ({"quadrature": "middle"}, {"compat": "other"}, {"ablation_data": data}):
+        for call in (eap.plan, eap.attribute):
+            with pytest.raises(eap.InputError, match=next(iter(wrong))):
+                call(model, data, **wrong)

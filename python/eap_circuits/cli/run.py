@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -150,31 +150,25 @@ def attribute(
 
     loaded, tokenizer = session.load_model(model, dtype, device, not no_weights)
     pairs = prompts.load(tokenizer)
+    asked: dict[str, Any] = {
+        "metric": metric or pairs.metric,
+        "method": method,
+        "steps": steps,
+        "quadrature": quadrature,
+        "heads": heads,
+        "ablation": ablation,
+        "ablation_data": prompts.load_ablation(tokenizer),
+        "batch_size": batch_size,
+        "memory": memory,
+        "keep": kept,
+        "rules": rules,
+    }
     if dry_run:
-        kind = cast(Any, heads)
-        request = (method, steps, kind, batch_size, True, memory, ablation, kept, rules)
-        plan = eap.plan(loaded, pairs, metric or pairs.metric, *request)
+        plan = eap.plan(loaded, pairs, **asked)
         show_json(asdict(plan)) if as_json else show_table(plan_table(plan))
         return
     with progress("Scoring edges") as bar:
-        scores = eap.attribute(
-            loaded,
-            pairs,
-            metric=metric or pairs.metric,
-            method=method,
-            steps=steps,
-            quadrature=quadrature,
-            heads=cast(Any, heads),
-            ablation=ablation,
-            ablation_data=prompts.load_ablation(tokenizer),
-            batch_size=batch_size,
-            memory=memory,
-            progress=bar,
-            edges=measured,
-            checkpoint=checkpoint,
-            keep=kept,
-            rules=rules,
-        )
+        scores = eap.attribute(loaded, pairs, progress=bar, edges=measured, checkpoint=checkpoint, **asked)
     among = None if confidence is None else scores.confidence() >= confidence
     chosen = None if edges is None else scores.select(n_edges=edges, how=how, signed=signed, among=among)
     files = {}

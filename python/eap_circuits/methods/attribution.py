@@ -123,7 +123,7 @@ def attribute(
             batches = make_batches(data, batch_size, reuse_prefix, run.arch.device, per_batch)
             exact_scores(run, graph, batches, chosen, started, tokens, progress)
         else:
-            scorer = spec.published if compat and spec.published else spec.scorer
+            scorer = spec.scorer_of(compat)
             assert scorer is not None
             tokens = most_tokens(run.arch.device)
             if spec.planned:
@@ -164,6 +164,9 @@ def plan(
     ablation: str | Constants = "patching",
     keep: str | Collection[str] | None = None,
     rules: str | None = None,
+    quadrature: str = "right",
+    compat: str | None = None,
+    ablation_data: PairedDataset | None = None,
 ) -> Plan:
     """The batches and passes of the `attribute` call with these arguments, and the memory that it will take.
 
@@ -174,16 +177,18 @@ def plan(
         InputError: what `attribute` refuses, and methods of which only a pass takes memory, such as "exact".
     """
     with weightless(model) as mode:
-        request = (model, data, metric, method, steps, "right", heads, ablation, batch_size, None, None, rules)
-        run, graph, path = _checked(*request)
+        run, graph, path = _checked(
+            model, data, metric, method, steps, quadrature, heads, ablation, batch_size, compat, ablation_data, rules
+        )
         spec = METHODS[method]
-        if path is None or spec.scorer is None or not spec.planned:
+        scorer = spec.scorer_of(compat)
+        if path is None or scorer is None or not spec.planned:
             planned = ", ".join(repr(name) for name, each in METHODS.items() if each.planned)
             raise expected("method", f"one whose memory is planned ({planned})", repr(method))
         run = replace(run, keep=to_keep(keep, method, path))
         with borrowed(run.arch.model), mode:
             allowed = budget(run, memory)
-            return make_plan(run.with_constants(), graph, path, batch_size, reuse_prefix, allowed, spec.scorer)
+            return make_plan(run.with_constants(), graph, path, batch_size, reuse_prefix, allowed, scorer)
 
 
 def _checked(

@@ -48,6 +48,10 @@ class Method:
     ablated: bool = True
     planned: bool = False
 
+    def scorer_of(self, compat: str | None) -> Scorer | None:
+        """How a batch is scored, by the published package's definition where `compat` asks for it."""
+        return self.published if compat and self.published else self.scorer
+
     @property
     def stepped(self) -> bool:
         """Does the path depend on `steps`?"""

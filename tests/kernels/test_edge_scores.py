@@ -96,9 +96,9 @@ def test_agrees_with_oracle(impl, device, dtype, case):
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_more_work_than_fits_a_chunk_and_than_there_are_processors(impl, device, kind, generator):
     """An entry of 65,536 products, of which a GPU's chunk adds up 32,768; hundreds of tiles for 132 processors."""
-    senders, receivers = (70, 40) if _dispatch.interpreted() else (600, 400)
+    senders, receivers, tokens, features = (70, 40, 4, 64) if _dispatch.interpreted() else (600, 400, 64, 1024)
     delta, grad = (
-        testing.random_tensor((rows, 64, 1024), kind, generator, layout, device)
+        testing.random_tensor((rows, tokens, features), kind, generator, layout, device)
         for rows, layout in ((senders, "contiguous"), (receivers, "tokens_first"))
     )
     reach = make_reach("sorted", senders, receivers, generator)

@@ -55,8 +55,8 @@ def make_inputs(case, dtype, device):
 @pytest.mark.parametrize("density", [0.01, 1.0])
 def test_more_work_than_there_are_processors(impl, device, density):
     """Thousands of pieces of a result for about 100 processors, and hundreds of senders an entry."""
-    senders, receivers = (70, 40) if _dispatch.interpreted() else (600, 400)
-    case = {"senders": senders, "receivers": receivers, "tokens": 64, "features": 1024, "density": density}
+    sizes = (70, 40, 4, 64) if _dispatch.interpreted() else (600, 400, 64, 1024)
+    case = {**dict(zip(("senders", "receivers", "tokens", "features"), sizes)), "density": density}
     base, delta, mask = make_inputs({**LARGE, **case}, torch.float32, device)
     oracle = testing.masked_read_oracle(base, delta, mask)
     reference = ek.masked_read(base, delta, mask, impl="reference")

@@ -259,6 +259,8 @@ def main() -> int:
     total = TOTAL_SECONDS.get(words[0] if len(words) == 1 else "all", TOTAL_SECONDS["all"])
     total = REHEARSAL_SECONDS if "--rehearse" in sys.argv else total
     results = run_stages(stages, folder, total)
+    if "--rehearse" in sys.argv:
+        print("\nRehearsed on a device that does not exist: no time below means anything.")
     print(gpu_report.first_lines(results))
     print(gpu_report.table(results))
     print(gpu_report.failures(results))

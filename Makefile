@@ -53,6 +53,10 @@ test-slow: $(VENV)/.test
 
 test-all: test test-slow
 
+# The tree without what git ignores, as a fresh checkout.
+copy_tree = rm -rf $(1) && mkdir -p $(1) && \
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t $(1)
+
 # The fast tests under the other sets, each in a copy of the tree and an environment of its own; TESTS="FILE ..." names
 # some. A Python that is not on the path is looked for where pyenv keeps them.
 PYTHON_oldest := 3.10
@@ -61,9 +65,7 @@ python = $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python)),
 test-versions: test-oldest test-gpu-machine
 
 test-oldest test-gpu-machine: test-%:
-	rm -rf build/versions/$*
-	mkdir -p build/versions/$*
-	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t build/versions/$*
+	$(call copy_tree,build/versions/$*)
 	EAP_CUDA=0 $(MAKE) -C build/versions/$* test VERSIONS=$* VENV=../$*-venv PYTHON=$(call python,$(PYTHON_$*)) TESTS="$(TESTS)"
 
 # Renews the newest set, and says what changed; SETS="oldest gpu-machine" names others.
@@ -95,9 +97,8 @@ gpu:
 
 # All stages of `make gpu` on a device that does not exist, in a copy of the tree; the kernels themselves do not run.
 gpu-rehearsal: $(VENV)/.test
-	rm -rf build/rehearsal
-	mkdir -p build/rehearsal/out
-	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t build/rehearsal
+	$(call copy_tree,build/rehearsal)
+	mkdir build/rehearsal/out
 	cd build/rehearsal && EAP_COMMIT=$$(git rev-parse HEAD) OUT=$$PWD/out $(abspath $(BIN))/python bench/gpu.py --rehearse $(STAGES)
 
 clean:

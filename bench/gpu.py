@@ -34,7 +34,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import gpu_report
-from bench.processes import ROOT, Result, commit, run
+from bench.processes import ROOT, Result, commit, json_of, run
 
 # Of all stages, and of a part: a call on such a machine may last ten minutes, and the machine takes its own time.
 TOTAL_SECONDS = {"all": 560.0, "first": 330.0, "rest": 330.0}
@@ -85,10 +85,6 @@ def kernel_tests() -> dict[str, list[str]]:
             *(f"tests/kernels/test_integrations_{x}.py" for x in ("auto_circuit", "eap_ig")),
         ],
     }
-
-
-def json_of(stage: str, label: str) -> str:
-    return f"build/{stage}-{label.replace(' ', '-')}.json"
 
 
 def benches(stage: str, chosen: Mapping[str, tuple[str, str]], *options: str) -> dict[str, list[str]]:

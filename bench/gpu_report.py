@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 
-from bench.processes import ROOT, Result, commit
+from bench.processes import ROOT, Result, commit, json_of
 
 # Characters about failures; the log has all.
 SHOWN = 8000
@@ -53,8 +53,8 @@ def first_lines(results: Sequence[Result]) -> str:
         found = [r for r in results if r.stage == stage and r.label.startswith(label)]
         if found:
             lines.append(f"{words}: {verdict(found)}")
-    lines += fastest()
-    lines += over_floor()
+    lines += fastest(results)
+    lines += over_floor(results)
     return "\nIn short\n" + "\n".join(lines[:10])
 
 
@@ -65,17 +65,17 @@ def verdict(results: Sequence[Result]) -> str:
     return ("right" if not wrong else "; ".join(wrong)) + tests
 
 
-def measured() -> Iterator[tuple[str, dict]]:
-    """(name, its own figures) of every bench that this run finished."""
-    for path in sorted((ROOT / "build").glob("*.json")):
-        if path.name.startswith(("bench-first", "bench-rest", "models", "compiled")):
+def measured(results: Sequence[Result]) -> Iterator[tuple[str, dict]]:
+    """(name, its own figures) of every bench that these commands finished."""
+    for path in (ROOT / json_of(result.stage, result.label) for result in results):
+        if path.exists():
             yield from ((b["name"], b["extra_info"]) for b in json.loads(path.read_text())["benchmarks"])
 
 
-def fastest() -> list[str]:
+def fastest(results: Sequence[Result]) -> list[str]:
     """A line for each operator: the backends' times on the 8B shape in bfloat16, from the fastest on."""
     found: dict[str, str] = {}
-    for name, info in measured():
+    for name, info in measured(results):
         operator = re.match(r"test_(edge_scores|masked_read|head_space_scores)\[llama-3.1-8b-bfloat16", name)
         if operator and operator[1] not in found and "seconds" in info:
             # Of a masked read: the sparsest mask.
@@ -87,10 +87,10 @@ def fastest() -> list[str]:
     return list(found.values())
 
 
-def over_floor() -> list[str]:
+def over_floor(results: Sequence[Result]) -> list[str]:
     words = [
         f"{info['model']} {1 / info['ratios']['speedup']:.2f}"
-        for name, info in measured()
+        for name, info in measured(results)
         if name.startswith("test_shape_over_floor[llama") and "ratios" in info
     ]
     return [f"attribute over its floor: {', '.join(words)}"] if words else []

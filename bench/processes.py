@@ -27,6 +27,11 @@ class Result(NamedTuple):
     seconds: float
 
 
+def json_of(stage: str, label: str) -> str:
+    """Where a stage's command writes the results of its benches."""
+    return f"build/{stage}-{label.replace(' ', '-')}.json"
+
+
 def commit() -> str:
     """The commit that is measured: EAP_COMMIT where the sources travel without their history, else git's."""
     named = os.environ.get("EAP_COMMIT")

@@ -126,6 +126,7 @@ def test_first_lines_and_failures(tmp_path, monkeypatch):
         Result("kernels", "cuda edge_scores", "exit status 1", failed, 2.0),
         Result("kernels", "triton edge_scores", None, "= 4 passed, 2 deselected in 1.0s =\n", 2.0),
         Result("sanitize", "memcheck cuda", None, "", 9.0),
+        Result("bench-first", "edge_scores", None, "", 9.0),
     ]
     assert gpu_report.first_lines(results).splitlines()[2:] == [
         "commit 0123456789",

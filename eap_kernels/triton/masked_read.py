@@ -14,8 +14,8 @@ from torch import Tensor
 from eap_kernels.triton import configs
 from eap_kernels.triton.configs import Tile
 
-# The sparse path's tile: senders at once, features of one program, warps.
-_SENDERS, _FEATURES, _WARPS = 4, 1024, 4
+# The sparse path's tile: senders at once, bytes of features that one program adds up, warps.
+_SENDERS, _BYTES, _WARPS = 4, 4096, 4
 
 
 def masked_read(base: Tensor, delta: Tensor, mask: Tensor, tf32: bool) -> Tensor:
@@ -119,7 +119,8 @@ def sparse(base: Tensor, delta: Tensor, mask: Tensor, kept: Tensor, y: Tensor) -
     starts, row, senders = lists(kept)
     receivers, tokens, features = y.shape
     wide = torch.float64 if y.dtype == torch.float64 else torch.float32
-    blocks = triton.cdiv(features, _FEATURES)
+    at_once = _BYTES // wide.itemsize
+    blocks = triton.cdiv(features, at_once)
     _sparse[(receivers * tokens * blocks,)](
         base,
         delta,
@@ -134,7 +135,7 @@ def sparse(base: Tensor, delta: Tensor, mask: Tensor, kept: Tensor, y: Tensor) -
         *delta.stride(),
         *y.stride()[:2],
         SENDERS=_SENDERS,
-        FEATURES=_FEATURES,
+        FEATURES=at_once,
         num_warps=_WARPS,
         enable_fp_fusion=True,
     )

@@ -107,9 +107,9 @@ CELL = st.text(max_size=4) | st.sampled_from([*WORDS, "[2, 3]", "['Ann', 'Cy']",
 @given(header=st.lists(st.sampled_from([*NAMES, "", "clean"]), max_size=6), cells=st.lists(st.lists(CELL), max_size=3))
 @FUZZ
 def test_csv(header: list[str], cells: list[list[str]]) -> None:
-    file = io.StringIO()
-    csv.writer(file).writerows([header, *cells])
-    found = read(".csv", file.getvalue().encode("utf-8", "surrogatepass"))
+    # By hand: the writer of Python 3.10 refuses NUL.
+    lines = (",".join('"{}"'.format(cell.replace('"', '""')) for cell in row) for row in [header, *cells])
+    found = read(".csv", "\r\n".join(lines).encode("utf-8", "surrogatepass"))
     assert found is None or len(found) == sum(map(bool, cells))
 
 

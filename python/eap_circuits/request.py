@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapters import Architecture, bind
 from .errors import expected, one_of
-from .forward import Batch, Constants, Runner, zeros
+from .forward import Batch, Constants, Runner, make_batches, zeros
 from .graph import Graph
 from .metrics import OF_ANSWERS, MetricBatch, check_metric_values, get_metric
-from .recording import ABLATIONS, Rules, different_throughout, find_constants
+from .recording import ABLATIONS, different_throughout, find_constants
 from .tasks import PairedDataset
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Progress = Callable[[int, int], None]  # (examples done, examples in all)
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
-@dataclass(frozen=True)
-class Run:
-    """A checked request: the bound model, the data, the metric, the ablation, the backward
-    rules, and what is kept of scores.
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `attribute`, `plan`, `evaluate` and the others are asked, checked: the bound model, the data, the metric,
+    the ablation, and how the data are cut into batches.
 
-    `constants`, once `with_constants` has found them, are what the ablation puts in place of contributions; there are
-    none for patching.
+    Args:
+        constants: what the ablation puts in place of contributions, once `with_constants` has found them; None for
+            patching.
+        memory: bytes that the run may take beside the model and the data; None for a share of what is free.
     """
 
     arch: Architecture
@@ -35,17 +43,22 @@ class Run:
     ablation: str | Constants = "patching"
     ablation_data: PairedDataset | None = None
     constants: Constants | None = None
-    rules: Rules | None = None
-    keep: frozenset[str] = frozenset()
+    batch_size: int | None = None
+    reuse_prefix: bool = True
+    memory: int | None = None
 
-    def with_constants(self) -> Run:
-        """The request with its constants, for which means are taken; the model is to be borrowed already."""
+    def with_constants(self) -> Self:
+        """The request with its constants, for which means are taken; the model must be borrowed already."""
         arch, given = self.arch, self.ablation
         if isinstance(given, Constants):
             found: Constants | None = given.on(arch)
         else:
             found = find_constants(arch, given, self.ablation_data or self.data)
         return replace(self, constants=found)
+
+    def batches(self, tokens: int) -> Iterator[Batch]:
+        """The data in batches, of at most this many tokens where the user names no size."""
+        return make_batches(self.data, self.batch_size, self.reuse_prefix, self.arch.device, tokens)
 
     def runner(self, graph: Graph, batch: Batch) -> Runner:
         """The model on a batch, with no more logits than the metric looks at."""
@@ -73,28 +86,40 @@ def prepare(
     model: nn.Module,
     data: PairedDataset,
     metric: object,
-    ablation: str | Constants,
-    batch_size: int | None,
+    ablation: str | Constants = "patching",
+    batch_size: int | None = None,
     ablation_data: PairedDataset | None = None,
-) -> Run:
+    reuse_prefix: bool = True,
+    memory: int | str | None = None,
+) -> Request:
     """Check a request; raises InputError with what is wrong."""
-    run = Run(bind(model), data, get_metric(metric), ablation, ablation_data)  # type: ignore[arg-type]
+    request = Request(
+        arch=bind(model),
+        data=data,
+        metric=get_metric(metric),  # type: ignore[arg-type]
+        ablation=ablation,
+        ablation_data=ablation_data,
+        batch_size=batch_size,
+        reuse_prefix=reuse_prefix,
+        memory=parse_bytes(memory),
+    )
     if not isinstance(data, PairedDataset):
         raise expected("data", "a PairedDataset", type(data).__name__)
-    _check_ablation(run)
+    _check_ablation(request)
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise expected("batch_size", "a whole number of at least 1, or None", repr(batch_size))
-    _check_tokens(run.arch.model, data)
-    return run if ablation == "patching" else replace(run, data=different_throughout(data))
+    _check_tokens(request.arch.model, data)
+    # Constants stand in for contributions from the first token on.
+    return request if ablation == "patching" else replace(request, data=different_throughout(data))
 
 
-def _check_ablation(run: Run) -> None:
-    ablation, other = run.ablation, run.ablation_data
+def _check_ablation(request: Request) -> None:
+    ablation, other = request.ablation, request.ablation_data
     if isinstance(ablation, Constants):
-        found, right = ([x.shape[1] for x in each.tensors] for each in (ablation, zeros(run.arch)))
+        found, right = ([x.shape[1] for x in each.tensors] for each in (ablation, zeros(request.arch)))
         if found != right:
             raise expected("ablation", f"constants of this model, of widths {right}", found)
-        covered, longest = len(ablation.embedding), int(run.data.lengths.max())
+        covered, longest = len(ablation.embedding), int(request.data.lengths.max())
         if 1 < covered < longest:
             raise expected("ablation", f"constants for {longest} positions, the data's most, or for all alike", covered)
     else:
@@ -106,8 +131,8 @@ def _check_ablation(run: Run) -> None:
         raise expected("ablation_data", 'none but for "mean", "mean-positional" and "optimal"', f"some for {what}")
     if not isinstance(other, PairedDataset):
         raise expected("ablation_data", "a PairedDataset", type(other).__name__)
-    _check_tokens(run.arch.model, other, "ablation_data, ")
-    longest, covered = int(run.data.lengths.max()), int(other.lengths.max())
+    _check_tokens(request.arch.model, other, "ablation_data, ")
+    longest, covered = int(request.data.lengths.max()), int(other.lengths.max())
     if ablation == "mean-positional" and covered < longest:
         raise expected("ablation_data", f"prompts of {longest} tokens, the data's most", f"at most {covered}")
 
@@ -128,3 +153,13 @@ def _check_tokens(model: Any, data: PairedDataset, label: str = "") -> None:
     longest = int(torch.argmax(lengths))
     if limit is not None and int(lengths[longest]) > limit:
         raise expected(f"{label}example {longest}", f"at most the model's {limit} tokens", f"{int(lengths[longest])}")
+
+
+def parse_bytes(memory: object) -> int | None:
+    """Bytes of "8GiB", "500 MB" or a whole number of bytes; None stays None."""
+    if memory is None:
+        return None
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([a-zA-Z]*)\s*", str(memory))
+    if isinstance(memory, bool) or not isinstance(memory, (int, str)) or not found or found[2].lower() not in _UNITS:
+        raise expected("memory", 'bytes, such as "8GiB" or 500_000_000', repr(memory))
+    return int(float(found[1]) * _UNITS[found[2].lower()])

@@ -8,7 +8,7 @@ import torch
 import eap_circuits as eap
 from eap_circuits.budget import PeakBytes
 from eap_circuits.evaluation.check import StayDouble
-from eap_circuits.methods import gradient, planning
+from eap_circuits.methods import gradient
 from tests.circuits.conftest import FAMILIES
 from tests.circuits.plain_runs import SITES, by_layer, plain_run
 from tests.circuits.test_attribute import losses
@@ -107,7 +107,7 @@ def test_activation_paths_in_bounded_memory(make_model, make_pairs, relative, mo
 @pytest.mark.parametrize("settings", [{}, {"quadrature": "left"}, {"steps": 2}, {"steps": 1}])
 def test_what_activation_paths_take_is_predicted(settings, make_model, monkeypatch):
     model, data = make_model("llama"), longer_pairs()
-    monkeypatch.setattr(planning, "most_tokens", lambda device: 300)
+    monkeypatch.setattr(gradient, "most_tokens", lambda device: 300)
     quadrature = settings.pop("quadrature", "right")
     plan = eap.plan(model, data, method="eap-ig-activations", **settings)
     with PeakBytes() as count:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits.methods import attribution, exact
+from eap_circuits.methods import exact
 
 
 def all_but_one(model, data, graph, edges):
@@ -39,7 +39,7 @@ def test_an_edge_alone_corrupted_is_the_circuit_without_it(family, heads, make_m
 def test_scores_do_not_depend_on_batching(settings, make_model, make_pairs, relative, monkeypatch):
     model, data = make_model("gpt2"), make_pairs(seed=6)
     right = eap.attribute(model, data, method="exact")
-    monkeypatch.setattr(attribution, "TOKENS_TOGETHER", settings.pop("together", 64))
+    monkeypatch.setattr(exact, "TOKENS_TOGETHER", settings.pop("together", 64))
     found = eap.attribute(model, data, method="exact", **settings)
     assert relative(found.values, right.values) < 1e-6
     assert found.info["steps"] is None and "edges" not in found.info
@@ -66,7 +66,7 @@ def test_an_interrupted_run_goes_on(after, tmp_path, make_model, make_pairs, rel
     model, data = make_model("gpt2"), make_pairs(seed=7)
     right = eap.attribute(model, data, method="exact", batch_size=3)
     monkeypatch.setattr(exact, "SECONDS_BETWEEN_SAVES", 0.0)
-    monkeypatch.setattr(attribution, "TOKENS_TOGETHER", 256)
+    monkeypatch.setattr(exact, "TOKENS_TOGETHER", 256)
     file, calls = tmp_path / "exact.safetensors", []
 
     def stop(done, of):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from itertools import cycle
 
@@ -10,9 +9,10 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits.budget import PeakBytes, parse_bytes
+from eap_circuits.budget import PeakBytes
 from eap_circuits.intervention import PatchedEdges
-from eap_circuits.methods import METHODS, exact, gradient, planning
+from eap_circuits.methods import exact, gradient, inputs
+from eap_circuits.request import parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def longer_pairs(n=12, longest=24):
 def test_what_attribution_takes_is_predicted(settings, make_model, monkeypatch):
     """Within a tenth of what the tensors of the whole run take; the plan itself ran two examples."""
     model, data = make_model("llama"), longer_pairs()
-    monkeypatch.setattr(planning, "most_tokens", lambda device: 300)
+    monkeypatch.setattr(gradient, "most_tokens", lambda device: 300)
     plan = eap.plan(model, data, **settings)
     with PeakBytes() as count:
         eap.attribute(model, data, **settings)
@@ -84,25 +84,20 @@ def test_a_budget_is_kept_and_changes_no_score(reuse_prefix, make_model, relativ
     assert relative(scores.values, eap.attribute(model, data, **given).values) < 1e-6
 
 
-def score_by(scorer, monkeypatch):
-    monkeypatch.setitem(METHODS, "eap-ig-inputs", replace(METHODS["eap-ig-inputs"], scorer=scorer))
-
-
 def fails_above(tokens, monkeypatch):
     """As if memory ran out in passes of more tokens; returns the examples that were scored."""
-    original, scored = METHODS["eap-ig-inputs"].scorer, []
+    original, scored = inputs.InputsMethod.score, []
     # Some say nothing.
     errors = cycle([partial(torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate\nmore lines"), MemoryError])
 
-    def run(run_, graph, path, batch, limit):
-        at_once = gradient.steps_at_once(batch, len(path), limit)
-        found = original(run_, graph, path, batch, limit)
-        if batch.clean.numel() * at_once > tokens:
+    def run(method, request, batch, passes):
+        found = original(method, request, batch, passes)
+        if batch.clean.numel() * passes.together > tokens:
             raise next(errors)()
         scored.extend(batch.index.tolist())
         return found
 
-    score_by(run, monkeypatch)
+    monkeypatch.setattr(inputs.InputsMethod, "score", run)
     return scored
 
 
@@ -132,7 +127,7 @@ def test_another_error_is_not_taken_for_want_of_memory(make_model, monkeypatch):
     def run(*_):
         raise RuntimeError("something else")
 
-    score_by(run, monkeypatch)
+    monkeypatch.setattr(inputs.InputsMethod, "score", run)
     with pytest.raises(RuntimeError, match="something else"):
         eap.attribute(make_model("gpt2"), longer_pairs())
 

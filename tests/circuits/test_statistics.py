@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import eap_circuits as eap
+from eap_circuits import request
 from eap_circuits.evaluation.check import StayDouble
-from eap_circuits.methods import attribution, exact, planning
+from eap_circuits.methods import exact, gradient
 
 METHODS = [{"method": "eap"}, {"steps": 3}, {"method": "clean-corrupted"}, {"method": "exact"}]
 ALL = ("examples", "positions", "neurons")
@@ -175,7 +176,7 @@ def test_an_interrupted_exact_run_keeps_its_statistics(kept, tmp_path, make_mode
     given = {"method": "exact", "batch_size": 3, "keep": kept}
     right = eap.attribute(model, data, **given)
     monkeypatch.setattr(exact, "SECONDS_BETWEEN_SAVES", 0.0)
-    monkeypatch.setattr(attribution, "TOKENS_TOGETHER", 256)
+    monkeypatch.setattr(exact, "TOKENS_TOGETHER", 256)
     calls = []
 
     def stop(*of):
@@ -213,7 +214,7 @@ def test_what_it_takes_is_predicted_and_kept_within_the_budget(keep, make_model,
     from tests.circuits.test_memory import longer_pairs
 
     model, data = make_model("llama"), longer_pairs()
-    monkeypatch.setattr(planning, "most_tokens", lambda device: 300)
+    monkeypatch.setattr(gradient, "most_tokens", lambda device: 300)
     plan = eap.plan(model, data, keep=keep)
     with PeakBytes() as count:
         right = eap.attribute(model, data, keep=keep)
@@ -252,7 +253,7 @@ def test_scores_beyond_memory_are_refused_with_their_bytes(method, make_model, m
     edges = 9 * 21  # senders × receivers of two layers of three heads
     needed = 7 * edges * 4 + 2 * edges * 8
     monkeypatch.setattr("eap_circuits.methods.statistics.free_bytes", lambda device: needed - 1)
-    monkeypatch.setattr(attribution, "make_batches", None)
+    monkeypatch.setattr(request, "make_batches", None)
     with pytest.raises(eap.InputError, match=f"keep: expected scores that fit into the {needed - 1:,} bytes"):
         eap.attribute(model, data, method=method, keep="examples")
 

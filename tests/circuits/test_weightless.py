@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import eap_circuits as eap
 from eap_circuits.cli import app
-from eap_circuits.methods import planning
+from eap_circuits.methods import gradient
 
 SETTINGS = [
     {},
@@ -32,7 +32,7 @@ def agree(model, data, **settings):
 
 
 def test_families(kind, make_model, make_pairs, monkeypatch):
-    monkeypatch.setattr(planning, "most_tokens", lambda device: 40)
+    monkeypatch.setattr(gradient, "most_tokens", lambda device: 40)
     if kind == "qwen3-moe":
         with pytest.raises(eap.InputError, match=r"expected weights, without which aten.nonzero"):
             agree(make_model(kind), make_pairs(n=4))

@@ -1,17 +1,17 @@
 """How much memory a run takes, and how many tokens a pass has within it."""
 
 from .fitting import Cost, budget, bytes_without_gradient, numbers_per_token, tokens_within
-from .memory import PeakBytes, free_bytes, in_memory, most_tokens, parse_bytes
+from .memory import PeakBytes, end_of_phase, free_bytes, in_memory, most_tokens
 
 __all__ = [
     "Cost",
     "PeakBytes",
     "budget",
     "bytes_without_gradient",
+    "end_of_phase",
     "free_bytes",
     "in_memory",
     "most_tokens",
     "numbers_per_token",
-    "parse_bytes",
     "tokens_within",
 ]

@@ -5,54 +5,52 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..forward import TOKENS_PER_BATCH, Batch, make_batches
-from ..request import Run
+from ..request import Request
 from ..tasks import PairedDataset
-from .memory import SHARE_OF_FREE, PeakBytes, free_bytes, parse_bytes
+from .memory import SHARE_OF_FREE, PeakBytes, free_bytes
 
 # Below this share of the budget a rough estimate is enough.
 _NEGLIGIBLE = 0.25
-# (batch, copies of it in a pass, what to call at the end of each phase)
-Measured = Callable[[Batch, int, Callable[[], None]], object]
+Measured = Callable[[Batch, int], object]  # runs a batch with this many copies of it in a pass
 
 
-def budget(run: Run, memory: int | str | None) -> int:
+def budget(request: Request) -> int:
     """The bytes that a user's `memory=` allows; by default half of what is free."""
-    given = parse_bytes(memory)
     # Of several devices each takes its own layers' share; the one with the least room decides.
-    return int(SHARE_OF_FREE * min(map(free_bytes, run.arch.devices))) if given is None else given
+    return int(SHARE_OF_FREE * min(map(free_bytes, request.arch.devices))) if request.memory is None else request.memory
 
 
-def numbers_per_token(run: Run) -> int:
+def numbers_per_token(request: Request) -> int:
     """About what all layers give for a token: a number for every weight that works on it, divided by the width."""
-    return sum(p.numel() for p in run.arch.model.parameters()) // run.arch.d_model
+    return sum(p.numel() for p in request.arch.model.parameters()) // request.arch.d_model
 
 
-def bytes_without_gradient(run: Run, kept: int, at_once: int, more: int = 0) -> int:
+def bytes_without_gradient(request: Request, kept: int, at_once: int, more: int = 0) -> int:
     """A rough estimate of a run whose record is kept of some tokens, and passes of more of them, which leave nothing.
 
     `more` are numbers for each of the latter.
     """
-    layers, every = len(run.arch.layers), numbers_per_token(run)
-    return run.arch.accumulate.itemsize * (2 * kept * every + at_once * (4 * every // layers + more))
+    layers, every = len(request.arch.layers), numbers_per_token(request)
+    return request.arch.accumulate.itemsize * (2 * kept * every + at_once * (4 * every // layers + more))
 
 
 def tokens_within(
-    run: Run,
-    batch_size: int | None,
-    reuse_prefix: bool,
-    allowed: int,
+    request: Request,
     most: int,
     rough: int,
     cost: Callable[[Batch], Cost],
     per_batch: int = TOKENS_PER_BATCH,
+    beside: int = 0,
 ) -> int:
-    """The tokens of a pass within a budget of bytes, at most `most`; batches have up to `per_batch` of them.
+    """The tokens of a pass within the budget, at most `most`; batches have up to `per_batch` of them.
 
-    What a run takes is measured on one and two examples only where a rough estimate comes near the budget.
+    What a run takes is measured on one and two examples only where a rough estimate comes near the budget. `beside`
+    are the bytes of what stays besides.
     """
+    allowed = budget(request) - beside
     if rough <= _NEGLIGIBLE * allowed:
         return most
-    batch = next(make_batches(run.data, batch_size, reuse_prefix, run.arch.device, min(most, per_batch)))
+    batch = next(request.batches(min(most, per_batch)))
     measured, suffix = cost(batch), batch.shape[1]
     tokens = most
     while tokens > suffix:
@@ -75,7 +73,8 @@ class Cost:
         def measured(examples: int, side_by_side: int) -> list[int]:
             few = _some(data, batch, examples, start)
             with PeakBytes() as count:
-                run(few, side_by_side, count.lap)
+                run(few, side_by_side)
+                count.lap()
             return count.laps
 
         ones = measured(1, 1)

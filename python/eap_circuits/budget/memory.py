@@ -15,29 +15,17 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import InputError, expected, reason
+from ..errors import InputError, reason
 from ..forward import TOKENS_PER_BATCH, Batch, halves, out_of_memory
 from ..tasks import PairedDataset
 
 # Where a pass of TOKENS_PER_BATCH does not keep the device busy; not yet measured.
 TOKENS_PER_PASS = {"cuda": 8192}
 SHARE_OF_FREE = 0.5
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 T = TypeVar("T")
-
-
-def parse_bytes(memory: object) -> int | None:
-    """Bytes of "8GiB", "500 MB" or a whole number of bytes; None stays None."""
-    if memory is None:
-        return None
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([a-zA-Z]*)\s*", str(memory))
-    if isinstance(memory, bool) or not isinstance(memory, (int, str)) or not found or found[2].lower() not in _UNITS:
-        raise expected("memory", 'bytes, such as "8GiB" or 500_000_000', repr(memory))
-    return int(float(found[1]) * _UNITS[found[2].lower()])
 
 
 def most_tokens(device: torch.device) -> int:
@@ -71,14 +59,14 @@ class PeakBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = self._alive = 0
+        self.peak = self._highest = self._alive = 0
         self.laps: list[int] = []
         self._known: Any = WeakIdKeyDictionary()
 
     def lap(self) -> None:
         """Start to look for a peak anew."""
-        self.laps.append(self.peak)
-        self.peak = self._alive
+        self.laps.append(self._highest)
+        self._highest = self._alive
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -94,11 +82,19 @@ class PeakBytes(TorchDispatchMode):
             self._known[storage] = True
             size = storage.nbytes()
             self._alive += size
-            self.peak = max(self.peak, self._alive)
+            self._highest = max(self._highest, self._alive)
+            self.peak = max(self.peak, self._highest)
             weakref.finalize(storage, self._free, size)
 
     def _free(self, size: int) -> None:
         self._alive -= size
+
+
+def end_of_phase() -> None:
+    """Here a phase of a batch ends: where its memory is counted, the next phase's peak is one of its own."""
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, PeakBytes):
+            mode.lap()
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

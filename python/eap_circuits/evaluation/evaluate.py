@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, overload
@@ -10,12 +10,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from ..budget import Cost, budget, bytes_without_gradient, in_memory, tokens_within
-from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, make_batches, without_cache_where_it_fails
+from ..budget import Cost, bytes_without_gradient, in_memory, tokens_within
+from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, without_cache_where_it_fails
 from ..graph import Circuit
 from ..intervention import TOKENS_TOGETHER, rows_computed, run_circuits
 from ..recording import RecordedRun
-from ..request import Progress, Run, prepare
+from ..request import Progress, Request, prepare
 from ..tasks import PairedDataset
 from .optimal_ablation import check_circuit, optimal_constants
 
@@ -130,7 +130,7 @@ def evaluate(
         InputError: a circuit of another graph, or anything that `attribute` refuses.
     """
     circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
-    run = prepare(model, data, metric, ablation, batch_size, ablation_data)
+    run = prepare(model, data, metric, ablation, batch_size, ablation_data, reuse_prefix, memory)
     model, data = run.arch.model, run.data
     for item in circuits:
         check_circuit(item, run)
@@ -141,11 +141,11 @@ def evaluate(
         learned = _with_own_constants(model, circuits, data, ablation_data or data, metric, *shared)
         return learned[0] if isinstance(circuit, Circuit) else learned
     results = torch.empty(2 + len(circuits), len(data), dtype=torch.float64)
-    allowed, done = budget(run, memory), 0
+    done = 0
     with borrowed(model), torch.no_grad():
         run = run.with_constants()
-        tokens = _tokens_together(run, circuits, batch_size, reuse_prefix, allowed)
-        batches = make_batches(data, batch_size, reuse_prefix, run.arch.device, min(tokens, TOKENS_PER_BATCH))
+        tokens = _tokens_together(run, circuits)
+        batches = run.batches(min(tokens, TOKENS_PER_BATCH))
         for batch, found in in_memory(data, batches, tokens, partial(_values, run, circuits)):
             results[:, batch.index] = found
             done += batch.n_examples
@@ -155,7 +155,7 @@ def evaluate(
     return evaluated[0] if isinstance(circuit, Circuit) else evaluated
 
 
-def _values(run: Run, circuits: Sequence[Circuit], batch: Batch, tokens: int) -> Tensor:
+def _values(run: Request, circuits: Sequence[Circuit], batch: Batch, tokens: int) -> Tensor:
     """The metric of the clean run, the fully ablated run and each circuit: float64 [2 + C, E]."""
     found = torch.empty(2 + len(circuits), batch.n_examples, dtype=torch.float64)
     clean = corrupted = None
@@ -185,25 +185,22 @@ def _values(run: Run, circuits: Sequence[Circuit], batch: Batch, tokens: int) ->
     return found
 
 
-def _tokens_together(
-    run: Run, circuits: Sequence[Circuit], batch_size: int | None, reuse_prefix: bool, allowed: int
-) -> int:
-    """The most tokens of circuits that run together within a budget of bytes."""
+def _tokens_together(run: Request, circuits: Sequence[Circuit]) -> int:
+    """The most tokens of circuits that run together within the budget."""
     rows = [rows_computed(item.graph, item.mask) for item in circuits]
     largest = circuits[max(range(len(circuits)), key=rows.__getitem__)]
-    first = run.data.first_difference if reuse_prefix else 0
+    first = run.data.first_difference if run.reuse_prefix else 0
     there_are = int((run.data.longer_lengths - first).sum())
     kept, at_once = min(there_are, TOKENS_PER_BATCH), min(there_are * len(circuits), TOKENS_TOGETHER)
     rough = bytes_without_gradient(run, kept, at_once, max(rows) * run.arch.d_model)
 
-    def measured(few: Batch, copies: int, phase: Callable[[], None]) -> None:
+    def measured(few: Batch, copies: int) -> None:
         _values(run, [largest] * copies, few, copies * few.clean.numel())
-        phase()
 
     def cost(batch: Batch) -> Cost:
         return Cost(run.data, batch, measured)
 
-    return tokens_within(run, batch_size, reuse_prefix, allowed, TOKENS_TOGETHER, rough, cost)
+    return tokens_within(run, TOKENS_TOGETHER, rough, cost)
 
 
 def _with_own_constants(

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..budget import Cost, budget, in_memory, numbers_per_token, tokens_within
+from ..budget import Cost, in_memory, numbers_per_token, tokens_within
 from ..errors import expected
-from ..forward import Batch, Constants, Runner, borrowed, make_batches
+from ..forward import Batch, Constants, Runner, borrowed
 from ..graph import Circuit
 from ..intervention import learning_run
 from ..recording import RecordedRun, means
-from ..request import Progress, Run, prepare
+from ..request import Progress, Request, prepare
 from ..tasks import PairedDataset
 
 TOKENS_TOGETHER = 256  # of a batch, every receiver's input of which is kept for the backward pass
@@ -61,18 +60,17 @@ def optimal_constants(
         raise expected("steps", "a whole number of at least 1", repr(steps))
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
         raise expected("rate", "a positive number", repr(rate))
-    run = prepare(model, data, metric, "mean", batch_size)
+    run = prepare(model, data, metric, "mean", batch_size, reuse_prefix=False, memory=memory)
     check_circuit(circuit, run)
-    allowed = budget(run, memory)
     with borrowed(run.arch.model):
         run = run.with_constants()
         assert run.constants is not None
         if circuit.n_edges == circuit.graph.n_edges:
             return run.constants
-        return _learn(run, circuit, steps, rate, batch_size, allowed, progress)
+        return _learn(run, circuit, steps, rate, progress)
 
 
-def check_circuit(circuit: object, run: Run) -> None:
+def check_circuit(circuit: object, run: Request) -> None:
     """Refuse what is no circuit of the model."""
     if not isinstance(circuit, Circuit):
         raise expected("circuit", "a Circuit or a list of them", type(circuit).__name__)
@@ -80,19 +78,10 @@ def check_circuit(circuit: object, run: Run) -> None:
         raise expected("circuit", f"one of {run.arch.graph(circuit.graph.heads)!r}", f"one of {circuit.graph!r}")
 
 
-def _learn(
-    run: Run,
-    circuit: Circuit,
-    steps: int,
-    rate: float,
-    batch_size: int | None,
-    allowed: int,
-    progress: Progress | None,
-) -> Constants:
+def _learn(run: Request, circuit: Circuit, steps: int, rate: float, progress: Progress | None) -> Constants:
     start, data = run.constants, run.data
     assert start is not None
-    tokens = _tokens_together(run, circuit, batch_size, allowed)
-    batches = list(make_batches(data, batch_size, False, run.arch.device, tokens))
+    batches = list(run.batches(tokens := _tokens_together(run, circuit)))
     squares = means(run.arch, batches, of=torch.square).tensors
     units = [(square - mean.square()).clamp(min=0).sqrt() for square, mean in zip(squares, start.tensors, strict=True)]
     moves = [torch.zeros_like(mean, requires_grad=True) for mean in start.tensors]
@@ -137,15 +126,17 @@ def _learn(
     return learned
 
 
-def _value(run: Run, circuit: Circuit, batch: Batch, constants: Constants, clean: Tensor, corrupted: Tensor) -> Tensor:
+def _value(
+    run: Request, circuit: Circuit, batch: Batch, constants: Constants, clean: Tensor, corrupted: Tensor
+) -> Tensor:
     """The circuit's metric, summed over the batch."""
     runner = Runner(run.arch, circuit.graph, batch)
     ablated = RecordedRun(runner, False, constants)
     return run.values(learning_run(runner, circuit.graph, ablated, circuit.mask), batch, clean, corrupted).sum()
 
 
-def _tokens_together(run: Run, circuit: Circuit, batch_size: int | None, allowed: int) -> int:
-    """The most tokens of a batch within a budget of bytes."""
+def _tokens_together(run: Request, circuit: Circuit) -> int:
+    """The most tokens of a batch within the budget."""
     graph, constants = circuit.graph, run.constants
     assert constants is not None
     # Of every receiver its input and what the norm makes of it, and of every sender its difference.
@@ -155,18 +146,17 @@ def _tokens_together(run: Run, circuit: Circuit, batch_size: int | None, allowed
     # the best constants so far.
     model: Any = run.arch.model
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    allowed -= 2 * len(run.data) * vocabulary * run.arch.dtype.itemsize + 8 * sum(x.nbytes for x in constants.tensors)
+    stays = 2 * len(run.data) * vocabulary * run.arch.dtype.itemsize + 8 * sum(x.nbytes for x in constants.tensors)
 
-    def measured(few: Batch, _: int, phase: Callable[[], None]) -> None:
+    def measured(few: Batch, _: int) -> None:
         learned = constants.map(lambda x: x.clone().requires_grad_())
         runner = Runner(run.arch, graph, few)
         logits = runner.logits(runner.embed(few.clean)).detach()
         value = _value(run, circuit, few, learned, logits, logits)
         if value.requires_grad:
             torch.autograd.grad(value, learned.tensors, allow_unused=True)
-        phase()
 
     def cost(batch: Batch) -> Cost:
         return Cost(run.data, batch, measured, copies=False)
 
-    return tokens_within(run, batch_size, False, allowed, TOKENS_TOGETHER, rough, cost, per_batch=TOKENS_TOGETHER)
+    return tokens_within(run, TOKENS_TOGETHER, rough, cost, TOKENS_TOGETHER, stays)

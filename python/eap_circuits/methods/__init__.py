@@ -5,7 +5,8 @@ from .attribution import attribute, plan
 from .identity import data_identity, model_identity
 from .planning import Plan
 from .quadrature import QUADRATURES
-from .spec import METHODS, Method
+from .registry import METHODS
+from .spec import Method
 
 __all__ = [
     "METHODS",

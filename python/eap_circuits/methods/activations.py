@@ -11,69 +11,68 @@ The published package adds every path's gradients to every edge and divides by t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ..forward import Batch
-from ..graph import Graph
 from ..intervention import GroupPaths
 from ..recording import ReceiverGradients, SenderDifferences
-from ..request import Run
-from .gradient import chunks, contracted, loss_of, points_held, steps_at_once
-from .gradient import score_batch as score_along_inputs
+from .gradient import GradientMethod, Passes, chunks, contraction, loss_of
+from .inputs import score_along_inputs
 from .quadrature import Path
+from .spec import AttributionRequest
 from .statistics import BatchScores
 
 
-def score_batch(
-    run: Run,
-    graph: Graph,
-    path: Path,
-    batch: Batch,
-    tokens: int,
-    held: int | None = None,
-    phase: Callable[[], None] | None = None,
-    every_edge: bool = False,
-) -> BatchScores:
-    """Scores of the batch's examples.
+class ActivationsMethod(GradientMethod):
+    """Gradients along a path of each group of senders."""
+
+    def repeated(self, request: AttributionRequest) -> Path:
+        if _every_edge(request):
+            return request.path
+        # The clean prompts are a point of every group's path: one pass over them is that point of all.
+        return [point for point in request.path if point[0] != 1.0] or request.path
+
+    def score(self, request: AttributionRequest, batch: Batch, passes: Passes) -> BatchScores:
+        clean = [point for point in passes.path if point[0] == 1.0 and not _every_edge(request)]
+        scores = score_along_inputs(request, batch, Passes(clean, 1, 1)) if clean else BatchScores(request, batch)
+        path = [point for point in passes.path if point not in clean]
+        if path:
+            _add_groups(request, batch, passes._replace(path=path), scores)
+        return scores
+
+
+def _every_edge(request: AttributionRequest) -> bool:
+    return request.compat == "eap-ig"
+
+
+def _add_groups(request: AttributionRequest, batch: Batch, passes: Passes, scores: BatchScores) -> None:
+    """Add the scores along the groups' paths.
 
     A run starts at its group's layer, from the clean run's residual stream: what comes before is the clean run.
-    `phase` is called after the passes over each chunk of a group's path, and after its contraction.
     """
-    clean = [point for point in path if point[0] == 1.0 and not every_edge]
-    if not clean:
-        scores = BatchScores(run, graph, batch)
-    else:
-        # The clean prompts are a point of every group's path: EAP's one pass is that point of all of them.
-        path = [point for point in path if point[0] != 1.0]
-        scores = score_along_inputs(run, graph, clean, batch, tokens, held, None if path else phase)
-        if not path:
-            return scores
-    runner = run.runner(graph, batch)
-    senders = SenderDifferences(runner, graph, clean=False, constants=run.constants)
+    graph, every_edge = request.graph, _every_edge(request)
+    runner = request.runner(graph, batch)
+    senders = SenderDifferences(runner, graph, clean=False, constants=request.constants)
     paths = GroupPaths(runner, senders, through=every_edge)
-    held = held or points_held(run, batch, len(path))
-    size = min(steps_at_once(batch, len(path), tokens), held)
 
     def loss(logits: Tensor) -> Tensor:
         assert senders.clean_logits is not None
         points = logits.split(batch.n_examples)
-        return loss_of(run, batch, points, senders.clean_logits, senders.corrupted_logits)
+        return loss_of(request, batch, points, senders.clean_logits, senders.corrupted_logits)
 
     for group in paths.groups:
         since = group.senders.start
         if every_edge:
             # The package's input embeddings are constants on their own path: what reads nothing else has no gradient.
             since = 1 if group.module is None and paths.only_tokens else 0
-        receivers = ReceiverGradients(runner, graph, held, run.rules, since)
+        receivers = ReceiverGradients(runner, graph, passes.held, request.rules, since)
         readers = graph.reach > since  # the last ones of the graph
-        for together in chunks(path, held):
-            for part in chunks(together, size):
+        for held in chunks(passes.path, passes.held):
+            for part in chunks(held, passes.together):
                 alphas, weights = torch.tensor(part, dtype=torch.float64).T
                 receivers.run(paths.embeddings(group, alphas), weights, loss, paths.watch(group, alphas))
-            with contracted(receivers, phase):
+            with contraction(receivers):
                 reach = graph.reach[readers]
                 if every_edge:
                     whole = slice(None), readers
@@ -82,4 +81,3 @@ def score_batch(
                     own = senders.group(group.index)
                     seen = torch.full_like(reach, own.values.shape[1])
                     scores.add([own], receivers.nodes(), seen, (group.senders, readers))
-    return scores

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..adapters import weightless
-from ..budget import budget, most_tokens
 from ..errors import expected, one_of
-from ..forward import TOKENS_PER_BATCH, Constants, borrowed, make_batches, without_cache_where_it_fails
-from ..graph import Circuit, EdgeScores, Graph, Heads
-from ..intervention import TOKENS_TOGETHER
+from ..forward import Constants, borrowed, without_cache_where_it_fails
+from ..graph import Circuit, EdgeScores, Heads
 from ..recording import RULES
-from ..request import Progress, Run, prepare
+from ..request import Progress, prepare
 from ..tasks import PairedDataset
-from .checkpoint import Checkpoint
-from .exact import edge_tokens, edges_to_score, exact_scores
-from .gradient import gradient_scores
-from .identity import ablation_identity, model_name, request_identity
-from .planning import Plan, make_plan, tokens_per_pass
-from .quadrature import QUADRATURES, Path
-from .spec import METHODS
+from .exact import edges_to_score
+from .gradient import GradientMethod
+from .identity import metric_name, model_name
+from .planning import Plan
+from .quadrature import QUADRATURES
+from .registry import METHODS
+from .spec import AttributionRequest
 from .statistics import Statistics, to_keep
 
 
@@ -100,51 +98,44 @@ def attribute(
     Raises:
         InputError: see the message; raised before any work, except for a metric that is not finite.
     """
-    run, graph, path = _checked(
-        model, data, metric, method, steps, quadrature, heads, ablation, batch_size, compat, ablation_data, rules
+    request = _request(
+        model=model,
+        data=data,
+        metric=metric,
+        method=method,
+        steps=steps,
+        quadrature=quadrature,
+        heads=heads,
+        ablation=ablation,
+        ablation_data=ablation_data,
+        batch_size=batch_size,
+        reuse_prefix=reuse_prefix,
+        memory=memory,
+        compat=compat,
+        rules=rules,
+        keep=keep,
+        edges=edges,
+        checkpoint=checkpoint,
     )
-    run = replace(run, keep=to_keep(keep, method, path))
-    model, data, spec = run.arch.model, run.data, METHODS[method]
-    allowed = budget(run, memory)
-    if path is not None and (edges is not None or checkpoint is not None):
-        raise expected("edges and checkpoint", 'method="exact"', repr(method))
-    chosen = edges_to_score(graph, edges)
-    name = _metric_name(metric)
-    with borrowed(model):
-        run = run.with_constants()
-        statistics = Statistics(run, graph)
-        if path is None:
-            settings = (batch_size, reuse_prefix, compat, *ablation_identity(run), *sorted(run.keep))
-            started = Checkpoint(
-                checkpoint, request_identity(model, data, name, graph, chosen, *settings), statistics, len(data)
-            )
-            tokens = edge_tokens(run, graph, chosen, batch_size, reuse_prefix, allowed, TOKENS_TOGETHER)
-            per_batch = min(tokens, TOKENS_PER_BATCH)
-            batches = make_batches(data, batch_size, reuse_prefix, run.arch.device, per_batch)
-            exact_scores(run, graph, batches, chosen, started, tokens, progress)
-        else:
-            scorer = spec.scorer_of(compat)
-            assert scorer is not None
-            tokens = most_tokens(run.arch.device)
-            if spec.planned:
-                tokens = tokens_per_pass(run, graph, path, batch_size, reuse_prefix, allowed, scorer)
-            # What does not compare the prompts wants the tokens before their first difference too.
-            batches = make_batches(data, batch_size, reuse_prefix and bool(path), run.arch.device, tokens)
-            gradient_scores(run, graph, batches, path, tokens, progress, statistics, scorer)
+    with borrowed(request.arch.model):
+        request = request.with_constants()
+        statistics = Statistics(request)
+        request.method.run(request, statistics, progress)
+    spec = request.method
     info = {
         "method": method,
-        "steps": len(path) if path else None,
-        "quadrature": quadrature if spec.grids else None,
-        "metric": None if path == [] else name,
+        "steps": len(request.path) or None,
+        "quadrature": quadrature if isinstance(spec, GradientMethod) and spec.has_grids else None,
+        "metric": metric_name(request.metric) if spec.measures else None,
         "ablation": ablation if isinstance(ablation, str) else "constants",
-        "data": data.name,
-        "n_examples": len(data),
-        "model": model_name(model),
+        "data": request.data.name,
+        "n_examples": len(request.data),
+        "model": model_name(request.arch.model),
     }
     if rules is not None:
         info["rules"] = rules
     if edges is not None:
-        info["edges"] = int(chosen.sum())
+        info["edges"] = int(request.edges.sum())
     if ablation_data is not None:
         info["ablation_data"] = ablation_data.name
     return statistics.scores(info)
@@ -177,21 +168,33 @@ def plan(
         InputError: what `attribute` refuses, and methods of which only a pass takes memory, such as "exact".
     """
     with weightless(model) as mode:
-        run, graph, path = _checked(
-            model, data, metric, method, steps, quadrature, heads, ablation, batch_size, compat, ablation_data, rules
+        request = _request(
+            model=model,
+            data=data,
+            metric=metric,
+            method=method,
+            steps=steps,
+            quadrature=quadrature,
+            heads=heads,
+            ablation=ablation,
+            ablation_data=ablation_data,
+            batch_size=batch_size,
+            reuse_prefix=reuse_prefix,
+            memory=memory,
+            compat=compat,
+            rules=rules,
+            keep=keep,
         )
-        spec = METHODS[method]
-        scorer = spec.scorer_of(compat)
-        if path is None or scorer is None or not spec.planned:
-            planned = ", ".join(repr(name) for name, each in METHODS.items() if each.planned)
-            raise expected("method", f"one whose memory is planned ({planned})", repr(method))
-        run = replace(run, keep=to_keep(keep, method, path))
-        with borrowed(run.arch.model), mode:
-            allowed = budget(run, memory)
-            return make_plan(run.with_constants(), graph, path, batch_size, reuse_prefix, allowed, scorer)
+        spec = request.method
+        if not isinstance(spec, GradientMethod) or not spec.planned:
+            planned = (name for name, each in METHODS.items() if isinstance(each, GradientMethod) and each.planned)
+            raise expected("method", f"one whose memory is planned ({', '.join(map(repr, planned))})", repr(method))
+        with borrowed(request.arch.model), mode:
+            return spec.plan(request.with_constants())
 
 
-def _checked(
+def _request(
+    *,
     model: nn.Module,
     data: PairedDataset,
     metric: Any,
@@ -200,11 +203,17 @@ def _checked(
     quadrature: str,
     heads: Heads,
     ablation: str | Constants,
-    batch_size: int | None,
-    compat: str | None,
     ablation_data: PairedDataset | None,
+    batch_size: int | None,
+    reuse_prefix: bool,
+    memory: int | str | None,
+    compat: str | None,
     rules: str | None,
-) -> tuple[Run, Graph, Path | None]:
+    keep: str | Collection[str] | None,
+    edges: Circuit | Tensor | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> AttributionRequest:
+    """What is asked, checked; raises InputError with what is wrong."""
     one_of("method", method, METHODS)
     one_of("quadrature", quadrature, QUADRATURES)
     one_of("heads", heads, ("kv", "query"))
@@ -212,22 +221,30 @@ def _checked(
         raise expected("steps", "a whole number of at least 1", repr(steps))
     if compat not in (None, "eap-ig"):
         raise expected("compat", "None or 'eap-ig'", repr(compat))
+    spec = METHODS[method]
     if ablation == "optimal":
         raise expected("ablation", "constants from eap.optimal_constants, learned for a circuit", repr(ablation))
-    if ablation != "patching" and not METHODS[method].ablated:
+    if ablation != "patching" and not spec.ablated:
         raise expected("ablation", f"'patching' for method {method!r}", repr(ablation))
-    run = prepare(model, data, metric, ablation, batch_size, ablation_data)
+    common = prepare(model, data, metric, ablation, batch_size, ablation_data, reuse_prefix, memory)
     if compat == "eap-ig":
-        run = replace(run, arch=run.arch.before_post_norms())
-    find_path = METHODS[method].path
-    path = None if find_path is None else find_path(steps, quadrature)
+        common = replace(common, arch=common.arch.before_post_norms())
     if rules is not None:
         one_of("rules", rules, RULES)
-        if not path:
+        if not spec.backward:
             raise expected("rules", f"None, as {method!r} has no backward pass", repr(rules))
-        run = replace(run, rules=RULES[rules])
-    return run, run.arch.graph(heads), path
-
-
-def _metric_name(metric: Any) -> str:
-    return metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
+    kept = to_keep(keep, spec)
+    if not spec.selective and (edges is not None or checkpoint is not None):
+        raise expected("edges and checkpoint", 'method="exact"', repr(method))
+    graph = common.arch.graph(heads)
+    return AttributionRequest(
+        **{field.name: getattr(common, field.name) for field in fields(common)},
+        graph=graph,
+        method=spec,
+        path=spec.path(steps, quadrature) if isinstance(spec, GradientMethod) else [],
+        compat=compat,
+        rules=None if rules is None else RULES[rules],
+        keep=kept,
+        edges=edges_to_score(graph, edges),
+        checkpoint=checkpoint,
+    )

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,6 +17,8 @@ from ..errors import expected
 from ..files import DAMAGED, check_writable, write_whole
 from ..forward import Batch, some_of
 from ..tasks import PairedDataset
+from .identity import request_identity
+from .spec import AttributionRequest
 from .statistics import Statistics
 
 _FORMAT = "eap-circuits/exact-2"
@@ -29,26 +29,22 @@ class Checkpoint:
     """What has been measured so far, in a file from which the same request goes on.
 
     Args:
-        path: a `.safetensors` file, or None to keep nothing.
-        request: what must be the same, plain JSON values.
+        request: names the `.safetensors` file, or none to keep nothing.
         statistics: the sums that are kept.
-        n_examples: of the data.
 
     Raises:
         InputError: the file is of another request, damaged, or cannot be written.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str] | None, request: dict[str, Any], statistics: Statistics, n_examples: int
-    ) -> None:
+    def __init__(self, request: AttributionRequest, statistics: Statistics) -> None:
         self.sums = statistics.sums
-        self.finished = torch.zeros(n_examples, dtype=torch.bool)
+        self.finished = torch.zeros(len(request.data), dtype=torch.bool)
         # Of the batch that is being measured: its examples, the edges done, and their scores, not yet in the sums.
         self._current = torch.zeros_like(self.finished)
         self.done = torch.zeros_like(self.sums["total"], dtype=torch.bool)
         self._partial = {name: torch.zeros_like(self.sums[name]) for name in _SUMMED if name in self.sums}
-        self._request = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
-        self._path = None if path is None else check_writable(path)
+        self._request = hashlib.sha256(json.dumps(request_identity(request), sort_keys=True).encode()).hexdigest()
+        self._path = None if request.checkpoint is None else check_writable(request.checkpoint)
         self._saved = time.monotonic()
         if self._path is not None:
             if self._path.suffix != ".safetensors":

@@ -12,44 +12,51 @@ trapezoid rule: the gradients of a segment's two ends are averaged. The error fa
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from ..forward import Batch
-from ..graph import Graph
 from ..recording import Contributions, ReceiverGradients, SenderDifferences
-from ..request import Run
-from .gradient import loss_of
-from .quadrature import Path
+from .gradient import GradientMethod, Passes, loss_of
+from .spec import AttributionRequest
 from .statistics import BatchScores
 
 
-def score_batch(run: Run, graph: Graph, path: Path, batch: Batch, tokens: int) -> BatchScores:
-    """Scores of the batch's examples; `path` has the segments' ends after α = 0.
+class ConductanceMethod(GradientMethod):
+    """Each sender's own change along the path times the gradients there."""
 
-    With half of each segment's gradient at either end, the gradient at point k meets ½ (c_u(k − 1) − c_u(k + 1)): a
-    point's scores can be taken once the next has run. One point runs at a time.
-    """
-    runner = run.runner(graph, batch)
-    senders = SenderDifferences(runner, graph)
-    clean, corrupted, clean_logits = senders.clean_embeddings, senders.corrupted_embeddings, senders.clean_logits
-    assert clean_logits is not None
+    ablated: ClassVar[bool] = False
+    planned: ClassVar[bool] = False
 
-    def loss(x: Tensor) -> Tensor:
-        return loss_of(run, batch, [x], clean_logits, senders.corrupted_logits)
+    def score(self, request: AttributionRequest, batch: Batch, passes: Passes) -> BatchScores:
+        """Scores of the batch's examples; the path has the segments' ends after α = 0.
 
-    scores = BatchScores(run, graph, batch)
-    spare, latest = (ReceiverGradients(runner, graph, 1, run.rules) for _ in range(2))
-    before = here = None  # what senders write at the point before the latest, and there
-    for alpha in (0.0, *(alpha for alpha, _ in path)):
-        point = torch.lerp(corrupted, clean, alpha)
-        following = Contributions(runner, point)
-        spare.clear()
-        spare.run(point, torch.ones(1), loss, following.watch)
-        if here is not None:
-            scores.add((before or here).less(following), latest.nodes(), times=0.5)
-        before, here = here, following
-        spare, latest = latest, spare
-    assert before is not None and here is not None, "a path has two ends"
-    scores.add(before.less(here), latest.nodes(), times=0.5)
-    return scores
+        With half of each segment's gradient at either end, the gradient at point k meets ½ (c_u(k − 1) − c_u(k + 1)): a
+        point's scores can be taken once the next has run. One point runs at a time.
+        """
+        graph = request.graph
+        runner = request.runner(graph, batch)
+        senders = SenderDifferences(runner, graph)
+        clean, corrupted, clean_logits = senders.clean_embeddings, senders.corrupted_embeddings, senders.clean_logits
+        assert clean_logits is not None
+
+        def loss(x: Tensor) -> Tensor:
+            return loss_of(request, batch, [x], clean_logits, senders.corrupted_logits)
+
+        scores = BatchScores(request, batch)
+        spare, latest = (ReceiverGradients(runner, graph, 1, request.rules) for _ in range(2))
+        before = here = None  # what senders write at the point before the latest, and there
+        for alpha in (0.0, *(alpha for alpha, _ in passes.path)):
+            point = torch.lerp(corrupted, clean, alpha)
+            following = Contributions(runner, point)
+            spare.clear()
+            spare.run(point, torch.ones(1), loss, following.watch)
+            if here is not None:
+                scores.add((before or here).less(following), latest.nodes(), times=0.5)
+            before, here = here, following
+            spare, latest = latest, spare
+        assert before is not None and here is not None, "a path has two ends"
+        scores.add(before.less(here), latest.nodes(), times=0.5)
+        return scores

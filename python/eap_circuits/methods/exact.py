@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,9 +13,11 @@ from ..budget import Cost, bytes_without_gradient, in_memory, tokens_within
 from ..errors import expected
 from ..forward import TOKENS_PER_BATCH, Batch
 from ..graph import Circuit, Graph
-from ..intervention import PatchedEdges
-from ..request import Progress, Run
+from ..intervention import TOKENS_TOGETHER, PatchedEdges
+from ..request import Progress
 from .checkpoint import Checkpoint
+from .spec import AttributionRequest, Method
+from .statistics import Statistics
 
 SECONDS_BETWEEN_SAVES = 60.0
 
@@ -32,55 +36,54 @@ def edges_to_score(graph: Graph, edges: object) -> Tensor:
     return edges.cpu() & graph.edge_mask
 
 
-def exact_scores(
-    run: Run,
-    graph: Graph,
-    batches: Iterable[Batch],
-    mask: Tensor,
-    checkpoint: Checkpoint,
-    tokens: int,
-    progress: Progress | None,
-) -> None:
-    """Add m(clean) − m(edge corrupted) of every edge in the mask and of every example to the checkpoint's sums."""
-    n_edges = int(mask.sum())
+@dataclass(frozen=True)
+class ExactMethod(Method):
+    """One edge after another alone carries its corrupted value."""
 
-    def measure(batch: Batch, tokens: int) -> None:
-        checkpoint.begin(batch)
-        patched = PatchedEdges(run.runner(graph, batch), graph, run.constants)
-        clean = run.values(patched.clean_logits, batch, patched.clean_logits, patched.corrupted_logits)
-        together = max(1, tokens // batch.clean.numel())
-        for edges in _passes(patched, mask & ~checkpoint.done, together):
-            for (u, v), logits in zip(edges, patched.logits(edges), strict=True):
-                values = run.values(logits, batch, patched.clean_logits, patched.corrupted_logits)
-                checkpoint.add(u, v, batch, (clean - values).double().cpu())
-            checkpoint.save(SECONDS_BETWEEN_SAVES)
-            if progress is not None:
-                measured = n_edges * int(checkpoint.finished.sum()) + int(checkpoint.done.sum()) * batch.n_examples
-                progress(measured // len(run.data), n_edges)
+    selective: ClassVar[bool] = True
+    keeps: ClassVar[tuple[str, ...]] = ("variance", "examples")
 
-    for _ in in_memory(run.data, checkpoint.remaining(run.data, batches), tokens, measure):
-        checkpoint.finish()
+    def run(self, request: AttributionRequest, statistics: Statistics, progress: Progress | None) -> None:
+        checkpoint = Checkpoint(request, statistics)
+        mask, graph = request.edges, request.graph
+        n_edges, tokens = int(mask.sum()), _edge_tokens(request)
+
+        def measure(batch: Batch, tokens: int) -> None:
+            checkpoint.begin(batch)
+            patched = PatchedEdges(request.runner(graph, batch), graph, request.constants)
+            clean = request.values(patched.clean_logits, batch, patched.clean_logits, patched.corrupted_logits)
+            together = max(1, tokens // batch.clean.numel())
+            for edges in _passes(patched, mask & ~checkpoint.done, together):
+                for (u, v), logits in zip(edges, patched.logits(edges), strict=True):
+                    values = request.values(logits, batch, patched.clean_logits, patched.corrupted_logits)
+                    checkpoint.add(u, v, batch, (clean - values).double().cpu())
+                checkpoint.save(SECONDS_BETWEEN_SAVES)
+                if progress is not None:
+                    measured = n_edges * int(checkpoint.finished.sum()) + int(checkpoint.done.sum()) * batch.n_examples
+                    progress(measured // len(request.data), n_edges)
+
+        batches = request.batches(min(tokens, TOKENS_PER_BATCH))
+        for _ in in_memory(request.data, checkpoint.remaining(request.data, batches), tokens, measure):
+            checkpoint.finish()
 
 
-def edge_tokens(
-    run: Run, graph: Graph, mask: Tensor, batch_size: int | None, reuse_prefix: bool, allowed: int, most: int
-) -> int:
-    """The tokens of the edges that run together within a budget of bytes."""
-    if not mask.any():
+def _edge_tokens(request: AttributionRequest) -> int:
+    """The tokens of the edges that run together within the budget."""
+    graph, most = request.graph, TOKENS_TOGETHER
+    if not request.edges.any():
         return most
-    receiver, sender = mask.T.nonzero()[0].tolist()
+    receiver, sender = request.edges.T.nonzero()[0].tolist()
 
-    def measured(few: Batch, copies: int, phase: Callable[[], None]) -> None:
-        patched = PatchedEdges(run.runner(graph, few), graph, run.constants)
+    def measured(few: Batch, copies: int) -> None:
+        patched = PatchedEdges(request.runner(graph, few), graph, request.constants)
         # The earliest layer's edges take the most.
         patched.logits([(sender, receiver)] * copies)
-        phase()
 
     def cost(batch: Batch) -> Cost:
-        return Cost(run.data, batch, measured)
+        return Cost(request.data, batch, measured)
 
-    rough = bytes_without_gradient(run, min(most, TOKENS_PER_BATCH), most)
-    return tokens_within(run, batch_size, reuse_prefix, allowed, most, rough, cost)
+    rough = bytes_without_gradient(request, min(most, TOKENS_PER_BATCH), most)
+    return tokens_within(request, most, rough, cost)
 
 
 def _passes(patched: PatchedEdges, mask: Tensor, size: int) -> Iterable[list[tuple[int, int]]]:

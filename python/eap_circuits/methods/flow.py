@@ -13,43 +13,60 @@ where no sender brings a receiver nearer to its input counts 0 (the published pa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..adapters import Norm, receiver_sites
+from ..budget import most_tokens
 from ..forward import Batch, Runner
 from ..graph import Graph
 from ..recording import RecordedRun
-from ..request import Run
-from .quadrature import Path
-from .statistics import BatchScores
+from ..request import Progress
+from .spec import AttributionRequest, Method
+from .statistics import BatchScores, Statistics, score_batches
 
 WORKSPACE = 2**26  # bytes of expanded contributions and proximities held at once
 Site = tuple[Norm, list[int]]  # a norm in front of receivers, and these receivers
 
 
-def score_batch(run: Run, graph: Graph, path: Path, batch: Batch, tokens: int) -> BatchScores:
+class FlowMethod(Method):
+    """Shares of receivers' inputs."""
+
+    ablated: ClassVar[bool] = False
+    measures: ClassVar[bool] = False
+
+    def run(self, request: AttributionRequest, statistics: Statistics, progress: Progress | None) -> None:
+        # Prompts run whole: nothing is compared with the corrupted ones.
+        request = replace(request, reuse_prefix=False)
+        score_batches(request, most_tokens(request.arch.device), partial(score_batch, request), statistics, progress)
+
+
+def score_batch(request: AttributionRequest, batch: Batch, tokens: int) -> BatchScores:
     """Scores of the batch's examples, whose prompts run whole."""
-    record = RecordedRun(Runner(run.arch, graph, batch, every_mlp=True), corrupted=False)
+    graph = request.graph
+    record = RecordedRun(Runner(request.arch, graph, batch, every_mlp=True), corrupted=False)
     real = torch.arange(batch.clean.shape[1], device=batch.clean.device) < batch.lengths[:, None]  # [E, T]
     rows = real.flatten().nonzero()[:, 0]
-    weights = (real / batch.lengths[:, None]).flatten()[rows].to(run.arch.accumulate)  # [n]
-    sites = _sites(run, graph)
-    tile = max(1, WORKSPACE // (_per_token(graph, len(sites)) * run.arch.accumulate.itemsize))
-    scores = BatchScores(run, graph, batch)
+    weights = (real / batch.lengths[:, None]).flatten()[rows].to(request.arch.accumulate)  # [n]
+    sites = _sites(request, graph)
+    tile = max(1, WORKSPACE // (_per_token(graph, len(sites)) * request.arch.accumulate.itemsize))
+    scores = BatchScores(request, batch)
     for some, weight in zip(rows.split(tile), weights.split(tile), strict=True):
-        importance = _importance(run, graph, record, sites, some)  # [n, sites, S]
+        importance = _importance(request, graph, record, sites, some)  # [n, sites, S]
         shares = torch.einsum("n,nvu->uv", weight, importance).double().cpu()
         for site, (_, receivers) in enumerate(sites):
             scores.sums["total"][:, receivers] += shares[:, site, None]
     return scores
 
 
-def _sites(run: Run, graph: Graph) -> list[Site]:
+def _sites(request: AttributionRequest, graph: Graph) -> list[Site]:
     """In order of depth."""
     sites: dict[Norm, Site] = {}
-    for site in receiver_sites(run.arch, graph):
+    for site in receiver_sites(request.arch, graph):
         sites.setdefault(site.norm, (site.norm, []))[1].extend(range(site.receivers.start, site.receivers.stop))
     return list(sites.values())
 
@@ -59,15 +76,17 @@ def _per_token(graph: Graph, sites: int) -> int:
     return (sites + max(graph.n_heads)) * graph.d_model + 3 * sites * graph.n_senders
 
 
-def _importance(run: Run, graph: Graph, record: RecordedRun, sites: list[Site], rows: Tensor) -> Tensor:
+def _importance(
+    request: AttributionRequest, graph: Graph, record: RecordedRun, sites: list[Site], rows: Tensor
+) -> Tensor:
     """Each sender's share of what each site reads at some tokens, [n, sites, S]."""
-    inputs = (_at(run, record.norm_inputs[norm], rows).to(rows.device) for norm, _ in sites)
+    inputs = (_at(request, record.norm_inputs[norm], rows).to(rows.device) for norm, _ in sites)
     read = torch.stack(list(inputs), 1)  # [n, sites, D]
     size = read.abs().sum(-1, keepdim=True)
     reach = [int(graph.reach[receivers[0]]) for _, receivers in sites]
     proximity = read.new_zeros(*size.shape[:2], graph.n_senders)
     sender = 0
-    for written in (each.to(rows.device) for each in _contributions(run, record, rows)):
+    for written in (each.to(rows.device) for each in _contributions(request, record, rows)):
         first = sum(seen <= sender for seen in reach)  # sites are in order of depth
         following = sender + written.shape[1]
         distance = torch.cdist(read[:, first:], written, p=1)  # no [n, sites, h, D]
@@ -77,15 +96,15 @@ def _importance(run: Run, graph: Graph, record: RecordedRun, sites: list[Site], 
     return torch.where(total > 0, proximity / total, 0)
 
 
-def _contributions(run: Run, record: RecordedRun, rows: Tensor) -> Iterator[Tensor]:
+def _contributions(request: AttributionRequest, record: RecordedRun, rows: Tensor) -> Iterator[Tensor]:
     """What each group of senders writes at some tokens, [n, h, D], one group after another."""
-    yield _at(run, record.embeddings, rows)[:, None]
-    for layer, values, mlp in zip(run.arch.layers, record.values, record.mlps, strict=True):
-        weight = layer.out_weight(run.arch.accumulate)  # [H, K, D]
-        yield torch.einsum("nhk,hkd->nhd", _at(run, values, rows).unflatten(1, weight.shape[:2]), weight)
-        yield _at(run, mlp, rows)[:, None] * layer.scale
+    yield _at(request, record.embeddings, rows)[:, None]
+    for layer, values, mlp in zip(request.arch.layers, record.values, record.mlps, strict=True):
+        weight = layer.out_weight(request.arch.accumulate)  # [H, K, D]
+        yield torch.einsum("nhk,hkd->nhd", _at(request, values, rows).unflatten(1, weight.shape[:2]), weight)
+        yield _at(request, mlp, rows)[:, None] * layer.scale
 
 
-def _at(run: Run, x: Tensor, rows: Tensor) -> Tensor:
+def _at(request: AttributionRequest, x: Tensor, rows: Tensor) -> Tensor:
     """[E, T, X] -> [n, X] at some of the batch's tokens, in the accumulation dtype."""
-    return x.flatten(0, 1)[rows.to(x.device)].to(run.arch.accumulate)
+    return x.flatten(0, 1)[rows.to(x.device)].to(request.arch.accumulate)

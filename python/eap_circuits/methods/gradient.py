@@ -1,117 +1,139 @@
-"""Gradient methods: senders' differences times receivers' gradients along the path, batch by batch."""
+"""Gradient methods: senders' differences times receivers' gradients along a path, batch by batch.
+
+S[u, v] = Σ_t ⟨Δ_u(t), Σ_k w_k ∂loss/∂x_v(t) at point k⟩. What a point is, each method says in its own module.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..budget import in_memory
+from ..budget import Cost, budget, end_of_phase, most_tokens, numbers_per_token, tokens_within
 from ..forward import Batch
-from ..graph import Graph
-from ..recording import ReceiverGradients, SenderDifferences
-from ..request import Progress, Run
+from ..recording import ReceiverGradients
+from ..request import Progress
+from .planning import Plan
 from .quadrature import Path
-from .statistics import BatchScores, Statistics
+from .spec import KEEP, AttributionRequest, Method
+from .statistics import BatchScores, Statistics, batch_bytes, score_batches
 
-# Normalised inputs of so many path points are held before what has been accumulated is contracted: fewer would
+# Normalised inputs of this many path points are held before what has been accumulated is contracted: fewer would
 # spend more time on contractions than on the passes, more only memory. The usual path is contracted once.
 HELD_POINTS = 5
 HELD_BYTES = 128 * 2**20
-# (run, graph, path, batch, tokens of a pass) -> scores of the batch
-Scorer = Callable[..., BatchScores]
+# A pass keeps about two numbers for the backward for every weight that works on a token, divided by the width.
+_NUMBERS_PER_WEIGHT = 2
 
 
-def gradient_scores(
-    run: Run,
-    graph: Graph,
-    batches: Iterable[Batch],
-    path: Path,
-    tokens: int,
-    progress: Progress | None,
-    statistics: Statistics,
-    scorer: Scorer,
-) -> None:
-    """Add the scores of all examples to `statistics`, batch by batch as the method's `scorer` finds them."""
-    done = 0
-    for batch, scores in in_memory(run.data, batches, tokens, partial(scorer, run, graph, path)):
-        statistics.add(scores)
-        done += batch.n_examples
-        if progress is not None:
-            progress(done, len(run.data))
+class Passes(NamedTuple):
+    """How a batch runs along its path."""
+
+    path: Path
+    together: int  # points of one pass
+    held: int  # points whose normalised inputs are held until they are contracted
 
 
-def steps_at_once(batch: Batch, steps: int, tokens: int) -> int:
-    """Path points per pass, for a pass to have no more than so many tokens."""
-    return max(1, min(steps, tokens // batch.clean.numel()))
+@dataclass(frozen=True)
+class GradientMethod(Method):
+    """Gradients along a path.
 
-
-def score_batch(
-    run: Run,
-    graph: Graph,
-    path: Path,
-    batch: Batch,
-    tokens: int,
-    held: int | None = None,
-    phase: Callable[[], None] | None = None,
-) -> BatchScores:
-    """Scores of the batch's examples.
-
-    `phase` is called after the passes over each chunk of the path, and after its contraction.
+    Args:
+        grid: steps -> the path's points and weights; several by name where `quadrature=` chooses among them.
     """
-    runner = run.runner(graph, batch)
-    # Where the clean prompts are a point of the path, that pass comes first and is their only one.
-    path = sorted(path, reverse=True)
-    shared = path[0][0] == 1.0
-    senders = SenderDifferences(runner, graph, clean=not shared, constants=run.constants)
-    corrupted, clean = senders.corrupted_embeddings, senders.clean_embeddings
-    held = held or points_held(run, batch, len(path))
-    size = min(steps_at_once(batch, len(path), tokens), held)
-    receivers = ReceiverGradients(runner, graph, held, run.rules)
 
-    def loss(logits: Tensor) -> Tensor:
-        points = logits.split(batch.n_examples)
-        if senders.clean_logits is None:
-            senders.clean_logits = points[0].detach()
-        return loss_of(run, batch, points, senders.clean_logits, senders.corrupted_logits)
+    grid: Callable[[int], Path] | Mapping[str, Callable[[int], Path]]
 
-    scores = BatchScores(run, graph, batch)
-    for together in chunks(path, held):
-        for part in chunks(together, size):
-            points = torch.cat([torch.lerp(corrupted, clean, alpha) for alpha, _ in part])
-            watch = senders.register_clean if senders.clean_logits is None else None
-            receivers.run(points, torch.tensor([weight for _, weight in part]), loss, watch)
-        with contracted(receivers, phase):
-            scores.add(senders.nodes(), receivers.nodes())
-    return scores
+    backward: ClassVar[bool] = True
+    keeps: ClassVar[tuple[str, ...]] = KEEP
+    planned: ClassVar[bool] = True  # `memory=` bounds it, and `plan` foretells it
+
+    @property
+    def has_grids(self) -> bool:
+        """Does `quadrature=` choose the grid?"""
+        return isinstance(self.grid, Mapping)
+
+    def path(self, steps: int, quadrature: str) -> Path:
+        """Points and weights of the path."""
+        return (self.grid[quadrature] if isinstance(self.grid, Mapping) else self.grid)(steps)
+
+    def repeated(self, request: AttributionRequest) -> Path:
+        """The points of which several run side by side."""
+        return request.path
+
+    @abstractmethod
+    def score(self, request: AttributionRequest, batch: Batch, passes: Passes) -> BatchScores:
+        """Scores of the batch's examples. Calls `end_of_phase` where what is held changes, the same number of times
+        for all numbers of examples and points."""
+
+    def run(self, request: AttributionRequest, statistics: Statistics, progress: Progress | None) -> None:
+        tokens = self._tokens(request) if self.planned else most_tokens(request.arch.device)
+
+        def score(batch: Batch, tokens: int) -> BatchScores:
+            return self.score(request, batch, self.cut(request, batch, tokens))
+
+        score_batches(request, tokens, score, statistics, progress)
+
+    def plan(self, request: AttributionRequest) -> Plan:
+        """How `run` will cut the data, and what it will take."""
+        tokens = self._tokens(request)
+        batches = list(request.batches(tokens))
+        shapes = [(*batch.shape, self.cut(request, batch, tokens).together) for batch in batches]
+        needed = 0
+        costs: dict[tuple[int, int], Cost] = {}  # batches with alike prompts cost alike
+        for batch, (examples, suffix, points) in zip(batches, shapes, strict=True):
+            alike = suffix, batch.prefix.shape[1]
+            if alike not in costs:
+                costs[alike] = self._cost(request, batch)
+            needed = max(needed, costs[alike].bytes(examples, points))
+        return Plan(tokens, tuple(shapes), needed, budget(request))
+
+    def cut(self, request: AttributionRequest, batch: Batch, tokens: int) -> Passes:
+        """How a batch runs where a pass has at most this many tokens."""
+        points = len(self.repeated(request))
+        per_point = len(request.arch.norms) * len(batch.rows) * request.arch.d_model * request.arch.contracted.itemsize
+        held = min(points, max(HELD_POINTS, HELD_BYTES // max(per_point, 1)))
+        return Passes(request.path, max(1, min(held, tokens // batch.clean.numel())), held)
+
+    def _tokens(self, request: AttributionRequest) -> int:
+        """The most tokens of a pass within the budget."""
+        most = most_tokens(request.arch.device)
+        rough = _NUMBERS_PER_WEIGHT * most * numbers_per_token(request) * request.arch.accumulate.itemsize
+        rough += batch_bytes(request, request.batch_size or most)
+        return tokens_within(request, most, rough, partial(self._cost, request), per_batch=most)
+
+    def _cost(self, request: AttributionRequest, batch: Batch) -> Cost:
+        path, held = self.repeated(request), self.cut(request, batch, 0).held
+
+        def measured(few: Batch, points: int) -> None:
+            self.score(request, few, Passes(path[:points], points, held))
+
+        return Cost(request.data, batch, measured, len(path) > 1)
 
 
 @contextlib.contextmanager
-def contracted(receivers: ReceiverGradients, phase: Callable[[], None] | None) -> Iterator[None]:
-    """Around the contraction of what has been accumulated, which is forgotten then; `phase` is called at both ends."""
-    if phase is not None:
-        phase()
+def contraction(receivers: ReceiverGradients) -> Iterator[None]:
+    """Around the contraction of what has been accumulated, which is then forgotten."""
+    end_of_phase()
     yield
     receivers.clear()
-    if phase is not None:
-        phase()
+    end_of_phase()
 
 
-def loss_of(run: Run, batch: Batch, points: Iterable[Tensor], clean: Tensor, corrupted: Tensor) -> Tensor:
+def loss_of(
+    request: AttributionRequest, batch: Batch, points: Iterable[Tensor], clean: Tensor, corrupted: Tensor
+) -> Tensor:
     """−metric summed over the batch's examples and path points, each point's logits being [E, V]."""
-    return -torch.stack([run.values(point, batch, clean, corrupted).sum() for point in points]).sum()
-
-
-def points_held(run: Run, batch: Batch, steps: int) -> int:
-    """For how many path points what the norms read is held at once."""
-    per_point = len(run.arch.norms) * len(batch.rows) * run.arch.d_model * run.arch.contracted.itemsize
-    return min(steps, max(HELD_POINTS, HELD_BYTES // max(per_point, 1)))
+    return -torch.stack([request.values(point, batch, clean, corrupted).sum() for point in points]).sum()
 
 
 def chunks(path: Path, most: int) -> list[Path]:
-    """The path in as few parts of at most so many points as there can be, all about equally long."""
+    """The path in the fewest parts of at most this many points, all about equally long."""
     parts = -(-len(path) // most)
     return [path[len(path) * i // parts : len(path) * (i + 1) // parts] for i in range(parts)]

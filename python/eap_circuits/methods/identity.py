@@ -9,28 +9,26 @@ from typing import Any
 from torch import Tensor
 
 from ..forward import Constants
-from ..graph import Graph
-from ..request import Run
+from ..metrics import METRICS
 from ..tasks import PairedDataset
+from .spec import AttributionRequest
 
 _SAMPLED = 64  # numbers of each weight that tell models apart
 
 
-def request_identity(
-    model: Any,
-    data: PairedDataset,
-    metric: str,
-    graph: Graph,
-    edges: Tensor,
-    *settings: Any,
-) -> dict[str, Any]:
-    """What two runs must have in common for one to go on where the other stopped."""
+def request_identity(request: AttributionRequest) -> dict[str, Any]:
+    """What two runs must have in common for one to go on where the other stopped; plain JSON values."""
+    ablation, other = request.ablation, request.ablation_data
+    if isinstance(ablation, Constants):
+        ablated = ["constants", *map(_digest, ablation.tensors)]
+    else:
+        ablated = [ablation, *([] if other is None else data_identity(other))]
     return {
-        "model": model_identity(model),
-        "data": [*data_identity(data), _digest(edges)],
-        "metric": metric,
-        "graph": graph.to_dict(),
-        "settings": list(settings),
+        "model": model_identity(request.arch.model),
+        "data": [*data_identity(request.data), _digest(request.edges)],
+        "metric": metric_name(request.metric),
+        "graph": request.graph.to_dict(),
+        "settings": [request.batch_size, request.reuse_prefix, request.compat, *ablated, *sorted(request.keep)],
     }
 
 
@@ -56,13 +54,6 @@ def data_identity(data: PairedDataset) -> list[str]:
     return [_digest(x) for x in tensors if x is not None]
 
 
-def ablation_identity(run: Run) -> list[str]:
-    """The ablation, and digests of what it is made from."""
-    if isinstance(run.ablation, Constants):
-        return ["constants", *map(_digest, run.ablation.tensors)]
-    return [run.ablation, *([] if run.ablation_data is None else data_identity(run.ablation_data))]
-
-
 def _digest(x: Tensor) -> str:
     return hashlib.sha256(x.numpy(force=True).tobytes()).hexdigest()
 
@@ -71,3 +62,9 @@ def model_name(model: Any) -> str:
     """The hub name, or the folder's own name: results are passed on, and whole paths mean nothing elsewhere."""
     name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
     return os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name
+
+
+def metric_name(metric: Any) -> str:
+    """A metric's name in `METRICS`, or that of the user's own function."""
+    named = (name for name, each in METRICS.items() if each is metric)
+    return next(named, getattr(metric, "__name__", type(metric).__name__))

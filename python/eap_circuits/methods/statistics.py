@@ -6,7 +6,7 @@ score of that example or position, and all of them together cost what the whole 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -15,20 +15,19 @@ from torch import Tensor
 
 from eap_kernels import Nodes
 
-from ..budget import free_bytes
+from ..budget import free_bytes, in_memory
 from ..errors import expected, one_of
 from ..forward import Batch
-from ..graph import EdgeScores, Graph
+from ..graph import EdgeScores
 from ..recording import contract, contract_neurons, lowered
-from ..request import Run
-from .quadrature import Path
+from ..request import Progress
+from .spec import KEEP, AttributionRequest, Method
 
-KEEP = ("variance", "examples", "positions", "positions-from-end", "neurons")
 _EXAMPLES, _POSITIONS = {"variance", "examples"}, {"positions", "positions-from-end"}
 
 
-def to_keep(keep: object, method: str, path: Path | None) -> frozenset[str]:
-    """What `attribute(keep=)` asks for, of a method with this path."""
+def to_keep(keep: object, method: Method) -> frozenset[str]:
+    """What `attribute(keep=)` asks a method for."""
     names = (keep,) if isinstance(keep, str) else tuple(keep) if isinstance(keep, Collection) else keep
     if names is None:
         return frozenset()
@@ -39,19 +38,18 @@ def to_keep(keep: object, method: str, path: Path | None) -> frozenset[str]:
     found = frozenset(names)
     if found >= _POSITIONS:
         raise expected("keep", "positions counted from one end", "both 'positions' and 'positions-from-end'")
-    if path is None and not found <= _EXAMPLES:
-        raise expected("keep", f"'variance' or 'examples' for method {method!r}", repr(keep))
-    if path == [] and found:
-        raise expected("keep", f"nothing for method {method!r}", repr(keep))
+    if not found <= set(method.keeps):
+        known = " or ".join(map(repr, method.keeps)) or "nothing"
+        raise expected("keep", f"{known} for method {method.name!r}", repr(keep))
     return found
 
 
-def batch_bytes(run: Run, graph: Graph, examples: int) -> int:
+def batch_bytes(request: AttributionRequest, examples: int) -> int:
     """The most that the `BatchScores` of so many examples hold for what is kept."""
-    parts = min(examples, len(run.data)) if run.keep & _EXAMPLES else 0
-    if run.keep & _POSITIONS:
-        parts += int(run.data.lengths.max())
-    return parts * graph.n_senders * graph.n_receivers * run.arch.accumulate.itemsize
+    parts = min(examples, len(request.data)) if request.keep & _EXAMPLES else 0
+    if request.keep & _POSITIONS:
+        parts += int(request.data.lengths.max())
+    return parts * request.graph.n_senders * request.graph.n_receivers * request.arch.accumulate.itemsize
 
 
 class BatchScores:
@@ -62,9 +60,9 @@ class BatchScores:
     positions.
     """
 
-    def __init__(self, run: Run, graph: Graph, batch: Batch) -> None:
-        keep = run.keep
-        self.batch, self._arch, self._graph = batch, run.arch, graph
+    def __init__(self, request: AttributionRequest, batch: Batch) -> None:
+        keep, graph = request.keep, request.graph
+        self.batch, self._arch, self._graph = batch, request.arch, graph
         self.sums: dict[str, Tensor] = {}
         self._parts: dict[str, list[Tensor | slice]] = {}
         self._neurons = "neurons" in keep
@@ -76,13 +74,13 @@ class BatchScores:
         if keep & _POSITIONS:
             before = batch.start
             if "positions-from-end" in keep:
-                before = before + int(run.data.lengths.max()) - batch.lengths
+                before = before + int(request.data.lengths.max()) - batch.lengths
             place = before[batch.rows // tokens] + batch.rows % tokens
             places, which = place.unique(return_inverse=True)
             self.places = places.cpu()
             self._parts["positions"] = [(which == i).nonzero()[:, 0] for i in range(len(places))]
         for name, parts in self._parts.items():
-            self.sums[name] = torch.zeros(len(parts), *shape, dtype=run.arch.accumulate, device=batch.rows.device)
+            self.sums[name] = torch.zeros(len(parts), *shape, dtype=request.arch.accumulate, device=batch.rows.device)
         if not self._parts:
             self.sums["total"] = torch.zeros(shape, dtype=torch.float64)
         if self._neurons:
@@ -127,9 +125,9 @@ class Statistics:
         InputError: they do not fit into memory.
     """
 
-    def __init__(self, run: Run, graph: Graph) -> None:
-        keep = run.keep
-        self._keep, self._graph, self._n = keep, graph, len(run.data)
+    def __init__(self, request: AttributionRequest) -> None:
+        keep, graph = request.keep, request.graph
+        self._keep, self._graph, self._n = keep, graph, len(request.data)
         edges = (graph.n_senders, graph.n_receivers)
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"total": (edges, torch.float64)}
         if keep & _EXAMPLES:
@@ -137,7 +135,7 @@ class Statistics:
         if "examples" in keep:
             shapes["examples"] = (self._n, *edges), torch.float32
         if keep & _POSITIONS:
-            shapes["positions"] = (int(run.data.lengths.max()), *edges), torch.float64
+            shapes["positions"] = (int(request.data.lengths.max()), *edges), torch.float64
         if "neurons" in keep:
             shapes["neurons"] = (graph.n_senders, graph.d_model), torch.float64
         needed = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
@@ -178,3 +176,19 @@ class Statistics:
         if self._keep:
             info = {**info, "keep": sorted(self._keep)}
         return EdgeScores(self._graph, mean.float(), info, **kept)
+
+
+def score_batches(
+    request: AttributionRequest,
+    tokens: int,
+    score: Callable[[Batch, int], BatchScores],
+    statistics: Statistics,
+    progress: Progress | None,
+) -> None:
+    """Add `score(batch, tokens of a pass)` of all batches."""
+    done = 0
+    for batch, scores in in_memory(request.data, request.batches(tokens), tokens, score):
+        statistics.add(scores)
+        done += batch.n_examples
+        if progress is not None:
+            progress(done, len(request.data))

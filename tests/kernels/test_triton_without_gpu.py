@@ -68,15 +68,16 @@ def compile_all(shapes, tmp_path_factory):
     """{target: what each kernel of the table for this size of shared memory uses}."""
     need(None if importlib.util.find_spec("triton") else "triton is not installed")
 
-    def compile_one(target):
+    def compile_one(target, cache):
         capability, memory = target
-        cache = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-        done = run(str(FOLDER / "triton_offline.py"), str(capability), memory, shapes, **cache)
+        done = run(str(FOLDER / "triton_offline.py"), str(capability), memory, shapes, TRITON_CACHE_DIR=str(cache))
         assert done.returncode == 0, done.stderr[-10_000:]
         return [json.loads(line) for line in done.stdout.splitlines()]
 
+    # Made here: pytest's own folder comes into being with the first, which two threads would both try.
+    caches = [tmp_path_factory.mktemp("triton") for _ in TARGETS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(TARGETS, pool.map(compile_one, TARGETS), strict=True))
+        return dict(zip(TARGETS, pool.map(compile_one, TARGETS, caches), strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -208,7 +208,7 @@ def test_baselines_are_other_circuits_of_the_same_sizes(make_model, make_pairs):
     assert plain.baselines == {} and list(curve.baselines) == ["complement", "random"]
     wanted = {
         "complement": [[circuit.complement() for circuit in curve.circuits]],
-        "random": [[eap.random_circuit(scores.graph, n, seed) for n in curve.n_edges] for seed in (4, 9)],
+        "random": [[eap.random_circuit(scores.graph, n, seed=seed) for n in curve.n_edges] for seed in (4, 9)],
     }
     x = torch.tensor(fractions)
     for name, draws in wanted.items():

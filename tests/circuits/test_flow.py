@@ -66,7 +66,8 @@ def test_flow_is_shares_of_the_clean_prompts_inputs(family, make_model, make_pai
     assert float(scores.values.sum(0).max()) <= 1 + 1e-6 and float(scores.values.sum(0).min()) > 0
     other = eap.PairedDataset.from_tokens(data.clean, data.clean.flip(0), data.lengths, data.answers.flip(0))
     assert (
-        relative(eap.attribute(model, other, "kl_divergence", "information-flow-routes").values, scores.values) < 1e-6
+        relative(eap.attribute(model, other, "kl_divergence", method="information-flow-routes").values, scores.values)
+        < 1e-6
     )
     assert scores.info["metric"] is None and scores.info["steps"] is None
     query = eap.attribute(model, data, method="information-flow-routes", heads="query")

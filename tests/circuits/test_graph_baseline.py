@@ -41,9 +41,9 @@ def test_a_random_circuit_has_the_edges_asked_for_and_all_on_paths(
     graph: Graph, data: st.DataObject, seed: int
 ) -> None:
     n = data.draw(st.one_of(st.integers(0, min(12, graph.n_edges)), st.integers(0, graph.n_edges)))
-    circuit = random_circuit(graph, n, seed)
+    circuit = random_circuit(graph, n, seed=seed)
     assert circuit.n_edges == n
-    assert circuit == circuit.pruned() == random_circuit(graph, n, seed)
+    assert circuit == circuit.pruned() == random_circuit(graph, n, seed=seed)
     if n <= 60:
         assert on_a_path(circuit) == {tuple(edge) for edge in circuit.mask.nonzero().tolist()}
 
@@ -51,7 +51,7 @@ def test_a_random_circuit_has_the_edges_asked_for_and_all_on_paths(
 def test_seeds_give_different_circuits_and_every_edge_its_chance() -> None:
     graph = Graph((2, 2), (1, 1), 8)
     seen = torch.zeros_like(graph.edge_mask)
-    circuits = [random_circuit(graph, 6, seed) for seed in range(200)]
+    circuits = [random_circuit(graph, 6, seed=seed) for seed in range(200)]
     for circuit in circuits:
         seen |= circuit.mask
     assert torch.equal(seen, graph.edge_mask)
@@ -70,11 +70,11 @@ def test_auroc_is_the_share_of_pairs_in_order(graph: Graph, seed: int, signed: b
     generator = torch.Generator().manual_seed(seed)
     values = torch.randint(-4, 5, graph.edge_mask.shape, generator=generator).float()  # many ties
     values[~graph.edge_mask] = 100  # not edges: must not count
-    circuit = random_circuit(graph, data.draw(st.integers(1, graph.n_edges - 1)), seed)
+    circuit = random_circuit(graph, data.draw(st.integers(1, graph.n_edges - 1)), seed=seed)
     rank = values if signed else values.abs()
     inside, outside = rank[circuit.mask], rank[circuit.complement().mask]
     wins = (inside[:, None] > outside).double() + 0.5 * (inside[:, None] == outside).double()
-    assert edge_auroc(EdgeScores(graph, values), circuit, signed) == pytest.approx(float(wins.mean()))
+    assert edge_auroc(EdgeScores(graph, values), circuit, signed=signed) == pytest.approx(float(wins.mean()))
 
 
 def test_auroc_of_the_circuit_itself_and_of_its_opposite() -> None:

@@ -20,7 +20,7 @@ def test_bootstrap_is_the_share_of_all_resamples_with_the_same_sign(examples: li
     sums = [sum(resample) for resample in itertools.product(examples, repeat=n)]
     wanted = sum((x > 0) - (x < 0) == (total > 0) - (total < 0) for x in sums) / len(sums) if total else 0.0
     draws = 4000
-    found = bootstrap_confidence(torch.tensor(examples).float()[:, None, None], draws, seed=3)
+    found = bootstrap_confidence(torch.tensor(examples).float()[:, None, None], draws=draws, seed=3)
     # Six standard errors of a share of so many draws.
     assert float(found) == pytest.approx(wanted, abs=6 * 0.5 / math.sqrt(draws))
 
@@ -46,7 +46,7 @@ def test_moments_give_what_many_examples_give(seed: int) -> None:
     for u, v in itertools.product(range(3), range(4)):
         z = abs(float(mean[u, v])) / math.sqrt(float(variance[u, v]) / 200)
         assert float(found[u, v]) == pytest.approx(0.5 * (1 + math.erf(z / math.sqrt(2))))
-    assert float((bootstrap_confidence(values, 4000) - found).abs().max()) < 0.06
+    assert float((bootstrap_confidence(values, draws=4000) - found).abs().max()) < 0.06
 
 
 def test_moments_of_equal_scores() -> None:
@@ -56,9 +56,9 @@ def test_moments_of_equal_scores() -> None:
 
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(6, 5, 7, generator=torch.Generator().manual_seed(0))
-    whole = bootstrap_confidence(values, 50)
+    whole = bootstrap_confidence(values, draws=50)
     monkeypatch.setattr("eap_circuits.graph.confidence._CHUNK", 150)
-    assert torch.equal(bootstrap_confidence(values, 50), whole)
+    assert torch.equal(bootstrap_confidence(values, draws=50), whole)
 
 
 def test_selection_among_sure_edges() -> None:

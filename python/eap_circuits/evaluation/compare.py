@@ -36,6 +36,7 @@ def compare(
     second: Circuit,
     first_data: PairedDataset,
     second_data: PairedDataset,
+    *,
     metric: Any = None,
     batch_size: int | None = None,
 ) -> Comparison:

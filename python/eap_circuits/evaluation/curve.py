@@ -81,6 +81,7 @@ def faithfulness_curve(
     scores: EdgeScores,
     data: PairedDataset,
     fractions: Sequence[float] = FRACTIONS,
+    *,
     metric: Any = "logit_diff",
     how: str = "top",
     signed: bool = False,
@@ -124,8 +125,18 @@ def faithfulness_curve(
     circuits = tuple(scores.select(int(f * scores.graph.n_edges), how, signed, among=among) for f in fractions)
     others = {name: baseline_circuits(name, circuits, seeds) for name in baselines}
     rows = [circuits, *(row for draws in others.values() for row in draws)]
-    settings = (data, metric, ablation, batch_size, reuse_prefix, progress, ablation_data, memory)
-    flat = evaluate(model, [c for row in rows for c in row], *settings)
+    flat = evaluate(
+        model,
+        [circuit for row in rows for circuit in row],
+        data,
+        metric,
+        ablation=ablation,
+        batch_size=batch_size,
+        reuse_prefix=reuse_prefix,
+        progress=progress,
+        ablation_data=ablation_data,
+        memory=memory,
+    )
     results = iter([tuple(flat[first : first + len(circuits)]) for first in range(0, len(flat), len(circuits))])
     own = next(results)
     measured = {name: Baseline(fractions, draws, tuple(next(results) for _ in draws)) for name, draws in others.items()}

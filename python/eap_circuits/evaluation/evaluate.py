@@ -66,6 +66,7 @@ def evaluate(
     circuit: Circuit,
     data: PairedDataset,
     metric: Any = ...,
+    *,
     ablation: str | Constants = ...,
     batch_size: int | None = ...,
     reuse_prefix: bool = ...,
@@ -79,6 +80,7 @@ def evaluate(
     circuit: Sequence[Circuit],
     data: PairedDataset,
     metric: Any = ...,
+    *,
     ablation: str | Constants = ...,
     batch_size: int | None = ...,
     reuse_prefix: bool = ...,
@@ -92,6 +94,7 @@ def evaluate(
     circuit: Circuit | Sequence[Circuit],
     data: PairedDataset,
     metric: Any = "logit_diff",
+    *,
     ablation: str | Constants = "patching",
     batch_size: int | None = None,
     reuse_prefix: bool = True,
@@ -220,7 +223,18 @@ def _with_own_constants(
     results = []
     for number, item in enumerate([none, *circuits]):
         constants = optimal_constants(model, item, lessons, batch_size=batch_size, memory=memory)
-        results.append(evaluate(model, item, data, metric, constants, batch_size, reuse_prefix, memory=memory))
+        results.append(
+            evaluate(
+                model,
+                item,
+                data,
+                metric,
+                ablation=constants,
+                batch_size=batch_size,
+                reuse_prefix=reuse_prefix,
+                memory=memory,
+            )
+        )
         if progress is not None:
             progress(number * len(data) // len(circuits), len(data))
     lowest = results.pop(0).values

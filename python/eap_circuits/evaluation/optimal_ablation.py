@@ -24,6 +24,7 @@ def optimal_constants(
     circuit: Circuit,
     data: PairedDataset,
     metric: Any = "kl_divergence",
+    *,
     steps: int = 50,
     rate: float = 0.05,
     batch_size: int | None = None,

@@ -13,7 +13,7 @@ from .layout import Graph
 _TRIES = 20
 
 
-def random_circuit(graph: Graph, n_edges: int, seed: int = 0) -> Circuit:
+def random_circuit(graph: Graph, n_edges: int, *, seed: int = 0) -> Circuit:
     """A random circuit of exactly `n_edges` edges, all of them on a path from `input` to `logits`.
 
     That is the rule that `prune` leaves a selected circuit with; edges drawn without it would mostly lead nowhere,

@@ -49,7 +49,7 @@ def node_overlap(first: Circuit, second: Circuit) -> Overlap:
     return Overlap(len(a), len(b), len(a & b))
 
 
-def edge_auroc(scores: EdgeScores, circuit: Circuit, signed: bool = False) -> float:
+def edge_auroc(scores: EdgeScores, circuit: Circuit, *, signed: bool = False) -> float:
     """Area under the ROC curve of the scores as a classifier of a known circuit's edges.
 
     The probability that an edge of the circuit scores higher than one outside it, a tie counting half (the
@@ -86,7 +86,7 @@ class Agreement:
     spearman: float
 
 
-def score_agreement(first: EdgeScores, second: EdgeScores, among: Tensor | None = None) -> Agreement:
+def score_agreement(first: EdgeScores, second: EdgeScores, *, among: Tensor | None = None) -> Agreement:
     """Correlations of two scores over the edges of one graph, not a number where either are all alike.
 
     Args:

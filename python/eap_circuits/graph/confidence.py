@@ -14,7 +14,7 @@ from ..errors import expected
 _CHUNK = 2**22  # entries of the resampled means held at once
 
 
-def bootstrap_confidence(values: Tensor, draws: int = 1000, seed: int = 0) -> Tensor:
+def bootstrap_confidence(values: Tensor, *, draws: int = 1000, seed: int = 0) -> Tensor:
     """Share of bootstrap resamples of the examples whose mean score has the sign of the mean over all examples.
 
     Args:

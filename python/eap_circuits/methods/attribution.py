@@ -31,6 +31,7 @@ def attribute(
     model: nn.Module,
     data: PairedDataset,
     metric: Any = "logit_diff",
+    *,
     method: str = "eap-ig-inputs",
     steps: int = 5,
     quadrature: str = "right",
@@ -125,7 +126,7 @@ def attribute(
     info = {
         "method": method,
         "steps": len(request.path) or None,
-        "quadrature": quadrature if isinstance(spec, GradientMethod) and spec.has_grids else None,
+        "quadrature": quadrature if spec.grids else None,
         "metric": metric_name(request.metric) if spec.measures else None,
         "ablation": ablation if isinstance(ablation, str) else "constants",
         "data": request.data.name,
@@ -146,6 +147,7 @@ def plan(
     model: nn.Module,
     data: PairedDataset,
     metric: Any = "logit_diff",
+    *,
     method: str = "eap-ig-inputs",
     steps: int = 5,
     heads: Heads = "kv",
@@ -187,7 +189,7 @@ def plan(
         )
         spec = request.method
         if not isinstance(spec, GradientMethod) or not spec.planned:
-            planned = (name for name, each in METHODS.items() if isinstance(each, GradientMethod) and each.planned)
+            planned = (name for name, each in METHODS.items() if each.planned)
             raise expected("method", f"one whose memory is planned ({', '.join(map(repr, planned))})", repr(method))
         with borrowed(request.arch.model), mode:
             return spec.plan(request.with_constants())

@@ -52,11 +52,14 @@ class GradientMethod(Method):
 
     backward: ClassVar[bool] = True
     keeps: ClassVar[tuple[str, ...]] = KEEP
-    planned: ClassVar[bool] = True  # `memory=` bounds it, and `plan` foretells it
+    planned: ClassVar[bool] = True
 
     @property
-    def has_grids(self) -> bool:
-        """Does `quadrature=` choose the grid?"""
+    def stepped(self) -> bool:
+        return len(self.path(2, "right")) != len(self.path(3, "right"))
+
+    @property
+    def grids(self) -> bool:
         return isinstance(self.grid, Mapping)
 
     def path(self, steps: int, quadrature: str) -> Path:

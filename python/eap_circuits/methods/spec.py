@@ -66,12 +66,23 @@ class Method(ABC):
     tier: Tier
 
     # What the methods of a kind know: ablations other than patching, a metric, backward passes, a choice of edges with
-    # a checkpoint; and what they keep of scores.
+    # a checkpoint, a bound of memory that `plan` foretells; and what they keep of scores.
     ablated: ClassVar[bool] = True
     measures: ClassVar[bool] = True
     backward: ClassVar[bool] = False
     selective: ClassVar[bool] = False
+    planned: ClassVar[bool] = False
     keeps: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def stepped(self) -> bool:
+        """Does `steps=` matter?"""
+        return False
+
+    @property
+    def grids(self) -> bool:
+        """Does `quadrature=` matter?"""
+        return False
 
     @abstractmethod
     def run(self, request: AttributionRequest, statistics: Statistics, progress: Progress | None) -> None:

@@ -81,8 +81,8 @@ class Experiment:
     @classmethod
     def from_task(cls, name: str, tokenizer: Any, settings: Settings) -> Experiment:
         """One of the package's tasks."""
-        scored = load_task(name, tokenizer, settings.scored, settings.seed)
-        return cls(name, scored, load_task(name, tokenizer, settings.pairs, settings.seed + 1))
+        scored = load_task(name, tokenizer, n=settings.scored, seed=settings.seed)
+        return cls(name, scored, load_task(name, tokenizer, n=settings.pairs, seed=settings.seed + 1))
 
     @classmethod
     def from_data(cls, name: str, data: PairedDataset, settings: Settings) -> Experiment:
@@ -176,8 +176,8 @@ def _scores(
     with watch(f"{experiment.name}: {method} scores") as bar:
         if method == "exact":
             # A finished checkpoint gives its scores at once.
-            return attribute(model, data, data.metric, method, checkpoint=path, progress=bar)
-        scores = attribute(model, data, data.metric, method, settings.steps, progress=bar)
+            return attribute(model, data, data.metric, method=method, checkpoint=path, progress=bar)
+        scores = attribute(model, data, data.metric, method=method, steps=settings.steps, progress=bar)
     scores.save(path)
     return scores
 
@@ -190,7 +190,7 @@ def _agree(entry: Record, scores: dict[str, EdgeScores]) -> None:
 
     def of_strongest(found: EdgeScores) -> dict[str, float]:
         shared = edge_overlap(found.select(count, prune=False), strongest).of_second
-        return {"found": shared, "spearman": score_agreement(found, exact, strongest.mask).spearman}
+        return {"found": shared, "spearman": score_agreement(found, exact, among=strongest.mask).spearman}
 
     for method in GRADIENTS:
         entry.at("agreement").get(method, partial(_agreement, scores[method], exact))
@@ -210,7 +210,7 @@ def _edges(scores: dict[str, EdgeScores]) -> list[dict[str, Any]]:
 
 
 def _agreement(first: EdgeScores, second: EdgeScores, among: Tensor | None = None) -> dict[str, float]:
-    return asdict(score_agreement(first, second, among))
+    return asdict(score_agreement(first, second, among=among))
 
 
 def _integrate(
@@ -223,7 +223,7 @@ def _integrate(
     data = experiment.scored
 
     def score(quadrature: str, steps: int) -> EdgeScores:
-        return attribute(model, data, data.metric, "eap-ig-inputs", steps, quadrature)
+        return attribute(model, data, data.metric, method="eap-ig-inputs", steps=steps, quadrature=quadrature)
 
     def compare(quadrature: str, steps: int) -> dict[str, float]:
         found = score(quadrature, steps)
@@ -256,8 +256,8 @@ def _run(
                 scores[method],
                 data,
                 settings.fractions,
-                data.metric,
-                HOW,
+                metric=data.metric,
+                how=HOW,
                 progress=bar,
                 baselines=baselines,
                 seeds=range(settings.draws),

@@ -74,7 +74,7 @@ TASKS: dict[str, Task] = {
 }
 
 
-def load_task(name: str, tokenizer: Any, n: int = 64, seed: int = 0, prepend_bos: bool = True) -> PairedDataset:
+def load_task(name: str, tokenizer: Any, *, n: int = 64, seed: int = 0, prepend_bos: bool = True) -> PairedDataset:
     """Generate prompt pairs of a task for a tokenizer.
 
     Args:

@@ -1,7 +1,7 @@
 // Edge scores: a matrix product whose inner dimension (tokens x features) is strided and whose shape is a staircase.
-// A task owns a tile of the result, receivers by senders, and a chunk of the inner dimension. Block by block it packs the
-// senders into panels, and then the receivers, a strip of a register tile's height at a time, which meets the panels that
-// hold its edges at once. Packing is where strides and low precision end.
+// A task owns a tile of the result, receivers by senders, and a chunk of the inner dimension. Block by block it packs
+// the senders into panels, and then the receivers, a strip of a register tile's height at a time, which meets the
+// panels that hold its edges at once. Packing is where strides and low precision end.
 #include <algorithm>
 #include <numeric>
 
@@ -11,11 +11,11 @@
 namespace eap {
 namespace {
 
-constexpr int64_t kRows = 480;     // of a tile, at most: panels and sums of a task share the second-level cache
-constexpr int64_t kColumns = 256;  // of a tile, at most
-constexpr int64_t kFlush = 4;      // blocks after which sums are added to those in double
-constexpr int64_t kEdgesPerRow = 16;  // at least, for AMX in parts: with fewer products its packing does not pay
-constexpr int64_t kTasks = 48;     // wanted, so that threads end together
+constexpr int64_t kRows = 480;          // of a tile, at most: panels and sums of a task share the second-level cache
+constexpr int64_t kColumns = 256;       // of a tile, at most
+constexpr int64_t kFlush = 4;           // blocks after which sums are added to those in double
+constexpr int64_t kEdgesPerRow = 16;    // at least, for AMX in parts: with fewer products its packing does not pay
+constexpr int64_t kTasks = 48;          // wanted, so that threads end together
 constexpr int64_t kBlocksPerChunk = 6;  // at least: each chunk leaves partial sums to be added up
 
 // How the inner dimension is cut: several tokens to a block, or several blocks to a token.
@@ -89,7 +89,8 @@ template <class T, class E, int BYTES> class Tiles {
         strips.push_back({row, end - row, vectors(end - 1)});
       } else {
         for (end = row + 1; end < t.rows && vectors(end) == vectors(row);) ++end;
-        for_tiles<BYTES, E>(end - row, [&](int64_t r, int64_t rows) { strips.push_back({row + r, rows, vectors(row)}); });
+        for_tiles<BYTES, E>(end - row,
+                            [&](int64_t r, int64_t rows) { strips.push_back({row + r, rows, vectors(row)}); });
       }
     }
     if (Pack::splits) return;
@@ -174,7 +175,8 @@ template <class T, class E, int BYTES> class Tiles {
     const bool last = s + 1 == count;
     const auto add = [&](const Rows& side, int64_t begin, int64_t end, const Block& block) {
       if (side.x.stride[2] == 1 && block.tokens)
-        for (int64_t r = begin; r < end; ++r) ahead.push_back(reinterpret_cast<const char*>(side.template at<T>(r, block)));
+        for (int64_t r = begin; r < end; ++r)
+          ahead.push_back(reinterpret_cast<const char*>(side.template at<T>(r, block)));
     };
     const Strip& strip = strips[last ? 0 : s + 1];
     add(rows, strip.row, strip.row + strip.rows, last ? next : block);

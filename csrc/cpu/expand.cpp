@@ -1,5 +1,6 @@
 // Residual-space rows of nodes that are kept in head space, one tile of tokens x features at a time:
-// row(i)[n, d] = sum_k values[i, n, k] * weight[i / per_weight, k, d] - sum_m coefficients[i, m, n] * normalised[m, n, d].
+// row(i)[n, d] = sum_k values[i, n, k] * weight[i / per_weight, k, d]
+//                - sum_m coefficients[i, m, n] * normalised[m, n, d].
 #include <algorithm>
 #include <vector>
 
@@ -53,7 +54,7 @@ EAP_INLINE void project_pairs(const Expand& p, const Nodes& g, int64_t i, float*
       const bool whole = rows % side == 0 && columns % side == 0;
       float* const c = to + n * p.features + d;
       tile_kernel<E, 64>(rows, divide_up(columns, side))(a, ld, b + d * depth, width, depth, whole ? c : edge,
-                                                        whole ? p.features : width, false, {});
+                                                         whole ? p.features : width, false, {});
       if (whole) continue;
       for (int64_t r = 0; r < rows; ++r) std::copy_n(edge + r * width, columns, c + r * p.features);
     }

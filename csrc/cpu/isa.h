@@ -30,7 +30,7 @@ enum class Isa { base, v3, v4, v4_bf16, v4_amx };
 inline constexpr Isa kLevels[] = {
     Isa::base,
 #ifdef EAP_X86_LEVELS
-    Isa::v3, Isa::v4, Isa::v4_bf16,
+    Isa::v3,     Isa::v4, Isa::v4_bf16,
 #endif
 #ifdef EAP_AMX
     Isa::v4_amx,

@@ -34,15 +34,15 @@ struct EdgeScores {
 
   void plan();
   int64_t tasks() const { return int64_t(tiles.size()) * chunks; }
-  void run(int64_t task) const;     // one tile over one chunk of the inner dimension
+  void run(int64_t task) const;  // one tile over one chunk of the inner dimension
   int64_t merges() const { return chunks > 1 ? int64_t(tiles.size()) : 0; }
-  void merge(int64_t tile) const;   // adds a tile's chunks to out, in their order
+  void merge(int64_t tile) const;  // adds a tile's chunks to out, in their order
 
   // Made by plan(). Rows of tiles are receivers in this order, columns are senders.
-  std::vector<int64_t> order;       // receivers, those that see least first
-  std::vector<Tile> tiles;          // only those with work in them
+  std::vector<int64_t> order;  // receivers, those that see least first
+  std::vector<Tile> tiles;     // only those with work in them
   int64_t chunks;
-  bool in_parts = false;            // whether fp32 values are multiplied as parts, on AMX tiles
+  bool in_parts = false;  // whether fp32 values are multiplied as parts, on AMX tiles
   // [tiles, chunks, rows, columns] of out's type, with more than one chunk.
   std::unique_ptr<void, decltype(&std::free)> partial{nullptr, std::free};
 };
@@ -50,18 +50,18 @@ struct EdgeScores {
 // Consecutive nodes in head space, as the rows first, first + 1, ... of what they expand to.
 struct Nodes {
   int64_t first;
-  View values;        // [h, N, K]
-  View weight;        // [g, K, D], or no data: values are residual rows and K is D
+  View values;         // [h, N, K]
+  View weight;         // [g, K, D], or no data: values are residual rows and K is D
   int64_t per_weight;  // h / g
-  View coefficients;  // [h, M, N]
-  View normalised;    // [M, N, D]
+  View coefficients;   // [h, M, N]
+  View normalised;     // [M, N, D]
 };
 
 // Their rows in the residual stream at some tokens and features, in the accumulation type: [nodes, tokens, features].
 struct Expand {
   const Nodes* groups;
   int64_t n_groups;
-  Dtype dtype;         // of all operands
+  Dtype dtype;  // of all operands
   int64_t token, tokens, feature, features;
   void* out;
   int64_t out_stride;  // elements from one node to the next
@@ -82,7 +82,7 @@ struct MaskedRead {
   void* out;              // [R, N, D] contiguous
   int64_t chunk;          // elements of a token row handled at once
   int64_t receivers_per_task;
-  bool past_caches;       // whether the result is written past the caches
+  bool past_caches;  // whether the result is written past the caches
 
   int64_t tasks() const;
   void plan(int64_t threads);

@@ -44,7 +44,7 @@ struct Rows {
 
 // One block of rows as contiguous elements E: [rows, ld], followed by zeros up to a multiple of `lanes`.
 template <class T, class E> struct Packed {
-  static constexpr int64_t values = Group<E>::values;  // of an element
+  static constexpr int64_t values = Group<E>::values;                                   // of an element
   static constexpr int64_t inner = std::is_same_v<E, tile_pair> ? kTileInner : kInner;  // values of a block, at most
   // Elements of it. Rows are padded: a power of two apart they would share cache sets.
   static constexpr int64_t depth = inner / values, ld = depth + 16;
@@ -97,7 +97,8 @@ template <class T, class E, int BYTES, int64_t COLUMNS> class Packer {
   E *const a, *const b;
 
   EAP_INLINE explicit Packer(E* memory)
-      : staged(reinterpret_cast<Row*>(memory + COLUMNS * depth + height * ld)), a(memory + COLUMNS * depth), b(memory) {}
+      : staged(reinterpret_cast<Row*>(memory + COLUMNS * depth + height * ld)), a(memory + COLUMNS * depth), b(memory) {
+  }
 
   // Elements of a packed row of a block.
   EAP_INLINE static int64_t length(const Rows& rows, const Block& block) {

@@ -18,8 +18,8 @@ template <> struct Accumulate<bf16x2> { using type = float; };
 // The same for AMX, which multiplies 16 rows of 16 pairs by 16 columns of them.
 struct tile_pair : bf16x2 {};
 template <> struct Accumulate<tile_pair> { using type = float; };
-// The same for fp32, as three bf16 values that add up to it: of 32 values of a row, pairs of their largest parts, of what
-// is left, and of what is left then.
+// The same for fp32, as three bf16 values that add up to it: of 32 values of a row, pairs of their largest parts, of
+// what is left, and of what is left then.
 struct tile_split : bf16x2 {};
 template <> struct Accumulate<tile_split> { using type = float; };
 template <class E> constexpr bool on_tiles = std::is_same_v<E, tile_pair> || std::is_same_v<E, tile_split>;
@@ -31,9 +31,7 @@ template <> struct Group<tile_pair> { static constexpr int64_t values = 2, eleme
 template <> struct Group<tile_split> { static constexpr int64_t values = 32, elements = 48; };
 
 // Rows of a register tile, at most: accumulators, vectors of b and a broadcast fit into 32 (AVX-512) or 16 registers.
-template <class E = float> constexpr int tile_rows(int bytes) {
-  return on_tiles<E> ? 32 : bytes == 64 ? 12 : 6;
-}
+template <class E = float> constexpr int tile_rows(int bytes) { return on_tiles<E> ? 32 : bytes == 64 ? 12 : 6; }
 // Vectors of columns of a register tile, at most.
 constexpr int kVectors = 2;
 template <class E, int BYTES> constexpr int64_t tile_columns = kVectors * BYTES / int64_t(sizeof(E));

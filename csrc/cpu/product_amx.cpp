@@ -23,8 +23,8 @@ constexpr Config config() {
 
 // Tiles 0 to 3 hold the sums, 4 and 5 the two halves of the rows, 6 and 7 those of the columns.
 template <class E, int M, int W>
-EAP_TARGET_AMX void tile(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t inner, float* c, int64_t ldc, bool add,
-                         const Ahead& ahead) {
+EAP_TARGET_AMX void tile(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t inner, float* c, int64_t ldc,
+                         bool add, const Ahead& ahead) {
   // Macros, not functions: instructions name tiles by constants.
 #define EAP_EACH_SUM(DO)                        \
   DO(0, c);                                     \
@@ -53,12 +53,14 @@ EAP_TARGET_AMX void tile(const E* a, int64_t lda, const E* b, int64_t ldb, int64
   if constexpr (std::is_same_v<E, tile_split>) {
     for (int64_t k = 0; k < inner; k += 3 * kSide) {
       // Not the smallest parts' products with each other and with the middle ones.
+      // clang-format off
       EAP_ROWS(0) EAP_COLUMNS(2) EAP_MULTIPLY
       EAP_COLUMNS(1) EAP_MULTIPLY
       EAP_COLUMNS(0) EAP_MULTIPLY
       EAP_ROWS(2) EAP_MULTIPLY
       EAP_ROWS(1) EAP_MULTIPLY
       EAP_COLUMNS(1) EAP_MULTIPLY
+      // clang-format on
     }
   } else {
     for (int64_t k = 0; k < inner; k += kSide) {

@@ -1,6 +1,7 @@
-// fp32 on AMX tiles, which multiply bf16: a value is the sum of three, each what is left rounded to eight bits, and six of
-// the nine products of two values' parts make their product but for 2^-23 of it, fp32's own precision. Rows of very small or large values are
-// divided by a power of two first, so that no part of them or of a product is lost below the smallest normal value.
+// fp32 on AMX tiles, which multiply bf16: a value is the sum of three, each what is left rounded to eight bits, and six
+// of the nine products of two values' parts make their product but for 2^-23 of it, fp32's own precision. Rows of very
+// small or large values are divided by a power of two first, so that no part of them or of a product is lost below the
+// smallest normal value.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -45,8 +46,8 @@ EAP_INLINE void include(const Floats& x, Words& largest) {
   largest = size > largest ? size : largest;
 }
 
-// Splits a row of `count` values, a multiple of a group's, where values k and k + 16 of a group are a pair. Returns what
-// they were divided by. As much is fetched from `next` meanwhile.
+// Splits a row of `count` values, a multiple of a group's, where values k and k + 16 of a group are a pair. Returns
+// what they were divided by. As much is fetched from `next` meanwhile.
 EAP_INLINE float split_row(const float* from, int64_t count, tile_split* to, const float* next) {
   Words largest = {};
   const auto run = [&](float scale) EAP_INLINE_LAMBDA {

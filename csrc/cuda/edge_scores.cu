@@ -14,8 +14,8 @@ namespace {
 constexpr const char* kOp = "edge_scores";
 constexpr int kThreads = 256;
 constexpr int kStages = 4;
-constexpr int kSlabs = 2;               // of a tile, at most
-constexpr int kRows = kSlabs * kSlab;   // of either operand in a stage; a row is 64 bytes
+constexpr int kSlabs = 2;              // of a tile, at most
+constexpr int kRows = kSlabs * kSlab;  // of either operand in a stage; a row is 64 bytes
 constexpr int kSharedBytes = kStages * 2 * kRows * 64;
 static_assert(kRows == kColumns && kThreads == 2 * kRows);
 
@@ -39,7 +39,8 @@ template <class T, bool kPieces> struct Loader {
       const int r = threadIdx.x / 4 + kSlab * i, u = tile.sender + r, position = tile.column + r;
       row[i] = i < tile.slabs && u < senders ? static_cast<const T*>(delta.data) + u * delta.stride[0] : nullptr;
       row[2 + i] = position < plan.positions
-                       ? static_cast<const T*>(grad.data) + plan.receiver[position] * grad.stride[0] : nullptr;
+                       ? static_cast<const T*>(grad.data) + plan.receiver[position] * grad.stride[0]
+                       : nullptr;
     }
   }
 
@@ -195,8 +196,8 @@ __global__ void __launch_bounds__(kThreads, kPieces && sizeof(T) < 8 ? 2 : 1)
 
 // Adds the partial tiles of a segment to its scores, slot after slot. Blocks: (16 rows of a tile, splits).
 template <class A>
-__global__ void __launch_bounds__(kThreads) reduce(const __grid_constant__ Plan plan,
-                                                   const __grid_constant__ Scores<A> scores) {
+__global__ void __launch_bounds__(kThreads)
+    reduce(const __grid_constant__ Plan plan, const __grid_constant__ Scores<A> scores) {
   const int parts = scores.tile_rows / 16, index = blockIdx.x / parts, first_row = blockIdx.x % parts * 16;
   const Tile tile = plan.tile[index];
   if (first_row >= tile.slabs * kSlab) return;
@@ -222,7 +223,9 @@ void run_portable(const EdgeScores& call, const Plan& plan, const Scores<acc_t<T
 template <class A, class Run>
 void run_all(const EdgeScores& call, const Plan& plan, int slabs, void* partial, CUstream_st* stream, const Run& run) {
   const int64_t* stride = call.out_stride;
-  const Scores<A> scores{static_cast<A*>(call.out), {stride[0], stride[1], stride[2]}, static_cast<A*>(partial),
+  const Scores<A> scores{static_cast<A*>(call.out),
+                         {stride[0], stride[1], stride[2]},
+                         static_cast<A*>(partial),
                          slabs * kSlab};
   run(scores);
   if (call.schedule.splits.empty()) return;
@@ -243,10 +246,17 @@ Plan plan_at(const Schedule& s, const char* memory) {
     array[i++] = x.empty() ? nullptr : memory;
     memory += padded(int64_t(x.size() * sizeof(x[0])));
   });
-  return {static_cast<const Tile*>(array[0]), static_cast<const Chunk*>(array[1]), static_cast<const Split*>(array[2]),
-          static_cast<const int32_t*>(array[3]), static_cast<const int32_t*>(array[4]),
-          static_cast<const int32_t*>(array[5]), int32_t(s.tiles.size()), int32_t(s.chunks.size()),
-          int32_t(s.splits.size()), int32_t(s.slots), int32_t(s.receiver.size())};
+  return {static_cast<const Tile*>(array[0]),
+          static_cast<const Chunk*>(array[1]),
+          static_cast<const Split*>(array[2]),
+          static_cast<const int32_t*>(array[3]),
+          static_cast<const int32_t*>(array[4]),
+          static_cast<const int32_t*>(array[5]),
+          int32_t(s.tiles.size()),
+          int32_t(s.chunks.size()),
+          int32_t(s.splits.size()),
+          int32_t(s.slots),
+          int32_t(s.receiver.size())};
 }
 
 // Calls with a value of the type that the products are computed in.
@@ -275,7 +285,9 @@ void EdgeScores::plan() {
       if (size > INT32_MAX) throw std::runtime_error("edge_scores: expected sizes below 2^31, got a larger one");
   tensor_memory = hopper_can_run(*this);
   const int64_t workers = int64_t(device_attribute(kOp, cudaDevAttrMultiProcessorCount, device)) *
-                          (tensor_memory ? 1 : with_type(*this, [](auto x) { return blocks_per_processor<decltype(x)>(); }));
+                          (tensor_memory ? 1 : with_type(*this, [](auto x) {
+                            return blocks_per_processor<decltype(x)>();
+                          }));
   const int64_t step = (tensor_memory ? 128 : 64) / bytes_of(dtype), steps = divide_up(delta.size[2], step);
   // TMA copies rows that follow each other, so there receivers stay as they are: models list them by depth anyway.
   schedule = cuda::schedule(reach, grad.size[0], segments, delta.size[1], tensor_memory ? kHopperSlabs : kSlabs,

@@ -13,7 +13,7 @@ namespace eap::cuda {
 namespace {
 
 constexpr const char* kOp = "edge_scores";
-constexpr int kGroups = 2;      // consumer warpgroups; group g takes the slabs g, g + 2
+constexpr int kGroups = 2;  // consumer warpgroups; group g takes the slabs g, g + 2
 constexpr int kConsumers = kGroups * 128;
 constexpr int kThreads = kConsumers + 128;  // registers are handed over by whole warpgroups
 constexpr int kStages = 4;
@@ -23,7 +23,7 @@ constexpr int kSendersBytes = kHopperSlabs * kSlabBytes;
 constexpr int kReceiversBytes = kColumns * kRowBytes;
 constexpr int kStageBytes = kSendersBytes + kReceiversBytes;
 template <class T> constexpr int kFeatures = kRowBytes / int(sizeof(T));  // of a stage
-constexpr int kAlignment = 1024;  // of swizzled tiles
+constexpr int kAlignment = 1024;                                          // of swizzled tiles
 constexpr int kSharedBytes = kStages * kStageBytes + kAlignment + 2 * kStages * 8;
 static_assert(kHopperSlabs == 2 * kGroups && kSharedBytes <= 227 << 10);
 
@@ -100,8 +100,7 @@ __device__ void consume(const Target<float>& target, int64_t steps, Ring& ring) 
       wgmma_settle(c[i]);
       const int row = (group + kGroups * i) * kSlab + thread / 32 * 16;
 #pragma unroll
-      for (int e = 0; e < 64; ++e)
-        target.put(row + c_row(lane, e), c_column(lane, e), c[i][e], start == 0);
+      for (int e = 0; e < 64; ++e) target.put(row + c_row(lane, e), c_column(lane, e), c[i][e], start == 0);
       if (start + count == steps) target.finish(row, 16, 0, kColumns);
     }
   }
@@ -175,9 +174,9 @@ CUtensorMap tensor_map(const View& x, Dtype dtype, uint32_t rows) {
   const cuuint64_t size[3] = {cuuint64_t(x.size[2]), cuuint64_t(x.size[1]), cuuint64_t(x.size[0])};
   const cuuint64_t stride[2] = {cuuint64_t(byte_stride(x, 1, bytes)), cuuint64_t(byte_stride(x, 0, bytes))};
   const cuuint32_t box[3] = {cuuint32_t(kRowBytes / bytes), 1, rows}, step[3] = {1, 1, 1};
-  const CUresult result = encoder()(
-      &map, type, 3, const_cast<void*>(x.data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encoder()(&map, type, 3, const_cast<void*>(x.data), size, stride, box, step,
+                                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("edge_scores: expected the driver to encode a tensor map, got error " +
                              std::to_string(result));
@@ -200,8 +199,9 @@ void hopper_run(const EdgeScores& call, const Plan& plan, const Scores<float>& s
   const auto kernel = call.dtype == Dtype::f32    ? hopper<tf32>
                       : call.dtype == Dtype::bf16 ? hopper<__nv_bfloat16>
                                                   : hopper<__half>;
-  launch(kOp, kernel, dim3(call.blocks), kThreads, kSharedBytes, stream, plan, tensor_map(call.delta, call.dtype, kSlab),
-         tensor_map(call.grad, call.dtype, kColumns), scores, int32_t(call.delta.size[2]));
+  launch(kOp, kernel, dim3(call.blocks), kThreads, kSharedBytes, stream, plan,
+         tensor_map(call.delta, call.dtype, kSlab), tensor_map(call.grad, call.dtype, kColumns), scores,
+         int32_t(call.delta.size[2]));
 }
 
 }  // namespace eap::cuda

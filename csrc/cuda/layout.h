@@ -14,9 +14,9 @@ namespace eap::cuda {
 // is exchanged by bits 1-2 of the row: eight consecutive rows then read the same piece from eight different places.
 EAP_BOTH constexpr uint32_t row64(int row, int piece) { return row * 64 + ((piece ^ (row >> 1 & 3)) << 4); }
 
-// ldmatrix.x4 reads four matrices of 8 rows of 16 bytes; lane l gives the address of row l % 8 of matrix l / 8. For the A
-// operand of mma.m16n8 they are (rows 0-7, piece 0), (8-15, 0), (0-7, 1), (8-15, 1): with k 16 of 16-bit values, with k 8
-// of 32-bit ones, of which lane l receives number l % 4 of row l / 4, as both want it.
+// ldmatrix.x4 reads four matrices of 8 rows of 16 bytes; lane l gives the address of row l % 8 of matrix l / 8. For the
+// A operand of mma.m16n8 they are (rows 0-7, piece 0), (8-15, 0), (0-7, 1), (8-15, 1): with k 16 of 16-bit values, with
+// k 8 of 32-bit ones, of which lane l receives number l % 4 of row l / 4, as both want it.
 EAP_BOTH constexpr int a_row(int lane) { return lane & 15; }
 EAP_BOTH constexpr int a_piece(int lane) { return lane >> 4; }
 // For B, kept as [n][k], of two neighbouring n8 tiles: (n 0-7, piece 0), (0-7, 1), (8-15, 0), (8-15, 1).

@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(kThreads) sparse(const __grid_constant__ Call<
   }
 }
 
-constexpr int kSide = 128;   // receivers and elements of a row in a dense tile
-constexpr int kDepth = 16;   // senders at once
+constexpr int kSide = 128;  // receivers and elements of a row in a dense tile
+constexpr int kDepth = 16;  // senders at once
 
 // 128 x 128 results, 8 x 8 a thread: four and four, 64 apart, so that a warp reads shared memory without conflicts.
 template <class T>
@@ -180,11 +180,20 @@ struct Workspace {
 
 template <class T> void run_typed(const MaskedRead& m, char* memory, CUstream_st* stream) {
   const Workspace space(m);
-  Call<T> call{static_cast<const T*>(m.delta.data), static_cast<const T*>(m.base.data), static_cast<T*>(m.out), m.mask,
-               m.mask_dtype, int32_t(m.delta.size[0]), int32_t(m.base.size[0]), m.delta.size[1], m.delta.size[2],
+  Call<T> call{static_cast<const T*>(m.delta.data),
+               static_cast<const T*>(m.base.data),
+               static_cast<T*>(m.out),
+               m.mask,
+               m.mask_dtype,
+               int32_t(m.delta.size[0]),
+               int32_t(m.base.size[0]),
+               m.delta.size[1],
+               m.delta.size[2],
                {m.delta.stride[0], m.delta.stride[1], m.delta.stride[2]},
-               {m.base.stride[0], m.base.stride[1], m.base.stride[2]}, {m.mask_stride[0], m.mask_stride[1]},
-               reinterpret_cast<unsigned long long*>(memory), reinterpret_cast<uint8_t*>(memory + 16),
+               {m.base.stride[0], m.base.stride[1], m.base.stride[2]},
+               {m.mask_stride[0], m.mask_stride[1]},
+               reinterpret_cast<unsigned long long*>(memory),
+               reinterpret_cast<uint8_t*>(memory + 16),
                reinterpret_cast<int32_t*>(memory + space.flags),
                reinterpret_cast<int32_t*>(memory + space.flags + space.counts),
                reinterpret_cast<acc_t<T>*>(memory + space.flags + space.counts + space.senders)};

@@ -102,8 +102,7 @@ inline Schedule schedule(const int64_t* reach, int64_t receivers, const int64_t*
   } else {
     s.token.resize(tokens);
     std::iota(s.token.begin(), s.token.end(), 0);
-    std::stable_sort(s.token.begin(), s.token.end(),
-                     [&](int32_t a, int32_t b) { return segments[a] < segments[b]; });
+    std::stable_sort(s.token.begin(), s.token.end(), [&](int32_t a, int32_t b) { return segments[a] < segments[b]; });
     for (int64_t first = 0, end; first < tokens; first = end) {
       const int64_t segment = segments[s.token[first]];
       for (end = first + 1; end < tokens && segments[s.token[end]] == segment;) ++end;

@@ -17,7 +17,8 @@ constexpr int kStages = 4;
 constexpr int kSlabs = 2;              // of a tile, at most
 constexpr int kRows = kSlabs * kSlab;  // of either operand in a stage; a row is 64 bytes
 constexpr int kSharedBytes = kStages * 2 * kRows * 64;
-static_assert(kRows == kColumns && kThreads == 2 * kRows);
+static_assert(kRows == kColumns, "a stage holds as many rows of senders as of receivers");
+static_assert(kThreads == 2 * kRows, "a thread loads four of the 2 * kRows rows of four pieces in a stage");
 
 // Copies the next 64 bytes of every row of a unit, token after token. A thread brings one piece of four rows.
 template <class T, bool kPieces> struct Loader {

@@ -25,7 +25,8 @@ constexpr int kStageBytes = kSendersBytes + kReceiversBytes;
 template <class T> constexpr int kFeatures = kRowBytes / int(sizeof(T));  // of a stage
 constexpr int kAlignment = 1024;                                          // of swizzled tiles
 constexpr int kSharedBytes = kStages * kStageBytes + kAlignment + 2 * kStages * 8;
-static_assert(kHopperSlabs == 2 * kGroups && kSharedBytes <= 227 << 10);
+static_assert(kHopperSlabs == 2 * kGroups, "a warpgroup keeps the sums of at most two slabs in its registers");
+static_assert(kSharedBytes <= 227 << 10, "the ring fits in the shared memory that a block can have");
 
 // A position in the ring of stages. A stage's n-th use is over in the barriers' phase of parity n % 2.
 struct Ring {

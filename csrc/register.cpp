@@ -80,13 +80,17 @@ Nodes nodes(const char* op, const Tensor& values, const Tensor& weight, const Te
   Nodes g{first, {values.const_data_ptr(), {h, N, K}, {values.stride(1), values.stride(0), values.stride(2)}},
           {},    1,
           {},    {}};
-  if (!direct) g.weight = view(weight), g.per_weight = h / weight.size(0);
+  if (!direct) {
+    g.weight = view(weight);
+    g.per_weight = h / weight.size(0);
+  }
   if (normalised.dim() == 3) {
     STD_TORCH_CHECK(normalised.size(1) == N && normalised.size(2) == D && coefficients.dim() == 3 &&
                         coefficients.size(0) == h && coefficients.size(1) == normalised.size(0) &&
                         coefficients.size(2) == N,
                     op, ": expected coefficients [h, M, N] and normalised [M, N, D]");
-    g.coefficients = view(coefficients), g.normalised = view(normalised);
+    g.coefficients = view(coefficients);
+    g.normalised = view(normalised);
   }
   return g;
 }

@@ -216,7 +216,11 @@ void EdgeScores::plan() {
   const int64_t R = grad.size[0];
   const auto flat = [](const View& x) { return x.stride[2] == 1 && (x.stride[1] == x.size[2] || x.size[1] == 1); };
   if (segments == nullptr && flat(delta) && flat(grad))
-    for (View* x : {&delta, &grad}) x->size[2] *= x->size[1], x->size[1] = x->size[2] > 0, x->stride[1] = x->size[2];
+    for (View* x : {&delta, &grad}) {
+      x->size[2] *= x->size[1];
+      x->size[1] = x->size[2] > 0;
+      x->stride[1] = x->size[2];
+    }
   order.resize(R);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return reach[a] < reach[b]; });

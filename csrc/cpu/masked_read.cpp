@@ -105,7 +105,11 @@ void MaskedRead::plan(int64_t threads) {
   const int64_t D = delta.size[2], element = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
   if (delta.stride[2] == 1 && base.stride[2] == 1 && delta.stride[1] == D && base.stride[1] == D) {
     // Tokens follow each other without gaps: one long row, so that small D does not mean short loops.
-    for (View* x : {&delta, &base}) x->size[2] *= x->size[1], x->stride[1] *= x->size[1], x->size[1] = 1;
+    for (View* x : {&delta, &base}) {
+      x->size[2] *= x->size[1];
+      x->stride[1] *= x->size[1];
+      x->size[1] = 1;
+    }
   }
   const int64_t row = delta.size[2], tokens = delta.size[1], R = base.size[0], bytes = R * tokens * row * element;
   chunk = first[R] <= kFewEdges * R ? kLong : kShort;

@@ -53,8 +53,10 @@ template <class T, class E> struct Packed {
   EAP_INLINE Packed(const View& x, const Block& block, int64_t lanes) {
     // Tokens of an odd number of values end in half a pair, whether or not the other operand is flat as well.
     const bool flat = x.stride[2] == 1 && x.stride[1] == block.features && block.features % values == 0;
-    pieces = flat ? 1 : block.tokens, length = flat ? block.tokens * block.features : block.features;
-    piece = divide_up(length, values), width = divide_up(pieces * piece, lanes) * lanes;
+    pieces = flat ? 1 : block.tokens;
+    length = flat ? block.tokens * block.features : block.features;
+    piece = divide_up(length, values);
+    width = divide_up(pieces * piece, lanes) * lanes;
   }
 
   EAP_INLINE void copy_rows(const Rows& rows, const Block& block, E* to) const {

@@ -17,7 +17,10 @@ struct Config {
 
 constexpr Config config() {
   Config c;
-  for (int i = 0; i < 8; ++i) c.bytes[i] = 4 * kSide, c.rows[i] = uint8_t(kSide);
+  for (int i = 0; i < 8; ++i) {
+    c.bytes[i] = 4 * kSide;
+    c.rows[i] = uint8_t(kSide);
+  }
   return c;
 }
 

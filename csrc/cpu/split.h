@@ -36,7 +36,8 @@ EAP_INLINE void split(const Floats& of_x, const Floats& of_y, tile_split* to, in
     const Words first = ((Words)x + half) & 0xffff0000, second = ((Words)y + half) & 0xffff0000;
     const Words pairs = first >> 16 | second;
     std::memcpy(to + part * step, &pairs, sizeof(pairs));
-    x -= (Floats)first, y -= (Floats)second;
+    x -= (Floats)first;
+    y -= (Floats)second;
   }
 }
 
@@ -52,10 +53,13 @@ EAP_INLINE float split_row(const float* from, int64_t count, tile_split* to, con
   Words largest = {};
   const auto run = [&](float scale) EAP_INLINE_LAMBDA {
     for (int64_t k = 0; k < count; k += kGroup) {
-      __builtin_prefetch(next + k, 0, 2), __builtin_prefetch(next + k + kHalf, 0, 2);
+      __builtin_prefetch(next + k, 0, 2);
+      __builtin_prefetch(next + k + kHalf, 0, 2);
       Floats x, y;
-      std::memcpy(&x, from + k, sizeof(x)), std::memcpy(&y, from + k + kHalf, sizeof(y));
-      include(x, largest), include(y, largest);
+      std::memcpy(&x, from + k, sizeof(x));
+      std::memcpy(&y, from + k + kHalf, sizeof(y));
+      include(x, largest);
+      include(y, largest);
       split(x * scale, y * scale, to + k / kGroup * Group<tile_split>::elements, kHalf);
     }
   };
@@ -81,8 +85,10 @@ EAP_INLINE bool split_columns(const float* const* rows, int64_t count, tile_spli
       tile_split* const group = to + k / kGroup * Group<tile_split>::elements * ld;
       for (int64_t i = 0; i < kHalf; ++i) {
         Floats x, y;
-        std::memcpy(&x, columns + i * kHalf, sizeof(x)), std::memcpy(&y, columns + (i + kHalf) * kHalf, sizeof(y));
-        include(x, largest), include(y, largest);
+        std::memcpy(&x, columns + i * kHalf, sizeof(x));
+        std::memcpy(&y, columns + (i + kHalf) * kHalf, sizeof(y));
+        include(x, largest);
+        include(y, largest);
         split(x * scale, y * scale, group + i * ld, kHalf * ld);
       }
     }

@@ -237,7 +237,12 @@ int64_t padded(int64_t bytes) { return divide_up(bytes, 256) * 256; }
 
 // The arrays of a schedule one after the other, in the order in which `plan_at` finds them.
 template <class Visit> void each_array(const Schedule& s, const Visit& visit) {
-  visit(s.tiles), visit(s.chunks), visit(s.splits), visit(s.token), visit(s.receiver), visit(s.reach);
+  visit(s.tiles);
+  visit(s.chunks);
+  visit(s.splits);
+  visit(s.token);
+  visit(s.receiver);
+  visit(s.reach);
 }
 
 Plan plan_at(const Schedule& s, const char* memory) {

@@ -39,7 +39,10 @@ struct Ring {
   __device__ uint32_t full() const { return memory + kStages * kStageBytes + stage * 8; }
   __device__ uint32_t empty() const { return full() + kStages * 8; }
   __device__ void next() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
   }
 };
 
@@ -51,13 +54,14 @@ struct Ring {
     const Chunk chunk = plan.chunk[unit / plan.tiles];
     for (int32_t i = 0; i < chunk.count; ++i) {
       const int token = int(plan.token_at(chunk.first + i));
-      for (int block = 0; block < blocks; ++block, ring.next()) {
+      for (int block = 0; block < blocks; ++block) {
         barrier_wait(ring.empty(), ring.parity ^ 1);
         barrier_arrive_expect(ring.full(), tile.slabs * kSlabBytes + kReceiversBytes);
         const int feature = block * features;
         tma_load(ring.receivers(), grad, feature, token, tile.column, ring.full());
         for (int slab = 0; slab < tile.slabs; ++slab)
           tma_load(ring.senders() + slab * kSlabBytes, delta, feature, token, tile.sender + slab * kSlab, ring.full());
+        ring.next();
       }
     }
   }
@@ -74,7 +78,7 @@ __device__ void consume(const Target<float>& target, int64_t steps, Ring& ring) 
     const int count = int(min(int64_t(kSteps), steps - start));
     uint32_t used = 0;  // the stage before, whose products may still be running
 #pragma unroll 1
-    for (int step = 0; step < count; ++step, ring.next()) {
+    for (int step = 0; step < count; ++step) {
       barrier_wait(ring.full(), ring.parity);
       if constexpr (kMine > 0) {
         wgmma_fence();
@@ -92,6 +96,7 @@ __device__ void consume(const Target<float>& target, int64_t steps, Ring& ring) 
       __syncwarp();
       if (step > 0 && lane == 0) barrier_arrive(used);
       used = ring.empty();
+      ring.next();
     }
     if constexpr (kMine > 0) wgmma_wait<0>();
     __syncwarp();

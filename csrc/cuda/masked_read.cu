@@ -173,7 +173,9 @@ struct Workspace {
   int64_t flags, counts, senders, weights;
   explicit Workspace(const MaskedRead& call) {
     const int64_t S = call.delta.size[0], R = call.base.size[0];
-    flags = padded(16 + divide_up(S, 16) * 16), counts = padded(R * 4), senders = padded(R * S * 4);
+    flags = padded(16 + divide_up(S, 16) * 16);
+    counts = padded(R * 4);
+    senders = padded(R * S * 4);
     weights = padded(R * S * (call.dtype == Dtype::f64 ? 8 : 4));
   }
 };

@@ -61,7 +61,9 @@ inline int64_t parts(int64_t tiles, int64_t tokens, int64_t steps_per_token, int
   int64_t best = 1, best_cost = 0;
   for (int64_t n = 1; n <= std::min(tokens, std::max<int64_t>(1, kWaves * workers / tiles)); ++n) {
     const int64_t cost = ceil_div(tiles * n, workers) * (ceil_div(tokens, n) * steps_per_token + kUnitSteps);
-    if (n == 1 || cost < best_cost) best = n, best_cost = cost;
+    if (n > 1 && cost >= best_cost) continue;
+    best = n;
+    best_cost = cost;
   }
   return best;
 }

@@ -51,12 +51,12 @@ void edge_scores(Tensor delta, Tensor grad, Tensor reach, Tensor out, std::optio
   run(kernel);
 }
 
-// What a tile of expanded rows may fill: it is written once and read a few times, so it should stay in cache.
-constexpr int64_t kTileBytes = 48 << 20;
+// What a slice of expanded rows may fill: it is written once and read a few times, so it should stay in cache.
+constexpr int64_t kSliceBytes = 48 << 20;
 
-// Tokens and features of a tile of about `elements` per row: nearly square, since expanding reads both sides. All tiles
-// read the weights, of few tokens or many, so they are of equal size.
-std::pair<int64_t, int64_t> tile_shape(int64_t elements, int64_t N, int64_t D) {
+// Tokens and features of a slice of about `elements` per row: nearly square, since expanding reads both sides. Every
+// slice reads the weights, however few its tokens are, so all are of equal size.
+std::pair<int64_t, int64_t> slice_shape(int64_t elements, int64_t N, int64_t D) {
   constexpr int64_t kFewest = 64, kMost = 384;  // features: short rows are read slowly, long ones crowd the cache
   const auto part = [](int64_t size, int64_t most) { return divide_up(size, divide_up(size, most)); };
   int64_t side = 1;
@@ -121,8 +121,8 @@ void head_space_scores(std::vector<Tensor> values, std::vector<Tensor> weights, 
   if (rows == 0 || N == 0 || D == 0) return;
 
   const bool wide = dtype == Dtype::f64;
-  const int64_t element = wide ? 8 : 4, budget = std::min(workspace, kTileBytes);
-  const auto [tokens, width] = tile_shape(std::max<int64_t>(64, budget / (rows * element)), N, D);
+  const int64_t element = wide ? 8 : 4, budget = std::min(workspace, kSliceBytes);
+  const auto [tokens, width] = slice_shape(std::max<int64_t>(64, budget / (rows * element)), N, D);
   Tensor space = torch::stable::new_empty(out, {rows, tokens * width});
   char* const data = static_cast<char*>(space.mutable_data_ptr());
   const int64_t row = tokens * width;

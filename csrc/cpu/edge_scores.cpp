@@ -1,6 +1,6 @@
 // Edge scores: a matrix product whose inner dimension (tokens x features) is strided and whose shape is a staircase.
 // A task owns a tile of the result, receivers by senders, and a chunk of the inner dimension. Block by block it packs
-// the senders into panels, and then the receivers, a strip of a register tile's height at a time, which meets the
+// the senders into panels, and then the receivers, a strip at a time, which meets the
 // panels that hold its edges at once. Packing is where strides and low precision end.
 #include <algorithm>
 #include <numeric>
@@ -47,15 +47,15 @@ void write(const EdgeScores& p, const Tile& t, int64_t segment, const Row& row) 
 // Rows of a tile that are multiplied together, and how many vectors of columns they meet.
 struct Strip { int64_t row, rows, vectors; };
 
-template <class T, class E, int BYTES> class Tiles {
+template <class T, class E, int BYTES> class TileTask {
   using Pack = Packer<T, E, BYTES, kColumns>;
   using A = typename Pack::A;
-  static constexpr int64_t lanes = BYTES / sizeof(E), width = Pack::width, height = tile_rows<E>(BYTES);
+  static constexpr int64_t lanes = BYTES / sizeof(E), width = Pack::width, height = strip_rows<E>(BYTES);
 
   const EdgeScores& p;
   const Tile& t;
   const Rows rows, columns;
-  const int64_t padded;  // rows, to whole register tiles where those are added to as a whole
+  const int64_t padded;  // rows, in whole strips where the microkernel writes those
   A* const sums;         // [panels, padded, width]
   double* const total;   // [panels, padded, width], once there were more than kFlush blocks
   bool deep = false;     // whether there were
@@ -65,16 +65,16 @@ template <class T, class E, int BYTES> class Tiles {
 
  public:
   EAP_INLINE static void run(const EdgeScores& p, int64_t task) {
-    const TileScope scope(on_tiles<E>);
-    Tiles tiles(p, p.tiles[task / p.chunks]);
-    if (p.segments) tiles.all_segments();
-    else tiles.one_chunk(task % p.chunks);
+    const AmxScope scope(uses_amx<E>);
+    TileTask work(p, p.tiles[task / p.chunks]);
+    if (p.segments) work.all_segments();
+    else work.one_chunk(task % p.chunks);
   }
 
  private:
-  EAP_INLINE Tiles(const EdgeScores& p, const Tile& t)
+  EAP_INLINE TileTask(const EdgeScores& p, const Tile& t)
       : p(p), t(t), rows{p.grad, p.order.data(), t.row, t.rows}, columns{p.delta, nullptr, t.column, t.columns},
-        padded(on_tiles<E> ? divide_up(t.rows, height) * height : t.rows),
+        padded(uses_amx<E> ? divide_up(t.rows, height) * height : t.rows),
         sums(reinterpret_cast<A*>(scratch<double>(2 * kRows * kColumns + Pack::elements))),
         total(reinterpret_cast<double*>(sums) + kRows * kColumns),
         pack(reinterpret_cast<E*>(total + kRows * kColumns)) {
@@ -83,14 +83,14 @@ template <class T, class E, int BYTES> class Tiles {
       return divide_up(std::min(p.reach[p.order[t.row + i]] - t.column, t.columns), lanes);
     };
     for (int64_t row = 0, end; row < t.rows; row = end) {
-      // AMX tiles take 16 rows in the time of one: better some products outside the staircase than low strips.
-      if constexpr (on_tiles<E>) {
+      // AMX takes 16 rows in the time of one: better some products outside the staircase than low strips.
+      if constexpr (uses_amx<E>) {
         end = std::min(row + height, t.rows);
         strips.push_back({row, end - row, vectors(end - 1)});
       } else {
         for (end = row + 1; end < t.rows && vectors(end) == vectors(row);) ++end;
-        for_tiles<BYTES, E>(end - row,
-                            [&](int64_t r, int64_t rows) { strips.push_back({row + r, rows, vectors(row)}); });
+        for_strips<BYTES, E>(end - row,
+                             [&](int64_t r, int64_t rows) { strips.push_back({row + r, rows, vectors(row)}); });
       }
     }
     if (Pack::splits) return;
@@ -193,15 +193,15 @@ template <class T, int BYTES> struct Body {
   EAP_INLINE static void run(const EdgeScores& p, int64_t task) {
     if constexpr (BYTES == 64 && std::is_same_v<T, bf16>) {
 #ifdef EAP_AMX
-      if (in_pairs(p, Isa::v4_amx)) return Tiles<T, tile_pair, BYTES>::run(p, task);
+      if (in_pairs(p, Isa::v4_amx)) return TileTask<T, amx_pair, BYTES>::run(p, task);
 #endif
-      if (in_pairs(p, Isa::v4_bf16)) return Tiles<T, bf16x2, BYTES>::run(p, task);
+      if (in_pairs(p, Isa::v4_bf16)) return TileTask<T, bf16x2, BYTES>::run(p, task);
     }
 #ifdef EAP_AMX
     if constexpr (BYTES == 64 && !std::is_same_v<T, double>)
-      if (p.in_parts) return Tiles<T, tile_split, BYTES>::run(p, task);
+      if (p.in_parts) return TileTask<T, amx_split, BYTES>::run(p, task);
 #endif
-    Tiles<T, acc_t<T>, BYTES>::run(p, task);
+    TileTask<T, acc_t<T>, BYTES>::run(p, task);
   }
 };
 

@@ -42,14 +42,14 @@ inline const char* isa_name(Isa isa) {
   return names[int(isa)];
 }
 
-// Whether the processor has AMX tiles of bf16 and Linux lets this process use them, which it has to be asked for.
+// Whether the processor has AMX for bf16 and Linux lets this process use it, which it has to be asked for.
 inline bool amx_allowed() {
 #ifdef EAP_AMX
-  constexpr unsigned tile_and_bf16 = 1u << 24 | 1u << 22;
-  constexpr long request_permission = 0x1023, tile_data = 18;
+  constexpr unsigned amx_and_bf16 = 1u << 24 | 1u << 22;
+  constexpr long request_permission = 0x1023, amx_state = 18;
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tile_and_bf16) != tile_and_bf16) return false;
-  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & amx_and_bf16) != amx_and_bf16) return false;
+  return syscall(SYS_arch_prctl, request_permission, amx_state) == 0;
 #else
   return false;
 #endif

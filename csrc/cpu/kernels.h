@@ -19,7 +19,8 @@ struct View {
   int64_t stride[3];
 };
 
-// A rectangle of the result. Its partial sums of one chunk of the inner dimension are kept at `offset`.
+// A rectangle of the result, receivers by senders, that one task works on: what "tile" means everywhere here. Its
+// partial sums of one chunk of the inner dimension are kept at `offset`.
 struct Tile { int64_t row, rows, column, columns, offset; };
 
 // out[segment(n), u, v] += sum_d delta[u, n, d] * grad[v, n, d]   for u < reach[v]
@@ -42,7 +43,7 @@ struct EdgeScores {
   std::vector<int64_t> order;  // receivers, those that see least first
   std::vector<Tile> tiles;     // only those with work in them
   int64_t chunks;
-  bool in_parts = false;  // whether fp32 values are multiplied as parts, on AMX tiles
+  bool in_parts = false;  // whether fp32 values are multiplied as parts, by AMX
   // [tiles, chunks, rows, columns] of out's type, with more than one chunk.
   std::unique_ptr<void, decltype(&std::free)> partial{nullptr, std::free};
 };

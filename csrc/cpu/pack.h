@@ -1,4 +1,4 @@
-// Packing, which is where strides and low precision end: rows of a block as register tiles read them.
+// Packing, which is where strides and low precision end: rows of a block as the microkernels read them.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -8,9 +8,9 @@
 
 namespace eap {
 
-constexpr int64_t kInner = 512;       // values of the inner dimension packed at once
-constexpr int64_t kTileInner = 1024;  // for pairs on AMX, which waits for memory: long pieces of it are read faster
-constexpr int64_t kRowsAhead = 2;     // how many rows ahead of the one that is split are fetched
+constexpr int64_t kInner = 512;      // values of the inner dimension packed at once
+constexpr int64_t kAmxInner = 1024;  // for pairs on AMX, which waits for memory: long pieces of it are read faster
+constexpr int64_t kRowsAhead = 2;    // how many rows ahead of the one that is split are fetched
 
 struct Block { int64_t token, tokens, feature, features; };
 
@@ -44,8 +44,8 @@ struct Rows {
 
 // One block of rows as contiguous elements E: [rows, ld], followed by zeros up to a multiple of `lanes`.
 template <class T, class E> struct Packed {
-  static constexpr int64_t values = Group<E>::values;                                   // of an element
-  static constexpr int64_t inner = std::is_same_v<E, tile_pair> ? kTileInner : kInner;  // values of a block, at most
+  static constexpr int64_t values = Group<E>::values;                                 // of an element
+  static constexpr int64_t inner = std::is_same_v<E, amx_pair> ? kAmxInner : kInner;  // values of a block, at most
   // Elements of it. Rows are padded: a power of two apart they would share cache sets.
   static constexpr int64_t depth = inner / values, ld = depth + 16;
   int64_t pieces, length, piece, width;
@@ -77,12 +77,12 @@ template <class T, class E> struct Packed {
 // Packs a strip of rows at a time into `a`, [rows, ld], and columns into `b`, panels of [depth, width].
 template <class T, class E, int BYTES, int64_t COLUMNS> class Packer {
  public:
-  static constexpr bool splits = std::is_same_v<E, tile_split>;
+  static constexpr bool splits = std::is_same_v<E, amx_split>;
 
  private:
   using Row = std::conditional_t<splits, float, E>;  // elements of a row before it is split
   using Panel = Packed<T, Row>;
-  static constexpr int64_t lanes = BYTES / sizeof(E), height = tile_rows<E>(BYTES);
+  static constexpr int64_t lanes = BYTES / sizeof(E), height = strip_rows<E>(BYTES);
   static constexpr int64_t multiple = splits ? Group<E>::values : lanes;
 
   Row* const staged;
@@ -91,7 +91,7 @@ template <class T, class E, int BYTES, int64_t COLUMNS> class Packer {
 
  public:
   using A = acc_t<E>;
-  static constexpr int64_t inner = Panel::inner, values = Panel::values, width = tile_columns<E, BYTES>;
+  static constexpr int64_t inner = Panel::inner, values = Panel::values, width = panel_columns<E, BYTES>;
   static constexpr int64_t depth = splits ? inner / Group<E>::values * Group<E>::elements : Panel::depth;
   static constexpr int64_t ld = depth + 16;
   static constexpr int64_t elements = COLUMNS * depth + 2 * height * ld;  // that it works in
@@ -141,7 +141,7 @@ template <class T, class E, int BYTES, int64_t COLUMNS> class Packer {
 
   // Adds the products of a strip and a panel to c, [rows, width].
   EAP_INLINE void multiply(int64_t rows, int64_t panel, int64_t vectors, int64_t inner, A* c, const Ahead& ahead) {
-    const auto kernel = tile_kernel<E, BYTES>(rows, vectors);
+    const auto kernel = microkernel<E, BYTES>(rows, vectors);
     const E* const columns = b + panel * width * depth;
     if (!rows_scaled && !columns_scaled) return kernel(a, ld, columns, width, inner, c, width, true, ahead);
     alignas(64) A apart[height * width] = {};

@@ -14,7 +14,7 @@ namespace eap {
 typedef float Floats __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 
-constexpr int64_t kGroup = Group<tile_split>::values, kHalf = kGroup / 2;
+constexpr int64_t kGroup = Group<amx_split>::values, kHalf = kGroup / 2;
 
 // Whether values of this size, the bits of a float, can be split as they are: their products with any other such values
 // have 24 bits that are normal.
@@ -28,7 +28,7 @@ EAP_INLINE float scale_of(uint32_t largest) {
 }
 
 // Pairs of x's and y's parts: the largest at `to`, then a step apart. An infinite value leaves NaN.
-EAP_INLINE void split(const Floats& of_x, const Floats& of_y, tile_split* to, int64_t step) {
+EAP_INLINE void split(const Floats& of_x, const Floats& of_y, amx_split* to, int64_t step) {
   Floats x = of_x, y = of_y;
   for (int part = 0; part < 3; ++part) {
     // The last has no more than eight bits, and keeps a NaN that rounding would carry out of the exponent.
@@ -49,7 +49,7 @@ EAP_INLINE void include(const Floats& x, Words& largest) {
 
 // Splits a row of `count` values, a multiple of a group's, where values k and k + 16 of a group are a pair. Returns
 // what they were divided by. As much is fetched from `next` meanwhile.
-EAP_INLINE float split_row(const float* from, int64_t count, tile_split* to, const float* next) {
+EAP_INLINE float split_row(const float* from, int64_t count, amx_split* to, const float* next) {
   Words largest = {};
   const auto run = [&](float scale) EAP_INLINE_LAMBDA {
     for (int64_t k = 0; k < count; k += kGroup) {
@@ -60,7 +60,7 @@ EAP_INLINE float split_row(const float* from, int64_t count, tile_split* to, con
       std::memcpy(&y, from + k + kHalf, sizeof(y));
       include(x, largest);
       include(y, largest);
-      split(x * scale, y * scale, to + k / kGroup * Group<tile_split>::elements, kHalf);
+      split(x * scale, y * scale, to + k / kGroup * Group<amx_split>::elements, kHalf);
     }
   };
   run(1);
@@ -74,7 +74,7 @@ EAP_INLINE float split_row(const float* from, int64_t count, tile_split* to, con
 
 // 16 such rows as columns, element i of row r at to[i * ld + r], and what they were divided by: whether any by another
 // number than one.
-EAP_INLINE bool split_columns(const float* const* rows, int64_t count, tile_split* to, int64_t ld, float* scales) {
+EAP_INLINE bool split_columns(const float* const* rows, int64_t count, amx_split* to, int64_t ld, float* scales) {
   Words largest = {};
   const auto run = [&](const Floats& scale) EAP_INLINE_LAMBDA {
     for (int64_t k = 0; k < count; k += kGroup) {
@@ -82,7 +82,7 @@ EAP_INLINE bool split_columns(const float* const* rows, int64_t count, tile_spli
       for (int r = 0; r < kHalf; ++r) from[r] = rows[r] + k;
       alignas(64) float columns[kGroup * kHalf];
       transpose<float, 64>(from, kGroup, columns, kHalf);
-      tile_split* const group = to + k / kGroup * Group<tile_split>::elements * ld;
+      amx_split* const group = to + k / kGroup * Group<amx_split>::elements * ld;
       for (int64_t i = 0; i < kHalf; ++i) {
         Floats x, y;
         std::memcpy(&x, columns + i * kHalf, sizeof(x));

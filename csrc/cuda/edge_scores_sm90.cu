@@ -22,8 +22,8 @@ constexpr int kSlabBytes = kSlab * kRowBytes;
 constexpr int kSendersBytes = kHopperSlabs * kSlabBytes;
 constexpr int kReceiversBytes = kColumns * kRowBytes;
 constexpr int kStageBytes = kSendersBytes + kReceiversBytes;
+constexpr int kAlignment = 1024;  // of what is swizzled: slabs of senders and blocks of receivers
 template <class T> constexpr int kFeatures = kRowBytes / int(sizeof(T));  // of a stage
-constexpr int kAlignment = 1024;                                          // of swizzled tiles
 constexpr int kSharedBytes = kStages * kStageBytes + kAlignment + 2 * kStages * 8;
 static_assert(kHopperSlabs == 2 * kGroups, "a warpgroup keeps the sums of at most two slabs in its registers");
 static_assert(kSharedBytes <= 227 << 10, "the ring fits in the shared memory that a block can have");

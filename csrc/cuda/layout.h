@@ -19,7 +19,7 @@ EAP_BOTH constexpr uint32_t row64(int row, int piece) { return row * 64 + ((piec
 // k 8 of 32-bit ones, of which lane l receives number l % 4 of row l / 4, as both want it.
 EAP_BOTH constexpr int a_row(int lane) { return lane & 15; }
 EAP_BOTH constexpr int a_piece(int lane) { return lane >> 4; }
-// For B, kept as [n][k], of two neighbouring n8 tiles: (n 0-7, piece 0), (0-7, 1), (8-15, 0), (8-15, 1).
+// For B, kept as [n][k], of two neighbouring blocks of 8 columns: (n 0-7, piece 0), (0-7, 1), (8-15, 0), (8-15, 1).
 EAP_BOTH constexpr int b_row(int lane) { return (lane & 7) + (lane >> 4 << 3); }
 EAP_BOTH constexpr int b_piece(int lane) { return lane >> 3 & 1; }
 
@@ -30,7 +30,7 @@ EAP_BOTH constexpr int c_column(int lane, int i) { return (lane & 3) * 2 + (i & 
 
 // Shared memory descriptor of wgmma for rows of 128 bytes along k, 128-byte swizzle, as TMA writes
 // them: bits 0-13 address / 16; 16-29 leading offset, not used by swizzled k-major operands; 32-45 stride offset / 16,
-// from eight rows to the next eight: 1024 bytes; 62-63 swizzle mode, 1 = 128 bytes. Tiles start at multiples of 1024.
+// from eight rows to the next eight: 1024 bytes; 62-63 swizzle mode, 1 = 128 bytes. Slabs start at multiples of 1024.
 EAP_BOTH constexpr uint64_t descriptor(uint32_t address) {
   return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }

@@ -1,5 +1,5 @@
 // Masked read. A first kernel lists the senders that each receiver keeps; then one of two does the sums. `sparse` adds
-// up the senders of a receiver, so that cost follows the kept edges; `dense` is a tiled matrix product over all.
+// up the senders of a receiver, so that cost follows the kept edges; `dense` is a matrix product over all.
 // How many edges are kept is known on the device alone: both are launched, and the one whose turn it is not returns.
 #include <algorithm>
 
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) sparse(const __grid_constant__ Call<
   }
 }
 
-constexpr int kSide = 128;  // receivers and elements of a row in a dense tile
+constexpr int kSide = 128;  // receivers of a job of `dense`, and elements of a row
 constexpr int kDepth = 16;  // senders at once
 
 // 128 x 128 results, 8 x 8 a thread: four and four, 64 apart, so that a warp reads shared memory without conflicts.
@@ -209,8 +209,8 @@ template <class T> void run_typed(const MaskedRead& m, char* memory, CUstream_st
   const int64_t jobs = divide_up(width / (pieces ? kWidth : 1), kThreads) * call.receivers;
   launch(kOp, pieces ? sparse<T, kWidth> : sparse<T, 1>, dim3(uint32_t(std::min(jobs, processors * 8))), kThreads, 0,
          stream, call);
-  const int64_t tiles = divide_up(width, kSide) * divide_up(call.receivers, kSide);
-  launch(kOp, dense<T>, dim3(uint32_t(std::min(tiles, processors * 2))), kThreads, 0, stream, call);
+  const int64_t squares = divide_up(width, kSide) * divide_up(call.receivers, kSide);
+  launch(kOp, dense<T>, dim3(uint32_t(std::min(squares, processors * 2))), kThreads, 0, stream, call);
 }
 
 }  // namespace

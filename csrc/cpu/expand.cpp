@@ -17,7 +17,7 @@ template <class T> EAP_INLINE const T* at(const View& x, int64_t i, int64_t j, i
 }
 
 #ifdef EAP_AMX
-// The product of bf16 values and weights by AMX, as pairs: a row's neighbours meet two rows of the weight.
+// The product of bf16 values and weights by AMX: pairs of neighbours in a row meet pairs of rows of the weight.
 EAP_INLINE void project_pairs(const Expand& p, const Nodes& g, int64_t i, float* to) {
   using E = amx_pair;
   constexpr int64_t height = strip_rows<E>(64), width = panel_columns<E, 64>, side = width / kVectors, kAhead = 4;
@@ -27,6 +27,7 @@ EAP_INLINE void project_pairs(const Expand& p, const Nodes& g, int64_t i, float*
   E* const b = a + height * ld;  // [panels, depth, width]
   float* const edge = reinterpret_cast<float*>(b + panels * width * depth);
   const bf16* const weight = at<bf16>(g.weight, i / g.per_weight, 0, p.feature);
+  // Pack: the weight, two rows to a row of pairs.
   for (int64_t k = 0; k < depth; ++k) {
     const bf16 *const first = weight + 2 * k * step, *const second = first + step;
     for (int64_t d = 0; d < p.features; d += width) {
@@ -42,6 +43,7 @@ EAP_INLINE void project_pairs(const Expand& p, const Nodes& g, int64_t i, float*
   }
   for (int64_t n = 0; n < p.tokens; n += height) {
     const int64_t rows = std::min(height, p.tokens - n);
+    // Pack: a strip of values.
     for (int64_t r = 0; r < rows; ++r) {
       const bf16* const from = at<bf16>(g.values, i, p.token + n + r, 0);
       const int64_t step = g.values.stride[2];
@@ -49,6 +51,7 @@ EAP_INLINE void project_pairs(const Expand& p, const Nodes& g, int64_t i, float*
         a[r * ld + k].bits = (2 * k < inner ? uint32_t(from[2 * k * step].bits) : 0) |
                              (2 * k + 1 < inner ? uint32_t(from[(2 * k + 1) * step].bits) : 0) << 16;
     }
+    // Multiply and store: whole results go to their place, others are copied from `edge`.
     for (int64_t d = 0; d < p.features; d += width) {
       const int64_t columns = std::min(width, p.features - d);
       const bool whole = rows % side == 0 && columns % side == 0;
@@ -122,9 +125,11 @@ template <class T, int BYTES> struct Body {
     A* const a = scratch<A>((p.tokens + padded) * inner + strip_rows(BYTES) * width);
     A* const b = a + p.tokens * inner;  // [panels, inner, width]
     A* const edge = b + padded * inner;
+    // Pack: the node's values and its weight.
     for (int64_t n = 0; n < p.tokens; ++n)
       widen(at<T>(g.values, i, p.token + n, 0), g.values.stride[2], inner, a + n * inner);
     pack(p, g.weight, i / g.per_weight, b);
+    // Multiply and store: whole results go to their place, others are copied from `edge`.
     for (int64_t d = 0; d < p.features; d += width) {
       const int64_t columns = std::min(width, p.features - d);
       for_strips<BYTES>(p.tokens, [&](int64_t row, int64_t M) EAP_INLINE_LAMBDA {
@@ -141,8 +146,7 @@ template <class T, int BYTES> struct Body {
     }
   }
 
-  // Whole rows of a weight at a time, some ahead of their use: a panel's columns alone are too short for the processor
-  // to see them coming.
+  // Packs a weight by whole rows and fetches rows ahead: the processor does not foresee the short rows of a panel.
   EAP_INLINE static void pack(const Expand& p, const View& weight, int64_t i, A* b) {
     constexpr int64_t kAhead = 8;
     const int64_t inner = weight.size[1], step = weight.stride[2];

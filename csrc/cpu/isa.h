@@ -30,7 +30,9 @@ enum class Isa { base, v3, v4, v4_bf16, v4_amx };
 inline constexpr Isa kLevels[] = {
     Isa::base,
 #ifdef EAP_X86_LEVELS
-    Isa::v3,     Isa::v4, Isa::v4_bf16,
+    Isa::v3,       // vectors of 32 bytes
+    Isa::v4,       // of 64 bytes
+    Isa::v4_bf16,  // with products of bf16 pairs
 #endif
 #ifdef EAP_AMX
     Isa::v4_amx,

@@ -39,9 +39,9 @@ struct EdgeScores {
   int64_t merges() const { return chunks > 1 ? int64_t(tiles.size()) : 0; }
   void merge(int64_t tile) const;  // adds a tile's chunks to out, in their order
 
-  // Made by plan(). Rows of tiles are receivers in this order, columns are senders.
+  // Set by plan(). Rows of tiles are receivers in this order, columns are senders.
   std::vector<int64_t> order;  // receivers, those that see least first
-  std::vector<Tile> tiles;     // only those with work in them
+  std::vector<Tile> tiles;     // those with edges in them
   int64_t chunks;
   bool in_parts = false;  // whether fp32 values are multiplied as parts, by AMX
   // [tiles, chunks, rows, columns] of out's type, with more than one chunk.

@@ -1,4 +1,4 @@
-// Packing, which is where strides and low precision end: rows of a block as the microkernels read them.
+// Packing: copies the rows of a block into the order that the microkernels read, without strides and low precision.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -44,8 +44,9 @@ struct Rows {
 
 // One block of rows as contiguous elements E: [rows, ld], followed by zeros up to a multiple of `lanes`.
 template <class T, class E> struct Packed {
-  static constexpr int64_t values = Group<E>::values;                                 // of an element
-  static constexpr int64_t inner = std::is_same_v<E, amx_pair> ? kAmxInner : kInner;  // values of a block, at most
+  static constexpr int64_t values = Group<E>::values;  // of an element
+  // Values of a block, at most.
+  static constexpr int64_t inner = std::is_same_v<E, amx_pair> ? kAmxInner : kInner;
   // Elements of it. Rows are padded: a power of two apart they would share cache sets.
   static constexpr int64_t depth = inner / values, ld = depth + 16;
   int64_t pieces, length, piece, width;
@@ -86,7 +87,7 @@ template <class T, class E, int BYTES, int64_t COLUMNS> class Packer {
   static constexpr int64_t multiple = splits ? Group<E>::values : lanes;
 
   Row* const staged;
-  float row_scales[height], column_scales[COLUMNS + lanes];  // what was split was divided by these
+  float row_scales[height], column_scales[COLUMNS + lanes];  // what values were divided by before they were split
   bool columns_scaled = false, rows_scaled = false;
 
  public:
@@ -94,7 +95,7 @@ template <class T, class E, int BYTES, int64_t COLUMNS> class Packer {
   static constexpr int64_t inner = Panel::inner, values = Panel::values, width = panel_columns<E, BYTES>;
   static constexpr int64_t depth = splits ? inner / Group<E>::values * Group<E>::elements : Panel::depth;
   static constexpr int64_t ld = depth + 16;
-  static constexpr int64_t elements = COLUMNS * depth + 2 * height * ld;  // that it works in
+  static constexpr int64_t elements = COLUMNS * depth + 2 * height * ld;  // of its memory
 
   E *const a, *const b;
 
@@ -107,7 +108,7 @@ template <class T, class E, int BYTES, int64_t COLUMNS> class Packer {
     return Panel(rows.x, block, multiple).width * depth / Panel::depth;
   }
 
-  // Rows from `first` on, of which there are at most a strip's. `next` is the block that follows.
+  // Packs `count` rows from `first` on, at most a strip's. `next` is the block that follows.
   EAP_INLINE void pack_strip(const Rows& rows, int64_t first, int64_t count, const Block& block, const Block& next) {
     const Panel packed(rows.x, block, multiple);
     const Rows part = rows.part(first, count);
@@ -127,6 +128,7 @@ template <class T, class E, int BYTES, int64_t COLUMNS> class Packer {
     }
   }
 
+  // Packs the columns of all panels.
   EAP_INLINE void pack_columns(const Rows& columns, const Block& block) {
     const Panel packed(columns.x, block, multiple);
     columns_scaled = false;
@@ -152,7 +154,8 @@ template <class T, class E, int BYTES, int64_t COLUMNS> class Packer {
   }
 
  private:
-  // Where rows lie that are packed, in memory or else copied: as many as asked for, those that are not there zero.
+  // Points `from` at `count` rows: in memory where they can be read there, else at copies; missing rows are zero.
+  // Returns whether they are read in memory.
   EAP_INLINE bool find(const Panel& packed, const Rows& part, const Block& block, const Row** from, int64_t count) {
     const bool in_place = packed.in_place(part.x);
     if (!in_place) packed.copy_rows(part, block, staged);

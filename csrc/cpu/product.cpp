@@ -27,6 +27,7 @@ EAP_INLINE void multiply(const E* a, int64_t lda, const E* b, int64_t ldb, int64
     for (int m = 0; m < M; ++m)
       for (int w = 0; w < W; ++w) multiply_add(sums[m][w], a[m * lda + k], columns[w]);
   };
+  // Load and multiply: a row of columns and one value of every row at a time.
   int64_t k = 0;
   for (; k + run <= inner; k += run) {
     for (int64_t i = 0; i < ahead.count; ++i) __builtin_prefetch(ahead.rows[i] + k * ahead.element, 0, 2);
@@ -34,6 +35,7 @@ EAP_INLINE void multiply(const E* a, int64_t lda, const E* b, int64_t ldb, int64
     for (int64_t j = 0; j < run; ++j) step(k + j);
   }
   for (; k < inner; ++k) step(k);
+  // Store.
   for (int m = 0; m < M; ++m)
     for (int w = 0; w < W; ++w) {
       V before = {};

@@ -94,11 +94,11 @@ template <int BYTES, class E = float, class Visit> EAP_INLINE void for_strips(in
 #endif
 
 #ifdef EAP_SHUFFLES
-// A vector of 16-byte lanes: those of rows[0], rows[step], rows[2 * step], ... at element k. By hand, since compilers
-// join lanes through memory.
+// Joins the 16-byte lanes at element k of rows[0], rows[step], rows[2 * step], ... into one vector. By hand, since
+// compilers join lanes through memory.
 template <class E, int BYTES>
 EAP_INLINE void load_lanes(const E* const* rows, int64_t step, int64_t k, vector_t<acc_t<E>, BYTES>& loaded) {
-  // Joined here: g++ 12 would store what it has of `loaded` after each lane.
+  // A local vector: g++ 12 would store `loaded` after each lane.
   vector_t<acc_t<E>, BYTES> to;
 #ifdef EAP_X86_LEVELS
   struct Lane { char bytes[16]; };

@@ -49,6 +49,7 @@ EAP_TARGET_AMX void multiply(const E* a, int64_t lda, const E* b, int64_t ldb, i
   if constexpr (W == 2) _tile_dpbf16ps(1, 4, 7); \
   if constexpr (M == 2) _tile_dpbf16ps(2, 5, 6); \
   if constexpr (M == 2 && W == 2) _tile_dpbf16ps(3, 5, 7);
+  // Load: the sums.
   if (add) {
     EAP_EACH_SUM(EAP_LOAD)
   } else {
@@ -56,7 +57,7 @@ EAP_TARGET_AMX void multiply(const E* a, int64_t lda, const E* b, int64_t ldb, i
   }
   if constexpr (std::is_same_v<E, amx_split>) {
     for (int64_t k = 0; k < inner; k += 3 * kSide) {
-      // Not the smallest parts' products with each other and with the middle ones.
+      // Multiply: all parts, except the smallest with each other and with the middle ones.
       // clang-format off
       EAP_ROWS(0) EAP_COLUMNS(2) EAP_MULTIPLY
       EAP_COLUMNS(1) EAP_MULTIPLY
@@ -69,9 +70,11 @@ EAP_TARGET_AMX void multiply(const E* a, int64_t lda, const E* b, int64_t ldb, i
   } else {
     for (int64_t k = 0; k < inner; k += kSide) {
       for (int64_t i = 0; i < ahead.count; ++i) __builtin_prefetch(ahead.rows[i] + k * ahead.element, 0, 2);
+      // Multiply: the pairs.
       EAP_ROWS(0) EAP_COLUMNS(0) EAP_MULTIPLY
     }
   }
+  // Store: the sums.
   EAP_EACH_SUM(EAP_STORE)
 }
 

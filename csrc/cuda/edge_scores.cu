@@ -20,7 +20,8 @@ constexpr int kSharedBytes = kStages * 2 * kRows * 64;
 static_assert(kRows == kColumns, "a stage holds as many rows of senders as of receivers");
 static_assert(kThreads == 2 * kRows, "a thread loads four of the 2 * kRows rows of four pieces in a stage");
 
-// Copies the next 64 bytes of every row of a unit, token after token. A thread brings one piece of four rows.
+// Load: copies the next 64 bytes of every row of a unit into a stage, token after token. A thread copies one piece of
+// four rows.
 template <class T, bool kPieces> struct Loader {
   static constexpr int kElements = 16 / sizeof(T);  // of a piece
   static constexpr int kStep = 4 * kElements;       // features of a step
@@ -56,7 +57,7 @@ template <class T, bool kPieces> struct Loader {
       const T* const from = row[i] + token * x.stride[1] + d * x.stride[2];
       const uint32_t at = stage + to + i * (kSlab * 64);
       if constexpr (kPieces) {
-        // Of zero bytes nothing is read, but the address has to be one of global memory.
+        // A copy of zero bytes reads nothing, but its address must be in global memory.
         cp_async(at, count ? static_cast<const void*>(from) : plan.tile, count * int(sizeof(T)));
       } else {
         alignas(16) T piece[kElements];
@@ -71,8 +72,8 @@ template <class T, bool kPieces> struct Loader {
   }
 };
 
-// The products of one stage, kept in registers. This one: fp32 and fp64, where a thread owns the rows ty + 16 i and the
-// columns tx + 16 j.
+// Multiply: adds the products of one stage to sums in registers. This one is for fp32 and fp64; a thread owns the rows
+// ty + 16 i and the columns tx + 16 j.
 template <class T> struct Core {
   static constexpr int kElements = 16 / sizeof(T);
   struct alignas(16) Piece { T x[kElements]; };
@@ -96,7 +97,7 @@ template <class T> struct Core {
     }
   }
 
-  // Hands the results over, the last time or not, and starts again from zero.
+  // Store: adds the sums to the target, for the first or the last time or between, and starts again from zero.
   __device__ void drain(const Target<T>& target, bool first, bool last) {
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
 #pragma unroll
@@ -178,6 +179,7 @@ __global__ void __launch_bounds__(kThreads, kPieces && sizeof(T) < 8 ? 2 : 1)
     const int64_t steps = int64_t(target.chunk.count) * ((features - 1) / Load::kStep + 1);
     Load loader(plan, delta, grad, senders, features, target.tile, target.chunk);
     __syncthreads();  // everybody has left the stages of the unit before
+    // Load: fill all stages but one of the ring.
     for (int step = 0; step < kStages - 1; ++step) {
       if (step < steps) loader.load(stage(step));
       cp_async_commit();
@@ -186,16 +188,18 @@ __global__ void __launch_bounds__(kThreads, kPieces && sizeof(T) < 8 ? 2 : 1)
       // One group is committed per step: all but the last kStages - 2 being done means that this step's has arrived.
       cp_async_wait<kStages - 2>();
       __syncthreads();  // for everybody; and everybody has left the stage that is loaded next
+      // Load the stage that has become free, and multiply this step's meanwhile.
       if (step + kStages - 1 < steps) loader.load(stage(step + kStages - 1));
       cp_async_commit();
       core.step(stage(step), target.tile.slabs);
+      // Store: after every run of kRun products, and at the end.
       const bool last = step == steps - 1;
       if (last || step % kSteps == kSteps - 1) core.drain(target, step < kSteps, last);
     }
   }
 }
 
-// Adds the partial tiles of a segment to its scores, slot after slot. Blocks: (16 rows of a tile, splits).
+// Adds the partial tiles of a segment to its scores, slot after slot. The grid: (16 rows of a tile each, splits).
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     reduce(const __grid_constant__ Plan plan, const __grid_constant__ Scores<A> scores) {
@@ -295,7 +299,7 @@ void EdgeScores::plan() {
                             return blocks_per_processor<decltype(x)>();
                           }));
   const int64_t step = (tensor_memory ? 128 : 64) / bytes_of(dtype), steps = divide_up(delta.size[2], step);
-  // TMA copies rows that follow each other, so there receivers stay as they are: models list them by depth anyway.
+  // TMA copies consecutive rows, so its receivers keep their order: models list them by depth anyway.
   schedule = cuda::schedule(reach, grad.size[0], segments, delta.size[1], tensor_memory ? kHopperSlabs : kSlabs,
                             !tensor_memory, workers, steps);
   blocks = int(std::min(workers, schedule.units()));
@@ -317,7 +321,7 @@ void EdgeScores::run(void* workspace, CUstream_st* stream) const {
   check(kOp, cudaSetDevice(device));
   cudaStreamCaptureStatus capture;
   check(kOp, cudaStreamIsCapturing(stream, &capture));
-  if (capture != cudaStreamCaptureStatusNone)  // a graph would copy the header when it is replayed, long gone
+  if (capture != cudaStreamCaptureStatusNone)  // a graph would copy the header at each replay, when it is gone
     throw std::runtime_error("edge_scores: expected a stream that runs its work, got one that is captured in a graph");
   // From pageable memory: the bytes have left `header` when the call returns.
   check(kOp, cudaMemcpyAsync(workspace, header.data(), header.size(), cudaMemcpyHostToDevice, stream));

@@ -1,6 +1,6 @@
-// Edge scores on compute capability 9.0: one block per processor walks over the units of the schedule. One warp fetches
-// operands by TMA into a ring of stages, two warpgroups multiply them with wgmma from there; barriers with phases say
-// when a stage is full and when it is empty again.
+// Edge scores on compute capability 9.0: one block per processor walks over the units of the schedule. One thread loads
+// operands by TMA into a ring of stages (`produce`); two warpgroups multiply them from there with wgmma and store
+// the sums (`consume`). Barriers with phases tell when a stage is full and when it is empty again.
 //
 // A stage is 128 bytes of features of one token: up to four slabs of 64 senders and one block of 128 receivers,
 // swizzled. A three-dimensional tensor map (feature, token, row) with the tensor's own strides serves buffers with
@@ -28,7 +28,8 @@ constexpr int kSharedBytes = kStages * kStageBytes + kAlignment + 2 * kStages * 
 static_assert(kHopperSlabs == 2 * kGroups, "a warpgroup keeps the sums of at most two slabs in its registers");
 static_assert(kSharedBytes <= 227 << 10, "the ring fits in the shared memory that a block can have");
 
-// A position in the ring of stages. A stage's n-th use is over in the barriers' phase of parity n % 2.
+// Ring: a position in the stages between producer and consumers. A stage's n-th use ends with the barriers' phase of
+// parity n % 2.
 struct Ring {
   uint32_t memory;
   int stage = 0;
@@ -46,7 +47,7 @@ struct Ring {
   }
 };
 
-// Unused where the kernel's body is empty, on other architectures.
+// Load: waits for an empty stage, then asks TMA to fill it. Unused on other architectures, where the kernel is empty.
 [[maybe_unused]] __device__ void produce(const Plan& plan, const CUtensorMap* delta, const CUtensorMap* grad,
                                          int blocks, int features, Ring ring) {
   for (uint32_t unit = blockIdx.x; unit < plan.units(); unit += gridDim.x) {
@@ -67,7 +68,7 @@ struct Ring {
   }
 }
 
-// One unit's work of a warpgroup that owns kMine slabs.
+// Multiply and store: one unit's work of a warpgroup that owns kMine slabs.
 template <class T, int kMine>
 __device__ void consume(const Target<float>& target, int64_t steps, Ring& ring) {
   const int thread = threadIdx.x % 128, group = threadIdx.x / 128, lane = threadIdx.x % 32;
@@ -79,6 +80,7 @@ __device__ void consume(const Target<float>& target, int64_t steps, Ring& ring) 
     uint32_t used = 0;  // the stage before, whose products may still be running
 #pragma unroll 1
     for (int step = 0; step < count; ++step) {
+      // Multiply: a full stage, while the products of the one before may still run.
       barrier_wait(ring.full(), ring.parity);
       if constexpr (kMine > 0) {
         wgmma_fence();
@@ -92,7 +94,7 @@ __device__ void consume(const Target<float>& target, int64_t steps, Ring& ring) 
         wgmma_commit();
         wgmma_wait<1>();
       }
-      // Every warp reports for itself: that its own products are done says nothing about the other warps'.
+      // Release: the stage before is empty once every warp has said that its own products are done.
       __syncwarp();
       if (step > 0 && lane == 0) barrier_arrive(used);
       used = ring.empty();
@@ -101,6 +103,7 @@ __device__ void consume(const Target<float>& target, int64_t steps, Ring& ring) 
     if constexpr (kMine > 0) wgmma_wait<0>();
     __syncwarp();
     if (lane == 0) barrier_arrive(used);
+    // Store: the run's sums.
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       wgmma_settle(c[i]);
@@ -173,7 +176,7 @@ auto encoder() {
 CUtensorMap tensor_map(const View& x, Dtype dtype, uint32_t rows) {
   CUtensorMap map;
   const int bytes = bytes_of(dtype);
-  // To TFLOAT32 values are rounded as they are copied.
+  // TFLOAT32 rounds fp32 values as it copies them.
   const CUtensorMapDataType type = dtype == Dtype::f32    ? CU_TENSOR_MAP_DATA_TYPE_TFLOAT32
                                    : dtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                           : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
@@ -193,7 +196,7 @@ CUtensorMap tensor_map(const View& x, Dtype dtype, uint32_t rows) {
 
 bool hopper_can_run(const EdgeScores& call) {
 #if defined(__CUDACC__) && !defined(EAP_SM90A)
-  return false;  // compiled for other cards alone: the kernel is empty
+  return false;  // compiled for other cards only: the kernel is empty
 #endif
   const int bytes = bytes_of(call.dtype);
   return (bytes == 2 || (call.dtype == Dtype::f32 && call.tf32)) && fits(call.delta, bytes) && fits(call.grad, bytes) &&

@@ -15,8 +15,8 @@ namespace eap::cuda {
 EAP_BOTH constexpr uint32_t row64(int row, int piece) { return row * 64 + ((piece ^ (row >> 1 & 3)) << 4); }
 
 // ldmatrix.x4 reads four matrices of 8 rows of 16 bytes; lane l gives the address of row l % 8 of matrix l / 8. For the
-// A operand of mma.m16n8 they are (rows 0-7, piece 0), (8-15, 0), (0-7, 1), (8-15, 1): with k 16 of 16-bit values, with
-// k 8 of 32-bit ones, of which lane l receives number l % 4 of row l / 4, as both want it.
+// A operand of mma.m16n8 they are (rows 0-7, piece 0), (8-15, 0), (0-7, 1), (8-15, 1): k is 16
+// for 16-bit values and 8 for 32-bit ones. Lane l receives 32-bit word l % 4 of row l / 4, as both kinds expect.
 EAP_BOTH constexpr int a_row(int lane) { return lane & 15; }
 EAP_BOTH constexpr int a_piece(int lane) { return lane >> 4; }
 // For B, kept as [n][k], of two neighbouring blocks of 8 columns: (n 0-7, piece 0), (0-7, 1), (8-15, 0), (8-15, 1).

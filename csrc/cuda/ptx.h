@@ -24,7 +24,7 @@ template <class V> __device__ __forceinline__ void store_shared(uint32_t address
   *static_cast<V*>(__cvta_shared_to_generic(address)) = value;
 }
 
-// Copies 16 bytes of which the first `bytes` come from memory and the others are zero.
+// Copies 16 bytes: the first `bytes` from memory, then zeros.
 __device__ __forceinline__ void cp_async(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
                "r"(bytes) : "memory");

@@ -1,4 +1,4 @@
-// Instructions of compute capability 9.0 alone: memory barriers with a byte count, TMA, wgmma.
+// Instructions that only compute capability 9.0 has: memory barriers with a byte count, TMA, wgmma.
 #pragma once
 #include "ptx.h"
 

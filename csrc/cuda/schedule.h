@@ -1,4 +1,4 @@
-// What edge_scores does on a GPU, decided on the host from shapes, reach and segments alone: tiles that follow the
+// What edge_scores does on a GPU, decided on the host from shapes, reach and segments only: tiles that follow the
 // staircase, tokens cut into chunks, and which chunks share a result. Plain C++, so that it is tested without a GPU.
 #pragma once
 #include <algorithm>

@@ -44,10 +44,7 @@ void edge_scores(Tensor delta, Tensor grad, Tensor reach, Tensor out, std::optio
                     rest.reach.data(),
                     rest.segment_data(),
                     out.mutable_data_ptr(),
-                    {rest.out_stride[0], rest.out_stride[1], rest.out_stride[2]},
-                    {},
-                    {},
-                    {}};
+                    {rest.out_stride[0], rest.out_stride[1], rest.out_stride[2]}};
   run(kernel);
 }
 
@@ -77,9 +74,7 @@ Nodes nodes(const char* op, const Tensor& values, const Tensor& weight, const Te
   STD_TORCH_CHECK(direct ? K == D
                          : weight.size(0) > 0 && h % weight.size(0) == 0 && weight.size(1) == K && weight.size(2) == D,
                   op, ": expected weight [g, K, D] with g a divisor of h, or values [N, h, D] without it");
-  Nodes g{first, {values.const_data_ptr(), {h, N, K}, {values.stride(1), values.stride(0), values.stride(2)}},
-          {},    1,
-          {},    {}};
+  Nodes g{first, {values.const_data_ptr(), {h, N, K}, {values.stride(1), values.stride(0), values.stride(2)}}};
   if (!direct) {
     g.weight = view(weight);
     g.per_weight = h / weight.size(0);
@@ -128,8 +123,15 @@ void head_space_scores(std::vector<Tensor> values, std::vector<Tensor> weights, 
   const int64_t row = tokens * width;
   for (int64_t d = 0; d < D; d += width)
     for (int64_t n = 0; n < N; n += tokens) {
-      const Expand expand{groups.data(),          int64_t(count), dtype, n, std::min(tokens, N - n), d,
-                          std::min(width, D - d), data,           row};
+      const Expand expand{.groups = groups.data(),
+                          .n_groups = int64_t(count),
+                          .dtype = dtype,
+                          .token = n,
+                          .tokens = std::min(tokens, N - n),
+                          .feature = d,
+                          .features = std::min(width, D - d),
+                          .out = data,
+                          .out_stride = row};
       run_tasks(expand.tasks(), [&](int64_t task) { expand.run(task); });
       const int64_t inner = expand.tokens * expand.features;
       EdgeScores kernel{{data, {S, 1, inner}, {row, inner, 1}},
@@ -138,10 +140,7 @@ void head_space_scores(std::vector<Tensor> values, std::vector<Tensor> weights, 
                         reach_values.data(),
                         nullptr,
                         out.mutable_data_ptr(),
-                        {0, out.stride(0), out.stride(1)},
-                        {},
-                        {},
-                        {}};
+                        {0, out.stride(0), out.stride(1)}};
       run(kernel);
     }
 }
@@ -192,9 +191,8 @@ Tensor masked_read(Tensor base, Tensor delta, Tensor mask) {
   const MaskedReadRest rest = check_masked_read("masked_read", base, delta, mask);
   const Kept k = kept(mask, rest.mask_dtype);
   Tensor out = torch::stable::new_empty(delta, {mask.size(1), delta.size(1), delta.size(2)});
-  MaskedRead kernel{
-      view(delta), rest.base, rest.dtype, k.first.data(), k.sender.data(), k.weight.data(), out.mutable_data_ptr(),
-      0,           0,         false};
+  void* const to = out.mutable_data_ptr();
+  MaskedRead kernel{view(delta), rest.base, rest.dtype, k.first.data(), k.sender.data(), k.weight.data(), to};
   kernel.plan(torch::stable::get_num_threads());
   run_tasks(kernel.tasks(), [&](int64_t task) { kernel.run(task); });
   return out;

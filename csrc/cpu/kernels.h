@@ -40,9 +40,9 @@ struct EdgeScores {
   void merge(int64_t tile) const;  // adds a tile's chunks to out, in their order
 
   // Set by plan(). Rows of tiles are receivers in this order, columns are senders.
-  std::vector<int64_t> order;  // receivers, those that see least first
-  std::vector<Tile> tiles;     // those with edges in them
-  int64_t chunks;
+  std::vector<int64_t> order{};  // receivers, those that see least first
+  std::vector<Tile> tiles{};     // those with edges in them
+  int64_t chunks = 1;
   bool in_parts = false;  // whether fp32 values are multiplied as parts, by AMX
   // [tiles, chunks, rows, columns] of out's type, with more than one chunk.
   std::unique_ptr<void, decltype(&std::free)> partial{nullptr, std::free};
@@ -51,11 +51,11 @@ struct EdgeScores {
 // Consecutive nodes in head space, as the rows first, first + 1, ... of what they expand to.
 struct Nodes {
   int64_t first;
-  View values;         // [h, N, K]
-  View weight;         // [g, K, D], or no data: values are residual rows and K is D
-  int64_t per_weight;  // h / g
-  View coefficients;   // [h, M, N]
-  View normalised;     // [M, N, D]
+  View values;             // [h, N, K]
+  View weight{};           // [g, K, D], or no data: values are residual rows and K is D
+  int64_t per_weight = 1;  // h / g
+  View coefficients{};     // [h, M, N]
+  View normalised{};       // [M, N, D]
 };
 
 // Their rows in the residual stream at some tokens and features, in the accumulation type: [nodes, tokens, features].
@@ -81,9 +81,9 @@ struct MaskedRead {
   const int64_t* sender;  // kept edges, grouped by receiver
   const double* weight;   // kept edges
   void* out;              // [R, N, D] contiguous
-  int64_t chunk;          // elements of a token row handled at once
-  int64_t receivers_per_task;
-  bool past_caches;  // whether the result is written past the caches
+  int64_t chunk = 0;      // elements of a token row handled at once
+  int64_t receivers_per_task = 0;
+  bool past_caches = false;  // whether the result is written past the caches
 
   int64_t tasks() const;
   void plan(int64_t threads);

@@ -7,7 +7,7 @@
 #define EAP_INLINE inline __attribute__((always_inline))
 #define EAP_INLINE_LAMBDA __attribute__((always_inline))
 
-// Not clang, which holds inline assembly to the instruction set of the whole file.
+// Not clang, which accepts in inline assembly only the instruction set of the whole file.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define EAP_X86_LEVELS 1
 #define EAP_TARGET_V3 __attribute__((target("avx,avx2,fma,f16c,bmi,bmi2")))
@@ -44,7 +44,7 @@ inline const char* isa_name(Isa isa) {
   return names[int(isa)];
 }
 
-// Whether the processor has AMX for bf16 and Linux lets this process use it, which it has to be asked for.
+// Whether the processor has AMX for bf16 and Linux, which is asked here, lets this process use it.
 inline bool amx_allowed() {
 #ifdef EAP_AMX
   constexpr unsigned amx_and_bf16 = 1u << 24 | 1u << 22;

@@ -37,8 +37,8 @@ template <class E = float> constexpr int strip_rows(int bytes) { return uses_amx
 constexpr int kVectors = 2;
 template <class E, int BYTES> constexpr int64_t panel_columns = kVectors * BYTES / int64_t(sizeof(E));
 
-// What to bring into the cache while a strip is multiplied: `count` rows as long as its own, of `element` bytes each
-// element.
+// What to bring into the cache while a strip is multiplied: `count` rows as long as its own, in elements of
+// `element` bytes.
 struct Ahead {
   const char* const* rows = nullptr;
   int64_t count = 0, element = 0;

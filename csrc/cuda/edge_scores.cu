@@ -1,6 +1,7 @@
 // Edge scores on any GPU from compute capability 8.0 on: the plan, the portable kernel and the reduction. 16-bit types,
-// and fp32 where tf32 is allowed, use the tensor cores, the others the plain units, exactly; all read their operands
-// through one pipeline of asynchronous copies into shared memory. Receivers are gathered in the order of their reach.
+// and fp32 where tf32 is allowed, use the tensor cores; the others use the plain units, exactly. All load their
+// operands through one pipeline of asynchronous copies into shared memory. Receivers are gathered in the order of their
+// reach.
 #include <cstring>
 
 #include "edge_scores.h"

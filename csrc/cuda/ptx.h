@@ -1,4 +1,4 @@
-// The instructions that C++ has no words for, one function each, and shared memory by its 32-bit address.
+// Instructions that C++ cannot express, one function each, and shared memory by its 32-bit address.
 #pragma once
 #include <cuda.h>
 #include <cuda_bf16.h>

@@ -80,7 +80,7 @@ template <class T> __device__ __forceinline__ void wgmma(float (&c)[64], uint64_
       : EAP_C16(0), EAP_C16(16), EAP_C16(32), EAP_C16(48)                                                          \
       : "l"(a), "l"(b), "r"(add)                                                                                   \
       : "memory")
-  // Types of 16 bits say which way both operands lie; those of 32 know one way only, which is ours.
+  // 16-bit types take flags for the operands' order; 32-bit types have only one order, which is ours.
   if constexpr (std::is_same_v<T, tf32>) EAP_WGMMA("8", "tf32", "");
   else if constexpr (std::is_same_v<T, __half>) EAP_WGMMA("16", "f16", ", 0, 0");
   else EAP_WGMMA("16", "bf16", ", 0, 0");

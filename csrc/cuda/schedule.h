@@ -12,7 +12,8 @@ namespace eap::cuda {
 constexpr int kSlab = 64;      // senders: tiles are cut along the staircase in these
 constexpr int kColumns = 128;  // receivers of a tile
 
-// Senders [sender, sender + slabs * kSlab) against the receivers at positions [column, column + kColumns).
+// A rectangle of the result: senders [sender, sender + slabs * kSlab) against
+// receivers at positions [column, column + kColumns).
 struct Tile { int32_t sender, slabs, column; };
 
 // Tokens number [first, first + count) in the schedule's order, all of one segment. A chunk that is its segment's only

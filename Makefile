@@ -9,7 +9,8 @@ LOCK := tests/versions/$(VERSIONS).txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(LOCK)
 TORCH := $(shell grep '^torch==' $(LOCK))
 comma := ,
-INPUTS := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
+INPUTS := setup.py pyproject.toml $(CSRC)
 # Bridges of TransformerLens need newer packages than the other sets have.
 EXTRAS := demo,test$(if $(filter newest,$(VERSIONS)),$(comma)bridges)
 
@@ -76,6 +77,7 @@ update-locks: $(VENV)/.setup
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 	$(BIN)/mypy
 	PYTHONPATH=python:. $(BIN)/lint-imports --no-cache
 

@@ -45,8 +45,9 @@ PYBIND11_MODULE(_build_info, m) {
   std::vector<std::string> levels;
   for (eap::Isa level : eap::kLevels) levels.push_back(eap::isa_name(level));
   m.attr("instruction_sets") = pybind11::tuple(pybind11::cast(levels));
-  m.def("instruction_set", [] { return std::string(eap::isa_name(eap::isa())); },
-        "The instruction set level that the kernels use on this machine.");
+  m.def(
+      "instruction_set", [] { return std::string(eap::isa_name(eap::isa())); },
+      "The instruction set level that the kernels use on this machine.");
   m.attr("cuda_architectures") = pybind11::make_tuple(EAP_CUDA_ARCHITECTURES);
   m.attr("cuda_failure") = EAP_CUDA_FAILURE;
   m.def("cuda_schedule", &cuda_schedule, pybind11::arg("reach"), pybind11::arg("segments"), pybind11::arg("tokens"),

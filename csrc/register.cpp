@@ -38,17 +38,22 @@ void run(EdgeScores& kernel) {
 void edge_scores(Tensor delta, Tensor grad, Tensor reach, Tensor out, std::optional<Tensor> segments, bool) {
   const char* op = "edge_scores";
   const EdgeScoresRest rest = check_edge_scores(op, delta, grad, reach, out, segments);
-  EdgeScores kernel{view(delta), view(grad), rest.dtype, rest.reach.data(), rest.segment_data(), out.mutable_data_ptr(),
-                    {rest.out_stride[0], rest.out_stride[1], rest.out_stride[2]}, {}, {}, {}};
+  EdgeScores kernel{view(delta),
+                    view(grad),
+                    rest.dtype,
+                    rest.reach.data(),
+                    rest.segment_data(),
+                    out.mutable_data_ptr(),
+                    {rest.out_stride[0], rest.out_stride[1], rest.out_stride[2]}};
   run(kernel);
 }
 
-// What a tile of expanded rows may fill: it is written once and read a few times, so it should stay in cache.
-constexpr int64_t kTileBytes = 48 << 20;
+// What a slice of expanded rows may fill: it is written once and read a few times, so it should stay in cache.
+constexpr int64_t kSliceBytes = 48 << 20;
 
-// Tokens and features of a tile of about `elements` per row: nearly square, since expanding reads both sides. All tiles
-// read the weights, of few tokens or many, so they are of equal size.
-std::pair<int64_t, int64_t> tile_shape(int64_t elements, int64_t N, int64_t D) {
+// Tokens and features of a slice of about `elements` per row: nearly square, since expanding reads both sides. Every
+// slice reads the weights, however few its tokens are, so all are of equal size.
+std::pair<int64_t, int64_t> slice_shape(int64_t elements, int64_t N, int64_t D) {
   constexpr int64_t kFewest = 64, kMost = 384;  // features: short rows are read slowly, long ones crowd the cache
   const auto part = [](int64_t size, int64_t most) { return divide_up(size, divide_up(size, most)); };
   int64_t side = 1;
@@ -64,24 +69,30 @@ Nodes nodes(const char* op, const Tensor& values, const Tensor& weight, const Te
   const int64_t h = values.size(1), K = values.size(2);
   const bool direct = weight.dim() != 3;
   for (const Tensor* x : {&values, &weight, &coefficients, &normalised})
-    STD_TORCH_CHECK(x->is_cpu() && (x->numel() == 0 || x->scalar_type() == like.scalar_type()),
-                    op, ": expected all operands on the CPU and of one dtype");
-  STD_TORCH_CHECK(direct ? K == D : weight.size(0) > 0 && h % weight.size(0) == 0 && weight.size(1) == K && weight.size(2) == D,
+    STD_TORCH_CHECK(x->is_cpu() && (x->numel() == 0 || x->scalar_type() == like.scalar_type()), op,
+                    ": expected all operands on the CPU and of one dtype");
+  STD_TORCH_CHECK(direct ? K == D
+                         : weight.size(0) > 0 && h % weight.size(0) == 0 && weight.size(1) == K && weight.size(2) == D,
                   op, ": expected weight [g, K, D] with g a divisor of h, or values [N, h, D] without it");
-  Nodes g{first, {values.const_data_ptr(), {h, N, K}, {values.stride(1), values.stride(0), values.stride(2)}}, {}, 1, {}, {}};
-  if (!direct) g.weight = view(weight), g.per_weight = h / weight.size(0);
+  Nodes g{first, {values.const_data_ptr(), {h, N, K}, {values.stride(1), values.stride(0), values.stride(2)}}};
+  if (!direct) {
+    g.weight = view(weight);
+    g.per_weight = h / weight.size(0);
+  }
   if (normalised.dim() == 3) {
     STD_TORCH_CHECK(normalised.size(1) == N && normalised.size(2) == D && coefficients.dim() == 3 &&
-                        coefficients.size(0) == h && coefficients.size(1) == normalised.size(0) && coefficients.size(2) == N,
+                        coefficients.size(0) == h && coefficients.size(1) == normalised.size(0) &&
+                        coefficients.size(2) == N,
                     op, ": expected coefficients [h, M, N] and normalised [M, N, D]");
-    g.coefficients = view(coefficients), g.normalised = view(normalised);
+    g.coefficients = view(coefficients);
+    g.normalised = view(normalised);
   }
   return g;
 }
 
 void head_space_scores(std::vector<Tensor> values, std::vector<Tensor> weights, std::vector<Tensor> coefficients,
-                       std::vector<Tensor> normalised, int64_t sender_groups, int64_t features, Tensor reach, Tensor out,
-                       int64_t workspace) {
+                       std::vector<Tensor> normalised, int64_t sender_groups, int64_t features, Tensor reach,
+                       Tensor out, int64_t workspace) {
   const char* op = "head_space_scores";
   const size_t count = values.size();
   STD_TORCH_CHECK(count > 0 && weights.size() == count && coefficients.size() == count && normalised.size() == count &&
@@ -105,20 +116,31 @@ void head_space_scores(std::vector<Tensor> values, std::vector<Tensor> weights, 
   if (rows == 0 || N == 0 || D == 0) return;
 
   const bool wide = dtype == Dtype::f64;
-  const int64_t element = wide ? 8 : 4, budget = std::min(workspace, kTileBytes);
-  const auto [tokens, width] = tile_shape(std::max<int64_t>(64, budget / (rows * element)), N, D);
+  const int64_t element = wide ? 8 : 4, budget = std::min(workspace, kSliceBytes);
+  const auto [tokens, width] = slice_shape(std::max<int64_t>(64, budget / (rows * element)), N, D);
   Tensor space = torch::stable::new_empty(out, {rows, tokens * width});
   char* const data = static_cast<char*>(space.mutable_data_ptr());
   const int64_t row = tokens * width;
   for (int64_t d = 0; d < D; d += width)
     for (int64_t n = 0; n < N; n += tokens) {
-      const Expand expand{groups.data(), int64_t(count), dtype, n, std::min(tokens, N - n), d, std::min(width, D - d),
-                          data, row};
+      const Expand expand{.groups = groups.data(),
+                          .n_groups = int64_t(count),
+                          .dtype = dtype,
+                          .token = n,
+                          .tokens = std::min(tokens, N - n),
+                          .feature = d,
+                          .features = std::min(width, D - d),
+                          .out = data,
+                          .out_stride = row};
       run_tasks(expand.tasks(), [&](int64_t task) { expand.run(task); });
       const int64_t inner = expand.tokens * expand.features;
-      EdgeScores kernel{{data, {S, 1, inner}, {row, inner, 1}}, {data + S * row * element, {R, 1, inner}, {row, inner, 1}},
-                        wide ? Dtype::f64 : Dtype::f32, reach_values.data(), nullptr, out.mutable_data_ptr(),
-                        {0, out.stride(0), out.stride(1)}, {}, {}, {}};
+      EdgeScores kernel{{data, {S, 1, inner}, {row, inner, 1}},
+                        {data + S * row * element, {R, 1, inner}, {row, inner, 1}},
+                        wide ? Dtype::f64 : Dtype::f32,
+                        reach_values.data(),
+                        nullptr,
+                        out.mutable_data_ptr(),
+                        {0, out.stride(0), out.stride(1)}};
       run(kernel);
     }
 }
@@ -169,8 +191,8 @@ Tensor masked_read(Tensor base, Tensor delta, Tensor mask) {
   const MaskedReadRest rest = check_masked_read("masked_read", base, delta, mask);
   const Kept k = kept(mask, rest.mask_dtype);
   Tensor out = torch::stable::new_empty(delta, {mask.size(1), delta.size(1), delta.size(2)});
-  MaskedRead kernel{view(delta), rest.base, rest.dtype, k.first.data(), k.sender.data(), k.weight.data(),
-                    out.mutable_data_ptr(), 0, 0, false};
+  void* const to = out.mutable_data_ptr();
+  MaskedRead kernel{view(delta), rest.base, rest.dtype, k.first.data(), k.sender.data(), k.weight.data(), to};
   kernel.plan(torch::stable::get_num_threads());
   run_tasks(kernel.tasks(), [&](int64_t task) { kernel.run(task); });
   return out;

@@ -30,8 +30,8 @@ template <class Kernel> void run(const char* op, Kernel& kernel, const Tensor& l
 }
 
 void check_device(const char* op, const char* name, const Tensor& x, const Tensor& delta) {
-  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == delta.get_device_index(),
-                  op, ": expected ", name, " on delta's device, got another");
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == delta.get_device_index(), op, ": expected ", name,
+                  " on delta's device, got another");
 }
 
 void edge_scores(Tensor delta, Tensor grad, Tensor reach, Tensor out, std::optional<Tensor> segments, bool tf32) {
@@ -40,8 +40,14 @@ void edge_scores(Tensor delta, Tensor grad, Tensor reach, Tensor out, std::optio
   check_device(op, "delta", delta, delta);
   check_device(op, "grad", grad, delta);
   check_device(op, "out", out, delta);
-  EdgeScores kernel{view(delta), view(grad), rest.dtype, tf32, rest.reach.data(), rest.segment_data(),
-                    out.mutable_data_ptr(), {rest.out_stride[0], rest.out_stride[1], rest.out_stride[2]},
+  EdgeScores kernel{view(delta),
+                    view(grad),
+                    rest.dtype,
+                    tf32,
+                    rest.reach.data(),
+                    rest.segment_data(),
+                    out.mutable_data_ptr(),
+                    {rest.out_stride[0], rest.out_stride[1], rest.out_stride[2]},
                     delta.get_device_index()};
   run(op, kernel, delta);
 }
@@ -53,8 +59,14 @@ Tensor masked_read(Tensor base, Tensor delta, Tensor mask) {
   check_device(op, "base", base, delta);
   check_device(op, "mask", mask, delta);
   Tensor out = torch::stable::new_empty(delta, {mask.size(1), delta.size(1), delta.size(2)});
-  MaskedRead kernel{view(delta), rest.base, rest.dtype, mask.const_data_ptr(), rest.mask_dtype,
-                    {mask.stride(0), mask.stride(1)}, out.mutable_data_ptr(), delta.get_device_index()};
+  MaskedRead kernel{view(delta),
+                    rest.base,
+                    rest.dtype,
+                    mask.const_data_ptr(),
+                    rest.mask_dtype,
+                    {mask.stride(0), mask.stride(1)},
+                    out.mutable_data_ptr(),
+                    delta.get_device_index()};
   run(op, kernel, delta);
   return out;
 }

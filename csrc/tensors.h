@@ -56,14 +56,16 @@ inline EdgeScoresRest check_edge_scores(const char* op, const Tensor& delta, con
   check_same(op, "grad", grad, delta, grad.size(0));
   const int64_t S = delta.size(0), R = grad.size(0), rank = segments ? 3 : 2;
   const Dtype dtype = dtype_of(op, delta);
-  STD_TORCH_CHECK(out.dim() == rank && out.size(rank - 2) == S && out.size(rank - 1) == R,
-                  op, ": expected out [S, R], or [segments, S, R] with segments");
-  STD_TORCH_CHECK(out.scalar_type() == (dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float),
-                  op, ": expected out in the accumulation dtype");
+  STD_TORCH_CHECK(out.dim() == rank && out.size(rank - 2) == S && out.size(rank - 1) == R, op,
+                  ": expected out [S, R], or [segments, S, R] with segments");
+  STD_TORCH_CHECK(out.scalar_type() == (dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float), op,
+                  ": expected out in the accumulation dtype");
   auto reach_values = indices(op, "reach", reach, R, S);
   std::vector<int64_t> segment_values;
   if (segments) segment_values = indices(op, "segments", *segments, delta.size(1), out.size(0) - 1);
-  return {dtype, std::move(reach_values), std::move(segment_values),
+  return {dtype,
+          std::move(reach_values),
+          std::move(segment_values),
           {segments ? out.stride(0) : 0, out.stride(rank - 2), out.stride(rank - 1)}};
 }
 
@@ -75,16 +77,18 @@ struct MaskedReadRest {
 };
 
 inline MaskedReadRest check_masked_read(const char* op, const Tensor& base, const Tensor& delta, const Tensor& mask) {
-  STD_TORCH_CHECK(delta.dim() == 3 && mask.dim() == 2 && mask.size(0) == delta.size(0),
-                  op, ": expected delta [S, N, D] and mask [S, R]");
+  STD_TORCH_CHECK(delta.dim() == 3 && mask.dim() == 2 && mask.size(0) == delta.size(0), op,
+                  ": expected delta [S, N, D] and mask [S, R]");
   STD_TORCH_CHECK(base.dim() == 2 || base.dim() == 3, op, ": expected base [N, D] or [R, N, D]");
   const int64_t R = mask.size(1), N = delta.size(1), D = delta.size(2);
   const bool shared = base.dim() == 2;
   STD_TORCH_CHECK((shared || base.size(0) == R) && base.size(!shared) == N && base.size(1 + !shared) == D &&
                       base.scalar_type() == delta.scalar_type(),
                   op, ": expected base [N, D] or [R, N, D] of delta's dtype");
-  return {dtype_of(op, delta), mask_dtype_of(op, mask),
-          {base.const_data_ptr(), {R, N, D},
+  return {dtype_of(op, delta),
+          mask_dtype_of(op, mask),
+          {base.const_data_ptr(),
+           {R, N, D},
            {shared ? 0 : base.stride(0), base.stride(!shared), base.stride(1 + !shared)}}};
 }
 

@@ -20,9 +20,13 @@ EAP_INLINE void by_dtype(Dtype dtype, const Args& args, int64_t task) {
 
 #ifdef EAP_X86_LEVELS
 template <template <class, int> class Body, class Args>
-EAP_TARGET_V4 void level_v4(Dtype dtype, const Args& args, int64_t task) { by_dtype<Body, 64>(dtype, args, task); }
+EAP_TARGET_V4 void level_v4(Dtype dtype, const Args& args, int64_t task) {
+  by_dtype<Body, 64>(dtype, args, task);
+}
 template <template <class, int> class Body, class Args>
-EAP_TARGET_V3 void level_v3(Dtype dtype, const Args& args, int64_t task) { by_dtype<Body, 32>(dtype, args, task); }
+EAP_TARGET_V3 void level_v3(Dtype dtype, const Args& args, int64_t task) {
+  by_dtype<Body, 32>(dtype, args, task);
+}
 #endif
 
 template <template <class, int> class Body, class Args>

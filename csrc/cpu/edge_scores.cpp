@@ -1,7 +1,7 @@
 // Edge scores: a matrix product whose inner dimension (tokens x features) is strided and whose shape is a staircase.
-// A task owns a tile of the result, receivers by senders, and a chunk of the inner dimension. Block by block it packs the
-// senders into panels, and then the receivers, a strip of a register tile's height at a time, which meets the panels that
-// hold its edges at once. Packing is where strides and low precision end.
+// A task owns a tile of the result, receivers by senders, and a chunk of the inner dimension. For each block of the
+// chunk it packs the senders into panels, then packs the receivers strip by strip and multiplies each strip by the
+// panels that hold its edges. The sums are stored last. Packing removes strides and low precision.
 #include <algorithm>
 #include <numeric>
 
@@ -11,17 +11,17 @@
 namespace eap {
 namespace {
 
-constexpr int64_t kRows = 480;     // of a tile, at most: panels and sums of a task share the second-level cache
-constexpr int64_t kColumns = 256;  // of a tile, at most
-constexpr int64_t kFlush = 4;      // blocks after which sums are added to those in double
-constexpr int64_t kEdgesPerRow = 16;  // at least, for AMX in parts: with fewer products its packing does not pay
-constexpr int64_t kTasks = 48;     // wanted, so that threads end together
+constexpr int64_t kRows = 480;          // of a tile, at most: panels and sums of a task share the second-level cache
+constexpr int64_t kColumns = 256;       // of a tile, at most
+constexpr int64_t kFlush = 4;           // blocks after which sums are added to those in double
+constexpr int64_t kEdgesPerRow = 16;    // at least, for AMX in parts: fewer products would not pay for packing
+constexpr int64_t kTasks = 48;          // wanted, so that threads end together
 constexpr int64_t kBlocksPerChunk = 6;  // at least: each chunk leaves partial sums to be added up
 
 // How the inner dimension is cut: several tokens to a block, or several blocks to a token.
 struct Blocks {
   int64_t tokens, features, inner, per_block, per_token;
-  // `multiple`: of which a token's values are packed.
+  // A token's values are packed in multiples of `multiple`.
   Blocks(int64_t tokens, int64_t features, int64_t inner, int64_t multiple = 1)
       : tokens(tokens), features(features), inner(inner),
         per_block(std::max<int64_t>(1, inner / std::max<int64_t>(divide_up(features, multiple) * multiple, 1))),
@@ -47,34 +47,34 @@ void write(const EdgeScores& p, const Tile& t, int64_t segment, const Row& row) 
 // Rows of a tile that are multiplied together, and how many vectors of columns they meet.
 struct Strip { int64_t row, rows, vectors; };
 
-template <class T, class E, int BYTES> class Tiles {
+template <class T, class E, int BYTES> class TileTask {
   using Pack = Packer<T, E, BYTES, kColumns>;
   using A = typename Pack::A;
-  static constexpr int64_t lanes = BYTES / sizeof(E), width = Pack::width, height = tile_rows<E>(BYTES);
+  static constexpr int64_t lanes = BYTES / sizeof(E), width = Pack::width, height = strip_rows<E>(BYTES);
 
   const EdgeScores& p;
   const Tile& t;
   const Rows rows, columns;
-  const int64_t padded;  // rows, to whole register tiles where those are added to as a whole
+  const int64_t padded;  // rows, in whole strips where the microkernel writes those
   A* const sums;         // [panels, padded, width]
-  double* const total;   // [panels, padded, width], once there were more than kFlush blocks
-  bool deep = false;     // whether there were
+  double* const total;   // [panels, padded, width], used from the first flush on
+  bool deep = false;     // whether `total` is in use
   Pack pack;
   std::vector<Strip> strips;
   std::vector<const char*> ahead;  // rows to be packed next
 
  public:
   EAP_INLINE static void run(const EdgeScores& p, int64_t task) {
-    const TileScope scope(on_tiles<E>);
-    Tiles tiles(p, p.tiles[task / p.chunks]);
-    if (p.segments) tiles.all_segments();
-    else tiles.one_chunk(task % p.chunks);
+    const AmxScope scope(uses_amx<E>);
+    TileTask work(p, p.tiles[task / p.chunks]);
+    if (p.segments) work.all_segments();
+    else work.one_chunk(task % p.chunks);
   }
 
  private:
-  EAP_INLINE Tiles(const EdgeScores& p, const Tile& t)
+  EAP_INLINE TileTask(const EdgeScores& p, const Tile& t)
       : p(p), t(t), rows{p.grad, p.order.data(), t.row, t.rows}, columns{p.delta, nullptr, t.column, t.columns},
-        padded(on_tiles<E> ? divide_up(t.rows, height) * height : t.rows),
+        padded(uses_amx<E> ? divide_up(t.rows, height) * height : t.rows),
         sums(reinterpret_cast<A*>(scratch<double>(2 * kRows * kColumns + Pack::elements))),
         total(reinterpret_cast<double*>(sums) + kRows * kColumns),
         pack(reinterpret_cast<E*>(total + kRows * kColumns)) {
@@ -83,17 +83,18 @@ template <class T, class E, int BYTES> class Tiles {
       return divide_up(std::min(p.reach[p.order[t.row + i]] - t.column, t.columns), lanes);
     };
     for (int64_t row = 0, end; row < t.rows; row = end) {
-      // AMX tiles take 16 rows in the time of one: better some products outside the staircase than low strips.
-      if constexpr (on_tiles<E>) {
+      // AMX takes 16 rows in the time of one: better some products outside the staircase than low strips.
+      if constexpr (uses_amx<E>) {
         end = std::min(row + height, t.rows);
         strips.push_back({row, end - row, vectors(end - 1)});
       } else {
         for (end = row + 1; end < t.rows && vectors(end) == vectors(row);) ++end;
-        for_tiles<BYTES, E>(end - row, [&](int64_t r, int64_t rows) { strips.push_back({row + r, rows, vectors(row)}); });
+        for_strips<BYTES, E>(end - row,
+                             [&](int64_t r, int64_t rows) { strips.push_back({row + r, rows, vectors(row)}); });
       }
     }
     if (Pack::splits) return;
-    // Short and long ones in turns, so that there is always time to fetch what comes next.
+    // Short and long strips in turns, so that there is always time to fetch what comes next.
     const std::vector<Strip> sorted = strips;
     for (size_t i = 0; i < sorted.size(); ++i) strips[i] = sorted[i % 2 ? sorted.size() - 1 - i / 2 : i / 2];
   }
@@ -105,6 +106,7 @@ template <class T, class E, int BYTES> class Tiles {
     const int64_t count = blocks.count();
     add_blocks(blocks, 0, chunk * count / p.chunks, (chunk + 1) * count / p.chunks);
     if (p.chunks == 1) return deliver(0);
+    // Store: the chunk's partial sums, for `merge`.
     A* const kept = static_cast<A*>(p.partial.get()) + t.offset + chunk * t.rows * t.columns;
     for (int64_t c = 0; c < t.columns; c += width)
       for (int64_t i = 0; i < t.rows; ++i)
@@ -122,12 +124,14 @@ template <class T, class E, int BYTES> class Tiles {
     }
   }
 
+  // Store: adds the sums to the result.
   EAP_INLINE void deliver(int64_t segment) {
     write<A>(p, t, segment, [&](int64_t i) {
       return [=, this](int64_t j) { return sums[(j / width * padded + i) * width + j % width]; };
     });
   }
 
+  // Packs and multiplies blocks [begin, end), from `token` on.
   EAP_INLINE void add_blocks(const Blocks& blocks, int64_t token, int64_t begin, int64_t end) {
     const auto at = [&](int64_t i) {
       Block block = blocks[i];
@@ -143,6 +147,7 @@ template <class T, class E, int BYTES> class Tiles {
     deep = false;
   }
 
+  // Sums of many blocks go on in double.
   EAP_INLINE void flush() {
     if (!deep) std::fill_n(total, size(), 0.0);
     deep = true;
@@ -152,11 +157,14 @@ template <class T, class E, int BYTES> class Tiles {
 
   EAP_INLINE void add_block(const Block& block, const Block& next) {
     const int64_t inner = Pack::length(rows, block), count = strips.size();
+    // Pack: senders, all panels of the tile.
     pack.pack_columns(columns, block);
     for (int64_t s = 0; s < count; ++s) {
       const Strip& strip = strips[s];
+      // Pack: receivers, one strip.
       pack.pack_strip(rows, strip.row, strip.rows, block, next);
       look_ahead(s, block, next);
+      // Multiply: the strip by each panel that it meets, and fetch what is packed next meanwhile.
       const int64_t panels = divide_up(strip.vectors, kVectors), all = ahead.size();
       for (int64_t i = 0; i < panels; ++i)
         pack.multiply(strip.rows, i, std::min<int64_t>(kVectors, strip.vectors - i * kVectors), inner,
@@ -166,7 +174,7 @@ template <class T, class E, int BYTES> class Tiles {
     }
   }
 
-  // What to fetch while a strip is multiplied: the rows of the one after it, and its share of the next block's columns.
+  // What to fetch while a strip is multiplied: the next strip's rows, and a share of the next block's columns.
   EAP_INLINE void look_ahead(int64_t s, const Block& block, const Block& next) {
     ahead.clear();
     if (Pack::splits) return;  // packing fetches for itself
@@ -174,7 +182,8 @@ template <class T, class E, int BYTES> class Tiles {
     const bool last = s + 1 == count;
     const auto add = [&](const Rows& side, int64_t begin, int64_t end, const Block& block) {
       if (side.x.stride[2] == 1 && block.tokens)
-        for (int64_t r = begin; r < end; ++r) ahead.push_back(reinterpret_cast<const char*>(side.template at<T>(r, block)));
+        for (int64_t r = begin; r < end; ++r)
+          ahead.push_back(reinterpret_cast<const char*>(side.template at<T>(r, block)));
     };
     const Strip& strip = strips[last ? 0 : s + 1];
     add(rows, strip.row, strip.row + strip.rows, last ? next : block);
@@ -182,7 +191,7 @@ template <class T, class E, int BYTES> class Tiles {
   }
 };
 
-// Whether the instruction set multiplies pairs of neighbouring values, and this is where they lie.
+// Whether `level` is in use, which multiplies pairs of neighbouring values, and the operands hold such pairs.
 bool in_pairs(const EdgeScores& p, Isa level) {
   return isa() == level && p.dtype == Dtype::bf16 && p.delta.stride[2] == 1 && p.grad.stride[2] == 1;
 }
@@ -191,19 +200,19 @@ template <class T, int BYTES> struct Body {
   EAP_INLINE static void run(const EdgeScores& p, int64_t task) {
     if constexpr (BYTES == 64 && std::is_same_v<T, bf16>) {
 #ifdef EAP_AMX
-      if (in_pairs(p, Isa::v4_amx)) return Tiles<T, tile_pair, BYTES>::run(p, task);
+      if (in_pairs(p, Isa::v4_amx)) return TileTask<T, amx_pair, BYTES>::run(p, task);
 #endif
-      if (in_pairs(p, Isa::v4_bf16)) return Tiles<T, bf16x2, BYTES>::run(p, task);
+      if (in_pairs(p, Isa::v4_bf16)) return TileTask<T, bf16x2, BYTES>::run(p, task);
     }
 #ifdef EAP_AMX
     if constexpr (BYTES == 64 && !std::is_same_v<T, double>)
-      if (p.in_parts) return Tiles<T, tile_split, BYTES>::run(p, task);
+      if (p.in_parts) return TileTask<T, amx_split, BYTES>::run(p, task);
 #endif
-    Tiles<T, acc_t<T>, BYTES>::run(p, task);
+    TileTask<T, acc_t<T>, BYTES>::run(p, task);
   }
 };
 
-// Parts of nearly equal size, multiples of `step` but for the last.
+// The size of nearly equal parts of at most about `limit`, a multiple of `step`.
 int64_t part(int64_t size, int64_t limit, int64_t step) {
   return divide_up(divide_up(size, divide_up(size, limit)), step) * step;
 }
@@ -214,7 +223,11 @@ void EdgeScores::plan() {
   const int64_t R = grad.size[0];
   const auto flat = [](const View& x) { return x.stride[2] == 1 && (x.stride[1] == x.size[2] || x.size[1] == 1); };
   if (segments == nullptr && flat(delta) && flat(grad))
-    for (View* x : {&delta, &grad}) x->size[2] *= x->size[1], x->size[1] = x->size[2] > 0, x->stride[1] = x->size[2];
+    for (View* x : {&delta, &grad}) {
+      x->size[2] *= x->size[1];
+      x->size[1] = x->size[2] > 0;
+      x->stride[1] = x->size[2];
+    }
   order.resize(R);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return reach[a] < reach[b]; });
@@ -236,12 +249,12 @@ void EdgeScores::plan() {
   }
   const int64_t blocks = Blocks(delta.size[1], delta.size[2], kInner).count();
   const int64_t wanted = divide_up(kTasks, tiles.size() + 1);
-  // AMX is done with a block sooner, but not with its partial sums.
+  // AMX multiplies a block faster, but adds partial sums no faster.
   const int64_t least = in_pairs(*this, Isa::v4_amx) ? 2 * kBlocksPerChunk : kBlocksPerChunk;
   chunks = segments ? 1 : std::max<int64_t>(1, std::min(wanted, blocks / least));
   if (chunks > 4) chunks = chunks / 4 * 4;
   for (Tile& tile : tiles) tile.offset *= chunks;
-  // The last tiles reach deepest: first come those that take longest.
+  // The last tiles reach deepest and take longest, so they come first.
   std::reverse(tiles.begin(), tiles.end());
   if (chunks > 1) partial.reset(std::malloc(offset * chunks * (dtype == Dtype::f64 ? 8 : 4)));
   if (chunks > 1 && !partial) throw std::bad_alloc();

@@ -1,5 +1,6 @@
-// Residual-space rows of nodes that are kept in head space, one tile of tokens x features at a time:
-// row(i)[n, d] = sum_k values[i, n, k] * weight[i / per_weight, k, d] - sum_m coefficients[i, m, n] * normalised[m, n, d].
+// Residual-space rows of nodes that are kept in head space, one slice of tokens x features at a time:
+// row(i)[n, d] = sum_k values[i, n, k] * weight[i / per_weight, k, d]
+//                - sum_m coefficients[i, m, n] * normalised[m, n, d].
 #include <algorithm>
 #include <vector>
 
@@ -16,16 +17,17 @@ template <class T> EAP_INLINE const T* at(const View& x, int64_t i, int64_t j, i
 }
 
 #ifdef EAP_AMX
-// The product of bf16 values and weights on AMX tiles, as pairs: a row's neighbours meet two rows of the weight.
+// The product of bf16 values and weights by AMX: pairs of neighbours in a row meet pairs of rows of the weight.
 EAP_INLINE void project_pairs(const Expand& p, const Nodes& g, int64_t i, float* to) {
-  using E = tile_pair;
-  constexpr int64_t height = tile_rows<E>(64), width = tile_columns<E, 64>, side = width / kVectors, kAhead = 4;
+  using E = amx_pair;
+  constexpr int64_t height = strip_rows<E>(64), width = panel_columns<E, 64>, side = width / kVectors, kAhead = 4;
   const int64_t inner = g.values.size[2], depth = divide_up(inner, 2 * side) * side, ld = depth + side;
   const int64_t step = g.weight.stride[1], panels = divide_up(p.features, width);
   E* const a = scratch<E>(height * ld + panels * width * depth + height * width);
   E* const b = a + height * ld;  // [panels, depth, width]
   float* const edge = reinterpret_cast<float*>(b + panels * width * depth);
   const bf16* const weight = at<bf16>(g.weight, i / g.per_weight, 0, p.feature);
+  // Pack: the weight, two rows to a row of pairs.
   for (int64_t k = 0; k < depth; ++k) {
     const bf16 *const first = weight + 2 * k * step, *const second = first + step;
     for (int64_t d = 0; d < p.features; d += width) {
@@ -41,6 +43,7 @@ EAP_INLINE void project_pairs(const Expand& p, const Nodes& g, int64_t i, float*
   }
   for (int64_t n = 0; n < p.tokens; n += height) {
     const int64_t rows = std::min(height, p.tokens - n);
+    // Pack: a strip of values.
     for (int64_t r = 0; r < rows; ++r) {
       const bf16* const from = at<bf16>(g.values, i, p.token + n + r, 0);
       const int64_t step = g.values.stride[2];
@@ -48,12 +51,13 @@ EAP_INLINE void project_pairs(const Expand& p, const Nodes& g, int64_t i, float*
         a[r * ld + k].bits = (2 * k < inner ? uint32_t(from[2 * k * step].bits) : 0) |
                              (2 * k + 1 < inner ? uint32_t(from[(2 * k + 1) * step].bits) : 0) << 16;
     }
+    // Multiply and store: whole results go to their place, others are copied from `edge`.
     for (int64_t d = 0; d < p.features; d += width) {
       const int64_t columns = std::min(width, p.features - d);
       const bool whole = rows % side == 0 && columns % side == 0;
       float* const c = to + n * p.features + d;
-      tile_kernel<E, 64>(rows, divide_up(columns, side))(a, ld, b + d * depth, width, depth, whole ? c : edge,
-                                                        whole ? p.features : width, false, {});
+      microkernel<E, 64>(rows, divide_up(columns, side))(a, ld, b + d * depth, width, depth, whole ? c : edge,
+                                                         whole ? p.features : width, false, {});
       if (whole) continue;
       for (int64_t r = 0; r < rows; ++r) std::copy_n(edge + r * width, columns, c + r * p.features);
     }
@@ -63,13 +67,13 @@ EAP_INLINE void project_pairs(const Expand& p, const Nodes& g, int64_t i, float*
 
 template <class T, int BYTES> struct Body {
   using A = acc_t<T>;
-  static constexpr int64_t width = tile_columns<A, BYTES>;
+  static constexpr int64_t width = panel_columns<A, BYTES>;
 
   EAP_INLINE static void run(const Expand& p, int64_t task) {
     const int64_t end = std::min((task + 1) * kNodes, p.rows());
     std::vector<const char*> ahead;
     const bool on_amx = std::is_same_v<T, bf16> && isa() == Isa::v4_amx;
-    const TileScope scope(on_amx);
+    const AmxScope scope(on_amx);
     for (int64_t node = task * kNodes; node < end; ++node) {
       const Nodes& g = group(p, node);
       const int64_t i = node - g.first;
@@ -115,21 +119,23 @@ template <class T, int BYTES> struct Body {
   EAP_INLINE static void project(const Expand& p, const Nodes& g, int64_t i, A* to,
                                  const std::vector<const char*>& ahead) {
     const int64_t inner = g.values.size[2], count = ahead.size();
-    const int64_t tiles = divide_up(p.features, width) * divide_up(p.tokens, tile_rows(BYTES));
+    const int64_t products = divide_up(p.features, width) * divide_up(p.tokens, strip_rows(BYTES));
     int64_t fetched = 0;
     const int64_t padded = divide_up(p.features, width) * width;
-    A* const a = scratch<A>((p.tokens + padded) * inner + tile_rows(BYTES) * width);
+    A* const a = scratch<A>((p.tokens + padded) * inner + strip_rows(BYTES) * width);
     A* const b = a + p.tokens * inner;  // [panels, inner, width]
     A* const edge = b + padded * inner;
+    // Pack: the node's values and its weight.
     for (int64_t n = 0; n < p.tokens; ++n)
       widen(at<T>(g.values, i, p.token + n, 0), g.values.stride[2], inner, a + n * inner);
     pack(p, g.weight, i / g.per_weight, b);
+    // Multiply and store: whole results go to their place, others are copied from `edge`.
     for (int64_t d = 0; d < p.features; d += width) {
       const int64_t columns = std::min(width, p.features - d);
-      for_tiles<BYTES>(p.tokens, [&](int64_t row, int64_t M) EAP_INLINE_LAMBDA {
-        const auto kernel = tile_kernel<A, BYTES>(M, kVectors);
+      for_strips<BYTES>(p.tokens, [&](int64_t row, int64_t M) EAP_INLINE_LAMBDA {
+        const auto kernel = microkernel<A, BYTES>(M, kVectors);
         A* const c = to + row * p.features + d;
-        const Ahead next{ahead.data() + fetched, std::min(divide_up(count, tiles), count - fetched), sizeof(T)};
+        const Ahead next{ahead.data() + fetched, std::min(divide_up(count, products), count - fetched), sizeof(T)};
         fetched += next.count;
         const bool whole = columns == width;
         kernel(a + row * inner, inner, b + d * inner, width, inner, whole ? c : edge, whole ? p.features : width, false,
@@ -140,8 +146,7 @@ template <class T, int BYTES> struct Body {
     }
   }
 
-  // Whole rows of a weight at a time, some ahead of their use: a panel's columns alone are too short for the processor
-  // to see them coming.
+  // Packs a weight by whole rows and fetches rows ahead: the processor does not foresee the short rows of a panel.
   EAP_INLINE static void pack(const Expand& p, const View& weight, int64_t i, A* b) {
     constexpr int64_t kAhead = 8;
     const int64_t inner = weight.size[1], step = weight.stride[2];

@@ -7,7 +7,7 @@
 #define EAP_INLINE inline __attribute__((always_inline))
 #define EAP_INLINE_LAMBDA __attribute__((always_inline))
 
-// Not clang, which holds inline assembly to the instruction set of the whole file.
+// Not clang, which accepts in inline assembly only the instruction set of the whole file.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define EAP_X86_LEVELS 1
 #define EAP_TARGET_V3 __attribute__((target("avx,avx2,fma,f16c,bmi,bmi2")))
@@ -30,7 +30,9 @@ enum class Isa { base, v3, v4, v4_bf16, v4_amx };
 inline constexpr Isa kLevels[] = {
     Isa::base,
 #ifdef EAP_X86_LEVELS
-    Isa::v3, Isa::v4, Isa::v4_bf16,
+    Isa::v3,       // vectors of 32 bytes
+    Isa::v4,       // of 64 bytes
+    Isa::v4_bf16,  // with products of bf16 pairs
 #endif
 #ifdef EAP_AMX
     Isa::v4_amx,
@@ -42,14 +44,14 @@ inline const char* isa_name(Isa isa) {
   return names[int(isa)];
 }
 
-// Whether the processor has AMX tiles of bf16 and Linux lets this process use them, which it has to be asked for.
+// Whether the processor has AMX for bf16 and Linux, which is asked here, lets this process use it.
 inline bool amx_allowed() {
 #ifdef EAP_AMX
-  constexpr unsigned tile_and_bf16 = 1u << 24 | 1u << 22;
-  constexpr long request_permission = 0x1023, tile_data = 18;
+  constexpr unsigned amx_and_bf16 = 1u << 24 | 1u << 22;
+  constexpr long request_permission = 0x1023, amx_state = 18;
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tile_and_bf16) != tile_and_bf16) return false;
-  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & amx_and_bf16) != amx_and_bf16) return false;
+  return syscall(SYS_arch_prctl, request_permission, amx_state) == 0;
 #else
   return false;
 #endif

@@ -19,7 +19,8 @@ struct View {
   int64_t stride[3];
 };
 
-// A rectangle of the result. Its partial sums of one chunk of the inner dimension are kept at `offset`.
+// A rectangle of the result, receivers by senders, that one task works on: what "tile" means everywhere here. Its
+// partial sums of one chunk of the inner dimension are kept at `offset`.
 struct Tile { int64_t row, rows, column, columns, offset; };
 
 // out[segment(n), u, v] += sum_d delta[u, n, d] * grad[v, n, d]   for u < reach[v]
@@ -34,15 +35,15 @@ struct EdgeScores {
 
   void plan();
   int64_t tasks() const { return int64_t(tiles.size()) * chunks; }
-  void run(int64_t task) const;     // one tile over one chunk of the inner dimension
+  void run(int64_t task) const;  // one tile over one chunk of the inner dimension
   int64_t merges() const { return chunks > 1 ? int64_t(tiles.size()) : 0; }
-  void merge(int64_t tile) const;   // adds a tile's chunks to out, in their order
+  void merge(int64_t tile) const;  // adds a tile's chunks to out, in their order
 
-  // Made by plan(). Rows of tiles are receivers in this order, columns are senders.
-  std::vector<int64_t> order;       // receivers, those that see least first
-  std::vector<Tile> tiles;          // only those with work in them
-  int64_t chunks;
-  bool in_parts = false;            // whether fp32 values are multiplied as parts, on AMX tiles
+  // Set by plan(). Rows of tiles are receivers in this order, columns are senders.
+  std::vector<int64_t> order{};  // receivers, those that see least first
+  std::vector<Tile> tiles{};     // those with edges in them
+  int64_t chunks = 1;
+  bool in_parts = false;  // whether fp32 values are multiplied as parts, by AMX
   // [tiles, chunks, rows, columns] of out's type, with more than one chunk.
   std::unique_ptr<void, decltype(&std::free)> partial{nullptr, std::free};
 };
@@ -50,18 +51,18 @@ struct EdgeScores {
 // Consecutive nodes in head space, as the rows first, first + 1, ... of what they expand to.
 struct Nodes {
   int64_t first;
-  View values;        // [h, N, K]
-  View weight;        // [g, K, D], or no data: values are residual rows and K is D
-  int64_t per_weight;  // h / g
-  View coefficients;  // [h, M, N]
-  View normalised;    // [M, N, D]
+  View values;             // [h, N, K]
+  View weight{};           // [g, K, D], or no data: values are residual rows and K is D
+  int64_t per_weight = 1;  // h / g
+  View coefficients{};     // [h, M, N]
+  View normalised{};       // [M, N, D]
 };
 
 // Their rows in the residual stream at some tokens and features, in the accumulation type: [nodes, tokens, features].
 struct Expand {
   const Nodes* groups;
   int64_t n_groups;
-  Dtype dtype;         // of all operands
+  Dtype dtype;  // of all operands
   int64_t token, tokens, feature, features;
   void* out;
   int64_t out_stride;  // elements from one node to the next
@@ -80,9 +81,9 @@ struct MaskedRead {
   const int64_t* sender;  // kept edges, grouped by receiver
   const double* weight;   // kept edges
   void* out;              // [R, N, D] contiguous
-  int64_t chunk;          // elements of a token row handled at once
-  int64_t receivers_per_task;
-  bool past_caches;       // whether the result is written past the caches
+  int64_t chunk = 0;      // elements of a token row handled at once
+  int64_t receivers_per_task = 0;
+  bool past_caches = false;  // whether the result is written past the caches
 
   int64_t tasks() const;
   void plan(int64_t threads);

@@ -12,8 +12,8 @@
 namespace eap {
 namespace {
 
-// Elements of a token row handled at once, pages long since senders lie far apart: where receivers keep few edges on
-// average the longer, as few of them read the same sender, so that it need not stay in cache.
+// Elements of a token row handled at once: whole pages, since senders lie far apart. The longer one is for receivers
+// with few edges on average: few of them read the same sender, so it need not stay in cache.
 constexpr int64_t kLong = 2048, kShort = 1024, kFewEdges = 16;
 constexpr int64_t kLargeBytes = 4 << 20;  // of a result that its reader will not find in a core's own cache
 
@@ -78,8 +78,10 @@ template <class T, int BYTES> struct Body {
     const T* const delta = static_cast<const T*>(p.delta.data) + n * p.delta.stride[1] + d * step;
     const T* const base = static_cast<const T*>(p.base.data) + v * p.base.stride[0] + n * p.base.stride[1] +
                           d * p.base.stride[2];
+    // Load: the base, into sums that stay in the cache.
     A acc[kLong];
     for (int64_t i = 0; i < count; ++i) acc[i] = load(base[i * p.base.stride[2]]);
+    // Multiply: adds the kept senders, four at a time.
     int64_t e = p.first[v];
     const int64_t end = p.first[v + 1];
     for (; step == 1 && e + 4 <= end; e += 4) {
@@ -92,6 +94,7 @@ template <class T, int BYTES> struct Body {
       axpy4(acc, rows, weights, count);
     }
     for (; e < end; ++e) axpy(acc, delta + p.sender[e] * p.delta.stride[0], step, A(p.weight[e]), count);
+    // Store: past the caches where the result is large, else rounded to T.
     T* const out = static_cast<T*>(p.out) + (v * N + n) * D + d;
     if constexpr (std::is_same_v<T, A>)
       if (p.past_caches && reinterpret_cast<uintptr_t>(out) % BYTES == 0) return stream<BYTES>(out, acc, count);
@@ -105,7 +108,11 @@ void MaskedRead::plan(int64_t threads) {
   const int64_t D = delta.size[2], element = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
   if (delta.stride[2] == 1 && base.stride[2] == 1 && delta.stride[1] == D && base.stride[1] == D) {
     // Tokens follow each other without gaps: one long row, so that small D does not mean short loops.
-    for (View* x : {&delta, &base}) x->size[2] *= x->size[1], x->stride[1] *= x->size[1], x->size[1] = 1;
+    for (View* x : {&delta, &base}) {
+      x->size[2] *= x->size[1];
+      x->stride[1] *= x->size[1];
+      x->size[1] = 1;
+    }
   }
   const int64_t row = delta.size[2], tokens = delta.size[1], R = base.size[0], bytes = R * tokens * row * element;
   chunk = first[R] <= kFewEdges * R ? kLong : kShort;

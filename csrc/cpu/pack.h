@@ -1,4 +1,4 @@
-// Packing, which is where strides and low precision end: rows of a block as register tiles read them.
+// Packing: copies the rows of a block into the order that the microkernels read, without strides and low precision.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -8,9 +8,9 @@
 
 namespace eap {
 
-constexpr int64_t kInner = 512;       // values of the inner dimension packed at once
-constexpr int64_t kTileInner = 1024;  // for pairs on AMX, which waits for memory: long pieces of it are read faster
-constexpr int64_t kRowsAhead = 2;     // how many rows ahead of the one that is split are fetched
+constexpr int64_t kInner = 512;      // values of the inner dimension packed at once
+constexpr int64_t kAmxInner = 1024;  // for pairs on AMX, which waits for memory: long pieces of it are read faster
+constexpr int64_t kRowsAhead = 2;    // how many rows ahead of the one that is split are fetched
 
 struct Block { int64_t token, tokens, feature, features; };
 
@@ -45,7 +45,8 @@ struct Rows {
 // One block of rows as contiguous elements E: [rows, ld], followed by zeros up to a multiple of `lanes`.
 template <class T, class E> struct Packed {
   static constexpr int64_t values = Group<E>::values;  // of an element
-  static constexpr int64_t inner = std::is_same_v<E, tile_pair> ? kTileInner : kInner;  // values of a block, at most
+  // Values of a block, at most.
+  static constexpr int64_t inner = std::is_same_v<E, amx_pair> ? kAmxInner : kInner;
   // Elements of it. Rows are padded: a power of two apart they would share cache sets.
   static constexpr int64_t depth = inner / values, ld = depth + 16;
   int64_t pieces, length, piece, width;
@@ -53,8 +54,10 @@ template <class T, class E> struct Packed {
   EAP_INLINE Packed(const View& x, const Block& block, int64_t lanes) {
     // Tokens of an odd number of values end in half a pair, whether or not the other operand is flat as well.
     const bool flat = x.stride[2] == 1 && x.stride[1] == block.features && block.features % values == 0;
-    pieces = flat ? 1 : block.tokens, length = flat ? block.tokens * block.features : block.features;
-    piece = divide_up(length, values), width = divide_up(pieces * piece, lanes) * lanes;
+    pieces = flat ? 1 : block.tokens;
+    length = flat ? block.tokens * block.features : block.features;
+    piece = divide_up(length, values);
+    width = divide_up(pieces * piece, lanes) * lanes;
   }
 
   EAP_INLINE void copy_rows(const Rows& rows, const Block& block, E* to) const {
@@ -75,36 +78,37 @@ template <class T, class E> struct Packed {
 // Packs a strip of rows at a time into `a`, [rows, ld], and columns into `b`, panels of [depth, width].
 template <class T, class E, int BYTES, int64_t COLUMNS> class Packer {
  public:
-  static constexpr bool splits = std::is_same_v<E, tile_split>;
+  static constexpr bool splits = std::is_same_v<E, amx_split>;
 
  private:
   using Row = std::conditional_t<splits, float, E>;  // elements of a row before it is split
   using Panel = Packed<T, Row>;
-  static constexpr int64_t lanes = BYTES / sizeof(E), height = tile_rows<E>(BYTES);
+  static constexpr int64_t lanes = BYTES / sizeof(E), height = strip_rows<E>(BYTES);
   static constexpr int64_t multiple = splits ? Group<E>::values : lanes;
 
   Row* const staged;
-  float row_scales[height], column_scales[COLUMNS + lanes];  // what was split was divided by these
+  float row_scales[height], column_scales[COLUMNS + lanes];  // what values were divided by before they were split
   bool columns_scaled = false, rows_scaled = false;
 
  public:
   using A = acc_t<E>;
-  static constexpr int64_t inner = Panel::inner, values = Panel::values, width = tile_columns<E, BYTES>;
+  static constexpr int64_t inner = Panel::inner, values = Panel::values, width = panel_columns<E, BYTES>;
   static constexpr int64_t depth = splits ? inner / Group<E>::values * Group<E>::elements : Panel::depth;
   static constexpr int64_t ld = depth + 16;
-  static constexpr int64_t elements = COLUMNS * depth + 2 * height * ld;  // that it works in
+  static constexpr int64_t elements = COLUMNS * depth + 2 * height * ld;  // of its memory
 
   E *const a, *const b;
 
   EAP_INLINE explicit Packer(E* memory)
-      : staged(reinterpret_cast<Row*>(memory + COLUMNS * depth + height * ld)), a(memory + COLUMNS * depth), b(memory) {}
+      : staged(reinterpret_cast<Row*>(memory + COLUMNS * depth + height * ld)), a(memory + COLUMNS * depth), b(memory) {
+  }
 
   // Elements of a packed row of a block.
   EAP_INLINE static int64_t length(const Rows& rows, const Block& block) {
     return Panel(rows.x, block, multiple).width * depth / Panel::depth;
   }
 
-  // Rows from `first` on, of which there are at most a strip's. `next` is the block that follows.
+  // Packs `count` rows from `first` on, at most a strip's. `next` is the block that follows.
   EAP_INLINE void pack_strip(const Rows& rows, int64_t first, int64_t count, const Block& block, const Block& next) {
     const Panel packed(rows.x, block, multiple);
     const Rows part = rows.part(first, count);
@@ -124,6 +128,7 @@ template <class T, class E, int BYTES, int64_t COLUMNS> class Packer {
     }
   }
 
+  // Packs the columns of all panels.
   EAP_INLINE void pack_columns(const Rows& columns, const Block& block) {
     const Panel packed(columns.x, block, multiple);
     columns_scaled = false;
@@ -138,7 +143,7 @@ template <class T, class E, int BYTES, int64_t COLUMNS> class Packer {
 
   // Adds the products of a strip and a panel to c, [rows, width].
   EAP_INLINE void multiply(int64_t rows, int64_t panel, int64_t vectors, int64_t inner, A* c, const Ahead& ahead) {
-    const auto kernel = tile_kernel<E, BYTES>(rows, vectors);
+    const auto kernel = microkernel<E, BYTES>(rows, vectors);
     const E* const columns = b + panel * width * depth;
     if (!rows_scaled && !columns_scaled) return kernel(a, ld, columns, width, inner, c, width, true, ahead);
     alignas(64) A apart[height * width] = {};
@@ -149,7 +154,8 @@ template <class T, class E, int BYTES, int64_t COLUMNS> class Packer {
   }
 
  private:
-  // Where rows lie that are packed, in memory or else copied: as many as asked for, those that are not there zero.
+  // Points `from` at `count` rows: in memory where they can be read there, else at copies; missing rows are zero.
+  // Returns whether they are read in memory.
   EAP_INLINE bool find(const Panel& packed, const Rows& part, const Block& block, const Row** from, int64_t count) {
     const bool in_place = packed.in_place(part.x);
     if (!in_place) packed.copy_rows(part, block, staged);

@@ -1,4 +1,5 @@
-// Register-tiled matrix products: rows of `a` are broadcast, columns of `b` lie in vectors.
+// Matrix products of a strip of rows and a panel of columns, whose sums stay in registers: rows of `a` are broadcast,
+// columns of `b` lie in vectors.
 #pragma once
 #include <cstring>
 #include <type_traits>
@@ -15,74 +16,74 @@ template <class A, int BYTES> using vector_t = typename Vector<A, BYTES>::type;
 // Two neighbouring bf16 values of a row, multiplied and summed by one instruction (AVX512-BF16).
 struct bf16x2 { uint32_t bits; };
 template <> struct Accumulate<bf16x2> { using type = float; };
-// The same for AMX, which multiplies 16 rows of 16 pairs by 16 columns of them.
-struct tile_pair : bf16x2 {};
-template <> struct Accumulate<tile_pair> { using type = float; };
-// The same for fp32, as three bf16 values that add up to it: of 32 values of a row, pairs of their largest parts, of what
-// is left, and of what is left then.
-struct tile_split : bf16x2 {};
-template <> struct Accumulate<tile_split> { using type = float; };
-template <class E> constexpr bool on_tiles = std::is_same_v<E, tile_pair> || std::is_same_v<E, tile_split>;
+// The same for AMX, whose registers (Intel's tiles) hold 16 rows of 16 pairs: one multiplies 16 rows by 16 columns.
+struct amx_pair : bf16x2 {};
+template <> struct Accumulate<amx_pair> { using type = float; };
+// The same for fp32, each value the sum of three bf16 parts: 32 values of a row become 16 pairs of their largest parts,
+// then 16 of their middle and 16 of their smallest parts.
+struct amx_split : bf16x2 {};
+template <> struct Accumulate<amx_split> { using type = float; };
+template <class E> constexpr bool uses_amx = std::is_same_v<E, amx_pair> || std::is_same_v<E, amx_split>;
 
-// How many elements so many values of a row take, and the other way round.
+// This many values of a row take this many elements.
 template <class E> struct Group { static constexpr int64_t values = 1, elements = 1; };
 template <> struct Group<bf16x2> { static constexpr int64_t values = 2, elements = 1; };
-template <> struct Group<tile_pair> { static constexpr int64_t values = 2, elements = 1; };
-template <> struct Group<tile_split> { static constexpr int64_t values = 32, elements = 48; };
+template <> struct Group<amx_pair> { static constexpr int64_t values = 2, elements = 1; };
+template <> struct Group<amx_split> { static constexpr int64_t values = 32, elements = 48; };
 
-// Rows of a register tile, at most: accumulators, vectors of b and a broadcast fit into 32 (AVX-512) or 16 registers.
-template <class E = float> constexpr int tile_rows(int bytes) {
-  return on_tiles<E> ? 32 : bytes == 64 ? 12 : 6;
-}
-// Vectors of columns of a register tile, at most.
+// Rows of a strip, at most: accumulators, vectors of b and a broadcast fit into 32 (AVX-512) or 16 registers.
+template <class E = float> constexpr int strip_rows(int bytes) { return uses_amx<E> ? 32 : bytes == 64 ? 12 : 6; }
+// Vectors of columns of a panel, at most.
 constexpr int kVectors = 2;
-template <class E, int BYTES> constexpr int64_t tile_columns = kVectors * BYTES / int64_t(sizeof(E));
+template <class E, int BYTES> constexpr int64_t panel_columns = kVectors * BYTES / int64_t(sizeof(E));
 
-// What to bring into the cache while a tile is multiplied: `count` rows as long as its own, of elements of some bytes.
+// What to bring into the cache while a strip is multiplied: `count` rows as long as its own, in elements of
+// `element` bytes.
 struct Ahead {
   const char* const* rows = nullptr;
   int64_t count = 0, element = 0;
 };
 
-// c[m, n] = sum_k a[m, k] * b[k, n] over one tile, or += with `add`; rows of a, b and c are lda, ldb and ldc apart.
+// c[m, n] = sum_k a[m, k] * b[k, n] over a strip and a panel, or += with `add`; rows of a, b and c are lda, ldb and ldc
+// apart.
 template <class E>
-using TileKernel = void (*)(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t inner, acc_t<E>* c, int64_t ldc,
-                            bool add, const Ahead& ahead);
+using Microkernel = void (*)(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t inner, acc_t<E>* c, int64_t ldc,
+                             bool add, const Ahead& ahead);
 
-// The kernel of so many rows and vectors of columns, in product.cpp.
-template <class E, int BYTES> TileKernel<E> tile_kernel(int64_t rows, int64_t vectors);
+// The microkernel of this many rows and vectors of columns, in product.cpp.
+template <class E, int BYTES> Microkernel<E> microkernel(int64_t rows, int64_t vectors);
 #ifdef EAP_AMX
-// In product_amx.cpp. They write whole tiles of 16 rows, those past the last row as well.
-template <> TileKernel<tile_pair> tile_kernel<tile_pair, 64>(int64_t rows, int64_t vectors);
-template <> TileKernel<tile_split> tile_kernel<tile_split, 64>(int64_t rows, int64_t vectors);
-void set_up_tiles();
-void release_tiles();
+// In product_amx.cpp. They write rows in multiples of 16, also past the last row.
+template <> Microkernel<amx_pair> microkernel<amx_pair, 64>(int64_t rows, int64_t vectors);
+template <> Microkernel<amx_split> microkernel<amx_split, 64>(int64_t rows, int64_t vectors);
+void set_up_amx();
+void release_amx();
 #endif
 
-// Where `used`, the thread's AMX tiles are set up as long as this lives: other libraries have their own.
-class TileScope {
+// Where `used`, the thread's AMX registers are set up while this lives: other libraries set up their own.
+class AmxScope {
   [[maybe_unused]] const bool used;
 
  public:
-  explicit TileScope(bool set_up) : used(set_up) {
+  explicit AmxScope(bool set_up) : used(set_up) {
 #ifdef EAP_AMX
-    if (used) set_up_tiles();
+    if (used) set_up_amx();
 #endif
   }
-  ~TileScope() {
+  ~AmxScope() {
 #ifdef EAP_AMX
-    if (used) release_tiles();
+    if (used) release_amx();
 #endif
   }
-  TileScope(const TileScope&) = delete;
+  AmxScope(const AmxScope&) = delete;
 };
 
-// Calls `tile(row, height)` over `rows` rows, in tiles of nearly equal height: low ones would leave the units idle.
-template <int BYTES, class E = float, class Tile> EAP_INLINE void for_tiles(int64_t rows, const Tile& tile) {
-  const int64_t tiles = divide_up(rows, tile_rows<E>(BYTES));
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t row = i * rows / tiles;
-    tile(row, (i + 1) * rows / tiles - row);
+// Calls `visit(row, height)` over `rows` rows, in strips of nearly equal height: low ones would leave the units idle.
+template <int BYTES, class E = float, class Visit> EAP_INLINE void for_strips(int64_t rows, const Visit& visit) {
+  const int64_t strips = divide_up(rows, strip_rows<E>(BYTES));
+  for (int64_t i = 0; i < strips; ++i) {
+    const int64_t row = i * rows / strips;
+    visit(row, (i + 1) * rows / strips - row);
   }
 }
 
@@ -93,11 +94,11 @@ template <int BYTES, class E = float, class Tile> EAP_INLINE void for_tiles(int6
 #endif
 
 #ifdef EAP_SHUFFLES
-// A vector of 16-byte lanes: those of rows[0], rows[step], rows[2 * step], ... at element k. By hand, since compilers
-// join lanes through memory.
+// Joins the 16-byte lanes at element k of rows[0], rows[step], rows[2 * step], ... into one vector. By hand, since
+// compilers join lanes through memory.
 template <class E, int BYTES>
 EAP_INLINE void load_lanes(const E* const* rows, int64_t step, int64_t k, vector_t<acc_t<E>, BYTES>& loaded) {
-  // Joined here: g++ 12 would store what it has of `loaded` after each lane.
+  // A local vector: g++ 12 would store `loaded` after each lane.
   vector_t<acc_t<E>, BYTES> to;
 #ifdef EAP_X86_LEVELS
   struct Lane { char bytes[16]; };

@@ -1,6 +1,7 @@
 // Edge scores on any GPU from compute capability 8.0 on: the plan, the portable kernel and the reduction. 16-bit types,
-// and fp32 where tf32 is allowed, use the tensor cores, the others the plain units, exactly; all read their operands
-// through one pipeline of asynchronous copies into shared memory. Receivers are gathered in the order of their reach.
+// and fp32 where tf32 is allowed, use the tensor cores; the others use the plain units, exactly. All load their
+// operands through one pipeline of asynchronous copies into shared memory. Receivers are gathered in the order of their
+// reach.
 #include <cstring>
 
 #include "edge_scores.h"
@@ -14,12 +15,14 @@ namespace {
 constexpr const char* kOp = "edge_scores";
 constexpr int kThreads = 256;
 constexpr int kStages = 4;
-constexpr int kSlabs = 2;               // of a tile, at most
-constexpr int kRows = kSlabs * kSlab;   // of either operand in a stage; a row is 64 bytes
+constexpr int kSlabs = 2;              // of a tile, at most
+constexpr int kRows = kSlabs * kSlab;  // of either operand in a stage; a row is 64 bytes
 constexpr int kSharedBytes = kStages * 2 * kRows * 64;
-static_assert(kRows == kColumns && kThreads == 2 * kRows);
+static_assert(kRows == kColumns, "a stage holds as many rows of senders as of receivers");
+static_assert(kThreads == 2 * kRows, "a thread loads four of the 2 * kRows rows of four pieces in a stage");
 
-// Copies the next 64 bytes of every row of a unit, token after token. A thread brings one piece of four rows.
+// Load: copies the next 64 bytes of every row of a unit into a stage, token after token. A thread copies one piece of
+// four rows.
 template <class T, bool kPieces> struct Loader {
   static constexpr int kElements = 16 / sizeof(T);  // of a piece
   static constexpr int kStep = 4 * kElements;       // features of a step
@@ -39,7 +42,8 @@ template <class T, bool kPieces> struct Loader {
       const int r = threadIdx.x / 4 + kSlab * i, u = tile.sender + r, position = tile.column + r;
       row[i] = i < tile.slabs && u < senders ? static_cast<const T*>(delta.data) + u * delta.stride[0] : nullptr;
       row[2 + i] = position < plan.positions
-                       ? static_cast<const T*>(grad.data) + plan.receiver[position] * grad.stride[0] : nullptr;
+                       ? static_cast<const T*>(grad.data) + plan.receiver[position] * grad.stride[0]
+                       : nullptr;
     }
   }
 
@@ -54,7 +58,7 @@ template <class T, bool kPieces> struct Loader {
       const T* const from = row[i] + token * x.stride[1] + d * x.stride[2];
       const uint32_t at = stage + to + i * (kSlab * 64);
       if constexpr (kPieces) {
-        // Of zero bytes nothing is read, but the address has to be one of global memory.
+        // A copy of zero bytes reads nothing, but its address must be in global memory.
         cp_async(at, count ? static_cast<const void*>(from) : plan.tile, count * int(sizeof(T)));
       } else {
         alignas(16) T piece[kElements];
@@ -69,8 +73,8 @@ template <class T, bool kPieces> struct Loader {
   }
 };
 
-// The products of one stage, kept in registers. This one: fp32 and fp64, where a thread owns the rows ty + 16 i and the
-// columns tx + 16 j.
+// Multiply: adds the products of one stage to sums in registers. This one is for fp32 and fp64; a thread owns the rows
+// ty + 16 i and the columns tx + 16 j.
 template <class T> struct Core {
   static constexpr int kElements = 16 / sizeof(T);
   struct alignas(16) Piece { T x[kElements]; };
@@ -94,7 +98,7 @@ template <class T> struct Core {
     }
   }
 
-  // Hands the results over, the last time or not, and starts again from zero.
+  // Store: adds the sums to the target, for the first or the last time or between, and starts again from zero.
   __device__ void drain(const Target<T>& target, bool first, bool last) {
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
 #pragma unroll
@@ -176,6 +180,7 @@ __global__ void __launch_bounds__(kThreads, kPieces && sizeof(T) < 8 ? 2 : 1)
     const int64_t steps = int64_t(target.chunk.count) * ((features - 1) / Load::kStep + 1);
     Load loader(plan, delta, grad, senders, features, target.tile, target.chunk);
     __syncthreads();  // everybody has left the stages of the unit before
+    // Load: fill all stages but one of the ring.
     for (int step = 0; step < kStages - 1; ++step) {
       if (step < steps) loader.load(stage(step));
       cp_async_commit();
@@ -184,19 +189,21 @@ __global__ void __launch_bounds__(kThreads, kPieces && sizeof(T) < 8 ? 2 : 1)
       // One group is committed per step: all but the last kStages - 2 being done means that this step's has arrived.
       cp_async_wait<kStages - 2>();
       __syncthreads();  // for everybody; and everybody has left the stage that is loaded next
+      // Load the stage that has become free, and multiply this step's meanwhile.
       if (step + kStages - 1 < steps) loader.load(stage(step + kStages - 1));
       cp_async_commit();
       core.step(stage(step), target.tile.slabs);
+      // Store: after every run of kRun products, and at the end.
       const bool last = step == steps - 1;
       if (last || step % kSteps == kSteps - 1) core.drain(target, step < kSteps, last);
     }
   }
 }
 
-// Adds the partial tiles of a segment to its scores, slot after slot. Blocks: (16 rows of a tile, splits).
+// Adds the partial tiles of a segment to its scores, slot after slot. The grid: (16 rows of a tile each, splits).
 template <class A>
-__global__ void __launch_bounds__(kThreads) reduce(const __grid_constant__ Plan plan,
-                                                   const __grid_constant__ Scores<A> scores) {
+__global__ void __launch_bounds__(kThreads)
+    reduce(const __grid_constant__ Plan plan, const __grid_constant__ Scores<A> scores) {
   const int parts = scores.tile_rows / 16, index = blockIdx.x / parts, first_row = blockIdx.x % parts * 16;
   const Tile tile = plan.tile[index];
   if (first_row >= tile.slabs * kSlab) return;
@@ -222,7 +229,9 @@ void run_portable(const EdgeScores& call, const Plan& plan, const Scores<acc_t<T
 template <class A, class Run>
 void run_all(const EdgeScores& call, const Plan& plan, int slabs, void* partial, CUstream_st* stream, const Run& run) {
   const int64_t* stride = call.out_stride;
-  const Scores<A> scores{static_cast<A*>(call.out), {stride[0], stride[1], stride[2]}, static_cast<A*>(partial),
+  const Scores<A> scores{static_cast<A*>(call.out),
+                         {stride[0], stride[1], stride[2]},
+                         static_cast<A*>(partial),
                          slabs * kSlab};
   run(scores);
   if (call.schedule.splits.empty()) return;
@@ -233,7 +242,12 @@ int64_t padded(int64_t bytes) { return divide_up(bytes, 256) * 256; }
 
 // The arrays of a schedule one after the other, in the order in which `plan_at` finds them.
 template <class Visit> void each_array(const Schedule& s, const Visit& visit) {
-  visit(s.tiles), visit(s.chunks), visit(s.splits), visit(s.token), visit(s.receiver), visit(s.reach);
+  visit(s.tiles);
+  visit(s.chunks);
+  visit(s.splits);
+  visit(s.token);
+  visit(s.receiver);
+  visit(s.reach);
 }
 
 Plan plan_at(const Schedule& s, const char* memory) {
@@ -243,10 +257,17 @@ Plan plan_at(const Schedule& s, const char* memory) {
     array[i++] = x.empty() ? nullptr : memory;
     memory += padded(int64_t(x.size() * sizeof(x[0])));
   });
-  return {static_cast<const Tile*>(array[0]), static_cast<const Chunk*>(array[1]), static_cast<const Split*>(array[2]),
-          static_cast<const int32_t*>(array[3]), static_cast<const int32_t*>(array[4]),
-          static_cast<const int32_t*>(array[5]), int32_t(s.tiles.size()), int32_t(s.chunks.size()),
-          int32_t(s.splits.size()), int32_t(s.slots), int32_t(s.receiver.size())};
+  return {static_cast<const Tile*>(array[0]),
+          static_cast<const Chunk*>(array[1]),
+          static_cast<const Split*>(array[2]),
+          static_cast<const int32_t*>(array[3]),
+          static_cast<const int32_t*>(array[4]),
+          static_cast<const int32_t*>(array[5]),
+          int32_t(s.tiles.size()),
+          int32_t(s.chunks.size()),
+          int32_t(s.splits.size()),
+          int32_t(s.slots),
+          int32_t(s.receiver.size())};
 }
 
 // Calls with a value of the type that the products are computed in.
@@ -275,9 +296,11 @@ void EdgeScores::plan() {
       if (size > INT32_MAX) throw std::runtime_error("edge_scores: expected sizes below 2^31, got a larger one");
   tensor_memory = hopper_can_run(*this);
   const int64_t workers = int64_t(device_attribute(kOp, cudaDevAttrMultiProcessorCount, device)) *
-                          (tensor_memory ? 1 : with_type(*this, [](auto x) { return blocks_per_processor<decltype(x)>(); }));
+                          (tensor_memory ? 1 : with_type(*this, [](auto x) {
+                            return blocks_per_processor<decltype(x)>();
+                          }));
   const int64_t step = (tensor_memory ? 128 : 64) / bytes_of(dtype), steps = divide_up(delta.size[2], step);
-  // TMA copies rows that follow each other, so there receivers stay as they are: models list them by depth anyway.
+  // TMA copies consecutive rows, so its receivers keep their order: models list them by depth anyway.
   schedule = cuda::schedule(reach, grad.size[0], segments, delta.size[1], tensor_memory ? kHopperSlabs : kSlabs,
                             !tensor_memory, workers, steps);
   blocks = int(std::min(workers, schedule.units()));
@@ -299,7 +322,7 @@ void EdgeScores::run(void* workspace, CUstream_st* stream) const {
   check(kOp, cudaSetDevice(device));
   cudaStreamCaptureStatus capture;
   check(kOp, cudaStreamIsCapturing(stream, &capture));
-  if (capture != cudaStreamCaptureStatusNone)  // a graph would copy the header when it is replayed, long gone
+  if (capture != cudaStreamCaptureStatusNone)  // a graph would copy the header at each replay, when it is gone
     throw std::runtime_error("edge_scores: expected a stream that runs its work, got one that is captured in a graph");
   // From pageable memory: the bytes have left `header` when the call returns.
   check(kOp, cudaMemcpyAsync(workspace, header.data(), header.size(), cudaMemcpyHostToDevice, stream));

@@ -1,6 +1,6 @@
-// Edge scores on compute capability 9.0: one block per processor walks over the units of the schedule. One warp fetches
-// operands by TMA into a ring of stages, two warpgroups multiply them with wgmma from there; barriers with phases say
-// when a stage is full and when it is empty again.
+// Edge scores on compute capability 9.0: one block per processor walks over the units of the schedule. One thread loads
+// operands by TMA into a ring of stages (`produce`); two warpgroups multiply them from there with wgmma and store
+// the sums (`consume`). Barriers with phases tell when a stage is full and when it is empty again.
 //
 // A stage is 128 bytes of features of one token: up to four slabs of 64 senders and one block of 128 receivers,
 // swizzled. A three-dimensional tensor map (feature, token, row) with the tensor's own strides serves buffers with
@@ -13,7 +13,7 @@ namespace eap::cuda {
 namespace {
 
 constexpr const char* kOp = "edge_scores";
-constexpr int kGroups = 2;      // consumer warpgroups; group g takes the slabs g, g + 2
+constexpr int kGroups = 2;  // consumer warpgroups; group g takes the slabs g, g + 2
 constexpr int kConsumers = kGroups * 128;
 constexpr int kThreads = kConsumers + 128;  // registers are handed over by whole warpgroups
 constexpr int kStages = 4;
@@ -22,12 +22,14 @@ constexpr int kSlabBytes = kSlab * kRowBytes;
 constexpr int kSendersBytes = kHopperSlabs * kSlabBytes;
 constexpr int kReceiversBytes = kColumns * kRowBytes;
 constexpr int kStageBytes = kSendersBytes + kReceiversBytes;
+constexpr int kAlignment = 1024;  // of what is swizzled: slabs of senders and blocks of receivers
 template <class T> constexpr int kFeatures = kRowBytes / int(sizeof(T));  // of a stage
-constexpr int kAlignment = 1024;  // of swizzled tiles
 constexpr int kSharedBytes = kStages * kStageBytes + kAlignment + 2 * kStages * 8;
-static_assert(kHopperSlabs == 2 * kGroups && kSharedBytes <= 227 << 10);
+static_assert(kHopperSlabs == 2 * kGroups, "a warpgroup keeps the sums of at most two slabs in its registers");
+static_assert(kSharedBytes <= 227 << 10, "the ring fits in the shared memory that a block can have");
 
-// A position in the ring of stages. A stage's n-th use is over in the barriers' phase of parity n % 2.
+// Ring: a position in the stages between producer and consumers. A stage's n-th use ends with the barriers' phase of
+// parity n % 2.
 struct Ring {
   uint32_t memory;
   int stage = 0;
@@ -38,11 +40,14 @@ struct Ring {
   __device__ uint32_t full() const { return memory + kStages * kStageBytes + stage * 8; }
   __device__ uint32_t empty() const { return full() + kStages * 8; }
   __device__ void next() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
   }
 };
 
-// Unused where the kernel's body is empty, on other architectures.
+// Load: waits for an empty stage, then asks TMA to fill it. Unused on other architectures, where the kernel is empty.
 [[maybe_unused]] __device__ void produce(const Plan& plan, const CUtensorMap* delta, const CUtensorMap* grad,
                                          int blocks, int features, Ring ring) {
   for (uint32_t unit = blockIdx.x; unit < plan.units(); unit += gridDim.x) {
@@ -50,19 +55,20 @@ struct Ring {
     const Chunk chunk = plan.chunk[unit / plan.tiles];
     for (int32_t i = 0; i < chunk.count; ++i) {
       const int token = int(plan.token_at(chunk.first + i));
-      for (int block = 0; block < blocks; ++block, ring.next()) {
+      for (int block = 0; block < blocks; ++block) {
         barrier_wait(ring.empty(), ring.parity ^ 1);
         barrier_arrive_expect(ring.full(), tile.slabs * kSlabBytes + kReceiversBytes);
         const int feature = block * features;
         tma_load(ring.receivers(), grad, feature, token, tile.column, ring.full());
         for (int slab = 0; slab < tile.slabs; ++slab)
           tma_load(ring.senders() + slab * kSlabBytes, delta, feature, token, tile.sender + slab * kSlab, ring.full());
+        ring.next();
       }
     }
   }
 }
 
-// One unit's work of a warpgroup that owns kMine slabs.
+// Multiply and store: one unit's work of a warpgroup that owns kMine slabs.
 template <class T, int kMine>
 __device__ void consume(const Target<float>& target, int64_t steps, Ring& ring) {
   const int thread = threadIdx.x % 128, group = threadIdx.x / 128, lane = threadIdx.x % 32;
@@ -73,7 +79,8 @@ __device__ void consume(const Target<float>& target, int64_t steps, Ring& ring) 
     const int count = int(min(int64_t(kSteps), steps - start));
     uint32_t used = 0;  // the stage before, whose products may still be running
 #pragma unroll 1
-    for (int step = 0; step < count; ++step, ring.next()) {
+    for (int step = 0; step < count; ++step) {
+      // Multiply: a full stage, while the products of the one before may still run.
       barrier_wait(ring.full(), ring.parity);
       if constexpr (kMine > 0) {
         wgmma_fence();
@@ -87,21 +94,22 @@ __device__ void consume(const Target<float>& target, int64_t steps, Ring& ring) 
         wgmma_commit();
         wgmma_wait<1>();
       }
-      // Every warp reports for itself: that its own products are done says nothing about the other warps'.
+      // Release: the stage before is empty once every warp has said that its own products are done.
       __syncwarp();
       if (step > 0 && lane == 0) barrier_arrive(used);
       used = ring.empty();
+      ring.next();
     }
     if constexpr (kMine > 0) wgmma_wait<0>();
     __syncwarp();
     if (lane == 0) barrier_arrive(used);
+    // Store: the run's sums.
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       wgmma_settle(c[i]);
       const int row = (group + kGroups * i) * kSlab + thread / 32 * 16;
 #pragma unroll
-      for (int e = 0; e < 64; ++e)
-        target.put(row + c_row(lane, e), c_column(lane, e), c[i][e], start == 0);
+      for (int e = 0; e < 64; ++e) target.put(row + c_row(lane, e), c_column(lane, e), c[i][e], start == 0);
       if (start + count == steps) target.finish(row, 16, 0, kColumns);
     }
   }
@@ -168,16 +176,16 @@ auto encoder() {
 CUtensorMap tensor_map(const View& x, Dtype dtype, uint32_t rows) {
   CUtensorMap map;
   const int bytes = bytes_of(dtype);
-  // To TFLOAT32 values are rounded as they are copied.
+  // TFLOAT32 rounds fp32 values as it copies them.
   const CUtensorMapDataType type = dtype == Dtype::f32    ? CU_TENSOR_MAP_DATA_TYPE_TFLOAT32
                                    : dtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                           : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const cuuint64_t size[3] = {cuuint64_t(x.size[2]), cuuint64_t(x.size[1]), cuuint64_t(x.size[0])};
   const cuuint64_t stride[2] = {cuuint64_t(byte_stride(x, 1, bytes)), cuuint64_t(byte_stride(x, 0, bytes))};
   const cuuint32_t box[3] = {cuuint32_t(kRowBytes / bytes), 1, rows}, step[3] = {1, 1, 1};
-  const CUresult result = encoder()(
-      &map, type, 3, const_cast<void*>(x.data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encoder()(&map, type, 3, const_cast<void*>(x.data), size, stride, box, step,
+                                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("edge_scores: expected the driver to encode a tensor map, got error " +
                              std::to_string(result));
@@ -188,7 +196,7 @@ CUtensorMap tensor_map(const View& x, Dtype dtype, uint32_t rows) {
 
 bool hopper_can_run(const EdgeScores& call) {
 #if defined(__CUDACC__) && !defined(EAP_SM90A)
-  return false;  // compiled for other cards alone: the kernel is empty
+  return false;  // compiled for other cards only: the kernel is empty
 #endif
   const int bytes = bytes_of(call.dtype);
   return (bytes == 2 || (call.dtype == Dtype::f32 && call.tf32)) && fits(call.delta, bytes) && fits(call.grad, bytes) &&
@@ -200,8 +208,9 @@ void hopper_run(const EdgeScores& call, const Plan& plan, const Scores<float>& s
   const auto kernel = call.dtype == Dtype::f32    ? hopper<tf32>
                       : call.dtype == Dtype::bf16 ? hopper<__nv_bfloat16>
                                                   : hopper<__half>;
-  launch(kOp, kernel, dim3(call.blocks), kThreads, kSharedBytes, stream, plan, tensor_map(call.delta, call.dtype, kSlab),
-         tensor_map(call.grad, call.dtype, kColumns), scores, int32_t(call.delta.size[2]));
+  launch(kOp, kernel, dim3(call.blocks), kThreads, kSharedBytes, stream, plan,
+         tensor_map(call.delta, call.dtype, kSlab), tensor_map(call.grad, call.dtype, kColumns), scores,
+         int32_t(call.delta.size[2]));
 }
 
 }  // namespace eap::cuda

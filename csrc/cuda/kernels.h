@@ -41,10 +41,10 @@ struct MaskedRead {
   const void* mask;  // [S, R]
   MaskDtype mask_dtype;
   int64_t mask_stride[2];
-  void* out;         // [R, N, D] contiguous
+  void* out;  // [R, N, D] contiguous
   int device;
 
-  void plan() const {}         // how many edges are kept is known on the device alone
+  void plan() const {}        // only the device knows how many edges are kept
   int64_t workspace() const;  // bytes
   void run(void* workspace, CUstream_st* stream) const;
 };

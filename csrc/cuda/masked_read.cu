@@ -1,6 +1,6 @@
-// Masked read. A first kernel lists the senders that each receiver keeps; then one of two does the sums. `sparse` adds
-// up the senders of a receiver, so that cost follows the kept edges; `dense` is a tiled matrix product over all.
-// How many edges are kept is known on the device alone: both are launched, and the one whose turn it is not returns.
+// Masked read. `list` lists the senders that each receiver keeps; then one of two kernels does the sums. `sparse` adds
+// up the senders of a receiver, so that cost follows the kept edges; `dense` is a matrix product over all senders. Only
+// the device knows how many edges are kept, so both are launched, and the one that is not needed returns at once.
 #include <algorithm>
 
 #include "launch.h"
@@ -11,7 +11,7 @@ namespace {
 
 constexpr const char* kOp = "masked_read";
 constexpr int kThreads = 256;
-constexpr int64_t kDense = 8;  // dense from one edge in so many kept; not yet measured
+constexpr int64_t kDense = 8;  // dense where at least one edge in kDense is kept; not yet measured
 
 // A pointer-and-strides copy of MaskedRead, with what the first kernel finds.
 template <class T> struct Call {
@@ -25,7 +25,7 @@ template <class T> struct Call {
   unsigned long long* kept;  // edges in all
   uint8_t* used;             // [S, padded with zeros to 16]: whether any receiver keeps this sender
   int32_t* count;            // [R]
-  int32_t* sender;           // [R, S], of which count[v] are filled, in order
+  int32_t* sender;           // [R, S]: the first count[v] of row v are filled, in order
   acc_t<T>* weight;          // like sender
 
   __device__ bool dense() const { return *kept * kDense >= uint64_t(senders) * receivers; }
@@ -86,10 +86,12 @@ __global__ void __launch_bounds__(kThreads) sparse(const __grid_constant__ Call<
     const auto piece = [&](const T* from, const int64_t* stride) {
       return *reinterpret_cast<const Piece<T, kWidth>*>(from + n * stride[1] + d * stride[2]);
     };
+    // Load: the base.
     A sum[kWidth];
     const auto start = piece(call.base + v * call.base_stride[0], call.base_stride);
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) sum[k] = load(start.x[k]);
+    // Multiply: the kept senders, by their weights.
     const int count = call.count[v];
 #pragma unroll 4
     for (int e = 0; e < count; ++e) {
@@ -99,6 +101,7 @@ __global__ void __launch_bounds__(kThreads) sparse(const __grid_constant__ Call<
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) sum[k] += weight * load(x.x[k]);
     }
+    // Store.
     Piece<T, kWidth> result;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) store(result.x[k], sum[k]);
@@ -106,8 +109,8 @@ __global__ void __launch_bounds__(kThreads) sparse(const __grid_constant__ Call<
   }
 }
 
-constexpr int kSide = 128;   // receivers and elements of a row in a dense tile
-constexpr int kDepth = 16;   // senders at once
+constexpr int kSide = 128;  // receivers of a job of `dense`, and elements of a row
+constexpr int kDepth = 16;  // senders at once
 
 // 128 x 128 results, 8 x 8 a thread: four and four, 64 apart, so that a warp reads shared memory without conflicts.
 template <class T>
@@ -128,6 +131,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) dense(const 
     for (int first = 0; first < call.senders; first += kDepth) {
       const uint4 flags = *reinterpret_cast<const uint4*>(call.used + first);
       if ((flags.x | flags.y | flags.z | flags.w) == 0) continue;
+      // Load: weights and values of kDepth senders into shared memory.
       __syncthreads();  // everybody has used the values before
 #pragma unroll
       for (int k = threadIdx.x / kSide; k < kDepth; k += kThreads / kSide) {
@@ -137,6 +141,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) dense(const 
         values[k][mine] = used && x < width ? load(column[u * call.delta_stride[0]]) : A(0);
       }
       __syncthreads();
+      // Multiply.
 #pragma unroll 4
       for (int k = 0; k < kDepth; ++k) {
         Four a[2], b[2];
@@ -151,6 +156,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) dense(const 
           for (int j = 0; j < 8; ++j) sum[i][j] += a[i / 4].x[i % 4] * b[j / 4].x[j % 4];
       }
     }
+    // Store: plus the base.
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const int64_t at = first_x + j / 4 * 64 + tx * 4 + j % 4;
@@ -173,18 +179,29 @@ struct Workspace {
   int64_t flags, counts, senders, weights;
   explicit Workspace(const MaskedRead& call) {
     const int64_t S = call.delta.size[0], R = call.base.size[0];
-    flags = padded(16 + divide_up(S, 16) * 16), counts = padded(R * 4), senders = padded(R * S * 4);
+    flags = padded(16 + divide_up(S, 16) * 16);
+    counts = padded(R * 4);
+    senders = padded(R * S * 4);
     weights = padded(R * S * (call.dtype == Dtype::f64 ? 8 : 4));
   }
 };
 
 template <class T> void run_typed(const MaskedRead& m, char* memory, CUstream_st* stream) {
   const Workspace space(m);
-  Call<T> call{static_cast<const T*>(m.delta.data), static_cast<const T*>(m.base.data), static_cast<T*>(m.out), m.mask,
-               m.mask_dtype, int32_t(m.delta.size[0]), int32_t(m.base.size[0]), m.delta.size[1], m.delta.size[2],
+  Call<T> call{static_cast<const T*>(m.delta.data),
+               static_cast<const T*>(m.base.data),
+               static_cast<T*>(m.out),
+               m.mask,
+               m.mask_dtype,
+               int32_t(m.delta.size[0]),
+               int32_t(m.base.size[0]),
+               m.delta.size[1],
+               m.delta.size[2],
                {m.delta.stride[0], m.delta.stride[1], m.delta.stride[2]},
-               {m.base.stride[0], m.base.stride[1], m.base.stride[2]}, {m.mask_stride[0], m.mask_stride[1]},
-               reinterpret_cast<unsigned long long*>(memory), reinterpret_cast<uint8_t*>(memory + 16),
+               {m.base.stride[0], m.base.stride[1], m.base.stride[2]},
+               {m.mask_stride[0], m.mask_stride[1]},
+               reinterpret_cast<unsigned long long*>(memory),
+               reinterpret_cast<uint8_t*>(memory + 16),
                reinterpret_cast<int32_t*>(memory + space.flags),
                reinterpret_cast<int32_t*>(memory + space.flags + space.counts),
                reinterpret_cast<acc_t<T>*>(memory + space.flags + space.counts + space.senders)};
@@ -198,8 +215,8 @@ template <class T> void run_typed(const MaskedRead& m, char* memory, CUstream_st
   const int64_t jobs = divide_up(width / (pieces ? kWidth : 1), kThreads) * call.receivers;
   launch(kOp, pieces ? sparse<T, kWidth> : sparse<T, 1>, dim3(uint32_t(std::min(jobs, processors * 8))), kThreads, 0,
          stream, call);
-  const int64_t tiles = divide_up(width, kSide) * divide_up(call.receivers, kSide);
-  launch(kOp, dense<T>, dim3(uint32_t(std::min(tiles, processors * 2))), kThreads, 0, stream, call);
+  const int64_t squares = divide_up(width, kSide) * divide_up(call.receivers, kSide);
+  launch(kOp, dense<T>, dim3(uint32_t(std::min(squares, processors * 2))), kThreads, 0, stream, call);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 
 namespace eap::cuda {
 
-// fp32 in memory, of which the tensor cores multiply 10 bits of mantissa.
+// fp32 in memory; the tensor cores multiply 10 bits of its mantissa.
 struct tf32 {
   float bits;
   tf32() = default;

@@ -1,4 +1,4 @@
-// The instructions that C++ has no words for, one function each, and shared memory by its 32-bit address.
+// Instructions that C++ cannot express, one function each, and shared memory by its 32-bit address.
 #pragma once
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -24,7 +24,7 @@ template <class V> __device__ __forceinline__ void store_shared(uint32_t address
   *static_cast<V*>(__cvta_shared_to_generic(address)) = value;
 }
 
-// Copies 16 bytes of which the first `bytes` come from memory and the others are zero.
+// Copies 16 bytes: the first `bytes` from memory, then zeros.
 __device__ __forceinline__ void cp_async(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
                "r"(bytes) : "memory");
@@ -50,10 +50,10 @@ __device__ __forceinline__ uint32_t rounded_to_tf32(uint32_t x) {
 // c [16, 8] += a [16, k] . b [8, k]^T, k being 32 bytes
 template <class T>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-#define EAP_MMA(K, TYPE)                                                                                     \
-  asm volatile("mma.sync.aligned.m16n8k" K ".row.col.f32." TYPE "." TYPE                                     \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                         \
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                              \
+#define EAP_MMA(K, TYPE)                                                              \
+  asm volatile("mma.sync.aligned.m16n8k" K ".row.col.f32." TYPE "." TYPE              \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
   if constexpr (std::is_same_v<T, tf32>) EAP_MMA("8", "tf32");
   else if constexpr (std::is_same_v<T, __half>) EAP_MMA("16", "f16");

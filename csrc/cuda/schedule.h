@@ -1,4 +1,4 @@
-// What edge_scores does on a GPU, decided on the host from shapes, reach and segments alone: tiles that follow the
+// What edge_scores does on a GPU, decided on the host from shapes, reach and segments only: tiles that follow the
 // staircase, tokens cut into chunks, and which chunks share a result. Plain C++, so that it is tested without a GPU.
 #pragma once
 #include <algorithm>
@@ -12,7 +12,8 @@ namespace eap::cuda {
 constexpr int kSlab = 64;      // senders: tiles are cut along the staircase in these
 constexpr int kColumns = 128;  // receivers of a tile
 
-// Senders [sender, sender + slabs * kSlab) against the receivers at positions [column, column + kColumns).
+// A rectangle of the result: senders [sender, sender + slabs * kSlab) against
+// receivers at positions [column, column + kColumns).
 struct Tile { int32_t sender, slabs, column; };
 
 // Tokens number [first, first + count) in the schedule's order, all of one segment. A chunk that is its segment's only
@@ -61,7 +62,9 @@ inline int64_t parts(int64_t tiles, int64_t tokens, int64_t steps_per_token, int
   int64_t best = 1, best_cost = 0;
   for (int64_t n = 1; n <= std::min(tokens, std::max<int64_t>(1, kWaves * workers / tiles)); ++n) {
     const int64_t cost = ceil_div(tiles * n, workers) * (ceil_div(tokens, n) * steps_per_token + kUnitSteps);
-    if (n == 1 || cost < best_cost) best = n, best_cost = cost;
+    if (n > 1 && cost >= best_cost) continue;
+    best = n;
+    best_cost = cost;
   }
   return best;
 }
@@ -102,8 +105,7 @@ inline Schedule schedule(const int64_t* reach, int64_t receivers, const int64_t*
   } else {
     s.token.resize(tokens);
     std::iota(s.token.begin(), s.token.end(), 0);
-    std::stable_sort(s.token.begin(), s.token.end(),
-                     [&](int32_t a, int32_t b) { return segments[a] < segments[b]; });
+    std::stable_sort(s.token.begin(), s.token.end(), [&](int32_t a, int32_t b) { return segments[a] < segments[b]; });
     for (int64_t first = 0, end; first < tokens; first = end) {
       const int64_t segment = segments[s.token[first]];
       for (end = first + 1; end < tokens && segments[s.token[end]] == segment;) ++end;

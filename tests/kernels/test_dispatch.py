@@ -11,6 +11,7 @@ import torch
 import eap_kernels as ek
 from eap_kernels import _auto, info, testing
 from eap_kernels._registry import BACKENDS
+from eap_kernels.reference import Backend
 
 BLOCK = """
 import importlib.abc, sys
@@ -139,6 +140,33 @@ def test_auto_follows_its_rule(randn):
         ek.explain("scores", delta, grad, reach)
     with pytest.raises(TypeError, match="explain: expected the tensors of masked_read, got 2 arguments"):
         ek.explain("masked_read", delta, mask)
+
+
+class Doubled(Backend):
+    """A backend with one operator, which it computes in a way of its own."""
+
+    name = "doubled"
+    device = "cpu"
+
+    def edge_scores(self, *args, **options):
+        Backend.edge_scores(*args, **options)
+        args[3].mul_(2)
+
+
+def test_a_backend_is_an_entry_and_what_it_lacks_is_shared(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "doubled", Doubled())
+    assert ek.backends()["doubled"] is None
+    assert ("doubled", "cpu") in testing.backends_on_devices()
+    delta, reach = torch.ones(2, 1, 3), torch.tensor([2, 2])
+    assert ek.edge_scores(delta, delta, reach, impl="doubled").tolist() == [[6, 6], [6, 6]]
+    nodes = [ek.Nodes(delta.transpose(0, 1))]
+    assert ek.head_space_scores(nodes, nodes, reach, impl="doubled").tolist() == [[6, 6], [6, 6]]
+    assert ek.masked_read(delta[0], delta, torch.ones(2, 1), impl="doubled").tolist() == [[[3, 3, 3]]]
+    with pytest.raises(ValueError, match=r"expected impl to be one of auto, .*, doubled, got 'fast'"):
+        ek.edge_scores(delta, delta, reach, impl="fast")
+    monkeypatch.setattr(BACKENDS["doubled"], "missing", lambda: "it is broken")
+    with pytest.raises(RuntimeError, match="edge_scores: impl='doubled' is not available: it is broken"):
+        ek.edge_scores(delta, delta, reach, impl="doubled")
 
 
 class OnGpu:

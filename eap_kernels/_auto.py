@@ -81,14 +81,12 @@ def _arithmetic(x: Tensor) -> str:
     return "tf32" if x.dtype == torch.float32 and tf32() else str(x.dtype).removeprefix("torch.")
 
 
-def _edge_scores_on_gpu(delta: Tensor, grad: Tensor, reach: Tensor, out: object = None, segments: object = None) -> str:
+def _edge_scores_on_gpu(delta: Tensor, grad: Tensor, reach: Tensor, out: Any = None, segments: Any = None) -> str:
     flat = flattens(delta) and flattens(grad) and segments is None
     return edge_scores_case(_arithmetic(delta), flat, grad.shape[0])
 
 
-def _edge_scores_on_cpu(
-    delta: Tensor, grad: Tensor, reach: Tensor, out: object = None, segments: object = None
-) -> Choice:
+def _edge_scores_on_cpu(delta: Tensor, grad: Tensor, reach: Tensor, out: Any = None, segments: Any = None) -> Choice:
     if segments is not None:
         return Choice("cpu", "segments cut the library's matrix product into short ones")
     if delta.dtype != accumulation_dtype(delta.dtype):

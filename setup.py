@@ -24,16 +24,10 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "eap_kernels/__init__.py").
 REQUIRED = os.environ.get("EAP_REQUIRE_EXT") == "1"
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
 
-OPERATORS = [
-    "csrc/register.cpp",
-    *(f"csrc/cpu/{name}.cpp" for name in ("edge_scores", "expand", "masked_read", "product", "product_amx")),
-]
-CUDA_OPERATORS = [
-    "csrc/register_cuda.cpp",
-    "csrc/cuda/edge_scores.cu",
-    "csrc/cuda/edge_scores_sm90.cu",
-    "csrc/cuda/masked_read.cu",
-]
+OPERATORS, CUDA_OPERATORS = (
+    [first, *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))]
+    for first, pattern in (("csrc/register.cpp", "csrc/cpu/*.cpp"), ("csrc/register_cuda.cpp", "csrc/cuda/*.cu"))
+)
 CUDA_ARCHITECTURES = ["80", "90a", "100"]  # 80 serves 8.x; PTX of the last serves what comes after it
 # What PyTorch's own extensions let TORCH_CUDA_ARCH_LIST call them.
 CUDA_GENERATIONS = {"Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0;12.0"}

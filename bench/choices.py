@@ -7,9 +7,9 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
-from eap_kernels import _measured
+from eap_kernels import _auto
+from eap_kernels._registry import BACKENDS
 
-IMPLS = ("reference", "triton", "cuda")
 Times = Mapping[str, float]  # backend -> seconds
 
 
@@ -18,13 +18,13 @@ def cases(name: str, info: Mapping) -> Iterator[tuple[str, str, Times]]:
     test, seconds = name.partition("[")[0], info.get("seconds", {})
     if test in ("test_edge_scores", "test_edge_scores_of_few_receivers"):
         flat = info["layout"] == "contiguous"
-        yield "edge_scores", _measured.edge_scores_case(info["dtype"], flat, info["receivers"]), seconds
+        yield "edge_scores", _auto.edge_scores_case(info["dtype"], flat, info["receivers"]), seconds
     elif test == "test_masked_read":
         for density, share in info["kept"].items():
             times = {run.partition("@")[0]: value for run, value in seconds.items() if run.endswith(f"@{density}")}
-            yield "masked_read", _measured.masked_read_case(info["dtype"], share), times
+            yield "masked_read", _auto.masked_read_case(info["dtype"], share), times
     elif test == "test_head_space_scores":
-        yield "head_space_scores", _measured.head_space_scores_case(info["dtype"]), seconds
+        yield "head_space_scores", _auto.head_space_scores_case(info["dtype"]), seconds
 
 
 def table(results: Mapping[str, Mapping]) -> dict[str, dict[str, dict[str, list[str]]]]:
@@ -38,7 +38,7 @@ def table(results: Mapping[str, Mapping]) -> dict[str, dict[str, dict[str, list[
         if "gpu" in result["machine"]:
             for name, info in result["benches"].items():
                 for op, case, seconds in cases(name, info):
-                    times = {impl: seconds[impl] for impl in IMPLS if impl in seconds}
+                    times = {impl: seconds[impl] for impl in BACKENDS if impl in seconds}
                     found[result["machine"]["capability"]][op][case].append(times)
     return {
         capability: {op: {case: ranked(runs) for case, runs in of.items()} for op, of in ops.items()}

@@ -34,6 +34,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import gpu_report
+from bench.gpu_report import KERNELS, OPERATORS
 from bench.processes import ROOT, Result, commit, json_of, run
 
 # Of all stages, and of a part: a call on such a machine may last ten minutes, and the machine takes its own time.
@@ -47,7 +48,6 @@ LOGGED = 400_000
 PYTEST = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--show-capture=stdout", "-p", "no:cacheprovider"]
 TEST = [*PYTEST, "--maxfail=10", "-m", "not slow"]
 JOBS = max(1, (os.cpu_count() or 2) // 2)
-OPERATORS = ("edge_scores", "masked_read", "head_space_scores")
 FIRST = "bfloat16 and (llama-3.1-8b or gpt2)"
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 # What the pretended device cannot do: fake tensors, inference mode, the gradients of what two models compute in place,
@@ -69,15 +69,18 @@ class Stage(NamedTuple):
 
 def kernel_tests() -> dict[str, list[str]]:
     """Tests of what runs on the GPU alone, in processes of their own: what a failing kernel does to one stays there."""
-    files = {op: f"tests/kernels/test_{op}.py" for op in OPERATORS}
     # Triton compiles for every kind of stride and size: fewer random cases.
     quick = ["env", "EAP_QUICK=1"]
+
+    def of(impl: str) -> dict[str, list[str]]:
+        command = [*(quick if impl == "triton" else []), *TEST, "-k", f"{impl}-cuda"]
+        return {f"{impl} {op}": [*command, f"tests/kernels/test_{op}.py"] for op in OPERATORS}
+
     return {
-        **{f"cuda {op}": [*TEST, "-k", "cuda-cuda", file] for op, file in files.items()},
-        **{f"triton {op}": [*quick, *TEST, "-k", "triton-cuda", file] for op, file in files.items()},
+        **{label: command for impl in KERNELS for label, command in of(impl).items()},
         "models": [*TEST, "tests/circuits/test_on_gpu.py"],
         "triton tiles": [*quick, *TEST, "tests/kernels/test_triton_kernels.py"],
-        **{f"reference {op}": [*TEST, "-k", "reference-cuda", file] for op, file in files.items()},
+        **of("reference"),
         "integrations": [
             *TEST,
             "-k",
@@ -137,7 +140,7 @@ STAGES = {
                     impl,
                 ]
                 for tool, options in TOOLS.items()
-                for impl in ("cuda", "triton")
+                for impl in KERNELS
             },
             at_once=4,
         ),

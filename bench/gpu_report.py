@@ -10,7 +10,10 @@ from bench.processes import ROOT, Result, commit, json_of
 
 # Characters about failures; the log has all.
 SHOWN = 8000
-IMPLS = ("cuda", "triton", "reference")
+# Backends with kernels for GPUs, all that run there, and the operators.
+KERNELS = ("cuda", "triton")
+IMPLS = (*KERNELS, "reference")
+OPERATORS = ("edge_scores", "masked_read", "head_space_scores")
 
 
 def counted(output: str) -> str:
@@ -76,7 +79,7 @@ def fastest(results: Sequence[Result]) -> list[str]:
     """A line for each operator: the backends' times on the 8B shape in bfloat16, from the fastest on."""
     found: dict[str, str] = {}
     for name, info in measured(results):
-        operator = re.match(r"test_(edge_scores|masked_read|head_space_scores)\[llama-3.1-8b-bfloat16", name)
+        operator = re.match(rf"test_({'|'.join(OPERATORS)})\[llama-3.1-8b-bfloat16", name)
         if operator and operator[1] not in found and "seconds" in info:
             # Of a masked read: the sparsest mask.
             runs = {run: time for run, time in info["seconds"].items() if "@" not in run or run.endswith("@0.01")}

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from bench import baseline, choices, measure, tables
 from bench.processes import commit
-from eap_kernels import _measured
+from eap_kernels import _auto
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-CHOICES = _measured.TABLE
+CHOICES = _auto.TABLE
 
 
 def condense(run: dict) -> dict:

@@ -16,7 +16,8 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 import torch
 
 import eap_kernels as ek
-from eap_kernels import _dispatch, testing
+from eap_kernels import testing
+from eap_kernels._registry import BACKENDS
 
 # S, R, N, D: nothing a multiple of anything; more than one tile each way, where rows start at 16 bytes; one token.
 SHAPES = ((37, 21, 19, 67), (150, 140, 5, 64), (3, 1, 1, 130))
@@ -93,7 +94,7 @@ def main() -> None:
             for shape in SHAPES:
                 for dtype in DTYPES:
                     for layout in LAYOUTS:
-                        operator(impl, _dispatch.device_of(impl) or "cpu", shape, dtype, layout, generator)
+                        operator(impl, BACKENDS[impl].device or "cpu", shape, dtype, layout, generator)
                         runs += 1
     print(f"{runs} runs of {', '.join(sys.argv[1:])}")
 

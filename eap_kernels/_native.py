@@ -6,8 +6,6 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
 _NOTE = Path(__file__).with_name("_build_failure.txt")
 
 
@@ -31,11 +29,3 @@ def build_info() -> ModuleType | None:
 
 # None when the library is loaded, otherwise one clause that says why not.
 failure: str | None = _load()
-
-
-def cuda_failure() -> str | None:
-    """Why the library holds no CUDA kernels, in one clause; None where it does."""
-    if failure is not None or torch._C._dispatch_has_kernel_for_dispatch_key("eap_kernels::edge_scores", "CUDA"):
-        return failure
-    build = build_info()
-    return build.cuda_failure if build else "the library was built without CUDA"

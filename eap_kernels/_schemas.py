@@ -7,6 +7,8 @@ reference elsewhere; it wants reach and segments on the CPU; `tf32` allows a GPU
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,24 +16,15 @@ from torch import Tensor
 
 lib = torch.library.Library("eap_kernels", "DEF")
 
-_EDGE_SCORES = "Tensor delta, Tensor grad, Tensor reach, Tensor(a!) out, Tensor? segments"
-_MASKED_READ = "Tensor base, Tensor delta, Tensor mask"
-# Groups of nodes, senders first; an absent operand is an empty tensor.
-_HEAD_SPACE_SCORES = (
-    "Tensor[] values, Tensor[] weights, Tensor[] coefficients, Tensor[] normalised, "
-    "int sender_groups, int features, Tensor reach, Tensor(a!) out, int workspace"
-)
-lib.define(f"edge_scores({_EDGE_SCORES}, bool tf32=False) -> ()")
-lib.define(f"edge_scores.select({_EDGE_SCORES}, str impl) -> ()")
-lib.define(f"head_space_scores({_HEAD_SPACE_SCORES}) -> ()")
-lib.define(f"head_space_scores.select({_HEAD_SPACE_SCORES}, str impl) -> ()")
-lib.define(f"masked_read({_MASKED_READ}) -> Tensor")
-lib.define(f"masked_read.select({_MASKED_READ}, str impl) -> Tensor")
-
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are kept in: fp64 for fp64, fp32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tf32() -> bool:
+    """Whether a GPU may round fp32 operands to tf32: torch's own switch for matrix products."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def _scores_fake(*args: Any, **kwargs: Any) -> None:
@@ -55,37 +48,42 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     delta, mask = ctx.saved_tensors
     need_base, need_delta, need_mask, *_ = ctx.needs_input_grad
     grad_base = grad_delta = grad_mask = None
+    # The same overload as forward: `select` goes to the same backend.
+    ops, overload = torch.ops.eap_kernels, attrgetter("select" if ctx.impl else "default")
     if need_base:
         wide = accumulation_dtype(grad_y.dtype)
         grad_base = grad_y.sum(0, dtype=wide).to(grad_y.dtype) if ctx.base_is_shared else grad_y
     if need_delta:
-        grad_delta = _read(delta.new_zeros(delta.shape[1:]), grad_y, mask.T, *ctx.impl)
+        grad_delta = overload(ops.masked_read)(delta.new_zeros(delta.shape[1:]), grad_y, mask.T, *ctx.impl)
     if need_mask:
         reach = torch.full((mask.shape[1],), mask.shape[0], dtype=torch.int64, device="cpu")
         scores = delta.new_zeros(mask.shape, dtype=accumulation_dtype(delta.dtype))
-        _score(delta, grad_y, reach, scores, None, *ctx.impl)
+        overload(ops.edge_scores)(delta, grad_y, reach, scores, None, *ctx.impl)
         grad_mask = scores.to(mask.dtype)
     return (grad_base, grad_delta, grad_mask, *(None for _ in ctx.impl))
 
 
-def _read(base: Tensor, delta: Tensor, mask: Tensor, *impl: str) -> Tensor:
-    op = torch.ops.eap_kernels.masked_read
-    result: Tensor = op.select(base, delta, mask, *impl) if impl else op.default(base, delta, mask)
-    return result
-
-
-def _score(delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segments: Tensor | None, *impl: str) -> None:
-    op = torch.ops.eap_kernels.edge_scores
-    if impl:
-        op.select(delta, grad, reach, out, segments, *impl)
-    else:
-        op.default(delta, grad, reach, out, segments)
-
-
-for _overload in ("", ".select"):
-    torch.library.register_fake(f"eap_kernels::edge_scores{_overload}", _scores_fake, lib=lib)
-    torch.library.register_fake(f"eap_kernels::head_space_scores{_overload}", _scores_fake, lib=lib)
-    torch.library.register_fake(f"eap_kernels::masked_read{_overload}", _masked_read_fake, lib=lib)
-    torch.library.register_autograd(
-        f"eap_kernels::masked_read{_overload}", _backward, setup_context=_setup_context, lib=lib
-    )
+# Arguments, what only the plain overload takes, result, and the result's shape.
+OPERATORS: dict[str, tuple[str, str, str, Callable[..., Tensor | None]]] = {
+    "edge_scores": (
+        "Tensor delta, Tensor grad, Tensor reach, Tensor(a!) out, Tensor? segments",
+        ", bool tf32=False",
+        "()",
+        _scores_fake,
+    ),
+    # Groups of nodes, senders first; an absent operand is an empty tensor.
+    "head_space_scores": (
+        "Tensor[] values, Tensor[] weights, Tensor[] coefficients, Tensor[] normalised, "
+        "int sender_groups, int features, Tensor reach, Tensor(a!) out, int workspace",
+        "",
+        "()",
+        _scores_fake,
+    ),
+    "masked_read": ("Tensor base, Tensor delta, Tensor mask", "", "Tensor", _masked_read_fake),
+}
+for _op, (_arguments, _plain, _result, _fake) in OPERATORS.items():
+    for _overload, _last in ((_op, _plain), (f"{_op}.select", ", str impl")):
+        lib.define(f"{_overload}({_arguments}{_last}) -> {_result}")
+        torch.library.register_fake(f"eap_kernels::{_overload}", _fake, lib=lib)
+for _overload in ("masked_read", "masked_read.select"):
+    torch.library.register_autograd(f"eap_kernels::{_overload}", _backward, setup_context=_setup_context, lib=lib)

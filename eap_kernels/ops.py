@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from eap_kernels import _dispatch
+from eap_kernels import _auto, _dispatch
+from eap_kernels._registry import BACKENDS
 from eap_kernels._schemas import accumulation_dtype
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -36,7 +37,7 @@ def edge_scores(
         out: [S, R], or [segments, S, R] with `segments`; fp64 for fp64 inputs, else fp32; any strides without
             overlap. Allocated with zeros when absent.
         segments: int64 [N], the segment of each token; scores are kept per segment.
-        impl: "auto", "reference", "cpu", "triton" or "cuda".
+        impl: "auto", which follows a measured rule, or a name in `backends()`.
 
     Returns:
         `out`. Not differentiable: the inputs are detached.
@@ -52,9 +53,8 @@ def edge_scores(
         tensor([[12., 12.],
                 [ 0., 12.]])
     """
-    _check_floating("edge_scores", "delta", delta, 3, "[S, N, D]")
-    _check_floating("edge_scores", "grad", grad, 3, "[R, N, D]")
-    _check_like("edge_scores", "grad", grad, delta)
+    _check_floating("edge_scores", "delta", delta, "[S, N, D]")
+    _check_floating("edge_scores", "grad", grad, "[R, N, D]", like=delta)
     if grad.shape[1:] != delta.shape[1:]:
         _fail("edge_scores", f"grad of shape [R, {delta.shape[1]}, {delta.shape[2]}]", list(grad.shape))
     senders, tokens, receivers = delta.shape[0], delta.shape[1], grad.shape[0]
@@ -115,7 +115,7 @@ def head_space_scores(
         receivers: groups whose nodes, in order, are the R receivers.
         reach: int64 [R], 0 <= reach <= S: how many senders each receiver sees.
         out: [S, R], added to in place; fp64 for fp64 inputs, else fp32. Allocated with zeros when absent.
-        impl: "auto", "reference", "cpu", "triton" or "cuda".
+        impl: "auto", which follows a measured rule, or a name in `backends()`.
         workspace: bytes of expanded rows held at once; never less than one token's.
 
     Returns:
@@ -134,11 +134,10 @@ def head_space_scores(
     op = "head_space_scores"
     groups = [*senders, *receivers]
     if not senders or not receivers or not all(isinstance(group, Nodes) for group in groups):
-        _fail(
-            op, "senders and receivers to be lists of at least one Nodes", [type(g).__name__ for g in groups], TypeError
-        )
+        kinds = [type(group).__name__ for group in groups]
+        _fail(op, "senders and receivers to be lists of at least one Nodes", kinds, TypeError)
     first = groups[0]
-    _check_floating(op, "values", first.values, 3, "[N, h, K]")
+    _check_floating(op, "values", first.values, "[N, h, K]")
     tokens = first.values.shape[0]
     features = first.values.shape[2] if first.weight is None else first.weight.shape[-1]
     for group in groups:
@@ -175,7 +174,7 @@ def masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str = "auto") -
         base: [N, D], shared by all receivers, [R, N, D] or [C, R, N, D]; delta's dtype and device, any strides.
         delta: [S, N, D], floating, any strides; or [C, S, N, D], each circuit's own.
         mask: [S, R] or [C, S, R], bool or floating.
-        impl: "auto", "reference", "cpu", "triton" or "cuda".
+        impl: "auto", which follows a measured rule, or a name in `backends()`.
 
     Returns:
         [R, N, D] or [C, R, N, D] in delta's dtype; sums are kept in fp32 (fp64 for fp64).
@@ -192,57 +191,41 @@ def masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str = "auto") -
     """
     _check_read(base, delta, mask)
     _dispatch.check_impl("masked_read", impl, delta.device)
+    read: Callable[..., Tensor] = torch.ops.eap_kernels.masked_read.select
     if mask.dim() == 2:
-        return _read(base, delta, mask, impl)
+        return read(base, delta, mask, impl)
     circuits, senders, receivers = mask.shape
     if delta.dim() == 3:
         # The receivers of all circuits, side by side.
         base = base if base.dim() == 2 else base.expand(circuits, receivers, *base.shape[-2:]).flatten(0, 1)
         together = mask.transpose(0, 1).reshape(senders, circuits * receivers)
-        return _read(base, delta, together, impl).reshape(circuits, receivers, *delta.shape[1:])
+        return read(base, delta, together, impl).reshape(circuits, receivers, *delta.shape[1:])
     bases = base.unbind() if base.dim() == 4 else [base] * circuits
-    reads = [_read(*each, impl) for each in zip(bases, delta, mask, strict=True)]
+    reads = [read(*each, impl) for each in zip(bases, delta, mask, strict=True)]
     return torch.stack(reads) if reads else delta.new_empty(0, receivers, *delta.shape[2:])
-
-
-def _read(base: Tensor, delta: Tensor, mask: Tensor, impl: str) -> Tensor:
-    result: Tensor = torch.ops.eap_kernels.masked_read.select(base, delta, mask, impl)
-    return result
 
 
 def backends() -> dict[str, str | None]:
     """Every backend by name, with None where it can run and the reason where it cannot."""
-    return {impl: _dispatch.missing(impl) for impl in _dispatch.IMPLS if impl != "auto"}
+    return {name: backend.missing() for name, backend in BACKENDS.items()}
 
 
 def explain(op: str, *args: object) -> str:
     """One sentence on what `impl="auto"` runs for these arguments, and why.
 
     Args:
-        op: "edge_scores", "head_space_scores" or "masked_read".
+        op: the operator's name.
         args: the operator's own arguments, in its own order; those after the required ones may be left out.
     """
-    names = ("edge_scores", "head_space_scores", "masked_read")
-    if op not in names:
-        _fail("explain", f"one of {', '.join(names)}", repr(op))
-    if op == "head_space_scores":
-        if not args or not isinstance(args[0], Sequence) or not isinstance(args[0][0], Nodes):
-            _fail("explain", "the arguments of head_space_scores", f"{len(args)} arguments", TypeError)
-        choice = _dispatch.choose_head_space_scores(args[0][0].values)
-        return f"{op}: auto runs {choice.impl}: {choice.reason}"
-    allowed = 5 if op == "edge_scores" else 3
-    tensors = [x for x in args[:3] if isinstance(x, Tensor)]
-    if len(tensors) != 3 or len(args) > allowed:
-        _fail("explain", f"the tensors of {op}", f"{len(args)} arguments", TypeError)
-    if op == "masked_read" and tensors[1].dim() == 4:
-        _fail("explain", "one circuit's delta, since each circuit is read by itself", list(tensors[1].shape))
-    if op == "edge_scores":
-        segments = args[4] if len(args) == 5 else None
-        choice = _dispatch.choose_edge_scores(
-            tensors[0], tensors[1], segments if isinstance(segments, Tensor) else None
-        )
-    else:
-        choice = _dispatch.choose_masked_read(tensors[1], tensors[2])
+    if op not in _auto.RULES:
+        _fail("explain", f"one of {', '.join(_auto.RULES)}", repr(op))
+    if op == "masked_read" and len(args) > 1 and isinstance(args[1], Tensor) and args[1].dim() == 4:
+        _fail("explain", "one circuit's delta, since each circuit is read by itself", list(args[1].shape))
+    try:
+        # Of nodes a rule looks at their values.
+        choice = _auto.choose(op, *([node.values for node in x] if isinstance(x, Sequence) else x for x in args))
+    except (AttributeError, IndexError, TypeError) as error:
+        raise TypeError(f"explain: expected the tensors of {op}, got {len(args)} arguments") from error
     return f"{op}: auto runs {choice.impl}: {choice.reason}"
 
 
@@ -250,13 +233,15 @@ def _fail(op: str, expected: str, got: object, error: type[Exception] = ValueErr
     raise error(f"{op}: expected {expected}, got {got}")
 
 
-def _check_floating(op: str, name: str, x: Tensor, rank: int, shape: str) -> None:
+def _check_floating(op: str, name: str, x: Tensor, shape: str, like: Tensor | None = None) -> None:
     if not isinstance(x, Tensor):
         _fail(op, f"{name} to be a tensor", type(x).__name__, TypeError)
     if x.dtype not in _FLOATS:
         _fail(op, f"{name} in float64, float32, bfloat16 or float16", x.dtype, TypeError)
-    if x.dim() != rank:
+    if x.dim() != shape.count(",") + 1:
         _fail(op, f"{name} of shape {shape}", list(x.shape))
+    if like is not None:
+        _check_like(op, name, x, like)
 
 
 def _check_like(op: str, name: str, x: Tensor, delta: Tensor) -> None:
@@ -281,7 +266,7 @@ def _check_read(base: Tensor, delta: Tensor, mask: Tensor) -> None:
     if not isinstance(mask, Tensor):
         _fail(op, "mask to be a tensor", type(mask).__name__, TypeError)
     own = isinstance(delta, Tensor) and delta.dim() == 4 and mask.dim() == 3
-    _check_floating(op, "delta", delta, 4 if own else 3, "[C, S, N, D]" if own else "[S, N, D]")
+    _check_floating(op, "delta", delta, "[C, S, N, D]" if own else "[S, N, D]")
     if not isinstance(base, Tensor):
         _fail(op, "base to be a tensor", type(base).__name__, TypeError)
     _check_like(op, "base", base, delta)
@@ -301,8 +286,7 @@ def _check_read(base: Tensor, delta: Tensor, mask: Tensor) -> None:
 
 def _check_nodes(group: Nodes, like: Tensor, tokens: int, features: int) -> None:
     op = "head_space_scores"
-    _check_floating(op, "values", group.values, 3, "[N, h, K]")
-    _check_like(op, "values", group.values, like)
+    _check_floating(op, "values", group.values, "[N, h, K]", like)
     heads, width = group.values.shape[1:]
     if group.values.shape[0] != tokens:
         _fail(op, f"values of shape [{tokens}, h, K]", list(group.values.shape))
@@ -310,8 +294,7 @@ def _check_nodes(group: Nodes, like: Tensor, tokens: int, features: int) -> None
         if width != features:
             _fail(op, f"values of shape [{tokens}, h, {features}] where there is no weight", list(group.values.shape))
     else:
-        _check_floating(op, "weight", group.weight, 3, "[g, K, D]")
-        _check_like(op, "weight", group.weight, like)
+        _check_floating(op, "weight", group.weight, "[g, K, D]", like)
         shared = group.weight.shape[0]
         if list(group.weight.shape[1:]) != [width, features] or not shared or heads % shared:
             expected = f"weight of shape [g, {width}, {features}] with g a divisor of {heads}"
@@ -319,9 +302,8 @@ def _check_nodes(group: Nodes, like: Tensor, tokens: int, features: int) -> None
     if (group.coefficients is None) != (group.normalised is None):
         _fail(op, "coefficients and normalised together", "only one of them")
     if group.coefficients is not None and group.normalised is not None:
-        for name, x in (("coefficients", group.coefficients), ("normalised", group.normalised)):
-            _check_floating(op, name, x, 3, "[h, M, N]" if name == "coefficients" else "[M, N, D]")
-            _check_like(op, name, x, like)
+        _check_floating(op, "coefficients", group.coefficients, "[h, M, N]", like)
+        _check_floating(op, "normalised", group.normalised, "[M, N, D]", like)
         points = group.normalised.shape[0]
         if list(group.normalised.shape[1:]) != [tokens, features]:
             _fail(op, f"normalised of shape [M, {tokens}, {features}]", list(group.normalised.shape))

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import eap_circuits as eap
 from bench.measure import DEVICE, PRETENDED
-from eap_kernels import _measured
+from eap_kernels import _auto
 
 STEPS = 5
 GB = 10**9
@@ -72,7 +72,7 @@ def random_pairs(model, examples, tokens):
 def test_shape_over_floor(in_turns, passes, random_model, monkeypatch, case):
     shape, examples, tokens, most, at_least = CASES[case]
     if case.endswith("reference"):
-        monkeypatch.setattr(_measured, "ranking", lambda *_: [])
+        monkeypatch.setattr(_auto, "ranking", lambda *_: [])
     model = random_model(shape)
     data = random_pairs(model, examples, tokens)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

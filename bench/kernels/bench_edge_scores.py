@@ -12,7 +12,7 @@ import eap_kernels as ek
 from bench import measure
 from bench.kernels import shapes
 from eap_kernels import testing
-from eap_kernels._measured import FEW_RECEIVERS
+from eap_kernels._auto import FEW_RECEIVERS
 
 pytestmark = pytest.mark.benchmark(group="edge_scores")
 STEPS = 5

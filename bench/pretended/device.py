@@ -114,24 +114,20 @@ def pretending(shapes: bool = False, native: bool = False) -> Iterator[None]:
 
 def _pretend_native(stack: contextlib.ExitStack) -> None:
     """CUDA kernels are the CPU's, Triton's the reference: all around a kernel runs, and no kernel does."""
-    from eap_kernels import _dispatch, _measured, _native
+    from eap_kernels import _auto, cuda
     from eap_kernels.reference import edge_scores, masked_read
     from eap_kernels.triton import edge_scores as triton_edge_scores
     from eap_kernels.triton import masked_read as triton_masked_read
-
-    def scores(*args: Any) -> None:
-        edge_scores.edge_scores(*args[:5])
 
     def reads(*args: Any) -> torch.Tensor:
         return masked_read.masked_read(*args[:3])
 
     for module, name, stand_in in (
-        (_native, "cuda_failure", lambda: None),
-        (_measured, "ranking", lambda *_: ["cuda"]),
-        (triton_edge_scores, "edge_scores", scores),
+        (cuda, "not_built", lambda: None),
+        (_auto, "ranking", lambda *_: ["cuda"]),
+        (triton_edge_scores, "edge_scores", edge_scores.edge_scores),
         (triton_masked_read, "masked_read", reads),
     ):
         stack.enter_context(mock.patch.object(module, name, stand_in))
-    for cached in (_dispatch._runs, _dispatch.trial_of_cuda):
-        cached.cache_clear()
-        stack.callback(cached.cache_clear)
+    cuda.trial.cache_clear()
+    stack.callback(cuda.trial.cache_clear)

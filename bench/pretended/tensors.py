@@ -27,7 +27,6 @@ CPU, CUDA, META = torch.device("cpu"), torch.device("cuda", 0), torch.device("me
 # Builds for CPUs index no tensor that truly says cuda: torch itself sees this device, Python code sees cuda:0.
 _STANDS_FOR_CUDA = torch.device("meta", 0)
 observers: list[Callable[..., None]] = []
-SELECTED = ("edge_scores", "masked_read", "head_space_scores")  # operators whose choice among backends runs
 _SMALL = 4096  # elements: floating tensors made on the device up to this size keep values under `shapes`
 _aten = torch.ops.aten
 _INDEXING = (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default)
@@ -163,11 +162,11 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         kwargs["device"] = CUDA
     device = kwargs.get("device") or _common(func, tensors)
     if func.namespace == "eap_kernels" and func._overloadname == "select" and device == CUDA:
-        name = func._schema.name.split("::")[1]
-        choose = _choice(name)
-        if choose is not None:
-            with Functions(), Dispatch():
-                return choose(*args, **kwargs)
+        from eap_kernels import _dispatch
+
+        # The package's own function behind `.select` of a public operator.
+        with Functions(), Dispatch():
+            return _dispatch.SELECT[func._schema.name.split("::")[1]](*args, **kwargs)
     if func.namespace == "aten" and func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
         with torch._C.DisableTorchFunction(), Dispatch():  # made of other operators
             made = func.decompose(*args, **kwargs)
@@ -189,11 +188,6 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         # Low precision in, wide sums out: CUDA's alone.
         wide = [held[id(x)].to(args[-1]) for x in tensors]
         out = Pretend(getattr(torch, name)(*wide))
-    elif valueless and func.namespace == "eap_kernels" and func._overloadname == "default" and name in SELECTED:
-        out = None  # added to in place
-        if name == "masked_read":
-            shape = (tensors[2].shape[1], *tensors[1].shape[1:])
-            out = Pretend(torch.empty(shape, dtype=tensors[1].dtype, device=META))
     elif valueless and name == "copy_" and not isinstance(args[0], Pretend):
         out = args[0].fill_(1)
     elif valueless and name == "_to_copy" and device == CPU:
@@ -212,13 +206,6 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     if any(isinstance(x, Pretend) for x in (*tensors, *_tensors([out]))):
         tell("op", func, args, kwargs, out)
     return out
-
-
-def _choice(name: str) -> Any:
-    """The package's own function behind `.select` of a public operator."""
-    from eap_kernels import _dispatch
-
-    return getattr(_dispatch, "_" + name, None) if name in SELECTED else None
 
 
 def _held(tensors: list[Tensor]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:

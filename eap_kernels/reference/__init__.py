@@ -1,1 +1,35 @@
 """The specification: every operator in plain PyTorch, on any device, in any floating dtype."""
+
+from functools import partial
+from typing import Any
+
+from eap_kernels._schemas import tf32
+from eap_kernels.reference import edge_scores, head_space_scores, masked_read
+
+
+class Backend:
+    """One way to compute the operators; as it stands, the reference.
+
+    Every other backend is a subclass in a folder of its own and an entry of `_registry.BACKENDS`. It overrides what
+    differs: an operator that it lacks runs as here. The arguments of an operator are those of its plain overload in
+    `_schemas`, checked, with reach and segments on the CPU.
+    """
+
+    name = "reference"
+    edge_scores = staticmethod(edge_scores.edge_scores)
+    masked_read = staticmethod(masked_read.masked_read)
+
+    @property
+    def device(self) -> str | None:
+        """The device type whose tensors it takes; None for any."""
+        return None
+
+    def missing(self) -> str | None:
+        """Why it cannot run on this machine, in one clause; None where it can."""
+        return None
+
+    def head_space_scores(self, *args: Any) -> None:
+        """Tiles are expanded by the library's batched product and contracted by the backend's `edge_scores`."""
+        contract = partial(self.edge_scores, tf32=tf32())
+        # On a GPU tiles have the operands' own dtype, which is what its tensor cores multiply.
+        partial(head_space_scores.head_space_scores, contract=contract, rounded=args[0][0].is_cuda)(*args)

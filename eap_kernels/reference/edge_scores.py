@@ -15,10 +15,13 @@ _CHUNK, _CHUNK_CUDA = 1 << 20, 1 << 26
 _WASTE = 0.125
 
 
-def edge_scores(delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segments: Tensor | None) -> None:
+def edge_scores(
+    delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segments: Tensor | None, tf32: bool = False
+) -> None:
     """out[segment(n), u, v] += <delta[u, n], grad[v, n]> for u < reach[v], in place.
 
-    delta [S, N, D], grad [R, N, D], reach int64 [R], out [S, R] or [segments, S, R], segments int64 [N].
+    delta [S, N, D], grad [R, N, D], reach int64 [R], out [S, R] or [segments, S, R], segments int64 [N]. `tf32` changes
+    nothing: torch's matrix products follow torch's own switch.
     """
     depths = reach.tolist()
     if segments is None:

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from eap_kernels.reference.edge_scores import edge_scores
 
-Contract = Callable[[Tensor, Tensor, Tensor, Tensor, None], None]
-
 
 def head_space_scores(
     values: list[Tensor],
@@ -22,7 +20,7 @@ def head_space_scores(
     reach: Tensor,
     out: Tensor,
     workspace: int,
-    contract: Contract = edge_scores,
+    contract: Callable[..., None] = edge_scores,
     rounded: bool = False,
 ) -> None:
     """Add the scores to out [S, R]; each list holds one tensor a group, the first `sender_groups` are senders.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import eap_kernels
-from eap_kernels import _dispatch
+from eap_kernels._registry import BACKENDS
 
 LAYOUTS = ("contiguous", "tokens_first", "reversed", "padded", "expanded")
 
@@ -28,13 +28,8 @@ def available_backends() -> list[str]:
 
 def backends_on_devices() -> list[tuple[str, str]]:
     """(backend, device type) for every backend that can run here and every device whose tensors it takes."""
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return [
-        (impl, device)
-        for impl in available_backends()
-        for device in ([_dispatch.device_of(impl)] if _dispatch.device_of(impl) else devices)
-        if device
-    ]
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return [(name, d) for name in available_backends() for d in devices if BACKENDS[name].device in (None, d)]
 
 
 class Oracle(NamedTuple):

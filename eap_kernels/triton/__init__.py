@@ -1,1 +1,37 @@
 """Triton kernels. Imported only when they run: Triton itself is optional."""
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eap_kernels._schemas import tf32
+from eap_kernels.reference import Backend
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+class Triton(Backend):
+    name = "triton"
+
+    @property
+    def device(self) -> str:
+        # Triton's interpreter runs kernels on CPU tensors: for tests on machines without a GPU.
+        return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+    def missing(self) -> str | None:
+        if not INSTALLED:
+            return "triton is not installed"
+        return None if self.device == "cpu" or torch.cuda.is_available() else "torch sees no CUDA device"
+
+    def edge_scores(self, *args: Any, **options: Any) -> None:
+        from eap_kernels.triton.edge_scores import edge_scores
+
+        edge_scores(*args, **options)
+
+    def masked_read(self, base: Tensor, delta: Tensor, mask: Tensor) -> Tensor:
+        from eap_kernels.triton.masked_read import masked_read
+
+        return masked_read(base, delta, mask, tf32())

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import eap_kernels as ek
-from eap_kernels import _dispatch, _measured, info, testing
+from eap_kernels import _auto, info, testing
+from eap_kernels._registry import BACKENDS
+from eap_kernels.reference import Backend
 
 BLOCK = """
 import importlib.abc, sys
@@ -68,7 +70,7 @@ except RuntimeError as error:
 print(json.dumps(message))
 """
     assert python(code, EAP_REQUIRE="cpu", blocked=["eap_kernels._C"]).startswith("EAP_REQUIRE asks for cpu, which")
-    assert "expected one of reference, cpu, triton, cuda, got 'gpu'" in python(code, EAP_REQUIRE="gpu")
+    assert f"expected one of {', '.join(BACKENDS)}, got 'gpu'" in python(code, EAP_REQUIRE="gpu")
 
 
 def test_the_operator_library_loads_without_the_build_description():
@@ -140,6 +142,33 @@ def test_auto_follows_its_rule(randn):
         ek.explain("masked_read", delta, mask)
 
 
+class Doubled(Backend):
+    """A backend with one operator, which it computes in a way of its own."""
+
+    name = "doubled"
+    device = "cpu"
+
+    def edge_scores(self, *args, **options):
+        Backend.edge_scores(*args, **options)
+        args[3].mul_(2)
+
+
+def test_a_backend_is_an_entry_and_what_it_lacks_is_shared(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "doubled", Doubled())
+    assert ek.backends()["doubled"] is None
+    assert ("doubled", "cpu") in testing.backends_on_devices()
+    delta, reach = torch.ones(2, 1, 3), torch.tensor([2, 2])
+    assert ek.edge_scores(delta, delta, reach, impl="doubled").tolist() == [[6, 6], [6, 6]]
+    nodes = [ek.Nodes(delta.transpose(0, 1))]
+    assert ek.head_space_scores(nodes, nodes, reach, impl="doubled").tolist() == [[6, 6], [6, 6]]
+    assert ek.masked_read(delta[0], delta, torch.ones(2, 1), impl="doubled").tolist() == [[[3, 3, 3]]]
+    with pytest.raises(ValueError, match=r"expected impl to be one of auto, .*, doubled, got 'fast'"):
+        ek.edge_scores(delta, delta, reach, impl="fast")
+    monkeypatch.setattr(BACKENDS["doubled"], "missing", lambda: "it is broken")
+    with pytest.raises(RuntimeError, match="edge_scores: impl='doubled' is not available: it is broken"):
+        ek.edge_scores(delta, delta, reach, impl="doubled")
+
+
 class OnGpu:
     """As much of a CUDA tensor as the choice looks at: its values lie on the CPU."""
 
@@ -158,13 +187,13 @@ def test_on_a_gpu_auto_takes_what_was_measured_fastest_there_and_runs(monkeypatc
         strided = OnGpu(torch.ones(4, 30, 5, dtype=dtype).transpose(0, 1))
         few = OnGpu(torch.ones(12, 4, 5, dtype=dtype))
         segments = torch.zeros(4, dtype=torch.int64)
-        asked = (delta, grad, None), (strided, grad, None), (delta, few, None), (delta, grad, segments)
-        scores = [_dispatch.choose_edge_scores(*each) for each in asked]
+        asked = (delta, grad, None), (strided, grad, None), (delta, few, None), (delta, grad, None, None, segments)
+        scores = [_auto.choose("edge_scores", *each) for each in asked]
         masks = [torch.arange(100).reshape(4, 25) < kept for kept in (3, 30, 31)]
         return (
             [choice.impl for choice in scores],
-            [_dispatch.choose_masked_read(delta, mask).impl for mask in masks],
-            _dispatch.choose_head_space_scores(delta).impl,
+            [_auto.choose("masked_read", delta, delta, mask).impl for mask in masks],
+            _auto.choose("head_space_scores", [delta]).impl,
         )
 
     table = {
@@ -177,9 +206,10 @@ def test_on_a_gpu_auto_takes_what_was_measured_fastest_there_and_runs(monkeypatc
         "masked_read": {"bfloat16, up to 3% kept": ["cuda"], "bfloat16, up to 30% kept": ["triton", "reference"]},
         "head_space_scores": {"bfloat16": ["cuda"]},
     }
-    monkeypatch.setattr(_measured, "_table", lambda: {"9.0": table})
+    monkeypatch.setattr(_auto, "MEASURED", {"9.0": table})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(_dispatch, "_runs", lambda impl: impl != "triton")
+    monkeypatch.setattr(BACKENDS["cuda"], "missing", lambda: None)
+    monkeypatch.setattr(BACKENDS["triton"], "missing", lambda: "not here")
     fp32_precision("ieee")
     right = ["cuda", "cuda", "reference", "cuda"], ["cuda", "reference", "reference"], "cuda"
     assert choices(torch.bfloat16) == choices(torch.float16) == right

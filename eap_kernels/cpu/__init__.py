@@ -1,0 +1,16 @@
+"""The compiled library's CPU kernels: csrc/cpu, registered in csrc/register.cpp."""
+
+import torch
+
+from eap_kernels import _native
+from eap_kernels.reference import Backend
+
+
+class Cpu(Backend):
+    name = device = "cpu"
+    edge_scores = staticmethod(torch.ops.eap_kernels.edge_scores.default)
+    head_space_scores = staticmethod(torch.ops.eap_kernels.head_space_scores.default)
+    masked_read = staticmethod(torch.ops.eap_kernels.masked_read.default)
+
+    def missing(self) -> str | None:
+        return _native.failure

@@ -1,0 +1,43 @@
+"""The compiled library's CUDA kernels: csrc/cuda, registered in csrc/register_cuda.cpp."""
+
+import functools
+
+import torch
+
+from eap_kernels import _native
+from eap_kernels.reference import Backend
+
+
+class Cuda(Backend):
+    name = device = "cuda"
+    edge_scores = staticmethod(torch.ops.eap_kernels.edge_scores.default)
+    masked_read = staticmethod(torch.ops.eap_kernels.masked_read.default)
+
+    def missing(self) -> str | None:
+        return not_built() or (trial() if torch.cuda.is_available() else "torch sees no CUDA device")
+
+
+def not_built() -> str | None:
+    """Why the library holds no CUDA kernels, in one clause; None where it does."""
+    if _native.failure or torch._C._dispatch_has_kernel_for_dispatch_key("eap_kernels::edge_scores", "CUDA"):
+        return _native.failure
+    build = _native.build_info()
+    return build.cuda_failure if build else "the library was built without CUDA"
+
+
+@functools.cache
+def trial() -> str | None:
+    """Why the CUDA kernels do not run on this machine's card, found by one small call; None where they do.
+
+    A library may be built for other cards, or by an nvcc that is newer than the driver.
+    """
+    one = torch.ones(1, 1, 1, device="cuda")
+    out = torch.zeros(1, 1, device="cuda")
+    try:
+        torch.ops.eap_kernels.edge_scores.default(one, one, torch.ones(1, dtype=torch.int64, device="cpu"), out, None)
+        found = float(out)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return f"a trial call failed ({str(error).splitlines()[0]})"
+    return None if found == 1 else f"a trial call gave {found:g} where 1 is right"

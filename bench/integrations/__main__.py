@@ -16,41 +16,43 @@ from __future__ import annotations
 import argparse
 import json
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from bench import measure, record
+from bench.integrations.auto_circuit import AutoCircuit
+from bench.integrations.eap_ig import EapIg
 from bench.integrations.inputs import SHAPES
-from bench.integrations.measurements import in_fresh_process, worker
+from bench.integrations.measurements import PATCHED, PUBLISHED, Make, in_fresh_process, memory, scores, times
 from bench.processes import commit
 
 # Published and patched scores may differ by this share of the largest one.
 ALLOWED = 1e-5
 
 
-def compared(kind: str, label: str, path: str) -> dict[str, dict]:
+def compared(label: str, make: Make) -> dict[str, dict]:
     """A package's scores at both shapes."""
     benches = {}
     for shape in SHAPES:
-        found = in_fresh_process("scores", kind, path, shape)
-        benches[f"integrations_scores[{label}, {shape}]"] = {
-            **{"package": label, "model": shape, "differences": found, "ratios": {}},
-        }
+        found = in_fresh_process(scores, make, shape)
         print(label, shape, found, flush=True)
         for name, each in found.items():
             if not each <= ALLOWED:
                 raise RuntimeError(f"{label}, {shape}, {name}: scores differ by {each:.1e}")
+        facts = {"package": label, "model": shape, "differences": found, "ratios": {}}
+        benches[f"integrations_scores[{label}, {shape}]"] = facts
     return benches
 
 
-def measured(kind: str, label: str, path: str, rounds: int) -> dict[str, dict]:
+def measured(label: str, make: Make, rounds: int) -> dict[str, dict]:
     """The cost of each run of a package at the larger shape."""
     benches = {}
-    for name, row in in_fresh_process("times", kind, path, str(rounds)).items():
-        row["bytes"] = {how: in_fresh_process("memory", kind, path, name, how) for how in ("published", "patched")}
-        row["ratios"]["memory"] = row["bytes"]["published"] / row["bytes"]["patched"]
+    for name, row in in_fresh_process(times, make, rounds).items():
+        row["bytes"] = {how: in_fresh_process(memory, make, name, how) for how in (PUBLISHED, PATCHED)}
+        row["ratios"]["memory"] = row["bytes"][PUBLISHED] / row["bytes"][PATCHED]
         benches[f"integrations_cost[{label}, {name}]"] = {"package": label, "run": name, **row}
         print(label, name, row, flush=True)
     return benches
@@ -61,21 +63,17 @@ def main() -> None:
     parser.add_argument("--eap-ig", action="append", default=[], metavar="REVISION=PATH")
     parser.add_argument("--auto-circuit", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.worker:
-        print(json.dumps(worker(*options.worker)))
-        return
-    benches = {}
     revisions = [revision.split("=", 1) for revision in options.eap_ig]
-    packages = [("EAP-IG", f"EAP-IG {label}", str(Path(path).resolve())) for label, path in revisions]
-    timed = packages[:1]
+    packages: dict[str, Make] = {f"EAP-IG {name}": partial(EapIg, Path(path).resolve()) for name, path in revisions}
+    timed = dict(list(packages.items())[:1])
     if options.auto_circuit:
-        timed.append(("auto-circuit", f"auto-circuit {version('auto-circuit')}", ""))
-    for package in [*timed, *packages[1:]]:
-        benches |= compared(*package)
-    for package in timed:
-        benches |= measured(*package, options.rounds)
+        timed[f"auto-circuit {version('auto-circuit')}"] = AutoCircuit
+    benches = {}
+    for label, make in (timed | packages).items():
+        benches |= compared(label, make)
+    for label, make in timed.items():
+        benches |= measured(label, make, options.rounds)
     result = {"machine": measure.machine(), "commit": commit(), "date": date.today().isoformat()}
     result["versions"] = measure.versions() | {"transformer-lens": version("transformer-lens")}
     result |= {"threads": torch.get_num_threads(), "rounds": options.rounds, "benches": benches}

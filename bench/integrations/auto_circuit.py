@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ class AutoCircuit:
 
     patch = staticmethod(auto_circuit.patch)
 
-    def __init__(self, _path: str, shape: str) -> None:
+    def __init__(self, shape: str) -> None:
         # The package names torch.optim.adam, which `import torch` no longer brings along.
         torch.optim.adam = importlib.import_module("torch.optim.adam")
         self.shape = shape
@@ -95,7 +95,6 @@ class AutoCircuit:
             "subnetwork probing": lambda: self._probing(wide),
         }
 
-    @contextlib.contextmanager
     def stopwatch(self):
-        """The patch changes what is differentiated, so no part of the time is comparable alone."""
-        yield []
+        """Nothing: the patch changes what is differentiated, so that no part of the time is comparable by itself."""
+        return nullcontext([])

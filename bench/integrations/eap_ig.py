@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -24,9 +25,9 @@ class EapIg:
 
     patch = staticmethod(eap_ig.patch)
 
-    def __init__(self, path: str, shape: str) -> None:
+    def __init__(self, path: Path, shape: str) -> None:
         self._copy = tempfile.TemporaryDirectory()
-        sys.path.insert(0, _for_cpu(path, self._copy.name) if measure.DEVICE == "cpu" else path)
+        sys.path.insert(0, _for_cpu(path, self._copy.name) if measure.DEVICE == "cpu" else str(path))
         self.model, self.shape = random_model(shape), shape
         self.model.to_tokens = self._to_tokens
         self.model.tokenizer = SimpleNamespace(padding_side="right", pad_token_id=0, bos_token_id=0)
@@ -99,8 +100,7 @@ class EapIg:
     @contextlib.contextmanager
     def stopwatch(self):
         """The time spent in the contractions and reads that the patch takes over, in seconds[0]."""
-        modules = [importlib.import_module(f"eap.{name}") for name in ("utils", "evaluate")]
-        originals, seconds = [module.einsum for module in modules], [0.0]
+        seconds = [0.0]
 
         def timed(einsum):
             def call(*args):
@@ -113,15 +113,15 @@ class EapIg:
 
             return call
 
-        for module, einsum in zip(modules, originals, strict=True):
-            module.einsum = timed(einsum)
-        yield seconds
-        for module, einsum in zip(modules, originals, strict=True):
-            module.einsum = einsum
+        with contextlib.ExitStack() as stack:
+            for name in ("utils", "evaluate"):
+                module = importlib.import_module(f"eap.{name}")
+                stack.enter_context(mock.patch.object(module, "einsum", timed(module.einsum)))
+            yield seconds
 
 
-def _for_cpu(path: str, folder: str) -> str:
+def _for_cpu(path: Path, folder: str) -> str:
     """A copy that runs without a GPU: the package names the device of its score matrices in the source."""
-    for file in shutil.copytree(Path(path) / "eap", Path(folder) / "eap").glob("*.py"):
+    for file in shutil.copytree(path / "eap", Path(folder) / "eap").glob("*.py"):
         file.write_text(file.read_text().replace("device='cuda'", "device='cpu'"))
     return folder

@@ -2,74 +2,73 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import subprocess
-import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from multiprocessing import get_context
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import measure, record
+from bench import measure
 from bench.integrations.auto_circuit import AutoCircuit
 from bench.integrations.eap_ig import EapIg
 from bench.integrations.inputs import SMALL
 
-PACKAGES = {"EAP-IG": EapIg, "auto-circuit": AutoCircuit}
+PUBLISHED, PATCHED = "published", "patched"
 
 
-def difference(published: Tensor, patched: Tensor) -> float:
-    """The largest one, relative to the largest score."""
-    return float((patched - published).abs().max() / published.abs().max())
+# A codebase at the shape of this name.
+Make = Callable[[str], EapIg | AutoCircuit]
 
 
-def scores(package: EapIg | AutoCircuit) -> dict[str, float]:
-    """How much the scores of each run differ."""
-    found = {}
+def in_fresh_process(job: Callable, *arguments: object) -> Any:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(job, *arguments).result()
+
+
+def _running(package: EapIg | AutoCircuit, how: str) -> AbstractContextManager[None]:
+    return package.patch() if how == PATCHED else nullcontext()
+
+
+def scores(make: Make, shape: str) -> dict[str, float]:
+    """By how much the scores of each run differ at most, relative to the largest score."""
+    package, found = make(shape), {}
     for name, run in package.runs().items():
         published = run().cpu()
         with package.patch():
-            found[name] = difference(published, run().cpu())
+            patched = run().cpu()
+        found[name] = float((patched - published).abs().max() / published.abs().max())
     return found
 
 
-def times(package: EapIg | AutoCircuit, rounds: int) -> dict[str, dict]:
+def times(make: Make, rounds: int) -> dict[str, dict]:
     """Per run: medians of the seconds of a call, whole and in what is replaced, and of the ratios of rounds."""
-    rows = {}
+    package, rows = make(SMALL), {}
     for name, run in package.runs().items():
-        taken: dict[str, list[list[float]]] = {"published": [], "patched": []}
-        for how in ("published", "patched", "patched", "published") * rounds:
-            with package.patch() if how == "patched" else contextlib.nullcontext(), package.stopwatch() as inside:
+        taken: dict[str, list[list[float]]] = {PUBLISHED: [], PATCHED: []}
+        for how in (PUBLISHED, PATCHED, PATCHED, PUBLISHED) * rounds:
+            with _running(package, how), package.stopwatch() as inside:
                 start = time.perf_counter()
                 run().cpu()
                 taken[how].append([time.perf_counter() - start, *inside])
         # [rounds, parts]
-        published, patched = (torch.tensor(x).unflatten(0, (rounds, 2)).mean(1) for x in taken.values())
-        parts = ("time", "replaced")[: published.shape[1]]
-        row = rows.setdefault(name, {"ratios": _medians(parts, published / patched)})
-        row["seconds"] = {"published": _medians(parts, published), "patched": _medians(parts, patched)}
+        seconds = {how: torch.tensor(x).unflatten(0, (rounds, 2)).mean(1) for how, x in taken.items()}
+        rows[name] = {
+            "ratios": _medians(seconds[PUBLISHED] / seconds[PATCHED]),
+            "seconds": {how: _medians(found) for how, found in seconds.items()},
+        }
     return rows
 
 
-def _medians(parts: tuple[str, ...], rounds: Tensor) -> dict[str, float]:
-    return dict(zip(parts, rounds.median(0).values.tolist(), strict=True))
+def _medians(rounds: Tensor) -> dict[str, float]:
+    return dict(zip(("time", "replaced"), rounds.median(0).values.tolist(), strict=False))
 
 
-def worker(job: str, kind: str, path: str, *arguments: str) -> object:
-    if job == "scores":
-        return scores(PACKAGES[kind](path, *arguments))
-    package = PACKAGES[kind](path, SMALL)
-    if job == "times":
-        return times(package, int(arguments[0]))
-    name, how = arguments
-    with package.patch() if how == "patched" else contextlib.nullcontext():
+def memory(make: Make, name: str, how: str) -> int:
+    """The most bytes that a run takes above what is there before it."""
+    package = make(SMALL)
+    with _running(package, how):
         return measure.peak_bytes(package.runs()[name])
-
-
-def in_fresh_process(*arguments: str) -> object:
-    command = [sys.executable, "-m", "bench.integrations", "--worker", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=record.ROOT)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments)}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])

@@ -4,7 +4,7 @@ of what `auto` takes on a GPU. A GPU's benches are measured in parts: each is me
 python -m bench.record RUN.json ...          # bench/results/, bench/ratios/, then the tables
 python -m bench.record GPU.json ...          # the same with results that were recorded on another machine
 python -m bench.record --compare RUN.json    # fails on a ratio under its share of the machine's stored one
-python -m bench.record                       # the tables from the committed results alone
+python -m bench.record                       # all documents, from the committed results
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench import choices, measure, regressions, tables
-from bench.processes import commit
+from bench import choices, documents, measure, regressions, tables
+from bench.processes import ROOT, commit
 from eap_kernels import _measured
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
 CHOICES = _measured.TABLE
 
 
@@ -61,20 +59,13 @@ def result_name(result: dict) -> str:
     return f"{measure.slug(result['machine'])}.json" if "gpu" in result["machine"] else "cpu.json"
 
 
-def write_tables() -> None:
-    results = tables.committed(RESULTS)
-    for name in tables.PAGES:
-        page = ROOT / name
-        page.write_text(tables.filled(name, page.read_text(), results))
-
-
 def write_choices() -> None:
-    CHOICES.write_text(choices.text(tables.committed(RESULTS)))
+    CHOICES.write_text(choices.text(tables.committed(ROOT)))
 
 
 def record(run: dict) -> None:
     result = condense(run)
-    machine, target = measure.slug(result["machine"]), RESULTS / result_name(result)
+    machine, target = measure.slug(result["machine"]), ROOT / "bench/results" / result_name(result)
     if "gpu" in result["machine"]:
         result = merged(json.loads(target.read_text()) if target.exists() else None, result)
     target.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
@@ -84,7 +75,7 @@ def record(run: dict) -> None:
         for file in (target, CHOICES):
             shutil.copy(file, os.environ["OUT"])
         shutil.copy(regressions.path(machine), Path(os.environ["OUT"], f"{machine}-ratios.json"))
-    write_tables()
+    documents.write(ROOT)
 
 
 def fail_on_regressions(run: dict) -> None:
@@ -98,7 +89,7 @@ def fail_on_regressions(run: dict) -> None:
 def main() -> None:
     if len(sys.argv) == 1:
         write_choices()
-        write_tables()
+        documents.write(ROOT, documents.ALL)
         return
     named = [Path(name) for name in sys.argv[1:] if name != "--compare"]
     runs = [json.loads(path.read_text()) for path in named if path.exists()]

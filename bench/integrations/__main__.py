@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 
-from bench import measure, record
+from bench import documents, measure
 from bench.integrations.auto_circuit import AutoCircuit
 from bench.integrations.eap_ig import EapIg
 from bench.integrations.inputs import SHAPES
 from bench.integrations.measurements import PATCHED, PUBLISHED, Make, in_fresh_process, memory, scores, times
-from bench.processes import commit
+from bench.processes import ROOT, commit
 
 # Published and patched scores may differ by this share of the largest one.
 ALLOWED = 1e-5
@@ -78,8 +78,8 @@ def main() -> None:
     result["versions"] = measure.versions() | {"transformer-lens": version("transformer-lens")}
     result |= {"threads": torch.get_num_threads(), "rounds": options.rounds, "benches": benches}
     name = f"integrations-{measure.slug(result['machine'])}" if "gpu" in result["machine"] else "integrations"
-    (record.RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-    record.write_tables()
+    (ROOT / f"bench/results/{name}.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+    documents.write(ROOT)
 
 
 if __name__ == "__main__":

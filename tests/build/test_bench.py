@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import eap_kernels as ek
-from bench import choices, measure, record, regressions, tables
+from bench import choices, documents, measure, record, regressions, tables
 from bench.kernels import bench_edge_scores, head_space, shapes
 from eap_circuits.graph import Graph
 
@@ -79,14 +79,11 @@ def test_turns_go_back_and_forth_and_keep_the_least(monkeypatch):
 @pytest.fixture
 def elsewhere(monkeypatch, tmp_path):
     """Results, ratios and pages in a folder of their own, on a made-up GPU."""
-    for name in tables.PAGES:
+    for name in (*documents.WITH_TABLES, "bench/results/cpu.json", "docs/results/performance.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text())
-    for name in ("results", "out"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "results" / "cpu.json").write_text((record.RESULTS / "cpu.json").read_text())
+    (tmp_path / "out").mkdir()
     monkeypatch.setattr(record, "ROOT", tmp_path)
-    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(record, "CHOICES", tmp_path / "measured.json")
     monkeypatch.setattr(regressions, "FOLDER", tmp_path / "ratios")
     monkeypatch.setattr(measure, "machine", lambda: GPU_FACTS)
@@ -104,7 +101,7 @@ def test_record_writes_result_ratios_and_tables(elsewhere):
     run["benchmarks"][0]["extra_info"].update(facts)
     run["benchmarks"].append({"name": "test_edge_scores[interrupted]", "stats": {}, "extra_info": {}})
     record.record(run)
-    result = json.loads((elsewhere / "results" / "nvidia-h200.json").read_text())
+    result = json.loads((elsewhere / "bench/results/nvidia-h200.json").read_text())
     assert result["machine"] == GPU_FACTS
     assert (result["date"], result["commit"]) == ("2026-01-02", "0123456789")
     assert list(result["benches"].values()) == [{"ratios": ratios, **facts}]
@@ -124,7 +121,7 @@ def test_record_writes_result_ratios_and_tables(elsewhere):
 
 def test_parts_of_a_gpu_s_benches_are_merged(elsewhere, monkeypatch):
     """Those of another commit say so; those of another driver or of other versions do not stay."""
-    path = elsewhere / "results" / "nvidia-h200.json"
+    path = elsewhere / "bench/results/nvidia-h200.json"
     record.record(run_json({"test_a[x]": {"speedup": 1.0}, "test_b": {"speedup": 2.0}}) | {"gpu_state": {"before": "35 C"}})
     monkeypatch.setenv("EAP_COMMIT", "abcdef9876")
     later = {**run_json({"test_b": {"speedup": 3.0}, "test_c": {"speedup": 4.0}}), "datetime": "2026-01-03T00:00:00"}
@@ -164,12 +161,6 @@ def test_a_cpu_s_result_and_ratios_are_named_apart():
     assert record.result_name({"machine": facts}) == "cpu.json"
 
 
-@pytest.mark.parametrize("name", tables.PAGES)
-def test_a_page_s_table_is_that_of_the_committed_results(name):
-    page = (ROOT / name).read_text()
-    assert tables.filled(name, page, tables.committed(record.RESULTS)) == page
-
-
 def test_every_table_has_rows_for_every_case():
     share = {f"of_floor@{density}": 0.5 for density in ("0.01", "0.1", "0.5", "1.0")}
     cases = {
@@ -190,7 +181,7 @@ def test_every_table_has_rows_for_every_case():
 
 
 def test_what_auto_takes_on_a_gpu_is_written_from_the_committed_results():
-    assert record.CHOICES.read_text() == choices.text(tables.committed(record.RESULTS))
+    assert record.CHOICES.read_text() == choices.text(tables.committed(ROOT))
 
 
 def test_the_fastest_backend_of_a_case_is_that_of_all_its_shapes():

@@ -26,7 +26,7 @@ from bench import documents, measure
 from bench.integrations.auto_circuit import AutoCircuit
 from bench.integrations.eap_ig import EapIg
 from bench.integrations.inputs import SHAPES
-from bench.integrations.measurements import PATCHED, PUBLISHED, Make, in_fresh_process, memory, scores, times
+from bench.integrations.measurements import PATCHED, PUBLISHED, Make, memory, scores, times
 from bench.processes import ROOT, commit
 
 # Published and patched scores may differ by this share of the largest one.
@@ -37,7 +37,7 @@ def compared(label: str, make: Make) -> dict[str, dict]:
     """A package's scores at both shapes."""
     benches = {}
     for shape in SHAPES:
-        found = in_fresh_process(scores, make, shape)
+        found = measure.in_fresh_process(scores, make, shape)
         print(label, shape, found, flush=True)
         for name, each in found.items():
             if not each <= ALLOWED:
@@ -50,8 +50,8 @@ def compared(label: str, make: Make) -> dict[str, dict]:
 def measured(label: str, make: Make, rounds: int) -> dict[str, dict]:
     """The cost of each run of a package at the larger shape."""
     benches = {}
-    for name, row in in_fresh_process(times, make, rounds).items():
-        row["bytes"] = {how: in_fresh_process(memory, make, name, how) for how in (PUBLISHED, PATCHED)}
+    for name, row in measure.in_fresh_process(times, make, rounds).items():
+        row["bytes"] = {how: measure.in_fresh_process(memory, make, name, how) for how in (PUBLISHED, PATCHED)}
         row["ratios"]["memory"] = row["bytes"][PUBLISHED] / row["bytes"][PATCHED]
         benches[f"integrations_cost[{label}, {name}]"] = {"package": label, "run": name, **row}
         print(label, name, row, flush=True)

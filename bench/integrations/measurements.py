@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from multiprocessing import get_context
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +19,6 @@ PUBLISHED, PATCHED = "published", "patched"
 
 # A codebase at the shape of this name.
 Make = Callable[[str], EapIg | AutoCircuit]
-
-
-def in_fresh_process(job: Callable, *arguments: object) -> Any:
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(job, *arguments).result()
 
 
 def _running(package: EapIg | AutoCircuit, how: str) -> AbstractContextManager[None]:

@@ -87,7 +87,7 @@ bench: $(VENV)/.test
 	mkdir -p build
 	$(BENCH); status=$$?; $(BIN)/python -m bench.record --compare build/bench.json && exit $$status
 
-# Runs the benches; bench/results, this machine's bench/baselines and the tables in the docs are written from them.
+# Runs the benches; bench/results, this machine's file in bench/ratios and the tables in the docs are written from them.
 record: $(VENV)/.test
 	mkdir -p build
 	$(BENCH) --record

@@ -36,7 +36,7 @@ def table(results: Mapping[str, Mapping]) -> dict[str, dict[str, dict[str, list[
     found: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for result in results.values():
         if "gpu" in result["machine"]:
-            for name, info in result["benches"].items():
+            for name, info in result.get("benches", {}).items():
                 for op, case, seconds in cases(name, info):
                     times = {impl: seconds[impl] for impl in BACKENDS if impl in seconds}
                     found[result["machine"]["capability"]][op][case].append(times)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import baseline, measure
+from bench import measure, regressions
 
 
 def pytest_configure(config):
@@ -20,19 +20,19 @@ def pytest_addoption(parser):
         "--without-compiled", action="store_true", help="leave out torch.compile, which compiles for minutes"
     )
     parser.addoption(
-        "--record", action="store_true", help="measure for a new baseline: hold to the bars in the code alone"
+        "--record", action="store_true", help="measure ratios to be stored: hold only to the bars in the code"
     )
 
 
 def stored_ratios(config):
     """The machine's stored ratios of every bench; None where it has none."""
-    return {} if config.getoption("--record") else baseline.load(measure.slug(measure.machine()))
+    return {} if config.getoption("--record") else regressions.load(measure.slug(measure.machine()))
 
 
 def pytest_terminal_summary(terminalreporter, config):
     if stored_ratios(config) is None:
         machine = measure.slug(measure.machine())
-        terminalreporter.write_line(f"no baseline is stored for {machine}: only the bars in the code were held")
+        terminalreporter.write_line(f"no ratios are stored for {machine}: only the bars in the code were held")
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ def hold(benchmark, request, stored):
     """
 
     def run(measured, bars, tries=measure.TRIES, **facts):
-        ratios, more, problems = baseline.held(measured, bars, stored.get(request.node.name, {}), tries)
+        ratios, more, problems = regressions.held(measured, bars, stored.get(request.node.name, {}), tries)
         benchmark.extra_info.update(ratios=ratios, bars=bars, **more, **facts)
         print("\n" + "  ".join(f"{name} {value:.3g}" for name, value in ratios.items()))
         # What is timed on the pretended device means nothing.

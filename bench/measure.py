@@ -10,7 +10,11 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -93,7 +97,7 @@ def copy(size: int) -> tuple[Run, float]:
     return lambda: target.copy_(source), 2.0 * source.numel()
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """Bytes of this process: VmRSS now, VmHWM at their highest since that was last reset."""
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
@@ -107,9 +111,15 @@ def peak_bytes(run: Run) -> int:
         run()
         return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     run()
-    return max(0, _resident("VmHWM") - before)
+    return max(0, resident("VmHWM") - before)
+
+
+def in_fresh_process(job: Callable[..., Any], *arguments: object, **environment: str) -> Any:
+    """What a job returns in a process of its own, with these environment variables."""
+    with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(job, *arguments).result()
 
 
 def _output(*command: str) -> str:

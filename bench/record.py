@@ -1,10 +1,10 @@
-"""Turn a pytest-benchmark JSON into a committed result, the machine's baseline, and the tables: of the docs, and of
-what `auto` takes on a GPU. A GPU's benches are measured in parts: each is merged into what is there.
+"""Turn a pytest-benchmark JSON into a committed result, the machine's stored ratios, and the tables: of the docs, and
+of what `auto` takes on a GPU. A GPU's benches are measured in parts: each is merged into what is there.
 
-python -m bench.record RUN.json ...          # bench/results/, bench/baselines/, then the tables
+python -m bench.record RUN.json ...          # bench/results/, bench/ratios/, then the tables
 python -m bench.record GPU.json ...          # the same with results that were recorded on another machine
-python -m bench.record --compare RUN.json    # fails on a ratio under its share of the machine's baseline
-python -m bench.record                       # the tables from the committed results alone
+python -m bench.record --compare RUN.json    # fails on a ratio under its share of the machine's stored one
+python -m bench.record                       # all documents, from the committed results
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench import baseline, choices, measure, tables
-from bench.processes import commit
+from bench import choices, documents, measure, regressions, tables
+from bench.processes import ROOT, commit
 from eap_kernels import _auto
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
 CHOICES = _auto.TABLE
 
 
@@ -61,44 +59,37 @@ def result_name(result: dict) -> str:
     return f"{measure.slug(result['machine'])}.json" if "gpu" in result["machine"] else "cpu.json"
 
 
-def write_tables() -> None:
-    results = tables.committed(RESULTS)
-    for name in tables.PAGES:
-        page = ROOT / name
-        page.write_text(tables.filled(name, page.read_text(), results))
-
-
 def write_choices() -> None:
-    CHOICES.write_text(choices.text(tables.committed(RESULTS)))
+    CHOICES.write_text(choices.text(tables.committed(ROOT)))
 
 
 def record(run: dict) -> None:
     result = condense(run)
-    machine, target = measure.slug(result["machine"]), RESULTS / result_name(result)
+    machine, target = measure.slug(result["machine"]), ROOT / "bench/results" / result_name(result)
     if "gpu" in result["machine"]:
         result = merged(json.loads(target.read_text()) if target.exists() else None, result)
     target.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-    baseline.store(result, machine)
+    regressions.store(result, machine)
     write_choices()
     if "OUT" in os.environ:  # on a machine whose checkout is thrown away this folder is what comes back
         for file in (target, CHOICES):
             shutil.copy(file, os.environ["OUT"])
-        shutil.copy(baseline.path(machine), Path(os.environ["OUT"], f"{machine}-ratios.json"))
-    write_tables()
+        shutil.copy(regressions.path(machine), Path(os.environ["OUT"], f"{machine}-ratios.json"))
+    documents.write(ROOT)
 
 
-def compare(run: dict) -> None:
+def fail_on_regressions(run: dict) -> None:
     result = condense(run)
-    stored = baseline.load(measure.slug(result["machine"]))
-    problems = baseline.compare(baseline.ratios(result), stored) if stored is not None else []
+    stored = regressions.load(measure.slug(result["machine"]))
+    problems = regressions.of_run(regressions.ratios(result), stored) if stored is not None else []
     if problems:
-        sys.exit("\n".join(["regressions against the stored baseline:", *problems]))
+        sys.exit("\n".join(["regressions against the stored ratios:", *problems]))
 
 
 def main() -> None:
     if len(sys.argv) == 1:
         write_choices()
-        write_tables()
+        documents.write(ROOT, documents.ALL)
         return
     named = [Path(name) for name in sys.argv[1:] if name != "--compare"]
     runs = [json.loads(path.read_text()) for path in named if path.exists()]
@@ -107,7 +98,7 @@ def main() -> None:
     measured_here = [run for run in runs if "benchmarks" in run]
     if measured_here:
         joined = {**measured_here[0], "benchmarks": [bench for run in measured_here for bench in run["benchmarks"]]}
-        compare(joined) if sys.argv[1] == "--compare" else record(joined)
+        fail_on_regressions(joined) if sys.argv[1] == "--compare" else record(joined)
     for result in (run for run in runs if "benchmarks" not in run):
         record(result)
 

@@ -1,12 +1,12 @@
-"""The tables that bench/record.py writes between markers into README.md and docs/ops, from committed results."""
+"""Tables of committed results in Markdown; bench/documents.py says where each stands."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-BEGIN, END = "<!-- measured: written by bench/record.py -->\n", "<!-- end -->"
+Results = Mapping[str, Mapping]  # name of the file -> result
 NONE = "not yet measured"
 # A ratio in a result is the other's figure over ours, so that higher is better; README shows ours over the other's.
 README_ROWS = (
@@ -40,11 +40,10 @@ README_ROWS = (
 )
 
 
-def committed(folder: Path) -> dict[str, dict]:
-    """Every committed result of these benches by its file's name, the CPU's first."""
-    files = sorted(folder.glob("*.json"), key=lambda file: (file.stem != "cpu", file.stem))
-    found = {file.stem: json.loads(file.read_text()) for file in files}
-    return {name: result for name, result in found.items() if "benches" in result}
+def committed(root: Path) -> dict[str, dict]:
+    """Every committed result by its file's name, the CPU's first."""
+    files = sorted(root.glob("bench/results/*.json"), key=lambda file: (file.stem != "cpu", file.stem))
+    return {file.stem: json.loads(file.read_text()) for file in (*files, root / "docs/results/performance.json")}
 
 
 def machine(result: dict) -> str:
@@ -74,7 +73,7 @@ def markdown(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     return "".join([lines[0], "|" + "---|" * len(columns) + "\n", *lines[1:]])
 
 
-def readme(results: dict[str, dict]) -> str:
+def readme(results: Results) -> str:
     result = results["cpu"]
     rows = [(words, f"{1 / result['benches'][name]['ratios'][key]:.2f}") for name, key, words in README_ROWS]
     return f"{markdown(('what', 'ratio'), rows)}\n{provenance(result)}\n"
@@ -83,14 +82,14 @@ def readme(results: dict[str, dict]) -> str:
 Row = Callable[[dict, dict[str, float]], list[str]]
 
 
-def measured(results: dict[str, dict], test: str, columns: list[str], row: Row) -> str:
+def measured(results: Results, test: str, columns: list[str], row: Row) -> str:
     """One row for each of a test's cases on each machine, then where they come from; also where there are none."""
     rows, sources = [], []
     for kind in ("CPU", "GPU"):
         of_kind = [result for result in results.values() if ("gpu" in result["machine"]) == (kind == "GPU")]
         before = len(rows)
         for result in of_kind:
-            cases = [info for name, info in result["benches"].items() if name.startswith(f"{test}[")]
+            cases = [info for name, info in result.get("benches", {}).items() if name.startswith(f"{test}[")]
             rows += [[machine(result), *row(info, info["ratios"])] for info in cases]
             sources += [provenance(result)] if cases else []
         if len(rows) == before:
@@ -133,7 +132,7 @@ def work() -> str:
     return markdown(columns, rows) + "\n"
 
 
-def edge_scores(results: dict[str, dict]) -> str:
+def edge_scores(results: Results) -> str:
     columns = ["shape", "dtype", "layout", "tokens", "of the floor", "of the matrix rate"]
     columns += ["peers, a call", "peers, 5 steps", "dense product", "compiled"]
 
@@ -145,7 +144,7 @@ def edge_scores(results: dict[str, dict]) -> str:
     return work() + measured(results, "test_edge_scores", columns, row)
 
 
-def masked_read(results: dict[str, dict]) -> str:
+def masked_read(results: Results) -> str:
     densities = {"0.01": "1 %", "0.1": "10 %", "0.5": "50 %", "1.0": "all"}
     columns = ["shape", "dtype", "receivers", "tokens"]
     columns += [f"of the floor, {words}" for words in densities.values()]
@@ -159,7 +158,7 @@ def masked_read(results: dict[str, dict]) -> str:
     return measured(results, "test_masked_read", columns, row)
 
 
-def head_space_scores(results: dict[str, dict]) -> str:
+def head_space_scores(results: Results) -> str:
     def row(info: dict, ratios: dict[str, float]) -> list[str]:
         return [*case(info), *(times(ratios, name) for name in ("over_expanded", "of_edge_scores_alone"))]
 
@@ -171,7 +170,7 @@ def head_space_scores(results: dict[str, dict]) -> str:
     return f"{speed}\n{measured(results, 'test_head_space_memory', ['shape', 'tokens', 'memory saved'], memory)}"
 
 
-def integrations(results: dict[str, dict]) -> str:
+def integrations(results: Results) -> str:
     def change(published: float, patched: float, ratio: float) -> str:
         return f"{published:.2f} → {patched:.2f} ({ratio:.2f} ×)"
 
@@ -192,7 +191,7 @@ def integrations(results: dict[str, dict]) -> str:
     return f"{costs}\n{measured(results, 'integrations_scores', columns, scores)}"
 
 
-def model_shapes(results: dict[str, dict]) -> str:
+def model_shapes(results: Results) -> str:
     def row(info: dict, ratios: dict[str, float]) -> list[str]:
         memory = f"{1 / ratios['memory']:.2f}" if "memory" in ratios else ""
         return [info["model"], f"{info['examples']} × {info['tokens']}", f"{1 / ratios['speedup']:.2f}", memory]
@@ -201,17 +200,11 @@ def model_shapes(results: dict[str, dict]) -> str:
     return measured(results, "test_shape_over_floor", columns, row)
 
 
-PAGES = {
-    "README.md": readme,
-    "docs/performance.md": model_shapes,
-    "docs/ops/edge_scores.md": edge_scores,
-    "docs/ops/masked_read.md": masked_read,
-    "docs/ops/head_space_scores.md": head_space_scores,
-    "docs/integrations.md": integrations,
-}
-
-
-def filled(name: str, text: str, results: dict[str, dict]) -> str:
-    """A page's text with its table."""
-    head, rest = text.split(BEGIN)
-    return head + BEGIN + PAGES[name](results) + END + rest.split(END, 1)[1]
+def shares(results: Results) -> str:
+    """Measured on the processor, also where there is a GPU."""
+    found = results["performance"]
+    rows = [(kind, f"{100 * share:.0f} %") for kind, share in found["shares"].items()]
+    facts, versions = found["machine"], found["versions"]
+    source = f"{facts['processor']}, {facts['cores']} cores, {facts['instruction_set']}; torch {versions['torch']}, "
+    source += f"transformers {versions['transformers']}; commit {found['commit'][:7]}."
+    return f"{markdown(('where the time of `attribute` goes, M = 5', 'share'), rows)}\n{source}\n"

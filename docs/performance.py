@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import eap_circuits as eap
-from bench import measure, tables
+from bench import documents, measure
 from bench.circuits import passes
+from bench.processes import ROOT, commit
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "docs" / "results" / "performance.json"
 STEPS, EXAMPLES, LAYERS, EDGES = (1, 5, 15, 30), (8, 16, 32), (10, 20, 30), (100, 200, 400)
-BEGIN, END = "<!-- measured: written by docs/performance.py -->\n", "<!-- end -->"
 # What a profiled operator counts as.
 KINDS = {
     "products of weights and activations": ("aten::mm", "aten::addmm", "aten::bmm"),
@@ -77,7 +75,7 @@ def run() -> None:
         # The same model without its last layers: what it says does not matter here.
         model.model.layers, model.config.num_hidden_layers = stack[:layers], layers
         found["layers"][layers] = both(model, data, 5)
-    found |= {"machine": measure.machine(), "versions": measure.versions(), "commit": measure.commit()}
+    found |= {"machine": measure.machine(), "versions": measure.versions(), "commit": commit()}
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -111,23 +109,8 @@ def draw(found: dict[str, Any]) -> None:
     figure.savefig(ROOT / "docs" / "img" / "performance.png", dpi=100, facecolor="white")
 
 
-def table(found: dict[str, Any]) -> str:
-    rows = [(kind, f"{100 * share:.0f} %") for kind, share in found["shares"].items()]
-    machine, versions = found["machine"], found["versions"]
-    source = f"{machine['processor']}, {machine['cores']} cores, {machine['instruction_set']}; "
-    source += f"torch {versions['torch']}, transformers {versions['transformers']}; commit {found['commit'][:7]}."
-    return f"{tables.markdown(('where the time of `attribute` goes, M = 5', 'share'), rows)}\n{source}\n"
-
-
-def write(found: dict[str, Any]) -> None:
-    page = ROOT / "docs" / "performance.md"
-    head, rest = page.read_text().split(BEGIN)
-    page.write_text(head + BEGIN + table(found) + END + rest.split(END, 1)[1])
-
-
 if __name__ == "__main__":
     if "--draw-only" not in sys.argv:
         run()
-    result = json.loads(RESULT.read_text())
-    draw(result)
-    write(result)
+    draw(json.loads(RESULT.read_text()))
+    documents.write(ROOT)

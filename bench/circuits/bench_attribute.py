@@ -5,6 +5,7 @@ import torch
 
 import eap_circuits as eap
 from bench import measure
+from bench.circuits import passes
 
 STEPS = 5
 THREADS = torch.get_num_threads()
@@ -40,7 +41,7 @@ def test_more_steps_over_floor(in_turns, model_and_data, floor):
     in_turns(runs, ratios, {"speedup": 2.2, "growth": 0.9}, device="cpu", timing={"rounds": 1})
 
 
-def test_few_shot_over_floor(speedup, passes, model_and_data):
+def test_few_shot_over_floor(speedup, model_and_data):
     """400 tokens that all prompts share, then 20 that differ."""
     model, _ = model_and_data
     data = passes.few_shot(model)

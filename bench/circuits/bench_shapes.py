@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import eap_circuits as eap
+from bench.circuits import passes
 from bench.measure import DEVICE, PRETENDED
 from eap_kernels import _auto
 
@@ -69,7 +70,7 @@ def random_pairs(model, examples, tokens):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_shape_over_floor(in_turns, passes, random_model, monkeypatch, case):
+def test_shape_over_floor(in_turns, random_model, monkeypatch, case):
     shape, examples, tokens, most, at_least = CASES[case]
     if case.endswith("reference"):
         monkeypatch.setattr(_auto, "ranking", lambda *_: [])

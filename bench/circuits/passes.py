@@ -1,16 +1,12 @@
-"""SmolLM2 on IOI and the floor: the passes of the model itself that attribution cannot do without.
-
-python passes.py WHAT STEPS     # prints the most bytes resident while WHAT ran, less those before the model
-"""
+"""SmolLM2 on IOI and the floor: the passes of the model itself that attribution cannot do without."""
 
 import gc
-import re
-import sys
 from pathlib import Path
 
 import torch
 
 import eap_circuits as eap
+from bench.measure import resident
 
 
 def model_and_data():
@@ -57,17 +53,12 @@ def floor(model, data, steps):
         (bad - good).sum().backward()
 
 
-def resident(field):
-    """Bytes of this process: field VmRSS now, VmHWM at their highest since that was last reset."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-
-def main():
+def peak(what, steps):
+    """The most bytes resident while `what` runs, less those before the model."""
     import transformers  # noqa: F401 - part of what is there before the model
 
     before = resident("VmRSS")
     model, data = model_and_data()
-    what, steps = sys.argv[1], int(sys.argv[2])
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of loading
     given = {"steps": steps, "reuse_prefix": "without reuse" not in what}
@@ -81,8 +72,4 @@ def main():
     else:
         # Within so small a budget a pass has the fewest tokens there are: one path point of the batch.
         eap.attribute(model, data, batch_size=len(data), memory=1, **given)
-    print(resident("VmHWM") - before)
-
-
-if __name__ == "__main__":
-    main()
+    return resident("VmHWM") - before

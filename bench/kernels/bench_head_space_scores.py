@@ -3,10 +3,6 @@
 edge_scores alone, on operands expanded before the clock starts, shows what the expansion inside costs.
 """
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 import eap_kernels as ek
@@ -59,13 +55,8 @@ def test_head_space_memory(benchmark, hold, name):
     model = shapes.MODELS[name]
     tokens = head_space.tokens_for(model, shapes.DTYPES["float32"], 3 * 2**30)
 
-    def peak(what):
-        command = [sys.executable, "-m", "bench.kernels.head_space", what, name, str(tokens)]
-        root = Path(__file__).parents[2]
-        return int(subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True).stdout)
-
     def measured():
-        peaks = {what: peak(what) for what in ("expanded", "fused")}
+        peaks = {what: measure.in_fresh_process(head_space.peak, what, name, tokens) for what in ("expanded", "fused")}
         return {"memory_saved": peaks["expanded"] / peaks["fused"]}, {"bytes": peaks}
 
     benchmark.pedantic(lambda: None)

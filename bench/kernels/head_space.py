@@ -1,11 +1,6 @@
-"""head_space_scores and what it replaces: both operands expanded with torch, then scored by edge_scores.
-
-python -m bench.kernels.head_space WHAT MODEL TOKENS    # prints the most bytes that WHAT needs above its inputs
-"""
+"""head_space_scores and what it replaces: both operands expanded with torch, then scored by edge_scores."""
 
 from __future__ import annotations
-
-import sys
 
 import torch
 from torch import Tensor
@@ -83,14 +78,10 @@ def tokens_for(model: shapes.Model, dtype: torch.dtype, cpu_bytes: int) -> int:
     return shapes.tokens_for(model.senders + model.receivers, model.width, dtype, cpu_bytes)
 
 
-def main() -> None:
-    what, name, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3])
+def peak(what: str, name: str, tokens: int) -> int:
+    """The most bytes that "fused" or "expanded" scores of a model need above their inputs."""
     model, dtype = shapes.MODELS[name], torch.float32
     run = {"fused": ek.head_space_scores, "expanded": expanded_scores}[what]
     run(*inputs(model, 2, dtype))  # libraries load here
     given = inputs(model, tokens, dtype)
-    print(measure.peak_bytes(lambda: run(*given)))
-
-
-if __name__ == "__main__":
-    main()
+    return measure.peak_bytes(lambda: run(*given))

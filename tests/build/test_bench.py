@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import eap_kernels as ek
-from bench import baseline, choices, measure, record, tables
+from bench import choices, documents, measure, record, regressions, tables
 from bench.kernels import bench_edge_scores, head_space, shapes
 from eap_circuits.graph import Graph
 
@@ -31,19 +31,19 @@ def changed(bench, **values):
 
 
 def test_a_ratio_within_the_tolerance_is_no_regression():
-    assert baseline.compare(changed("test_a[x]", speedup=4.0 * baseline.TOLERANCE, of_floor=0.9), STORED) == []
-    assert baseline.compare({**STORED, "test_new": {"speedup": 0.1}}, STORED) == []
+    assert regressions.of_run(changed("test_a[x]", speedup=4.0 * regressions.TOLERANCE, of_floor=0.9), STORED) == []
+    assert regressions.of_run({**STORED, "test_new": {"speedup": 0.1}}, STORED) == []
 
 
 @pytest.mark.parametrize("value", [2.0, 0.0, math.nan])
 def test_a_halved_ratio_is_a_regression(value):
-    (problem,) = baseline.compare(changed("test_a[x]", speedup=value), STORED)
+    (problem,) = regressions.of_run(changed("test_a[x]", speedup=value), STORED)
     assert problem == f"test_a[x]: speedup {value:.3g} is below 3.2, 0.8 of the stored 4"
 
 
 def test_a_bench_or_a_ratio_that_is_gone_is_reported():
     gone = {"test_a[x]": {"speedup": 4.0}}
-    assert baseline.compare(gone, STORED) == [
+    assert regressions.of_run(gone, STORED) == [
         "test_a[x]: of_floor was not measured",
         "test_b: has a stored ratio and did not run",
     ]
@@ -57,7 +57,7 @@ def test_a_bench_is_tried_again_until_it_holds(figures, calls):
         made.append(figures[len(made)])
         return {"speedup": made[-1]}, {}
 
-    ratios, _, problems = baseline.held(measured, {"speedup": 2.0}, {"speedup": 5.0}, tries=3)
+    ratios, _, problems = regressions.held(measured, {"speedup": 2.0}, {"speedup": 5.0}, tries=3)
     assert len(made) == calls
     assert ratios == {"speedup": made[-1]}
     assert bool(problems) == (made[-1] < 4.0)
@@ -78,17 +78,14 @@ def test_turns_go_back_and_forth_and_keep_the_least(monkeypatch):
 
 @pytest.fixture
 def elsewhere(monkeypatch, tmp_path):
-    """Results, baselines and pages in a folder of their own, on a made-up GPU."""
-    for name in tables.PAGES:
+    """Results, ratios and pages in a folder of their own, on a made-up GPU."""
+    for name in (*documents.WITH_TABLES, "bench/results/cpu.json", "docs/results/performance.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text())
-    for name in ("results", "out"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "results" / "cpu.json").write_text((record.RESULTS / "cpu.json").read_text())
+    (tmp_path / "out").mkdir()
     monkeypatch.setattr(record, "ROOT", tmp_path)
-    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(record, "CHOICES", tmp_path / "measured.json")
-    monkeypatch.setattr(baseline, "FOLDER", tmp_path / "baselines")
+    monkeypatch.setattr(regressions, "FOLDER", tmp_path / "ratios")
     monkeypatch.setattr(measure, "machine", lambda: GPU_FACTS)
     monkeypatch.setattr(measure, "versions", lambda: {"python": "3.12.3", "torch": "2.11.0"})
     monkeypatch.setenv("EAP_COMMIT", "0123456789")
@@ -96,7 +93,7 @@ def elsewhere(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_record_writes_result_baseline_and_tables(elsewhere):
+def test_record_writes_result_ratios_and_tables(elsewhere):
     facts = {"model": "gpt2", "dtype": "bfloat16", "layout": "contiguous", "receivers": 445, "tokens": 64}
     facts["seconds"] = {"reference": 3.0, "triton": 2.0, "cuda": 1.0, "matmul": 0.1}
     ratios = {"auto_of_floor": 0.42, "auto_of_matrix_rate": 0.31, "over_dense": 1.7}
@@ -104,11 +101,11 @@ def test_record_writes_result_baseline_and_tables(elsewhere):
     run["benchmarks"][0]["extra_info"].update(facts)
     run["benchmarks"].append({"name": "test_edge_scores[interrupted]", "stats": {}, "extra_info": {}})
     record.record(run)
-    result = json.loads((elsewhere / "results" / "nvidia-h200.json").read_text())
+    result = json.loads((elsewhere / "bench/results/nvidia-h200.json").read_text())
     assert result["machine"] == GPU_FACTS
     assert (result["date"], result["commit"]) == ("2026-01-02", "0123456789")
     assert list(result["benches"].values()) == [{"ratios": ratios, **facts}]
-    assert baseline.load("nvidia-h200") == {"test_edge_scores[gpt2-bfloat16-contiguous]": ratios}
+    assert regressions.load("nvidia-h200") == {"test_edge_scores[gpt2-bfloat16-contiguous]": ratios}
     page = (elsewhere / "docs/ops/edge_scores.md").read_text()
     assert "| NVIDIA H200 | gpt2 | bfloat16 | contiguous | 64 | 42 % | 31 % |  |  | 1.7 × |  |" in page
     assert "NVIDIA H200, driver 580, each row by its fastest backend; torch 2.11.0; 2026-01-02, commit 0123456." in page
@@ -124,7 +121,7 @@ def test_record_writes_result_baseline_and_tables(elsewhere):
 
 def test_parts_of_a_gpu_s_benches_are_merged(elsewhere, monkeypatch):
     """Those of another commit say so; those of another driver or of other versions do not stay."""
-    path = elsewhere / "results" / "nvidia-h200.json"
+    path = elsewhere / "bench/results/nvidia-h200.json"
     record.record(run_json({"test_a[x]": {"speedup": 1.0}, "test_b": {"speedup": 2.0}}) | {"gpu_state": {"before": "35 C"}})
     monkeypatch.setenv("EAP_COMMIT", "abcdef9876")
     later = {**run_json({"test_b": {"speedup": 3.0}, "test_c": {"speedup": 4.0}}), "datetime": "2026-01-03T00:00:00"}
@@ -138,7 +135,7 @@ def test_parts_of_a_gpu_s_benches_are_merged(elsewhere, monkeypatch):
     assert result["benches"]["test_a[x]"]["commit"] == "0123456789" and "commit" not in result["benches"]["test_b"]
     assert tables.commits(result) == "2026-01-03, commit abcdef9, 2026-01-02, commit 0123456"
     assert [state["before"] for state in result["states"]] == ["35 C", "60 C"]
-    assert set(baseline.load("nvidia-h200")) == {"test_a[x]", "test_b", "test_c"}
+    assert set(regressions.load("nvidia-h200")) == {"test_a[x]", "test_b", "test_c"}
     # A result of another machine comes in the same way.
     record.record({**result, "benches": {"test_d": {"ratios": {"speedup": 5.0}}}, "states": []})
     assert len(json.loads(path.read_text())["benches"]) == 4
@@ -147,27 +144,21 @@ def test_parts_of_a_gpu_s_benches_are_merged(elsewhere, monkeypatch):
     assert set(json.loads(path.read_text())["benches"]) == {"test_b", "test_c"}
 
 
-def test_compare_fails_on_a_regression_and_writes_nothing(elsewhere):
-    record.compare(run_json(STORED))
-    assert not (elsewhere / "baselines").exists(), "a machine without a baseline gets none from a comparison"
-    baseline.store(record.condense(run_json(STORED)), "nvidia-h200")
-    record.compare(run_json(STORED))
+def test_a_comparison_fails_on_a_regression_and_writes_nothing(elsewhere):
+    record.fail_on_regressions(run_json(STORED))
+    assert not (elsewhere / "ratios").exists(), "a comparison stores nothing"
+    regressions.store(record.condense(run_json(STORED)), "nvidia-h200")
+    record.fail_on_regressions(run_json(STORED))
     before = sorted(elsewhere.rglob("*"))
     with pytest.raises(SystemExit, match=r"test_b: memory 1 is below 1.6"):
-        record.compare(run_json(changed("test_b", memory=1.0)))
+        record.fail_on_regressions(run_json(changed("test_b", memory=1.0)))
     assert sorted(elsewhere.rglob("*")) == before
 
 
-def test_a_cpu_s_result_and_baseline_are_named_apart():
+def test_a_cpu_s_result_and_ratios_are_named_apart():
     facts = {"processor": "Intel(R) Xeon(R) Processor", "cores": 2}
     assert measure.slug(facts) == "intel-r-xeon-r-processor-2-cores"
     assert record.result_name({"machine": facts}) == "cpu.json"
-
-
-@pytest.mark.parametrize("name", tables.PAGES)
-def test_a_page_s_table_is_that_of_the_committed_results(name):
-    page = (ROOT / name).read_text()
-    assert tables.filled(name, page, tables.committed(record.RESULTS)) == page
 
 
 def test_every_table_has_rows_for_every_case():
@@ -190,7 +181,7 @@ def test_every_table_has_rows_for_every_case():
 
 
 def test_what_auto_takes_on_a_gpu_is_written_from_the_committed_results():
-    assert record.CHOICES.read_text() == choices.text(tables.committed(record.RESULTS))
+    assert record.CHOICES.read_text() == choices.text(tables.committed(ROOT))
 
 
 def test_the_fastest_backend_of_a_case_is_that_of_all_its_shapes():

@@ -1,6 +1,6 @@
 """The drop-in reads of auto-circuit, on a stand-in with the names and the order of calls that the adapter uses.
 
-Its own wrapper is tested too where it is installed. bench/integrations.py runs the package itself.
+Its own wrapper is tested too where it is installed. bench/integrations runs the package itself.
 """
 
 import contextlib

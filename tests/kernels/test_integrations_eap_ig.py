@@ -1,6 +1,6 @@
 """The drop-in scorer of EAP-IG's package, on a stand-in with the names and the order of calls that the adapter uses.
 
-bench/integrations.py runs the package itself.
+bench/integrations runs the package itself.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""The stored ratios of each machine, bench/baselines/<machine>/ratios.json, and what counts as a regression."""
+"""The ratios stored for each machine, bench/ratios/<machine>.json, and what counts as a regression."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-FOLDER = Path(__file__).parent / "baselines"
+FOLDER = Path(__file__).parent / "ratios"
 # Ratios of minima taken in turns spread by 10 % between runs on two busy cores, and a stored and a new one each
 # have that spread. A bench that falls below is tried again before it fails.
 TOLERANCE = 0.8
@@ -15,7 +15,7 @@ Ratios = Mapping[str, Mapping[str, float]]  # bench -> ratio -> value; higher is
 
 
 def path(machine: str) -> Path:
-    return FOLDER / machine / "ratios.json"
+    return FOLDER / f"{machine}.json"
 
 
 def load(machine: str) -> dict[str, dict[str, float]] | None:
@@ -31,7 +31,7 @@ def ratios(result: Mapping) -> dict[str, dict[str, float]]:
 
 def store(result: Mapping, machine: str) -> None:
     file = path(machine)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(exist_ok=True)
     kept = {key: result[key] for key in ("commit", "date", "versions")} | {"ratios": ratios(result)}
     file.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
 
@@ -63,8 +63,8 @@ def held(
     return found, facts, problems
 
 
-def compare(found: Ratios, stored: Ratios) -> list[str]:
-    """Regressions of a whole run: also each stored bench that did not run."""
+def of_run(found: Ratios, stored: Ratios) -> list[str]:
+    """The regressions of a whole run; a stored bench that did not run is one."""
     problems = []
     for bench, values in stored.items():
         if bench in found:

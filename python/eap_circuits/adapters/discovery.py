@@ -133,7 +133,7 @@ class _LayerSites:
         return first, second, scale
 
     def _before_post_norm(self, call: Call) -> tuple[Call | None, Call]:
-        """(the norm, the outermost call before it) where a contribution comes from a norm, else (None, the call)."""
+        """(the norm, the outermost call before it) if a contribution comes out of a norm, else (None, the call)."""
         if not _is_norm(call.module, self.width):
             return None, call
         before = [c for c in self.calls if c is not call and _same(c.output, call.input)]

@@ -79,7 +79,7 @@ def grouped_rows(q: int, kv: int, head_dim: int) -> dict[str, Tensor]:
 
 
 def concatenate(projections: Projections, grouped: bool, spread: int, y: Tensor) -> Tensor:
-    """A projection's output [..., features] as all of q, then k, then v, with keys and values repeated `spread` times."""
+    """A projection's output [..., features] as all of q, then k, then v; keys and values repeat `spread` times."""
     if grouped:
         heads = y.unflatten(-1, (projections["k"].n_heads, -1, projections["k"].head_dim))
         parts = [heads[..., :-2, :].flatten(-3, -2), heads[..., -2, :], heads[..., -1, :]]

@@ -88,7 +88,7 @@ def plan_table(plan: Plan) -> Table:
         Column("tokens", "tokens to run", count, numeric=True),
         Column("steps", "steps at once", count, numeric=True),
     )
-    title = f"{gibibytes(plan.bytes)} beside the model and the data, of {gibibytes(plan.budget)} allowed"
+    title = f"{gibibytes(plan.bytes)} besides the model and the data, of {gibibytes(plan.budget)} allowed"
     return Table(title, columns, tuple((n, *batch) for batch, n in rows.items()))
 
 
@@ -121,7 +121,7 @@ def areas_line(curve: CurveLike) -> str:
 
 
 def result_table(result: Any, circuit: Circuit) -> Table:
-    """One circuit's result beside the whole model and the run with all edges ablated."""
+    """The results of one circuit, of the whole model and of the run with all edges ablated."""
     columns = (
         Column("run", "run"),
         Column("n_edges", "edges kept", count, numeric=True),

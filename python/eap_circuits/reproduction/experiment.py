@@ -149,7 +149,7 @@ def reproduce(
 
 
 def _identity(model: nn.Module) -> dict[str, str]:
-    name, *rest = model_identity(bind(model).model)  # whatever wraps it
+    name, *rest = model_identity(bind(model).model)  # the model inside any wrapper
     return {"name": name, "digest": hashlib.sha256(json.dumps(rest).encode()).hexdigest()}
 
 
@@ -248,7 +248,7 @@ def _run(
     data = experiment.held_out
 
     def measure(method: str) -> dict[str, Any]:
-        # One random circuit of a size is as good as another's: they are measured beside EAP-IG's.
+        # Random circuits depend only on their size, so they are measured only with EAP-IG's circuits.
         baselines = ("random",) if method == "eap-ig-inputs" else ()
         with watch(f"{experiment.name}: circuits of {method}") as bar:
             curve = faithfulness_curve(

@@ -127,7 +127,7 @@ def _settings(results: Mapping[str, Any]) -> str:
 
 def _verdict(results: Mapping[str, Any]) -> str:
     tasks = results["tasks"]
-    sentences = []
+    sentences: list[str] = []
     for (where, kind), what in _VERDICTS.items():
         better = [t for t, e in tasks.items() if _higher(e[where], kind)]
         worse = [name for name in tasks if name not in better]

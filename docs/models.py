@@ -1,4 +1,4 @@
-"""The tables of models: run the self-check and the tests on a tiny random model of every family, write docs/models.md.
+"""Run the self-check and the tests on a tiny random model of every family, and write docs/models.md.
 
 python docs/models.py [--write-only]
 """
@@ -59,49 +59,49 @@ TESTS = {
 }
 TEXT = """# Models
 
-Written by `python docs/models.py` from [results/models.json](results/models.json), for a tiny random model of each family,
-with transformers {transformers} and torch {torch}. Models of other architectures are served when their parts can be found and
-the self-check passes ([adapters.md](adapters.md)).
+Each row is a tiny random model of one family, checked with transformers {transformers} and torch {torch}; `python docs/models.py`
+writes this page from [results/models.json](results/models.json). Models of other architectures work if their parts can be
+found and the self-check passes ([adapters.md](adapters.md)).
 
 ## The self-check
 
-What `eap check` finds, in float64.
+This is what `eap check` finds, in float64. A number after a colon is the largest relative error allowed.
 
 | column | what was seen to hold |
 |---|---|
-| sums | at every norm, what the senders before it contribute adds up to the residual stream's difference: 1e-8 |
-| heads | a query moves its own head at its own token, a key and a value their group from there on, a value linearly |
-| runs | the captured run has the plain model's logits; so has the circuit of all edges, and that of none has the corrupted prompt's: 1e-8, with both head graphs |
+| sums | at every norm, the contributions of the senders before it add up to the residual stream's difference: 1e-8 |
+| heads | a query moves only its own head at its own token; a key and a value move their group from their token on; the effect of a value is linear |
+| runs | the recorded run and the circuit of all edges have the plain model's logits, and the circuit without edges has those of the corrupted prompt: 1e-8, with both head graphs |
 | derivatives | scores of random edges are the derivatives of the loss as the edge is corrupted, by finite differences: 1e-6, with both head graphs |
-| prefix | scores with the shared prefix run once are those without: 1e-8 |
-| groups | a key/value head's scores are the sums over its query heads: 1e-8; – where every head has its own |
+| prefix | scores are the same whether or not the shared prefix runs only once: 1e-8 |
+| groups | a key/value head's scores are the sums over its query heads: 1e-8; – if every query head has its own keys and values |
 | untouched | weights, hooks, modes, gradients and attributes are as before |
 
 {checks}
 ## The tests
 
-What the tests of tests/circuits that run on every family found.
+This is what the tests in tests/circuits that run on every family found.
 
 | column | what was seen to hold |
 |---|---|
-| layout | each head's queries, keys, values and output are what its own slice of the weights gives, and norms what their statistics and gains give |
-| EAP, EAP-IG | scores of edges are finite differences of the loss, with both head graphs; `eap` and `clean-corrupted` are the paths of their points; scores of a key/value head the sums of its query heads' |
+| layout | each head's queries, keys, values and output follow from its own slice of the weights, and each norm's output from its statistics and gain |
+| EAP, EAP-IG | scores of edges are finite differences of the loss, with both head graphs; `eap` and `clean-corrupted` are EAP-IG with one and with two points; a key/value head's scores are the sums of its query heads' |
 | activations | scores of `eap-ig-activations` are finite differences of the loss at points of the sender's own path |
-| conductance | scores of edges out of `input` are those of EAP-IG by the trapezoid rule, all scores of one segment those of `clean-corrupted` |
-| flow | the contributions of `information-flow-routes` add up to what is read; scores are shares, of the clean prompts alone |
-| exact | an edge's score is the metric's change in the circuit without it, with both head graphs |
-| nodes | a node's score is the sum over dimensions, and that over its edges, with both head graphs |
-| rules | backward rules (`relp`, `relp-ah`, `gim`) leave every logit as it is, bit for bit |
-| evaluation | the circuit of all edges is the model, that of none the corrupted run, for both head graphs; only the answers' logits are computed where no others count; ablation to a prompt's own contributions changes nothing |
+| conductance | scores of edges out of `input` are those of EAP-IG with the trapezoid rule; with one segment all scores are those of `clean-corrupted` |
+| flow | the contributions of `information-flow-routes` add up to what is read; scores are shares and depend only on the clean prompts |
+| exact | an edge's score is the change of the metric in the circuit without this edge, with both head graphs |
+| nodes | a node's score is the sum over its dimensions and also the sum over its edges, with both head graphs |
+| rules | backward rules (`relp`, `relp-ah`, `gim`) leave every logit unchanged, bit for bit |
+| evaluation | the circuit of all edges is the model and the circuit without edges the corrupted run, with both head graphs; only the answers' logits are computed if the metric needs no others; ablating to a prompt's own contributions changes nothing |
 | untouched | weights, hooks, modes, gradients and attributes are as before, and rules are gone |
 
 {tests}
-Published results are matched for GPT-2, Llama, Qwen 2, GPT-NeoX and Gemma 2 (tests/parity).
+For GPT-2, Llama, Qwen 2, GPT-NeoX and Gemma 2 the results also match those of the published package (tests/parity).
 """  # noqa: E501
 
 
 def features(arch: Architecture) -> list[str]:
-    """What is particular about a model, by its table, its modules and its configuration."""
+    """The last column: what is particular about a model, from its table, its modules and its configuration."""
     layer, config = arch.layers[0], arch.model.config
     gated = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
     named: dict[str, Any] = {
@@ -142,7 +142,7 @@ def _has(module: torch.nn.Module, *names: str) -> bool:
 
 
 class Outcomes:
-    """A plugin of pytest: of what it collects, runs the tests in TESTS, and keeps what each found for each family."""
+    """A pytest plugin that runs only the tests named in TESTS and keeps the outcome of each for each family."""
 
     def __init__(self) -> None:
         self.cases: dict[str, tuple[str, str]] = {}
@@ -178,7 +178,7 @@ def run() -> None:
 
 
 def table(columns: dict[str, tuple[str, ...]], found: dict[str, dict[str, bool]], last: dict[str, str]) -> str:
-    """Rows of `found` by name, whose cells say whether all that a column sums up passed, – where there was nothing."""
+    """A row for each name in `found`; a cell says whether everything its column sums up passed, – if nothing ran."""
     heads = ["model", *columns, *(["what is particular"] if last else [])]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, passed in found.items():

@@ -1,4 +1,4 @@
-"""Measure how the cost of attribution grows and where its time goes, and draw docs/img/performance.png from that.
+"""Measure how the cost of attribution grows and where its time goes; draw docs/img/performance.png from that.
 
 python -m docs.performance [--draw-only]     # docs/results/performance.json, the picture, the page's table
 """
@@ -18,7 +18,7 @@ from bench.processes import ROOT, commit
 
 RESULT = ROOT / "docs" / "results" / "performance.json"
 STEPS, EXAMPLES, LAYERS, EDGES = (1, 5, 15, 30), (8, 16, 32), (10, 20, 30), (100, 200, 400)
-# What a profiled operator counts as.
+# The profiled operators that each row of the table counts.
 KINDS = {
     "products of weights and activations": ("aten::mm", "aten::addmm", "aten::bmm"),
     "contraction of edges (`head_space_scores`)": ("eap_kernels::head_space_scores",),
@@ -27,7 +27,7 @@ KINDS = {
 
 
 def both(model: Any, data: Any, steps: int) -> dict[str, float]:
-    """Seconds of attribution and of its floor, one after the other."""
+    """The seconds of attribution and of its floor."""
     return {
         "attribute": measure.seconds(lambda: eap.attribute(model, data, steps=steps), 1, "cpu"),
         "floor": measure.seconds(lambda: passes.floor(model, data, steps), 1, "cpu"),
@@ -35,7 +35,7 @@ def both(model: Any, data: Any, steps: int) -> dict[str, float]:
 
 
 def shares(model: Any, data: Any) -> dict[str, float]:
-    """Of the processor time of attribution with 5 steps."""
+    """The share of each kind of operator in the processor time of attribution with 5 steps."""
     from torch.profiler import ProfilerActivity, profile
 
     eap.attribute(model, data)
@@ -72,7 +72,7 @@ def run() -> None:
     }
     stack = model.model.layers
     for layers in LAYERS:
-        # The same model without its last layers: what it says does not matter here.
+        # Only the time matters here, not what a model without its last layers predicts.
         model.model.layers, model.config.num_hidden_layers = stack[:layers], layers
         found["layers"][layers] = both(model, data, 5)
     found |= {"machine": measure.machine(), "versions": measure.versions(), "commit": commit()}

@@ -173,7 +173,8 @@ def test_the_page_says_what_the_results_say(model: Any, experiments: list[Experi
         agreement["eap"]["pearson"], agreement["eap-ig-inputs"]["pearson"] = eap_value, ig_value
     files = write_page(results, tmp_path)
     text = (tmp_path / "reproduction.md").read_text()
-    assert "By Pearson's correlation EAP-IG agrees better than EAP on 1 of 2 tasks (not on second)." in text
+    better = "By Pearson's correlation, EAP-IG agrees better with exact patching than EAP on 1 of 2 tasks"
+    assert f"{better} (not on second)." in text
     for value in ("0.111", "0.222", "0.444", "0.333"):
         assert value in text
     with (tmp_path / "reproduction" / "agreement.csv").open(newline="") as file:

@@ -31,14 +31,14 @@ class Layer:
     q: Projection
     k: Projection
     v: Projection
-    grouped: bool  # one module computes q, k and v, its features grouped by key/value head
+    grouped: bool  # one module computes q, k and v; its features are grouped by key/value head
     attention: nn.Module
     out: nn.Module
     post_norm: Norm | None  # between attention's output and the residual stream
     mlp_in: nn.Module
     mlp_out: nn.Module  # its output, times `scale`, is added to the residual stream
     scale: float
-    k_norm: nn.Module | None  # with weights for each key/value head
+    k_norm: nn.Module | None  # a norm of the keys that has its own weights for each key/value head
     ungrouped: tuple[tuple[str, object], ...]  # attributes of `attention` that make it take k and v per query head
 
     @property
@@ -55,7 +55,7 @@ class Layer:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where all of the layer computes."""
+        """The device on which the whole layer computes."""
         return device_of(self.module)
 
     @property
@@ -65,14 +65,14 @@ class Layer:
 
     @property
     def mixes_heads(self) -> bool:
-        """Does a norm of all heads' queries or keys together make one head's depend on another's?"""
+        """Does one norm of all heads' queries or keys together make the heads depend on each other?"""
         weight = getattr(self.k_norm, "weight", None)
         return weight is not None and weight.dim() == 1 and weight.numel() == self.k.width
 
     def written(self, z: Tensor) -> Tensor:
-        """What of the heads' values [..., H·K] `out_weight` takes to their contributions.
+        """The heads' values [..., H·K] as `out_weight` expects them.
 
-        A norm after attention divides all heads' contributions by its input's own scale in this very run.
+        A norm after attention scales all heads' contributions by its r in this very run, so the values carry r.
         """
         if self.post_norm is None:
             return z
@@ -80,7 +80,7 @@ class Layer:
         return z * self.post_norm.statistics(raw)[1][..., None]
 
     def out_weight(self, dtype: torch.dtype) -> Tensor:
-        """Each head's way from `written` to the residual stream, [H, K, D]."""
+        """Each head's linear map from `written` to the residual stream, [H, K, D]."""
         weight = self._out_weight.to(dtype).T
         if self.post_norm is not None:
             weight = self.post_norm.forwards(weight)
@@ -91,7 +91,7 @@ class Layer:
         return linear_weight(self.out)
 
     def per_query_head(self) -> list[tuple[nn.Module, str, object]]:
-        """(module, attribute, value): under these, attention takes one key and one value per query head."""
+        """(module, attribute, value) to set so that attention takes one key and one value per query head."""
         changes: list[tuple[nn.Module, str, object]] = [(self.attention, *item) for item in self.ungrouped]
         if self.k_norm is not None:
             (name,) = [name for name, child in self.attention.named_children() if child is self.k_norm]
@@ -99,9 +99,9 @@ class Layer:
         return changes
 
     def _spread_k_norm(self, norm: nn.Module) -> nn.Module:
-        """A twin of a norm of the keys, with each key head's weights for each of its query heads."""
+        """A copy of a norm of the keys in which each query head has the weights of its key head."""
         twin = copy.copy(norm)
-        for name in ("_hf_hook", "forward"):  # by which offloaded weights are fetched
+        for name in ("_hf_hook", "forward"):  # they fetch offloaded weights
             vars(twin).pop(name, None)
         twin._parameters = dict(norm._parameters)
         for name, _ in norm.named_parameters(recurse=False):
@@ -122,7 +122,7 @@ class Layer:
 class Architecture:
     """A model's sites under canonical names.
 
-    `device` is where it begins and where prompts, logits and scores are; layers may compute on others.
+    `device` holds the embeddings, prompts, logits and scores; layers may compute on other devices.
     """
 
     model: nn.Module
@@ -137,7 +137,7 @@ class Architecture:
 
     @cached_property
     def devices(self) -> list[torch.device]:
-        """All on which the model computes."""
+        """Every device on which the model computes, without repetition."""
         found = [self.device, *(layer.device for layer in self.layers), self.final_norm.device]
         return list(dict.fromkeys(found))
 
@@ -152,11 +152,11 @@ class Architecture:
 
     @property
     def contracted(self) -> torch.dtype:
-        """The dtype in which senders meet receivers; sums are in `accumulate` all the same.
+        """The dtype in which senders are multiplied with receivers; sums are in `accumulate` all the same.
 
-        Of a model in low precision, on a GPU: bfloat16, which tensor cores multiply an order of magnitude faster than
-        float32. Rounding to it moves scores by a twentieth of what running the model in bfloat16 does (SmolLM2-135M on
-        IOI: 0.1 % against 2.1 %). Not float16, whose range gradients leave.
+        For a low-precision model on a GPU it is bfloat16, which tensor cores multiply an order of magnitude faster than
+        float32. Rounding to it changes scores by a twentieth of what running the model in bfloat16 does (SmolLM2-135M
+        on IOI: 0.1 % against 2.1 %). It is never float16, as gradients leave its range.
         """
         low = self.dtype in (torch.bfloat16, torch.float16)
         return torch.bfloat16 if low and self.device.type == "cuda" else self.accumulate
@@ -184,6 +184,6 @@ class Architecture:
 
     @cached_property
     def norms(self) -> list[Norm]:
-        """Every norm in front of receivers, in order of depth, each once."""
+        """Every norm that receivers read through, in order of depth, without repetition."""
         norms = [norm for layer in self.layers for norm in (layer.attention_norm, layer.mlp_norm)]
         return list(dict.fromkeys([*norms, self.final_norm]))

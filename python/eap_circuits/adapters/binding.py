@@ -20,7 +20,7 @@ from .projections import Projection, grouped_rows, linear_shape
 from .registry import family_of
 from .wrappers import unwrapped
 
-# Attributes by which attention modules count: query heads per key/value head, and key/value heads.
+# Attributes in which attention modules keep the query heads per key/value head, and the number of key/value heads.
 _GROUPS, _KV_HEADS = ("num_key_value_groups",), ("num_key_value_heads", "num_kv_heads")
 _HEAD_DIM = ("head_dim", "head_size")
 
@@ -33,7 +33,7 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
         family: its table; by default the one registered for its `config.model_type`.
 
     Raises:
-        InputError: not such a model, an unsupported architecture, a missing site, or a layer on several devices.
+        InputError: another object, an unsupported architecture, a missing site, or a layer on several devices.
     """
     model = unwrapped(model)
     config: Any = getattr(model, "config", None)
@@ -62,7 +62,7 @@ class _Binder:
     def __init__(self, model: Any, config: Any, family: Family) -> None:
         self.model, self.config, self.family = model, config, family
         self.kinds = Kinds()
-        self.norms: dict[nn.Module, Norm] = {}  # one for each module, by which runs are looked up
+        self.norms: dict[nn.Module, Norm] = {}  # one for each module, as runs look up norms by identity
 
     def architecture(self) -> Architecture:
         family = self.family
@@ -142,7 +142,7 @@ class _Binder:
         return self.norms.setdefault(reader, Norm(reader, None))
 
     def _projections(self, layer: nn.Module, attention: nn.Module, values: int) -> tuple[Projection, ...]:
-        """q, k and v of a layer whose heads' values have so many features."""
+        """q, k and v of a layer; `values` is the number of features of all heads' values together."""
         family, name = self.family, type(layer).__name__
         head_dim = self._head_dim(attention)
         heads = values // head_dim
@@ -198,7 +198,7 @@ def _site(root: nn.Module, paths: Paths) -> nn.Module:
 
 def _linear(root: nn.Module, path: str) -> Any:
     module = _site(root, path)
-    # Adapters and quantised layers are not always nn.Linear, but say how many features they take and give.
+    # Adapters and quantised layers are not always nn.Linear, but they have in_features and out_features.
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     if not isinstance(module, Conv1D) and not all(isinstance(size, int) for size in sizes):
         raise expected(f"{type(root).__name__}.{path}", "a linear layer", type(module).__name__)

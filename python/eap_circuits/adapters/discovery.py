@@ -1,8 +1,8 @@
-"""Tables for architectures that none describes, proposed from what a forward pass computed.
+"""Propose tables for unknown architectures from what a forward pass computed.
 
-A layer is taken to add two contributions to the residual stream, attention's and the MLP's, whatever its modules are
-called: they are found among the modules' outputs as the two that add up to what the layer added. What is proposed
-may be wrong: it is worth something once the self-check has passed with it.
+A layer is assumed to add two contributions to the residual stream, attention's and the MLP's. Whatever the modules are
+called, these are the two outputs that add up to what the layer added. A proposal may be wrong: it counts only once the
+self-check has passed with it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .norms import kind_of
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of a module: its path, and its first input and output. Both [B, T, X], or as the module has them."""
+    """One call of a module: its path, and its first input and output, [B, T, X] or the module's own shape."""
 
     path: str
     module: nn.Module
@@ -33,7 +33,7 @@ class Call:
 
 
 def propose(model: nn.Module, calls: Sequence[Call], embeddings: Tensor) -> list[Family]:
-    """Tables that describe a model, the likeliest first.
+    """Tables that may describe a model, the likeliest first.
 
     Args:
         model: a causal language model.
@@ -41,7 +41,7 @@ def propose(model: nn.Module, calls: Sequence[Call], embeddings: Tensor) -> list
         embeddings: what the model's input embeddings gave, [B, T, D].
 
     Raises:
-        InputError: no decoder layers, or layers that do not add attention and an MLP to a residual stream.
+        InputError: there are no decoder layers, or they do not add attention and an MLP to a residual stream.
     """
     shape = embeddings.shape
     flat = [Call(c.path, c.module, _flat(c.input, shape), _flat(c.output, shape)) for c in calls]
@@ -133,7 +133,7 @@ class _LayerSites:
         return first, second, scale
 
     def _before_post_norm(self, call: Call) -> tuple[Call | None, Call]:
-        """(the norm, the outermost call before it) where a contribution comes from a norm, else (None, the call)."""
+        """(the norm, the outermost call before it) if a contribution comes out of a norm, else (None, the call)."""
         if not _is_norm(call.module, self.width):
             return None, call
         before = [c for c in self.calls if c is not call and _same(c.output, call.input)]
@@ -142,7 +142,7 @@ class _LayerSites:
         return call, min(before, key=lambda c: c.path.count("."))
 
     def _attention_output(self) -> tuple[int, Call, Call | None]:
-        """(its place among the calls, the output projection, the norm after it)."""
+        """(the output projection's place among the calls, its call, the call of the norm after it)."""
         post, inner = self._before_post_norm(self.attention)
         for place, call in enumerate(self.calls):
             if isinstance(call.module, (nn.Linear, Conv1D)) and _same(call.output, inner.output):
@@ -150,7 +150,7 @@ class _LayerSites:
         raise _refusal(self.model, "an output projection of attention", f"{inner.path!r} without one")
 
     def _read(self, readers: list[Call], residuals: list[Tensor]) -> tuple[Call | None, list[Call]]:
-        """(the norm between them, those that read the residual stream), for the first residual that any reads."""
+        """(the norm they read through, the readers) for the first of the residuals that any reader reads."""
         for x in residuals:
             for norm in (c for c in self.calls if _same(c.input, x) and _is_norm(c.module, self.width)):
                 through = [c for c in readers if c is not norm and _same(c.input, norm.output)]
@@ -162,7 +162,7 @@ class _LayerSites:
         return None, []
 
     def _letters(self, linears: list[Call]) -> list[Call]:
-        """q, k and v, by their names where those say so, else in order of call."""
+        """q, k and v by name if the names tell, else in order of call."""
         named = {}
         for call in linears:
             found = re.search(r"(?:^|_|w|to)([qkv])", call.path.rpartition(".")[2])
@@ -171,7 +171,7 @@ class _LayerSites:
         return [named[letter] for letter in "qkv"] if len(named) == 3 else linears
 
     def _find_k_norms(self, linears: list[Call]) -> None:
-        """Modules with weights that take a projection's output, in whatever shape."""
+        """Find modules with weights that take a projection's output, in any shape."""
         weighted = [call for call in self.calls if any(True for _ in call.module.parameters())]
         for linear in linears:
             values = linear.output.flatten().sort().values
@@ -181,7 +181,7 @@ class _LayerSites:
 
 
 def _flat(x: Tensor, shape: torch.Size) -> Tensor:
-    """[B, T, X] -> [B·T, X]; others as they are."""
+    """[B, T, X] -> [B·T, X]; other shapes stay."""
     return x.flatten(0, 1) if x.dim() == 3 and x.shape[:2] == shape[:2] else x
 
 
@@ -206,7 +206,7 @@ def _refusal(model: nn.Module, wanted: str, found: str) -> InputError:
 
 
 def _stack(model: nn.Module, calls: list[Call], width: int) -> str:
-    """The longest list of modules each of which takes and gives the residual stream."""
+    """The path of the longest list of modules that all take and return the residual stream."""
     wide = {c.path for c in calls if c.input.shape[-1:] == c.output.shape[-1:] == (width,)}
     lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     lengths = {path: len(x) for path, x in lists if all(f"{path}.{index}" in wide for index in range(len(x)))}
@@ -218,7 +218,10 @@ def _stack(model: nn.Module, calls: list[Call], width: int) -> str:
 def _embedding(
     model: nn.Module, calls: list[Call], entered: Tensor, embeddings: Tensor, prompts: int
 ) -> tuple[str | None, float | None]:
-    """(norm, factor) between the token embeddings and the first layer; positions add the same to every prompt."""
+    """(norm, factor) between the token embeddings and the first layer.
+
+    Differences between prompts are compared, as positions add the same to every prompt.
+    """
 
     def apart(x: Tensor) -> Tensor:
         x = x.unflatten(0, (prompts, -1))

@@ -1,4 +1,4 @@
-"""The families that are supported. One table each; nothing else in the project knows these names."""
+"""The supported families, one table each; nothing else in the project knows these names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LLAMA = Family(
     v="self_attn.v_proj",
     out="self_attn.o_proj",
 )
-# Before, its attention scaled queries by their place in the batch, whatever positions a run gave.
+# Earlier versions scale queries by their place in the batch, whatever positions a run gives.
 MINISTRAL3 = replace(LLAMA, name="ministral3", model_types=("ministral3",), since="5.4")
 PHI3 = replace(
     LLAMA,
@@ -85,7 +85,7 @@ PHI = replace(
 
 
 def _gemma_embedding_factor(model: Any) -> float:
-    """Releases of transformers before the embeddings' own `embed_scale` multiply in the model's forward."""
+    """Older transformers, whose embeddings have no `embed_scale`, multiply in the model's forward."""
     scaled = hasattr(model.get_input_embeddings(), "embed_scale")
     return 1.0 if scaled else float(model.config.get_text_config().hidden_size) ** 0.5
 
@@ -99,7 +99,7 @@ GEMMA2 = replace(
     attention_post_norm="post_attention_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
 )
-# With images: the language model is a part of it.
+# The variant that also takes images: the language model is a part of it.
 GEMMA3 = replace(
     GEMMA2,
     name="gemma3",
@@ -176,7 +176,7 @@ BLOOM = replace(
     k="self_attention.query_key_value",
     v="self_attention.query_key_value",
     out="self_attention.dense",
-    # The modules named attention and mlp add the residual stream to what they give back.
+    # BLOOM's attention and mlp modules return the residual stream with their contribution added.
     mlp=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
     parallel=False,
     embedding_norm="transformer.word_embeddings_layernorm",
@@ -205,7 +205,7 @@ MPT = Family(
     k="attn.Wqkv",
     v="attn.Wqkv",
     out="attn.out_proj",
-    # The module named ffn adds the residual stream to what it gives back.
+    # MPT's ffn module returns the residual stream with its contribution added.
     mlp=("ffn.up_proj", "ffn.down_proj"),
 )
 OPT = Family(

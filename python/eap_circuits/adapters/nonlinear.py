@@ -1,4 +1,4 @@
-"""What in a decoder layer is not linear: its norms and activation functions, told apart by what they compute."""
+"""The nonlinear parts of a decoder layer, its norms and activation functions, told apart by what they compute."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .norms import Kinds, Norm
 
 
 def nonlinear_parts(layer: Layer, width: int, kinds: Kinds) -> tuple[list[Norm], list[nn.Module]]:
-    """The layer's norms (of `width` features, of queries, of keys) and activation functions, as its modules are now.
+    """The layer's norms (of `width` features, of queries, of keys) and activation functions in its present state.
 
     Raises:
-        InputError: a module with one weight per feature that is no norm.
+        InputError: a module with one weight per feature is not a norm.
     """
     norms, activations = [], []
     per_head = {(heads, layer.q.head_dim) for heads in (layer.q.n_heads, layer.k.n_heads)}
     for module in layer.module.modules():
         if next(module.children(), None) is not None:
             continue
-        # Activation functions may have a learned number or two.
+        # Single numbers do not count: activation functions may have learned ones.
         weights = {name: weight for name, weight in module.named_parameters() if weight.numel() > 1}
         if not weights:
             found = _without_weights(module, width, kinds)
@@ -53,11 +53,11 @@ def _without_weights(module: nn.Module, width: int, kinds: Kinds) -> Norm | nn.M
 
 
 def _output(module: nn.Module, x: Tensor) -> Tensor | None:
-    """What a module makes of x; None where it takes or gives something else than one tensor."""
+    """The module's output for x; None unless it takes and returns one tensor."""
     forward: Any = type(module).forward
     try:
         with torch.no_grad():
             y = forward(module, x)
-    except Exception:  # whatever a module of other arguments raises
+    except Exception:  # a module with other arguments may raise anything
         return None
     return y if isinstance(y, Tensor) else None

@@ -29,18 +29,18 @@ class Kind:
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """A norm beside the residual stream; without a kind, none: `module` then reads the residual stream itself."""
+    """A norm of the residual stream; if `kind` is None there is no norm, and `module` reads the stream itself."""
 
     module: nn.Module
     kind: Kind | None
 
     @cached_property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device on which it computes."""
         return device_of(self.module)
 
     def gain(self, like: Tensor) -> Tensor | float:
-        """γ, [D], in the dtype of `like`; 1 where there is none."""
+        """γ, [D], in the dtype of `like`; 1 if there is none."""
         weight = read(self.module, "weight") if self.kind else None
         return 1.0 if self.kind is None or weight is None else weight.to(like.dtype) + self.kind.offset
 
@@ -58,7 +58,7 @@ class Norm:
         return x * r[..., None], r
 
     def forwards(self, rows: Tensor) -> Tensor:
-        """γ ⊙ P y of rows y [..., D]: what the norm does to a part of its input, but for r; P takes the mean off."""
+        """γ ⊙ P y of rows y [..., D]: what the norm does to a part of its input, except r; P subtracts the mean."""
         return self._centre(rows) * self.gain(rows)
 
     def backwards(self, rows: Tensor) -> Tensor:
@@ -69,12 +69,12 @@ class Norm:
         return x - x.mean(-1, keepdim=True) if self.kind and self.kind.centred else x
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The norm of x [..., D], past any hook."""
+        """The norm of x [..., D], without running hooks."""
         return self.module.forward(x) if self.kind else x
 
 
 class Kinds:
-    """`kind_of`, once for all norms of the same class and settings."""
+    """`kind_of`, called once for all norms of the same class and settings."""
 
     def __init__(self) -> None:
         self._found: dict[object, Kind] = {}
@@ -87,10 +87,10 @@ class Kinds:
 
 
 def kind_of(module: nn.Module, width: int) -> Kind:
-    """What a norm of so many features computes, found by running a copy of it with random weights.
+    """What a norm of `width` features computes, found by running a copy of it with random weights.
 
     Raises:
-        InputError: neither an RMSNorm nor a LayerNorm, with or without gain and bias.
+        InputError: the module is neither an RMSNorm nor a LayerNorm, with or without gain and bias.
     """
     weights = {name: tuple(p.shape) for name, p in module.named_parameters()}
     refusal = expected(type(module).__name__, f"an RMSNorm or LayerNorm of {width} features", type(module).__name__)
@@ -99,13 +99,13 @@ def kind_of(module: nn.Module, width: int) -> Kind:
     said = [float(getattr(module, name)) for name in _EPS if isinstance(getattr(module, name, None), float)]
     generator = torch.Generator().manual_seed(0)
     probe: Any = copy.copy(module)
-    probe.__dict__.pop("_hf_hook", None)  # nothing to fetch: the weights are ours
+    probe.__dict__.pop("_hf_hook", None)  # it would fetch offloaded weights, but these are random
     random = {
         name: nn.Parameter(torch.randn(shape, generator=generator), requires_grad=False)
         for name, shape in weights.items()
     }
     probe._parameters = {**module._parameters, **random}
-    # Rows from far below to far above eps, away from zero mean; for each head where heads have weights of their own.
+    # Rows range from far below to far above eps and have means other than zero; heads with own weights have own rows.
     shape = next(iter(weights.values()), (width,))
     x = (
         torch.randn(6, *shape, generator=generator)

@@ -1,4 +1,4 @@
-"""Where a model's modules compute, and weights that accelerate keeps elsewhere until then (`device_map`)."""
+"""The devices on which modules compute, and weights that accelerate fetches only then (`device_map`)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Are its weights elsewhere until it runs?"""
-    # Only accelerate gives a module this: where it did not, it need not even be installed.
+    """Are the module's weights kept elsewhere until it runs?"""
+    # Only accelerate sets this attribute, so without it accelerate need not be installed.
     if not hasattr(module, "_hf_hook"):
         return False
     from accelerate.utils import has_offloaded_params
@@ -19,7 +19,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def read(module: nn.Module, name: str) -> Tensor | None:
-    """A module's parameter without gradient, fetched where it is offloaded; None where there is none."""
+    """A module's parameter without gradient, fetched if it is offloaded; None if there is none."""
     value: Tensor | None = getattr(module, name, None)
     if value is None or not is_offloaded(module):
         return None if value is None else value.detach()
@@ -30,7 +30,7 @@ def read(module: nn.Module, name: str) -> Tensor | None:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes."""
+    """The device on which a module computes."""
     for part in module.modules():
         if is_offloaded(part):
             hook: Any = part._hf_hook
@@ -50,5 +50,5 @@ def _there(parameter: Tensor | None) -> TypeGuard[Tensor]:
 
 
 def as_given(module: nn.Module, x: Tensor) -> Tensor:
-    """What the module will be given for x: accelerate moves it to where the module computes, but after all hooks."""
+    """x on the device on which the module computes: accelerate moves inputs there, but only after all hooks."""
     return x.to(device_of(module)) if hasattr(module, "_hf_hook") else x

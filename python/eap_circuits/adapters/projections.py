@@ -13,7 +13,7 @@ from .offloading import device_of, read
 from .weightless import Shape
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-Projections = dict[str, "Projection"]  # those of one module, by letter
+Projections = dict[str, "Projection"]  # of one module, by letter: q, k, v
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +56,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 def linear_weight(module: nn.Module) -> Tensor:
     """The weight of a linear module as [out, in], without gradient.
 
-    Of one that keeps it in another form (with adapters of PEFT beside it, quantised) it is what the module makes of
-    unit vectors.
+    If the module keeps it in another form (quantised, or beside PEFT adapters), it is the module's output for unit
+    vectors.
     """
     weight = read(module, "weight")
     if isinstance(module, (nn.Linear, Conv1D)) and weight is not None and _plain(weight):
@@ -73,13 +73,13 @@ def _plain(weight: Tensor) -> bool:
 
 
 def grouped_rows(q: int, kv: int, head_dim: int) -> dict[str, Tensor]:
-    """Features of "q", "k" and "v" where each key/value head stands with its query heads: int64 [heads·K] each."""
+    """Features of "q", "k" and "v" if each key/value head comes with its query heads: int64 [heads·K] each."""
     features = torch.arange((q + 2 * kv) * head_dim).view(kv, q // kv + 2, head_dim)
     return {"q": features[:, :-2].flatten(), "k": features[:, -2].flatten(), "v": features[:, -1].flatten()}
 
 
 def concatenate(projections: Projections, grouped: bool, spread: int, y: Tensor) -> Tensor:
-    """A projection's output [..., features] as all of q, then k, then v; each key and value `spread` times."""
+    """A projection's output [..., features] as all of q, then k, then v; keys and values repeat `spread` times."""
     if grouped:
         heads = y.unflatten(-1, (projections["k"].n_heads, -1, projections["k"].head_dim))
         parts = [heads[..., :-2, :].flatten(-3, -2), heads[..., -2, :], heads[..., -1, :]]
@@ -98,7 +98,7 @@ def concatenate(projections: Projections, grouped: bool, spread: int, y: Tensor)
 
 
 def group(projections: Projections, spread: int, y: Tensor) -> Tensor:
-    """The inverse of `concatenate` for grouped features, with keys and values as often as they were spread."""
+    """The inverse of `concatenate` for grouped features; keys and values stay repeated."""
     kv, head_dim = projections["k"].n_heads * spread, projections["k"].head_dim
     q, k, v = y.split([projections["q"].width, kv * head_dim, kv * head_dim], -1)
     return torch.cat([x.unflatten(-1, (kv, -1)) for x in (q, k, v)], -1).flatten(-2)

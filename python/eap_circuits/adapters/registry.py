@@ -1,4 +1,4 @@
-"""Tables by architecture: those of the package, those that other packages announce, those that a user registers."""
+"""Tables by architecture: the package's own, those that other packages announce, and those that a user registers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ENTRY_POINTS = "eap_circuits.families"
 
 
 def register_family(family: Family) -> None:
-    """Serve the architectures that a table names, in place of any table that they had.
+    """Use a table for the architectures that it names, in place of any table that they had.
 
-    A package announces its tables, without being imported first, by entry points of the group
-    `eap_circuits.families`, each of which names a `Family`. Those serve architectures without a table alone: what is
-    installed does not change how others are read.
+    A package can announce tables without being imported first: each entry point of the group `eap_circuits.families`
+    names a `Family`. These are used only for architectures without a table, so that installing a package does not
+    change how other models are read.
     """
     _check(family)
     FAMILIES.update(dict.fromkeys(family.model_types, family))

@@ -1,6 +1,6 @@
 """Where receivers read the residual stream: each layer's queries, keys, values and MLP, and the logits.
 
-The one walk over them: what reads a pass, changes it or checks it takes the sites from here.
+This is the only walk over them: code that reads, changes or checks a pass takes the sites from here.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ class ReceiverSite:
     """A group of receivers that read the residual stream through one norm.
 
     Args:
-        layer: the layer's index; of the logits, one past the last layer's.
+        layer: the layer's index; for the logits, one past the last layer.
         name: "q", "k", "v", "mlp" or "logits".
         receivers: their indices in the graph.
         reach: how many senders they see.
         norm: the norm in front of them.
-        projection: what reads the norm's output for each head; None where it is read as it is.
+        projection: what reads the norm's output for each head; None for the MLP and the logits.
     """
 
     layer: int
@@ -44,7 +44,7 @@ class ReceiverSite:
 
 
 def receiver_sites(arch: Architecture, graph: Graph) -> list[ReceiverSite]:
-    """All of them, in the order of the graph's receivers."""
+    """All sites, in the order of the graph's receivers."""
     sites = []
     for index, layer in enumerate(arch.layers):
         reach = graph.attention_reach(index)

@@ -1,7 +1,7 @@
-"""Models without weights, on the device "meta": their passes run without numbers, and what they take can be counted.
+"""Models without weights, on the device "meta": their passes run without numbers, so that their memory can be counted.
 
-Floating-point tensors are shapes alone. Whole numbers stay what they are: they decide which shapes there are (tokens,
-positions, masks), while numbers that nobody knows decide none, but in mixtures of experts that run expert by expert.
+Floating-point tensors are only shapes. Integers (tokens, positions, masks) keep their values, because shapes depend on
+them. Shapes do not depend on unknown floating-point values, except in mixtures of experts that run expert by expert.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ..errors import expected
 
 _META = torch.device("meta")
 _aten = torch.ops.aten
-# Their indices, of which those that are bool decide the shape, stay as they are.
+# Indices of these keep their values, as the shape depends on those that are bool.
 _INDEXING = (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default)
 
 
 class Shape(Tensor):
-    """A tensor without numbers that claims to be on the CPU; `held` is the same on the device "meta"."""
+    """A tensor without numbers that claims to be on the CPU; `held` is its twin on the device "meta"."""
 
     held: Tensor
 
@@ -40,7 +40,7 @@ class Shape(Tensor):
         return f"Shape({list(self.shape)}, {self.dtype})"
 
     def untyped_storage(self) -> Any:
-        """Views share it, as they would with numbers."""
+        """The storage that views share, as they would with numbers."""
         return self.held.untyped_storage()
 
     @classmethod
@@ -58,11 +58,11 @@ class _WithoutNumbers(TorchDispatchMode):
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     tensors = [x for value in (*args, *kwargs.values()) for x in (value if isinstance(value, list) else [value])]
     tensors = [x for x in tensors if isinstance(x, Tensor)]
-    changed = {id(x.held): x for x in tensors if isinstance(x, Shape)}  # in place
+    changed = {id(x.held): x for x in tensors if isinstance(x, Shape)}  # an operator may change these in place
     if not changed and (tensors or not _makes_tensor(func, kwargs)):
         return func(*args, **kwargs)
     if func is _aten._local_scalar_dense.default:
-        return False if tensors[0].dtype == torch.bool else 0  # what nobody knows decides nothing
+        return False if tensors[0].dtype == torch.bool else 0  # unknown values read as 0
     change = _held if func in _INDEXING else _meta
     given = tree_map(change, kwargs)
     if not tensors or "device" in given:
@@ -77,7 +77,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _makes_tensor(func: Any, kwargs: Any) -> bool:
-    """From nothing; but what is drawn by a generator of its own is what modules are tried out with."""
+    """Does the operator make a tensor from nothing? A generator draws the real inputs that modules are tried with."""
     return kwargs.get("generator") is None and any(argument.name == "device" for argument in func._schema.arguments)
 
 
@@ -97,9 +97,9 @@ def _meta(x: Any) -> Any:
 
 @contextmanager
 def weightless(model: Any) -> Iterator[AbstractContextManager[Any]]:
-    """For a model without weights: shapes in their place; the mode that is given is for passes to run in.
+    """Replace the weights of a model that has none by shapes; yields the mode in which its passes have to run.
 
-    A model that has weights is left alone, and the mode does nothing.
+    A model with weights is left unchanged, and the mode does nothing.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     places: list[dict[str, Any]] = [places for module in modules for places in (module._parameters, module._buffers)]

@@ -14,7 +14,7 @@ def unwrapped(model: Any) -> nn.Module:
     """The Hugging Face model inside a compiled model, a PEFT model or a bridge of TransformerLens.
 
     Raises:
-        InputError: one whose Hugging Face model cannot be reached; the sentence has the line that loads it.
+        InputError: the Hugging Face model inside cannot be reached; the message has the line that loads it.
     """
     if hasattr(model, "_orig_mod"):  # torch.compile
         model = model._orig_mod
@@ -33,13 +33,13 @@ def unwrapped(model: Any) -> nn.Module:
 
 
 def _without_bridges(module: nn.Module) -> nn.Module:
-    """A twin of a module with the same weights, every bridge in it replaced by the module that it wraps."""
+    """A copy of a module with the same weights in which each bridge is replaced by the module that it wraps."""
     wrapped = module._modules.get("_original_component")
     if wrapped is not None:
         return _without_bridges(wrapped)
     twin = copy.copy(module)
     for name, value in vars(module).items():
-        if isinstance(value, dict):  # of hooks, parameters, modules: the twin's own
+        if isinstance(value, dict):  # hooks, parameters and modules: the copy has its own
             vars(twin)[name] = value.copy()
     twin._modules = {name: None if m is None else _without_bridges(m) for name, m in module._modules.items()}
     return twin

@@ -16,19 +16,19 @@ Measured = Callable[[Batch, int], object]  # runs a batch with this many copies 
 
 def budget(request: Request) -> int:
     """The bytes that a user's `memory=` allows; by default half of what is free."""
-    # Of several devices each takes its own layers' share; the one with the least room decides.
+    # With several devices, each holds the tensors of its layers; the one with the least room decides.
     return int(SHARE_OF_FREE * min(map(free_bytes, request.arch.devices))) if request.memory is None else request.memory
 
 
 def numbers_per_token(request: Request) -> int:
-    """About what all layers give for a token: a number for every weight that works on it, divided by the width."""
+    """Roughly how many numbers all layers output for a token: the number of weights divided by the width."""
     return sum(p.numel() for p in request.arch.model.parameters()) // request.arch.d_model
 
 
 def bytes_without_gradient(request: Request, kept: int, at_once: int, more: int = 0) -> int:
-    """A rough estimate of a run whose record is kept of some tokens, and passes of more of them, which leave nothing.
+    """A rough estimate for a no-grad run that records `kept` tokens, then passes of `at_once` that store nothing.
 
-    `more` are numbers for each of the latter.
+    `more` is how many further numbers the passes need for each of their tokens.
     """
     layers, every = len(request.arch.layers), numbers_per_token(request)
     return request.arch.accumulate.itemsize * (2 * kept * every + at_once * (4 * every // layers + more))
@@ -42,10 +42,10 @@ def tokens_within(
     per_batch: int = TOKENS_PER_BATCH,
     beside: int = 0,
 ) -> int:
-    """The tokens of a pass within the budget, at most `most`; batches have up to `per_batch` of them.
+    """How many tokens a pass may have within the budget, at most `most`; a batch has at most `per_batch`.
 
-    What a run takes is measured on one and two examples only where a rough estimate comes near the budget. `beside`
-    are the bytes of what stays besides.
+    The memory is measured on one and two examples, but only if the `rough` estimate comes near the budget. `beside` is
+    how many bytes are taken by something else throughout.
     """
     allowed = budget(request) - beside
     if rough <= _NEGLIGIBLE * allowed:
@@ -62,9 +62,9 @@ def tokens_within(
 
 
 class Cost:
-    """Bytes that a batch takes, measured on its longest example.
+    """The bytes that a batch takes, measured on its longest example.
 
-    Each phase is linear in the examples and in examples times copies (path points, circuits, edges).
+    In each phase they are linear in examples and in examples × copies (path points, circuits, edges).
     """
 
     def __init__(self, data: PairedDataset, batch: Batch, run: Measured, copies: bool = True) -> None:

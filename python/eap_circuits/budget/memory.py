@@ -1,7 +1,7 @@
-"""How much memory a run may take, how much it will take, and what to do when there is not enough after all.
+"""How much memory a run may take, how much it will take, and what to do if memory runs out all the same.
 
-One number governs it: the tokens of a pass. More of them (examples, path points, circuits, edges) side by side keep a
-processor busy, and take memory.
+One number governs it: the tokens of a pass. More tokens (of examples, path points, circuits, edges) keep the processor
+busier and take more memory.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from ..errors import InputError, reason
 from ..forward import TOKENS_PER_BATCH, Batch, halves, out_of_memory
 from ..tasks import PairedDataset
 
-# Where a pass of TOKENS_PER_BATCH does not keep the device busy; not yet measured.
+# For devices that a pass of TOKENS_PER_BATCH does not keep busy; not yet measured.
 TOKENS_PER_PASS = {"cuda": 8192}
 SHARE_OF_FREE = 0.5
 T = TypeVar("T")
 
 
 def most_tokens(device: torch.device) -> int:
-    """Tokens of a pass beyond which more of them only take memory."""
+    """How many tokens keep the device busy; more in a pass would only take memory."""
     return TOKENS_PER_PASS.get(device.type, TOKENS_PER_BATCH)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free for new tensors: of the GPU, or of the machine or the container on a CPU."""
+    """The bytes free for new tensors: on the GPU, or in the machine or container for a CPU."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -52,9 +52,9 @@ def _text(path: str) -> str:
 
 
 class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside and still alive; `peak` is the most there were at once.
+    """Counts the bytes of tensors that are made inside and still alive; `peak` is their maximum.
 
-    `laps` are the peaks of the stretches that `lap()` ended.
+    `laps` are the peaks of the phases that `lap()` ended.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class PeakBytes(TorchDispatchMode):
         self._known: Any = WeakIdKeyDictionary()
 
     def lap(self) -> None:
-        """Start to look for a peak anew."""
+        """End a phase: record its peak and start again from what is alive."""
         self.laps.append(self._highest)
         self._highest = self._alive
 
@@ -98,7 +98,7 @@ def end_of_phase() -> None:
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Tensors among an operator's arguments or results, which are tensors, lists of tensors and other things."""
+    """The tensors among an operator's arguments or results, also those inside lists."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -109,9 +109,9 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 def in_memory(
     data: PairedDataset, batches: Iterable[Batch], tokens: int, run: Callable[[Batch, int], T]
 ) -> Iterator[tuple[Batch, T]]:
-    """(batch, run(batch, tokens)) of every batch; where memory runs out, the batch again with half the tokens a pass.
+    """(batch, run(batch, tokens)) for every batch; if memory runs out, the batch runs again with half the tokens.
 
-    From then on a batch of more tokens than a pass may have is halved; each example is in exactly one result.
+    From then on a batch with more tokens than a pass may have is halved; each example is in exactly one result.
 
     Raises:
         InputError: not even one example at a time fits.
@@ -131,7 +131,7 @@ def in_memory(
                 if not out_of_memory(error):
                     raise
                 failed = reason(error)
-            # Outside of `except`, whose traceback would keep what the run had allocated.
+            # Continue outside `except`, whose traceback would keep alive what the run had allocated.
             if failed is None:
                 yield batch, found[0]
                 continue

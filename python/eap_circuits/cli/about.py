@@ -1,4 +1,4 @@
-"""The commands that tell what there is: tasks, check, info."""
+"""The commands that show what is there: tasks, check, info."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from .options import Device, Dtype, Json, Model
 
 def tasks(
     name: Annotated[str | None, typer.Argument(help="Show prompts of this task.")] = None,
-    tokenizer: Annotated[str, typer.Option(help="The model whose tokenizer the prompts are made for.")] = "smollm2",
+    tokenizer: Annotated[str, typer.Option(help="Make the prompts for this model's tokenizer.")] = "smollm2",
     n: Annotated[int, typer.Option("-n", help="Prompt pairs.", min=1)] = 5,
-    seed: Annotated[int, typer.Option(help="Which prompts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Another seed gives other prompts.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Save the prompt pairs as tokens (.safetensors).")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the tasks that come with the package, or show and save prompts of one.
+    """List the tasks that come with the package, or show and save the prompts of one task.
 
-    A task makes pairs of a clean and a corrupted prompt of equal length, with the answers that its metric
-    compares.
+    A task makes pairs of a clean and a corrupted prompt of equal length, with the answers that its metric compares.
 
     Examples:
 
@@ -75,20 +74,20 @@ def tasks(
 
 
 def _decoded(tokenizer: Any, ids: int | list[int]) -> list[str]:
-    """The texts of an answer, or of a set that is padded with -1."""
+    """The texts of an answer, or of a set of answers padded with -1."""
     return [tokenizer.decode([token]) for token in (ids if isinstance(ids, list) else [ids]) if token >= 0]
 
 
 def _few(texts: list[str]) -> str:
-    """Quoted, for their spaces to be seen; three of many."""
+    """At most three texts, quoted so that their spaces show."""
     shown = ", ".join(map(repr, texts[:3]))
     return shown if len(texts) <= 3 else f"{shown} … ({len(texts)})"
 
 
 def check(model: Model, dtype: Dtype = None, device: Device = None, as_json: Json = False) -> None:
-    """Check that the package reads a model rightly: its sums add up, and circuits agree with the model.
+    """Check that the package reads a model correctly: contributions add up, and circuits agree with the model.
 
-    Run it once on a new architecture. The exit code is 1 when a check fails.
+    Run it once for a new architecture. The exit code is 1 if a check fails.
 
     Examples:
 
@@ -119,7 +118,7 @@ def check(model: Model, dtype: Dtype = None, device: Device = None, as_json: Jso
 
 
 def info() -> None:
-    """Show versions, the compiled backends, what is missing and why, and the methods: what to add to a bug report.
+    """Show what a bug report needs: versions, compiled backends, what is missing and why, and the methods.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""The command line: one group, its commands, and what becomes of errors."""
+"""The command line: the group, its commands, and how errors are shown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
 class _Group(TyperGroup):
-    """Turns expected errors into one line, and takes `--debug` before or after the command's name."""
+    """Shows expected errors in one line, and takes `--debug` before or after the command's name."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if "--debug" in args:
@@ -41,11 +41,11 @@ class _Group(TyperGroup):
 
 
 def _expected(error: Exception) -> str | None:
-    """What to tell about an error that is the input's or the machine's; None for one that is ours."""
+    """The message for an error caused by the input or the machine; None for a fault of our own."""
     from ..errors import InputError
 
     if isinstance(error, OSError) and error.errno == errno.EPIPE:
-        return None  # the reader of our output has gone: typer ends quietly
+        return None  # the reader of our output has gone, and typer ends quietly
     if isinstance(error, ImportError) and (error.name or "").split(".")[0] in ("eap_circuits", "eap_kernels"):
         return None
     if type(error).__name__ == "OutOfMemoryError":
@@ -79,16 +79,15 @@ def _version(value: bool) -> None:
 
 @app.callback(epilog="Start with: [bold]eap demo[/bold]. Each command has its own [bold]--help[/bold].")
 def eap(
-    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and tracebacks of errors.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and full tracebacks of errors.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Find circuits in Hugging Face language models.
 
-    Every edge between two nodes of the model is scored by how much the metric falls when it is corrupted
-    (EAP-IG); a circuit is a set of the strongest edges; its faithfulness is how much of the model's behaviour
-    it keeps.
+    EAP-IG scores every edge between two nodes of the model by how much the metric falls if the edge is corrupted.
+    A circuit is a set of the strongest edges; its faithfulness says how much of the model's behaviour it keeps.
     """
 
 
@@ -98,7 +97,7 @@ def main() -> None:
 
 
 def _help(command: Callable[..., None]) -> str:
-    """The docstring with the lines of each paragraph joined, so that it wraps to the terminal."""
+    """The docstring with each paragraph on one line, so that it wraps to the terminal's width."""
     paragraphs = (inspect.getdoc(command) or "").split("\n\n")
     joined = [text if text.startswith(" ") else " ".join(text.split()) for text in paragraphs]
     return "\n\n".join(joined).replace("Examples:", "[bold]Examples[/bold]")

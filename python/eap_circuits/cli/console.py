@@ -26,7 +26,7 @@ def _console(stderr: bool = False) -> Console:
 
 
 def say(text: str = "") -> None:
-    """A line on stdout; square brackets are themselves."""
+    """Print a line on stdout; square brackets are printed as they are."""
     _console().print(text, markup=False)
 
 
@@ -35,14 +35,14 @@ def say_error(message: str) -> None:
 
 
 def note(text: str) -> None:
-    """A line about progress: on stderr, where that is a terminal."""
+    """Print a line about progress on stderr, if that is a terminal."""
     console = _console(stderr=True)
     if console.is_terminal:
         console.print(text, style="dim", markup=False)
 
 
 def show_table(table: Table) -> None:
-    """A table on stdout, with its marked row in bold."""
+    """Print a table on stdout, with its marked row in bold."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table as RichTable
@@ -63,7 +63,7 @@ def show_json(value: Any) -> None:
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Progress]:
-    """A bar on stderr that goes when it is done; nothing where stderr is no terminal."""
+    """Show a bar on stderr until the work is done; nothing if stderr is not a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
@@ -76,7 +76,7 @@ def progress(what: str) -> Iterator[Progress]:
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
-    """A spinner on stderr while something of unknown length runs; nothing where stderr is no terminal."""
+    """Show a spinner on stderr while something of unknown length runs; nothing if stderr is not a terminal."""
     console = _console(stderr=True)
     if console.is_terminal:
         with console.status(what):
@@ -100,7 +100,7 @@ def quiet() -> None:
 
 
 def check_outputs(*paths: Path | None) -> None:
-    """Refuse what cannot be written, before any work; two outputs in one file as well."""
+    """Before any work, refuse outputs that cannot be written or that go to the same file."""
     from ..errors import expected
     from ..files import check_writable
 

@@ -1,4 +1,4 @@
-"""The command that shows everything once, on a small model that comes with a wheel."""
+"""The command that shows everything once, on a small model that comes as a wheel."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SHOWN = 12
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where to write; made if it is not there.", metavar="DIR")] = Path("."),
+    out: Annotated[Path, typer.Option(help="Where to write; made if missing.", metavar="DIR")] = Path("."),
     n: Annotated[int, typer.Option("-n", help="Prompt pairs.", min=1)] = 16,
     edges: Annotated[
         int | None,
         typer.Option(
-            help="Edges of the circuit.  [dim]\\[default: the smallest size with faithfulness 0.8][/dim]",
+            help="Edges of the circuit.  [dim]\\[default: the smallest measured size with faithfulness 0.8][/dim]",
             min=1,
         ),
     ] = None,

@@ -12,7 +12,7 @@ MODEL_HELP = "A Hugging Face name or folder, or [bold]smollm2[/bold], the demo m
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Device = Annotated[
     str | None,
-    typer.Option(help="cpu, cuda, cuda:1 …  [dim]\\[default: CUDA where there is one][/dim]", rich_help_panel="Model"),
+    typer.Option(help="cpu, cuda, cuda:1 …  [dim]\\[default: CUDA if there is a GPU][/dim]", rich_help_panel="Model"),
 ]
 Dtype = Annotated[
     str | None,
@@ -28,7 +28,7 @@ Task = Annotated[
 Data = Annotated[
     Path | None,
     typer.Option(
-        help="Prompt pairs in a file instead: .csv, .json, .jsonl, .parquet (also rows of MIB's datasets), "
+        help="Take prompt pairs from a file instead: .csv, .json, .jsonl, .parquet (also rows of MIB's datasets), "
         ".safetensors or .pt.",
         rich_help_panel="Prompts",
     ),
@@ -37,17 +37,17 @@ Align = Annotated[
     bool,
     typer.Option(
         "--align",
-        help="With --data: take pairs of unequal numbers of tokens too, the corrupted prompt read where its tokens "
-        "correspond to the clean one's.",
+        help="With --data: also take pairs with different numbers of tokens; the corrupted prompt is read at the "
+        "positions that match the clean prompt's.",
         rich_help_panel="Prompts",
     ),
 ]
 Number = Annotated[int, typer.Option("-n", help="Prompt pairs of the task.", min=1, rich_help_panel="Prompts")]
-Seed = Annotated[int, typer.Option(help="Which prompts of the task.", rich_help_panel="Prompts")]
+Seed = Annotated[int, typer.Option(help="Another seed gives other prompts of the task.", rich_help_panel="Prompts")]
 Metric = Annotated[
     str | None,
     typer.Option(
-        help="logit_diff, prob_diff, kl_divergence or js_divergence; to evaluate also top1_accuracy, top5_accuracy, "
+        help="logit_diff, prob_diff, kl_divergence or js_divergence; for evaluation also top1_accuracy, top5_accuracy, "
         "rank.  [dim]\\[default: the task's own][/dim]",
         rich_help_panel="Prompts",
     ),
@@ -57,7 +57,7 @@ Method = Annotated[
     str,
     typer.Option(
         help="How edges are scored: eap, eap-ig-inputs, eap-ig-activations, clean-corrupted, eap-conductance "
-        "(experimental), information-flow-routes, or exact, which patches each edge alone; docs/methods.md.",
+        "(experimental), information-flow-routes, or exact, which patches each edge by itself; see docs/methods.md.",
         rich_help_panel="Scoring",
     ),
 ]
@@ -65,29 +65,29 @@ Steps = Annotated[int, typer.Option(help="Steps of integrated gradients.", min=1
 Quadrature = Annotated[
     str,
     typer.Option(
-        help="Where its steps stand: right (the paper), left, midpoint or gauss-legendre.",
+        help="The grid of these steps: right (the paper's), left, midpoint or gauss-legendre.",
         rich_help_panel="Scoring",
     ),
 ]
 Heads = Annotated[
     str,
     typer.Option(
-        help="Keys and values per key/value head (kv, the real model) or per query head (query, as EAP-IG).",
+        help="Keys and values per key/value head (kv, as in the model) or per query head (query, as in EAP-IG).",
         rich_help_panel="Scoring",
     ),
 ]
 Keep = Annotated[
     str | None,
     typer.Option(
-        help="What else to save of the scores: variance, examples, positions or positions-from-end, neurons, "
-        "with commas between.",
+        help="What else to save with the scores, separated by commas: variance, examples, positions or "
+        "positions-from-end, neurons.",
         rich_help_panel="Scoring",
     ),
 ]
 Rules = Annotated[
     str | None,
     typer.Option(
-        help="What takes the gradient's place: relp, relp-ah or gim.  [dim]\\[default: nothing][/dim]",
+        help="Backward rules in place of the gradient: relp, relp-ah or gim.  [dim]\\[default: none][/dim]",
         rich_help_panel="Scoring",
     ),
 ]
@@ -95,21 +95,22 @@ Ablation = Annotated[
     str,
     typer.Option(
         help="What an ablated edge carries: patching (the corrupted prompt's contribution), zero, mean (over all "
-        "tokens) or mean-positional; to evaluate also optimal (learned constants, slow).",
+        "tokens) or mean-positional; for evaluation also optimal (learned constants, slow).",
         rich_help_panel="Ablation",
     ),
 ]
 AblationData = Annotated[
     Path | None,
     typer.Option(
-        help="Prompts in a file whose clean side gives means or teaches.  [dim]\\[default: the same prompts][/dim]",
+        help="A file whose clean prompts are used to compute means or learn constants.  "
+        "[dim]\\[default: the same prompts][/dim]",
         rich_help_panel="Ablation",
     ),
 ]
 BatchSize = Annotated[
     int | None,
     typer.Option(
-        help="Examples at once; results do not depend on it.  [dim]\\[default: by tokens][/dim]",
+        help="Examples per batch; results do not depend on it.  [dim]\\[default: by tokens][/dim]",
         min=1,
         rich_help_panel="Model",
     ),
@@ -117,7 +118,7 @@ BatchSize = Annotated[
 Memory = Annotated[
     str | None,
     typer.Option(
-        help="What the run may take beside the model, such as 8GiB.  [dim]\\[default: half of what is free][/dim]",
+        help="Memory for the run besides the model, such as 8GiB.  [dim]\\[default: half of what is free][/dim]",
         rich_help_panel="Model",
     ),
 ]
@@ -125,8 +126,8 @@ Memory = Annotated[
 How = Annotated[
     str,
     typer.Option(
-        help="top: the strongest edges anywhere; greedy: grown from the logits; optimal: the greatest sum of connected "
-        "edges (needs scipy).",
+        help="top: the strongest edges anywhere; greedy: grown from the logits; optimal: connected edges with the "
+        "greatest sum (needs scipy).",
         rich_help_panel="Circuit",
     ),
 ]
@@ -137,7 +138,8 @@ Signed = Annotated[
 Confidence = Annotated[
     float | None,
     typer.Option(
-        help="Take only edges whose sign is that sure over the examples, such as 0.95; needs scores with --keep.",
+        help="Keep only edges whose sign agrees in at least this share of resamples, such as 0.95; needs scores with "
+        "--keep.",
         min=0.5,
         max=1.0,
         rich_help_panel="Circuit",
@@ -145,15 +147,15 @@ Confidence = Annotated[
 ]
 Json = Annotated[
     bool,
-    typer.Option("--json", help="Results as JSON on stdout instead of tables.", rich_help_panel="Output"),
+    typer.Option("--json", help="Print results as JSON instead of tables.", rich_help_panel="Output"),
 ]
 Top = Annotated[int, typer.Option(help="Edges to show.", min=0, rich_help_panel="Output")]
 
 Baselines = Annotated[
     str,
     typer.Option(
-        help="What to measure beside each size: random (circuits of as many edges), complement (all other edges), "
-        "with commas between; or none.",
+        help="What else to measure at each size, separated by commas: random (circuits with as many edges), complement "
+        "(all other edges); or none.",
         rich_help_panel="Circuit",
     ),
 ]

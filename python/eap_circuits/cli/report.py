@@ -16,7 +16,7 @@ def report(
     circuit: Annotated[Path | None, typer.Option(help="The circuit to show.", rich_help_panel="Circuit")] = None,
     edges: Annotated[
         int,
-        typer.Option(help="Without --circuit: choose one of so many edges.", min=1, rich_help_panel="Circuit"),
+        typer.Option(help="Without --circuit: show a circuit of this many edges.", min=1, rich_help_panel="Circuit"),
     ] = 200,
     how: How = "top",
     signed: Signed = False,
@@ -26,10 +26,10 @@ def report(
         Path, typer.Option("--out", "-o", help="The page to write (.html).", rich_help_panel="Output")
     ] = Path("report.html"),
 ) -> None:
-    """Write a report of saved scores as one HTML page. Needs no model.
+    """Write a report of saved scores as one HTML page, without the model.
 
-    The page shows the circuit, the strongest edges and, with --curve, faithfulness by size. It loads nothing
-    from elsewhere, so it can be sent or archived as it is.
+    The page shows the circuit, the strongest edges and, with --curve, faithfulness by size. It loads nothing else, so
+    it can be sent or archived as it is.
 
     Examples:
 

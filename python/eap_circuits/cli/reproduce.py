@@ -1,4 +1,4 @@
-"""The command that repeats the comparison of EAP-IG's paper."""
+"""The command that repeats the comparison of the EAP-IG paper."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ def reproduce(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Tasks of [bold]eap tasks[/bold], with commas between.  "
+            help="Tasks of [bold]eap tasks[/bold], separated by commas.  "
             "[dim]\\[default: all, or none with --data][/dim]",
             rich_help_panel="Prompts",
         ),
     ] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="A file of your own prompt pairs, as a task; may come again.", rich_help_panel="Prompts"),
+        typer.Option(
+            help="A file of your own prompt pairs, as one more task; can be repeated.", rich_help_panel="Prompts"
+        ),
     ] = None,
     align: Align = False,
     scored: Annotated[
         int,
         typer.Option(
-            help="Pairs of each task that score edges; the time is in proportion.", min=1, rich_help_panel="Prompts"
+            help="Pairs of each task to score edges on; the time grows with them.", min=1, rich_help_panel="Prompts"
         ),
     ] = 4,
     n: Annotated[
-        int, typer.Option("-n", help="Other pairs, on which circuits run.", min=1, rich_help_panel="Prompts")
+        int, typer.Option("-n", help="Other pairs to run circuits on.", min=1, rich_help_panel="Prompts")
     ] = 32,
     seed: Seed = 0,
     steps: Annotated[int, typer.Option(help="Steps of EAP-IG.", min=1, rich_help_panel="Scoring")] = 5,
@@ -45,14 +47,15 @@ def reproduce(
     device: Device = None,
     out: Annotated[
         Path,
-        typer.Option(help="Where to write; made if it is not there.", metavar="DIR", rich_help_panel="Output"),
+        typer.Option(help="Where to write; made if missing.", metavar="DIR", rich_help_panel="Output"),
     ] = Path("."),
 ) -> None:
     """Compare EAP, EAP-IG and exact patching on a model: agreement, faithfulness, steps, and circuits across tasks.
 
-    Repeats the comparison of Hanna et al. 2024 (arXiv 2403.17806). Exact patching runs the model once for every edge:
-    hours on a few cores, minutes on a GPU. What is done is kept in DIR/reproduction, and the same command goes on from
-    there. Writes reproduction.md and, in DIR/reproduction, figures (.png, .pdf), tables (.csv) and results.json.
+    This repeats the comparison of Hanna et al. 2024 (arXiv 2403.17806). Exact patching runs the model once for every
+    edge, which takes hours on a few cores and minutes on a GPU. Finished work is kept in DIR/reproduction, and the same
+    command continues from there. It writes reproduction.md and, in DIR/reproduction, figures (.png, .pdf), tables
+    (.csv) and results.json.
 
     Examples:
 

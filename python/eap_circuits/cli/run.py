@@ -61,24 +61,26 @@ def attribute(
     memory: Memory = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Show the batches and the memory it would take.", rich_help_panel="Scoring"),
+        typer.Option(
+            "--dry-run", help="Only show the batches and the memory that the run would take.", rich_help_panel="Scoring"
+        ),
     ] = False,
     no_weights: Annotated[
         bool,
         typer.Option(
             "--no-weights",
-            help="With --dry-run: from the model's configuration alone, whatever its size.",
+            help="With --dry-run: load only the model's configuration, whatever its size.",
             rich_help_panel="Scoring",
         ),
     ] = False,
     only: Annotated[
         Path | None,
-        typer.Option(help="With exact: measure this circuit's edges alone.", rich_help_panel="Scoring"),
+        typer.Option(help="With exact: measure only this circuit's edges.", rich_help_panel="Scoring"),
     ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="With exact: a .safetensors file, written every minute, from which the same command goes on.",
+            help="With exact: a .safetensors file, written every minute, from which the same command continues.",
             rich_help_panel="Scoring",
         ),
     ] = None,
@@ -97,22 +99,24 @@ def attribute(
     ] = None,
     edges: Annotated[
         int | None,
-        typer.Option(help="Choose a circuit of so many edges (fewer once pruned).", min=1, rich_help_panel="Circuit"),
+        typer.Option(
+            help="Choose a circuit of this many edges (fewer after pruning).", min=1, rich_help_panel="Circuit"
+        ),
     ] = None,
     how: How = "top",
     signed: Signed = False,
     confidence: Confidence = None,
     circuit: Annotated[
         Path | None,
-        typer.Option(help="Save that circuit (.json, .pt or .safetensors).", rich_help_panel="Circuit"),
+        typer.Option(help="Save the circuit (.json, .pt or .safetensors).", rich_help_panel="Circuit"),
     ] = None,
     top: Top = 20,
     as_json: Json = False,
 ) -> None:
     """Score every edge of a model on a task, and choose a circuit by the scores.
 
-    A score says how much the metric is expected to fall when the edge carries the corrupted prompt's value.
-    The strongest edges are shown; -o saves the scores, --edges and --circuit a circuit of the strongest.
+    A score says how much the metric is expected to fall if the edge carries the corrupted prompt's value. The strongest
+    edges are shown; -o saves the scores, --edges chooses a circuit of the strongest edges and --circuit saves it.
 
     Examples:
 
@@ -213,10 +217,10 @@ def evaluate(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Run a circuit alone, every other edge ablated, and measure what it keeps of the model's behaviour.
+    """Run a circuit with every other edge ablated, and measure how much of the model's behaviour it keeps.
 
-    Faithfulness is 1 where the circuit does as the whole model does, and 0 where it does as with all edges
-    ablated: patched, as the model does on the corrupted prompts.
+    Faithfulness is 1 if the circuit scores like the whole model, and 0 if it scores like the model with all edges
+    ablated: under patching, like the model on the corrupted prompts.
 
     Examples:
 
@@ -267,7 +271,7 @@ def curve(
     fractions: Annotated[
         str | None,
         typer.Option(
-            help="Shares of all edges, with commas between.  [dim]\\[default: ten from 0.001 to 1][/dim]",
+            help="Shares of all edges, separated by commas.  [dim]\\[default: ten from 0.001 to 1][/dim]",
             rich_help_panel="Circuit",
         ),
     ] = None,
@@ -290,9 +294,9 @@ def curve(
 ) -> None:
     """Measure faithfulness by circuit size.
 
-    Circuits of growing size are chosen by the scores and run on the prompts. CPR is the area under
-    faithfulness over the share of edges, CMD the area between it and 1 (Mechanistic Interpretability
-    Benchmark). Beside them stand random circuits of the same sizes, and what is left without each circuit.
+    Circuits of growing size are chosen by the scores and run on the prompts. CPR is the area under faithfulness over
+    the share of edges, CMD the area between it and 1 (Mechanistic Interpretability Benchmark). For comparison, random
+    circuits of the same sizes and each circuit's complement are run too.
 
     Examples:
 

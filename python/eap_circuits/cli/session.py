@@ -1,4 +1,4 @@
-"""A model and its prompts, as the commands' options name them."""
+"""Load the model and the prompts that a command's options name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclass(frozen=True)
 class Prompts:
-    """Which prompts: a task, or a file."""
+    """Where the prompts come from: a task or a file."""
 
     task: str | None
     data: Path | None
@@ -28,7 +28,7 @@ class Prompts:
     ablation_data: Path | None = None
 
     def check(self, metric: str | None = None, gradient: bool = False, ablation: str = "patching") -> None:
-        """Refuse what can be refused before a model is loaded; `gradient`: the metric will be differentiated."""
+        """Refuse wrong options before a model is loaded; `gradient`: the metric will be differentiated."""
         from ..metrics import DIFFERENTIABLE, METRICS
         from ..recording import ABLATIONS
         from ..tasks import TASKS
@@ -56,20 +56,20 @@ class Prompts:
         return load_task(str(self.task), tokenizer, n=self.n, seed=self.seed)
 
     def load_ablation(self, tokenizer: Any) -> PairedDataset | None:
-        """The prompts that means are taken over, if others than those of the run."""
+        """The prompts of --ablation-data, or None for those of the run."""
         from ..tasks import PairedDataset
 
         return None if self.ablation_data is None else PairedDataset.from_file(self.ablation_data, tokenizer)
 
 
 def check_align(align: bool, found: str) -> None:
-    """Of a command without files of prompts."""
+    """Refuse --align for prompts that do not come from a file."""
     if align:
-        raise expected("--align", "--data with it (the pairs of a task are equally long)", found)
+        raise expected("--align", "--data with it (the prompts of a task have equal lengths)", found)
 
 
 def load_model(name: str, dtype: str | None = None, device: str | None = None, weights: bool = True) -> tuple[Any, Any]:
-    """The model and its tokenizer; other libraries' words are kept off the terminal."""
+    """The model and its tokenizer; other libraries' messages are kept off the terminal."""
     import torch
 
     if dtype is not None:
@@ -94,7 +94,7 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None, w
 
 
 def _adopt(model: Any) -> None:
-    """Find the sites of a model whose architecture has no table, if the self-check passes with them."""
+    """Discover the sites of a model whose architecture has no table; the self-check must pass with them."""
     from ..adapters import family_of, register_family
     from ..evaluation import discover
 
@@ -102,9 +102,7 @@ def _adopt(model: Any) -> None:
         with working(f"{type(model).__name__} is not known: looking for its parts …"):
             family, _ = discover(model)
         register_family(family)
-        note(
-            f"{type(model).__name__} is not known; what its parts compute tells where they are, the self-check passed."
-        )
+        note(f"{type(model).__name__} is not known; its parts were found by what they compute. The self-check passed.")
 
 
 def parse_fractions(text: str | None) -> Sequence[float] | None:

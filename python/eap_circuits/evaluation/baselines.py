@@ -1,4 +1,4 @@
-"""What a curve is compared with: circuits that nobody chose, and what a circuit leaves out."""
+"""What a curve is compared with: random circuits, and the complements of its circuits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BASELINES = ("random", "complement")
 class Baseline:
     """Other circuits at each of a curve's sizes: `circuits[draw][size]` and `results[draw][size]`.
 
-    "random" has one draw for each seed, "complement" one.
+    "random" has one draw for each seed, "complement" has one draw.
     """
 
     fractions: tuple[float, ...]
@@ -26,7 +26,7 @@ class Baseline:
 
     @property
     def draws(self) -> tuple[tuple[float, ...], ...]:
-        """Faithfulness [draw][size]."""
+        """Faithfulness as [draw][size]."""
         return tuple(tuple(result.faithfulness for result in row) for row in self.results)
 
     @property
@@ -51,10 +51,10 @@ class Baseline:
 
 
 def baseline_circuits(name: str, circuits: Sequence[Circuit], seeds: Sequence[int]) -> tuple[tuple[Circuit, ...], ...]:
-    """The baseline's circuits [draw][size] for selected ones of growing size.
+    """The baseline's circuits [draw][size] for selected circuits of growing size.
 
-    "random": for each seed a random connected circuit of as many edges (`graph.random_circuit`). "complement": every
-    other edge; a faithful one says that the circuit is not all there is (Wang et al. 2022, arXiv 2211.00593, §4).
+    "random": for each seed a random connected circuit with as many edges (`graph.random_circuit`). "complement": all
+    other edges; if they are faithful, the circuit is incomplete (Wang et al. 2022, arXiv 2211.00593, §4).
     """
     if name == "complement":
         return (tuple(circuit.complement() for circuit in circuits),)
@@ -62,11 +62,11 @@ def baseline_circuits(name: str, circuits: Sequence[Circuit], seeds: Sequence[in
 
 
 def cpr(fractions: Sequence[float], faithfulness: Sequence[float]) -> float:
-    """∫ f(C_k) dk by the trapezoid rule over the fractions k that were measured; see `Curve.cpr`."""
+    """∫ f(C_k) dk by the trapezoid rule over the measured fractions k; see `Curve.cpr`."""
     points = list(zip(fractions, faithfulness, strict=True))
     return sum((b - a) * (p + q) / 2 for (a, p), (b, q) in pairwise(points))
 
 
 def cmd(fractions: Sequence[float], faithfulness: Sequence[float]) -> float:
-    """∫ |1 − f(C_k)| dk, likewise; see `Curve.cmd`."""
+    """∫ |1 − f(C_k)| dk by the same rule; see `Curve.cmd`."""
     return cpr(fractions, [abs(1 - f) for f in faithfulness])

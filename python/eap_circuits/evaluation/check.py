@@ -1,6 +1,6 @@
 """The self-check: does the mathematics hold on this very model?
 
-Random prompts, a float64 copy of the model: what is exact there is exact but for rounding, so that a wrong site, a
+It runs random prompts through a float64 copy of the model. There all identities hold up to rounding, so a wrong site, a
 missing term or a hook that changes the run shows at once.
 """
 
@@ -24,13 +24,13 @@ from ..intervention import run_circuits
 from ..recording import ReceiverGradients, RecordedRun, SenderDifferences, contract
 from ..tasks import PairedDataset
 
-EXACT = 1e-8  # relative; float64 rounding through a deep model stays far below
-_STEP = 1e-5  # of a mask entry, for finite differences; their error is of this order
+EXACT = 1e-8  # relative error; rounding in a deep float64 model stays far below this
+_STEP = 1e-5  # change of a mask entry for finite differences; their error is of this order
 
 
 @dataclass(frozen=True)
 class Check:
-    """One statement about a model and whether it was seen to hold."""
+    """One statement about a model, and whether it held."""
 
     name: str
     passed: bool
@@ -38,7 +38,7 @@ class Check:
 
 
 class StayDouble(TorchFunctionMode):
-    """Inside, nothing is cast down to float32, as many models' norms, softmaxes and rotations do to float64."""
+    """Inside, float64 stays float64, although many models cast to float32 in norms, softmaxes and rotations."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -54,16 +54,16 @@ class StayDouble(TorchFunctionMode):
 def check_model(model: nn.Module, *, n_edges: int = 8, seed: int = 0, family: Family | None = None) -> list[Check]:
     """Check a model against first principles; the model itself is only read and comes back as it was.
 
-    Takes memory for a float64 copy of the weights and a few short passes.
+    It needs memory for a float64 copy of the weights and a few short passes.
 
     Args:
         model: a Hugging Face causal language model.
-        n_edges: how many random edges are compared with finite differences, for each head graph.
-        seed: of the random prompts and edges.
+        n_edges: how many random edges to compare with finite differences, for each head graph.
+        seed: for the random prompts and edges.
         family: the model's table; by default the one registered for its architecture.
 
     Returns:
-        The checks, in order; a model whose architecture is not supported gets one, which failed.
+        The checks, in order. For an unsupported architecture there is only one check, which failed.
     """
     try:
         arch = bind(model, family)
@@ -98,7 +98,7 @@ def check_model(model: nn.Module, *, n_edges: int = 8, seed: int = 0, family: Fa
 
 
 def exact_copy(model: nn.Module) -> Any:
-    """The model in float64; a quantised linear layer becomes a plain one with the weights that it stands for."""
+    """The model in float64, with plain linear layers of the same weights instead of quantised ones."""
     plain: dict[int, Any] = {}
     with borrowed(model):
         for module in model.modules():
@@ -108,10 +108,10 @@ def exact_copy(model: nn.Module) -> Any:
                 layer.weight.data = weight.double().clone()
                 if bias is not None:
                     layer.bias.data = bias.detach().double().clone()
-    exact: Any = copy.deepcopy(model, plain)  # as if they had been copied already
+    exact: Any = copy.deepcopy(model, plain)  # deepcopy takes these for copies already made
     exact.double()
     if getattr(exact.config, "_experts_implementation", None) is not None:
-        exact.set_experts_implementation("eager")  # grouped products of experts know no float64
+        exact.set_experts_implementation("eager")  # grouped products of experts do not support float64
     if "flash" in str(getattr(exact.config, "_attn_implementation", None)):  # nor does flash attention
         exact.set_attn_implementation("eager")
     return exact
@@ -129,7 +129,7 @@ def _random_pairs(model: Any, seed: int) -> PairedDataset:
 
 
 def _state(model: nn.Module) -> list[object]:
-    """Everything about a model that capture could leave changed, but for the weights' values."""
+    """Everything about a model that a run could leave changed, except the weights' values."""
     state: list[object] = []
     for module in model.modules():
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
@@ -148,7 +148,7 @@ def _relative(found: Tensor, right: Tensor) -> float:
 
 
 def _contributions(arch: Architecture, batch: Batch) -> Check:
-    """At every norm the residual's difference is the sum of the differences of the senders before it."""
+    """At every norm the residual stream's difference is the sum of the differences of the senders before it."""
     graph = arch.graph("kv")
     runner = Runner(arch, graph, batch, every_mlp=True)
     nodes = SenderDifferences(runner, graph).nodes()
@@ -177,9 +177,9 @@ def _contributions(arch: Architecture, batch: Batch) -> Check:
 
 
 def _heads(arch: Architecture, data: PairedDataset) -> Check:
-    """A query moves its own head's value at its own token; a key and a value those of its group from there on.
+    """A query moves only its own head at its own token; a key and a value move their group from their token on.
 
-    Values, moreover, move them linearly: nothing else tells a key from a value.
+    The effect of a value is also linear, which is all that tells a value from a key.
     """
     graph = arch.graph("kv")
     (batch,) = make_batches(data[[0]], 1, False, arch.device)
@@ -227,7 +227,7 @@ def _runs(arch: Architecture, heads: Heads, batch: Batch, whole: Batch, data: Pa
         plain = model(input_ids=data.clean[batch.index].to(arch.device), use_cache=False).logits[rows, last]
         corrupted = model(input_ids=data.corrupted[batch.index].to(arch.device), use_cache=False).logits[rows, last]
         record = RecordedRun(runner, corrupted=True)
-        # Whole and closed receivers take short cuts; a mask just off 1 or 0 takes none.
+        # Receivers with all edges or none take short cuts; with a mask just off 1 or 0 they do not.
         nearly = graph.edge_mask.double() * (1 - 1e-12)
         full, empty = run_circuits(runner, graph, record, [nearly, graph.edge_mask.double() * 1e-12])
     first, second = _scores(arch, heads, batch), _scores(arch, heads, whole)

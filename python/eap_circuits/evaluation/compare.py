@@ -1,4 +1,4 @@
-"""Compare two circuits: what they share, and how well each does the other's task."""
+"""Compare two circuits: what they share, and how faithful each is on the other's task."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .evaluate import EvaluationResult, evaluate
 class Comparison:
     """Overlap of two circuits and their results on both tasks.
 
-    `results[i][j]` is circuit i on task j; the paper (arXiv 2403.17806, §5) argues that the off-diagonal
-    faithfulness, not the overlap, says whether two circuits do the same.
+    `results[i][j]` is circuit i on task j. The paper (arXiv 2403.17806, §5) argues that the off-diagonal faithfulness,
+    not the overlap, tells whether two circuits do the same.
     """
 
     nodes: Overlap
@@ -40,12 +40,12 @@ def compare(
     metric: Any = None,
     batch_size: int | None = None,
 ) -> Comparison:
-    """Node and edge overlap of two circuits, and each one's faithfulness on both tasks.
+    """Node and edge overlap of two circuits, and the faithfulness of each on both tasks.
 
     Args:
         first, second: two circuits of the model's graph.
-        first_data, second_data: the task that each was found on.
-        metric: for both tasks; by default each dataset's own.
+        first_data, second_data: prompts of the task that each was found on.
+        metric: the metric for both tasks; by default each dataset's own.
 
     Raises:
         InputError: circuits of different graphs, or anything that `evaluate` refuses.

@@ -1,4 +1,4 @@
-"""Faithfulness against circuit size, and the two areas that sum it up."""
+"""Faithfulness by circuit size, and the two areas that summarise it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 class Curve:
     """Circuits of growing size by the same scores, and their faithfulness.
 
-    `fractions` are the shares of all edges asked for, `n_edges` the edges left after pruning; `baselines` holds what
-    was measured beside them, by name.
+    `fractions` are the shares of all edges asked for, `n_edges` the numbers left after pruning; `baselines` holds the
+    baselines that were measured, by name.
     """
 
     fractions: tuple[float, ...]
@@ -45,8 +45,9 @@ class Curve:
     def cpr(self) -> float:
         """Integrated circuit performance ratio of MIB (arXiv 2504.13151, §3): ∫ f(C_k) dk, more is better.
 
-        f is faithfulness, C_k the circuit of a share k of all edges; the trapezoid rule over `fractions`, whose
-        default are MIB's. MIB ranks edges by the signed score for CPR: pass `signed=True` to compare with it.
+        f is faithfulness, C_k the circuit with a share k of all edges. The integral is taken by the trapezoid rule over
+        `fractions`, by default MIB's. MIB ranks edges by the signed score for CPR: pass `signed=True` to compare with
+        it.
         """
         return cpr(self.fractions, self.faithfulness)
 
@@ -95,7 +96,7 @@ def faithfulness_curve(
     among: Tensor | None = None,
     memory: int | str | None = None,
 ) -> Curve:
-    """Select circuits of several sizes and measure each one's faithfulness, all in one go over the data.
+    """Select circuits of several sizes and measure the faithfulness of each, in one pass over the data.
 
     Faithfulness is (m(C) − m(∅)) / (m(M) − m(∅)): C the circuit, M the whole model, ∅ the run with all edges ablated.
 
@@ -104,10 +105,10 @@ def faithfulness_curve(
         fractions: shares of all edges, growing, each in (0, 1].
         how, signed: as in `EdgeScores.select` ("top" or "greedy").
         model, data, metric, ablation, batch_size, reuse_prefix, progress, ablation_data, memory: as in `evaluate`.
-        baselines: of "random" (connected circuits of as many edges) and "complement" (every other edge), which to
-            measure at every size too; each costs about as much as the curve, "random" for every seed.
-        seeds: of the random circuits.
-        among: as in `EdgeScores.select`; sizes beyond its edges have all of them.
+        baselines: what else to measure at every size: "random" (connected circuits with as many edges), "complement"
+            (all other edges). Each costs about as much as the curve, "random" for every seed.
+        seeds: one random circuit is drawn for each seed and size.
+        among: as in `EdgeScores.select`; larger sizes take all edges of `among`.
 
     Raises:
         InputError: fractions that do not grow within (0, 1], an unknown baseline, no seeds, or anything that

@@ -14,8 +14,8 @@ from .check import Check, check_model, exact_copy
 def discover(model: nn.Module) -> tuple[Family, list[Check]]:
     """Find a model's sites by what its modules compute.
 
-    Takes memory for two float64 copies of the weights and a few short passes. Nothing is registered: pass the table
-    to `register_family` to use the model.
+    It needs memory for two float64 copies of the weights and a few short passes. Nothing is registered: to use the
+    model, pass the table to `register_family`.
 
     Args:
         model: a Hugging Face causal language model.
@@ -24,7 +24,7 @@ def discover(model: nn.Module) -> tuple[Family, list[Check]]:
         The table, and the checks that it passed.
 
     Raises:
-        InputError: no table was found that passes the self-check; the sentence says what did not hold.
+        InputError: no table passes the self-check; the message says what did not hold.
     """
     exact = exact_copy(model)
     embed = exact.get_input_embeddings()

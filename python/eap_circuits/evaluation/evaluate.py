@@ -24,8 +24,8 @@ from .optimal_ablation import check_circuit, optimal_constants
 class EvaluationResult:
     """A metric of a circuit, of the whole model and of the fully ablated run, per example: float64 [E] each.
 
-    The fully ablated run, that of a circuit without edges, is the model's on the corrupted prompts where edges are
-    patched.
+    The fully ablated run is that of the circuit without edges; under patching it is the model's run on the corrupted
+    prompts.
     """
 
     values: Tensor
@@ -34,22 +34,22 @@ class EvaluationResult:
 
     @property
     def mean(self) -> float:
-        """The circuit's metric, mean over examples."""
+        """The mean of the circuit's metric over examples."""
         return float(self.values.mean())
 
     @property
     def clean(self) -> float:
-        """The whole model's metric on the clean prompts, mean over examples."""
+        """The mean of the whole model's metric over the clean prompts."""
         return float(self.clean_values.mean())
 
     @property
     def corrupted(self) -> float:
-        """The metric with every edge ablated, mean over examples: patched, the model's on the corrupted prompts."""
+        """The mean of the metric with every edge ablated: under patching, the model's on the corrupted prompts."""
         return float(self.corrupted_values.mean())
 
     @property
     def faithfulness(self) -> float:
-        """(m(circuit) − m(corrupted)) / (m(model) − m(corrupted)); not a number where the two runs do not differ."""
+        """(m(circuit) − m(corrupted)) / (m(model) − m(corrupted)); NaN if the two runs do not differ."""
         span = self.clean - self.corrupted
         return (self.mean - self.corrupted) / span if span else float("nan")
 
@@ -102,29 +102,30 @@ def evaluate(
     ablation_data: PairedDataset | None = None,
     memory: int | str | None = None,
 ) -> EvaluationResult | list[EvaluationResult]:
-    """Run a circuit on the clean prompts, every edge outside it carrying an ablated contribution.
+    """Run a circuit on the clean prompts; every edge outside it carries an ablated contribution.
 
-    The model comes back as it was, also after an error.
+    The model comes back as it was, even after an error.
 
     Args:
         model: a Hugging Face causal language model.
-        circuit: the circuit, or a list of them; the ablated and the clean run are then shared.
+        circuit: the circuit, or a list of circuits, which share the ablated and the clean run.
         data: clean and corrupted prompts with answers.
         metric: a name in `METRICS`, or a callable (logits [E, V], batch) -> [E], higher is better.
-        ablation: what edges outside carry: "patching", the sender's contribution in the corrupted run; "zero",
-            nothing; "mean", its mean over all tokens of the ablation data's clean prompts; "mean-positional", its
-            mean at the same position; constants of `optimal_constants`; or "optimal", constants learned on the
-            ablation data for each circuit. Faithfulness is 0 where all edges carry it: for "optimal", constants of
-            their own. With all but "patching" prompts are run from their first token on.
+        ablation: what edges outside the circuit carry: "patching", the sender's contribution in the corrupted run;
+            "zero", nothing; "mean", its mean over all tokens of the ablation data's clean prompts; "mean-positional",
+            its mean at the same position; constants of `optimal_constants`; or "optimal", constants learned on the
+            ablation data for each circuit. Faithfulness is 0 for the circuit without edges, which under "optimal" has
+            its own constants. Except under "patching", prompts run from their first token on.
         batch_size: examples per batch; by default about a thousand tokens.
-        reuse_prefix: run the tokens before the first difference once and keep their keys and values; exact. Where the
-            model's cache cannot serve it is left out, with a warning.
+        reuse_prefix: run the tokens before the first difference once and keep their keys and values; this is exact. If
+            the model's cache does not support it, it is skipped with a warning.
         progress: called with (examples done, examples in all) after each batch.
-        ablation_data: over whose clean prompts means are taken or constants learned; by default the data themselves.
-        memory: what the run may take beside the model and the data, in bytes or such as "8GiB"; by default half of
-            what is free. Where a rough estimate comes near it, three runs of one or two examples measure how many
-            circuits and examples fit side by side. Where memory runs out all the same, the run goes on with less at
-            once. Results do not depend on it.
+        ablation_data: whose clean prompts are used to compute means or learn constants; by default the data
+            themselves.
+        memory: what the run may take besides the model and the data, in bytes or as "8GiB"; by default half of what is
+            free. If a rough estimate comes near it, three runs of one or two examples measure how many circuits and
+            examples fit into a pass. If memory runs out all the same, the run goes on with smaller passes. Results do
+            not depend on it.
 
     Returns:
         An EvaluationResult, or a list of them for a list of circuits.
@@ -168,17 +169,17 @@ def _values(run: Request, circuits: Sequence[Circuit], batch: Batch, tokens: int
         mine = {row: item for row, item in enumerate(circuits, 2) if item.graph.heads == heads}
         rows = [row for row, item in mine.items() if 0 < item.n_edges < graph.n_edges]
         masks = [circuits[row - 2].mask for row in rows]
-        # A circuit of all edges is the clean run, one of none the fully ablated run.
+        # The circuit of all edges is the clean run, the circuit without edges the fully ablated run.
         outputs = run_circuits(runner, graph, record, [graph.edge_mask, *masks] if clean is None else masks, tokens)
         if clean is None or corrupted is None:
             clean = next(outputs)
-            # Metrics are given the corrupted run's logits whatever the ablation.
+            # Whatever the ablation, metrics get the logits of the corrupted run.
             patched = run.constants is None
             corrupted = record.logits if patched else runner.logits(runner.embed(batch.corrupted), None, 1)
             for row, logits in enumerate((clean, record.logits)):
                 found[row] = run.values(logits, batch, clean, corrupted)
             if patched and batch.alignment is None:
-                # Equal prompts differ by nothing, where the two runs may round differently.
+                # If both prompts are equal, so are their values, even if the two runs round differently.
                 equal = (batch.clean == batch.corrupted).all(1).cpu()
                 found[1, equal] = found[0, equal]
         for row in mine.keys() - set(rows):
@@ -189,7 +190,7 @@ def _values(run: Request, circuits: Sequence[Circuit], batch: Batch, tokens: int
 
 
 def _tokens_together(run: Request, circuits: Sequence[Circuit]) -> int:
-    """The most tokens of circuits that run together within the budget."""
+    """How many tokens of circuits can run together within the budget."""
     rows = [rows_computed(item.graph, item.mask) for item in circuits]
     largest = circuits[max(range(len(circuits)), key=rows.__getitem__)]
     first = run.data.first_difference if run.reuse_prefix else 0
@@ -217,7 +218,7 @@ def _with_own_constants(
     progress: Progress | None,
     memory: int | str | None,
 ) -> list[EvaluationResult]:
-    """Each circuit with constants learned for it, between the model and no circuit with constants learned for that."""
+    """Evaluate each circuit with its own learned constants, relative to the circuit without edges with its own."""
     graph = circuits[0].graph
     none = Circuit.from_mask(graph, torch.zeros_like(graph.edge_mask))
     results = []

@@ -16,7 +16,7 @@ from ..recording import RecordedRun, means
 from ..request import Progress, Request, prepare
 from ..tasks import PairedDataset
 
-TOKENS_TOGETHER = 256  # of a batch, every receiver's input of which is kept for the backward pass
+TOKENS_TOGETHER = 256  # per batch, as the backward pass keeps every receiver's input at each token
 
 
 def optimal_constants(
@@ -31,30 +31,31 @@ def optimal_constants(
     progress: Progress | None = None,
     memory: int | str | None = None,
 ) -> Constants:
-    """Learn one constant for every sender, which the edges outside a circuit carry, so that the circuit does its best.
+    """Learn a constant for each sender, to be carried by the edges outside a circuit, so that the circuit does best.
 
-    Optimal ablation (Li & Janson 2024, arXiv 2409.09951): what a circuit loses is not to depend on values that
-    mislead the rest of the model. The constants start at the means over the clean prompts' tokens and follow Adam, each
-    step over all the data, in units of each feature's own deviation from its mean; the best ones seen are given back,
-    so that on these data they are at least as good as the means. Deterministic; the batch size does not matter.
+    This is optimal ablation (Li & Janson 2024, arXiv 2409.09951): a circuit should not seem worse because ablated
+    values mislead the rest of the model. The constants start at the means over the clean prompts' tokens and take steps
+    of Adam, each over all the data, in units of each feature's standard deviation. The best constants seen are
+    returned, so on these data they are at least as good as the means. The result is deterministic and independent of
+    the batch size.
 
     Args:
         model: a Hugging Face causal language model; it comes back as it was.
         circuit: the circuit whose edges are kept.
-        data: prompts to learn from, of which only the clean side matters to the default metric.
-        metric: what is to be raised: by default minus the divergence from the whole model, as in the paper.
-        steps: passes over the data, each a forward and backward of the circuit.
+        data: prompts to learn from; the default metric uses only their clean side.
+        metric: the metric to maximise; by default minus the divergence from the whole model, as in the paper.
+        steps: passes over the data, each with a forward and a backward of the circuit.
         rate: Adam's learning rate.
         batch_size: examples per batch; by default a few hundred tokens.
         progress: called with (steps done, steps in all).
-        memory: what learning may take beside the model and the data, in bytes or such as "8GiB"; by default half of
-            what is free. Where memory runs out all the same, it goes on with smaller batches.
+        memory: what learning may take besides the model and the data, in bytes or as "8GiB"; by default half of what is
+            free. If memory runs out all the same, learning goes on with smaller batches.
 
     Returns:
-        Constants, to be passed as `ablation=` to `evaluate`, `faithfulness_curve` and `attribute`.
+        Constants to pass as `ablation=` to `evaluate`, `faithfulness_curve` and `attribute`.
 
     Raises:
-        InputError: a circuit of another graph, steps or a rate that are no positive numbers, or anything that
+        InputError: a circuit of another graph, steps or a rate that are not positive numbers, or anything that
             `evaluate` refuses.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -72,7 +73,7 @@ def optimal_constants(
 
 
 def check_circuit(circuit: object, run: Request) -> None:
-    """Refuse what is no circuit of the model."""
+    """Refuse anything that is not a circuit of the model."""
     if not isinstance(circuit, Circuit):
         raise expected("circuit", "a Circuit or a list of them", type(circuit).__name__)
     if circuit.graph != run.arch.graph(circuit.graph.heads):
@@ -99,7 +100,7 @@ def _learn(run: Request, circuit: Circuit, steps: int, rate: float, progress: Pr
 
     def lesson(batch: Batch, _: int) -> tuple[float, tuple[Tensor | None, ...]]:
         value = _value(run, circuit, batch, moved(), *sides[:, batch.index.to(sides.device)])
-        # Edges that nothing reads leave nothing to learn.
+        # If nothing reads the ablated edges, there is nothing to learn.
         slopes = torch.autograd.grad(-value, moves, allow_unused=True) if value.requires_grad else ()
         return float(value.detach()), slopes
 
@@ -118,7 +119,7 @@ def _learn(run: Request, circuit: Circuit, steps: int, rate: float, progress: Pr
             for move, slope in zip(moves, slopes, strict=bool(slopes)):
                 if slope is not None:
                     move.grad = slope if move.grad is None else move.grad + slope
-        batches = ran  # some of them halved
+        batches = ran  # some were halved because memory ran out
         if reached > best:
             best, learned = reached, moved().map(Tensor.detach)
         adam.step()
@@ -137,14 +138,14 @@ def _value(
 
 
 def _tokens_together(run: Request, circuit: Circuit) -> int:
-    """The most tokens of a batch within the budget."""
+    """How many tokens a batch may have within the budget."""
     graph, constants = circuit.graph, run.constants
     assert constants is not None
-    # Of every receiver its input and what the norm makes of it, and of every sender its difference.
+    # For each receiver its input and the norm's output are kept, for each sender its difference.
     kept = (2 * graph.n_receivers + graph.n_senders) * run.arch.d_model + 2 * numbers_per_token(run)
     rough = TOKENS_TOGETHER * kept * run.arch.accumulate.itemsize
-    # What stays: both sides' logits; the means, the mean squares, units, moves, their gradient, Adam's two moments and
-    # the best constants so far.
+    # Kept throughout: both sides' logits; the means, the mean squares, units, moves, their gradient, Adam's two moments
+    # and the best constants so far.
     model: Any = run.arch.model
     vocabulary = model.get_input_embeddings().weight.shape[0]
     stays = 2 * len(run.data) * vocabulary * run.arch.dtype.itemsize + 8 * sum(x.nbytes for x in constants.tensors)

@@ -1,4 +1,4 @@
-"""Random circuits: what a circuit of so many edges does that nobody chose."""
+"""Random circuits of a given size: the baseline that a selected circuit has to beat."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _TRIES = 20
 def random_circuit(graph: Graph, n_edges: int, *, seed: int = 0) -> Circuit:
     """A random circuit of exactly `n_edges` edges, all of them on a path from `input` to `logits`.
 
-    That is the rule that `prune` leaves a selected circuit with; edges drawn without it would mostly lead nowhere,
-    and the baseline would be as good as empty. Edges come in a random order, each with random edges that complete a
-    path where there is none yet. (Not uniform among all such circuits, which cannot be drawn cheaply.)
+    `prune` leaves a selected circuit with the same rule. Without it most random edges would lead nowhere, and the
+    baseline would be nearly an empty circuit. Edges are added in a random order; if an edge is on no path yet, random
+    edges that complete one come with it. (The draw is not uniform among all such circuits, which would be expensive.)
 
     Args:
-        n_edges: 0 to the edges of the graph.
+        n_edges: from 0 to the number of edges of the graph.
         seed: the same seed gives the same circuit.
 
     Raises:
-        InputError: a size that the graph does not have, or in which no circuit is connected.
+        InputError: a number that the graph does not have, or for which no connected circuit was found.
     """
     if isinstance(n_edges, bool) or not isinstance(n_edges, int) or not 0 <= n_edges <= graph.n_edges:
         raise expected("n_edges", f"a whole number from 0 to {graph.n_edges}, the edges of the graph", repr(n_edges))
@@ -38,9 +38,9 @@ def random_circuit(graph: Graph, n_edges: int, *, seed: int = 0) -> Circuit:
 
 
 class _Growth:
-    """A circuit in which every edge is on a path, growing edge by edge.
+    """A growing circuit in which every edge is on a path.
 
-    `fed`: senders that `input` reaches; `read`: receivers that reach `logits`. What is neither has no edge yet.
+    `fed`: senders that `input` reaches; `read`: receivers that reach `logits`. All others have no edge yet.
     """
 
     def __init__(self, graph: Graph, rng: random.Random) -> None:
@@ -52,7 +52,7 @@ class _Growth:
         for receiver, sender in zip(*(t.tolist() for t in graph.inputs_of), strict=True):
             self.inputs[sender].append(receiver)
             self.owners[receiver].append(sender)
-        # Receivers by reach: those that sender u reaches are the ones from `first[u]` on.
+        # Receivers sorted by reach: sender u reaches those from `first[u]` on.
         order = graph.reach.argsort(stable=True)
         self.by_reach = order.tolist()
         self.first = torch.searchsorted(graph.reach[order], torch.arange(graph.n_senders), right=True).tolist()
@@ -61,7 +61,7 @@ class _Growth:
         self.missing = graph.n_senders + graph.n_receivers - 2
 
     def grow(self, n_edges: int) -> bool:
-        """Take edges until there are `n_edges`; False where no edge left can be completed in what remains."""
+        """Add edges until there are `n_edges`; False if no remaining edge can be completed to a path within that."""
         generator = torch.Generator().manual_seed(self.rng.getrandbits(62))
         order = self.graph.edge_mask.nonzero()
         order = order[torch.randperm(len(order), generator=generator)]
@@ -75,7 +75,7 @@ class _Growth:
                 self._take(path)
                 remaining -= len(path)
         if remaining:
-            # Every edge between nodes that are in completes itself.
+            # Any edge between nodes of the circuit is on a path already.
             fits = torch.tensor(self.fed)[order[:, 0]] & torch.tensor(self.read)[order[:, 1]]
             rest = order[fits & ~self.mask[order[:, 0], order[:, 1]]][:remaining]
             self.mask[rest[:, 0], rest[:, 1]] = True
@@ -83,7 +83,7 @@ class _Growth:
         return not remaining
 
     def _completed(self, u: int, v: int, shortest: bool) -> set[tuple[int, int]]:
-        """The edge, with new edges that lead from `input` to it and from it to `logits`."""
+        """The edge and the new edges that connect it with `input` and with `logits`."""
         path = {(u, v)}
         sender = u
         while not self.fed[sender]:

@@ -20,9 +20,9 @@ class Circuit:
 
     Args:
         graph: the graph whose edges these are.
-        mask: bool [S, R], True where the edge is kept; only real edges may be.
+        mask: bool [S, R], True where the edge is kept; only real edges may be True.
         values: float32 [S, R] edge scores it was selected by, or None.
-        info: where it came from (method, metric, task, selection …), plain JSON values.
+        info: where it came from (method, metric, task, selection …), as plain JSON values.
     """
 
     graph: Graph
@@ -58,7 +58,7 @@ class Circuit:
 
     @property
     def nodes(self) -> list[str]:
-        """Names of the senders in the circuit: those with a kept edge going out or, but for `input`, coming in."""
+        """Names of the senders in the circuit: those with a kept edge going out or, except for `input`, coming in."""
         present = self.graph.connected(self.mask).tolist()
         return [name for name, here in zip(self.graph.senders, present, strict=True) if here]
 
@@ -72,7 +72,7 @@ class Circuit:
         return Circuit(self.graph, prune(self.graph, self.mask), self.values, self.info)
 
     def complement(self) -> Circuit:
-        """Every other edge."""
+        """The circuit of all other edges."""
         return Circuit(self.graph, self.graph.edge_mask & ~self.mask)
 
     def to_query(self) -> Circuit:
@@ -105,10 +105,10 @@ class Circuit:
 
 
 def prune(graph: Graph, mask: Tensor) -> Tensor:
-    """Remove edges that are on no path from `input` to `logits` until none is left. bool [S, R] -> bool [S, R].
+    """Remove all edges that are on no path from `input` to `logits`. bool [S, R] -> bool [S, R].
 
-    A node stays while it has a kept edge going out and, but for `input`, one coming in; an edge stays while its
-    sender's node and its receiver's node do (EAP-IG's rule; a key/value head's input belongs to its whole group).
+    A node stays if it has a kept edge going out and, except for `input`, one coming in; an edge stays if its sender's
+    node and its receiver's node do (EAP-IG's rule; a key/value head's input belongs to its whole group).
     """
     mask = mask & graph.edge_mask
     receivers, senders = graph.inputs_of

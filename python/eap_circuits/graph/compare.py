@@ -1,4 +1,4 @@
-"""How much two circuits of one graph share, and how alike two scores of its edges are."""
+"""How much two circuits of a graph share, and how alike two scorings of its edges are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .scores import EdgeScores
 
 @dataclass(frozen=True)
 class Overlap:
-    """Counts of what two circuits share, and the shares they make up.
+    """How many edges or nodes two circuits have and share.
 
     `iou` is intersection over union; `of_first` and `of_second` are the share of each circuit that the other has.
     """
@@ -37,13 +37,13 @@ class Overlap:
 
 
 def edge_overlap(first: Circuit, second: Circuit) -> Overlap:
-    """Edges in both circuits. Raises `InputError` when they are of different graphs."""
+    """Edges in both circuits. Raises `InputError` if they are of different graphs."""
     _same_graph(first, second)
     return Overlap(first.n_edges, second.n_edges, int((first.mask & second.mask).sum()))
 
 
 def node_overlap(first: Circuit, second: Circuit) -> Overlap:
-    """Nodes in both circuits. Raises `InputError` when they are of different graphs."""
+    """Nodes in both circuits. Raises `InputError` if they are of different graphs."""
     _same_graph(first, second)
     a, b = set(first.nodes), set(second.nodes)
     return Overlap(len(a), len(b), len(a & b))
@@ -52,9 +52,9 @@ def node_overlap(first: Circuit, second: Circuit) -> Overlap:
 def edge_auroc(scores: EdgeScores, circuit: Circuit, *, signed: bool = False) -> float:
     """Area under the ROC curve of the scores as a classifier of a known circuit's edges.
 
-    The probability that an edge of the circuit scores higher than one outside it, a tie counting half (the
-    Mann–Whitney statistic): 1 finds the circuit exactly, ½ is chance. MIB measures methods so where a model's circuit
-    is known by construction (InterpBench; arXiv 2504.13151, §3).
+    It is the probability that an edge of the circuit scores higher than one outside it; a tie counts half (the
+    Mann–Whitney statistic). 1 finds the circuit exactly, ½ is chance. MIB uses it for models whose circuit is known by
+    construction (InterpBench; arXiv 2504.13151, §3).
 
     Args:
         scores: of the same graph as the circuit.
@@ -62,7 +62,7 @@ def edge_auroc(scores: EdgeScores, circuit: Circuit, *, signed: bool = False) ->
         signed: rank by the score itself; by default by its absolute value.
 
     Raises:
-        InputError: different graphs, scores that are not finite, or no edge on one of the two sides.
+        InputError: different graphs, scores that are not finite, or no edge inside or outside the circuit.
     """
     if scores.graph != circuit.graph:
         raise expected("circuit", f"one of {scores.graph!r}", f"one of {circuit.graph!r}")
@@ -80,17 +80,17 @@ def edge_auroc(scores: EdgeScores, circuit: Circuit, *, signed: bool = False) ->
 
 @dataclass(frozen=True)
 class Agreement:
-    """How alike two methods score the edges: Pearson's correlation, and Spearman's, which is that of the ranks."""
+    """How alike two methods score the edges: Pearson's correlation of the scores, Spearman's of their ranks."""
 
     pearson: float
     spearman: float
 
 
 def score_agreement(first: EdgeScores, second: EdgeScores, *, among: Tensor | None = None) -> Agreement:
-    """Correlations of two scores over the edges of one graph, not a number where either are all alike.
+    """Correlations of two scorings of the edges of one graph; NaN if either gives all edges the same score.
 
     Args:
-        first, second: of one graph.
+        first, second: scores of the same graph.
         among: bool [S, R], the edges that count; by default all.
 
     Raises:
@@ -118,7 +118,7 @@ def _correlation(a: Tensor, b: Tensor) -> float:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """From 1; equal values share their mean rank."""
+    """Ranks from 1; equal values share their mean rank."""
     _, place, count = values.unique(return_inverse=True, return_counts=True)
     ranks: Tensor = count.cumsum(0).double() - (count - 1) / 2
     return ranks[place]

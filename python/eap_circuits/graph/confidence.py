@@ -1,7 +1,7 @@
 """How sure the sign of an edge's score is, given its scores on single examples.
 
-An edge whose score changes its sign with the examples drawn says little; `EdgeScores.select(among=confidence >= 0.95)`
-leaves such edges out (Nikankin et al. 2025, arXiv 2510.25786). With few examples it leaves out many that matter.
+An edge whose sign depends on the examples drawn says little; `EdgeScores.select(among=confidence >= 0.95)` leaves such
+edges out (Nikankin et al. 2025, arXiv 2510.25786). With few examples this leaves out many edges that matter.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ _CHUNK = 2**22  # entries of the resampled means held at once
 
 
 def bootstrap_confidence(values: Tensor, *, draws: int = 1000, seed: int = 0) -> Tensor:
-    """Share of bootstrap resamples of the examples whose mean score has the sign of the mean over all examples.
+    """The share of bootstrap resamples of the examples whose mean score has the sign of the mean over all examples.
 
     Args:
         values: [E, S, R] scores of each example, E ≥ 2.
-        draws: how many resamples of E examples with replacement.
-        seed: of the resamples; the same ones for every edge.
+        draws: how many resamples of E examples to draw, with replacement.
+        seed: of the resamples, which are the same for every edge.
 
     Returns:
-        float64 [S, R], from 0 to 1; 0 where the mean is 0, so also where there is no edge.
+        float64 [S, R], from 0 to 1; 0 where the mean is 0, and hence where there is no edge.
 
     Raises:
-        InputError: not three dimensions, fewer than two examples, not finite, or no draws.
+        InputError: values without three dimensions, two examples or finite scores, or fewer than one draw.
     """
     if values.dim() != 3 or len(values) < 2:
         raise expected("values", "shape [E, S, R] with at least 2 examples", list(values.shape))
@@ -49,11 +49,11 @@ def bootstrap_confidence(values: Tensor, *, draws: int = 1000, seed: int = 0) ->
 
 
 def normal_confidence(mean: Tensor, variance: Tensor, n_examples: int) -> Tensor:
-    """The same share from a running mean and variance: Φ(|mean| / √(variance / E)), what many examples make of it.
+    """The share of `bootstrap_confidence` in the limit of many examples: Φ(|mean| / √(variance / E)).
 
     Args:
-        mean, variance: [S, R] of the scores over examples; the variance is divided by E, not E − 1, which is the
-            resamples' own.
+        mean, variance: [S, R] of the scores over examples; the variance is divided by E, not E − 1, because resamples
+            have that variance.
         n_examples: E ≥ 2.
 
     Returns:

@@ -1,8 +1,8 @@
 """Files: our `.safetensors`, and EAP-IG's `.json` and `.pt`, which the published package reads and writes.
 
-EAP-IG knows query-head graphs only. A kv graph is written to its formats as the query-head graph that computes the
-same (an edge to a key/value head as one to each head of its group, the score in equal parts), with two more entries
-in `cfg` by which it is read back as it was.
+EAP-IG knows only query-head graphs. A kv graph is written to its formats as the query-head graph that computes the
+same: an edge to a key/value head becomes one to each head of its group, with equal parts of the score. Two more entries
+in `cfg` let us read the kv graph back.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FORMAT, _NODES = "eap-circuits/1", "eap-circuits/nodes-1"
 
 
 class Content(NamedTuple):
-    """What a file holds: "values" [S, R] and perhaps "mask" [S, R] and statistics; of nodes "values" [S], "neurons"."""
+    """What a file holds: "values" [S, R], maybe "mask" [S, R] and statistics; for nodes "values" [S] and "neurons"."""
 
     graph: Graph
     tensors: dict[str, Tensor]
@@ -110,7 +110,7 @@ def _cfg(graph: Graph) -> dict[str, Any]:
 
 
 def _as_query(content: Content) -> tuple[Graph, Tensor, Tensor]:
-    """(graph, values, mask) over query heads; scores alone have no edge kept, as in EAP-IG."""
+    """(graph, values, mask) over query heads; as in EAP-IG, scores without a circuit keep no edge."""
     graph, tensors, _ = content
     values = tensors.get("values", torch.zeros(graph.edge_mask.shape))
     mask = tensors.get("mask", torch.zeros_like(graph.edge_mask))
@@ -153,7 +153,7 @@ def _graph_of(cfg: dict[str, Any]) -> Graph:
 
 
 def _from_query(graph: Graph, values: Tensor, mask: Tensor, info: dict[str, Any]) -> Content:
-    """Undo `to_query` where the file was written from a kv graph."""
+    """Undo `to_query` if the file was written from a kv graph."""
     if graph.heads == "query":
         return Content(graph, {"values": values, "mask": mask}, info)
     columns = graph.kv_receiver
@@ -201,5 +201,5 @@ def _read_pt(path: Path) -> Content:
     if not values.shape == mask.shape == query.edge_mask.shape:
         found = f"{list(values.shape)} scores and {list(mask.shape)} edges"
         raise expected("edges", f"shape {list(query.edge_mask.shape)}", found)
-    # EAP-IG fills its tensors beyond the real edges too; only real ones mean anything.
+    # EAP-IG also fills entries that are no edges; they mean nothing.
     return _from_query(graph, values.masked_fill(~query.edge_mask, 0), mask & query.edge_mask, {})

@@ -1,9 +1,9 @@
 """Nodes of a transformer's edge graph and their tensor indices.
 
 Names, order and index arithmetic are those of EAP-IG (Hanna et al. 2024, arXiv 2403.17806). Senders are ordered by
-depth: `input`, then for each layer its heads `a{l}.h{h}` and its MLP `m{l}`. Receivers: for each layer all `<q>`, all
-`<k>`, all `<v>` inputs and `m{l}`; last `logits`. With `heads="kv"` a layer has one `<k>` and one `<v>` receiver per
-key/value head, with `heads="query"` one per query head.
+depth: `input`, then for each layer its heads `a{l}.h{h}` and its MLP `m{l}`. Receivers are, for each layer, all `<q>`,
+all `<k>`, all `<v>` inputs and `m{l}`; the last one is `logits`. With `heads="kv"` a layer has one `<k>` and one `<v>`
+receiver per key/value head, with `heads="query"` one of each per query head.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Graph:
         n_kv_heads: key/value heads of each layer, [L]; each divides its layer's `n_heads`.
         d_model: width of the residual stream.
         parallel: attention and MLP of a layer read the same residual (GPT-NeoX, Phi).
-        heads: "kv" or "query", what a `<k>` or `<v>` receiver is.
+        heads: "kv" or "query": the kind of head that has its own `<k>` and `<v>` receivers.
     """
 
     n_heads: tuple[int, ...]
@@ -100,7 +100,7 @@ class Graph:
         return slice(self.n_receivers - 1, self.n_receivers)
 
     def _attention_sites(self, layer: int) -> tuple[tuple[str, int], ...]:
-        """("q", "k" or "v", how many receivers) of the layer."""
+        """("q", "k" or "v", number of such receivers in the layer)."""
         n = self.n_kv_receivers(layer)
         return ("q", self.n_heads[layer]), ("k", n), ("v", n)
 
@@ -153,9 +153,9 @@ class Graph:
 
     @cached_property
     def inputs_of(self) -> tuple[Tensor, Tensor]:
-        """Pairs (receiver, sender): the receivers that are inputs of a sender's own node. int64 [P] each.
+        """Pairs (receiver, sender) in which the receiver is an input of the sender's own node. int64 [P] each.
 
-        Every head has its `<q>`, and the `<k>` and `<v>` of its group; an MLP has its one input.
+        The inputs of a head are its `<q>` and the `<k>` and `<v>` of its group; an MLP has one input.
         """
         receivers, senders = [], []
         for layer, h in enumerate(self.n_heads):
@@ -175,12 +175,12 @@ class Graph:
     # The two head graphs.
 
     def with_heads(self, heads: Heads) -> Graph:
-        """The same model's graph with the other kind of `<k>` and `<v>` receivers."""
+        """The same model's graph with `<k>` and `<v>` receivers of the given kind."""
         return Graph(self.n_heads, self.n_kv_heads, self.d_model, self.parallel, heads)
 
     @cached_property
     def kv_receiver(self) -> Tensor:
-        """For each receiver of the query-head graph, the receiver of the kv graph it belongs to. int64 [R_query]."""
+        """For each receiver of the query-head graph, the kv graph's receiver that it belongs to. int64 [R_query]."""
         query, kv = self.with_heads("query"), self.with_heads("kv")
         index = torch.empty(query.n_receivers, dtype=torch.int64)
         for layer in range(self.n_layers):
@@ -192,7 +192,7 @@ class Graph:
         return index
 
     def to_query(self, values: Tensor) -> Tensor:
-        """Scores [..., R] of the kv graph over query heads, [..., R_query]: a head of a group gets an equal part."""
+        """The kv graph's scores [..., R] over query heads, [..., R_query]: each head of a group gets an equal part."""
         return (values / self.kv_receiver.bincount())[..., self.kv_receiver]
 
     def to_kv(self, values: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ class Graph:
         return values.new_zeros(*values.shape[:-1], n).index_add(-1, self.kv_receiver, values)
 
     def connected(self, mask: Tensor) -> Tensor:
-        """bool [S]: senders with a kept edge going out or, but for `input`, coming in; mask bool [S, R]."""
+        """bool [S]: senders with a kept edge going out or, except for `input`, coming in; mask bool [S, R]."""
         present = mask.any(1)
         receivers, senders = self.inputs_of
         present[senders[mask.any(0)[receivers]]] = True

@@ -1,4 +1,4 @@
-"""Scores of nodes, and the circuit between the best of them."""
+"""Scores of nodes, and the circuit of all edges among the best nodes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .layout import Graph
 
 @dataclass(frozen=True, eq=False)
 class NodeScores:
-    """Scores of every node that writes to the residual stream: positive where corrupting its contribution hurts.
+    """Scores of every node that writes to the residual stream: positive if corrupting its contribution hurts.
 
-    A node's score is Σ_t ⟨Δ_u(t), ∂loss/∂c_u(t)⟩, the gradient being that at what it writes. Every receiver after it
-    reads that, so this is the sum of the scores of its outgoing edges.
+    A node's score is Σ_t ⟨Δ_u(t), ∂loss/∂c_u(t)⟩, with the gradient at what the node writes. Every receiver after the
+    node reads that, so this is the sum of the scores of its outgoing edges.
 
     Args:
-        graph: the graph whose nodes these are; both head graphs have the same.
+        graph: the graph whose nodes these are; both head graphs have the same nodes.
         values: float32 [S], in units of the metric, in the order of `graph.senders`.
-        neurons: float32 [S, D], the same by dimension of the residual stream, or None; its rows sum to `values`.
-        info: where they came from, plain JSON values.
+        neurons: float32 [S, D], the scores by dimension of the residual stream, or None; its rows sum to `values`.
+        info: where they came from, as plain JSON values.
     """
 
     graph: Graph
@@ -45,9 +45,9 @@ class NodeScores:
             object.__setattr__(self, name, tensor.detach().cpu())
 
     def select(self, n_nodes: int, signed: bool = False) -> Circuit:
-        """The circuit of all edges between the n heads and MLPs of highest score, `input` and `logits`.
+        """The circuit of all edges among the n heads and MLPs of highest score, `input` and `logits`.
 
-        An edge into a key/value head is kept where a query head of its group is.
+        An edge into a key/value head is kept if a query head of its group is kept.
 
         Args:
             n_nodes: how many heads and MLPs.

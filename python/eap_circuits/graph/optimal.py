@@ -1,14 +1,14 @@
 """The circuit of at most n edges with the greatest sum of scores, all of them on a path from `input` to `logits`.
 
-An integer program (as Nikankin et al. 2025, arXiv 2510.25786, have one), solved by HiGHS through scipy. Variables: x_e
-for each edge, a_u for each sender's node being in. maximise Σ s_e x_e, where
+It is the solution of an integer program (Nikankin et al. 2025, arXiv 2510.25786, use one too), which HiGHS solves
+through scipy. Variables: x_e, whether edge e is in; a_u, whether sender u's node is in. Maximise Σ s_e x_e, where
 
     Σ x_e ≤ n,    a_u ≤ Σ x_e over edges out of u,    a_u ≤ Σ x_e over edges into u's inputs (u ≠ input),
     x_e ≤ a_u for e = (u, v),    x_e ≤ Σ a_w over the nodes w that read v (v ≠ logits).
 
-Senders are ordered by depth, so that this local rule is the paths'. Its linear relaxation is tight in practice, and
-only edges that could matter are ever in it: columns and rows come in as the relaxation asks for them, and an edge whose
-reduced cost shows that no better circuit has it stays out, which keeps the result exact.
+Senders are ordered by depth, so these local rules imply that each edge is on a path. The linear relaxation is tight in
+practice. It holds only edges that could matter: columns and rows are added when a solution needs them. An edge stays
+out if its reduced cost shows that no better circuit contains it, so the result is exact.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from ..errors import InputError
 from .circuit import prune
 from .layout import Graph
 
-_TOLERANCE = 1e-7  # of the largest score; the solver's own
-_EAGER = 5000  # up to so many columns all their rules are in: one search rather than several
+_TOLERANCE = 1e-7  # relative to the largest score; the solver's own tolerance
+_EAGER = 5000  # up to this many columns all their rules are in, so that one search is enough
 _SPARE = 500  # columns at the start beyond twice the edges asked for
 
 
 def optimal_edges(
     graph: Graph, rank: Tensor, n_edges: int, seconds: float, starts: Sequence[Tensor]
 ) -> tuple[Tensor, float]:
-    """The best connected edges by rank, and how far from the best they may be.
+    """The connected edges with the greatest sum of ranks, and how far from optimal they may be.
 
     Args:
-        rank: [S, R] scores to be maximised; -inf where an edge may not be taken.
-        seconds: after which the best circuit found so far is returned.
-        starts: bool [S, R] each, of at most `n_edges` edges: circuits to be no worse than.
+        rank: [S, R] scores to be maximised; -inf for edges that may not be taken.
+        seconds: time limit; then the best circuit found so far is returned.
+        starts: known circuits, bool [S, R] with at most `n_edges` edges each; the result is no worse than these.
 
     Returns:
         mask: bool [S, R], at most `n_edges` edges.
-        gap: (bound − value) / bound, from 0 to 1; 0 where the circuit is proven to be the best.
+        gap: (bound − value) / bound, from 0 to 1; 0 if the circuit is proven to be the best.
 
     Raises:
         InputError: scipy is not installed.
@@ -52,7 +52,7 @@ def optimal_edges(
         import scipy.optimize  # noqa: F401
     except ImportError as error:
         raise InputError("select(how='optimal'): expected scipy, found none; pip install scipy") from error
-    # At least so many edges make a path with the edge in it: those that n_edges cannot pay for are out.
+    # The fewest edges of a path through each edge; edges that need more than n_edges are out.
     path = torch.ones_like(rank)
     path[1:] += 1
     path[:, :-1] += 1
@@ -64,7 +64,7 @@ def optimal_edges(
 
 @dataclass
 class _Problem:
-    """The edges that may be taken, and which of them (`columns`) and of their rules (`below_u`, `below_v`) are in."""
+    """The edges that may be taken; `columns`, `below_u`, `below_v`: those in the program, and those whose rules are."""
 
     graph: Graph
     rank: Tensor
@@ -96,10 +96,10 @@ class _Problem:
         order = np.argsort(-self.weight, kind="stable")
         self.columns = np.zeros(edges, bool)
         self.columns[order[: 2 * self.n_edges + _SPARE]] = True
-        # Each receiver's and each sender's best edge: something to complete a path by.
+        # With the best edge of each receiver and of each sender, paths can be completed.
         for ends in (self.sender, self.receiver):
             self.columns[order[np.unique(ends[order], return_index=True)[1]]] = True
-        # What the relaxation loses by taking in an edge that it leaves out, and by leaving out one that it takes.
+        # What the relaxation loses if it must take an edge that it leaves out, or leave out an edge that it takes.
         self.out_costs, self.in_costs = np.zeros(edges), np.zeros(edges)
         self.below_u, self.below_v = self.inner_u.copy(), self.inner_v.copy()
         for rule in (self.below_u, self.below_v):
@@ -114,7 +114,7 @@ class _Problem:
             if found[1] > value:
                 best, value = found
             beyond = ~self.columns & (bound + reduced > value + _TOLERANCE)
-            # No better circuit is left but for those with an edge that has not been in, and they lose its cost.
+            # Any better circuit has an edge that was not in the program, and loses at least that edge's reduced cost.
             bound = min(bound, max(within, value, float((bound + reduced)[~self.columns].max(initial=-np.inf))))
             if not finished or not beyond.any():
                 break
@@ -122,7 +122,7 @@ class _Problem:
         return best, max(bound - value, 0.0) / bound if bound > value + _TOLERANCE else 0.0
 
     def _relaxation(self) -> tuple[float, Any, Any]:
-        """The linear relaxation over all edges: a bound, every edge's reduced cost, and the edges it mostly takes."""
+        """Solve the linear relaxation over all edges: a bound, each edge's reduced cost, the edges with x over ½."""
         from scipy.optimize import linprog
 
         nodes = self.graph.n_senders
@@ -134,7 +134,7 @@ class _Problem:
                 cost, A_ub=matrix, b_ub=right, bounds=(0, 1), options={"time_limit": max(self._left(), 0.1)}
             )
             if found.status != 0:
-                # Out of time. The largest scores, connected or not, are a bound.
+                # Out of time: the largest scores, connected or not, give a bound.
                 largest = np.argsort(-self.weight, kind="stable")[: self.n_edges]
                 bound = float(self.weight[largest].clip(min=0).sum())
                 return bound, np.zeros_like(self.weight), largest
@@ -151,7 +151,7 @@ class _Problem:
             self.columns |= asked
 
     def _integers(self, bound: float, value: float) -> tuple[tuple[Tensor, float], float, bool]:
-        """Of the columns that are in: the best circuit and its value, a bound, and whether time was enough."""
+        """Search among the columns in the program: (the best circuit, its value), a bound, whether it finished."""
         from scipy.optimize import Bounds, LinearConstraint, milp
 
         nodes = self.graph.n_senders
@@ -161,7 +161,7 @@ class _Problem:
         while True:
             chosen = np.nonzero(self.columns)[0]
             matrix, right = self._rules(chosen)
-            # Whatever would cost more than there is to gain over the circuit known stays as the relaxation has it.
+            # An edge stays as in the relaxation if changing it costs more than could be gained over the known circuit.
             least, most = np.zeros(len(chosen) + nodes), np.ones(len(chosen) + nodes)
             least[: len(chosen)] = bound - self.in_costs[chosen] < value - _TOLERANCE
             most[: len(chosen)] = bound - self.out_costs[chosen] >= value - _TOLERANCE
@@ -180,7 +180,7 @@ class _Problem:
                 return self._circuit(edges), float(-found.mip_dual_bound), finished
 
     def _circuit(self, edges: Any) -> tuple[Tensor, float]:
-        """What of the edges is connected, and its value."""
+        """The connected part of the edges, and its value."""
         mask = torch.zeros_like(self.graph.edge_mask)
         taken = self.edges[torch.as_tensor(edges)]
         mask[taken[:, 0], taken[:, 1]] = True
@@ -188,11 +188,11 @@ class _Problem:
         return mask, float(self.weight[self._places(mask)].sum())
 
     def _places(self, mask: Tensor) -> Any:
-        """Where in the list of edges those of a mask are."""
+        """The indices of a mask's edges in the list of edges."""
         return np.nonzero(mask[self.edges[:, 0], self.edges[:, 1]].numpy())[0]
 
     def _rules(self, chosen: Any) -> tuple[Any, Any]:
-        """Matrix and right side of the rules that are in, over x of the chosen edges and a of every sender."""
+        """Matrix and right-hand side of the rules in the program, over x of the chosen edges and a of all senders."""
         from scipy import sparse
 
         place = np.full(len(self.weight), -1)
@@ -212,7 +212,7 @@ class _Problem:
         return matrix, right
 
     def _broken(self, chosen: Any, solution: Any) -> bool:
-        """Take in the rules that a solution breaks; were there any?"""
+        """Add the rules that a solution breaks; were there any?"""
         x, a = np.zeros(len(self.weight)), solution[len(chosen) :]
         x[chosen] = solution[: len(chosen)]
         u = self.inner_u & ~self.below_u & (x > a[self.sender] + _TOLERANCE)

@@ -17,7 +17,7 @@ from .nodes import NodeScores
 from .selection import select_edges
 
 STATISTICS = ("variance", "per_example", "per_position", "neurons")
-# Their scores of edges do not add up to those of nodes.
+# Methods whose edge scores do not add up to node scores.
 _NOT_ADDITIVE = ("exact", "information-flow-routes")
 
 
@@ -28,13 +28,13 @@ class EdgeScores:
     Args:
         graph: the graph whose edges these are.
         values: float32 [S, R], in units of the metric; zero where there is no edge.
-        info: where they came from (method, metric, task …), plain JSON values.
-        variance: float32 [S, R] of the scores over examples, divided by E; or None, as the next three.
+        info: where they came from (method, metric, task …), as plain JSON values.
+        variance: float32 [S, R] of the scores over examples, divided by E. This and the next three may be None.
         per_example: float32 [E, S, R] in the order of the dataset; its mean is `values`.
-        per_position: float32 [T, S, R] by token position, from the prompts' start or, where `info["keep"]` has
-            "positions-from-end", with the scored positions last; a mean over all examples, also those that have no
-            such position, so that its sum is `values`.
-        neurons: float32 [S, D] of the nodes by dimension of the residual stream; see `NodeScores`.
+        per_position: float32 [T, S, R] by token position, counted from the prompts' start or, if `info["keep"]` has
+            "positions-from-end", with the scored positions last. It is a mean over all examples, even those without
+            such a position, so that its sum is `values`.
+        neurons: float32 [S, D], scores of the nodes by dimension of the residual stream; see `NodeScores`.
     """
 
     graph: Graph
@@ -79,16 +79,16 @@ class EdgeScores:
             n_edges: how many edges to take before pruning.
             how: "top" takes the highest scores anywhere; "greedy" grows from the logits, so that every edge taken
                 leads to one taken before (EAP-IG's `apply_greedy`); "optimal" takes at most `n_edges` edges, all on
-                paths from `input` to `logits`, of the greatest sum (needs scipy; `info["selection"]["gap"]` is 0 where
-                that is proven, else the share of the greatest that may be missing); "threshold" takes every score ≥
-                `threshold`.
+                paths from `input` to `logits`, with the greatest sum (needs scipy; `info["selection"]["gap"]` is 0 if
+                that is proven, else the share of the greatest sum that may be missing); "threshold" takes every
+                score ≥ `threshold`.
             signed: rank by the score itself; by default by its absolute value.
             threshold: the least score kept, for how="threshold".
             prune: remove edges that are on no path from `input` to `logits`.
-            positive_ratio: this share of the edges are those of highest positive score, the others those of largest
-                absolute score among the rest (Nikankin et al. 2025, arXiv 2510.25786); for how="top".
+            positive_ratio: first take this share of the edges by highest positive score, then the others by largest
+                absolute score (Nikankin et al. 2025, arXiv 2510.25786); for how="top".
             among: bool [S, R], the only edges that may be taken, such as `scores.confidence() >= 0.95`.
-            seconds: how long "optimal" may look for a better circuit.
+            seconds: how long "optimal" may search.
 
         Raises:
             InputError: an unknown `how`, a size outside the graph, scores that are not finite, a mask of another shape.
@@ -118,11 +118,11 @@ class EdgeScores:
     def confidence(self) -> Tensor:
         """How sure the sign of each score is, float64 [S, R] from 0 to 1: for `select(among=… >= 0.95)`.
 
-        `bootstrap_confidence` of the scores of single examples where they were kept, else `normal_confidence` of their
+        It is `bootstrap_confidence` of the examples' scores if they were kept, else `normal_confidence` of their
         variance.
 
         Raises:
-            InputError: neither was kept, or of fewer than two examples.
+            InputError: neither was kept, or there are fewer than two examples.
         """
         if self.per_example is not None:
             return bootstrap_confidence(self.per_example)
@@ -134,7 +134,7 @@ class EdgeScores:
         """Scores of the nodes: each the sum over its outgoing edges, which is exact for every gradient method.
 
         Raises:
-            InputError: scores of a method whose edges' do not add up to a node's.
+            InputError: a method whose edge scores do not add up to node scores.
         """
         if self.info.get("method") in _NOT_ADDITIVE:
             raise expected("node_scores()", "scores of a gradient method", repr(self.info["method"]))
@@ -143,7 +143,7 @@ class EdgeScores:
     def to_kv(self) -> EdgeScores:
         """Query-head scores summed over each group: the scores of the kv graph.
 
-        The variance of a sum is known only where the examples' scores were kept.
+        The variance of a sum is known only if the examples' scores were kept.
         """
         if self.graph.heads == "kv":
             return self

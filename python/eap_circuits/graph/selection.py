@@ -25,7 +25,7 @@ def select_edges(
     among: Tensor | None = None,
     seconds: float = 30.0,
 ) -> tuple[Tensor, float]:
-    """Edges chosen by score, not yet pruned: bool [S, R]; and for "optimal" the gap. See `EdgeScores.select`."""
+    """Edges chosen by score, bool [S, R], not yet pruned; and the gap, for "optimal". See `EdgeScores.select`."""
     one_of("how", how, SELECTIONS)
     bad = ~values.isfinite() & graph.edge_mask
     if bad.any():
@@ -66,19 +66,19 @@ def select_edges(
 
 
 def _top(rank: Tensor, n_edges: int) -> Tensor:
-    """The n_edges highest, fewer where the rest may not be taken (-inf)."""
+    """The n_edges highest, or fewer if the others may not be taken (-inf)."""
     flat = rank.flatten()
     if n_edges < 1:
         return torch.zeros_like(rank, dtype=torch.bool)
     least = flat.kthvalue(len(flat) - n_edges + 1).values
     mask = flat > least
-    # Of equal scores the first ones.
+    # Of equal scores take the first ones.
     mask[(flat == least).nonzero()[: n_edges - int(mask.sum()), 0]] = True
     return mask.view_as(rank) & ~rank.isneginf()
 
 
 def _greedy(graph: Graph, rank: Tensor, n_edges: int) -> Tensor:
-    """Take the best edge into a node already reached, from the logits up, n_edges times (fewer where none is left)."""
+    """From the logits up, take the best edge into a node already reached, n_edges times or until none is left."""
     inputs: list[list[int]] = [[] for _ in range(graph.n_senders)]
     for receiver, sender in zip(*(t.tolist() for t in graph.inputs_of), strict=True):
         inputs[sender].append(receiver)

@@ -1,4 +1,4 @@
-"""What the report needs of a faithfulness curve, measured just now or read from a file."""
+"""What the report needs from a faithfulness curve, whether just measured or read from a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import InputError, expected
 
 
 class BaselineLike(Protocol):
-    """Faithfulness of a baseline at a curve's sizes: `eap_circuits.evaluation.Baseline`, or `SavedBaseline`."""
+    """A baseline's faithfulness at a curve's sizes: `eap_circuits.evaluation.Baseline` or `SavedBaseline`."""
 
     @property
     def faithfulness(self) -> Sequence[float]: ...
@@ -27,7 +27,7 @@ class BaselineLike(Protocol):
 
 
 class CurveLike(Protocol):
-    """Faithfulness by circuit size: `eap_circuits.Curve`, or `SavedCurve`."""
+    """Faithfulness by circuit size: `eap_circuits.Curve` or `SavedCurve`."""
 
     @property
     def fractions(self) -> Sequence[float]: ...
@@ -55,7 +55,7 @@ class SavedBaseline:
 
 @dataclass(frozen=True)
 class SavedCurve:
-    """A curve read back from JSON: its numbers, without circuits and per-example values."""
+    """A curve read back from JSON: only its numbers, without circuits and per-example values."""
 
     fractions: tuple[float, ...]
     n_edges: tuple[int, ...]
@@ -94,13 +94,13 @@ def load_curve(path: str | os.PathLike[str]) -> SavedCurve:
 
 
 def saved_curve(content: Any) -> SavedCurve:
-    """The curve of what `Curve.to_dict` gave; a LookupError, TypeError or ValueError for anything else."""
+    """The curve that `Curve.to_dict` wrote; LookupError, TypeError or ValueError for anything else."""
     fractions, faithfulness, mean = (
         tuple(_number(x) for x in content[name]) for name in ("fractions", "faithfulness", "mean")
     )
     clean, corrupted, cpr, cmd = (_number(content[name]) for name in ("clean", "corrupted", "cpr", "cmd"))
     n_edges = tuple(int(n) for n in content["n_edges"])
-    # Curves saved before there were baselines have none.
+    # Older files have no baselines.
     baselines = {str(name): _baseline(entry) for name, entry in content.get("baselines", {}).items()}
     return SavedCurve(fractions, n_edges, faithfulness, mean, clean, corrupted, cpr, cmd, baselines)
 
@@ -111,14 +111,14 @@ def _baseline(content: Any) -> SavedBaseline:
 
 
 def smallest_faithful(curve: CurveLike, at_least: float = 0.8) -> int:
-    """Index of the smallest circuit with faithfulness ≥ `at_least`; else the largest short of the model."""
+    """Index of the smallest circuit with faithfulness ≥ `at_least`, else of the largest that is not the whole model."""
     sizes = sorted(range(len(curve.n_edges)), key=lambda i: curve.n_edges[i])
     partial = [i for i in sizes if curve.fractions[i] < 1 and curve.n_edges[i] > 0] or sizes[-1:]
     return next((i for i in partial if curve.faithfulness[i] >= at_least), partial[-1])
 
 
 def curve_levels(curve: CurveLike) -> tuple[Sequence[float], float, float]:
-    """The metric's mean of each circuit, of the whole model and of the corrupted run."""
+    """The mean of the metric for each circuit, for the whole model and for the run with all edges ablated."""
     if isinstance(curve, SavedCurve):
         return curve.mean, curve.clean, curve.corrupted
     results = curve.results  # type: ignore[attr-defined]
@@ -126,7 +126,7 @@ def curve_levels(curve: CurveLike) -> tuple[Sequence[float], float, float]:
 
 
 def jsonable(value: Any) -> Any:
-    """Plain JSON values: not-a-number and infinities become null, tensors and tuples lists."""
+    """Plain JSON values: NaN and infinities become null, tensors and tuples become lists."""
     if isinstance(value, dict):
         return {str(key): jsonable(entry) for key, entry in value.items()}
     if hasattr(value, "tolist"):

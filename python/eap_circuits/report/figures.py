@@ -1,4 +1,4 @@
-"""Figures: faithfulness by circuit size, and a circuit. No state of matplotlib's is left changed."""
+"""Figures of faithfulness by circuit size and of a circuit; matplotlib's global state stays unchanged."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _UNIT = (0.66, 0.46)  # inches of one column and one layer
 
 
 def draw_curve(curve: CurveLike, ax: Axes | None = None) -> Figure:
-    """Faithfulness against the number of edges kept; 1 is the whole model, 0 the one with all edges ablated.
+    """Faithfulness against the number of edges kept; 1 is the whole model, 0 the model with all edges ablated.
 
-    Baselines that the curve has are drawn at the size of the circuit that they are compared with: the mean of the
-    draws, and the band between the least and the greatest.
+    The curve's baselines are drawn at the size of the circuit that they are compared with: the mean of the draws, and
+    the band between the least and the greatest.
 
     Args:
-        curve: what `faithfulness_curve` returned, or `load_curve`.
-        ax: axes to draw in; by default a new figure's.
+        curve: what `faithfulness_curve` or `load_curve` returned.
+        ax: axes to draw in; by default those of a new figure.
     """
     with matplotlib.rc_context(RC):
         if ax is None:
@@ -95,7 +95,7 @@ def draw_curve(curve: CurveLike, ax: Axes | None = None) -> Figure:
 
 
 def finish(ax: Axes, grid: Literal["x", "y"]) -> None:
-    """Ticks, spines and grid lines of axes that show a measurement."""
+    """Style the ticks, spines and grid lines of axes that show a measurement."""
     ax.tick_params(which="both", colors=MUTED, labelcolor=INK)
     ax.grid(axis=grid, color=FAINT, linewidth=0.6)
     ax.set_axisbelow(True)
@@ -106,7 +106,7 @@ def finish(ax: Axes, grid: Literal["x", "y"]) -> None:
 
 
 def _draw_baseline(ax: Axes, name: str, baseline: BaselineLike, sizes: list[int], order: list[int]) -> None:
-    """The mean of the draws, and the band that they span."""
+    """Draw the mean of the draws, and the band that they span."""
     colour, dashes = (MUTED, (0, (1, 1.2))) if name == "random" else (NEGATIVE, (0, (5, 2)))
     mean = [baseline.faithfulness[i] for i in order]
     if len(baseline.draws) > 1:
@@ -126,13 +126,13 @@ def _curve_caption(curve: CurveLike) -> str:
 def draw_circuit(circuit: Circuit, max_edges: int = 300) -> Figure:
     """A picture of a circuit: `input` below, `logits` above, heads by index, MLPs at the right side.
 
-    Blue edges raise the metric and orange ones lower it; width and opacity follow the absolute score. The tip
-    of an edge tells which input of a head it enters: query, key or value. Layers and head indices without a
-    node are left out, and so are heads that share a key or value with others but send nothing themselves.
+    Blue edges raise the metric and orange ones lower it; width and opacity grow with the absolute score. The colour of
+    an edge's tip tells which input of a head it enters: query, key or value. Layers and head indices without a node are
+    left out, and so are heads that share a key or value with others but send nothing themselves.
 
     Args:
-        circuit: what to draw; without scores all edges look alike.
-        max_edges: of a larger circuit only the strongest edges are drawn, and the caption says so.
+        circuit: the circuit to draw; without scores all edges look alike.
+        max_edges: if the circuit has more, only the strongest are drawn, and the caption says so.
     """
     with matplotlib.rc_context(RC):
         placement = place(circuit, max_edges)

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else."""
+"""A report as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def write_report(
         scores: the edge scores that the circuit was chosen by.
         circuit: the circuit.
         curve: faithfulness by circuit size, measured or read by `load_curve`.
-        data: the prompts, of which a few are shown.
+        data: the prompts; a few of them are shown.
         title: the page's title; by default the model and the task.
-        files: names under which "scores" and perhaps "circuit" were saved, for the lines that read them back.
+        files: the names under which "scores" and perhaps "circuit" were saved, for the code that reads them back.
 
     Raises:
         InputError: a circuit of another graph than the scores, or a path that cannot be written.
@@ -82,7 +82,7 @@ def _subtitle(run: Mapping[str, str]) -> str:
 
 
 def _headline(circuit: Circuit, curve: CurveLike | None) -> list[tuple[str, str, str]]:
-    """(value, name, explanation) of the few numbers to see first."""
+    """(value, name, explanation) of the numbers at the top of the page."""
     total = circuit.graph.n_edges
     share = f"{percent(circuit.n_edges / total)} of {count(total)}"
     found = [
@@ -107,7 +107,7 @@ def _headline(circuit: Circuit, curve: CurveLike | None) -> list[tuple[str, str,
 
 
 def _code(circuit: Circuit, files: Mapping[str, str]) -> str:
-    """Python that reads the scores and gets the circuit: from its file, or chosen again as it was."""
+    """Python code that reads the scores, and reads the circuit or selects it again in the same way."""
     lines = ["import eap_circuits as eap", "", f"scores = eap.EdgeScores.load({files['scores']!r})"]
     chosen = circuit.info.get("selection")
     if "circuit" in files:

@@ -1,8 +1,8 @@
-"""Where the nodes and edges of a circuit's picture stand: pure geometry, no drawing.
+"""Place the nodes and edges of a circuit's picture: pure geometry, no drawing.
 
-One unit across is a column (a head index, or the MLPs at the right side), one unit up is a layer. `input`
-is a bar below and `logits` a bar above all columns. Edges from `input` rise in lanes left of a column's nodes
-and edges to `logits` in lanes right of them, so that none hides behind another node; all others are curves.
+One unit across is a column (a head index, or the MLPs at the right side), one unit up is a layer. `input` is a bar
+below all columns and `logits` a bar above them. Edges from `input` rise in lanes left of a column's nodes and edges to
+`logits` in lanes right of them, so that no edge hides behind a node; all others are curves.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ..graph import Circuit
 
-HEIGHT = 0.36  # of a node's box
+HEIGHT = 0.36  # of a node's box, as is WIDTH
 WIDTH = 0.62
 PORTS = {"q": -0.19, "k": 0.0, "v": 0.19}
 _MLP_RISE = 0.5  # an MLP stands above its layer's heads, which it reads
@@ -33,8 +33,8 @@ class Box:
 
 @dataclass(frozen=True)
 class Line:
-    """An edge: its Bézier points (a start, then three for each curve), its score, and the letter of the input
-    of a head it enters ("q", "k", "v", or "" for none)."""
+    """An edge: its Bézier points (a start, then three for each curve), its score, and the letter of the head's input
+    that it enters ("q", "k", "v", or "" if it enters no head)."""
 
     sender: str
     receiver: str
@@ -45,7 +45,7 @@ class Line:
 
 @dataclass
 class Placement:
-    """Everything to draw; `groups` are bars below heads that share keys and values, `layers` the rows."""
+    """Everything to draw; `groups` are bars below heads that share keys and values, `layers` are the rows."""
 
     boxes: list[Box] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Placement:
 
     @property
     def right(self) -> float:
-        """How far edges swing out at the right side."""
+        """How far edges reach at the right side."""
         return max([self.width, *(x for line in self.lines for x, _ in line.points)])
 
 
@@ -104,7 +104,7 @@ def place(circuit: Circuit, max_edges: int) -> Placement:
 
 
 def _owners(circuit: Circuit, edges: list[tuple[int, int]]) -> dict[int, list[int]]:
-    """For each receiver drawn, the senders it is an input of: those drawn, or else those in the circuit."""
+    """For each receiver drawn, the senders whose input it is: those drawn, or else those in the circuit."""
     graph = circuit.graph
     inputs = defaultdict(list)
     for receiver, sender in zip(*(index.tolist() for index in graph.inputs_of), strict=True):
@@ -158,7 +158,7 @@ def _place_lines(
 
 
 def _lanes(ends: list[tuple[float, float, tuple[int, int]]], side: int) -> dict[tuple[int, int], float]:
-    """The x of each lane: per column, the ends met first take the lanes nearest to the nodes."""
+    """The x of each lane: in each column, the edge ends met first take the lanes nearest to the nodes."""
     columns = defaultdict(list)
     for x, order, edge in ends:
         columns[x].append((order, edge))
@@ -189,7 +189,7 @@ def _leave(start: Point, lane: float, top: float) -> tuple[Point, ...]:
 
 
 def _curve(sender: Box, end: Point, width: float) -> tuple[Point, ...]:
-    """From the top of the sender to a port; sideways around nodes where both stand in one column."""
+    """From the top of the sender to a port; sideways around the nodes between if both are in one column."""
     x0, y0 = sender.x, sender.y + HEIGHT / 2
     x1, y1 = end
     rise = max(y1 - y0, 0.2)

@@ -8,7 +8,7 @@ INK, MUTED, FAINT, PAPER, NODE = "#1f2329", "#68717d", "#d9dee5", "#fefefe", "#e
 POSITIVE, NEGATIVE = "#2565ae", "#d1571b"
 LETTERS = {"q": "#8a4fc7", "k": "#15866a", "v": "#b0850f"}
 
-# CSS variables of the report's page, so that figures follow its light and dark colours.
+# The page's CSS variable for each colour, so that figures follow its light and dark themes.
 PAGE_COLOURS = {
     "ink": INK,
     "muted": MUTED,
@@ -25,6 +25,6 @@ PAGE_COLOURS = {
 RC: Any = {  # for `matplotlib.rc_context`, whose own type lists every key
     "font.family": ["sans-serif"],
     "font.size": 9.0,
-    "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's colours
+    "svg.fonttype": "none",  # text stays text, so that it can be searched and takes the page's colours
     "path.simplify": False,
 }

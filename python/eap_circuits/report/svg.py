@@ -13,14 +13,14 @@ from .style import PAGE_COLOURS, RC
 
 
 def to_svg(figure: Figure, label: str) -> str:
-    """The figure as one `<svg>` element, nothing outside it needed.
+    """The figure as one self-contained `<svg>` element.
 
-    Its colours are the page's (CSS variables, with the figure's own as the fallback), its width follows the
-    page, and an edge tells its name and score when pointed at.
+    Its colours are the page's CSS variables, with the figure's own colours as the fallback. Its width follows the page,
+    and an edge shows its name and score when pointed at.
 
     Args:
         figure: what `draw_circuit` or `draw_curve` returned.
-        label: what the figure is, for readers who cannot see it; another one for each figure of a page.
+        label: a description for readers who cannot see the figure; each figure of a page needs its own.
     """
     file = io.StringIO()
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}

@@ -1,4 +1,4 @@
-"""The tables of the command line and of the HTML report: one place for their rows and number formats."""
+"""Rows and number formats of the tables in the command line and in the HTML report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..methods import Plan
 from .curves import CurveLike, curve_levels, jsonable
 
 NONE = "–"
-# What readers see, in tables and figures.
+# The names that readers see in tables and figures.
 BASELINE_NAMES = {"random": "random circuits", "complement": "all other edges"}
 
 
@@ -31,7 +31,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of raw values; `cells` is what a reader sees, `records` what a program reads."""
+    """Rows of raw values; `cells` is for readers, `records` for programs."""
 
     title: str
     columns: tuple[Column, ...]
@@ -46,7 +46,7 @@ class Table:
 
 
 def number(value: float, decimals: int = 3) -> str:
-    """Fixed decimals, never a minus before zeros; a dash where there is no number."""
+    """A number with fixed decimals and no minus before zeros; a dash if it is not finite."""
     return f"{round(value, decimals) + 0.0:.{decimals}f}" if math.isfinite(value) else NONE
 
 
@@ -78,7 +78,7 @@ def edge_table(scores: EdgeScores, circuit: Circuit | None = None, n: int = 20) 
 
 
 def plan_table(plan: Plan) -> Table:
-    """The batches that attribution will run, alike ones in one row, and the memory that it will take."""
+    """The batches that attribution will run, equal ones in one row, and the memory that it will take."""
     rows: dict[tuple[int, int, int], int] = {}
     for batch in plan.batches:
         rows[batch] = rows.get(batch, 0) + 1
@@ -88,7 +88,7 @@ def plan_table(plan: Plan) -> Table:
         Column("tokens", "tokens to run", count, numeric=True),
         Column("steps", "steps at once", count, numeric=True),
     )
-    title = f"{gibibytes(plan.bytes)} beside the model and the data, of {gibibytes(plan.budget)} allowed"
+    title = f"{gibibytes(plan.bytes)} besides the model and the data, of {gibibytes(plan.budget)} allowed"
     return Table(title, columns, tuple((n, *batch) for batch, n in rows.items()))
 
 
@@ -97,7 +97,7 @@ def gibibytes(value: int) -> str:
 
 
 def curve_table(curve: CurveLike, circuit: Circuit | None = None) -> Table:
-    """Faithfulness by circuit size, with the baselines' means; the row of `circuit` is marked where it is there."""
+    """Faithfulness by circuit size, with the baselines' means; the row of `circuit` is marked if it has one."""
     columns = [
         Column("fraction", "share of edges taken", percent, numeric=True),
         Column("n_edges", "edges kept", count, numeric=True),
@@ -112,7 +112,7 @@ def curve_table(curve: CurveLike, circuit: Circuit | None = None) -> Table:
 
 
 def areas_line(curve: CurveLike) -> str:
-    """CPR and CMD of the curve, and of random circuits where they were measured."""
+    """CPR and CMD of the curve, and of random circuits if they were measured."""
     line = f"CPR {number(curve.cpr)}, CMD {number(curve.cmd)}"
     if "random" in curve.baselines:
         random = curve.baselines["random"]
@@ -121,7 +121,7 @@ def areas_line(curve: CurveLike) -> str:
 
 
 def result_table(result: Any, circuit: Circuit) -> Table:
-    """One circuit's result beside the whole model and the run with all edges ablated."""
+    """The results of one circuit, of the whole model and of the run with all edges ablated."""
     columns = (
         Column("run", "run"),
         Column("n_edges", "edges kept", count, numeric=True),
@@ -137,7 +137,7 @@ def result_table(result: Any, circuit: Circuit) -> Table:
 
 
 def curve_index(curve: CurveLike, circuit: Circuit | None) -> int | None:
-    """Where in the curve the circuit stands, or None."""
+    """The index of the circuit's size in the curve, or None."""
     if circuit is None or circuit.n_edges not in tuple(curve.n_edges):
         return None
     return tuple(curve.n_edges).index(circuit.n_edges)
@@ -160,7 +160,7 @@ _LABELS = {
 
 
 def settings(info: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What was run, as (label, value) pairs: the well-known entries first, then any others."""
+    """What was run, as (label, value) pairs: entries with a label first, then all others."""
     keys = [key for key in _LABELS if key in info] + [key for key in info if key not in _LABELS]
     pairs = []
     for key in keys:
@@ -174,7 +174,7 @@ def settings(info: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def versions(info: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The versions that the scores carry; without them, those installed here."""
+    """The versions that the scores were made with, if known; else those installed here."""
     carried = info.get("versions")
     if isinstance(carried, Mapping) and carried:
         return [(str(name), str(version)) for name, version in carried.items()]
@@ -183,7 +183,7 @@ def versions(info: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def installed(package: str) -> str:
-    """The version of a package, or that it is not installed as one (a source tree on the path)."""
+    """The version of a package, or "not installed", as for a source tree on the path."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -191,7 +191,7 @@ def installed(package: str) -> str:
 
 
 def _without_folder(name: str) -> str:
-    """A report must not tell where on a disk a model lay; names on the hub (`org/name`) stay whole."""
+    """A path's last part, as a report must not reveal folders; names on the hub (`org/name`) stay whole."""
     for kind in (PurePosixPath, PureWindowsPath):
         if kind(name).is_absolute():
             return kind(name).name

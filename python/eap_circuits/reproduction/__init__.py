@@ -1,4 +1,4 @@
-"""The comparison of methods that EAP-IG was introduced with, on any model: measured, drawn and written down."""
+"""The comparison of methods in the EAP-IG paper, on any model: measured, drawn and written down."""
 
 from .experiment import Experiment, Settings, reproduce
 from .page import write_page

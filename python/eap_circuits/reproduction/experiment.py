@@ -1,6 +1,6 @@
 """The comparison of EAP, EAP-IG and exact patching of Hanna et al. 2024 (arXiv 2403.17806), on any model and task.
 
-Edges are scored on a few pairs of each task, by all three methods on the same ones; circuits run on others.
+All three methods score edges on the same few pairs of each task; circuits run on other pairs.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ from .record import Record
 METHODS = ("eap", "eap-ig-inputs", "exact")
 GRADIENTS = METHODS[:2]
 HOW = "greedy"  # the paper's selection
-LEFT_OUT = 10  # strongest edges, for what the others say
+LEFT_OUT = 10  # strongest edges, to see how methods agree on the others
 SHOWN = 3
-STRONGEST = 100  # one edge in so many is among the strongest
+STRONGEST = 100  # one edge in this many is among the strongest
 
 Watch = Callable[[str], AbstractContextManager[Progress]]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """What to measure.
 
     Args:
-        scored: pairs on which edges are scored; exact scores take most of the time, in proportion to them.
-        pairs: pairs on which circuits run.
-        seed: of the tasks' pairs: those that circuits run on are of the next seed.
-        steps: of EAP-IG.
+        scored: number of pairs to score edges on; the time grows with it, mostly for exact scores.
+        pairs: number of pairs to run circuits on.
+        seed: seed of the pairs that score edges; those that circuits run on take the next seed.
+        steps: steps of EAP-IG.
         draws: random circuits of each size.
-        faithful: the circuit of a task is the smallest of its curve that is so faithful (the paper's 85 %).
-        grid: steps M at which quadratures are compared.
-        reference: steps of Gauss–Legendre that they are compared with.
+        faithful: the circuit of a task is the smallest of its curve with this faithfulness (the paper's 85 %).
+        grid: numbers of steps M at which quadratures are compared.
+        reference: number of Gauss–Legendre steps that they are compared with.
         fractions: sizes of the circuits, as shares of all edges.
     """
 
@@ -72,7 +72,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A task: pairs that score edges, and pairs that circuits run on."""
+    """A task: pairs to score edges on, and other pairs to run circuits on."""
 
     name: str
     scored: PairedDataset
@@ -86,7 +86,7 @@ class Experiment:
 
     @classmethod
     def from_data(cls, name: str, data: PairedDataset, settings: Settings) -> Experiment:
-        """A user's pairs: the first score edges, at most half of them; circuits run on those that follow."""
+        """A user's pairs: edges are scored on the first ones, at most half of them; circuits run on the next ones."""
         if len(data) < 2:
             raise expected(name, "at least 2 pairs, to score edges and to run circuits on", len(data))
         one_of(f"metric of {name}", data.metric, DIFFERENTIABLE)
@@ -106,17 +106,17 @@ def reproduce(
     settings: Settings | None = None,
     watch: Watch = _unwatched,
 ) -> dict[str, Any]:
-    """Measure everything that is not yet in `folder / "results.json"`, and return what stands there of these tasks.
+    """Measure what `folder / "results.json"` does not have yet, and return its results for these tasks.
 
-    Every stage is written as soon as it is done, exact scores about every minute; the same call goes on after an
-    interruption.
+    Every stage is written as soon as it is done, exact scores about every minute; after an interruption the same call
+    continues.
 
     Args:
         model: a Hugging Face causal language model.
-        experiments: one or more tasks, of different names.
-        folder: an existing folder of this comparison alone.
+        experiments: one or more tasks with different names.
+        folder: an existing folder, used only for this comparison.
         settings: what to measure.
-        watch: called with what is done next; gives a context whose value is told (examples done, examples in all).
+        watch: called with the name of the next step; its context yields a function of (examples done, examples in all).
 
     Raises:
         InputError: a folder with results of another model, other data or settings, or anything that `attribute` and
@@ -125,7 +125,7 @@ def reproduce(
     settings = settings or Settings()
     names = [experiment.name for experiment in experiments]
     if not names or len(set(names)) < len(names):
-        raise expected("tasks", "one or more, of different names", ", ".join(names) or "none")
+        raise expected("tasks", "one or more, with different names", ", ".join(names) or "none")
     record = Record(folder / "results.json", {"model": _identity(model), "settings": asdict(settings)})
     for experiment in experiments:
         record.at("tasks", experiment.name).require("facts", _facts(experiment))
@@ -149,7 +149,7 @@ def reproduce(
 
 
 def _identity(model: nn.Module) -> dict[str, str]:
-    name, *rest = model_identity(bind(model).model)  # whatever wraps it
+    name, *rest = model_identity(bind(model).model)  # the model inside any wrapper
     return {"name": name, "digest": hashlib.sha256(json.dumps(rest).encode()).hexdigest()}
 
 
@@ -160,7 +160,7 @@ def _facts(experiment: Experiment) -> dict[str, Any]:
 
 
 def environment(model: nn.Module) -> dict[str, Any]:
-    """The machine that a model is on, and the versions of what computes."""
+    """The machine that a model is on, and the versions of the packages."""
     device = next(model.parameters()).device
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
@@ -200,7 +200,7 @@ def _agree(entry: Record, scores: dict[str, EdgeScores]) -> None:
 
 
 def _edges(scores: dict[str, EdgeScores]) -> list[dict[str, Any]]:
-    """The strongest edges by exact patching, and what each method says of them."""
+    """The strongest edges by exact patching, and each method's scores of them."""
     graph, found = scores["exact"].graph, []
     for sender, receiver, _ in scores["exact"].top_edges(SHOWN):
         place = graph.senders.index(sender), graph.receivers.index(receiver)
@@ -248,7 +248,7 @@ def _run(
     data = experiment.held_out
 
     def measure(method: str) -> dict[str, Any]:
-        # One random circuit of a size is as good as another's: they are measured beside EAP-IG's.
+        # Random circuits depend only on their size, so they are measured only with EAP-IG's circuits.
         baselines = ("random",) if method == "eap-ig-inputs" else ()
         with watch(f"{experiment.name}: circuits of {method}") as bar:
             curve = faithfulness_curve(
@@ -269,7 +269,7 @@ def _run(
 
 
 def _circuit(entry: Record, scores: EdgeScores, settings: Settings) -> Circuit:
-    """The task's circuit: the smallest that is faithful."""
+    """The task's circuit: the smallest one that is faithful."""
     curve = saved_curve(entry.content["curves"]["eap-ig-inputs"])
     index = smallest_faithful(curve, settings.faithful)
     circuit = scores.select(int(curve.fractions[index] * scores.graph.n_edges), HOW)
@@ -280,7 +280,7 @@ def _circuit(entry: Record, scores: EdgeScores, settings: Settings) -> Circuit:
 def _cross(
     record: Record, model: nn.Module, experiments: Sequence[Experiment], circuits: dict[str, Circuit], watch: Watch
 ) -> None:
-    """What each task's circuit shares with the others', and does on their prompts."""
+    """What each task's circuit shares with the others, and how faithful it is on their prompts."""
     for experiment in experiments:
         entry, data = record.at("cross", experiment.name), experiment.held_out
         names = [name for name in circuits if name not in entry.content]

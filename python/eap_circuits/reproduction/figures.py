@@ -1,4 +1,4 @@
-"""The figures of the comparison, drawn from its results alone. No state of matplotlib's is left changed."""
+"""The figures of the comparison, drawn only from its results; matplotlib's global state stays unchanged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _GRIDS = dict(
 )
 _COLUMNS = 3
 _DARKEST = 1.4  # faithfulness may exceed 1; shares may not
-# The paper's Pearson correlations with exact patching, of EAP and of EAP-IG on GPT-2 (arXiv 2403.17806, §4).
+# The paper's Pearson correlations of EAP and of EAP-IG with exact patching, on GPT-2 (arXiv 2403.17806, §4).
 PAPER_PEARSON = {
     "ioi": (0.78, 0.95),
     "greater-than": (0.71, 0.97),
@@ -68,7 +68,7 @@ def draw_faithfulness(results: Mapping[str, Any]) -> Figure:
         ax.set_xscale("symlog", linthresh=10)
         ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
         ax.xaxis.set_minor_formatter(NullFormatter())
-        # One circuit far out of the range must not hide what the others do.
+        # One circuit far out of the range must not hide the others.
         shown = [f for curve in curves.values() for f in curve.faithfulness if math.isfinite(f)]
         ax.set_ylim(max(min([*shown, 0.0]) - 0.1, -1.0), min(max([*shown, 1.0]) + 0.1, 2.0))
 
@@ -76,7 +76,7 @@ def draw_faithfulness(results: Mapping[str, Any]) -> Figure:
 
 
 def draw_agreement(results: Mapping[str, Any]) -> Figure:
-    """(b) Correlation of EAP's and EAP-IG's scores with exact ones, and which of the strongest edges they find."""
+    """(b) Correlation of EAP's and EAP-IG's scores with exact ones, and the share of the strongest edges found."""
     names = list(results["tasks"])[::-1]
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(10.4, 0.9 + 0.36 * len(names)), layout="constrained")
@@ -112,7 +112,7 @@ def draw_agreement(results: Mapping[str, Any]) -> Figure:
 
 
 def draw_quadrature(results: Mapping[str, Any]) -> Figure:
-    """(c) Relative error of EAP-IG's scores against its steps, for each quadrature."""
+    """(c) Relative error of EAP-IG's scores against the number of steps, for each quadrature."""
 
     def panel(ax: Axes, name: str) -> None:
         for quadrature, points in results["tasks"][name]["quadrature"].items():
@@ -135,7 +135,7 @@ def draw_quadrature(results: Mapping[str, Any]) -> Figure:
 
 
 def draw_cross(results: Mapping[str, Any]) -> Figure:
-    """(d) What the tasks' circuits share, beside what each does on the others' prompts."""
+    """(d) What the tasks' circuits share, and the faithfulness of each on the others' prompts."""
     names = list(results["cross"])
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(4.2 + 0.95 * len(names), 2.5 + 0.42 * len(names)), layout="constrained")

@@ -1,4 +1,4 @@
-"""The page of the comparison: what was found, in tables and figures, written from its results alone."""
+"""The page of the comparison: what was found, in tables and figures, written only from its results."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ FIGURES = {
 }
 _VERDICTS = {
     ("agreement", "pearson"): "By Pearson's correlation",
-    ("rest", "pearson"): f"Without each task's {LEFT_OUT} strongest edges",
+    ("rest", "pearson"): f"By Pearson's correlation without each task's {LEFT_OUT} strongest edges",
     ("agreement", "spearman"): "By Spearman's correlation",
-    ("strongest", "found"): f"By how many of the strongest {100 / STRONGEST:g} % it finds",
+    ("strongest", "found"): f"By the share that it finds of the strongest {100 / STRONGEST:g} % of edges",
 }
 _FORMATS: dict[str, dict[str, Any]] = {".png": {"dpi": 110}, ".pdf": {"metadata": {"CreationDate": None}}}
 Row = tuple[Any, ...]
@@ -69,41 +69,44 @@ def page(results: Mapping[str, Any]) -> str:
     parts = [
         f"# EAP, EAP-IG and exact patching on {model}",
         "Written by `eap reproduce` from `reproduction/results.json`: the comparison of Hanna et al. 2024 "
-        "([arXiv 2403.17806](https://arxiv.org/abs/2403.17806)), whose own numbers are of GPT-2 small.",
+        "([arXiv 2403.17806](https://arxiv.org/abs/2403.17806)), whose own numbers are for GPT-2 small.",
         _settings(results),
         f"## Agreement with exact patching\n\n{_verdict(results)}",
         "![Correlation with exact scores](reproduction/agreement.png)",
         _markdown(tables["agreement"]),
         "The correlations are over all edges: Pearson's of the scores, Spearman's of their ranks. "
         "The two columns at the right are the paper's, for GPT-2 small and its own prompts.",
-        "Pearson's correlation weighs the few edges of greatest effect most. Patching an edge of little effect is a "
-        "small step away from the clean prompt, whose effect is to first order the gradient there, which is EAP; "
-        f"EAP-IG's is a mean over points further away. The {SHOWN} strongest edges of each task:",
+        "Pearson's correlation gives most weight to the few edges of greatest effect. Patching an edge of little "
+        "effect is a small step away from the clean prompt; to first order its effect is the gradient there, which is "
+        "what EAP takes. EAP-IG takes a mean over points further away. "
+        f"These are the {SHOWN} strongest edges of each task by exact patching:",
         _markdown(tables["edges"]),
-        f"All edges but the {LEFT_OUT} strongest, and the strongest {100 / STRONGEST:g} % by exact patching, of which "
-        "found are those that are as strong by EAP or EAP-IG:",
+        f'"Others\' Pearson" leaves out the {LEFT_OUT} strongest edges by exact patching. "Found" is the share of the '
+        f"strongest {100 / STRONGEST:g} % by exact patching that are also among the strongest {100 / STRONGEST:g} % "
+        "by EAP or EAP-IG.",
         _markdown(tables["strongest"]),
         "## Faithfulness by circuit size\n\n"
-        f"Circuits are grown from the logits by absolute score ({HOW} selection) and run on pairs that did not score "
-        "them, every other edge carrying the corrupted prompt's value; "
-        f"{settings['draws']} random connected circuits of each size beside them.",
+        f"Circuits are grown from the logits by absolute score ({HOW} selection) and run on pairs that were not used "
+        "to score them; every other edge carries the corrupted prompt's value. They are compared with "
+        f"{settings['draws']} random connected circuits of each size.",
         "![Faithfulness against edges kept](reproduction/faithfulness.png)",
         _markdown(tables["areas"]),
-        f"Edges are those of a curve's smallest circuit with a faithfulness of {settings['faithful']} or more. CPR is "
-        "the area under the curve over the share of edges kept (more is better), CMD the area between it and 1 (less "
-        "is better), as the MIB benchmark defines them ([arXiv 2504.13151](https://arxiv.org/abs/2504.13151)).",
-        "## Steps of integration\n\n"
-        f"Distance of the scores from those of {settings['reference']} Gauss–Legendre steps, relative to their norm.",
+        f'"Edges" is the size of the smallest circuit of a curve with a faithfulness of {settings["faithful"]} or '
+        "more. CPR is the area under faithfulness over the share of edges kept (more is better), CMD the area between "
+        "it and 1 (less is better), as the MIB benchmark defines them ([arXiv 2504.13151](https://arxiv.org/abs/2504.13151)).",
+        "## Steps of integration\n\nThe table shows the distance of the scores from those of "
+        f"{settings['reference']} Gauss–Legendre steps, relative to the norm of these.",
         "![Relative error against steps](reproduction/quadrature.png)",
         _markdown(_errors(results)),
-        "Geometric means over the tasks; in brackets the mean Pearson correlation of these scores with exact ones. "
-        "One step of the right grid is EAP.",
+        "Distances are geometric means over the tasks; brackets hold the mean Pearson correlation of these scores with "
+        'exact ones. One step of the "right" grid is EAP.',
     ]
     if several:
         parts += [
             "## Overlap and cross-task faithfulness\n\n"
-            f"The circuit of a task is the smallest of its EAP-IG curve with a faithfulness of {settings['faithful']} "
-            f"or more, or the largest short of the model. {_cross_verdict(results)}",
+            "The circuit of a task is the smallest one of its EAP-IG curve with a faithfulness of "
+            f"{settings['faithful']} or more, or else the largest one that is not the whole model. "
+            f"{_cross_verdict(results)}",
             "![Overlap and cross-task faithfulness](reproduction/cross.png)",
             _markdown(tables["circuits"]),
         ]
@@ -117,18 +120,19 @@ def _settings(results: Mapping[str, Any]) -> str:
     scored = _span(entry["facts"]["scored"] for entry in tasks.values())
     held_out = _span(entry["facts"]["held_out"] for entry in tasks.values())
     return (
-        f"Edges are scored on {scored} prompt pairs a task, by every method on the same ones; circuits run on "
-        f"{held_out} other pairs. EAP-IG takes {settings['steps']} steps; seed {settings['seed']}."
+        f"Every method scores edges on the same {scored} prompt pairs of a task; circuits run on {held_out} other "
+        f"pairs. EAP-IG takes {settings['steps']} steps; the seed is {settings['seed']}."
     )
 
 
 def _verdict(results: Mapping[str, Any]) -> str:
     tasks = results["tasks"]
-    sentences = []
+    sentences: list[str] = []
     for (where, kind), what in _VERDICTS.items():
         better = [t for t, e in tasks.items() if _higher(e[where], kind)]
         worse = [name for name in tasks if name not in better]
-        start = what + f" EAP-IG agrees better than EAP on {len(better)} of {len(tasks)} tasks"
+        claim = "it does so" if sentences else "EAP-IG agrees better with exact patching than EAP"
+        start = f"{what}, {claim} on {len(better)} of {len(tasks)} tasks"
         sentences.append(start + (f" (not on {', '.join(worse)})." if worse and better else "."))
     return " ".join(sentences)
 
@@ -145,20 +149,21 @@ def _cross_verdict(results: Mapping[str, Any]) -> str:
     found = {kind: _correlation([pair[kind] for pair in pairs], faithfulness) for kind in ("edges", "nodes")}
     return (
         f"Over the {len(pairs)} ordered pairs of different tasks, the faithfulness of one task's circuit on the "
-        f"other's prompts correlates with the share of edges that the two have in common (intersection over union) by "
-        f"{number(found['edges'], 2)}, and with that of nodes by {number(found['nodes'], 2)}."
+        f"other's prompts has a correlation of {number(found['edges'], 2)} with the share of edges that the two "
+        f"circuits have in common (intersection over union), and of {number(found['nodes'], 2)} with the share of "
+        "nodes."
     )
 
 
 def _correlation(a: Sequence[float], b: Sequence[float]) -> float:
     try:
         return statistics.correlation(a, b)
-    except statistics.StatisticsError:  # fewer than two pairs, or all alike
+    except statistics.StatisticsError:  # fewer than two pairs, or constant values
         return math.nan
 
 
 def _errors(results: Mapping[str, Any]) -> list[Row]:
-    """Each quadrature's error by its steps, over all tasks."""
+    """The error of each quadrature for each number of steps, over all tasks."""
     entries = [entry["quadrature"] for entry in results["tasks"].values()]
     steps = sorted(next(iter(entries[0].values())), key=int)
     rows: list[Row] = [("quadrature", *(f"M = {m}" for m in steps))]
@@ -174,7 +179,7 @@ def _errors(results: Mapping[str, Any]) -> list[Row]:
 
 
 def _tables(results: Mapping[str, Any]) -> dict[str, list[Row]]:
-    """Rows of plain values, headings first."""
+    """Each table as rows of plain values, headings first."""
     tasks, faithful = results["tasks"], results["request"]["settings"]["faithful"]
     correlations = tuple(f"{NAMES[m]} {kind}" for kind in ("Pearson", "Spearman") for m in GRADIENTS)
     published = tuple(f"{NAMES[m]} Pearson, paper" for m in GRADIENTS)

@@ -1,4 +1,4 @@
-"""Results as they come: a JSON file that is written whole after every stage, and read when the work goes on."""
+"""Results so far: a JSON file that is rewritten after every stage and read when work continues."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Record:
     """A JSON object in a file, or one inside it.
 
     Args:
-        path: the file; read where it is there.
-        request: what must be the same for the work to go on, plain JSON values.
+        path: the file; it is read if it exists.
+        request: what must be the same for work to continue, as plain JSON values.
 
     Raises:
-        InputError: the file is of another request, or not one of ours.
+        InputError: the file belongs to another request, or is not one of ours.
     """
 
     def __init__(self, path: Path, request: Mapping[str, Any]) -> None:
@@ -35,7 +35,7 @@ class Record:
         self._whole = self.content
 
     def at(self, *keys: str) -> Record:
-        """The object at these keys, made where it is not there."""
+        """The object at these keys, created if it is missing."""
         inner = object.__new__(Record)
         inner._path, inner._whole, inner.content = self._path, self._whole, self.content
         for key in keys:
@@ -43,12 +43,12 @@ class Record:
         return inner
 
     def require(self, key: str, value: Any) -> None:
-        """Put a value where there is nothing; raises `InputError` where another stands."""
+        """Store a value if the key has none; raises `InputError` if it has another one."""
         if self.get(key, lambda: value) != jsonable(value):
             raise expected(str(self._path), f"results of the same {key}", "others'; name another folder to keep both")
 
     def get(self, key: str, compute: Callable[[], Any]) -> Any:
-        """What stands at the key; computed and written where there is nothing."""
+        """The value at the key; it is computed and written if it is missing."""
         if key not in self.content:
             self.content[key] = jsonable(compute())
             text = json.dumps(self._whole, indent=1, allow_nan=False)

@@ -1,4 +1,4 @@
-"""Which corrupted token stands for each clean one, where the two prompts have different numbers of tokens."""
+"""Match the clean prompt's tokens with the corrupted prompt's, for pairs of unequal lengths."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from ..errors import expected
 def align(clean: Sequence[int], corrupted: Sequence[int]) -> list[int]:
     """π: the position in the corrupted prompt that is compared with each position of the clean one.
 
-    π never decreases, and the last token, the scored one, has the last token. Prompts of equal lengths are compared
-    position by position. Otherwise tokens before the first and after the last difference have themselves, and so have
-    those between that a longest-match comparison finds in both. Of a span that is replaced the last tokens belong
-    together, the ones before them likewise from the right: what a span of several tokens means is read off its last
-    (Meng et al. 2022). Clean tokens that are left over have the span's first corrupted token. Clean tokens in whose
-    place there is nothing have the corrupted token before them: it has seen what comes before them and not more.
+    π never decreases, and the last tokens, where the prompts are scored, are matched. Prompts of equal lengths are
+    compared position by position. Otherwise tokens before the first and after the last difference are matched with
+    themselves, and so are those in between that a longest-match comparison finds in both. If a span is replaced by
+    another, their tokens are matched from the right, starting with the last of each, because models read the meaning of
+    a span off its last token (Meng et al. 2022). Clean tokens left over are matched with the corrupted span's first
+    token. Clean tokens that the corrupted prompt has nothing for are matched with the corrupted token before the gap,
+    which has seen only what stands before the gap in both.
 
     Args:
         clean: token ids, at least one.
@@ -40,7 +41,7 @@ def align(clean: Sequence[int], corrupted: Sequence[int]) -> list[int]:
     found = list(range(first))
     differing = clean[first : len(clean) - behind], corrupted[first : len(corrupted) - behind]
     for _, start, stop, other_start, other_stop in SequenceMatcher(None, *differing, autojunk=False).get_opcodes():
-        # Matching spans are equally long, for them this is one to one.
+        # For matching spans, which are equally long, this is one to one.
         nearest = other_start if other_stop > other_start else other_start - 1
         found += [max(0, first + max(nearest, other_stop - (stop - t))) for t in range(start, stop)]
     return [*found, *range(last - behind, last), last]
@@ -49,14 +50,14 @@ def align(clean: Sequence[int], corrupted: Sequence[int]) -> list[int]:
 def aligned(
     clean: Tensor, corrupted: Tensor, lengths: Tensor, corrupted_lengths: Tensor, alignment: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(clean, corrupted, corrupted lengths, alignment) of a dataset whose prompts may be of unequal lengths.
+    """(clean, corrupted, corrupted lengths, alignment) of a dataset whose prompts may have unequal lengths.
 
-    All [E, T] but the lengths, T being the wider of the two; the last two are None where every pair turns out to be
-    compared position by position.
+    All except the lengths are [E, T], where T is the larger of the two widths. The last two are None if every pair
+    turns out to be compared position by position.
 
     Raises:
-        InputError: the alignment that is given has another shape than clean, leaves a corrupted prompt, decreases or
-            does not put the last token with the last.
+        InputError: the given alignment has another shape than clean, points outside a corrupted prompt, decreases, or
+            does not match the last tokens.
     """
     width = max(clean.shape[1], corrupted.shape[1])
     position = torch.arange(width)

@@ -1,6 +1,6 @@
 """Capital and country (a task of Hanna et al. 2024, arXiv 2403.17806): a capital is named, its country follows.
 
-Corrupted, the prompt names another capital of as many tokens; its country is the bad answer.
+The corrupted prompt names another capital with as many tokens; its country is the bad answer.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LEAST = 4
 
 
 def generate(tokenizer: Any, n: int, rng: random.Random) -> list[dict[str, Any]]:
-    """n records; the answers are the two countries' ids. Raises `InputError` where too few countries fit."""
+    """n records; the answers are the two countries' ids. Raises `InputError` if too few countries fit."""
     ids = single_tokens(tokenizer, TEMPLATES[0].format(capital="Paris"), CAPITALS.values())
     capitals = [capital for capital, country in CAPITALS.items() if country in ids]
     pairs: list[tuple[str, str, list[int]]] = []

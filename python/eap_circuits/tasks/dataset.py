@@ -23,24 +23,25 @@ from .records import tokenised
 class PairedDataset:
     """Clean and corrupted prompts, and the answers that a metric compares.
 
-    The tensors are kept as copies on the CPU, their pad positions set to 0; prompts of unequal lengths are padded to
-    one width.
+    The tensors are copied to the CPU and their padding is set to 0; prompts of unequal lengths are padded to the same
+    width.
 
     Args:
         clean: int64 [E, T] token ids, right padded.
-        corrupted: int64 [E, T], of any width where `corrupted_lengths` are given.
-        lengths: int64 [E] real tokens of each prompt, 1 to T; position `lengths - 1` is the scored one.
+        corrupted: int64 [E, T]; of any width if `corrupted_lengths` are given.
+        lengths: int64 [E] real tokens of each prompt, 1 to T; position `lengths - 1` is scored.
         answers: int64 [E, 2] (good, bad), or [E, 2, A] sets of ids padded with -1.
         prompts: (clean, corrupted) texts of each pair for display, or None.
-        name: what the data are called in results.
+        name: the name of the data in results.
         metric: the metric these data are usually measured by.
-        corrupted_lengths: int64 [E] real tokens of each corrupted prompt; None: as many as its clean one has.
-        alignment: int64 [E, T], the corrupted position that each clean one is compared with, never decreasing and the
-            last with the last; by default `align` says which. None where all pairs are compared position by position.
+        corrupted_lengths: int64 [E] real tokens of each corrupted prompt; None if they equal `lengths`.
+        alignment: int64 [E, T], the corrupted position that each clean position is compared with. It never decreases
+            and matches the last tokens; by default `align` computes it. None if all pairs are compared position by
+            position.
 
     Raises:
         InputError: no examples, a wrong shape or dtype, lengths or alignment out of range, negative ids, or answers
-            that are empty, repeated, or both good and bad. Ids meet a vocabulary only where a model is known.
+            that are empty, repeated, or both good and bad. Whether ids are in the vocabulary is checked with the model.
     """
 
     clean: Tensor
@@ -95,14 +96,14 @@ class PairedDataset:
             records: `{"clean": str, "corrupted": str, "answers": [good, bad]}`, where each answer is a token
                 id, a text of exactly one token, or a list of these (a set).
             tokenizer: a Hugging Face tokenizer; its own special tokens are added.
-            prepend_bos: prepend BOS where the tokenizer has one and did not add it.
+            prepend_bos: prepend BOS if the tokenizer has one and did not add it.
             name: see `PairedDataset`.
             metric: see `PairedDataset`.
-            align: take pairs of unequal numbers of tokens too. The corrupted prompt runs as it is, and what it gives is
-                read where its tokens correspond to the clean ones (`align`); by default such pairs are refused.
+            align: also take pairs with different numbers of tokens. The corrupted prompt runs as it is and is read at
+                the positions that match the clean prompt's (`align`). By default such pairs are refused.
 
         Raises:
-            InputError: names the record, and what of it is missing, empty, unequal or not one token.
+            InputError: names the record and the part of it that is missing, empty, of unequal length or not one token.
         """
         records = list(records)
         labels = [f"records[{i}]" for i in range(len(records))]
@@ -120,7 +121,7 @@ class PairedDataset:
         corrupted_lengths: Any = None,
         alignment: Any = None,
     ) -> PairedDataset:
-        """Prompt pairs that are tokens already; see `PairedDataset`. The arguments are not changed."""
+        """Prompt pairs given as tokens; see `PairedDataset`. The arguments are not changed."""
         return cls(clean, corrupted, lengths, answers, None, name, metric, corrupted_lengths, alignment)
 
     @classmethod
@@ -129,9 +130,9 @@ class PairedDataset:
     ) -> PairedDataset:
         """Read a table of prompt pairs; see `from_records`.
 
-        Columns: clean, corrupted, and two of answers: correct_idx and incorrect_idx (ids, as in EAP-IG's tables), good
-        and bad, answer and wrong_answer, or correct and incorrect (texts); a cell may hold a list, a set of answers.
-        Errors name the row as a spreadsheet does, the header being row 1.
+        Columns: clean, corrupted, and two columns of answers: correct_idx and incorrect_idx (ids, as in EAP-IG's
+        tables), good and bad, answer and wrong_answer, or correct and incorrect (texts). A cell may hold a list: a set
+        of answers. Errors number rows as a spreadsheet does: the header is row 1.
         """
         return cls._from_rows(path, lambda file: own_records(*read_csv(file)), tokenizer, prepend_bos, align)
 
@@ -139,7 +140,7 @@ class PairedDataset:
     def from_jsonl(
         cls, path: str | os.PathLike[str], tokenizer: Any, prepend_bos: bool = True, align: bool = False
     ) -> PairedDataset:
-        """Read a file of one JSON record a line, or of a JSON list of them, as for `from_records` or `from_csv`."""
+        """Read one JSON record per line, or a JSON list of records, as for `from_records` or `from_csv`."""
         return cls._from_rows(path, lambda file: own_records(*read_rows(file)), tokenizer, prepend_bos, align)
 
     @classmethod
@@ -155,14 +156,14 @@ class PairedDataset:
 
         Args:
             path: `.json` (a list of rows), `.jsonl` or `.parquet`, as on the hub or as `datasets` writes them.
-            tokenizer: of the model; rows whose prompts or answers it makes unequally long are left out.
+            tokenizer: the model's; rows whose prompts or answers have unequal numbers of its tokens are left out.
             counterfactual: the column of the corrupted prompts; by default the circuit track's
                 ("s2_io_flip_counterfactual", "symbol_counterfactual", "random_counterfactual").
             prepend_bos: see `from_records`.
-            align: keep rows whose prompts are unequally long; see `from_records`.
+            align: keep rows whose prompts have unequal lengths; see `from_records`.
 
         Raises:
-            InputError: names the file, and what of it is missing.
+            InputError: names the file and what is missing in it.
         """
 
         def records(file: Path) -> Records:
@@ -174,13 +175,13 @@ class PairedDataset:
     def from_file(
         cls, path: str | os.PathLike[str], tokenizer: Any = None, prepend_bos: bool = True, align: bool = False
     ) -> PairedDataset:
-        """Read texts of `.csv`, `.json`, `.jsonl`, `.parquet` or tensors of `.safetensors`, `.pt` (named as here).
+        """Read texts from `.csv`, `.json`, `.jsonl`, `.parquet`, or tensors (named as here) from `.safetensors`, `.pt`.
 
-        Rows that have a prompt and no clean one are MIB's (`from_mib`). Nothing is unpickled. Only texts need a
-        tokenizer and are aligned; what tensors say of that is in them.
+        Rows with `prompt` and without `clean` are MIB's (`from_mib`). Nothing is unpickled. Only texts need a tokenizer
+        and are aligned; tensors bring their own alignment.
 
         Raises:
-            InputError: one sentence that names the file and, where there is one, the row or line.
+            InputError: one sentence that names the file and, if possible, the row or line.
         """
         suffix = suffix_of(path)
         if suffix == ".csv":
@@ -205,7 +206,7 @@ class PairedDataset:
             return cls(**tokenised(*records(file), tokenizer, prepend_bos, align), name=file.stem)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `.safetensors` that `from_file` reads, whole or not at all."""
+        """Write a `.safetensors` file for `from_file`, whole or not at all."""
         tensors = ("clean", "corrupted", "lengths", "answers", "corrupted_lengths", "alignment")
         found = {name: getattr(self, name) for name in tensors}
         write_tokens(path, found, {"name": self.name, "metric": self.metric, "prompts": self.prompts})
@@ -216,7 +217,7 @@ class PairedDataset:
         return len(self.clean)
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> PairedDataset:
-        """The examples at an index, slice, list or tensor of indices, or bool mask, as a dataset."""
+        """The examples at an index, slice, list or tensor of indices or bool mask, as a dataset."""
         if isinstance(index, slice):
             index = range(len(self))[index]
         if not isinstance(index, (int, Tensor)):
@@ -244,9 +245,10 @@ class PairedDataset:
 
     @cached_property
     def first_difference(self) -> Tensor:
-        """First position where clean and corrupted differ, `lengths - 1` where they never do. int64 [E].
+        """The first position where clean and corrupted differ; `lengths - 1` if they never do. int64 [E].
 
-        Of unequal lengths: the first that is compared with another token or position, or that one, if it is earlier.
+        In aligned pairs it is the first position that is compared with another token or position, or that other
+        position if it is earlier.
         """
         differ = self.clean != self.corrupted
         if self.alignment is not None:

@@ -15,7 +15,7 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def check_text(text: str, label: str) -> None:
-    """Refuse what no tokenizer takes: JSON can hold half of a character."""
+    """Refuse text that no tokenizer takes: JSON can hold half of a character, a lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -23,10 +23,10 @@ def check_text(text: str, label: str) -> None:
 
 
 def encode_prompts(tokenizer: Any, texts: Sequence[str], prepend_bos: bool) -> list[list[int]]:
-    """Ids of each prompt with the tokenizer's own special tokens.
+    """The ids of each prompt with the tokenizer's own special tokens.
 
-    BOS is prepended where the tokenizer has one and did not add it. An EOS that the tokenizer puts behind the
-    text is dropped: the scored position is the text's last token.
+    BOS is prepended if the tokenizer has one and did not add it. An EOS that the tokenizer appends is dropped, because
+    the scored position is the text's last token.
     """
     prompts = _encode(tokenizer, texts, special=True)
     bos, eos = tokenizer.bos_token_id, getattr(tokenizer, "eos_token_id", None)
@@ -39,17 +39,17 @@ def encode_prompts(tokenizer: Any, texts: Sequence[str], prepend_bos: bool) -> l
 
 
 def encode_plain(tokenizer: Any, text: str) -> list[int]:
-    """Ids of the text alone, without special tokens."""
+    """The ids of a text without special tokens."""
     return encode_many(tokenizer, [text])[0]
 
 
 def encode_many(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text alone, without special tokens."""
+    """The ids of each text without special tokens."""
     return _encode(tokenizer, texts, special=False)
 
 
 def next_token(tokenizer: Any, context: str, text: str) -> int | None:
-    """The one token that `text` adds behind `context`; None where it adds more, changes it, or is unknown."""
+    """The one token that `text` adds after `context`; None if it adds more, changes the context or is unknown."""
     before, after = encode_plain(tokenizer, context), encode_plain(tokenizer, context + text)
     if len(after) != len(before) + 1 or after[:-1] != before or after[-1] == unknown_id(tokenizer):
         return None
@@ -57,7 +57,7 @@ def next_token(tokenizer: Any, context: str, text: str) -> int | None:
 
 
 def single_tokens(tokenizer: Any, context: str, words: Iterable[str]) -> dict[str, int]:
-    """The words that are one token of their own behind a space and `context`, and their ids; no id comes twice."""
+    """The ids of the words that are one token after `context` and a space; no id comes twice."""
     found: dict[int, str] = {}
     for word in words:
         token = next_token(tokenizer, context, f" {word}")
@@ -67,7 +67,7 @@ def single_tokens(tokenizer: Any, context: str, words: Iterable[str]) -> dict[st
 
 
 def equally_long(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Ordered pairs of indices of different texts that have equally many tokens, none of them unknown."""
+    """Ordered pairs of indices of different texts with equally many tokens, none of them unknown."""
     unknown, by_length = unknown_id(tokenizer), dict[int, list[int]]()
     for index, ids in enumerate(encode_many(tokenizer, texts)):
         if unknown is None or unknown not in ids:
@@ -76,18 +76,18 @@ def equally_long(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def unknown_id(tokenizer: Any) -> int | None:
-    """Id of the token that stands for text outside the vocabulary, if there is one."""
+    """The id of the token for text outside the vocabulary, if there is one."""
     unknown = getattr(tokenizer, "unk_token_id", None)
     return None if unknown is None else int(unknown)
 
 
 def answer_id(tokenizer: Any, answer: str, prompt: str, label: str) -> int:
-    """Id of an answer's text: one token by itself, or one token behind the prompt.
+    """The id of an answer's text: one token by itself, or one token after the prompt.
 
-    The second form is for tokenizers that put a space before every text of its own (Llama 2's).
+    The second way is for tokenizers that add a space to every text (Llama 2's).
 
     Raises:
-        InputError: more or less than one token, or a text outside the vocabulary.
+        InputError: the text is not one token, or is outside the vocabulary.
     """
     alone = encode_plain(tokenizer, answer)
     token = alone[0] if len(alone) == 1 else next_token(tokenizer, prompt, answer)

@@ -1,8 +1,8 @@
 """Gender bias (Vig et al. 2020, arXiv 2004.12265; as a circuit task Hanna et al. 2024, arXiv 2403.17806).
 
-A sentence about somebody of a profession goes on with a pronoun. Good is the pronoun that the profession's stereotype
-has; corrupted, the person is a man where that is "she", and a woman where it is "he". The task asks what a model does,
-not what is right.
+A sentence about somebody with a profession goes on with a pronoun. The good answer is the pronoun of the profession's
+stereotype. In the corrupted prompt the person is a man if that is "she", and a woman if it is "he". The task asks what
+a model does, not what is right.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LEAST = 4
 
 
 def generate(tokenizer: Any, n: int, rng: random.Random) -> list[dict[str, Any]]:
-    """n records; the answers are the two pronouns' ids. Raises `InputError` where too few professions fit."""
+    """n records; the answers are the two pronouns' ids. Raises `InputError` if too few professions fit."""
     she, he = (next_token(tokenizer, "The person said that", f" {word}") for word in ("she", "he"))
     if she is None or he is None or she == he:
         raise expected("tokenizer", "' she' and ' he' as one token each", "more or fewer")
@@ -55,7 +55,7 @@ def generate(tokenizer: Any, n: int, rng: random.Random) -> list[dict[str, Any]]
     if len(fitting) < _LEAST:
         raise expected(
             "tokenizer",
-            f"at least {_LEAST} of the task's professions as long as 'man' or 'woman'",
+            f"at least {_LEAST} of the task's professions with as many tokens as 'man' or 'woman'",
             sorted(fitting) or "none",
         )
     chosen = (pair for (pair,) in sample_combinations((pairs,), n, rng))

@@ -1,6 +1,6 @@
 """Greater-than (Hanna et al. 2023, arXiv 2305.00586): something ends in a later year than it began.
 
-What a model says next depends on how its tokenizer cuts a year, so the prompt's end and the answers do too.
+What a model predicts depends on how its tokenizer splits a year, so the prompt's end and the answers do too.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ NOUNS = (
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a tokenizer cuts ` 1732`: `ending` closes the prompt, `piece` is one token, any rest follows.
+    """How a tokenizer splits ` 1732`: `ending` closes the prompt, `piece` is one token, the rest follows.
 
     Args:
-        ending: the text behind "to the year", where {c} is the century.
-        piece: the answer of a year, where {t} and {u} are its last two digits.
-        step: years that share a piece: 1, or 10 where the unit is not part of it.
+        ending: the text after "to the year", where {c} is the century.
+        piece: the answer for a year, where {t} and {u} are its last two digits.
+        step: how many years share a piece: 1, or 10 if the piece stops at the tens.
     """
 
     ending: str
@@ -54,11 +54,11 @@ SCHEMES = (
 def generate(tokenizer: Any, n: int, rng: random.Random) -> list[dict[str, Any]]:
     """n records whose answers are sets of ids: later pieces (good), and the others (bad).
 
-    Where a piece closes the year, an end equal to the beginning is bad; where it stops at the tens, that
-    digit is in neither set, since the unit decides. Corrupted, the first year ends in 01, or its tens are 0.
+    If a piece completes the year, the first year itself is a bad answer. If it stops at the tens, the first year's tens
+    are in neither set, since the unit decides. In the corrupted prompt the first year ends in 01, or its tens are 0.
 
     Raises:
-        InputError: the tokenizer cuts years in a way that leaves no checked answers of one token.
+        InputError: the tokenizer splits years so that no answers are one token.
     """
     for scheme in SCHEMES:
         years = list(_years(tokenizer, scheme))
@@ -108,14 +108,14 @@ def _comparable(tokenizer: Any, clean: str, corrupted: str) -> bool:
 
 
 def _token_behind(tokenizer: Any, context: str, piece: str, rest: str) -> int | None:
-    """The one token that `piece` is behind `context`, also where `rest` follows it."""
+    """The one token that `piece` is after `context`, even if `rest` follows it."""
     token = next_token(tokenizer, context, piece)
     ids = [*encode_plain(tokenizer, context), token]
     return token if encode_plain(tokenizer, context + piece + rest)[: len(ids)] == ids else None
 
 
 def _piece_ids(tokenizer: Any, scheme: Scheme, century: str) -> list[int] | None:
-    """The distinct ids of the century's pieces in order, or None where there is none for some."""
+    """The distinct ids of the century's pieces in order, or None if some piece has none."""
     ids = []
     for piece in scheme.pieces(century):
         token = _piece_id(tokenizer, scheme, century, piece)
@@ -126,7 +126,7 @@ def _piece_ids(tokenizer: Any, scheme: Scheme, century: str) -> list[int] | None
 
 
 def _piece_id(tokenizer: Any, scheme: Scheme, century: str, piece: str) -> int | None:
-    # Some years are one token (GPT-2's " 1776"): their digits are taken from another century, or alone.
+    # Some years are one token (GPT-2's " 1776"): take their digits' id from another century, or from the digits alone.
     for c in (century, *CENTURIES):
         context = STEM.format(noun=NOUNS[0], year=f"{century}01") + scheme.ending.format(c=c)
         token = next_token(tokenizer, context, piece)

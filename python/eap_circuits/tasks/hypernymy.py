@@ -1,6 +1,6 @@
-"""Hypernymy (a task of Hanna et al. 2024, arXiv 2403.17806): things are named, and the kind of things they are follows.
+"""Hypernymy (a task of Hanna et al. 2024, arXiv 2403.17806): things are named, then the kind of thing that they are.
 
-Corrupted, the prompt names things of another kind, in as many tokens; the names of that kind are the bad answers.
+The corrupted prompt names things of another kind with as many tokens; the names of that kind are the bad answers.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ TEMPLATES = (
     "There were pictures of {things} and other",
     "He knows everything about {things} and other",
 )
-# What follows: its names, any of which is right; and what it holds. No kind is part of another one: "animals" would be
-# a right answer to "crows and other" too.
+# For each kind: its names, any of which is a right answer; and its members. No kind includes another: "animals" would
+# also be right after "crows and other".
 KINDS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("fruits", "fruit"), ("apples", "pears", "oranges", "bananas", "grapes", "peaches", "plums", "cherries")),
     (("vegetables", "veggies"), ("carrots", "onions", "potatoes", "beans", "cabbages", "peas")),
@@ -44,7 +44,7 @@ KINDS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 
 
 def generate(tokenizer: Any, n: int, rng: random.Random) -> list[dict[str, Any]]:
-    """n records whose answers are sets of ids. Raises `InputError` where fewer than two kinds fit."""
+    """n records whose answers are sets of ids. Raises `InputError` if fewer than two kinds fit."""
     context = TEMPLATES[0].format(things="these")
     ids = single_tokens(tokenizer, context, (name for names, _ in KINDS for name in names))
     answers = [[ids[name] for name in names if name in ids] for names, _ in KINDS]

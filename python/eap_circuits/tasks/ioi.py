@@ -1,7 +1,7 @@
 """Indirect object identification (Wang et al. 2022, arXiv 2211.00593).
 
-Two people are named, one of them (S) again as the giver; the other one (IO) is who receives. Corrupted, the
-giver is a third person (the paper's ABC prompts), so that nothing says who receives.
+Two people are named. One of them (S) is named again as the giver, so the other one (IO) receives. In the corrupted
+prompt the giver is a third person (the paper's ABC prompts), so that nothing says who receives.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from ..errors import expected
 from .encoding import single_tokens
 from .sampling import sample_combinations
 
-# {first} and {second} are IO and S in either order (ABBA, BABA); {giver} is S, corrupted a third name.
-# Every name follows a space: most tokenizers have another token for a name that does not.
+# {first} and {second} are IO and S in either order (ABBA, BABA); {giver} is S, or a third name in the corrupted prompt.
+# Every name follows a space, as most tokenizers have another token for a name without one.
 TEMPLATES = (
     "When {first} and {second} arrived at the {place}, {giver} gave a {thing} to",
     "After {first} and {second} had lunch near the {place}, {giver} handed a {thing} to",
@@ -37,7 +37,7 @@ THINGS = ("book", "letter", "ticket", "drink", "basket", "ring", "map", "phone",
 
 
 def generate(tokenizer: Any, n: int, rng: random.Random) -> list[dict[str, Any]]:
-    """n records; the answers are the ids of IO (good) and S (bad). Raises `InputError` for too few names."""
+    """n records; the answers are the ids of IO (good) and S (bad). Raises `InputError` if too few names fit."""
     ids = single_tokens(tokenizer, "They gave it to", NAMES)
     if len(ids) < 3:
         raise expected("tokenizer", "at least 3 of the task's names as one token behind a space", list(ids) or "none")

@@ -19,7 +19,7 @@ from ..errors import InputError, expected, reason
 from ..files import DAMAGED, write_whole
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".safetensors", ".pt")
-# (good, bad): ids under the names that EAP-IG's tables have for them, then texts.
+# Pairs of columns (good, bad): ids, under the names in EAP-IG's tables; then texts.
 _IDS = (
     ("correct_idx", "incorrect_idx"),
     ("answers_idx", "corrupted_answers_idx"),
@@ -28,14 +28,14 @@ _IDS = (
 )
 _TEXTS = (("good", "bad"), ("answer", "wrong_answer"), ("correct", "incorrect"))
 _TENSORS = ("clean", "corrupted", "lengths", "answers")
-_UNEQUAL = ("corrupted_lengths", "alignment")  # of pairs of unequal lengths besides
+_UNEQUAL = ("corrupted_lengths", "alignment")  # only for pairs of unequal lengths
 _FORMAT = "eap-circuits/1"
 
 Records = tuple["list[dict[str, Any]]", "list[str]"]
 
 
 def suffix_of(path: str | os.PathLike[str]) -> str:
-    """The path's suffix; raises `InputError` for one that is not read."""
+    """The path's suffix; raises `InputError` for an unknown one."""
     suffix = Path(path).suffix
     if suffix not in SUFFIXES:
         raise expected(str(path), "a name ending in " + ", ".join(SUFFIXES), repr(suffix))
@@ -44,7 +44,7 @@ def suffix_of(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def reading(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Name the file in every error that reading it and using what it holds raises."""
+    """Inside, errors from reading the file or using its content name the file."""
     path = Path(path)
     if not path.is_file():
         raise expected(str(path), "a file", "a folder" if path.is_dir() else "nothing there")
@@ -59,7 +59,7 @@ def reading(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def read_csv(path: Path) -> Records:
-    """Rows of texts and their labels; rows are counted as a spreadsheet does, the header being row 1."""
+    """Rows of texts and their labels; rows are numbered as in a spreadsheet: the header is row 1."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         try:
             cells = list(csv.reader(file, strict=True))
@@ -73,7 +73,7 @@ def read_csv(path: Path) -> Records:
             raise expected("row 1", f"a column {column!r}", header)
     twice = sorted({column for column in header if column and header.count(column) > 1})
     if twice:
-        raise expected("row 1", "each column once", f"{twice} more often")
+        raise expected("row 1", "each column once", f"{twice} more than once")
     rows, labels = [], []
     for number, row in enumerate(cells[1:], 2):
         if not row:
@@ -86,7 +86,7 @@ def read_csv(path: Path) -> Records:
 
 
 def read_rows(path: Path) -> Records:
-    """Rows and their labels: of `.parquet` and of the list in `.json`, else of lines, counted from 1, none blank."""
+    """Rows and their labels, from `.parquet`, from the list in `.json`, or else from lines, numbered from 1."""
     if path.suffix in (".json", ".parquet"):
         content = _json(path) if path.suffix == ".json" else _parquet(path)
         if not isinstance(content, list):
@@ -109,7 +109,7 @@ def _parsed(text: str, label: str, wanted: str) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's members; the parser's own would forget one of two that have the same name."""
+    """A JSON object's members; of two members with the same name the parser by itself would drop one."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError(f"one of {list(found)} comes twice")
@@ -131,7 +131,7 @@ def own_records(rows: list[Any], labels: list[str]) -> Records:
     """Records for `PairedDataset.from_records`: answers in two columns become a pair.
 
     Raises:
-        InputError: an answer that is neither what its column holds, an id or a text, nor a list of those.
+        InputError: an answer is not what its column holds: an id or a text, or a list of them.
     """
     return [_record(row, label) for row, label in zip(rows, labels, strict=True)], labels
 
@@ -148,16 +148,16 @@ def _record(row: Any, label: str) -> Any:
 
 
 def _answer_columns(names: Collection[str]) -> tuple[str, str] | None:
-    """The first pair of columns of answers that is there."""
+    """The first pair of answer columns among these names."""
     return next((pair for pair in (*_IDS, *_TEXTS) if all(name in names for name in pair)), None)
 
 
 def _answer(cell: Any, member: type, label: str) -> Any:
-    """An id or a text, or a list of them, also as a table's cell writes it."""
+    """An id or a text, or a list of them; a cell of a table may hold the list as text."""
     value = cell
     if isinstance(cell, str):
         try:
-            # Lists of texts are written by Python as often as by JSON.
+            # Python writes lists of texts into tables as often as JSON does; literal_eval reads both.
             value = json.loads(cell) if member is int else ast.literal_eval(cell) if cell[:1] == "[" else cell
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             value = cell

@@ -1,9 +1,9 @@
 """Rows of the MIB benchmark's datasets (Mueller et al. 2025, arXiv 2504.13151; `mib-bench/…` on the Hugging Face hub).
 
-A row has a `prompt` and, for each kind of counterfactual, a column `…_counterfactual` with the same fields. What its
-answers are depends on the task, which the columns tell: IOI (`metadata` names the people), MCQA and ARC (`choices`
-with their labels, `answerKey`), arithmetic (`label`). Rows are read as the benchmark's circuit track reads them: which
-counterfactual is the default, an answer's first token standing for it, and which rows are left out.
+A row has a `prompt` and, for each kind of counterfactual, a column `…_counterfactual` with the same fields. Its answers
+depend on the task, which the columns tell: IOI (`metadata` names the people), MCQA and ARC (`choices` with their
+labels, `answerKey`), arithmetic (`label`). Rows are read as in the benchmark's circuit track: it sets the default
+counterfactual, takes an answer's first token for the answer, and leaves out the same rows.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Layout:
     """One task's rows.
 
     Args:
-        columns: by which the task is known.
-        counterfactual: the circuit track's default.
-        answers: (row, counterfactual) -> texts of the good and of the bad answer, then texts that must be as long.
-        whole: the answers must be one token, not only begin with theirs.
+        columns: the columns that identify the task.
+        counterfactual: the circuit track's default column.
+        answers: (row, counterfactual) -> texts of the good and the bad answer, then texts with as many tokens as these.
+        whole: the whole answer must be one token; otherwise its first token stands for it.
     """
 
     columns: tuple[str, ...]
@@ -59,13 +59,13 @@ def is_mib(row: Any) -> bool:
 def mib_records(
     rows: Sequence[Any], labels: Sequence[str], tokenizer: Any, counterfactual: str | None, align: bool
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Records for `PairedDataset.from_records`, and their labels, of the rows that can be compared.
+    """Records for `PairedDataset.from_records`, and their labels, for the rows that can be compared.
 
-    Left out are rows without that counterfactual, of answers of unequal lengths, whose two answers begin with the same
-    token and, but with `align`, of prompts of unequal lengths.
+    Rows are left out if they lack the counterfactual, if their answers have unequal lengths or the same first token,
+    or, without `align`, if their prompts have unequal lengths.
 
     Raises:
-        InputError: rows of no known task, without the counterfactual's column, or none that is left.
+        InputError: rows of no known task, without the counterfactual's column, or all left out.
     """
     check_tokenizer(tokenizer)
     first = rows[0] if rows else {}

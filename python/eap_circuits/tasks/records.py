@@ -1,4 +1,4 @@
-"""Text records to tokens."""
+"""Turn text records into tokens."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .encoding import answer_id, check_text, check_tokenizer, encode_prompts
 def tokenised(
     records: Sequence[Mapping[str, Any]], labels: Sequence[str], tokenizer: Any, prepend_bos: bool, align: bool
 ) -> dict[str, Any]:
-    """The fields of a dataset, from records as `PairedDataset.from_records` takes them.
+    """The fields of a dataset, from the records that `PairedDataset.from_records` takes.
 
     Args:
         labels: what errors call each record.
 
     Raises:
-        InputError: names the record, and what of it is missing, empty, unequal or not one token.
+        InputError: names the record and the part of it that is missing, empty, of unequal length or not one token.
     """
     check_tokenizer(tokenizer)
     if not records:
@@ -72,7 +72,7 @@ def _check_record(record: Any, label: str) -> None:
 
 
 def _answer_sets(record: Mapping[str, Any], label: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Ids of the record's good and of its bad answers."""
+    """The ids of the record's good and bad answers."""
     good, bad = (
         _ids(answer, f"{label}, {side} answer", record["clean"], tokenizer)
         for answer, side in zip(record["answers"], ("good", "bad"), strict=True)
@@ -105,6 +105,6 @@ def _ids(answer: Any, label: str, prompt: str, tokenizer: Any) -> list[int]:
 
 
 def _answer_tensor(answers: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-    """int64 [E, 2] where every set holds one id, else [E, 2, A] padded with -1."""
+    """int64 [E, 2] if every set holds one id, else [E, 2, A] padded with -1."""
     tensor = _padded([ids for pair in answers for ids in pair], -1).view(len(answers), 2, -1)
     return tensor[..., 0] if tensor.shape[2] == 1 else tensor

@@ -38,21 +38,21 @@ TASKS: dict[str, Task] = {
         Task(
             "greater-than",
             "'The war lasted from the year 1732 to the year 17' -> digits above 32; corrupted by a first "
-            "year so early that every end follows it (Hanna et al. 2023).",
+            "year so early that any last year is later (Hanna et al. 2023).",
             "prob_diff",
             greater_than.generate,
         ),
         Task(
             "gender-bias",
-            "'The nurse said that' -> ' she' rather than ' he', the profession's stereotype; corrupted by 'man' or "
+            "'The nurse said that' -> ' she', the profession's stereotype, not ' he'; corrupted by 'man' or "
             "'woman' in place of the profession (Vig et al. 2020; Hanna et al. 2024).",
             "logit_diff",
             gender_bias.generate,
         ),
         Task(
             "subject-verb-agreement",
-            "'We know that the keys near the table' -> verbs in the plural rather than the singular; corrupted by the "
-            "noun in the other number (Newman et al. 2021; Hanna et al. 2024).",
+            "'We know that the keys near the table' -> plural rather than singular verbs; corrupted by the noun in "
+            "the other number (Newman et al. 2021; Hanna et al. 2024).",
             "prob_diff",
             subject_verb_agreement.generate,
         ),
@@ -65,8 +65,8 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             "hypernymy",
-            "'They sell apples and other' -> ' fruits' rather than the kind of the things that the corrupted prompt "
-            "names (Hanna et al. 2024).",
+            "'They sell apples and other' -> ' fruits' rather than the kind of the things in the corrupted prompt "
+            "(Hanna et al. 2024).",
             "logit_diff",
             hypernymy.generate,
         ),
@@ -80,13 +80,13 @@ def load_task(name: str, tokenizer: Any, *, n: int = 64, seed: int = 0, prepend_
     Args:
         name: one of `TASKS`.
         tokenizer: a Hugging Face tokenizer.
-        n: how many pairs; none comes twice while there are others.
+        n: how many pairs; none repeats until all have been used.
         seed: the same seed gives the same pairs.
         prepend_bos: see `PairedDataset.from_records`.
 
     Raises:
-        InputError: unknown task, an n that is no positive whole number, or a tokenizer that the task cannot
-            be put to (its answers are not single tokens).
+        InputError: an unknown task, an n that is not a positive whole number, or a tokenizer that does not suit the
+            task (its answers are not single tokens).
     """
     one_of("task", name, TASKS)
     check_tokenizer(tokenizer)

@@ -1,4 +1,4 @@
-"""Choosing among combinations without repeats."""
+"""Draw combinations without repeats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def sample_combinations(choices: Sequence[Sequence[Any]], n: int, rng: random.Random) -> list[tuple[Any, ...]]:
-    """n tuples with one member of each of `choices`; none twice before all have come once."""
+    """n tuples with one member of each of `choices`; none repeats until all have been drawn."""
     total = 1
     for members in choices:
         total *= len(members)

@@ -1,7 +1,7 @@
 """Subject–verb agreement (Linzen et al. 2016, arXiv 1611.01368; Newman et al. 2021, arXiv 2104.09635).
 
-A noun, then words that say nothing about its number but may hold a noun of the other one; a verb follows. Corrupted,
-the noun has the other number.
+A noun is followed by words that do not tell its number but may contain a noun of the other number; then a verb follows.
+In the corrupted prompt the noun has the other number.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NOUNS = (
     ("soldier", "soldiers"), ("chair", "chairs"), ("ship", "ships"), ("actor", "actors"), ("window", "windows"),
     ("visitor", "visitors"), ("chef", "chefs"), ("cup", "cups"),
 )  # fmt: skip
-# A clause that another one opens goes on with its verb; a sentence's first noun is as often followed by a comma.
+# Subordinate clauses, because after the first noun of a sentence a comma is as likely as a verb.
 STEMS = ("We know that the", "I think the", "It is true that the", "She told us that the")
 PHRASES = (
     "near the table", "near the tables", "next to the door", "next to the doors", "behind the wall",
@@ -36,16 +36,16 @@ _LEAST = 4
 
 
 def generate(tokenizer: Any, n: int, rng: random.Random) -> list[dict[str, Any]]:
-    """n records whose answers are the verbs' ids in the noun's number (good) and in the other one (bad).
+    """n records whose answers are the verbs' ids in the noun's number (good) and in the other number (bad).
 
     Raises:
-        InputError: too few nouns as long in the plural, or no verb whose two forms are one token each.
+        InputError: too few nouns have as many tokens in the plural, or no verb has two forms of one token each.
     """
     ids = single_tokens(tokenizer, _text(STEMS[0], NOUNS[0][0], PHRASES[0]), (form for pair in VERBS for form in pair))
     verbs = [(ids[one], ids[many]) for one, many in VERBS if one in ids and many in ids]
     if not verbs:
         raise expected(
-            "tokenizer", "a verb of the task's whose two forms are one token behind a space", list(ids) or "none"
+            "tokenizer", "one of the task's verbs with both forms one token behind a space", list(ids) or "none"
         )
     nouns = []
     for pair in NOUNS:
@@ -55,7 +55,7 @@ def generate(tokenizer: Any, n: int, rng: random.Random) -> list[dict[str, Any]]
             nouns.append(pair)
     if len(nouns) < _LEAST:
         found = [one for one, _ in nouns] or "none"
-        raise expected("tokenizer", f"at least {_LEAST} of the task's nouns as long in the plural", found)
+        raise expected("tokenizer", f"at least {_LEAST} of the task's nouns with as many tokens in the plural", found)
     answers = [[one for one, _ in verbs], [many for _, many in verbs]]
     records = []
     for stem, pair, plural, phrase in sample_combinations((STEMS, nouns, (0, 1), PHRASES), n, rng):

@@ -58,9 +58,9 @@ def test_the_table_of_models_is_that_of_the_committed_checks_and_has_every_famil
     assert columns | {"architecture"} == {name for row in rows.values() for name, *_ in row["checks"]}
 
 
-def test_the_table_of_methods_is_that_of_the_registry():
-    methods = script("methods")
-    assert methods.page() == methods.PAGE.read_text()
+def test_the_registries_tables_and_help_texts_are_written_anew():
+    for path, text in script("registries").files().items():
+        assert path.read_text(encoding="utf-8") == text, f"python docs/registries.py writes {path.name}"
 
 
 def test_the_page_of_the_comparison_says_what_its_results_say():

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import session
+from .choices import described, registries
 from .console import check_outputs, check_suffix, say, show_json, show_table, working
 from .options import Device, Dtype, Json, Model
 
@@ -119,7 +120,9 @@ def check(model: Model, dtype: Dtype = None, device: Device = None, as_json: Jso
 
 
 def info() -> None:
-    """Show versions, the compiled backends, what is missing and why, and the methods: what to add to a bug report.
+    """Show versions, the compiled backends, what is missing and why, and what there is to choose from.
+
+    Add it to a bug report.
 
     Examples:
 
@@ -129,12 +132,10 @@ def info() -> None:
     """
     from eap_kernels.info import facts
 
-    from ..methods import METHODS
     from ..report.tables import installed
 
     pairs = {**facts(), **{name: installed(name) for name in ("transformers", "matplotlib", "gguf")}}
-    for tier in dict.fromkeys(method.tier for method in METHODS.values()):
-        pairs[f"methods, {tier}"] = ", ".join(name for name, method in METHODS.items() if method.tier == tier)
+    pairs |= {kind: ", ".join(described(kind)) for kind in registries()}
     width = max(map(len, pairs))
     for name, value in pairs.items():
         say(f"{name:<{width}}  {value}")

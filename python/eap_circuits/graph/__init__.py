@@ -7,7 +7,7 @@ from .confidence import bootstrap_confidence, normal_confidence
 from .layout import Graph, Heads
 from .nodes import NodeScores
 from .scores import EdgeScores
-from .selection import SELECTIONS
+from .selection import SELECTIONS, Selection
 
 __all__ = [
     "SELECTIONS",
@@ -18,6 +18,7 @@ __all__ = [
     "Heads",
     "NodeScores",
     "Overlap",
+    "Selection",
     "bootstrap_confidence",
     "edge_auroc",
     "edge_overlap",

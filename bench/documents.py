@@ -25,7 +25,7 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
 }
 WITH_TABLES = tuple(dict.fromkeys(name for name, _ in TABLES))
 # Not imported where only tables are written: these need all of eap_circuits.
-PAGES = {"docs/methods.md": "docs.methods", "docs/models.md": "docs.models"}
+PAGES = {"docs/models.md": "docs.models"}
 ALL = (*WITH_TABLES, *PAGES)
 
 

@@ -14,8 +14,8 @@ from .adapters import Architecture, bind
 from .errors import expected, one_of
 from .forward import Batch, Constants, Runner, make_batches, zeros
 from .graph import Graph
-from .metrics import OF_ANSWERS, MetricBatch, check_metric_values, get_metric
-from .recording import ABLATIONS, different_throughout, find_constants
+from .metrics import Metric, MetricBatch, check_metric_values, get_metric
+from .recording import ABLATIONS, different_throughout
 from .tasks import PairedDataset
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Request:
 
     arch: Architecture
     data: PairedDataset
-    metric: Callable[[Tensor, MetricBatch], Tensor]
+    metric: Metric
     ablation: str | Constants = "patching"
     ablation_data: PairedDataset | None = None
     constants: Constants | None = None
@@ -49,12 +49,10 @@ class Request:
 
     def with_constants(self) -> Self:
         """The request with its constants, for which means are taken; the model must be borrowed already."""
-        arch, given = self.arch, self.ablation
-        if isinstance(given, Constants):
-            found: Constants | None = given.on(arch)
-        else:
-            found = find_constants(arch, given, self.ablation_data or self.data)
-        return replace(self, constants=found)
+        if isinstance(self.ablation, Constants):
+            return replace(self, constants=self.ablation.on(self.arch))
+        find = ABLATIONS[self.ablation].constants
+        return replace(self, constants=find and find(self.arch, self.ablation_data or self.data))
 
     def batches(self, tokens: int) -> Iterator[Batch]:
         """The data in batches, of at most this many tokens where the user names no size."""
@@ -62,13 +60,13 @@ class Request:
 
     def runner(self, graph: Graph, batch: Batch) -> Runner:
         """The model on a batch, with no more logits than the metric looks at."""
-        return Runner(self.arch, graph, batch, batch.answer_tokens if self.metric in OF_ANSWERS else None)
+        return Runner(self.arch, graph, batch, batch.answer_tokens if self.metric.of_answers else None)
 
     def values(self, logits: Tensor, batch: Batch, clean: Tensor, corrupted: Tensor) -> Tensor:
         """The metric of each example: logits [E, V], or [E, U] of `runner`, -> [E]; raises InputError where it is not
         finite."""
         answers = batch.answers
-        if self.metric in OF_ANSWERS and logits.shape[1] == len(batch.answer_tokens):
+        if self.metric.of_answers and logits.shape[1] == len(batch.answer_tokens):
             answers = torch.searchsorted(batch.answer_tokens, answers.clamp(min=0)).where(answers >= 0, -1)
         given = MetricBatch(
             answers=answers,
@@ -126,9 +124,10 @@ def _check_ablation(request: Request) -> None:
         one_of("ablation", ablation, ABLATIONS)
     if other is None:
         return
-    if isinstance(ablation, Constants) or ablation in ("patching", "zero"):
+    if isinstance(ablation, Constants) or not ABLATIONS[ablation].from_data:
         what = "constants" if isinstance(ablation, Constants) else repr(ablation)
-        raise expected("ablation_data", 'none but for "mean", "mean-positional" and "optimal"', f"some for {what}")
+        names = ", ".join(repr(each.name) for each in ABLATIONS.values() if each.from_data)
+        raise expected("ablation_data", f"none, except for {names}", f"some for {what}")
     if not isinstance(other, PairedDataset):
         raise expected("ablation_data", "a PairedDataset", type(other).__name__)
     _check_tokens(request.arch.model, other, "ablation_data, ")

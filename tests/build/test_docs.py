@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench import documents, tables
-from docs import models
+from docs import models, registries
 from eap_circuits.reproduction.page import page as page_of
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +44,11 @@ def test_every_family_is_in_the_table_of_models_and_passed_every_check():
     assert all(set(row["tests"]) == tests and all(row["tests"].values()) for row in rows.values())
     columns = {check for checks in models.CHECKS.values() for check in checks}
     assert columns | {"architecture"} == {name for row in rows.values() for name, *_ in row["checks"]}
+
+
+def test_the_registries_tables_and_help_texts_are_written_anew():
+    for path, text in registries.files().items():
+        assert path.read_text(encoding="utf-8") == text, f"python docs/registries.py writes {path.name}"
 
 
 def test_the_page_of_the_comparison_says_what_its_results_say():

@@ -323,8 +323,8 @@ def test_a_curve_and_a_checkpoint_know_their_ablation(tmp_path, make_model, make
     ("given", "words"),
     [
         ({"ablation": "noise"}, "ablation: expected one of 'mean', 'mean-positional'"),
-        ({"ablation_data": 0}, "ablation_data: expected none but for .* found some for 'patching'"),
-        ({"ablation": "zero", "ablation_data": 0}, "ablation_data: expected none but for .* found some for 'zero'"),
+        ({"ablation_data": 0}, "ablation_data: expected none, except for .* found some for 'patching'"),
+        ({"ablation": "zero", "ablation_data": 0}, "ablation_data: expected none, except for .* found some for 'zero'"),
         ({"ablation": "mean", "ablation_data": "prompts"}, "ablation_data: expected a PairedDataset, found str"),
         ({"ablation": "mean-positional", "ablation_data": 6}, "ablation_data: expected prompts of 11 .* at most 6"),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import eap_circuits as eap
 from eap_circuits.errors import InputError
 from eap_circuits.metrics import (
-    DIFFERENTIABLE,
     METRICS,
     MetricBatch,
     check_metric_values,
@@ -127,9 +129,9 @@ def test_top_k_of_no_positive_number(k: object) -> None:
 
 def test_what_cannot_be_differentiated_is_refused_for_scoring() -> None:
     logits = LOGITS.clone().requires_grad_()
-    for name, metric in METRICS.items():
+    for metric in METRICS.values():
         values = metric(logits, batch_of(PAIRS))
-        assert values.requires_grad == (name in DIFFERENTIABLE)
+        assert values.requires_grad == metric.differentiable
         if not values.requires_grad:
             with pytest.raises(InputError, match="differentiably"):
                 check_metric_values(values, batch_of(PAIRS), logits)
@@ -171,7 +173,7 @@ def test_metrics_do_not_depend_on_a_common_shift_and_stay_in_range(seed: int, sh
     assert (js <= 1e-12).all() and (js >= -math.log(2) - 1e-12).all()
 
 
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("name", [m.name for m in METRICS.values() if m.differentiable])
 @pytest.mark.parametrize("answers", [PAIRS, SETS], ids=["pairs", "sets"])
 def test_gradients_agree_with_finite_differences(name: str, answers: Tensor) -> None:
     clean = LOGITS.double().flip(1)
@@ -191,12 +193,22 @@ def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) ->
     )
 
 
+def test_the_page_runs(make_model: Any, make_pairs: Any) -> None:
+    """docs/metrics.md, on a tiny model and random prompts."""
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    found = {"eap": eap, "model": make_model("gpt2"), "data": make_pairs(n=3)}
+    exec(code, found)
+    assert found["scores"].info["metric"] == "margin"  # type: ignore[attr-defined]
+
+
 def test_get_metric_by_name_and_callable() -> None:
     def mine(logits: Tensor, batch: MetricBatch) -> Tensor:
         return logits[:, 0]
 
-    assert get_metric("logit_diff") is logit_diff
-    assert get_metric(mine) is mine
+    assert get_metric("logit_diff") is get_metric(logit_diff) is METRICS["logit_diff"]
+    assert (get_metric(mine).function, get_metric(mine).name) == (mine, "mine")
+    assert all((metric.name, metric.__name__) == (name, name) for name, metric in METRICS.items())
 
 
 @pytest.mark.parametrize("wrong", ["accuracy", 3, None])

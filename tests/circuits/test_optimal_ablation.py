@@ -155,7 +155,7 @@ def test_constants_of_another_model_are_refused(make_model, make_pairs):
     ):
         with pytest.raises(eap.InputError, match="ablation: expected constants of this model"):
             attempt()
-    with pytest.raises(eap.InputError, match=r"ablation_data: expected none but for .* found some for constants"):
+    with pytest.raises(eap.InputError, match=r"ablation_data: expected none, except for .* found some for constants"):
         eap.evaluate(llama, circuit_of(llama), data, ablation=constants, ablation_data=data)
     few = constants.map(lambda x: x.repeat(3, 1))
     with pytest.raises(eap.InputError, match=r"ablation: expected constants for .* positions"):

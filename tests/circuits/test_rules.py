@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional
@@ -15,8 +13,7 @@ from eap_circuits.adapters import bind
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import borrowed
 from eap_circuits.methods.quadrature import QUADRATURES
-from eap_circuits.recording import RULES
-from eap_circuits.recording.means import find_constants
+from eap_circuits.recording import ABLATIONS, RULES
 from tests.circuits.rules_by_hand import scores_by_hand
 
 ALL = sorted(RULES)
@@ -186,12 +183,6 @@ def test_an_activation_that_cannot_be_seen_is_refused(rules, make_model, make_pa
     assert "forward" not in vars(model.transformer.h[0])
 
 
-def test_the_page_has_every_rule():
-    page = (Path(__file__).parents[2] / "docs" / "rules.md").read_text(encoding="utf-8")
-    table = [f"| `{rules.name}` | {rules.description} |" for rules in RULES.values()]
-    assert "\n".join(["| rules | what it is |", "|---|---|", *table, ""]) in page
-
-
 @pytest.mark.parametrize("method", ["eap", "eap-ig-inputs"])
 @pytest.mark.parametrize("rules", [None, "relp", "gim"])
 def test_scores_are_linear_in_what_takes_a_contributions_place(rules, method, kind, make_model, make_pairs, relative):
@@ -199,7 +190,7 @@ def test_scores_are_linear_in_what_takes_a_contributions_place(rules, method, ki
     model, data = make_model(kind), make_pairs(n=3)
     arch = bind(model)
     with borrowed(model):
-        half = find_constants(arch, "mean", data).map(lambda x: x / 2)
+        half = ABLATIONS["mean"].constants(arch, data).map(lambda x: x / 2)
     zero, mean, between = (
         eap.attribute(model, data, method=method, steps=2, rules=rules, ablation=ablation).values
         for ablation in ("zero", "mean", half)

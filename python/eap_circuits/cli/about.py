@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import session
+from .choices import described, registries
 from .console import check_outputs, check_suffix, say, show_json, show_table, working
 from .options import Device, Dtype, Json, Model
 
@@ -118,7 +119,7 @@ def check(model: Model, dtype: Dtype = None, device: Device = None, as_json: Jso
 
 
 def info() -> None:
-    """Show what a bug report needs: versions, compiled backends, what is missing and why, and the methods.
+    """Show what a bug report needs: versions, compiled backends, what is missing, and the choices.
 
     Examples:
 
@@ -128,12 +129,10 @@ def info() -> None:
     """
     from eap_kernels.info import facts
 
-    from ..methods import METHODS
     from ..report.tables import installed
 
     pairs = {**facts(), **{name: installed(name) for name in ("transformers", "matplotlib", "gguf")}}
-    for tier in dict.fromkeys(method.tier for method in METHODS.values()):
-        pairs[f"methods, {tier}"] = ", ".join(name for name, method in METHODS.items() if method.tier == tier)
+    pairs |= {kind: ", ".join(described(kind)) for kind in registries()}
     width = max(map(len, pairs))
     for name, value in pairs.items():
         say(f"{name:<{width}}  {value}")

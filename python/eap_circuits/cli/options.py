@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .choices import help_text
+
 MODEL_HELP = "A Hugging Face name or folder, or [bold]smollm2[/bold], the demo model."
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
@@ -47,8 +49,7 @@ Seed = Annotated[int, typer.Option(help="Another seed gives other prompts of the
 Metric = Annotated[
     str | None,
     typer.Option(
-        help="logit_diff, prob_diff, kl_divergence or js_divergence; for evaluation also top1_accuracy, top5_accuracy, "
-        "rank.  [dim]\\[default: the task's own][/dim]",
+        help=help_text("metrics", "What is measured.", "\n\n[dim]\\[default: the task's own][/dim]"),
         rich_help_panel="Prompts",
     ),
 ]
@@ -56,8 +57,7 @@ Metric = Annotated[
 Method = Annotated[
     str,
     typer.Option(
-        help="How edges are scored: eap, eap-ig-inputs, eap-ig-activations, clean-corrupted, eap-conductance "
-        "(experimental), information-flow-routes, or exact, which patches each edge by itself; see docs/methods.md.",
+        help=help_text("methods", "How edges are scored; docs/methods.md."),
         rich_help_panel="Scoring",
     ),
 ]
@@ -87,15 +87,14 @@ Keep = Annotated[
 Rules = Annotated[
     str | None,
     typer.Option(
-        help="Backward rules in place of the gradient: relp, relp-ah or gim.  [dim]\\[default: none][/dim]",
+        help=help_text("rules", "What takes the gradient's place.", "\n\n[dim]\\[default: nothing][/dim]"),
         rich_help_panel="Scoring",
     ),
 ]
 Ablation = Annotated[
     str,
     typer.Option(
-        help="What an ablated edge carries: patching (the corrupted prompt's contribution), zero, mean (over all "
-        "tokens) or mean-positional; for evaluation also optimal (learned constants, slow).",
+        help=help_text("ablations", "What an ablated edge carries."),
         rich_help_panel="Ablation",
     ),
 ]
@@ -126,8 +125,7 @@ Memory = Annotated[
 How = Annotated[
     str,
     typer.Option(
-        help="top: the strongest edges anywhere; greedy: grown from the logits; optimal: connected edges with the "
-        "greatest sum (needs scipy).",
+        help=help_text("selections", "How the circuit's edges are chosen."),
         rich_help_panel="Circuit",
     ),
 ]

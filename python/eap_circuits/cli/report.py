@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from . import session
 from .console import check_outputs, check_suffix, say
 from .options import How, Signed
 
@@ -39,12 +40,11 @@ def report(
     """
     import eap_circuits as eap
 
-    from ..errors import one_of
     from ..report import load_curve, write_report
 
     check_outputs(out)
     check_suffix(out, ".html", ".htm")
-    one_of("--how", how, ("top", "greedy", "optimal"))
+    session.check_how(how)
     loaded = eap.EdgeScores.load(scores)
     files = {"scores": scores.name}
     if circuit is not None:

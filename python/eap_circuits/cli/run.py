@@ -144,7 +144,7 @@ def attribute(
     if rules is not None:
         one_of("--rules", rules, RULES)
     one_of("--heads", heads, ("kv", "query"))
-    one_of("--how", how, ("top", "greedy", "optimal"))
+    session.check_how(how)
     kept = None if keep is None else keep.split(",")
     if confidence is not None and not {"variance", "examples"} & set(kept or ()):
         kept = [*(kept or ()), "variance"]
@@ -306,7 +306,6 @@ def curve(
     """
     import eap_circuits as eap
 
-    from ..errors import one_of
     from ..files import write_whole
     from ..report import smallest_faithful
     from ..report.curves import jsonable
@@ -315,7 +314,7 @@ def curve(
     check_outputs(out, html)
     check_suffix(out, ".json")
     check_suffix(html, ".html", ".htm")
-    one_of("--how", how, ("top", "greedy", "optimal"))
+    session.check_how(how)
     sizes = session.parse_fractions(fractions)
     beside = session.parse_baselines(baselines)
     prompts = session.Prompts(task, data, n, seed, align, ablation_data)

@@ -29,7 +29,7 @@ class Prompts:
 
     def check(self, metric: str | None = None, gradient: bool = False, ablation: str = "patching") -> None:
         """Refuse wrong options before a model is loaded; `gradient`: the metric will be differentiated."""
-        from ..metrics import DIFFERENTIABLE, METRICS
+        from ..metrics import METRICS
         from ..recording import ABLATIONS
         from ..tasks import TASKS
 
@@ -46,7 +46,7 @@ class Prompts:
         if self.data is None:
             check_align(self.align, f"--task {self.task}")
         if metric is not None:
-            one_of("--metric", metric, DIFFERENTIABLE if gradient else METRICS)
+            one_of("--metric", metric, [m.name for m in METRICS.values() if m.differentiable or not gradient])
 
     def load(self, tokenizer: Any) -> PairedDataset:
         from ..tasks import PairedDataset, load_task
@@ -60,6 +60,13 @@ class Prompts:
         from ..tasks import PairedDataset
 
         return None if self.ablation_data is None else PairedDataset.from_file(self.ablation_data, tokenizer)
+
+
+def check_how(how: str) -> None:
+    """Of a circuit whose number of edges is given."""
+    from ..graph import SELECTIONS
+
+    one_of("--how", how, [selection.name for selection in SELECTIONS.values() if selection.choose is not None])
 
 
 def check_align(align: bool, found: str) -> None:

@@ -1,13 +1,13 @@
 """Graphs, scores, circuits, selection and files: pure data, without transformers."""
 
-from .baseline import random_circuit
+from .agreement import Agreement, Overlap, edge_auroc, edge_overlap, node_overlap, score_agreement
 from .circuit import Circuit, prune
-from .compare import Agreement, Overlap, edge_auroc, edge_overlap, node_overlap, score_agreement
 from .confidence import bootstrap_confidence, normal_confidence
 from .layout import Graph, Heads
 from .nodes import NodeScores
+from .random_circuits import random_circuit
 from .scores import EdgeScores
-from .selection import SELECTIONS
+from .selection import SELECTIONS, Selection
 
 __all__ = [
     "SELECTIONS",
@@ -18,6 +18,7 @@ __all__ = [
     "Heads",
     "NodeScores",
     "Overlap",
+    "Selection",
     "bootstrap_confidence",
     "edge_auroc",
     "edge_overlap",

@@ -101,7 +101,7 @@ class EdgeScores:
             selection["positive_ratio"] = positive_ratio
         if among is not None:
             selection["among"] = int((among.cpu() & self.graph.edge_mask).sum())
-        if how == "optimal":
+        if gap is not None:
             selection["gap"] = gap
         info = {**self.info, "selection": selection}
         circuit = Circuit(self.graph, mask, self.values, info)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,8 +12,6 @@ from torch import Tensor
 from ..errors import expected, one_of
 from .layout import Graph
 from .optimal import optimal_edges
-
-SELECTIONS = ("top", "greedy", "threshold", "optimal")
 
 
 def select_edges(
@@ -24,9 +24,10 @@ def select_edges(
     positive_ratio: float | None = None,
     among: Tensor | None = None,
     seconds: float = 30.0,
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, float | None]:
     """Edges chosen by score, bool [S, R], not yet pruned; and the gap, for "optimal". See `EdgeScores.select`."""
     one_of("how", how, SELECTIONS)
+    choose = SELECTIONS[how].choose
     bad = ~values.isfinite() & graph.edge_mask
     if bad.any():
         u, v = bad.nonzero()[0].tolist()
@@ -39,14 +40,14 @@ def select_edges(
     if positive_ratio is not None and (how != "top" or signed or not 0 <= positive_ratio <= 1):
         found = f"positive_ratio={positive_ratio}, how={how!r}, signed={signed}"
         raise expected("select(positive_ratio=)", "a share from 0 to 1, with how='top' and signed=False", found)
-    if how == "threshold":
+    if choose is None:
         if threshold is None or n_edges is not None:
             raise expected(
                 "select(how='threshold')",
                 "threshold= and no n_edges",
                 f"threshold={threshold}, n_edges={n_edges}",
             )
-        return rank >= threshold, 0.0
+        return rank >= threshold, None
     if threshold is not None or isinstance(n_edges, bool) or not isinstance(n_edges, int):
         raise expected(
             f"select(how={how!r})",
@@ -55,14 +56,10 @@ def select_edges(
         )
     if not 0 <= n_edges <= graph.n_edges:
         raise expected("n_edges", f"0 to {graph.n_edges}, the edges of the graph", n_edges)
-    if how == "optimal":
-        return optimal_edges(graph, rank, n_edges, seconds, [_top(rank, n_edges), _greedy(graph, rank, n_edges)])
-    if how == "greedy":
-        return _greedy(graph, rank, n_edges), 0.0
-    first = torch.zeros_like(allowed)
-    if positive_ratio is not None:
-        first = _top(values.masked_fill(~allowed | (values <= 0), -torch.inf), round(positive_ratio * n_edges))
-    return first | _top(rank.masked_fill(first, -torch.inf), n_edges - int(first.sum())), 0.0
+    if positive_ratio is None:
+        return choose(graph, rank, n_edges, seconds)
+    first = _top(values.masked_fill(~allowed | (values <= 0), -torch.inf), round(positive_ratio * n_edges))
+    return first | _top(rank.masked_fill(first, -torch.inf), n_edges - int(first.sum())), None
 
 
 def _top(rank: Tensor, n_edges: int) -> Tensor:
@@ -113,3 +110,38 @@ def _greedy(graph: Graph, rank: Tensor, n_edges: int) -> Tensor:
             reached[sender] = True
             reach_inputs(inputs[sender])
     return mask
+
+
+def _optimal(graph: Graph, rank: Tensor, n_edges: int, seconds: float) -> tuple[Tensor, float | None]:
+    return optimal_edges(graph, rank, n_edges, seconds, [_top(rank, n_edges), _greedy(graph, rank, n_edges)])
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A way to choose edges by score.
+
+    Args:
+        name: what it is called by.
+        description: one line.
+        choose: (graph, rank [S, R], n_edges, seconds) -> mask [S, R], and its gap where it may miss the best; rank is
+            -inf where no edge may be taken. None for "threshold", which takes no number of edges.
+    """
+
+    name: str
+    description: str
+    choose: Callable[[Graph, Tensor, int, float], tuple[Tensor, float | None]] | None
+
+
+SELECTIONS: dict[str, Selection] = {
+    selection.name: selection
+    for selection in (
+        Selection("top", "the strongest edges anywhere", lambda graph, rank, n, seconds: (_top(rank, n), None)),
+        Selection(
+            "greedy",
+            "grown from the logits, each edge leading to one taken before",
+            lambda graph, rank, n, seconds: (_greedy(graph, rank, n), None),
+        ),
+        Selection("threshold", "every edge that scores at least `threshold`", None),
+        Selection("optimal", "the greatest sum of connected edges (needs scipy)", _optimal),
+    )
+}

@@ -1,11 +1,10 @@
 """Metrics: what a prompt pair's answer is worth, from the logits at the scored position."""
 
 from .functions import (
-    DIFFERENTIABLE,
     METRICS,
-    OF_ANSWERS,
     Metric,
     MetricBatch,
+    MetricFunction,
     check_metric_values,
     get_metric,
     js_divergence,
@@ -17,11 +16,10 @@ from .functions import (
 )
 
 __all__ = [
-    "DIFFERENTIABLE",
     "METRICS",
-    "OF_ANSWERS",
     "Metric",
     "MetricBatch",
+    "MetricFunction",
     "check_metric_values",
     "get_metric",
     "js_divergence",

@@ -34,7 +34,33 @@ class MetricBatch:
     index: Tensor
 
 
-Metric = Callable[[Tensor, MetricBatch], Tensor]
+MetricFunction = Callable[[Tensor, MetricBatch], Tensor]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric: called as its function is.
+
+    Args:
+        name: what it is called by.
+        description: one line.
+        function: (logits [E, V], batch) -> [E], higher is better.
+        differentiable: edges can be scored by it; the others are steps of the logits and only measure.
+        of_answers: looks only at the answers' logits, so that no others are computed for it.
+    """
+
+    name: str
+    description: str
+    function: MetricFunction
+    differentiable: bool = True
+    of_answers: bool = False
+
+    def __call__(self, logits: Tensor, batch: MetricBatch) -> Tensor:
+        return self.function(logits, batch)
+
+    @property
+    def __name__(self) -> str:
+        return self.name
 
 
 def logit_diff(logits: Tensor, batch: MetricBatch) -> Tensor:
@@ -91,8 +117,8 @@ def rank(logits: Tensor, batch: MetricBatch) -> Tensor:
     return values.masked_fill(logits.isnan().any(1), torch.nan)
 
 
-def top_k_accuracy(k: int) -> Metric:
-    """The metric that is 1 where a good answer is among the k highest logits, else 0; see `rank` for ties.
+def top_k_accuracy(k: int) -> MetricFunction:
+    """The function that is 1 where a good answer is among the k highest logits, else 0; see `rank` for ties.
 
     Not differentiable: for evaluation only. Raises `InputError` where k is no positive whole number.
     """
@@ -108,28 +134,30 @@ def top_k_accuracy(k: int) -> Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "logit_diff": logit_diff,
-    "prob_diff": prob_diff,
-    "kl_divergence": kl_divergence,
-    "js_divergence": js_divergence,
-    "top1_accuracy": top_k_accuracy(1),
-    "top5_accuracy": top_k_accuracy(5),
-    "rank": rank,
+    metric.name: metric
+    for metric in (
+        Metric("logit_diff", "good logit less bad logit; of sets, their logsumexp", logit_diff, of_answers=True),
+        Metric("prob_diff", "probability of the good answers less that of the bad ones", prob_diff),
+        Metric("kl_divergence", "minus KL(whole model on the clean prompt || run) of the next token", kl_divergence),
+        Metric(
+            "js_divergence", "minus the Jensen–Shannon divergence of the same two, symmetric and bounded", js_divergence
+        ),
+        Metric("top1_accuracy", "1 where a good answer is ahead of all wrong tokens", top_k_accuracy(1), False),
+        Metric("top5_accuracy", "1 where fewer than five wrong tokens are ahead", top_k_accuracy(5), False),
+        Metric("rank", "minus the number of wrong tokens ahead of the best good answer", rank, False),
+    )
 }
-# What looks at no logits but the answers': only those tokens' are computed for it.
-OF_ANSWERS = (logit_diff,)
-# What edges can be scored by; the others are steps of the logits and only measure.
-DIFFERENTIABLE = ("logit_diff", "prob_diff", "kl_divergence", "js_divergence")
 
 
-def get_metric(metric: str | Metric) -> Metric:
-    """The function a metric's name stands for, or the callable itself. Raises `InputError` otherwise."""
+def get_metric(metric: str | MetricFunction) -> Metric:
+    """The metric of that name or that computes this function. Raises `InputError` otherwise."""
     if isinstance(metric, str):
         one_of("metric", metric, METRICS)
         return METRICS[metric]
     if not callable(metric):
         raise expected("metric", "a name or a callable (logits, batch) -> values", repr(metric))
-    return metric
+    known = (each for each in METRICS.values() if metric in (each, each.function))
+    return next(known, Metric(getattr(metric, "__name__", type(metric).__name__), "of the user's own", metric))
 
 
 def check_metric_values(values: Tensor, batch: MetricBatch, logits: Tensor | None = None) -> None:

@@ -3,13 +3,14 @@
 from .backward_rules import RULES, Rules
 from .contraction import contract, contract_neurons, lowered
 from .contributions import Contributions, SenderDifferences
-from .means import ABLATIONS, different_throughout, find_constants, means
+from .means import ABLATIONS, Ablation, different_throughout, means
 from .receiver_gradients import ReceiverGradients
 from .reference_run import RecordedRun, Recording
 
 __all__ = [
     "ABLATIONS",
     "RULES",
+    "Ablation",
     "Contributions",
     "ReceiverGradients",
     "RecordedRun",
@@ -19,7 +20,6 @@ __all__ = [
     "contract",
     "contract_neurons",
     "different_throughout",
-    "find_constants",
     "lowered",
     "means",
 ]

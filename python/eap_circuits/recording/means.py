@@ -7,7 +7,7 @@ all prompts: nothing, its mean over all tokens of some prompts, its mean at each
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,8 +17,6 @@ from torch import Tensor
 from ..adapters import Architecture, Layer
 from ..forward import Batch, Constants, Hooks, Runner, make_batches, zeros
 from ..tasks import PairedDataset
-
-ABLATIONS = ("patching", "zero", "mean", "mean-positional", "optimal")
 
 
 class _DifferentThroughout(PairedDataset):
@@ -37,20 +35,6 @@ def different_throughout(data: PairedDataset) -> PairedDataset:
 
 def _given_written(layer: Layer, see: Callable[[Tensor], None], z: Tensor) -> None:
     see(layer.written(z))
-
-
-def find_constants(arch: Architecture, ablation: str, data: PairedDataset) -> Constants | None:
-    """What the ablation puts in place of the senders' contributions; None for patching, which takes another run's.
-
-    Args:
-        data: whose clean prompts means are taken over; nobody else reads them.
-    """
-    if ablation == "patching":
-        return None
-    if ablation == "zero":
-        return zeros(arch)
-    batches = make_batches(different_throughout(data), None, False, arch.device)
-    return means(arch, batches, int(data.lengths.max()) if ablation == "mean-positional" else None)
 
 
 def means(
@@ -88,3 +72,43 @@ def means(
         with torch.no_grad():
             runner.logits(embeddings, register)
     return sums.map(lambda x: x / count[:, None]).on(arch)
+
+
+def _means_over(arch: Architecture, data: PairedDataset, positional: bool = False) -> Constants:
+    batches = make_batches(different_throughout(data), None, False, arch.device)
+    return means(arch, batches, int(data.lengths.max()) if positional else None)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What an ablated edge carries.
+
+    Args:
+        name: what it is called by.
+        description: one line.
+        constants: (model, prompts) -> what takes the place of each sender's contributions; None where it is no constant
+            of the sender, or one that is learned for each circuit.
+        from_data: made from the clean prompts of `ablation_data`.
+    """
+
+    name: str
+    description: str
+    constants: Callable[[Architecture, PairedDataset], Constants] | None = None
+    from_data: bool = False
+
+
+ABLATIONS: dict[str, Ablation] = {
+    ablation.name: ablation
+    for ablation in (
+        Ablation("patching", "what the sender contributes in the corrupted prompt's run"),
+        Ablation("zero", "nothing", lambda arch, data: zeros(arch)),
+        Ablation("mean", "the sender's mean over all tokens of all prompts", _means_over, from_data=True),
+        Ablation(
+            "mean-positional",
+            "its mean at the same position, over the prompts that have it",
+            partial(_means_over, positional=True),
+            from_data=True,
+        ),
+        Ablation("optimal", "constants learned for each circuit; to evaluate only, and slow", from_data=True),
+    )
+}

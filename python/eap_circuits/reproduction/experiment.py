@@ -26,7 +26,7 @@ from ..errors import expected, one_of
 from ..evaluation import FRACTIONS, EvaluationResult, evaluate, faithfulness_curve
 from ..graph import Circuit, EdgeScores, edge_overlap, node_overlap, score_agreement
 from ..methods import QUADRATURES, attribute, data_identity, model_identity
-from ..metrics import DIFFERENTIABLE
+from ..metrics import METRICS
 from ..report.curves import saved_curve, smallest_faithful
 from ..report.tables import versions
 from ..request import Progress
@@ -89,7 +89,7 @@ class Experiment:
         """A user's pairs: edges are scored on the first ones, at most half of them; circuits run on the next ones."""
         if len(data) < 2:
             raise expected(name, "at least 2 pairs, to score edges and to run circuits on", len(data))
-        one_of(f"metric of {name}", data.metric, DIFFERENTIABLE)
+        one_of(f"metric of {name}", data.metric, [m.name for m in METRICS.values() if m.differentiable])
         first = min(settings.scored, len(data) // 2)
         return cls(name, data[:first], data[first : first + settings.pairs])
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import expected
 from .encoding import equally_long, single_tokens
-from .sampling import sample_combinations
+from .sampling import sample_records
 
 TEMPLATES = (
     "The city of {capital} is the capital of",
@@ -55,5 +55,4 @@ def generate(tokenizer: Any, n: int, rng: random.Random) -> list[dict[str, Any]]
             f"at least {_LEAST} of the task's countries as one token behind a space, capitals of equal lengths",
             list(ids) or "none",
         )
-    chosen = (pair for (pair,) in sample_combinations((pairs,), n, rng))
-    return [{"clean": clean, "corrupted": corrupted, "answers": answers} for clean, corrupted, answers in chosen]
+    return sample_records(pairs, n, rng)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import expected
 from .encoding import equally_long, next_token
-from .sampling import sample_combinations
+from .sampling import sample_records
 
 TEMPLATES = (
     "The {person} said that",
@@ -58,5 +58,4 @@ def generate(tokenizer: Any, n: int, rng: random.Random) -> list[dict[str, Any]]
             f"at least {_LEAST} of the task's professions with as many tokens as 'man' or 'woman'",
             sorted(fitting) or "none",
         )
-    chosen = (pair for (pair,) in sample_combinations((pairs,), n, rng))
-    return [{"clean": clean, "corrupted": corrupted, "answers": answers} for clean, corrupted, answers in chosen]
+    return sample_records(pairs, n, rng)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import expected
 from .encoding import equally_long, single_tokens
-from .sampling import sample_combinations
+from .sampling import sample_records
 
 TEMPLATES = (
     "They sell {things} and other",
@@ -62,5 +62,4 @@ def generate(tokenizer: Any, n: int, rng: random.Random) -> list[dict[str, Any]]
             "at least 2 of the task's kinds of things as one token behind a space, with members of equal lengths",
             list(ids) or "none",
         )
-    chosen = (pair for (pair,) in sample_combinations((pairs,), n, rng))
-    return [{"clean": clean, "corrupted": corrupted, "answers": sets} for clean, corrupted, sets in chosen]
+    return sample_records(pairs, n, rng)

@@ -18,6 +18,12 @@ def sample_combinations(choices: Sequence[Sequence[Any]], n: int, rng: random.Ra
     return [_combination(choices, number) for number in numbers]
 
 
+def sample_records(pairs: Sequence[tuple[str, str, Any]], n: int, rng: random.Random) -> list[dict[str, Any]]:
+    """n records, as `PairedDataset.from_records` takes them, of tuples (clean, corrupted, answers)."""
+    chosen = sample_combinations((pairs,), n, rng)
+    return [dict(zip(("clean", "corrupted", "answers"), pair, strict=True)) for (pair,) in chosen]
+
+
 def _combination(choices: Sequence[Sequence[Any]], number: int) -> tuple[Any, ...]:
     chosen = []
     for members in choices:

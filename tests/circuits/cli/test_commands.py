@@ -168,4 +168,4 @@ def test_info_tells_versions_and_backends() -> None:
     shown = run("info").stdout
     assert torch.__version__ in shown
     assert all(backend in shown for backend in eap_kernels.backends())
-    assert "methods, experimental" in shown and all(name in shown for name in METHODS)
+    assert "eap-conductance (experimental)" in shown and all(name in shown for name in METHODS)

@@ -53,15 +53,14 @@ def test_help_of_each_command_teaches(command: str) -> None:
 
 
 def test_help_names_what_the_registries_hold() -> None:
-    from eap_circuits.methods import METHODS, QUADRATURES
-    from eap_circuits.metrics import METRICS
+    from eap_circuits.cli.choices import described, registries
+    from eap_circuits.methods import QUADRATURES
 
-    shown = eap("attribute", "--help").stdout
-    for name in (*METHODS, *QUADRATURES, *METRICS):
-        assert name in shown, name
-    words = re.sub(r"[\s│]+", " ", shown)
-    for method in METHODS.values():
-        assert (f"{method.name} (experimental)" in words) == (method.tier == "experimental")
+    words = re.sub(r"[\s│]+", " ", eap("attribute", "--help").stdout)
+    for kind in registries():
+        for name, description in described(kind).items():
+            assert f"{name}: {description}" in words
+    assert all(name in words for name in QUADRATURES)
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -1,0 +1,47 @@
+"""What there is to choose from: the registries' entries, for help texts, `eap info` and tables in the docs.
+
+The registries import torch, which help must not wait for: `python docs/registries.py` writes what it shows to
+choices.json, and a test compares.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).with_suffix(".json")
+
+
+def registries() -> dict[str, dict[str, Any]]:
+    """The registries by what their entries are; each entry has a name and a description."""
+    from ..graph import SELECTIONS
+    from ..methods import METHODS
+    from ..metrics import METRICS
+    from ..recording import ABLATIONS, RULES
+
+    return {"methods": METHODS, "metrics": METRICS, "ablations": ABLATIONS, "selections": SELECTIONS, "rules": RULES}
+
+
+def described(kind: str) -> dict[str, str]:
+    """Descriptions by name; the name says what an entry is not for, or that it may change."""
+    return {f"{name}{_mark(kind, entry)}": entry.description for name, entry in registries()[kind].items()}
+
+
+def _mark(kind: str, entry: Any) -> str:
+    if kind == "methods" and entry.tier != "stable":
+        return f" ({entry.tier})"
+    if kind == "metrics" and not entry.differentiable:
+        return " (to evaluate only)"
+    return " (in Python only)" if kind == "selections" and entry.choose is None else ""
+
+
+def content() -> str:
+    """What choices.json holds."""
+    return json.dumps({kind: described(kind) for kind in registries()}, indent=1, ensure_ascii=False) + "\n"
+
+
+def help_text(kind: str, before: str, after: str = "") -> str:
+    """A help text with a line for each entry."""
+    entries = json.loads(FILE.read_text(encoding="utf-8"))[kind]
+    return "\n\n".join([before, *(f"[bold]{name}[/bold]: {text}" for name, text in entries.items())]) + after

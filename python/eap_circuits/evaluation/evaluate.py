@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from ..budget import Cost, budget, bytes_without_gradient, in_memory, tokens_within
+from ..budget import Cost, budget, bytes_without_gradient, in_memory, measure_cost, tokens_within
 from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, make_batches, without_cache_where_it_fails
 from ..graph import Circuit
 from ..intervention import TOKENS_TOGETHER, rows_computed, run_circuits
@@ -201,7 +201,7 @@ def _tokens_together(
         phase()
 
     def cost(batch: Batch) -> Cost:
-        return Cost(run.data, batch, measured)
+        return measure_cost(run.data, batch, measured)
 
     return tokens_within(run, batch_size, reuse_prefix, allowed, TOKENS_TOGETHER, rough, cost)
 

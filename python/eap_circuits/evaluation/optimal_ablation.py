@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..budget import Cost, budget, in_memory, numbers_per_token, tokens_within
+from ..budget import Cost, budget, in_memory, measure_cost, numbers_per_token, tokens_within
 from ..errors import expected
 from ..forward import Batch, Constants, Runner, borrowed, make_batches
 from ..graph import Circuit
@@ -167,6 +167,6 @@ def _tokens_together(run: Run, circuit: Circuit, batch_size: int | None, allowed
         phase()
 
     def cost(batch: Batch) -> Cost:
-        return Cost(run.data, batch, measured, copies=False)
+        return measure_cost(run.data, batch, measured, copies=False)
 
     return tokens_within(run, batch_size, False, allowed, TOKENS_TOGETHER, rough, cost, per_batch=TOKENS_TOGETHER)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ..budget import Cost, bytes_without_gradient, in_memory, tokens_within
+from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, tokens_within
 from ..errors import expected
 from ..forward import TOKENS_PER_BATCH, Batch
 from ..graph import Circuit, Graph
@@ -77,7 +77,7 @@ def edge_tokens(
         phase()
 
     def cost(batch: Batch) -> Cost:
-        return Cost(run.data, batch, measured)
+        return measure_cost(run.data, batch, measured)
 
     rough = bytes_without_gradient(run, min(most, TOKENS_PER_BATCH), most)
     return tokens_within(run, batch_size, reuse_prefix, allowed, most, rough, cost)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from ..budget import Cost, most_tokens, numbers_per_token, tokens_within
+from ..budget import Cost, measure_cost, most_tokens, numbers_per_token, tokens_within
 from ..forward import Batch, make_batches
 from ..graph import Graph
 from ..request import Run
@@ -82,4 +82,4 @@ def _cost(run: Run, graph: Graph, path: Path, scorer: Scorer, batch: Batch) -> C
     def measured(few: Batch, steps: int, phase: Callable[[], None]) -> BatchScores:
         return scorer(run, graph, path[:steps], few, steps * few.clean.numel(), held, phase)
 
-    return Cost(run.data, batch, measured, len(path) > 1)
+    return measure_cost(run.data, batch, measured, len(path) > 1)

@@ -17,7 +17,7 @@ from ..recording import RecordedRun, means
 from ..request import Progress, Run, prepare
 from ..tasks import PairedDataset
 
-TOKENS_TOGETHER = 256  # of a batch, every receiver's input of which is kept for the backward pass
+TOKENS_PER_LESSON = 256  # of a batch, every receiver's input of which is kept for the backward pass
 
 
 def optimal_constants(
@@ -150,7 +150,7 @@ def _tokens_together(run: Run, circuit: Circuit, batch_size: int | None, allowed
     assert constants is not None
     # Of every receiver its input and what the norm makes of it, and of every sender its difference.
     kept = (2 * graph.n_receivers + graph.n_senders) * run.arch.d_model + 2 * numbers_per_token(run)
-    rough = TOKENS_TOGETHER * kept * run.arch.accumulate.itemsize
+    rough = TOKENS_PER_LESSON * kept * run.arch.accumulate.itemsize
     # What stays: both sides' logits; the means, the mean squares, units, moves, their gradient, Adam's two moments and
     # the best constants so far.
     model: Any = run.arch.model
@@ -169,4 +169,4 @@ def _tokens_together(run: Run, circuit: Circuit, batch_size: int | None, allowed
     def cost(batch: Batch) -> Cost:
         return measure_cost(run.data, batch, measured, copies=False)
 
-    return tokens_within(run, batch_size, False, allowed, TOKENS_TOGETHER, rough, cost, per_batch=TOKENS_TOGETHER)
+    return tokens_within(run, batch_size, False, allowed, TOKENS_PER_LESSON, rough, cost, per_batch=TOKENS_PER_LESSON)

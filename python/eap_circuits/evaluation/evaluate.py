@@ -14,7 +14,7 @@ from ..budget import Cost, budget, bytes_without_gradient, in_memory, measure_co
 from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, make_batches, without_cache_where_it_fails
 from ..graph import Circuit
 from ..intervention import TOKENS_TOGETHER, rows_computed, run_circuits
-from ..recording import RecordedRun
+from ..recording import record_run
 from ..request import Progress, Run, prepare
 from ..tasks import PairedDataset
 from .optimal_ablation import check_circuit, optimal_constants
@@ -161,7 +161,7 @@ def _values(run: Run, circuits: Sequence[Circuit], batch: Batch, tokens: int) ->
     clean = corrupted = None
     for heads, graph in {item.graph.heads: item.graph for item in circuits}.items():
         runner = run.runner(graph, batch)
-        record = RecordedRun(runner, True, run.constants)
+        record = record_run(runner, True, run.constants)
         mine = {row: item for row, item in enumerate(circuits, 2) if item.graph.heads == heads}
         rows = [row for row, item in mine.items() if 0 < item.n_edges < graph.n_edges]
         masks = [circuits[row - 2].mask for row in rows]

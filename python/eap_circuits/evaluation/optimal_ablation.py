@@ -13,7 +13,7 @@ from ..errors import expected
 from ..forward import Batch, Constants, Runner, borrowed, make_batches
 from ..graph import Circuit
 from ..intervention import learning_run
-from ..recording import RecordedRun, means
+from ..recording import means, record_run
 from ..request import Progress, Run, prepare
 from ..tasks import PairedDataset
 
@@ -140,7 +140,7 @@ def _learn(
 def _value(run: Run, circuit: Circuit, batch: Batch, constants: Constants, clean: Tensor, corrupted: Tensor) -> Tensor:
     """The circuit's metric, summed over the batch."""
     runner = Runner(run.arch, circuit.graph, batch)
-    ablated = RecordedRun(runner, False, constants)
+    ablated = record_run(runner, False, constants)
     return run.values(learning_run(runner, circuit.graph, ablated, circuit.mask), batch, clean, corrupted).sum()
 
 

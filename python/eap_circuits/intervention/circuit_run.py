@@ -19,7 +19,7 @@ from eap_kernels import masked_read
 from ..adapters import Layer, Norm
 from ..forward import Hooks, Runner
 from ..graph import Graph
-from ..recording import RecordedRun
+from ..recording import ReferenceRun
 
 TOKENS_TOGETHER = 2048  # of circuits that run together
 
@@ -28,7 +28,7 @@ EVERYWHERE = slice(None)
 
 
 def run_circuits(
-    runner: Runner, graph: Graph, corrupted: RecordedRun, masks: Sequence[Tensor], tokens: int = TOKENS_TOGETHER
+    runner: Runner, graph: Graph, corrupted: ReferenceRun, masks: Sequence[Tensor], tokens: int = TOKENS_TOGETHER
 ) -> Iterator[Tensor]:
     """Logits [E, V] of each circuit at the scored positions, in order.
 
@@ -44,7 +44,7 @@ def run_circuits(
         del circuits[:together]
 
 
-def learning_run(runner: Runner, graph: Graph, ablated: RecordedRun, mask: Tensor) -> Tensor:
+def learning_run(runner: Runner, graph: Graph, ablated: ReferenceRun, mask: Tensor) -> Tensor:
     """Logits [E, V] of one circuit, differentiable with respect to the constants that the ablated run was made of."""
     return _CircuitsRun(runner, graph, ablated, [_LearningCircuit(runner, graph, mask)]).logits()[0]
 
@@ -138,7 +138,7 @@ class _LearningCircuit(_Circuit):
 
 
 class _CircuitsRun:
-    def __init__(self, runner: Runner, graph: Graph, corrupted: RecordedRun, circuits: list[_Circuit]) -> None:
+    def __init__(self, runner: Runner, graph: Graph, corrupted: ReferenceRun, circuits: list[_Circuit]) -> None:
         self.runner, self.graph, self.corrupted, self.circuits = runner, graph, corrupted, circuits
         self.dtype = runner.arch.accumulate
         self.ready: dict[str, Tensor] = {}  # the current layer's projections, made when the first is asked for
@@ -154,7 +154,7 @@ class _CircuitsRun:
         for circuit in self.circuits:
             circuit.allocate(embeddings.device)
             if circuit.stored[0]:
-                self._store(circuit, 0, embeddings, self.corrupted.embeddings)
+                self._store(circuit, 0, embeddings, self.corrupted.written[0])
         together = embeddings.repeat(len(self.circuits), 1, 1)
         return self._split(self.runner.logits(together, self._register))
 
@@ -212,7 +212,7 @@ class _CircuitsRun:
     def _write_heads(self, index: int, layer: Layer, own: list[int], z: Tensor) -> Tensor:
         first, n = self.graph.head_senders(index).start, layer.q.n_heads
         weight = layer.out_weight(self.dtype)
-        corrupted = self.corrupted.values[index].to(self.dtype)
+        corrupted = self.corrupted.written[2 * index + 1].to(self.dtype)
         difference = self._split(layer.written(z)).to(self.dtype) - corrupted
         difference = difference.flatten(1, 2).unflatten(2, (n, -1)).transpose(1, 2)  # [C, H, N, K]
         for circuit, by_head in zip(self.circuits, difference, strict=True):
@@ -221,7 +221,7 @@ class _CircuitsRun:
         return self._keep(own, z)
 
     def _write_mlp(self, index: int, sender: int, run: list[int], y: Tensor) -> Tensor:
-        corrupted = self.corrupted.mlps[index]
+        corrupted = self.corrupted.written[2 * index + 2]
         full = corrupted.repeat(len(self.circuits), 1, 1, 1)
         for c, current in zip(run, self._split(y) if run else (), strict=True):
             full[c] = current

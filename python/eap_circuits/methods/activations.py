@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..forward import Batch
 from ..graph import Graph
-from ..intervention import GroupPaths
-from ..recording import ReceiverGradients, SenderDifferences
+from ..intervention import record_paths
+from ..recording import ReceiverGradients
 from ..request import Run
 from .gradient import chunks, contracted, loss_of, points_held, steps_at_once
 from .gradient import score_batch as score_along_inputs
@@ -52,17 +52,15 @@ def score_batch(
         if not path:
             return scores
     runner = run.runner(graph, batch)
-    senders = SenderDifferences(runner, graph, clean=False, constants=run.constants)
-    paths = GroupPaths(runner, senders, through=every_edge)
+    paths = record_paths(runner, run.constants, through=every_edge)
+    sides, groups = paths.sides, paths.sides.senders.sites
     held = held or points_held(run, batch, len(path))
     size = min(steps_at_once(batch, len(path), tokens), held)
 
     def loss(logits: Tensor) -> Tensor:
-        assert senders.clean_logits is not None
-        points = logits.split(batch.n_examples)
-        return loss_of(run, batch, points, senders.clean_logits, senders.corrupted_logits)
+        return loss_of(run, batch, logits.split(batch.n_examples), sides.clean_logits, sides.corrupted_logits)
 
-    for group in paths.groups:
+    for group in groups:
         since = group.senders.start
         if every_edge:
             # The package's input embeddings are constants on their own path: what reads nothing else has no gradient.
@@ -77,9 +75,9 @@ def score_batch(
                 reach = graph.reach[readers]
                 if every_edge:
                     whole = slice(None), readers
-                    scores.add(senders.nodes(), receivers.nodes(), reach, whole, 1 / len(paths.groups))
+                    scores.add(sides.senders.nodes(), receivers.nodes(), reach, whole, 1 / len(groups))
                 else:
-                    own = senders.group(group.index)
+                    own = sides.senders.at(group)
                     seen = torch.full_like(reach, own.values.shape[1])
                     scores.add([own], receivers.nodes(), seen, (group.senders, readers))
     return scores

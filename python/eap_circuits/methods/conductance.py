@@ -12,12 +12,14 @@ trapezoid rule: the gradients of a segment's two ends are averaged. The error fa
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..forward import Batch
 from ..graph import Graph
-from ..recording import Contributions, ReceiverGradients, SenderDifferences
+from ..recording import ReceiverGradients, record_both_sides, record_contributions
 from ..request import Run
 from .gradient import loss_of
 from .quadrature import Path
@@ -31,25 +33,23 @@ def score_batch(run: Run, graph: Graph, path: Path, batch: Batch, tokens: int) -
     point's scores can be taken once the next has run. One point runs at a time.
     """
     runner = run.runner(graph, batch)
-    senders = SenderDifferences(runner, graph)
-    clean, corrupted, clean_logits = senders.clean_embeddings, senders.corrupted_embeddings, senders.clean_logits
-    assert clean_logits is not None
+    sides = record_both_sides(runner)
+    clean, corrupted = sides.clean_embeddings, sides.corrupted_embeddings
 
     def loss(x: Tensor) -> Tensor:
-        return loss_of(run, batch, [x], clean_logits, senders.corrupted_logits)
+        return loss_of(run, batch, [x], sides.clean_logits, sides.corrupted_logits)
 
     scores = BatchScores(run, graph, batch)
     spare, latest = (ReceiverGradients(runner, graph, 1, run.rules) for _ in range(2))
     before = here = None  # what senders write at the point before the latest, and there
     for alpha in (0.0, *(alpha for alpha, _ in path)):
         point = torch.lerp(corrupted, clean, alpha)
-        following = Contributions(runner, point)
         spare.clear()
-        spare.run(point, torch.ones(1), loss, following.watch)
+        following = record_contributions(runner, point, partial(spare.run, point, torch.ones(1), loss))
         if here is not None:
-            scores.add((before or here).less(following), latest.nodes(), times=0.5)
+            scores.add((before or here).minus(following).nodes(), latest.nodes(), times=0.5)
         before, here = here, following
         spare, latest = latest, spare
     assert before is not None and here is not None, "a path has two ends"
-    scores.add(before.less(here), latest.nodes(), times=0.5)
+    scores.add(before.minus(here).nodes(), latest.nodes(), times=0.5)
     return scores

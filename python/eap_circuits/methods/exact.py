@@ -11,7 +11,7 @@ from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, toke
 from ..errors import expected
 from ..forward import TOKENS_PER_BATCH, Batch
 from ..graph import Circuit, Graph
-from ..intervention import PatchedEdges
+from ..intervention import PatchedEdges, prepare_patching
 from ..request import Progress, Run
 from .checkpoint import Checkpoint
 
@@ -46,12 +46,13 @@ def exact_scores(
 
     def measure(batch: Batch, tokens: int) -> None:
         checkpoint.begin(batch)
-        patched = PatchedEdges(run.runner(graph, batch), graph, run.constants)
-        clean = run.values(patched.clean_logits, batch, patched.clean_logits, patched.corrupted_logits)
+        patched = prepare_patching(run.runner(graph, batch), graph, run.constants)
+        ends = patched.sides.clean_logits, patched.sides.corrupted_logits
+        clean = run.values(ends[0], batch, *ends)
         together = max(1, tokens // batch.clean.numel())
         for edges in _passes(patched, mask & ~checkpoint.done, together):
             for (u, v), logits in zip(edges, patched.logits(edges), strict=True):
-                values = run.values(logits, batch, patched.clean_logits, patched.corrupted_logits)
+                values = run.values(logits, batch, *ends)
                 checkpoint.add(u, v, batch, (clean - values).double().cpu())
             checkpoint.save(SECONDS_BETWEEN_SAVES)
             if progress is not None:
@@ -71,7 +72,7 @@ def edge_tokens(
     receiver, sender = mask.T.nonzero()[0].tolist()
 
     def measured(few: Batch, copies: int, phase: Callable[[], None]) -> None:
-        patched = PatchedEdges(run.runner(graph, few), graph, run.constants)
+        patched = prepare_patching(run.runner(graph, few), graph, run.constants)
         # The earliest layer's edges take the most.
         patched.logits([(sender, receiver)] * copies)
         phase()

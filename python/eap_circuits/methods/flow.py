@@ -17,10 +17,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..adapters import Norm, receiver_sites
+from ..adapters import Norm, receiver_sites, sender_sites
 from ..forward import Batch, Runner
 from ..graph import Graph
-from ..recording import RecordedRun
+from ..recording import ReferenceRun, record_run
 from ..request import Run
 from .quadrature import Path
 from .statistics import BatchScores
@@ -31,7 +31,7 @@ Site = tuple[Norm, list[int]]  # a norm in front of receivers, and these receive
 
 def score_batch(run: Run, graph: Graph, path: Path, batch: Batch, tokens: int) -> BatchScores:
     """Scores of the batch's examples, whose prompts run whole."""
-    record = RecordedRun(Runner(run.arch, graph, batch, every_mlp=True), corrupted=False)
+    record = record_run(Runner(run.arch, graph, batch, every_mlp=True), corrupted=False)
     real = torch.arange(batch.clean.shape[1], device=batch.clean.device) < batch.lengths[:, None]  # [E, T]
     rows = real.flatten().nonzero()[:, 0]
     weights = (real / batch.lengths[:, None]).flatten()[rows].to(run.arch.accumulate)  # [n]
@@ -59,7 +59,7 @@ def _per_token(graph: Graph, sites: int) -> int:
     return (sites + max(graph.n_heads)) * graph.d_model + 3 * sites * graph.n_senders
 
 
-def _importance(run: Run, graph: Graph, record: RecordedRun, sites: list[Site], rows: Tensor) -> Tensor:
+def _importance(run: Run, graph: Graph, record: ReferenceRun, sites: list[Site], rows: Tensor) -> Tensor:
     """Each sender's share of what each site reads at some tokens, [n, sites, S]."""
     inputs = (_at(run, record.norm_inputs[norm], rows).to(rows.device) for norm, _ in sites)
     read = torch.stack(list(inputs), 1)  # [n, sites, D]
@@ -77,13 +77,14 @@ def _importance(run: Run, graph: Graph, record: RecordedRun, sites: list[Site], 
     return torch.where(total > 0, proximity / total, 0)
 
 
-def _contributions(run: Run, record: RecordedRun, rows: Tensor) -> Iterator[Tensor]:
+def _contributions(run: Run, record: ReferenceRun, rows: Tensor) -> Iterator[Tensor]:
     """What each group of senders writes at some tokens, [n, h, D], one group after another."""
-    yield _at(run, record.embeddings, rows)[:, None]
-    for layer, values, mlp in zip(run.arch.layers, record.values, record.mlps, strict=True):
-        weight = layer.out_weight(run.arch.accumulate)  # [H, K, D]
-        yield torch.einsum("nhk,hkd->nhd", _at(run, values, rows).unflatten(1, weight.shape[:2]), weight)
-        yield _at(run, mlp, rows)[:, None] * layer.scale
+    for site, written in zip(sender_sites(run.arch), record.written, strict=True):
+        x, weight = _at(run, written, rows), site.weight(run.arch.accumulate)  # [H, K, D]
+        if weight is None:
+            yield x[:, None] * site.factor
+        else:
+            yield torch.einsum("nhk,hkd->nhd", x.unflatten(1, weight.shape[:2]), weight)
 
 
 def _at(run: Run, x: Tensor, rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..budget import in_memory
 from ..forward import Batch
 from ..graph import Graph
-from ..recording import ReceiverGradients, SenderDifferences
+from ..recording import BothSides, ReceiverGradients, less_clean, record_both_sides, record_corrupted_side
 from ..request import Progress, Run
 from .quadrature import Path
 from .statistics import BatchScores, Statistics
@@ -66,24 +66,28 @@ def score_batch(
     # Where the clean prompts are a point of the path, that pass comes first and is their only one.
     path = sorted(path, reverse=True)
     shared = path[0][0] == 1.0
-    senders = SenderDifferences(runner, graph, clean=not shared, constants=run.constants)
-    corrupted, clean = senders.corrupted_embeddings, senders.clean_embeddings
+    side = (record_corrupted_side if shared else record_both_sides)(runner, run.constants)
+    senders, clean_logits = side.senders, side.clean_logits if isinstance(side, BothSides) else None
     held = held or points_held(run, batch, len(path))
     size = min(steps_at_once(batch, len(path), tokens), held)
     receivers = ReceiverGradients(runner, graph, held, run.rules)
 
     def loss(logits: Tensor) -> Tensor:
+        nonlocal clean_logits
         points = logits.split(batch.n_examples)
-        if senders.clean_logits is None:
-            senders.clean_logits = points[0].detach()
-        return loss_of(run, batch, points, senders.clean_logits, senders.corrupted_logits)
+        if clean_logits is None:
+            clean_logits = points[0].detach()
+        return loss_of(run, batch, points, clean_logits, side.corrupted_logits)
 
     scores = BatchScores(run, graph, batch)
     for together in chunks(path, held):
         for part in chunks(together, size):
-            points = torch.cat([torch.lerp(corrupted, clean, alpha) for alpha, _ in part])
-            watch = senders.register_clean if senders.clean_logits is None else None
-            receivers.run(points, torch.tensor([weight for _, weight in part]), loss, watch)
+            points = torch.cat([torch.lerp(side.corrupted_embeddings, side.clean_embeddings, a) for a, _ in part])
+            run_pass = partial(receivers.run, points, torch.tensor([weight for _, weight in part]), loss)
+            if clean_logits is None:
+                senders, _ = less_clean(side, batch, run_pass)
+            else:
+                run_pass()
         with contracted(receivers, phase):
             scores.add(senders.nodes(), receivers.nodes())
     return scores

@@ -41,9 +41,8 @@ class Runner:
         self.batch = batch
         self._tokens = tokens
         self._every_mlp = every_mlp
-        self.spread = [
-            layer.groups if graph.heads == "query" else 1 for layer in arch.layers
-        ]  # key/value copies per layer
+        # Key/value copies per layer.
+        self.repeat_kv = [layer.groups if graph.heads == "query" else 1 for layer in arch.layers]
         self._model: Any = arch.model
         self._place = "position_ids" in parameters(self._model)
         self._prefix: Prefix | None = None
@@ -54,11 +53,11 @@ class Runner:
             return self.arch.embed(tokens).to(tokens.device)
 
     def projection_sites(self, index: int) -> Iterator[tuple[nn.Module, dict[str, slice]]]:
-        """Each projection module of a layer, with its features for "q", "k" or "v", concatenated and spread."""
+        """Each projection module of a layer, with its features for "q", "k" or "v", concatenated and repeated."""
         for module, sites in self.arch.layers[index].projection_modules.items():
             columns, start = {}, 0
             for letter, projection in sites.items():
-                stop = start + projection.width * (1 if letter == "q" else self.spread[index])
+                stop = start + projection.width * (1 if letter == "q" else self.repeat_kv[index])
                 columns[letter] = slice(start, stop)
                 start = stop
             yield module, columns
@@ -66,7 +65,7 @@ class Runner:
     def logits(self, embeddings: Tensor, register: Register | None = None, corrupted: int = 0) -> Tensor:
         """Logits at the scored positions: [m·E, T, D] -> [m·E, V], for m copies of the batch, one after another.
 
-        `register` adds hooks for this run. Those on a projection see its output concatenated and spread. The first
+        `register` adds hooks for this run. Those on a projection see its output concatenated and repeated. The first
         `corrupted` copies are the corrupted prompts, scored at their own positions.
         """
         batch, (rows, suffix) = self.batch, embeddings.shape[:2]
@@ -76,7 +75,7 @@ class Runner:
         given: dict[str, Any] = {"use_cache": False}
         if batch.prefix.shape[1]:
             if self._prefix is None:
-                once = [1] * len(self.spread)
+                once = [1] * len(self.repeat_kv)
                 with torch.no_grad(), behind_cache(True), self._for_cache():
                     ran = run_prefixes(self._model, batch.prefix, once)
                 self._prefix = Prefix(batch, ran, batch.prefix_of, once)
@@ -100,7 +99,7 @@ class Runner:
                 return self.logits(embeddings, register, corrupted)
             prefixes = batch.prefix[batch.prefix_of]
             with behind_cache(True), self._for_cache():
-                cache, shared = beginning(self._model, prefixes, self.spread)
+                cache, shared = beginning(self._model, prefixes, self.repeat_kv)
             whole = WholePrompts(batch, shared)
             joined = whole.join(self.embed(prefixes[:, shared:]), embeddings)
             scored = batch.start - shared + (batch.corrupted_scored if corrupted else batch.scored)
@@ -109,7 +108,7 @@ class Runner:
             with behind_cache(True), Hooks(tokens) as hooks, Hooks(tokens, whole.suffixes) as reading:
                 logits = self._run(joined, scored, given, hooks, register, reading)
             every = torch.arange(len(prefixes), device=prefixes.device)
-            self._prefix = Prefix(batch, cache, every, self.spread)
+            self._prefix = Prefix(batch, cache, every, self.repeat_kv)
             return logits
 
     def _run(
@@ -161,16 +160,16 @@ class Runner:
             hooks.replace_forward(head, lambda x: nn.functional.linear(x, weight, bias))
 
     def _arrange(self, hooks: Hooks) -> None:
-        """Projections give their features concatenated, keys and values spread."""
-        for layer, spread in zip(self.arch.layers, self.spread, strict=True):
-            for change in layer.per_query_head() if spread > 1 else ():
+        """Projections give their features concatenated, keys and values repeated."""
+        for layer, repeat_kv in zip(self.arch.layers, self.repeat_kv, strict=True):
+            for change in layer.per_query_head() if repeat_kv > 1 else ():
                 hooks.set_attribute(*change)
             for module, projections in layer.projection_modules.items():
-                if layer.grouped or spread > 1:
-                    hooks.on_output(module, partial(concatenate, projections, layer.grouped, spread))
+                if layer.grouped or repeat_kv > 1:
+                    hooks.on_output(module, partial(concatenate, projections, layer.grouped, repeat_kv))
 
     def _restore(self, hooks: Hooks) -> None:
         """Attention gets them in the order it knows."""
-        for layer, spread in zip(self.arch.layers, self.spread, strict=True):
+        for layer, repeat_kv in zip(self.arch.layers, self.repeat_kv, strict=True):
             if layer.grouped:
-                hooks.on_output(layer.q.module, partial(group, layer.projections, spread))
+                hooks.on_output(layer.q.module, partial(group, layer.projections, repeat_kv))

@@ -99,10 +99,10 @@ class PatchedEdges:
     def _project(self, layer: Layer, letter: str, patched: list[tuple[int, int, int]], part: Tensor) -> None:
         projection, dtype = layer.projections[letter], part.dtype
         heads = part.unflatten(-1, (-1, projection.head_dim))
-        spread = heads.shape[-2] // projection.n_heads
+        repeat_kv = heads.shape[-2] // projection.n_heads
         copies, which, _ = (torch.tensor(column, device=part.device) for column in zip(*patched, strict=True))
         x = layer.attention_norm(self._patched(layer.attention_norm, patched))  # [c, E, T, D]
-        slot = which // spread
+        slot = which // repeat_kv
         y = torch.einsum("cetd,ckd->cetk", x, projection.weight(dtype)[slot])
         bias = projection.bias(dtype)
         heads[copies, :, :, which] = y if bias is None else y + bias[slot][:, None, None]

@@ -111,7 +111,7 @@ def loss_of(run: Run, batch: Batch, points: Iterable[Tensor], clean: Tensor, cor
 
 def points_held(run: Run, batch: Batch, steps: int) -> int:
     """For how many path points what the norms read is held at once."""
-    per_point = len(run.arch.norms) * len(batch.rows) * run.arch.d_model * run.arch.contracted.itemsize
+    per_point = len(run.arch.norms) * len(batch.rows) * run.arch.d_model * run.arch.contraction_dtype.itemsize
     return min(steps, max(HELD_POINTS, HELD_BYTES // max(per_point, 1)))
 
 

@@ -22,13 +22,13 @@ Register = Callable[[Hooks], None]
 
 
 class Runner:
-    """The model as a function of the suffix's embeddings.
+    """The model on one batch, as a function of the suffix's embeddings.
 
     Args:
         arch: the bound model.
         graph: its edge graph; with query-head receivers under grouped-query attention, keys and values are given
             to attention per query head (the value is the same, the gradient and the mask are per head).
-        tokens: int64 [U]: compute these tokens' logits alone where the model's last module allows it; logits are
+        tokens: int64 [U]: compute only these tokens' logits where the model's last module allows it; logits are
             [E, U] then.
         every_mlp: run the last layer's MLP at every token; by default it runs only where logits are scored, and
             returns 0 elsewhere.
@@ -120,20 +120,30 @@ class Runner:
         register: Register | None,
         registered: Hooks,
     ) -> Tensor:
-        """[rows, tokens, D] -> [rows, V]: logits at one position of each row."""
+        """[rows, tokens, D] -> [rows, V]: logits at one position of each row.
+
+        A module's hooks run in the order in which they are added, each on what the last one left: `register`, the
+        caller's, stands between those that bring a module's values into the form that it expects and their inverses.
+        """
         inputs = embeddings if self.arch.embedding_scale == 1 else embeddings / self.arch.embedding_scale
-        if self.arch.embedding_norm is not None:
-            hooks.on_output(self.arch.embedding_norm, lambda _: embeddings)
-        self._arrange(hooks)
         last = ScoredMLP(self.arch.layers[-1], lambda rows: scored[:rows])
         with Hooks(tokens=1) as single:
+            # Anywhere, as no other hook is on this norm, which `embed` has applied already.
+            if self.arch.embedding_norm is not None:
+                hooks.on_output(self.arch.embedding_norm, lambda _: embeddings)
+            # Before the caller's hooks, which see queries, keys and values one after another, repeated.
+            self._concatenate(hooks)
+            # Before the caller's hooks, which see the last MLP's output in whole rows.
             if not self._every_mlp:
                 last.put(single)
             if register is not None:
                 register(registered)
+            # After the caller's hooks, which see and change the last MLP's input in whole rows.
             if not self._every_mlp:
                 last.take(hooks)
-            self._restore(hooks)
+            # After the caller's hooks on projections: attention takes the order of features that it knows.
+            self._restore_order(hooks)
+            # Last, behind whatever the caller's hooks do to the final norm: only scored positions get logits.
             self._score(lambda x: at_scored(x, scored), hooks)
             logits: Tensor = self._model(inputs_embeds=inputs, **given).logits.to(embeddings.device)
         return (logits if logits.shape[1] == 1 else at_scored(logits, scored)).squeeze(1)
@@ -149,17 +159,17 @@ class Runner:
             yield
 
     def _score(self, cut: Callable[[Tensor], Tensor], hooks: Hooks) -> None:
-        """Logits [rows, 1, V] or [rows, 1, U] of one position of each row alone: `cut` takes it, [rows, 1, D]."""
+        """Logits [rows, 1, V] or [rows, 1, U] of only one position of each row: `cut` takes it, [rows, 1, D]."""
         head = self._model.get_output_embeddings()
         if head is not None:
             hooks.on_input(head, cut)
-        # Nothing but a plain linear layer gives some tokens' logits alone.
+        # Nothing but a plain linear layer gives only some tokens' logits.
         if self._tokens is not None and type(head) is nn.Linear and not is_offloaded(head):
             which = self._tokens.to(head.weight.device)
             weight, bias = head.weight[which], None if head.bias is None else head.bias[which]
             hooks.replace_forward(head, lambda x: nn.functional.linear(x, weight, bias))
 
-    def _arrange(self, hooks: Hooks) -> None:
+    def _concatenate(self, hooks: Hooks) -> None:
         """Projections give their features concatenated, keys and values repeated."""
         for layer, repeat_kv in zip(self.arch.layers, self.repeat_kv, strict=True):
             for change in layer.per_query_head() if repeat_kv > 1 else ():
@@ -168,7 +178,7 @@ class Runner:
                 if layer.grouped or repeat_kv > 1:
                     hooks.on_output(module, partial(concatenate, projections, layer.grouped, repeat_kv))
 
-    def _restore(self, hooks: Hooks) -> None:
+    def _restore_order(self, hooks: Hooks) -> None:
         """Attention gets them in the order it knows."""
         for layer, repeat_kv in zip(self.arch.layers, self.repeat_kv, strict=True):
             if layer.grouped:

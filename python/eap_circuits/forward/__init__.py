@@ -5,7 +5,7 @@ from .cache_errors import CacheError, out_of_memory, without_cache_where_it_fail
 from .constants import Constants, at_tokens, zeros
 from .hooks import Hooks, borrowed
 from .resume import LayerInputs
-from .runner import Register, Runner
+from .runner import Register, Runner, each
 from .trace import trace
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Runner",
     "at_tokens",
     "borrowed",
+    "each",
     "halves",
     "make_batches",
     "out_of_memory",

@@ -21,6 +21,16 @@ from .prefix import Prefix, WholePrompts, beginning, behind, parameters, run_pre
 Register = Callable[[Hooks], None]
 
 
+def each(*registers: Register) -> Register:
+    """Adds the hooks of each, in this order."""
+
+    def register(hooks: Hooks) -> None:
+        for one in registers:
+            one(hooks)
+
+    return register
+
+
 class Runner:
     """The model on one batch, as a function of the suffix's embeddings.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import SenderSite
-from ..forward import Constants, Hooks, LayerInputs, Register, Runner
+from ..forward import Constants, Hooks, LayerInputs, Register, Runner, each
 from ..recording import BothSides, less_clean, record_corrupted_side
 
 _ROUNDING = 2**-6  # relative; of embeddings scaled in bfloat16, with room
@@ -79,12 +79,7 @@ def record_paths(runner: Runner, constants: Constants | None = None, through: bo
     side, layers = record_corrupted_side(runner, constants), LayerInputs(runner.arch.layers)
 
     def run(register: Register) -> Tensor:
-        def every(hooks: Hooks) -> None:
-            register(hooks)
-            layers.watch(hooks)
-
-        with torch.no_grad():
-            return runner.logits(side.clean_embeddings, every)
+        return runner.record(side.clean_embeddings, each(register, layers.watch))
 
     senders, logits = less_clean(side, runner.batch, run)
     sides = BothSides(senders, side.clean_embeddings, side.corrupted_embeddings, side.corrupted_logits, logits)

@@ -13,7 +13,7 @@ from torch import Tensor
 from eap_kernels import Nodes
 
 from ..adapters import SenderSite, sender_sites
-from ..forward import Batch, Constants, Hooks, Register, Runner, at_tokens
+from ..forward import Batch, Constants, Hooks, Register, Runner, at_tokens, each
 
 T = TypeVar("T")
 Pass = Callable[[Register], T]  # runs the model with the hooks that it is given
@@ -89,20 +89,20 @@ class BothSides(CorruptedSide):
     clean_logits: Tensor
 
 
-def record_both_sides(runner: Runner, constants: Constants | None = None, watch: Register | None = None) -> BothSides:
+def record_both_sides(runner: Runner, constants: Constants | None = None, *watch: Register) -> BothSides:
     """Run both sides of a batch in one pass.
 
     Args:
         constants: what the ablated senders give, if not what they give in the corrupted run.
-        watch: adds hooks to the pass, in which the clean prompts come after the corrupted ones.
+        watch: add hooks to the pass, in which the clean prompts come after the corrupted ones.
     """
-    side, clean_logits = _record(runner, constants, True, watch)
-    return BothSides(**vars(side), clean_logits=clean_logits[0])
+    side, (clean_logits,) = _record(runner, constants, True, *watch)
+    return BothSides(**vars(side), clean_logits=clean_logits)
 
 
 def record_corrupted_side(runner: Runner, constants: Constants | None = None) -> CorruptedSide:
     """Run the corrupted side only, where a later pass runs the clean one: see `less_clean`."""
-    return _record(runner, constants, False, None)[0]
+    return _record(runner, constants, False)[0]
 
 
 def less_clean(side: CorruptedSide, batch: Batch, run: Pass[T]) -> tuple[Contributions, T]:
@@ -136,7 +136,7 @@ def record_contributions(runner: Runner, embeddings: Tensor, run: Pass[object]) 
 
 
 def _record(
-    runner: Runner, constants: Constants | None, both: bool, watch: Register | None
+    runner: Runner, constants: Constants | None, both: bool, *watch: Register
 ) -> tuple[CorruptedSide, Sequence[Tensor]]:
     """The corrupted side, its senders less the clean ones if both run, and the clean logits."""
     arch, batch = runner.arch, runner.batch
@@ -145,35 +145,26 @@ def _record(
     aligned = own
 
     def rows(x: Tensor) -> Tensor:
-        """[m·E, T, X] -> [m, n, X] at the batch's rows; may share memory with x."""
-        return batch.active(x).to(arch.accumulate)
+        """[E, T, X] -> [n, X] at the batch's rows; may share memory with x."""
+        return batch.active(x)[0].to(arch.accumulate)
 
-    def ablated(site: SenderSite, x: Tensor) -> Tensor:
-        """Of the corrupted copy, less that of the clean one if x has it."""
-        corrupted, *others = rows(x)
+    def ablated(site: SenderSite, corrupted: Tensor, clean: Tensor) -> Tensor:
         if constants is not None:
-            (corrupted,) = rows(at_tokens(constants.tensors[site.index], batch))
-        return (corrupted - others[0] if others else corrupted.clone()).mul_(site.factor)
+            corrupted = at_tokens(constants.tensors[site.index], batch)
+        return (rows(corrupted) - rows(clean) if both else rows(corrupted).clone()).mul_(site.factor)
 
     def keep(site: SenderSite, x: Tensor) -> Tensor:
         written = site.written(x)
-        if batch.alignment is not None:
-            written = torch.cat([batch.aligned(written[:n]), written[n:]])
-        return ablated(site, written)
+        return ablated(site, batch.aligned(written[:n]), written[n:])
 
     def begin(x: Tensor) -> None:
         nonlocal aligned
         aligned = batch.aligned_input(own, x[:n])
 
     def run(register: Register) -> Sequence[Tensor]:
-        def every(hooks: Hooks) -> None:
-            hooks.on_input(arch.layers[0].module, begin)
-            register(hooks)
-            if watch is not None:
-                watch(hooks)
-
-        return runner.record(torch.cat([own, clean]) if both else own, every, 1).split(n)
+        first = partial(Hooks.on_input, module=arch.layers[0].module, hook=begin)
+        return runner.record(torch.cat([own, clean]) if both else own, each(first, register, *watch), 1).split(n)
 
     values, (corrupted_logits, *clean_logits) = record_senders(sites, run, keep)
-    embedding = ablated(sites[0], torch.cat([aligned, clean]) if both else aligned)
+    embedding = ablated(sites[0], aligned, clean)
     return CorruptedSide(Contributions(sites, [embedding, *values]), clean, aligned, corrupted_logits), clean_logits

@@ -80,6 +80,5 @@ def means(
         runner = Runner(arch, arch.graph("kv"), batch, every_mlp=True)
         embeddings = runner.embed(batch.clean)
         add(sites[0], embeddings)
-        with torch.no_grad():
-            record_senders(sites, partial(runner.logits, embeddings), add)
+        record_senders(sites, partial(runner.record, embeddings), add)
     return sums.map(lambda x: x / count[:, None]).on(arch)

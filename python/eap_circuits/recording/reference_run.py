@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from ..adapters import Norm, SenderSite, sender_sites
-from ..forward import Constants, Hooks, Register, Runner, at_tokens
+from ..forward import Constants, Hooks, Register, Runner, at_tokens, each
 from .contributions import record_senders
 
 
@@ -72,7 +72,8 @@ def record_run(runner: Runner, corrupted: bool, constants: Constants | None = No
     """
     arch, batch = runner.arch, runner.batch
     corrupted = corrupted and constants is None
-    aligned = batch.aligned if corrupted else lambda x: x
+    # A view of all of x: without it, gradients of learned constants would add up in another order.
+    aligned = batch.aligned if corrupted else lambda x: x[: batch.n_examples]
     inputs = ReceiverInputs(runner, aligned)
     embeddings = runner.embed(batch.corrupted if corrupted else batch.clean)
     if constants is not None:
@@ -92,16 +93,11 @@ def record_run(runner: Runner, corrupted: bool, constants: Constants | None = No
         return aligned(x)
 
     def run(register: Register) -> Tensor:
-        def every(hooks: Hooks) -> None:
-            hooks.on_input(arch.layers[0].module, begin)
-            # Before what is recorded, which is to be of these.
-            if constants is not None:
-                constants.replace(arch, batch, hooks)
-            inputs.watch(hooks)
-            register(hooks)
-
-        # Constants may be learned.
-        return (runner.record if constants is None else runner.logits)(embeddings, every, int(corrupted))
+        first = partial(Hooks.on_input, module=arch.layers[0].module, hook=begin)
+        if constants is None:
+            return runner.record(embeddings, each(first, inputs.watch, register), int(corrupted))
+        # Constants stand before what is recorded, which is to be of them, and may be learned.
+        return runner.logits(embeddings, each(partial(constants.replace, arch, batch), inputs.watch, register))
 
     written, logits = record_senders(sender_sites(arch), run, keep)
     return ReferenceRun([given, *written], inputs.norm_inputs, inputs.projections, logits)

@@ -151,6 +151,7 @@ def _record(
     def ablated(site: SenderSite, corrupted: Tensor, clean: Tensor) -> Tensor:
         if constants is not None:
             corrupted = at_tokens(constants.tensors[site.index], batch)
+        # A copy, which `less_clean` changes in place.
         return (rows(corrupted) - rows(clean) if both else rows(corrupted).clone()).mul_(site.factor)
 
     def keep(site: SenderSite, x: Tensor) -> Tensor:

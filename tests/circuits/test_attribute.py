@@ -12,7 +12,7 @@ from eap_circuits.forward import Runner, borrowed, make_batches
 from eap_circuits.intervention import run_circuits
 from eap_circuits.methods.quadrature import QUADRATURES
 from eap_circuits.metrics import get_metric
-from eap_circuits.recording import RecordedRun
+from eap_circuits.recording import record_run
 from eap_circuits.request import prepare
 
 
@@ -24,7 +24,7 @@ def losses(model, graph, data, masks, metric="logit_diff"):
         for batch in make_batches(data, 3, True, run.arch.device):
             runner = Runner(run.arch, graph, batch)
             clean = runner.logits(runner.embed(batch.clean))
-            record = RecordedRun(runner, corrupted=True)
+            record = record_run(runner, corrupted=True)
             for i, logits in enumerate(run_circuits(runner, graph, record, masks)):
                 total[i] -= run.values(logits, batch, clean, record.logits).sum()
     return total

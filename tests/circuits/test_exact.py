@@ -87,7 +87,7 @@ def test_an_interrupted_run_goes_on(after, tmp_path, make_model, make_pairs, rel
     assert everything == len(calls) - first and calls[-1] == (n_edges, n_edges)
     assert calls == sorted(calls)
     # Done already: nothing runs again.
-    monkeypatch.setattr(exact, "PatchedEdges", None)
+    monkeypatch.setattr(exact, "prepare_patching", None)
     again = eap.attribute(model, data, method="exact", batch_size=3, checkpoint=file)
     assert torch.equal(again.values, found.values)
 

@@ -10,7 +10,7 @@ from eap_circuits.budget import PeakBytes
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Runner, borrowed, make_batches
 from eap_circuits.methods import flow
-from eap_circuits.recording import RecordedRun
+from eap_circuits.recording import record_run
 from eap_circuits.request import prepare
 from tests.circuits.plain_runs import SITES, plain_run
 from tests.circuits.test_memory import longer_pairs
@@ -51,7 +51,7 @@ def test_what_flow_takes_for_contributions_adds_up(family, make_model, make_pair
     with borrowed(model), torch.no_grad(), StayDouble():
         runner, rows, sums, reads = Runner(run.arch, run.arch.graph("kv"), batch), batch.rows, [], []
         for corrupted in (False, True):
-            record = RecordedRun(runner, corrupted)
+            record = record_run(runner, corrupted)
             sums.append(sum(written.sum(1) for written in flow._contributions(run, record, rows)))
             reads.append(record.norm_inputs[run.arch.final_norm].flatten(0, 1)[rows])
     assert relative(sums[0] - sums[1], reads[0] - reads[1]) < 1e-8

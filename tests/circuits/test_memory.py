@@ -199,7 +199,7 @@ def exact_fails(above, monkeypatch, later=0):
     original, measured = PatchedEdges.logits, []
 
     def run(self, edges):
-        batch = self._runner.batch
+        batch = self.runner.batch
         found = original(self, edges)
         if batch.clean.numel() * len(edges) > above and len(measured) >= later:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore lines")

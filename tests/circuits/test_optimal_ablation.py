@@ -16,7 +16,7 @@ from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Constants, Runner, borrowed, make_batches
 from eap_circuits.graph import prune
 from eap_circuits.intervention import learning_run
-from eap_circuits.recording import ABLATIONS, RecordedRun
+from eap_circuits.recording import ABLATIONS, record_run
 from eap_circuits.request import prepare
 from tests.circuits.test_memory import longer_pairs
 
@@ -40,7 +40,7 @@ def test_what_is_followed_is_the_gradient_of_what_evaluate_measures(kind, heads,
             constants = run.with_constants().constants.map(lambda x: x.clone().requires_grad_(True))
             for batch in make_batches(run.data, 2, False, run.arch.device):
                 runner = Runner(run.arch, circuit.graph, batch)
-                logits = learning_run(runner, circuit.graph, RecordedRun(runner, False, constants), circuit.mask)
+                logits = learning_run(runner, circuit.graph, record_run(runner, False, constants), circuit.mask)
                 run.values(logits, batch, logits, logits).sum().backward()
         for _ in range(2):
             moves = constants.map(lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype))

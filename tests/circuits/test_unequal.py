@@ -13,7 +13,7 @@ from eap_circuits.adapters import bind
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Runner, make_batches
 from eap_circuits.intervention import run_circuits
-from eap_circuits.recording import RecordedRun, SenderDifferences
+from eap_circuits.recording import record_both_sides, record_run
 from tests.circuits.test_evaluate import random_circuit
 from tests.circuits.unequal_pairs import V, difference, prompts, unequal_pairs
 
@@ -52,7 +52,7 @@ def test_both_ends_are_limits(kind, make_model):
     with StayDouble(), torch.no_grad():
         for batch in make_batches(data, 4, True, torch.device("cpu")):
             runner = Runner(arch, graph, batch)
-            record = RecordedRun(runner, corrupted=True)
+            record = record_run(runner, corrupted=True)
             masks = [graph.edge_mask * (1 - 1e-12), graph.edge_mask * 1e-12]
             whole, none = run_circuits(runner, graph, record, masks)
             torch.testing.assert_close(whole, runner.logits(runner.embed(batch.clean)))
@@ -67,9 +67,9 @@ def test_what_all_senders_differ_by_is_what_the_residual_stream_does(kind, make_
     with StayDouble(), torch.no_grad():
         for e in range(len(data)):
             (batch,) = make_batches(data[[e]], None, False, torch.device("cpu"))
-            senders = SenderDifferences(Runner(arch, arch.graph("query"), batch, every_mlp=True), arch.graph("query"))
+            sides = record_both_sides(Runner(arch, arch.graph("query"), batch, every_mlp=True))
             total = 0
-            for nodes in senders.nodes():
+            for nodes in sides.senders.nodes():
                 values = (
                     nodes.values if nodes.weight is None else torch.einsum("nhk,hkd->nhd", nodes.values, nodes.weight)
                 )

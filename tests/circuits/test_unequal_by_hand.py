@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from eap_circuits.adapters import bind
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Runner, make_batches
 from eap_circuits.graph import Graph
-from eap_circuits.recording import SenderDifferences
+from eap_circuits.recording import less_clean, record_both_sides, record_corrupted_side
 from tests.circuits.test_evaluate import random_circuit
 from tests.circuits.unequal_pairs import difference, prompts, unequal_pairs
 
@@ -136,9 +137,10 @@ def test_differences_are_of_aligned_contributions(case, reuse_prefix, together):
     with torch.no_grad(), StayDouble():
         for batch in make_batches(data, 3, reuse_prefix, torch.device("cpu")):
             runner = Runner(bind(model), graph, batch, every_mlp=True)
-            senders = SenderDifferences(runner, graph, clean=together)
+            sides = (record_both_sides if together else record_corrupted_side)(runner)
+            senders = sides.senders
             if not together:
-                runner.logits(senders.clean_embeddings, senders.register_clean)
+                senders, _ = less_clean(sides, batch, partial(runner.logits, sides.clean_embeddings))
             found = []
             for nodes in senders.nodes():
                 values = (
@@ -153,7 +155,7 @@ def test_differences_are_of_aligned_contributions(case, reuse_prefix, together):
                 # Before, nothing differs.
                 assert max(float((b - a)[0, :first].abs().max()) for a, b in zip(own, other)) < 1e-9 if first else True
                 corrupted = run(model, graph, Parts(model).embed(prompts(data, e)[1]))[1]
-                torch.testing.assert_close(senders.corrupted_logits[batch.index.tolist().index(e)], corrupted[0])
+                torch.testing.assert_close(sides.corrupted_logits[batch.index.tolist().index(e)], corrupted[0])
             torch.testing.assert_close(torch.stack(found), torch.cat(right, 1))
 
 

@@ -11,7 +11,7 @@ from .offloading import as_given, is_offloaded
 from .pretrained import DEMO_MODEL, load_model
 from .projections import Projection, concatenate, group, linear_shape, linear_weight
 from .registry import family_of, register_family
-from .sites import ReceiverSite, receiver_sites
+from .sites import ReceiverSite, SenderSite, receiver_sites, sender_sites
 from .weightless import weightless
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Norm",
     "Projection",
     "ReceiverSite",
+    "SenderSite",
     "as_given",
     "bind",
     "concatenate",
@@ -38,5 +39,6 @@ __all__ = [
     "propose",
     "receiver_sites",
     "register_family",
+    "sender_sites",
     "weightless",
 ]

@@ -95,10 +95,10 @@ class Layer:
         changes: list[tuple[nn.Module, str, object]] = [(self.attention, *item) for item in self.ungrouped]
         if self.k_norm is not None:
             (name,) = [name for name, child in self.attention.named_children() if child is self.k_norm]
-            changes.append((self.attention, name, self._spread_k_norm(self.k_norm)))
+            changes.append((self.attention, name, self._repeat_k_norm(self.k_norm)))
         return changes
 
-    def _spread_k_norm(self, norm: nn.Module) -> nn.Module:
+    def _repeat_k_norm(self, norm: nn.Module) -> nn.Module:
         """A copy of a norm of the keys in which each query head has the weights of its key head."""
         twin = copy.copy(norm)
         for name in ("_hf_hook", "forward"):  # they fetch offloaded weights
@@ -151,7 +151,7 @@ class Architecture:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
-    def contracted(self) -> torch.dtype:
+    def contraction_dtype(self) -> torch.dtype:
         """The dtype in which senders are multiplied with receivers; sums are in `accumulate` all the same.
 
         For a low-precision model on a GPU it is bfloat16, which tensor cores multiply an order of magnitude faster than

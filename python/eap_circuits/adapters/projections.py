@@ -78,8 +78,8 @@ def grouped_rows(q: int, kv: int, head_dim: int) -> dict[str, Tensor]:
     return {"q": features[:, :-2].flatten(), "k": features[:, -2].flatten(), "v": features[:, -1].flatten()}
 
 
-def concatenate(projections: Projections, grouped: bool, spread: int, y: Tensor) -> Tensor:
-    """A projection's output [..., features] as all of q, then k, then v; keys and values repeat `spread` times."""
+def concatenate(projections: Projections, grouped: bool, repeat_kv: int, y: Tensor) -> Tensor:
+    """A projection's output [..., features] as all of q, then k, then v; each key and value `repeat_kv` times."""
     if grouped:
         heads = y.unflatten(-1, (projections["k"].n_heads, -1, projections["k"].head_dim))
         parts = [heads[..., :-2, :].flatten(-3, -2), heads[..., -2, :], heads[..., -1, :]]
@@ -91,14 +91,14 @@ def concatenate(projections: Projections, grouped: bool, spread: int, y: Tensor)
         ]
     letters = list(projections)
     parts = [
-        part.repeat_interleave(spread, -2) if spread > 1 and letter != "q" else part
+        part.repeat_interleave(repeat_kv, -2) if repeat_kv > 1 and letter != "q" else part
         for letter, part in zip(letters, parts, strict=True)
     ]
     return torch.cat([part.flatten(-2) for part in parts], -1)
 
 
-def group(projections: Projections, spread: int, y: Tensor) -> Tensor:
+def group(projections: Projections, repeat_kv: int, y: Tensor) -> Tensor:
     """The inverse of `concatenate` for grouped features; keys and values stay repeated."""
-    kv, head_dim = projections["k"].n_heads * spread, projections["k"].head_dim
+    kv, head_dim = projections["k"].n_heads * repeat_kv, projections["k"].head_dim
     q, k, v = y.split([projections["q"].width, kv * head_dim, kv * head_dim], -1)
     return torch.cat([x.unflatten(-1, (kv, -1)) for x in (q, k, v)], -1).flatten(-2)

@@ -1,16 +1,68 @@
-"""Where receivers read the residual stream: each layer's queries, keys, values and MLP, and the logits.
+"""Where senders write to the residual stream, and where receivers read it.
 
-This is the only walk over them: code that reads, changes or checks a pass takes the sites from here.
+These are the only walks over them: code that reads, changes or checks a pass takes the sites from here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
+
 from ..graph import Graph
-from .architecture import Architecture
+from .architecture import Architecture, Layer
 from .norms import Norm
 from .projections import Projection
+
+
+@dataclass(frozen=True, eq=False)
+class SenderSite:
+    """A group of senders that write to the residual stream together: the token embeddings, a layer's heads or its MLP.
+
+    A pass shows the embeddings, the heads' values or the MLP's output, [..., X]; their contribution is `written` of
+    these, times `weight` for heads, or times `factor`.
+
+    Args:
+        index: of the site itself; sites are in the order of the graph's senders.
+        senders: their indices in the graph.
+        layer: the layer's index.
+        module: its output, times `scale`, is added to the residual stream; None: the embeddings.
+        scale: see `module`.
+        heads: the layer whose heads they are; None: they are no heads.
+    """
+
+    index: int
+    senders: slice
+    layer: int = 0
+    module: nn.Module | None = None
+    scale: float = 1.0
+    heads: Layer | None = None
+
+    @property
+    def factor(self) -> float:
+        """The scale, which of heads is part of `weight`."""
+        return 1.0 if self.heads else self.scale
+
+    def written(self, x: Tensor) -> Tensor:
+        """Heads' values as `weight` takes them; of other senders x itself."""
+        return self.heads.written(x) if self.heads else x
+
+    def weight(self, dtype: torch.dtype) -> Tensor | None:
+        """Each head's way to the residual stream, [H, K, D]."""
+        return self.heads.out_weight(dtype) if self.heads else None
+
+
+def sender_sites(arch: Architecture) -> list[SenderSite]:
+    """All of them: the embeddings, then each layer's heads and its MLP."""
+    sites, graph = [SenderSite(0, slice(0, 1))], arch.graph("kv")  # "query" has the same senders
+    for index, layer in enumerate(arch.layers):
+        # What a norm after attention writes is the heads' contribution.
+        out = layer.out if layer.post_norm is None else layer.post_norm.module
+        mlp = slice(graph.mlp_sender(index), graph.mlp_sender(index) + 1)
+        sites.append(SenderSite(len(sites), graph.head_senders(index), index, out, layer.scale, layer))
+        sites.append(SenderSite(len(sites), mlp, index, layer.mlp_out, layer.scale))
+    return sites
 
 
 @dataclass(frozen=True)

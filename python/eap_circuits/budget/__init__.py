@@ -1,6 +1,6 @@
 """How much memory a run takes, and how many tokens a pass may have within a budget."""
 
-from .fitting import Cost, budget, bytes_without_gradient, numbers_per_token, tokens_within
+from .fitting import Cost, budget, bytes_without_gradient, measure_cost, numbers_per_token, tokens_within
 from .memory import PeakBytes, end_of_phase, free_bytes, in_memory, most_tokens
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "end_of_phase",
     "free_bytes",
     "in_memory",
+    "measure_cost",
     "most_tokens",
     "numbers_per_token",
     "tokens_within",

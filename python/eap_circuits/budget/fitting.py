@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from ..forward import TOKENS_PER_BATCH, Batch, make_batches
 from ..request import Request
@@ -61,35 +62,40 @@ def tokens_within(
     return max(tokens, suffix)
 
 
+@dataclass(frozen=True)
 class Cost:
     """The bytes that a batch takes, measured on its longest example.
 
-    In each phase they are linear in examples and in examples × copies (path points, circuits, edges).
+    Each phase, (fixed, per example, per copy of an example), is linear in examples and in examples × copies (points,
+    circuits, edges).
     """
 
-    def __init__(self, data: PairedDataset, batch: Batch, run: Measured, copies: bool = True) -> None:
-        start = bool(batch.start.any())
-
-        def measured(examples: int, side_by_side: int) -> list[int]:
-            few = _some(data, batch, examples, start)
-            with PeakBytes() as count:
-                run(few, side_by_side)
-                count.lap()
-            return count.laps
-
-        ones = measured(1, 1)
-        more_copies = measured(1, 2) if copies else ones
-        more_examples = measured(2, 1) if batch.n_examples > 1 else more_copies
-        self._phases = []
-        for one, copied, examples in zip(ones, more_copies, more_examples, strict=True):
-            per_copy = copied - one
-            per_example = examples - one - per_copy
-            self._phases.append((one - per_example - per_copy, per_example, per_copy))
+    phases: tuple[tuple[int, int, int], ...]
 
     def bytes(self, examples: int, copies: int) -> int:
-        return max(
-            fixed + examples * (per_example + copies * per_copy) for fixed, per_example, per_copy in self._phases
-        )
+        return max(fixed + examples * (per_example + copies * per_copy) for fixed, per_example, per_copy in self.phases)
+
+
+def measure_cost(data: PairedDataset, batch: Batch, run: Measured, copies: bool = True) -> Cost:
+    """Run one and two copies of the batch's longest example, and the latter in one and two copies of a pass."""
+    start = bool(batch.start.any())
+
+    def measured(examples: int, side_by_side: int) -> list[int]:
+        few = _some(data, batch, examples, start)
+        with PeakBytes() as count:
+            run(few, side_by_side)
+            count.lap()
+        return count.laps
+
+    ones = measured(1, 1)
+    more_copies = measured(1, 2) if copies else ones
+    more_examples = measured(2, 1) if batch.n_examples > 1 else more_copies
+    phases = []
+    for one, copied, examples in zip(ones, more_copies, more_examples, strict=True):
+        per_copy = copied - one
+        per_example = examples - one - per_copy
+        phases.append((one - per_example - per_copy, per_example, per_copy))
+    return Cost(tuple(phases))
 
 
 def _some(data: PairedDataset, batch: Batch, examples: int, reuse_prefix: bool) -> Batch:

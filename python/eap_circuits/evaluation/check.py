@@ -7,7 +7,6 @@ missing term or a hook that changes the run shows at once.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..adapters import Architecture, Family, Norm, bind, linear_weight, receiver_sites
+from ..adapters import Architecture, Family, bind, linear_weight, receiver_sites, sender_sites
 from ..errors import InputError
 from ..forward import Batch, CacheError, Hooks, Runner, borrowed, make_batches
 from ..graph import Graph, Heads
 from ..intervention import run_circuits
-from ..recording import ReceiverGradients, RecordedRun, SenderDifferences, contract
+from ..recording import ReceiverGradients, contract, record_both_sides, record_run
 from ..tasks import PairedDataset
 
 EXACT = 1e-8  # relative error; rounding in a deep float64 model stays far below this
@@ -151,27 +150,14 @@ def _contributions(arch: Architecture, batch: Batch) -> Check:
     """At every norm the residual stream's difference is the sum of the differences of the senders before it."""
     graph = arch.graph("kv")
     runner = Runner(arch, graph, batch, every_mlp=True)
-    nodes = SenderDifferences(runner, graph).nodes()
+    nodes = record_both_sides(runner).senders.nodes()
     rows = [x.values.transpose(0, 1) if x.weight is None else x.values.transpose(0, 1) @ x.weight for x in nodes]
     delta = torch.cat([x.to(arch.device) for x in rows])
-    runs = []
-    for tokens in (batch.corrupted, batch.clean):
-        inputs: dict[Norm, Tensor] = {}
-
-        def read(norm: Norm, inputs: dict[Norm, Tensor] = inputs) -> Callable[[Tensor], None]:
-            return lambda x: inputs.__setitem__(norm, x.to(arch.device).flatten(0, 1)[batch.rows])
-
-        def register(hooks: Hooks, read: Any = read) -> None:
-            for norm in arch.norms:
-                hooks.on_input(norm.module, read(norm))
-
-        with torch.no_grad():
-            runner.logits(runner.embed(tokens), register)
-        runs.append(inputs)
+    runs = [record_run(runner, corrupted).norm_inputs for corrupted in (True, False)]
     worst = 0.0
     reaches = {site.norm: site.reach for site in receiver_sites(arch, graph)}
     for norm, reach in reaches.items():
-        difference = runs[0][norm] - runs[1][norm]
+        difference = (runs[0][norm] - runs[1][norm]).to(arch.device).flatten(0, 1)[batch.rows]
         worst = max(worst, _relative(delta[:reach].sum(0), difference))
     return _same("contributions sum to the residual", worst, f"{len(reaches)} norms")
 
@@ -197,10 +183,12 @@ def _heads(arch: Architecture, data: PairedDataset) -> Check:
         return y
 
     def register(hooks: Hooks) -> None:
-        for index, layer in enumerate(arch.layers):
+        for index in range(len(arch.layers)):
             for module, columns in runner.projection_sites(index):
                 hooks.on_output(module, partial(add, index, columns))
-            hooks.on_input(layer.out, lambda z: seen.append(z.detach()))
+        for site in sender_sites(arch):
+            if site.heads:
+                hooks.on_senders(site, lambda z: seen.append(z.detach()))
 
     with torch.no_grad():
         runner.logits(runner.embed(batch.clean).repeat(1 + len(moves), 1, 1), register)
@@ -226,7 +214,7 @@ def _runs(arch: Architecture, heads: Heads, batch: Batch, whole: Batch, data: Pa
     with torch.no_grad():
         plain = model(input_ids=data.clean[batch.index].to(arch.device), use_cache=False).logits[rows, last]
         corrupted = model(input_ids=data.corrupted[batch.index].to(arch.device), use_cache=False).logits[rows, last]
-        record = RecordedRun(runner, corrupted=True)
+        record = record_run(runner, corrupted=True)
         # Receivers with all edges or none take short cuts; with a mask just off 1 or 0 they do not.
         nearly = graph.edge_mask.double() * (1 - 1e-12)
         full, empty = run_circuits(runner, graph, record, [nearly, graph.edge_mask.double() * 1e-12])
@@ -250,9 +238,9 @@ def _scores(arch: Architecture, heads: Heads, batch: Batch) -> Tensor:
     """EAP scores, summed over the batch."""
     graph = arch.graph(heads)
     runner = Runner(arch, graph, batch)
-    senders, receivers = SenderDifferences(runner, graph), ReceiverGradients(runner, graph, 1)
-    receivers.run(senders.clean_embeddings, torch.ones(1), lambda logits: _loss(logits, batch))
-    return contract(senders.arch, senders.nodes(), receivers.nodes(), graph.reach)
+    sides, receivers = record_both_sides(runner), ReceiverGradients(runner, graph, 1)
+    receivers.run(sides.clean_embeddings, torch.ones(1), lambda logits: _loss(logits, batch))
+    return contract(arch, sides.senders.nodes(), receivers.nodes(), graph.reach)
 
 
 def _finite_differences(arch: Architecture, heads: Heads, batch: Batch, n_edges: int, seed: int) -> Check:
@@ -260,7 +248,7 @@ def _finite_differences(arch: Architecture, heads: Heads, batch: Batch, n_edges:
     graph: Graph = arch.graph(heads)
     scores = _scores(arch, heads, batch).cpu()
     runner = Runner(arch, graph, batch)
-    record = RecordedRun(runner, corrupted=True)
+    record = record_run(runner, corrupted=True)
     edges = graph.edge_mask.nonzero()
     chosen = edges[torch.randperm(len(edges), generator=torch.Generator().manual_seed(seed))[:n_edges]]
     masks = []

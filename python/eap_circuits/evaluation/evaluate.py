@@ -10,11 +10,11 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from ..budget import Cost, bytes_without_gradient, in_memory, tokens_within
+from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, tokens_within
 from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, without_cache_where_it_fails
 from ..graph import Circuit
 from ..intervention import TOKENS_TOGETHER, rows_computed, run_circuits
-from ..recording import RecordedRun
+from ..recording import record_run
 from ..request import Progress, Request, prepare
 from ..tasks import PairedDataset
 from .optimal_ablation import check_circuit, optimal_constants
@@ -165,7 +165,7 @@ def _values(run: Request, circuits: Sequence[Circuit], batch: Batch, tokens: int
     clean = corrupted = None
     for heads, graph in {item.graph.heads: item.graph for item in circuits}.items():
         runner = run.runner(graph, batch)
-        record = RecordedRun(runner, True, run.constants)
+        record = record_run(runner, True, run.constants)
         mine = {row: item for row, item in enumerate(circuits, 2) if item.graph.heads == heads}
         rows = [row for row, item in mine.items() if 0 < item.n_edges < graph.n_edges]
         masks = [circuits[row - 2].mask for row in rows]
@@ -202,7 +202,7 @@ def _tokens_together(run: Request, circuits: Sequence[Circuit]) -> int:
         _values(run, [largest] * copies, few, copies * few.clean.numel())
 
     def cost(batch: Batch) -> Cost:
-        return Cost(run.data, batch, measured)
+        return measure_cost(run.data, batch, measured)
 
     return tokens_within(run, TOKENS_TOGETHER, rough, cost)
 

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..budget import Cost, in_memory, numbers_per_token, tokens_within
+from ..budget import Cost, in_memory, measure_cost, numbers_per_token, tokens_within
 from ..errors import expected
 from ..forward import Batch, Constants, Runner, borrowed
 from ..graph import Circuit
 from ..intervention import learning_run
-from ..recording import RecordedRun, means
+from ..recording import means, record_run
 from ..request import Progress, Request, prepare
 from ..tasks import PairedDataset
 
-TOKENS_TOGETHER = 256  # per batch, as the backward pass keeps every receiver's input at each token
+TOKENS_PER_LESSON = 256  # per batch, as the backward pass keeps every receiver's input at each token
 
 
 def optimal_constants(
@@ -133,7 +133,7 @@ def _value(
 ) -> Tensor:
     """The circuit's metric, summed over the batch."""
     runner = Runner(run.arch, circuit.graph, batch)
-    ablated = RecordedRun(runner, False, constants)
+    ablated = record_run(runner, False, constants)
     return run.values(learning_run(runner, circuit.graph, ablated, circuit.mask), batch, clean, corrupted).sum()
 
 
@@ -143,7 +143,7 @@ def _tokens_together(run: Request, circuit: Circuit) -> int:
     assert constants is not None
     # For each receiver its input and the norm's output are kept, for each sender its difference.
     kept = (2 * graph.n_receivers + graph.n_senders) * run.arch.d_model + 2 * numbers_per_token(run)
-    rough = TOKENS_TOGETHER * kept * run.arch.accumulate.itemsize
+    rough = TOKENS_PER_LESSON * kept * run.arch.accumulate.itemsize
     # Kept throughout: both sides' logits; the means, the mean squares, units, moves, their gradient, Adam's two moments
     # and the best constants so far.
     model: Any = run.arch.model
@@ -159,6 +159,6 @@ def _tokens_together(run: Request, circuit: Circuit) -> int:
             torch.autograd.grad(value, learned.tensors, allow_unused=True)
 
     def cost(batch: Batch) -> Cost:
-        return Cost(run.data, batch, measured, copies=False)
+        return measure_cost(run.data, batch, measured, copies=False)
 
-    return tokens_within(run, TOKENS_TOGETHER, rough, cost, TOKENS_TOGETHER, stays)
+    return tokens_within(run, TOKENS_PER_LESSON, rough, cost, TOKENS_PER_LESSON, stays)

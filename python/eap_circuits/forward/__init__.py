@@ -5,7 +5,7 @@ from .cache_errors import CacheError, out_of_memory, without_cache_where_it_fail
 from .constants import Constants, at_tokens, zeros
 from .hooks import Hooks, borrowed
 from .resume import LayerInputs
-from .runner import Runner
+from .runner import Register, Runner, each
 from .trace import trace
 
 __all__ = [
@@ -15,9 +15,11 @@ __all__ = [
     "Constants",
     "Hooks",
     "LayerInputs",
+    "Register",
     "Runner",
     "at_tokens",
     "borrowed",
+    "each",
     "halves",
     "make_batches",
     "out_of_memory",

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..adapters import Architecture, Layer, linear_shape
+from ..adapters import Architecture, Norm, linear_shape, sender_sites
 from .batches import Batch
 from .hooks import Hooks
 
@@ -52,11 +52,10 @@ class Constants:
 
     def replace(self, arch: Architecture, batch: Batch, hooks: Hooks) -> None:
         """Let a pass over a batch without prefixes give these for what its heads and MLPs compute."""
-        for layer, values, mlp in zip(arch.layers, self.values, self.mlps, strict=True):
-            hooks.on_input(layer.out, partial(_instead, values, batch))
-            hooks.on_output(layer.mlp_out, partial(_instead, mlp, batch))
-            if layer.post_norm is not None:
-                hooks.replace_forward(layer.post_norm.module, partial(_without_scale, layer))
+        for site, constant in zip(sender_sites(arch), self.tensors, strict=True):
+            hooks.on_senders(site, partial(_instead, constant, batch))
+            if site.heads is not None and site.heads.post_norm is not None:
+                hooks.replace_forward(site.heads.post_norm.module, partial(_without_scale, site.heads.post_norm))
 
 
 def at_tokens(constant: Tensor, batch: Batch) -> Tensor:
@@ -72,10 +71,8 @@ def _instead(constant: Tensor, batch: Batch, x: Tensor) -> Tensor:
     return at_tokens(constant, batch).to(x.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def _without_scale(layer: Layer, x: Tensor) -> Tensor:
+def _without_scale(norm: Norm, x: Tensor) -> Tensor:
     """A norm after attention, of values that carry its scale already."""
-    norm = layer.post_norm
-    assert norm is not None
     y = norm.forwards(x)
     return y if norm.bias is None else y + norm.bias
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import as_given
+from ..adapters import SenderSite, as_given
 from .grouped_attention import shared_keys
 
 
@@ -82,6 +82,13 @@ class Hooks:
             return self._call(hook, output)
 
         self._stack.callback(module.register_forward_hook(after).remove)
+
+    def on_senders(self, site: SenderSite, hook: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+        """Call `hook(x)` with heads' values or an MLP's output; what it returns, if anything, takes their place."""
+        if site.heads is not None:
+            self.on_input(site.heads.out, hook)
+        elif site.module is not None:
+            self.on_output(site.module, hook)
 
     def _call(self, hook: Callable[[torch.Tensor], torch.Tensor | None], x: torch.Tensor) -> torch.Tensor | None:
         whole = x if x.dim() > 2 else x.unflatten(0, (x.shape[0] // self._tokens, self._tokens))

@@ -41,10 +41,10 @@ class Prefix:
         batch: the examples; each has a prefix or none has.
         ran: what a run of the prefixes, and maybe of more after them, left in its cache.
         which: int64 [E], the row of that run with each example's prefix.
-        spread: how often the run's keys and values of each layer stand side by side.
+        repeat_kv: how often the run's keys and values of each layer stand side by side.
     """
 
-    def __init__(self, batch: Batch, ran: DynamicCache, which: Tensor, spread: list[int]) -> None:
+    def __init__(self, batch: Batch, ran: DynamicCache, which: Tensor, repeat_kv: list[int]) -> None:
         start, longest = batch.start, batch.prefix.shape[1]
         self._start = start
         self._aligned = bool((start == longest).all())
@@ -58,7 +58,7 @@ class Prefix:
             return x.transpose(1, 2)[which[:, None].to(x.device), source.to(x.device)].transpose(1, 2)
 
         layers: Any = ran.layers
-        kept = [(place(x.keys[:, ::n]), place(x.values[:, ::n])) for x, n in zip(layers, spread, strict=True)]
+        kept = [(place(x.keys[:, ::n]), place(x.values[:, ::n])) for x, n in zip(layers, repeat_kv, strict=True)]
         self.cache = Cache(layers=[_Before(*pair) for pair in kept])
         self._longest = longest
 
@@ -119,24 +119,24 @@ class WholePrompts:
         return x[self._example.to(x.device), self._suffix.to(x.device)]
 
 
-def run_prefixes(model: Any, prefixes: Tensor, spread: list[int]) -> DynamicCache:
+def run_prefixes(model: Any, prefixes: Tensor, repeat_kv: list[int]) -> DynamicCache:
     """The cache of a run of prefixes int64 [U, P], of which `beginning` ran alone where that pays."""
-    cache, shared = beginning(model, prefixes, spread)
+    cache, shared = beginning(model, prefixes, repeat_kv)
     model(input_ids=prefixes[:, shared:], **behind(model, cache))
     return cache
 
 
-def beginning(model: Any, prefixes: Tensor, spread: list[int]) -> tuple[DynamicCache, int]:
+def beginning(model: Any, prefixes: Tensor, repeat_kv: list[int]) -> tuple[DynamicCache, int]:
     """The cache of the tokens with which all prefixes begin, and how many; none where a pass costs more.
 
-    `spread`: how often each layer's keys and values are to stand side by side.
+    `repeat_kv`: how often each layer's keys and values are to stand side by side.
     """
     cache = DynamicCache()
     shared = int((prefixes == prefixes[0]).all(0).cumprod(0).sum())
     if shared * (len(prefixes) - 1) < _WORTH_A_PASS or shared == prefixes.shape[1]:
         return cache, 0
-    alone: Any = run_prefixes(model, prefixes[:1, :shared], [1] * len(spread)).layers
-    for index, (layer, n) in enumerate(zip(alone, spread, strict=True)):
+    alone: Any = run_prefixes(model, prefixes[:1, :shared], [1] * len(repeat_kv)).layers
+    for index, (layer, n) in enumerate(zip(alone, repeat_kv, strict=True)):
         pair = (x.repeat_interleave(n, 1).expand(len(prefixes), -1, -1, -1) for x in (layer.keys, layer.values))
         cache.update(*pair, index)
     return cache, shared

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from torch import Tensor
 
@@ -27,7 +26,7 @@ class LayerInputs:
     def watch(self, hooks: Hooks, rows: slice = slice(None)) -> None:
         """Record some rows of the pass that has these hooks."""
         for layer in self._layers:
-            hooks.on_input(layer.module, partial(self._keep, rows))
+            hooks.on_input(layer.module, lambda x: self._inputs.append(x[rows]))
             hooks.on_result(layer.module, self._keep_kind)
 
     def start_at(self, index: int, copies: int, hooks: Hooks) -> None:
@@ -37,9 +36,6 @@ class LayerInputs:
         if index < len(self._layers):
             x = self._inputs[index]
             hooks.on_input(self._layers[index].module, lambda _: x.repeat(copies, 1, 1))
-
-    def _keep(self, rows: slice, x: Tensor) -> None:
-        self._inputs.append(x[rows])
 
     def _keep_kind(self, result: object) -> None:
         self._results.append((None,) * len(result) if isinstance(result, tuple) else None)

@@ -21,14 +21,24 @@ from .prefix import Prefix, WholePrompts, beginning, behind, parameters, run_pre
 Register = Callable[[Hooks], None]
 
 
+def each(*registers: Register) -> Register:
+    """Adds the hooks of each, in this order."""
+
+    def register(hooks: Hooks) -> None:
+        for one in registers:
+            one(hooks)
+
+    return register
+
+
 class Runner:
-    """The model as a function of the suffix's embeddings.
+    """The model on one batch, as a function of the suffix's embeddings.
 
     Args:
         arch: the bound model.
         graph: its edge graph; with query-head receivers under grouped-query attention, keys and values are given
             to attention per query head (the value is the same, the gradient and the mask are per head).
-        tokens: int64 [U]: compute these tokens' logits alone where the model's last module allows it; logits are
+        tokens: int64 [U]: compute only these tokens' logits where the model's last module allows it; logits are
             [E, U] then.
         every_mlp: run the last layer's MLP at every token; by default it runs only where logits are scored, and
             returns 0 elsewhere.
@@ -41,9 +51,8 @@ class Runner:
         self.batch = batch
         self._tokens = tokens
         self._every_mlp = every_mlp
-        self.spread = [
-            layer.groups if graph.heads == "query" else 1 for layer in arch.layers
-        ]  # key/value copies per layer
+        # Key/value copies per layer.
+        self.repeat_kv = [layer.groups if graph.heads == "query" else 1 for layer in arch.layers]
         self._model: Any = arch.model
         self._place = "position_ids" in parameters(self._model)
         self._prefix: Prefix | None = None
@@ -54,11 +63,11 @@ class Runner:
             return self.arch.embed(tokens).to(tokens.device)
 
     def projection_sites(self, index: int) -> Iterator[tuple[nn.Module, dict[str, slice]]]:
-        """Each projection module of a layer, with its features for "q", "k" or "v", concatenated and spread."""
+        """Each projection module of a layer, with its features for "q", "k" or "v", concatenated and repeated."""
         for module, sites in self.arch.layers[index].projection_modules.items():
             columns, start = {}, 0
             for letter, projection in sites.items():
-                stop = start + projection.width * (1 if letter == "q" else self.spread[index])
+                stop = start + projection.width * (1 if letter == "q" else self.repeat_kv[index])
                 columns[letter] = slice(start, stop)
                 start = stop
             yield module, columns
@@ -66,7 +75,7 @@ class Runner:
     def logits(self, embeddings: Tensor, register: Register | None = None, corrupted: int = 0) -> Tensor:
         """Logits at the scored positions: [m·E, T, D] -> [m·E, V], for m copies of the batch, one after another.
 
-        `register` adds hooks for this run. Those on a projection see its output concatenated and spread. The first
+        `register` adds hooks for this run. Those on a projection see its output concatenated and repeated. The first
         `corrupted` copies are the corrupted prompts, scored at their own positions.
         """
         batch, (rows, suffix) = self.batch, embeddings.shape[:2]
@@ -76,7 +85,7 @@ class Runner:
         given: dict[str, Any] = {"use_cache": False}
         if batch.prefix.shape[1]:
             if self._prefix is None:
-                once = [1] * len(self.spread)
+                once = [1] * len(self.repeat_kv)
                 with torch.no_grad(), behind_cache(True), self._for_cache():
                     ran = run_prefixes(self._model, batch.prefix, once)
                 self._prefix = Prefix(batch, ran, batch.prefix_of, once)
@@ -100,7 +109,7 @@ class Runner:
                 return self.logits(embeddings, register, corrupted)
             prefixes = batch.prefix[batch.prefix_of]
             with behind_cache(True), self._for_cache():
-                cache, shared = beginning(self._model, prefixes, self.spread)
+                cache, shared = beginning(self._model, prefixes, self.repeat_kv)
             whole = WholePrompts(batch, shared)
             joined = whole.join(self.embed(prefixes[:, shared:]), embeddings)
             scored = batch.start - shared + (batch.corrupted_scored if corrupted else batch.scored)
@@ -109,7 +118,7 @@ class Runner:
             with behind_cache(True), Hooks(tokens) as hooks, Hooks(tokens, whole.suffixes) as reading:
                 logits = self._run(joined, scored, given, hooks, register, reading)
             every = torch.arange(len(prefixes), device=prefixes.device)
-            self._prefix = Prefix(batch, cache, every, self.spread)
+            self._prefix = Prefix(batch, cache, every, self.repeat_kv)
             return logits
 
     def _run(
@@ -121,20 +130,30 @@ class Runner:
         register: Register | None,
         registered: Hooks,
     ) -> Tensor:
-        """[rows, tokens, D] -> [rows, V]: logits at one position of each row."""
+        """[rows, tokens, D] -> [rows, V]: logits at one position of each row.
+
+        A module's hooks run in the order in which they are added, each on what the last one left: `register`, the
+        caller's, stands between those that bring a module's values into the form that it expects and their inverses.
+        """
         inputs = embeddings if self.arch.embedding_scale == 1 else embeddings / self.arch.embedding_scale
-        if self.arch.embedding_norm is not None:
-            hooks.on_output(self.arch.embedding_norm, lambda _: embeddings)
-        self._arrange(hooks)
         last = ScoredMLP(self.arch.layers[-1], lambda rows: scored[:rows])
         with Hooks(tokens=1) as single:
+            # Anywhere, as no other hook is on this norm, which `embed` has applied already.
+            if self.arch.embedding_norm is not None:
+                hooks.on_output(self.arch.embedding_norm, lambda _: embeddings)
+            # Before the caller's hooks, which see queries, keys and values one after another, repeated.
+            self._concatenate(hooks)
+            # Before the caller's hooks, which see the last MLP's output in whole rows.
             if not self._every_mlp:
                 last.put(single)
             if register is not None:
                 register(registered)
+            # After the caller's hooks, which see and change the last MLP's input in whole rows.
             if not self._every_mlp:
                 last.take(hooks)
-            self._restore(hooks)
+            # After the caller's hooks on projections: attention takes the order of features that it knows.
+            self._restore_order(hooks)
+            # Last, behind whatever the caller's hooks do to the final norm: only scored positions get logits.
             self._score(lambda x: at_scored(x, scored), hooks)
             logits: Tensor = self._model(inputs_embeds=inputs, **given).logits.to(embeddings.device)
         return (logits if logits.shape[1] == 1 else at_scored(logits, scored)).squeeze(1)
@@ -150,27 +169,27 @@ class Runner:
             yield
 
     def _score(self, cut: Callable[[Tensor], Tensor], hooks: Hooks) -> None:
-        """Logits [rows, 1, V] or [rows, 1, U] of one position of each row alone: `cut` takes it, [rows, 1, D]."""
+        """Logits [rows, 1, V] or [rows, 1, U] of only one position of each row: `cut` takes it, [rows, 1, D]."""
         head = self._model.get_output_embeddings()
         if head is not None:
             hooks.on_input(head, cut)
-        # Nothing but a plain linear layer gives some tokens' logits alone.
+        # Nothing but a plain linear layer gives only some tokens' logits.
         if self._tokens is not None and type(head) is nn.Linear and not is_offloaded(head):
             which = self._tokens.to(head.weight.device)
             weight, bias = head.weight[which], None if head.bias is None else head.bias[which]
             hooks.replace_forward(head, lambda x: nn.functional.linear(x, weight, bias))
 
-    def _arrange(self, hooks: Hooks) -> None:
-        """Projections give their features concatenated, keys and values spread."""
-        for layer, spread in zip(self.arch.layers, self.spread, strict=True):
-            for change in layer.per_query_head() if spread > 1 else ():
+    def _concatenate(self, hooks: Hooks) -> None:
+        """Projections give their features concatenated, keys and values repeated."""
+        for layer, repeat_kv in zip(self.arch.layers, self.repeat_kv, strict=True):
+            for change in layer.per_query_head() if repeat_kv > 1 else ():
                 hooks.set_attribute(*change)
             for module, projections in layer.projection_modules.items():
-                if layer.grouped or spread > 1:
-                    hooks.on_output(module, partial(concatenate, projections, layer.grouped, spread))
+                if layer.grouped or repeat_kv > 1:
+                    hooks.on_output(module, partial(concatenate, projections, layer.grouped, repeat_kv))
 
-    def _restore(self, hooks: Hooks) -> None:
+    def _restore_order(self, hooks: Hooks) -> None:
         """Attention gets them in the order it knows."""
-        for layer, spread in zip(self.arch.layers, self.spread, strict=True):
+        for layer, repeat_kv in zip(self.arch.layers, self.repeat_kv, strict=True):
             if layer.grouped:
-                hooks.on_output(layer.q.module, partial(group, layer.projections, spread))
+                hooks.on_output(layer.q.module, partial(group, layer.projections, repeat_kv))

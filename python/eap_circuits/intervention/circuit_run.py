@@ -16,19 +16,20 @@ from torch import Tensor
 
 from eap_kernels import masked_read
 
-from ..adapters import Layer, Norm
+from ..adapters import Norm, ReceiverSite, SenderSite, receiver_sites, sender_sites
 from ..forward import Hooks, Runner
 from ..graph import Graph
-from ..recording import RecordedRun
+from ..recording import ReferenceRun
 
 TOKENS_TOGETHER = 2048  # of circuits that run together
 
 Places = slice | Tensor  # some of a batch's [E·T] tokens
+Sites = dict[str, ReceiverSite]  # a layer's, by name
 EVERYWHERE = slice(None)
 
 
 def run_circuits(
-    runner: Runner, graph: Graph, corrupted: RecordedRun, masks: Sequence[Tensor], tokens: int = TOKENS_TOGETHER
+    runner: Runner, graph: Graph, corrupted: ReferenceRun, masks: Sequence[Tensor], tokens: int = TOKENS_TOGETHER
 ) -> Iterator[Tensor]:
     """Logits [E, V] of each circuit at the scored positions, in order.
 
@@ -44,7 +45,7 @@ def run_circuits(
         del circuits[:together]
 
 
-def learning_run(runner: Runner, graph: Graph, ablated: RecordedRun, mask: Tensor) -> Tensor:
+def learning_run(runner: Runner, graph: Graph, ablated: ReferenceRun, mask: Tensor) -> Tensor:
     """Logits [E, V] of one circuit, differentiable with respect to the constants that the ablated run was made of."""
     return _CircuitsRun(runner, graph, ablated, [_LearningCircuit(runner, graph, mask)]).logits()[0]
 
@@ -138,9 +139,12 @@ class _LearningCircuit(_Circuit):
 
 
 class _CircuitsRun:
-    def __init__(self, runner: Runner, graph: Graph, corrupted: RecordedRun, circuits: list[_Circuit]) -> None:
+    def __init__(self, runner: Runner, graph: Graph, corrupted: ReferenceRun, circuits: list[_Circuit]) -> None:
         self.runner, self.graph, self.corrupted, self.circuits = runner, graph, corrupted, circuits
         self.dtype = runner.arch.accumulate
+        self.sites: list[Sites] = [{} for _ in range(graph.n_layers + 1)]  # the logits' last
+        for site in receiver_sites(runner.arch, graph):
+            self.sites[site.layer][site.name] = site
         self.ready: dict[str, Tensor] = {}  # the current layer's projections, made when the first is asked for
         self.begun: dict[int, Tensor] = {}  # circuit -> what the current layer's MLP reads from the layers before
         (examples, tokens), last = runner.batch.shape, runner.batch.scored.cpu()
@@ -153,16 +157,16 @@ class _CircuitsRun:
         embeddings = self.runner.embed(self.runner.batch.clean)
         for circuit in self.circuits:
             circuit.allocate(embeddings.device)
-            if circuit.stored[0]:
-                self._store(circuit, 0, embeddings, self.corrupted.embeddings)
+            self._store(circuit, sender_sites(self.runner.arch)[0], embeddings)
         together = embeddings.repeat(len(self.circuits), 1, 1)
         return self._split(self.runner.logits(together, self._register))
 
     def _register(self, hooks: Hooks) -> None:
-        arch, graph = self.runner.arch, self.graph
-        for index, layer in enumerate(arch.layers):
-            attention = slice(graph.receivers_at(index, "q").start, graph.receivers_at(index, "v").stop)
-            sender, receiver = graph.mlp_sender(index), graph.receivers_at(index, "mlp").start
+        senders = sender_sites(self.runner.arch)
+        for index, layer in enumerate(self.runner.arch.layers):
+            sites, (heads, mlp) = self.sites[index], senders[2 * index + 1 : 2 * index + 3]
+            attention = slice(sites["q"].receivers.start, sites["v"].receivers.stop)
+            receiver = sites["mlp"].receivers.start
             whole = [c for c, circuit in enumerate(self.circuits) if circuit.whole[attention].any()]
             # A norm, and what heads write, are for circuits that read their own residual stream from there on.
             own = self._own(receiver)
@@ -172,15 +176,14 @@ class _CircuitsRun:
                 hooks.on_output(module, partial(self._fill, self._own(start)))
             for module, columns in self.runner.projection_sites(index):
                 hooks.on_input(module, partial(self._keep, whole))
-                hooks.on_output(module, partial(self._project, index, layer, columns, whole))
-            hooks.on_input(layer.out, partial(self._write_heads, index, layer, own))
+                hooks.on_output(module, partial(self._project, sites, columns, whole))
+            hooks.on_senders(heads, partial(self._write_heads, heads, own))
             hooks.on_output(layer.out, partial(self._fill, own))
-            run = [
-                c for c, circuit in enumerate(self.circuits) if circuit.needed[sender] and not circuit.closed[receiver]
-            ]
-            hooks.on_input(layer.mlp_in, partial(self._read_mlp, index, layer, receiver, run))
-            hooks.on_output(layer.mlp_out, partial(self._write_mlp, index, sender, run))
-        hooks.on_input(arch.final_norm.module, self._read_final)
+            needed = [circuit.needed[mlp.senders.start] and not circuit.closed[receiver] for circuit in self.circuits]
+            run = [c for c, runs in enumerate(needed) if runs]
+            hooks.on_input(layer.mlp_in, partial(self._read_mlp, sites, run))
+            hooks.on_senders(mlp, partial(self._write_mlp, mlp, run))
+        hooks.on_input(self.runner.arch.final_norm.module, self._read_final)
 
     def _own(self, receiver: int) -> list[int]:
         return [c for c, circuit in enumerate(self.circuits) if circuit.reads_own(receiver)]
@@ -205,28 +208,29 @@ class _CircuitsRun:
 
     # Senders.
 
-    def _store(self, circuit: _Circuit, sender: int, current: Tensor, corrupted: Tensor, scale: float = 1.0) -> None:
-        own, base = (x.flatten(0, 1).to(self.dtype) for x in (current, corrupted))
-        circuit.store(sender, own, base, scale)
+    def _store(self, circuit: _Circuit, site: SenderSite, current: Tensor) -> None:
+        """Of the embeddings or an MLP."""
+        if circuit.stored[site.senders.start]:
+            own, base = (x.flatten(0, 1).to(self.dtype) for x in (current, self.corrupted.written[site.index]))
+            circuit.store(site.senders.start, own, base, site.scale)
 
-    def _write_heads(self, index: int, layer: Layer, own: list[int], z: Tensor) -> Tensor:
-        first, n = self.graph.head_senders(index).start, layer.q.n_heads
-        weight = layer.out_weight(self.dtype)
-        corrupted = self.corrupted.values[index].to(self.dtype)
-        difference = self._split(layer.written(z)).to(self.dtype) - corrupted
-        difference = difference.flatten(1, 2).unflatten(2, (n, -1)).transpose(1, 2)  # [C, H, N, K]
+    def _write_heads(self, site: SenderSite, own: list[int], z: Tensor) -> Tensor:
+        first, weight = site.senders.start, site.weight(self.dtype)
+        assert weight is not None
+        corrupted = self.corrupted.written[site.index].to(self.dtype)
+        difference = self._split(site.written(z)).to(self.dtype) - corrupted
+        difference = difference.flatten(1, 2).unflatten(2, weight.shape[:2]).transpose(1, 2)  # [C, H, N, K]
         for circuit, by_head in zip(self.circuits, difference, strict=True):
-            for heads in _runs([h for h in range(n) if circuit.stored[first + h]]):
+            for heads in _runs([h for h in range(len(weight)) if circuit.stored[first + h]]):
                 circuit.store_heads(first + heads.start, by_head[heads], weight[heads])
         return self._keep(own, z)
 
-    def _write_mlp(self, index: int, sender: int, run: list[int], y: Tensor) -> Tensor:
-        corrupted = self.corrupted.mlps[index]
+    def _write_mlp(self, site: SenderSite, run: list[int], y: Tensor) -> Tensor:
+        corrupted = self.corrupted.written[site.index]
         full = corrupted.repeat(len(self.circuits), 1, 1, 1)
         for c, current in zip(run, self._split(y) if run else (), strict=True):
             full[c] = current
-            if self.circuits[c].stored[sender]:
-                self._store(self.circuits[c], sender, current, corrupted, self.runner.arch.layers[index].scale)
+            self._store(self.circuits[c], site, current)
         return full.flatten(0, 1)
 
     # Receivers.
@@ -243,88 +247,87 @@ class _CircuitsRun:
         """The norm of y [r, n, D], in the model's dtype."""
         return norm(y.to(self._base(norm).dtype))
 
-    def _read_mlp(self, index: int, layer: Layer, receiver: int, run: list[int], own: Tensor) -> Tensor:
-        norm, reach, begun = layer.mlp_norm, self.graph.mlp_reach(index), self.graph.attention_reach(index)
-        at = self._read_at(index)
+    def _read_mlp(self, sites: Sites, run: list[int], own: Tensor) -> Tensor:
+        site, attention = sites["mlp"], sites["q"]
+        at = self._read_at(site)
         x = self._split(own)[run]
-        slots = [slot for slot, c in enumerate(run) if self.circuits[c].partial[receiver]]
+        slots = [slot for slot, c in enumerate(run) if self.circuits[c].partial[site.receivers.start]]
         if slots:
-            base, which = self._tokens(norm, at), torch.tensor([receiver])
-            more = base - self._tokens(layer.attention_norm) if self.begun else base
+            base, which = self._tokens(site.norm, at), torch.tensor([site.receivers.start])
+            more = base - self._tokens(attention.norm) if self.begun else base
             reads = []
             for c in (run[slot] for slot in slots):
                 if c in self.begun:
-                    reads.append(self.circuits[c].read(self.begun.pop(c) + more, which, reach, begun))
+                    reads.append(self.circuits[c].read(self.begun.pop(c) + more, which, site.reach, attention.reach))
                 else:
-                    reads.append(self.circuits[c].read(base, which, reach, at=at))
-            for slot, y in zip(slots, self._normalised(norm, torch.cat(reads)), strict=True):
+                    reads.append(self.circuits[c].read(base, which, site.reach, at=at))
+            for slot, y in zip(slots, self._normalised(site.norm, torch.cat(reads)), strict=True):
                 x[slot].view(-1, x.shape[-1])[at] = y
         return x.flatten(0, 1)
 
-    def _read_at(self, index: int) -> Places:
+    def _read_at(self, site: ReceiverSite) -> Places:
         """Where a layer's MLP runs: the last one where logits are scored (`forward/last_mlp.py`)."""
-        return self.scored if index == len(self.runner.arch.layers) - 1 else EVERYWHERE
+        return self.scored if site.layer == self.graph.n_layers - 1 else EVERYWHERE
 
     def _read_final(self, own: Tensor) -> Tensor:
-        norm, receiver = self.runner.arch.final_norm, self.graph.logits_receiver.start
+        site = self.sites[-1]["logits"]
         x = self._split(own).clone(memory_format=torch.contiguous_format)
         for slot, circuit in enumerate(self.circuits):
-            if circuit.partial[receiver]:
-                base = self._tokens(norm, self.scored)
-                y = circuit.read(base, torch.tensor([receiver]), self.graph.n_senders, at=self.scored)
+            if circuit.partial[site.receivers]:
+                base = self._tokens(site.norm, self.scored)
+                y = circuit.read(base, torch.tensor([site.receivers.start]), site.reach, at=self.scored)
                 x[slot].view(-1, x.shape[-1])[self.scored] = y[0].to(x.dtype)
-            elif circuit.closed[receiver]:
-                x[slot] = self._base(norm)
+            elif circuit.closed[site.receivers]:
+                x[slot] = self._base(site.norm)
         return x.flatten(0, 1)
 
-    def _project(self, index: int, layer: Layer, columns: dict[str, slice], whole: list[int], own: Tensor) -> Tensor:
+    def _project(self, sites: Sites, columns: dict[str, slice], whole: list[int], own: Tensor) -> Tensor:
         """A projection's output with every head's own input: [C·E, T, features]."""
         if not self.ready:
-            self.ready = self._projections(index, layer)
+            self.ready = self._projections(sites)
         parts = []
         for letter, features in columns.items():
             part = self.ready.pop(letter)  # [C, E, T, heads, K]
             for c, current in zip(whole, self._split(own) if whole else (), strict=True):
-                heads = self.circuits[c].whole[self.graph.receivers_at(index, letter)]
+                heads = self.circuits[c].whole[sites[letter].receivers]
                 part[c][..., heads, :] = current[..., features].unflatten(-1, (len(heads), -1))[..., heads, :]
             parts.append(part.flatten(-2))
         return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).flatten(0, 1)
 
-    def _projections(self, index: int, layer: Layer) -> dict[str, Tensor]:
+    def _projections(self, sites: Sites) -> dict[str, Tensor]:
         """The layer's "q", "k" and "v", [C, E, T, heads, K] each; those of whole receivers are not yet right."""
-        graph, sites = self.graph, {letter: self.graph.receivers_at(index, letter) for letter in "qkv"}
         found: dict[str, Tensor] = {}
-        for letter, receivers in sites.items():
-            corrupted = self.corrupted.projections[index][letter]
-            corrupted = corrupted.unflatten(-1, (receivers.stop - receivers.start, -1))
-            found[letter] = corrupted.repeat(len(self.circuits), 1, 1, 1, 1)
-        first, last, dtype = sites["q"].start, sites["v"].stop, self.runner.arch.dtype
-        weights = {letter: projection.weight(dtype) for letter, projection in layer.projections.items()}
-        biases = {letter: projection.bias(dtype) for letter, projection in layer.projections.items()}
-        mlp = graph.receivers_at(index, "mlp").start
+        weights: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for letter, site in sites.items():
+            if site.projection is not None:
+                corrupted = self.corrupted.projections[site.layer][letter].unflatten(-1, (site.count, -1))
+                found[letter] = corrupted.repeat(len(self.circuits), 1, 1, 1, 1)
+                dtype = self.runner.arch.dtype
+                weights[letter] = site.projection.weight(dtype), site.projection.bias(dtype)
+        norm, reach, mlp = sites["q"].norm, sites["q"].reach, sites["mlp"]
+        first, last = sites["q"].receivers.start, sites["v"].receivers.stop
         for c, circuit in enumerate(self.circuits):
             wanted = first + circuit.partial[first:last].nonzero()[:, 0]
             if not len(wanted):
                 continue
-            norm, reach = layer.attention_norm, graph.attention_reach(index)
             # What the MLP reads of the same senders comes along: they are read from memory once.
-            begins = bool(circuit.partial[mlp]) and not graph.parallel and self._read_at(index) is EVERYWHERE
-            readers = torch.cat([wanted, torch.tensor([mlp])]) if begins else wanted
+            begins = (
+                bool(circuit.partial[mlp.receivers]) and not self.graph.parallel and self._read_at(mlp) is EVERYWHERE
+            )
+            readers = torch.cat([wanted, torch.tensor([mlp.receivers.start])]) if begins else wanted
             y = circuit.read(self._tokens(norm), readers, reach)
             if begins:
                 self.begun[c] = y[-1].clone()
             x = self._normalised(norm, y[: len(wanted)])  # [r, N, D]
-            for letter, receivers in sites.items():
+            for letter, (weight, bias) in weights.items():
+                receivers = sites[letter].receivers
                 here = slice(*torch.searchsorted(wanted, torch.tensor([receivers.start, receivers.stop])).tolist())
                 heads = (wanted[here] - receivers.start).tolist()
                 if not heads:
                     continue
-                spread = (receivers.stop - receivers.start) // len(weights[letter])
-                slots = [head // spread for head in heads]
-                whole = slots == list(range(len(weights[letter])))  # without a copy then
-                weight = weights[letter] if whole else weights[letter][slots]
-                y = torch.bmm(x[here], weight.mT)  # [h, N, K]
-                bias = biases[letter]
+                slots = [head // sites[letter].repeat_kv for head in heads]
+                whole = slots == list(range(len(weight)))  # without a copy then
+                y = torch.bmm(x[here], (weight if whole else weight[slots]).mT)  # [h, N, K]
                 y = y if bias is None else y + bias[slots][:, None]
                 found[letter][c].flatten(0, 1)[:, heads] = y.transpose(0, 1)
         return found

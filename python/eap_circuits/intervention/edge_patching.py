@@ -7,129 +7,121 @@ Many edges run together, one after another along the batch dimension.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eap_kernels import Nodes
 
-from ..adapters import Layer, Norm, receiver_sites
+from ..adapters import Norm, ReceiverSite, receiver_sites
 from ..forward import Constants, Hooks, LayerInputs, Runner
 from ..graph import Graph
-from ..recording import Recording, SenderDifferences
+from ..recording import BothSides, ReceiverInputs, record_both_sides
+
+Patched = list[tuple[int, int, int]]  # (copy, head, sender)
+Sites = dict[str, tuple[ReceiverSite, Patched]]  # of one layer, by name
 
 
+@dataclass(frozen=True, eq=False)
 class PatchedEdges:
-    """Runs of a batch with single edges patched. Also holds `clean_logits` and `corrupted_logits` [E, V].
+    """Runs of a batch with single edges patched.
 
     Args:
-        runner: the model on one batch.
-        graph: its edge graph.
-        constants: see `SenderDifferences`.
+        runner: the model on the batch.
+        sides: what both of its sides gave.
+        senders: (a group of nodes, which of them) for each sender's Δ.
+        receivers: (site, head) of each receiver.
+        clean: what receivers read in the clean run, and `layers` what layers read there.
     """
 
-    def __init__(self, runner: Runner, graph: Graph, constants: Constants | None = None) -> None:
-        self._runner, self._arch = runner, runner.arch
-        self._clean, self._layers = Recording(runner, copy=1), LayerInputs(self._arch.layers)
-
-        def watch(hooks: Hooks) -> None:
-            self._clean.watch(hooks)
-            self._layers.watch(hooks, slice(runner.batch.n_examples, None))
-
-        senders = SenderDifferences(runner, graph, constants=constants, watch=watch)
-        self._groups = [(group, index) for group in senders.nodes() for index in range(group.values.shape[1])]  # [S]
-        assert senders.clean_logits is not None
-        self.clean_logits, self.corrupted_logits = senders.clean_logits, senders.corrupted_logits
-        self._embeddings = senders.clean_embeddings
-        # (layer, site, head) of each receiver; the logits' layer is one past the last
-        self._places = [
-            (site.layer, site.name, head) for site in receiver_sites(self._arch, graph) for head in range(site.count)
-        ]
+    runner: Runner
+    sides: BothSides
+    senders: list[tuple[Nodes, int]]
+    receivers: list[tuple[ReceiverSite, int]]
+    clean: ReceiverInputs
+    layers: LayerInputs
 
     def layer(self, receiver: int) -> int:
         """At which layer runs of this receiver's edges start; all edges of one call share it."""
-        return self._places[receiver][0]
+        return self.receivers[receiver][0].layer
 
     def logits(self, edges: list[tuple[int, int]]) -> Tensor:
         """Logits at the scored positions with each edge (sender, receiver) patched alone: [C, E, V]."""
         start = self.layer(edges[0][1])
-        sites: dict[str, list[tuple[int, int, int]]] = {}  # site -> (copy, head, sender)
+        sites: Sites = {}
         for copy, (sender, receiver) in enumerate(edges):
-            layer, site, head = self._places[receiver]
-            assert layer == start, "edges of one call start at one layer"
-            sites.setdefault(site, []).append((copy, head, sender))
-        together = self._embeddings.repeat(len(edges), 1, 1)
+            site, head = self.receivers[receiver]
+            assert site.layer == start, "edges of one call start at one layer"
+            sites.setdefault(site.name, (site, []))[1].append((copy, head, sender))
+        together = self.sides.clean_embeddings.repeat(len(edges), 1, 1)
         with torch.no_grad():
-            logits = self._runner.logits(together, partial(self._register, start, sites, len(edges)))
+            logits = self.runner.logits(together, partial(self._register, start, sites, len(edges)))
         return logits.unflatten(0, (len(edges), -1))
 
-    def _register(self, start: int, sites: dict[str, list[tuple[int, int, int]]], copies: int, hooks: Hooks) -> None:
-        self._layers.start_at(start, copies, hooks)
-        if start == len(self._arch.layers):
-            norm = self._arch.final_norm
-            hooks.on_input(norm.module, lambda _: self._patched(norm, sites["logits"]).flatten(0, 1))
+    def _register(self, start: int, sites: Sites, copies: int, hooks: Hooks) -> None:
+        self.layers.start_at(start, copies, hooks)
+        if start == len(self.runner.arch.layers):
+            site, patched = sites["logits"]
+            hooks.on_input(site.norm.module, lambda _: self._patched(site.norm, patched).flatten(0, 1))
             return
-        layer = self._arch.layers[start]
-        for module, columns in self._runner.projection_sites(start):
-            self._patch_projection(start, layer, module, columns, sites, copies, hooks)
+        for module, columns in self.runner.projection_sites(start):
+            # What the module itself computes is replaced, so it need not see more than one copy.
+            hooks.on_input(module, lambda x: x[: self.runner.batch.n_examples])
+            hooks.on_output(
+                module, partial(self._patch_projection, self.clean.projections[start], columns, sites, copies)
+            )
         if "mlp" in sites:
-            hooks.on_input(layer.mlp_in, partial(self._patch_mlp, layer.mlp_norm, sites["mlp"]))
+            hooks.on_input(self.runner.arch.layers[start].mlp_in, partial(self._patch_mlp, *sites["mlp"]))
 
     def _patch_projection(
-        self,
-        index: int,
-        layer: Layer,
-        module: nn.Module,
-        columns: dict[str, slice],
-        sites: dict[str, list[tuple[int, int, int]]],
-        copies: int,
-        hooks: Hooks,
-    ) -> None:
-        """The clean run's output for every copy, but for the heads that are patched."""
-        examples = self._runner.batch.n_examples
+        self, clean: dict[str, Tensor], columns: dict[str, slice], sites: Sites, copies: int, _: Tensor
+    ) -> Tensor:
+        """The clean run's output for every copy, except for the heads that are patched."""
+        parts = {letter: clean[letter].repeat(copies, 1, 1, 1) for letter in columns}  # [C, E, T, heads·K]
+        for letter, part in parts.items():
+            if letter in sites:
+                self._project(*sites[letter], part)
+        return torch.cat(list(parts.values()), -1).flatten(0, 1)
 
-        def patch(_: Tensor) -> Tensor:
-            parts = []
-            for letter in columns:
-                part = self._clean.projections[index][letter].repeat(copies, 1, 1, 1)  # [C, E, T, heads·K]
-                patched = sites.get(letter, [])
-                if patched:
-                    self._project(layer, letter, patched, part)
-                parts.append(part)
-            return torch.cat(parts, -1).flatten(0, 1)
-
-        # What the module itself computes is replaced, so it need not see more than one copy.
-        hooks.on_input(module, lambda x: x[:examples])
-        hooks.on_output(module, patch)
-
-    def _project(self, layer: Layer, letter: str, patched: list[tuple[int, int, int]], part: Tensor) -> None:
-        projection, dtype = layer.projections[letter], part.dtype
-        heads = part.unflatten(-1, (-1, projection.head_dim))
-        spread = heads.shape[-2] // projection.n_heads
+    def _project(self, site: ReceiverSite, patched: Patched, part: Tensor) -> None:
+        projection, dtype = site.projection, part.dtype
+        assert projection is not None
         copies, which, _ = (torch.tensor(column, device=part.device) for column in zip(*patched, strict=True))
-        x = layer.attention_norm(self._patched(layer.attention_norm, patched))  # [c, E, T, D]
-        slot = which // spread
+        x = site.norm(self._patched(site.norm, patched))  # [c, E, T, D]
+        slot = which // site.repeat_kv
         y = torch.einsum("cetd,ckd->cetk", x, projection.weight(dtype)[slot])
         bias = projection.bias(dtype)
+        heads = part.unflatten(-1, (-1, projection.head_dim))
         heads[copies, :, :, which] = y if bias is None else y + bias[slot][:, None, None]
 
-    def _patch_mlp(self, norm: Norm, patched: list[tuple[int, int, int]], x: Tensor) -> Tensor:
+    def _patch_mlp(self, site: ReceiverSite, patched: Patched, x: Tensor) -> Tensor:
         copies = torch.tensor([copy for copy, _, _ in patched], device=x.device)
-        x = x.unflatten(0, (-1, self._runner.batch.n_examples)).clone()
-        x[copies] = norm(self._patched(norm, patched)).to(x.dtype)
+        x = x.unflatten(0, (-1, self.runner.batch.n_examples)).clone()
+        x[copies] = site.norm(self._patched(site.norm, patched)).to(x.dtype)
         return x.flatten(0, 1)
 
-    def _patched(self, norm: Norm, patched: list[tuple[int, int, int]]) -> Tensor:
+    def _patched(self, norm: Norm, patched: Patched) -> Tensor:
         """x_v + Δ_u before a norm, [c, E, T, D], in the model's dtype."""
-        own = self._clean.norm_inputs[norm]
+        own = self.clean.norm_inputs[norm]
         senders = [sender for _, _, sender in patched]
         distinct = sorted(set(senders))
-        differences = torch.stack([_expand(*self._groups[sender]).to(own.device) for sender in distinct])  # [s, n, D]
+        differences = torch.stack([_expand(*self.senders[sender]).to(own.device) for sender in distinct])  # [s, n, D]
         x = own.to(differences.dtype).flatten(0, 1).repeat(len(distinct), 1, 1)
-        x[:, self._runner.batch.rows_on(x.device)] += differences
+        x[:, self.runner.batch.rows_on(x.device)] += differences
         x = x.to(own.dtype).unflatten(1, own.shape[:2])
         return x[[distinct.index(sender) for sender in senders]]
+
+
+def prepare_patching(runner: Runner, graph: Graph, constants: Constants | None = None) -> PatchedEdges:
+    """Run both sides of a batch, for runs of its clean side with edges patched; see `record_both_sides`."""
+    examples = runner.batch.n_examples
+    clean, layers = ReceiverInputs(runner, lambda x: x[examples:]), LayerInputs(runner.arch.layers)
+    sides = record_both_sides(runner, constants, clean.watch, partial(layers.watch, rows=slice(examples, None)))
+    senders = [(group, index) for group in sides.senders.nodes() for index in range(group.values.shape[1])]
+    receivers = [(site, head) for site in receiver_sites(runner.arch, graph) for head in range(site.count)]
+    return PatchedEdges(runner, sides, senders, receivers, clean, layers)
 
 
 def _expand(group: Nodes, index: int) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..forward import Batch
-from ..intervention import GroupPaths
-from ..recording import ReceiverGradients, SenderDifferences
+from ..intervention import record_paths
+from ..recording import ReceiverGradients
 from .gradient import GradientMethod, Passes, chunks, contraction, loss_of
 from .inputs import score_along_inputs
 from .quadrature import Path
@@ -53,15 +53,13 @@ def _add_groups(request: AttributionRequest, batch: Batch, passes: Passes, score
     """
     graph, every_edge = request.graph, _every_edge(request)
     runner = request.runner(graph, batch)
-    senders = SenderDifferences(runner, graph, clean=False, constants=request.constants)
-    paths = GroupPaths(runner, senders, through=every_edge)
+    paths = record_paths(runner, request.constants, through=every_edge)
+    sides, groups = paths.sides, paths.sides.senders.sites
 
     def loss(logits: Tensor) -> Tensor:
-        assert senders.clean_logits is not None
-        points = logits.split(batch.n_examples)
-        return loss_of(request, batch, points, senders.clean_logits, senders.corrupted_logits)
+        return loss_of(request, batch, logits.split(batch.n_examples), sides.clean_logits, sides.corrupted_logits)
 
-    for group in paths.groups:
+    for group in groups:
         since = group.senders.start
         if every_edge:
             # The package's input embeddings are constants on their own path: what reads nothing else has no gradient.
@@ -76,8 +74,8 @@ def _add_groups(request: AttributionRequest, batch: Batch, passes: Passes, score
                 reach = graph.reach[readers]
                 if every_edge:
                     whole = slice(None), readers
-                    scores.add(senders.nodes(), receivers.nodes(), reach, whole, 1 / len(paths.groups))
+                    scores.add(sides.senders.nodes(), receivers.nodes(), reach, whole, 1 / len(groups))
                 else:
-                    own = senders.group(group.index)
+                    own = sides.senders.at(group)
                     seen = torch.full_like(reach, own.values.shape[1])
                     scores.add([own], receivers.nodes(), seen, (group.senders, readers))

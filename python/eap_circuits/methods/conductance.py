@@ -12,13 +12,14 @@ trapezoid rule: the gradients of a segment's two ends are averaged. The error fa
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..forward import Batch
-from ..recording import Contributions, ReceiverGradients, SenderDifferences
+from ..recording import ReceiverGradients, record_both_sides, record_contributions
 from .gradient import GradientMethod, Passes, loss_of
 from .spec import AttributionRequest
 from .statistics import BatchScores
@@ -38,25 +39,23 @@ class ConductanceMethod(GradientMethod):
         """
         graph = request.graph
         runner = request.runner(graph, batch)
-        senders = SenderDifferences(runner, graph)
-        clean, corrupted, clean_logits = senders.clean_embeddings, senders.corrupted_embeddings, senders.clean_logits
-        assert clean_logits is not None
+        sides = record_both_sides(runner)
+        clean, corrupted = sides.clean_embeddings, sides.corrupted_embeddings
 
         def loss(x: Tensor) -> Tensor:
-            return loss_of(request, batch, [x], clean_logits, senders.corrupted_logits)
+            return loss_of(request, batch, [x], sides.clean_logits, sides.corrupted_logits)
 
         scores = BatchScores(request, batch)
         spare, latest = (ReceiverGradients(runner, graph, 1, request.rules) for _ in range(2))
         before = here = None  # what senders write at the point before the latest, and there
         for alpha in (0.0, *(alpha for alpha, _ in passes.path)):
             point = torch.lerp(corrupted, clean, alpha)
-            following = Contributions(runner, point)
             spare.clear()
-            spare.run(point, torch.ones(1), loss, following.watch)
+            following = record_contributions(runner, point, partial(spare.run, point, torch.ones(1), loss))
             if here is not None:
-                scores.add((before or here).less(following), latest.nodes(), times=0.5)
+                scores.add((before or here).minus(following).nodes(), latest.nodes(), times=0.5)
             before, here = here, following
             spare, latest = latest, spare
         assert before is not None and here is not None, "a path has two ends"
-        scores.add(before.less(here), latest.nodes(), times=0.5)
+        scores.add(before.minus(here).nodes(), latest.nodes(), times=0.5)
         return scores

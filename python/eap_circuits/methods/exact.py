@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..budget import Cost, bytes_without_gradient, in_memory, tokens_within
+from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, tokens_within
 from ..errors import expected
 from ..forward import TOKENS_PER_BATCH, Batch
 from ..graph import Circuit, Graph
-from ..intervention import TOKENS_TOGETHER, PatchedEdges
+from ..intervention import TOKENS_TOGETHER, PatchedEdges, prepare_patching
 from ..request import Progress
 from .checkpoint import Checkpoint
 from .spec import AttributionRequest, Method
@@ -50,12 +50,13 @@ class ExactMethod(Method):
 
         def measure(batch: Batch, tokens: int) -> None:
             checkpoint.begin(batch)
-            patched = PatchedEdges(request.runner(graph, batch), graph, request.constants)
-            clean = request.values(patched.clean_logits, batch, patched.clean_logits, patched.corrupted_logits)
+            patched = prepare_patching(request.runner(graph, batch), graph, request.constants)
+            ends = patched.sides.clean_logits, patched.sides.corrupted_logits
+            clean = request.values(ends[0], batch, *ends)
             together = max(1, tokens // batch.clean.numel())
             for edges in _passes(patched, mask & ~checkpoint.done, together):
                 for (u, v), logits in zip(edges, patched.logits(edges), strict=True):
-                    values = request.values(logits, batch, patched.clean_logits, patched.corrupted_logits)
+                    values = request.values(logits, batch, *ends)
                     checkpoint.add(u, v, batch, (clean - values).double().cpu())
                 checkpoint.save(SECONDS_BETWEEN_SAVES)
                 if progress is not None:
@@ -75,12 +76,12 @@ def _edge_tokens(request: AttributionRequest) -> int:
     receiver, sender = request.edges.T.nonzero()[0].tolist()
 
     def measured(few: Batch, copies: int) -> None:
-        patched = PatchedEdges(request.runner(graph, few), graph, request.constants)
+        patched = prepare_patching(request.runner(graph, few), graph, request.constants)
         # The earliest layer's edges take the most.
         patched.logits([(sender, receiver)] * copies)
 
     def cost(batch: Batch) -> Cost:
-        return Cost(request.data, batch, measured)
+        return measure_cost(request.data, batch, measured)
 
     rough = bytes_without_gradient(request, min(most, TOKENS_PER_BATCH), most)
     return tokens_within(request, most, rough, cost)

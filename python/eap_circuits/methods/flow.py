@@ -20,11 +20,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..adapters import Norm, receiver_sites
+from ..adapters import Norm, receiver_sites, sender_sites
 from ..budget import most_tokens
 from ..forward import Batch, Runner
 from ..graph import Graph
-from ..recording import RecordedRun
+from ..recording import ReferenceRun, record_run
 from ..request import Progress
 from .spec import AttributionRequest, Method
 from .statistics import BatchScores, Statistics, score_batches
@@ -48,7 +48,7 @@ class FlowMethod(Method):
 def score_batch(request: AttributionRequest, batch: Batch, tokens: int) -> BatchScores:
     """Scores of the batch's examples, whose prompts run whole."""
     graph = request.graph
-    record = RecordedRun(Runner(request.arch, graph, batch, every_mlp=True), corrupted=False)
+    record = record_run(Runner(request.arch, graph, batch, every_mlp=True), corrupted=False)
     real = torch.arange(batch.clean.shape[1], device=batch.clean.device) < batch.lengths[:, None]  # [E, T]
     rows = real.flatten().nonzero()[:, 0]
     weights = (real / batch.lengths[:, None]).flatten()[rows].to(request.arch.accumulate)  # [n]
@@ -77,7 +77,7 @@ def _per_token(graph: Graph, sites: int) -> int:
 
 
 def _importance(
-    request: AttributionRequest, graph: Graph, record: RecordedRun, sites: list[Site], rows: Tensor
+    request: AttributionRequest, graph: Graph, record: ReferenceRun, sites: list[Site], rows: Tensor
 ) -> Tensor:
     """Each sender's share of what each site reads at some tokens, [n, sites, S]."""
     inputs = (_at(request, record.norm_inputs[norm], rows).to(rows.device) for norm, _ in sites)
@@ -96,13 +96,14 @@ def _importance(
     return torch.where(total > 0, proximity / total, 0)
 
 
-def _contributions(request: AttributionRequest, record: RecordedRun, rows: Tensor) -> Iterator[Tensor]:
+def _contributions(request: AttributionRequest, record: ReferenceRun, rows: Tensor) -> Iterator[Tensor]:
     """What each group of senders writes at some tokens, [n, h, D], one group after another."""
-    yield _at(request, record.embeddings, rows)[:, None]
-    for layer, values, mlp in zip(request.arch.layers, record.values, record.mlps, strict=True):
-        weight = layer.out_weight(request.arch.accumulate)  # [H, K, D]
-        yield torch.einsum("nhk,hkd->nhd", _at(request, values, rows).unflatten(1, weight.shape[:2]), weight)
-        yield _at(request, mlp, rows)[:, None] * layer.scale
+    for site, written in zip(sender_sites(request.arch), record.written, strict=True):
+        x, weight = _at(request, written, rows), site.weight(request.arch.accumulate)  # [H, K, D]
+        if weight is None:
+            yield x[:, None] * site.factor
+        else:
+            yield torch.einsum("nhk,hkd->nhd", x.unflatten(1, weight.shape[:2]), weight)
 
 
 def _at(request: AttributionRequest, x: Tensor, rows: Tensor) -> Tensor:

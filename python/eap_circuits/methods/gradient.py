@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..budget import Cost, budget, end_of_phase, most_tokens, numbers_per_token, tokens_within
+from ..budget import Cost, budget, end_of_phase, measure_cost, most_tokens, numbers_per_token, tokens_within
 from ..forward import Batch
 from ..recording import ReceiverGradients
 from ..request import Progress
@@ -100,7 +100,9 @@ class GradientMethod(Method):
     def cut(self, request: AttributionRequest, batch: Batch, tokens: int) -> Passes:
         """How a batch runs where a pass has at most this many tokens."""
         points = len(self.repeated(request))
-        per_point = len(request.arch.norms) * len(batch.rows) * request.arch.d_model * request.arch.contracted.itemsize
+        per_point = (
+            len(request.arch.norms) * len(batch.rows) * request.arch.d_model * request.arch.contraction_dtype.itemsize
+        )
         held = min(points, max(HELD_POINTS, HELD_BYTES // max(per_point, 1)))
         return Passes(request.path, max(1, min(held, tokens // batch.clean.numel())), held)
 
@@ -117,7 +119,7 @@ class GradientMethod(Method):
         def measured(few: Batch, points: int) -> None:
             self.score(request, few, Passes(path[:points], points, held))
 
-        return Cost(request.data, batch, measured, len(path) > 1)
+        return measure_cost(request.data, batch, measured, len(path) > 1)
 
 
 @contextlib.contextmanager

@@ -6,11 +6,13 @@ EAP-IG (Hanna et al. 2024, arXiv 2403.17806, eq. 4) integrates it along the path
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..forward import Batch
-from ..recording import ReceiverGradients, SenderDifferences
+from ..recording import BothSides, ReceiverGradients, less_clean, record_both_sides, record_corrupted_side
 from .gradient import GradientMethod, Passes, chunks, contraction, loss_of
 from .spec import AttributionRequest
 from .statistics import BatchScores
@@ -29,22 +31,26 @@ def score_along_inputs(request: AttributionRequest, batch: Batch, passes: Passes
     # Where the clean prompts are a point of the path, that pass comes first and is their only one.
     path = sorted(passes.path, reverse=True)
     shared = path[0][0] == 1.0
-    senders = SenderDifferences(runner, request.graph, clean=not shared, constants=request.constants)
-    corrupted, clean = senders.corrupted_embeddings, senders.clean_embeddings
+    side = (record_corrupted_side if shared else record_both_sides)(runner, request.constants)
+    senders, clean_logits = side.senders, side.clean_logits if isinstance(side, BothSides) else None
     receivers = ReceiverGradients(runner, request.graph, passes.held, request.rules)
 
     def loss(logits: Tensor) -> Tensor:
+        nonlocal clean_logits
         points = logits.split(batch.n_examples)
-        if senders.clean_logits is None:
-            senders.clean_logits = points[0].detach()
-        return loss_of(request, batch, points, senders.clean_logits, senders.corrupted_logits)
+        if clean_logits is None:
+            clean_logits = points[0].detach()
+        return loss_of(request, batch, points, clean_logits, side.corrupted_logits)
 
     scores = BatchScores(request, batch)
     for held in chunks(path, passes.held):
         for part in chunks(held, passes.together):
-            points = torch.cat([torch.lerp(corrupted, clean, alpha) for alpha, _ in part])
-            watch = senders.register_clean if senders.clean_logits is None else None
-            receivers.run(points, torch.tensor([weight for _, weight in part]), loss, watch)
+            points = torch.cat([torch.lerp(side.corrupted_embeddings, side.clean_embeddings, a) for a, _ in part])
+            run_pass = partial(receivers.run, points, torch.tensor([weight for _, weight in part]), loss)
+            if clean_logits is None:
+                senders, _ = less_clean(side, batch, run_pass)
+            else:
+                run_pass()
         with contraction(receivers):
             scores.add(senders.nodes(), receivers.nodes())
     return scores

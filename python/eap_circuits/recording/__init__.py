@@ -2,24 +2,36 @@
 
 from .backward_rules import RULES, Rules
 from .contraction import contract, contract_neurons, lowered
-from .contributions import Contributions, SenderDifferences
+from .contributions import (
+    BothSides,
+    Contributions,
+    less_clean,
+    record_both_sides,
+    record_contributions,
+    record_corrupted_side,
+)
 from .means import ABLATIONS, Ablation, different_throughout, means
 from .receiver_gradients import ReceiverGradients
-from .reference_run import RecordedRun, Recording
+from .reference_run import ReceiverInputs, ReferenceRun, record_run
 
 __all__ = [
     "ABLATIONS",
     "RULES",
     "Ablation",
+    "BothSides",
     "Contributions",
     "ReceiverGradients",
-    "RecordedRun",
-    "Recording",
+    "ReceiverInputs",
+    "ReferenceRun",
     "Rules",
-    "SenderDifferences",
     "contract",
     "contract_neurons",
     "different_throughout",
+    "less_clean",
     "lowered",
     "means",
+    "record_both_sides",
+    "record_contributions",
+    "record_corrupted_side",
+    "record_run",
 ]

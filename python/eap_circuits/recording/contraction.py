@@ -68,7 +68,7 @@ def contract_neurons(senders: list[Nodes], receivers: list[Nodes], reach: Tensor
 
 def lowered(arch: Architecture, nodes: Iterable[Nodes]) -> list[Nodes]:
     """Nodes in the dtype in which senders meet receivers, one made after the other."""
-    return [_to(group, arch.contracted) for group in nodes]
+    return [_to(group, arch.contraction_dtype) for group in nodes]
 
 
 def _workspace(device: torch.device) -> int:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters import Architecture, Layer
-from ..forward import Batch, Constants, Hooks, Runner, make_batches, zeros
+from ..adapters import Architecture, SenderSite, sender_sites
+from ..forward import Batch, Constants, Runner, make_batches, zeros
 from ..tasks import PairedDataset
+from .contributions import record_senders
 
 
 class _DifferentThroughout(PairedDataset):
@@ -31,10 +32,6 @@ class _DifferentThroughout(PairedDataset):
 def different_throughout(data: PairedDataset) -> PairedDataset:
     """The same prompts, whose activations differ from the first token on, as they do where constants replace them."""
     return _DifferentThroughout(**{field.name: getattr(data, field.name) for field in fields(data)})
-
-
-def _given_written(layer: Layer, see: Callable[[Tensor], None], z: Tensor) -> None:
-    see(layer.written(z))
 
 
 def means(
@@ -53,24 +50,21 @@ def means(
     size = positions or 1
     count = torch.zeros(size, dtype=torch.float64)
     sums = zeros(arch).map(lambda x: x.cpu().double().repeat(size, 1))
+    sites = sender_sites(arch)
     for batch in batches:
         at = batch.rows % batch.shape[1] if positions else torch.zeros_like(batch.rows)
         count += torch.bincount(at, minlength=size).cpu()
 
-        def add(total: Tensor, x: Tensor, batch: Batch = batch, at: Tensor = at) -> None:
-            (rows,) = of(batch.active(x).to(arch.accumulate))
+        def add(site: SenderSite, x: Tensor, batch: Batch = batch, at: Tensor = at) -> Tensor:
+            (rows,) = of(batch.active(site.written(x)).to(arch.accumulate))
+            total = sums.tensors[site.index]
             total += rows.new_zeros(size, rows.shape[1]).index_add_(0, at.to(rows.device), rows).cpu().double()
-
-        def register(hooks: Hooks, add: Callable[[Tensor, Tensor], None] = add) -> None:
-            for layer, values, mlp in zip(arch.layers, sums.values, sums.mlps, strict=True):
-                hooks.on_input(layer.out, partial(_given_written, layer, partial(add, values)))
-                hooks.on_output(layer.mlp_out, partial(add, mlp))
+            return total
 
         runner = Runner(arch, arch.graph("kv"), batch, every_mlp=True)
         embeddings = runner.embed(batch.clean)
-        add(sums.embedding, embeddings)
-        with torch.no_grad():
-            runner.logits(embeddings, register)
+        add(sites[0], embeddings)
+        record_senders(sites, partial(runner.record, embeddings), add)
     return sums.map(lambda x: x / count[:, None]).on(arch)
 
 

@@ -74,7 +74,7 @@ class ReceiverGradients:
         sites = [site for site in receiver_sites(arch, graph) if site.reach > since]
         shape = points, n, arch.d_model
         self._reads = {  # the most of what is held
-            norm: _Reads(norm, torch.zeros(shape, dtype=arch.contracted, device=norm.device))
+            norm: _Reads(norm, torch.zeros(shape, dtype=arch.contraction_dtype, device=norm.device))
             for norm in dict.fromkeys(site.norm for site in sites)
         }
 
@@ -195,13 +195,13 @@ class ReceiverGradients:
         held.coefficients[:, self._filled] = products.permute(2, 0, 1) / self._arch.d_model
 
 
-def _constant(norm: Norm, projection: Projection, spread: int, dtype: torch.dtype) -> Tensor | None:
+def _constant(norm: Norm, projection: Projection, repeat_kv: int, dtype: torch.dtype) -> Tensor | None:
     """What bias and the norm's bias give of the projection's output, [heads, K]; None: nothing."""
     constant, beta = projection.bias(dtype), norm.bias
     if beta is not None:
         seen = projection.weight(dtype) @ beta.detach().to(dtype)
         constant = seen if constant is None else constant + seen
-    return constant if constant is None else constant.repeat_interleave(spread, 0)
+    return constant if constant is None else constant.repeat_interleave(repeat_kv, 0)
 
 
 def _given(gradient: Tensor | None) -> Tensor:

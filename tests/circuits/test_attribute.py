@@ -205,7 +205,7 @@ def test_contraction_in_bfloat16_moves_scores_by_its_rounding(make_model, make_p
     """What a GPU does for a model in low precision, on this processor."""
     model, data = make_model("llama", torch.bfloat16), make_pairs()
     right = eap.attribute(model, data, keep="neurons")
-    monkeypatch.setattr(Architecture, "contracted", torch.bfloat16)
+    monkeypatch.setattr(Architecture, "contraction_dtype", torch.bfloat16)
     found = eap.attribute(model, data, keep="neurons")
     # Values, weights and the norm's term are each rounded by half an eps, on both sides; their errors are independent.
     for one, other in ((found.values, right.values), (found.neurons, right.neurons)):

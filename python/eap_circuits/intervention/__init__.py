@@ -1,12 +1,11 @@
 """Change a pass: circuits, single edges, paths of activations."""
 
-from .activation_paths import GroupPaths, record_paths
+from .activation_paths import record_paths
 from .circuit_run import TOKENS_TOGETHER, learning_run, rows_computed, run_circuits
 from .edge_patching import PatchedEdges, prepare_patching
 
 __all__ = [
     "TOKENS_TOGETHER",
-    "GroupPaths",
     "PatchedEdges",
     "learning_run",
     "prepare_patching",

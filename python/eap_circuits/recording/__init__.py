@@ -2,14 +2,7 @@
 
 from .backward_rules import RULES, Rules
 from .contraction import contract, contract_neurons, lowered
-from .contributions import (
-    BothSides,
-    Contributions,
-    less_clean,
-    record_both_sides,
-    record_contributions,
-    record_corrupted_side,
-)
+from .contributions import BothSides, less_clean, record_both_sides, record_contributions, record_corrupted_side
 from .means import ABLATIONS, Ablation, different_throughout, means
 from .receiver_gradients import ReceiverGradients
 from .reference_run import ReceiverInputs, ReferenceRun, record_run
@@ -19,7 +12,6 @@ __all__ = [
     "RULES",
     "Ablation",
     "BothSides",
-    "Contributions",
     "ReceiverGradients",
     "ReceiverInputs",
     "ReferenceRun",

@@ -18,7 +18,7 @@ from ..request import Progress, prepare
 from ..tasks import PairedDataset
 from .exact import edges_to_score
 from .gradient import GradientMethod
-from .identity import metric_name, model_name
+from .identity import model_name
 from .planning import Plan
 from .quadrature import QUADRATURES
 from .registry import METHODS
@@ -56,8 +56,7 @@ def attribute(
     Args:
         model: a Hugging Face causal language model.
         data: clean and corrupted prompts with answers.
-        metric: "logit_diff", "prob_diff", "kl_divergence", or a callable (logits [E, V], batch) -> [E], higher is
-            better.
+        metric: the name of a differentiable one of `METRICS`, or a callable (logits [E, V], batch) -> [E], higher is better.
         method: one of `METHODS` (docs/methods.md). Of "eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupted"
             and "eap-conductance" the formula above holds with their own points and differences; "exact" measures what
             these approximate: S[u, v] = mean over examples of m(clean) − m(clean with this edge alone ablated);
@@ -127,7 +126,7 @@ def attribute(
         "method": method,
         "steps": len(request.path) or None,
         "quadrature": quadrature if spec.grids else None,
-        "metric": metric_name(request.metric) if spec.measures else None,
+        "metric": request.metric.name if spec.measures else None,
         "ablation": ablation if isinstance(ablation, str) else "constants",
         "data": request.data.name,
         "n_examples": len(request.data),

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from ..forward import Constants
-from ..metrics import METRICS
 from ..tasks import PairedDataset
 from .spec import AttributionRequest
 
@@ -26,7 +25,7 @@ def request_identity(request: AttributionRequest) -> dict[str, Any]:
     return {
         "model": model_identity(request.arch.model),
         "data": [*data_identity(request.data), _digest(request.edges)],
-        "metric": metric_name(request.metric),
+        "metric": request.metric.name,
         "graph": request.graph.to_dict(),
         "settings": [request.batch_size, request.reuse_prefix, request.compat, *ablated, *sorted(request.keep)],
     }
@@ -62,9 +61,3 @@ def model_name(model: Any) -> str:
     """The hub name, or the folder's own name: results are passed on, and whole paths mean nothing elsewhere."""
     name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
     return os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name
-
-
-def metric_name(metric: Any) -> str:
-    """A metric's name in `METRICS`, or that of the user's own function."""
-    named = (name for name, each in METRICS.items() if each is metric)
-    return next(named, getattr(metric, "__name__", type(metric).__name__))

@@ -88,7 +88,7 @@ def plan_table(plan: Plan) -> Table:
         Column("tokens", "tokens to run", count, numeric=True),
         Column("steps", "steps at once", count, numeric=True),
     )
-    title = f"{gibibytes(plan.bytes)} besides the model and the data, of {gibibytes(plan.budget)} allowed"
+    title = f"{gibibytes(plan.bytes)} besides model and data, of {gibibytes(plan.budget)} allowed"
     return Table(title, columns, tuple((n, *batch) for batch, n in rows.items()))
 
 

@@ -134,10 +134,10 @@ def evaluate(
         InputError: a circuit of another graph, or anything that `attribute` refuses.
     """
     circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
-    run = prepare(model, data, metric, ablation, batch_size, ablation_data, reuse_prefix, memory)
-    model, data = run.arch.model, run.data
+    request = prepare(model, data, metric, ablation, batch_size, ablation_data, reuse_prefix, memory)
+    model, data = request.arch.model, request.data
     for item in circuits:
-        check_circuit(item, run)
+        check_circuit(item, request)
     if not circuits:
         return []
     if ablation == "optimal":
@@ -147,10 +147,10 @@ def evaluate(
     results = torch.empty(2 + len(circuits), len(data), dtype=torch.float64)
     done = 0
     with borrowed(model), torch.no_grad():
-        run = run.with_constants()
-        tokens = _tokens_together(run, circuits)
-        batches = run.batches(min(tokens, TOKENS_PER_BATCH))
-        for batch, found in in_memory(data, batches, tokens, partial(_values, run, circuits)):
+        request = request.with_constants()
+        tokens = _tokens_together(request, circuits)
+        batches = request.batches(min(tokens, TOKENS_PER_BATCH))
+        for batch, found in in_memory(data, batches, tokens, partial(_values, request, circuits)):
             results[:, batch.index] = found
             done += batch.n_examples
             if progress is not None:
@@ -159,13 +159,13 @@ def evaluate(
     return evaluated[0] if isinstance(circuit, Circuit) else evaluated
 
 
-def _values(run: Request, circuits: Sequence[Circuit], batch: Batch, tokens: int) -> Tensor:
+def _values(request: Request, circuits: Sequence[Circuit], batch: Batch, tokens: int) -> Tensor:
     """The metric of the clean run, the fully ablated run and each circuit: float64 [2 + C, E]."""
     found = torch.empty(2 + len(circuits), batch.n_examples, dtype=torch.float64)
     clean = corrupted = None
     for heads, graph in {item.graph.heads: item.graph for item in circuits}.items():
-        runner = run.runner(graph, batch)
-        record = record_run(runner, True, run.constants)
+        runner = request.runner(graph, batch)
+        record = record_run(runner, True, request.constants)
         mine = {row: item for row, item in enumerate(circuits, 2) if item.graph.heads == heads}
         rows = [row for row, item in mine.items() if 0 < item.n_edges < graph.n_edges]
         masks = [circuits[row - 2].mask for row in rows]
@@ -174,10 +174,10 @@ def _values(run: Request, circuits: Sequence[Circuit], batch: Batch, tokens: int
         if clean is None or corrupted is None:
             clean = next(outputs)
             # Whatever the ablation, metrics get the logits of the corrupted run.
-            patched = run.constants is None
+            patched = request.constants is None
             corrupted = record.logits if patched else runner.logits(runner.embed(batch.corrupted), None, 1)
             for row, logits in enumerate((clean, record.logits)):
-                found[row] = run.values(logits, batch, clean, corrupted)
+                found[row] = request.values(logits, batch, clean, corrupted)
             if patched and batch.alignment is None:
                 # If both prompts are equal, so are their values, even if the two runs round differently.
                 equal = (batch.clean == batch.corrupted).all(1).cpu()
@@ -185,26 +185,26 @@ def _values(run: Request, circuits: Sequence[Circuit], batch: Batch, tokens: int
         for row in mine.keys() - set(rows):
             found[row] = found[0 if mine[row].n_edges else 1]
         for row, logits in zip(rows, outputs, strict=True):
-            found[row] = run.values(logits, batch, clean, corrupted)
+            found[row] = request.values(logits, batch, clean, corrupted)
     return found
 
 
-def _tokens_together(run: Request, circuits: Sequence[Circuit]) -> int:
+def _tokens_together(request: Request, circuits: Sequence[Circuit]) -> int:
     """How many tokens of circuits can run together within the budget."""
     rows = [rows_computed(item.graph, item.mask) for item in circuits]
     largest = circuits[max(range(len(circuits)), key=rows.__getitem__)]
-    first = run.data.first_difference if run.reuse_prefix else 0
-    there_are = int((run.data.longer_lengths - first).sum())
+    first = request.data.first_difference if request.reuse_prefix else 0
+    there_are = int((request.data.longer_lengths - first).sum())
     kept, at_once = min(there_are, TOKENS_PER_BATCH), min(there_are * len(circuits), TOKENS_TOGETHER)
-    rough = bytes_without_gradient(run, kept, at_once, max(rows) * run.arch.d_model)
+    rough = bytes_without_gradient(request, kept, at_once, max(rows) * request.arch.d_model)
 
     def measured(few: Batch, copies: int) -> None:
-        _values(run, [largest] * copies, few, copies * few.clean.numel())
+        _values(request, [largest] * copies, few, copies * few.clean.numel())
 
     def cost(batch: Batch) -> Cost:
-        return measure_cost(run.data, batch, measured)
+        return measure_cost(request.data, batch, measured)
 
-    return tokens_within(run, TOKENS_TOGETHER, rough, cost)
+    return tokens_within(request, TOKENS_TOGETHER, rough, cost)
 
 
 def _with_own_constants(

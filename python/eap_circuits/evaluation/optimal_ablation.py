@@ -62,29 +62,29 @@ def optimal_constants(
         raise expected("steps", "a whole number of at least 1", repr(steps))
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
         raise expected("rate", "a positive number", repr(rate))
-    run = prepare(model, data, metric, "mean", batch_size, reuse_prefix=False, memory=memory)
-    check_circuit(circuit, run)
-    with borrowed(run.arch.model):
-        run = run.with_constants()
-        assert run.constants is not None
+    request = prepare(model, data, metric, "mean", batch_size, reuse_prefix=False, memory=memory)
+    check_circuit(circuit, request)
+    with borrowed(request.arch.model):
+        request = request.with_constants()
+        assert request.constants is not None
         if circuit.n_edges == circuit.graph.n_edges:
-            return run.constants
-        return _learn(run, circuit, steps, rate, progress)
+            return request.constants
+        return _learn(request, circuit, steps, rate, progress)
 
 
-def check_circuit(circuit: object, run: Request) -> None:
+def check_circuit(circuit: object, request: Request) -> None:
     """Refuse anything that is not a circuit of the model."""
     if not isinstance(circuit, Circuit):
         raise expected("circuit", "a Circuit or a list of them", type(circuit).__name__)
-    if circuit.graph != run.arch.graph(circuit.graph.heads):
-        raise expected("circuit", f"one of {run.arch.graph(circuit.graph.heads)!r}", f"one of {circuit.graph!r}")
+    if circuit.graph != request.arch.graph(circuit.graph.heads):
+        raise expected("circuit", f"one of {request.arch.graph(circuit.graph.heads)!r}", f"one of {circuit.graph!r}")
 
 
-def _learn(run: Request, circuit: Circuit, steps: int, rate: float, progress: Progress | None) -> Constants:
-    start, data = run.constants, run.data
+def _learn(request: Request, circuit: Circuit, steps: int, rate: float, progress: Progress | None) -> Constants:
+    start, data = request.constants, request.data
     assert start is not None
-    batches = list(run.batches(tokens := _tokens_together(run, circuit)))
-    squares = means(run.arch, batches, of=torch.square).tensors
+    batches = list(request.batches(tokens := _tokens_together(request, circuit)))
+    squares = means(request.arch, batches, of=torch.square).tensors
     units = [(square - mean.square()).clamp(min=0).sqrt() for square, mean in zip(squares, start.tensors, strict=True)]
     moves = [torch.zeros_like(mean, requires_grad=True) for mean in start.tensors]
     adam = torch.optim.Adam(moves, lr=rate)
@@ -94,12 +94,12 @@ def _learn(run: Request, circuit: Circuit, steps: int, rate: float, progress: Pr
         return start.of_tensors([mean + unit * move for mean, unit, move in terms])
 
     def plain(batch: Batch, _: int) -> list[Tensor]:
-        runner = Runner(run.arch, circuit.graph, batch)
+        runner = Runner(request.arch, circuit.graph, batch)
         with torch.no_grad():
             return [runner.logits(runner.embed(side), None, i) for i, side in enumerate((batch.clean, batch.corrupted))]
 
     def lesson(batch: Batch, _: int) -> tuple[float, tuple[Tensor | None, ...]]:
-        value = _value(run, circuit, batch, moved(), *sides[:, batch.index.to(sides.device)])
+        value = _value(request, circuit, batch, moved(), *sides[:, batch.index.to(sides.device)])
         # If nothing reads the ablated edges, there is nothing to learn.
         slopes = torch.autograd.grad(-value, moves, allow_unused=True) if value.requires_grad else ()
         return float(value.detach()), slopes
@@ -129,36 +129,38 @@ def _learn(run: Request, circuit: Circuit, steps: int, rate: float, progress: Pr
 
 
 def _value(
-    run: Request, circuit: Circuit, batch: Batch, constants: Constants, clean: Tensor, corrupted: Tensor
+    request: Request, circuit: Circuit, batch: Batch, constants: Constants, clean: Tensor, corrupted: Tensor
 ) -> Tensor:
     """The circuit's metric, summed over the batch."""
-    runner = Runner(run.arch, circuit.graph, batch)
+    runner = Runner(request.arch, circuit.graph, batch)
     ablated = record_run(runner, False, constants)
-    return run.values(learning_run(runner, circuit.graph, ablated, circuit.mask), batch, clean, corrupted).sum()
+    return request.values(learning_run(runner, circuit.graph, ablated, circuit.mask), batch, clean, corrupted).sum()
 
 
-def _tokens_together(run: Request, circuit: Circuit) -> int:
+def _tokens_together(request: Request, circuit: Circuit) -> int:
     """How many tokens a batch may have within the budget."""
-    graph, constants = circuit.graph, run.constants
+    graph, constants = circuit.graph, request.constants
     assert constants is not None
     # For each receiver its input and the norm's output are kept, for each sender its difference.
-    kept = (2 * graph.n_receivers + graph.n_senders) * run.arch.d_model + 2 * numbers_per_token(run)
-    rough = TOKENS_PER_LESSON * kept * run.arch.accumulate.itemsize
+    kept = (2 * graph.n_receivers + graph.n_senders) * request.arch.d_model + 2 * numbers_per_token(request)
+    rough = TOKENS_PER_LESSON * kept * request.arch.accumulate.itemsize
     # Kept throughout: both sides' logits; the means, the mean squares, units, moves, their gradient, Adam's two moments
     # and the best constants so far.
-    model: Any = run.arch.model
+    model: Any = request.arch.model
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    stays = 2 * len(run.data) * vocabulary * run.arch.dtype.itemsize + 8 * sum(x.nbytes for x in constants.tensors)
+    stays = 2 * len(request.data) * vocabulary * request.arch.dtype.itemsize + 8 * sum(
+        x.nbytes for x in constants.tensors
+    )
 
     def measured(few: Batch, _: int) -> None:
         learned = constants.map(lambda x: x.clone().requires_grad_())
-        runner = Runner(run.arch, graph, few)
+        runner = Runner(request.arch, graph, few)
         logits = runner.logits(runner.embed(few.clean)).detach()
-        value = _value(run, circuit, few, learned, logits, logits)
+        value = _value(request, circuit, few, learned, logits, logits)
         if value.requires_grad:
             torch.autograd.grad(value, learned.tensors, allow_unused=True)
 
     def cost(batch: Batch) -> Cost:
-        return measure_cost(run.data, batch, measured, copies=False)
+        return measure_cost(request.data, batch, measured, copies=False)
 
-    return tokens_within(run, TOKENS_PER_LESSON, rough, cost, TOKENS_PER_LESSON, stays)
+    return tokens_within(request, TOKENS_PER_LESSON, rough, cost, TOKENS_PER_LESSON, stays)

@@ -56,7 +56,8 @@ def attribute(
     Args:
         model: a Hugging Face causal language model.
         data: clean and corrupted prompts with answers.
-        metric: the name of a differentiable one of `METRICS`, or a callable (logits [E, V], batch) -> [E], higher is better.
+        metric: a differentiable metric's name (docs/metrics.md), or a callable (logits [E, V], batch) -> [E]; higher is
+            better.
         method: one of `METHODS` (docs/methods.md). Of "eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupted"
             and "eap-conductance" the formula above holds with their own points and differences; "exact" measures what
             these approximate: S[u, v] = mean over examples of m(clean) − m(clean with this edge alone ablated);

@@ -43,7 +43,8 @@ def test_peak_bytes_are_those_of_living_tensors():
         torch.empty(250)
         count.lap()
         torch.empty(100)
-    assert count.laps == [2000] and count.peak == 400
+        count.lap()
+    assert count.laps == [2000, 400] and count.peak == 2000
     assert exp.shape == (500,)
 
 

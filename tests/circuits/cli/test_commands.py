@@ -35,10 +35,11 @@ def test_memory_bounds_evaluate_and_curve(
     eap.EdgeScores.load(saved).select(n_edges=200).save(tmp_path / "c.json")
     asked = []
     module = importlib.import_module("eap_circuits.evaluation.evaluate")
-    monkeypatch.setattr(module, "budget", lambda _, memory: asked.append(memory) or 10**9)
+    original = module.tokens_within
+    monkeypatch.setattr(module, "tokens_within", lambda *given: asked.append(given[0].memory) or original(*given))
     run("evaluate", "tiny", tmp_path / "c.json", "--data", pairs, "--memory", "7MB")
     run("curve", "tiny", saved, "--data", pairs, "--fractions", "0.5", "--baselines", "none", "--memory", "8MB")
-    assert asked == ["7MB", "8MB"]
+    assert asked == [7_000_000, 8_000_000]
 
 
 def test_ablations(

@@ -1,7 +1,7 @@
 """Every document that says what committed results say; `python -m bench.record` writes all of them anew.
 
-A table stands between two markers, the first of which names the script that measures what is in it. Pages that are
-written whole are the text of a script in docs.
+A table stands between two markers; the first one names the script that measures its figures. A page that is written
+whole is the text of a script in docs.
 """
 
 from __future__ import annotations

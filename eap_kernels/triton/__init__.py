@@ -1,4 +1,4 @@
-"""Triton kernels. Imported only when they run: Triton itself is optional."""
+"""Triton kernels. Their modules are imported only when they run: Triton itself is optional."""
 
 import importlib.util
 import os

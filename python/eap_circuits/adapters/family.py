@@ -31,8 +31,8 @@ class Family:
             key/value head its query heads, its key and its value.
         attention_post_norm, mlp_post_norm: norms between a block's output and the residual stream.
         k_norm: a norm of the keys that has its own weights for each key/value head; it may be absent.
-        parallel: whether attention and MLP of a layer read the same residual stream, or the names of configuration
-            fields any of which says so.
+        parallel: whether attention and MLP of a layer read the same residual stream; or names of configuration fields,
+            where one that is set says so.
         embedding_norm: a norm between the token embeddings and the residual stream, from the model.
         embedding_multiplier, residual_multiplier: factors of the embeddings and of every block's output: numbers,
             the configuration fields that hold them, or functions of the model.

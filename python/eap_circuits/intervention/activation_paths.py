@@ -64,7 +64,7 @@ class GroupPaths:
         hooks.on_output(group.module, lambda y: y.detach() + moved)
 
     def _towards(self, group: SenderSite) -> Tensor:
-        """Ablated less clean output of the group's module, or embedding, [E, T, D]; zero but for the batch's rows."""
+        """Ablated less clean output of the group's module, or embedding, [E, T, D]; zero except at the batch's rows."""
         batch, nodes = self.runner.batch, self.sides.senders.at(group)
         x = nodes.values.flatten(1)  # [n, D], or [n, H·K]
         x = x if nodes.weight is None else x @ nodes.weight.flatten(0, 1)

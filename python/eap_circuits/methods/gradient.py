@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, NamedTuple
 
@@ -67,7 +67,7 @@ class GradientMethod(Method):
         return (self.grid[quadrature] if isinstance(self.grid, Mapping) else self.grid)(steps)
 
     def repeated(self, request: AttributionRequest) -> Path:
-        """The points of which several run side by side."""
+        """The points that can run side by side, several in one pass."""
         return request.path
 
     @abstractmethod
@@ -85,6 +85,9 @@ class GradientMethod(Method):
 
     def plan(self, request: AttributionRequest) -> Plan:
         """How `run` will cut the data, and what it will take."""
+        # Looked up once: what is free changes from one moment to the next.
+        allowed = budget(request)
+        request = replace(request, memory=allowed)
         tokens = self._tokens(request)
         batches = list(request.batches(tokens))
         shapes = [(*batch.shape, self.cut(request, batch, tokens).together) for batch in batches]
@@ -95,7 +98,7 @@ class GradientMethod(Method):
             if alike not in costs:
                 costs[alike] = self._cost(request, batch)
             needed = max(needed, costs[alike].bytes(examples, points))
-        return Plan(tokens, tuple(shapes), needed, budget(request))
+        return Plan(tokens, tuple(shapes), needed, allowed)
 
     def cut(self, request: AttributionRequest, batch: Batch, tokens: int) -> Passes:
         """How a batch runs where a pass has at most this many tokens."""

@@ -44,7 +44,7 @@ def means(
 
     Args:
         batches: of prompts that differ throughout, without prefixes.
-        positions: for means at each of so many positions, over the prompts that have it.
+        positions: for means at each of this many positions, over the prompts that have it.
         of: what is averaged of a contribution.
     """
     size = positions or 1

@@ -126,7 +126,7 @@ def _piece_ids(tokenizer: Any, scheme: Scheme, century: str) -> list[int] | None
 
 
 def _piece_id(tokenizer: Any, scheme: Scheme, century: str, piece: str) -> int | None:
-    # Some years are one token (GPT-2's " 1776"): take their digits' id from another century, or from the digits alone.
+    # Some years are one token (GPT-2's " 1776"): take the digits' id from another century, or from the digits as text.
     for c in (century, *CENTURIES):
         context = STEM.format(noun=NOUNS[0], year=f"{century}01") + scheme.ending.format(c=c)
         token = next_token(tokenizer, context, piece)

@@ -8,7 +8,7 @@ import torch
 import eap_circuits as eap
 from eap_circuits.budget import PeakBytes
 from eap_circuits.evaluation.check import StayDouble
-from eap_circuits.methods import gradient
+from eap_circuits.methods.gradient import method as gradient
 from tests.circuits.conftest import FAMILIES
 from tests.circuits.plain_runs import SITES, by_layer, plain_run
 from tests.circuits.test_attribute import losses

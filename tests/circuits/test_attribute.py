@@ -187,8 +187,8 @@ def test_quadratures_integrate(name):
 def test_accumulation_is_flushed_in_bounded_memory(make_model, make_pairs, relative, monkeypatch):
     model, data = make_model("qwen2"), make_pairs(seed=8)
     right = eap.attribute(model, data, steps=4).values
-    monkeypatch.setattr("eap_circuits.methods.gradient.HELD_BYTES", 1)
-    monkeypatch.setattr("eap_circuits.methods.gradient.HELD_POINTS", 1)
+    monkeypatch.setattr("eap_circuits.methods.gradient.method.HELD_BYTES", 1)
+    monkeypatch.setattr("eap_circuits.methods.gradient.method.HELD_POINTS", 1)
     assert relative(eap.attribute(model, data, steps=4).values, right) < 1e-6
 
 

@@ -11,7 +11,9 @@ import torch
 import eap_circuits as eap
 from eap_circuits.budget import PeakBytes
 from eap_circuits.intervention import PatchedEdges
-from eap_circuits.methods import exact, gradient, inputs
+from eap_circuits.methods import exact
+from eap_circuits.methods.gradient import inputs
+from eap_circuits.methods.gradient import method as gradient
 from eap_circuits.request import parse_bytes
 
 

@@ -12,7 +12,8 @@ import torch
 import eap_circuits as eap
 from eap_circuits import request
 from eap_circuits.evaluation.check import StayDouble
-from eap_circuits.methods import exact, gradient
+from eap_circuits.methods import exact
+from eap_circuits.methods.gradient import method as gradient
 
 METHODS = [{"method": "eap"}, {"steps": 3}, {"method": "clean-corrupted"}, {"method": "exact"}]
 ALL = ("examples", "positions", "neurons")
@@ -153,8 +154,8 @@ def test_works_in_the_callers_inference_mode(method, tmp_path, make_model, make_
 def test_chunks_of_the_path_do_not_matter(make_model, make_pairs, relative, monkeypatch):
     model, data = make_model("qwen2"), make_pairs(seed=8)
     right = eap.attribute(model, data, steps=4, keep=ALL)
-    monkeypatch.setattr("eap_circuits.methods.gradient.HELD_BYTES", 1)
-    monkeypatch.setattr("eap_circuits.methods.gradient.HELD_POINTS", 2)
+    monkeypatch.setattr("eap_circuits.methods.gradient.method.HELD_BYTES", 1)
+    monkeypatch.setattr("eap_circuits.methods.gradient.method.HELD_POINTS", 2)
     found = eap.attribute(model, data, steps=4, keep=ALL)
     for name, tensor in found.statistics().items():
         assert relative(tensor, right.statistics()[name]) < 1e-5, name

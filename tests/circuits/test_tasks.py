@@ -12,7 +12,7 @@ import pytest
 
 from eap_circuits import InputError, load_task
 from eap_circuits.tasks import TASKS
-from eap_circuits.tasks.sampling import sample_combinations
+from eap_circuits.tasks.generated.sampling import sample_combinations
 from tests.circuits.generated_tasks import TOKENIZERS
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import eap_circuits as eap
 from eap_circuits.cli import app
-from eap_circuits.methods import gradient
+from eap_circuits.methods.gradient import method as gradient
 
 SETTINGS = [
     {},

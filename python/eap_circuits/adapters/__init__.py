@@ -2,15 +2,12 @@
 
 from .architecture import Architecture, Layer
 from .binding import bind
-from .discovery import Call, propose
-from .families import FAMILIES
-from .family import Family
+from .families import FAMILIES, Call, Family, family_of, propose, register_family
 from .nonlinear import nonlinear_parts
 from .norms import Kinds, Norm
 from .offloading import as_given, is_offloaded
 from .pretrained import DEMO_MODEL, load_model
 from .projections import Projection, concatenate, group, linear_shape, linear_weight
-from .registry import family_of, register_family
 from .sites import ReceiverSite, SenderSite, receiver_sites, sender_sites
 from .weightless import weightless
 

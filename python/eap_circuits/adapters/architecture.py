@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph import Graph, Heads
-from .family import Family
+from .families import Family
 from .norms import Norm
 from .offloading import device_of, read
 from .projections import Projection, Projections, linear_shape, linear_weight

@@ -12,12 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import expected
 from .architecture import Architecture, Layer
-from .families import FAMILIES
-from .family import Factor, Family, Paths
+from .families import FAMILIES, Factor, Family, Paths, family_of
 from .norms import Kinds, Norm
 from .offloading import device_of, devices_of
 from .projections import Projection, grouped_rows, linear_shape
-from .registry import family_of
 from .wrappers import unwrapped
 
 # Attributes in which attention modules keep the query heads per key/value head, and the number of key/value heads.

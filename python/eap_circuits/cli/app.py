@@ -104,13 +104,13 @@ def _help(command: Callable[..., None]) -> str:
 
 
 def _register() -> None:
-    from . import about, demo, report, reproduce, run
+    from .commands import about, attribute, demo, evaluate, report, reproduce
 
     commands: tuple[Callable[..., None], ...] = (
         demo.demo,
-        run.attribute,
-        run.evaluate,
-        run.curve,
+        attribute.attribute,
+        evaluate.evaluate,
+        evaluate.curve,
         report.report,
         reproduce.reproduce,
         about.tasks,

@@ -5,9 +5,8 @@ from .circuit import Circuit, prune
 from .confidence import bootstrap_confidence, normal_confidence
 from .layout import Graph, Heads
 from .nodes import NodeScores
-from .random_circuits import random_circuit
 from .scores import EdgeScores
-from .selection import SELECTIONS, Selection
+from .selection import SELECTIONS, Selection, random_circuit
 
 __all__ = [
     "SELECTIONS",

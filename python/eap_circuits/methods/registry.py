@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from .activations import ActivationsMethod
-from .conductance import ConductanceMethod
 from .exact import ExactMethod
 from .flow import FlowMethod
-from .inputs import InputsMethod
+from .gradient import ActivationsMethod, ConductanceMethod, InputsMethod
 from .quadrature import QUADRATURES, right
 from .spec import Method
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import expected, one_of
-from . import capital_country, gender_bias, greater_than, hypernymy, ioi, subject_verb_agreement
 from .dataset import PairedDataset
 from .encoding import check_tokenizer
+from .generated import capital_country, gender_bias, greater_than, hypernymy, ioi, subject_verb_agreement
 
 Generator = Callable[[Any, int, random.Random], "list[dict[str, Any]]"]
 

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from . import session
-from .console import progress, say
-from .options import Align, Device, Dtype, Seed
+from .. import session
+from ..console import progress, say
+from ..options import Align, Device, Dtype, Seed
 
 
 def reproduce(
@@ -63,10 +63,10 @@ def reproduce(
 
       eap reproduce gpt2 --data pairs.csv --scored 8
     """
-    from ..errors import one_of
-    from ..reproduction import Experiment, Settings, write_page
-    from ..reproduction import reproduce as measure
-    from ..tasks import TASKS, PairedDataset
+    from ...errors import one_of
+    from ...reproduction import Experiment, Settings, write_page
+    from ...reproduction import reproduce as measure
+    from ...tasks import TASKS, PairedDataset
 
     files = data or []
     names = tasks.split(",") if tasks else [] if files else list(TASKS)

@@ -18,11 +18,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..forward import Batch
-from ..recording import ReceiverGradients, record_both_sides, record_contributions
-from .gradient import GradientMethod, Passes, loss_of
-from .spec import AttributionRequest
-from .statistics import BatchScores
+from ...forward import Batch
+from ...recording import ReceiverGradients, record_both_sides, record_contributions
+from ..spec import AttributionRequest
+from ..statistics import BatchScores
+from .method import GradientMethod, Passes, loss_of
 
 
 class ConductanceMethod(GradientMethod):

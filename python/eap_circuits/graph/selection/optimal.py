@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from .circuit import prune
-from .layout import Graph
+from ...errors import InputError
+from ..circuit import prune
+from ..layout import Graph
 
 _TOLERANCE = 1e-7  # relative to the largest score; the solver's own tolerance
 _EAGER = 5000  # up to this many columns all their rules are in, so that one search is enough

@@ -11,11 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..forward import Batch
-from ..recording import BothSides, ReceiverGradients, less_clean, record_both_sides, record_corrupted_side
-from .gradient import GradientMethod, Passes, chunks, contraction, loss_of
-from .spec import AttributionRequest
-from .statistics import BatchScores
+from ...forward import Batch
+from ...recording import BothSides, ReceiverGradients, less_clean, record_both_sides, record_corrupted_side
+from ..spec import AttributionRequest
+from ..statistics import BatchScores
+from .method import GradientMethod, Passes, chunks, contraction, loss_of
 
 
 class InputsMethod(GradientMethod):

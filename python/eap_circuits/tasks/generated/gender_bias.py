@@ -10,8 +10,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from ..errors import expected
-from .encoding import equally_long, next_token
+from ...errors import expected
+from ..encoding import equally_long, next_token
 from .sampling import sample_records
 
 TEMPLATES = (

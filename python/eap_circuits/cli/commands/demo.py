@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from . import session
-from .console import check_outputs, progress, say, show_table, working
+from .. import session
+from ..console import check_outputs, progress, say, show_table, working
 
 MODEL = "smollm2"
 TASK = "ioi"
@@ -43,8 +43,8 @@ def demo(
     """
     import eap_circuits as eap
 
-    from ..report import smallest_faithful, write_report
-    from ..report.tables import curve_table, edge_table, number
+    from ...report import smallest_faithful, write_report
+    from ...report.tables import curve_table, edge_table, number
 
     start = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import expected, one_of
-from .layout import Graph
+from ...errors import expected, one_of
+from ..layout import Graph
 from .optimal import optimal_edges
 
 

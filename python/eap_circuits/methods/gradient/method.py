@@ -15,14 +15,14 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..budget import Cost, budget, end_of_phase, measure_cost, most_tokens, numbers_per_token, tokens_within
-from ..forward import Batch
-from ..recording import ReceiverGradients
-from ..request import Progress
-from .planning import Plan
-from .quadrature import Path
-from .spec import KEEP, AttributionRequest, Method
-from .statistics import BatchScores, Statistics, batch_bytes, score_batches
+from ...budget import Cost, budget, end_of_phase, measure_cost, most_tokens, numbers_per_token, tokens_within
+from ...forward import Batch
+from ...recording import ReceiverGradients
+from ...request import Progress
+from ..planning import Plan
+from ..quadrature import Path
+from ..spec import KEEP, AttributionRequest, Method
+from ..statistics import BatchScores, Statistics, batch_bytes, score_batches
 
 # Normalised inputs of this many path points are held before what has been accumulated is contracted: fewer would
 # spend more time on contractions than on the passes, more only memory. The usual path is contracted once.

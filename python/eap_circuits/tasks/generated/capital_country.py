@@ -8,8 +8,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from ..errors import expected
-from .encoding import equally_long, single_tokens
+from ...errors import expected
+from ..encoding import equally_long, single_tokens
 from .sampling import sample_records
 
 TEMPLATES = (

@@ -6,9 +6,9 @@ import random
 
 import torch
 
-from ..errors import expected
-from .circuit import Circuit
-from .layout import Graph
+from ...errors import expected
+from ..circuit import Circuit
+from ..layout import Graph
 
 _TRIES = 20
 

@@ -6,9 +6,9 @@ import warnings
 from functools import cache
 from importlib.metadata import entry_points
 
-from ..errors import expected
-from .families import FAMILIES
+from ...errors import expected
 from .family import Family
+from .tables import FAMILIES
 
 ENTRY_POINTS = "eap_circuits.families"
 

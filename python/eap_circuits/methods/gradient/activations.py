@@ -14,14 +14,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..forward import Batch
-from ..intervention import record_paths
-from ..recording import ReceiverGradients
-from .gradient import GradientMethod, Passes, chunks, contraction, loss_of
+from ...forward import Batch
+from ...intervention import record_paths
+from ...recording import ReceiverGradients
+from ..quadrature import Path
+from ..spec import AttributionRequest
+from ..statistics import BatchScores
 from .inputs import score_along_inputs
-from .quadrature import Path
-from .spec import AttributionRequest
-from .statistics import BatchScores
+from .method import GradientMethod, Passes, chunks, contraction, loss_of
 
 
 class ActivationsMethod(GradientMethod):

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from . import session
-from .choices import described, registries
-from .console import check_outputs, check_suffix, say, show_json, show_table, working
-from .options import Device, Dtype, Json, Model
+from .. import session
+from ..choices import described, registries
+from ..console import check_outputs, check_suffix, say, show_json, show_table, working
+from ..options import Device, Dtype, Json, Model
 
 
 def tasks(
@@ -33,9 +33,9 @@ def tasks(
 
       eap tasks ioi --tokenizer gpt2 -n 64 -o ioi.safetensors
     """
-    from ..errors import expected, one_of
-    from ..report.tables import Column, Table
-    from ..tasks import TASKS
+    from ...errors import expected, one_of
+    from ...report.tables import Column, Table
+    from ...tasks import TASKS
 
     check_outputs(out)
     check_suffix(out, ".safetensors")
@@ -51,7 +51,7 @@ def tasks(
         table = Table("Tasks", columns, rows)
     else:
         one_of("task", name, TASKS)
-        from ..adapters import pretrained
+        from ...adapters import pretrained
 
         loaded = pretrained.load_tokenizer(tokenizer)
         pairs = session.Prompts(name, None, n, seed).load(loaded)
@@ -96,8 +96,8 @@ def check(model: Model, dtype: Dtype = None, device: Device = None, as_json: Jso
 
       eap check meta-llama/Llama-3.2-1B --dtype bfloat16
     """
-    from ..evaluation import check_model
-    from ..report.tables import Column, Table
+    from ...evaluation import check_model
+    from ...report.tables import Column, Table
 
     loaded, _ = session.load_model(model, dtype, device)
     with working("Checking …"):
@@ -129,7 +129,7 @@ def info() -> None:
     """
     from eap_kernels.info import facts
 
-    from ..report.tables import installed
+    from ...report.tables import installed
 
     pairs = {**facts(), **{name: installed(name) for name in ("transformers", "matplotlib", "gguf")}}
     pairs |= {kind: ", ".join(described(kind)) for kind in registries()}

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import InputError, expected
+from ...errors import InputError, expected
+from ..norms import kind_of
 from .family import Family
-from .norms import kind_of
 
 
 @dataclass(frozen=True, eq=False)

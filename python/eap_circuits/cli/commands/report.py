@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from . import session
-from .console import check_outputs, check_suffix, say
-from .options import How, Signed
+from .. import session
+from ..console import check_outputs, check_suffix, say
+from ..options import How, Signed
 
 
 def report(
@@ -40,7 +40,7 @@ def report(
     """
     import eap_circuits as eap
 
-    from ..report import load_curve, write_report
+    from ...report import load_curve, write_report
 
     check_outputs(out)
     check_suffix(out, ".html", ".htm")

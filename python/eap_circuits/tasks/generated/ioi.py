@@ -10,8 +10,8 @@ import itertools
 import random
 from typing import Any
 
-from ..errors import expected
-from .encoding import single_tokens
+from ...errors import expected
+from ..encoding import single_tokens
 from .sampling import sample_combinations
 
 # {first} and {second} are IO and S in either order (ABBA, BABA); {giver} is S, or a third name in the corrupted prompt.

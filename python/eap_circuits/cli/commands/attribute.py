@@ -1,0 +1,197 @@
+"""eap attribute: score edges, and choose a circuit by the scores."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import session
+from ..console import check_outputs, check_suffix, progress, say, show_json, show_table
+from ..options import (
+    Ablation,
+    AblationData,
+    Align,
+    BatchSize,
+    Confidence,
+    Data,
+    Device,
+    Dtype,
+    Heads,
+    How,
+    Json,
+    Keep,
+    Memory,
+    Method,
+    Metric,
+    Model,
+    Number,
+    Quadrature,
+    Rules,
+    Seed,
+    Signed,
+    Steps,
+    Task,
+    Top,
+)
+
+_SAVED = (".safetensors", ".json", ".pt")
+
+
+def attribute(
+    model: Model,
+    task: Task = None,
+    data: Data = None,
+    align: Align = False,
+    n: Number = 64,
+    seed: Seed = 0,
+    metric: Metric = None,
+    method: Method = "eap-ig-inputs",
+    steps: Steps = 5,
+    quadrature: Quadrature = "right",
+    heads: Heads = "kv",
+    ablation: Ablation = "patching",
+    ablation_data: AblationData = None,
+    batch_size: BatchSize = None,
+    memory: Memory = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Only show the batches and the memory that the run would take.", rich_help_panel="Scoring"
+        ),
+    ] = False,
+    no_weights: Annotated[
+        bool,
+        typer.Option(
+            "--no-weights",
+            help="With --dry-run: load only the model's configuration, whatever its size.",
+            rich_help_panel="Scoring",
+        ),
+    ] = False,
+    only: Annotated[
+        Path | None,
+        typer.Option(help="With exact: measure only this circuit's edges.", rich_help_panel="Scoring"),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="With exact: a .safetensors file, written every minute, from which the same command continues.",
+            rich_help_panel="Scoring",
+        ),
+    ] = None,
+    keep: Keep = None,
+    rules: Rules = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Save the scores (.safetensors, or EAP-IG's .json, .pt).",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    edges: Annotated[
+        int | None,
+        typer.Option(
+            help="Choose a circuit of this many edges (fewer after pruning).", min=1, rich_help_panel="Circuit"
+        ),
+    ] = None,
+    how: How = "top",
+    signed: Signed = False,
+    confidence: Confidence = None,
+    circuit: Annotated[
+        Path | None,
+        typer.Option(help="Save the circuit (.json, .pt or .safetensors).", rich_help_panel="Circuit"),
+    ] = None,
+    top: Top = 20,
+    as_json: Json = False,
+) -> None:
+    """Score every edge of a model on a task, and choose a circuit by the scores.
+
+    A score says how much the metric is expected to fall if the edge carries the corrupted prompt's value. The strongest
+    edges are shown; -o saves the scores, --edges chooses a circuit of the strongest edges and --circuit saves it.
+
+    Examples:
+
+      eap attribute smollm2 --task ioi -o scores.safetensors
+
+      eap attribute gpt2 --data pairs.csv --steps 10 --edges 200 --circuit circuit.json
+    """
+    import eap_circuits as eap
+
+    from ...errors import expected, one_of
+    from ...methods import METHODS, QUADRATURES, RULES
+    from ...report.tables import edge_table, plan_table
+
+    check_outputs(out, circuit)
+    check_suffix(out, *_SAVED)
+    check_suffix(circuit, *_SAVED)
+    if circuit is not None and edges is None:
+        raise expected("--circuit", "--edges with it, the size of the circuit", "no --edges")
+    if confidence is not None and edges is None:
+        raise expected("--confidence", "--edges with it, the size of the circuit", "no --edges")
+    if no_weights and not dry_run:
+        raise expected("--no-weights", "--dry-run with it", "no --dry-run")
+    one_of("--method", method, METHODS)
+    one_of("--quadrature", quadrature, QUADRATURES)
+    if rules is not None:
+        one_of("--rules", rules, RULES)
+    one_of("--heads", heads, ("kv", "query"))
+    session.check_how(how)
+    kept = None if keep is None else keep.split(",")
+    if confidence is not None and not {"variance", "examples"} & set(kept or ()):
+        kept = [*(kept or ()), "variance"]
+    measured = None if only is None else eap.Circuit.load(only)
+    prompts = session.Prompts(task, data, n, seed, align, ablation_data)
+    prompts.check(metric, gradient=method != "exact", ablation=ablation)
+
+    loaded, tokenizer = session.load_model(model, dtype, device, not no_weights)
+    pairs = prompts.load(tokenizer)
+    asked: dict[str, Any] = {
+        "metric": metric or pairs.metric,
+        "method": method,
+        "steps": steps,
+        "quadrature": quadrature,
+        "heads": heads,
+        "ablation": ablation,
+        "ablation_data": prompts.load_ablation(tokenizer),
+        "batch_size": batch_size,
+        "memory": memory,
+        "keep": kept,
+        "rules": rules,
+    }
+    if dry_run:
+        plan = eap.plan(loaded, pairs, **asked)
+        show_json(asdict(plan)) if as_json else show_table(plan_table(plan))
+        return
+    with progress("Scoring edges") as bar:
+        scores = eap.attribute(loaded, pairs, progress=bar, edges=measured, checkpoint=checkpoint, **asked)
+    among = None if confidence is None else scores.confidence() >= confidence
+    chosen = None if edges is None else scores.select(n_edges=edges, how=how, signed=signed, among=among)
+    files = {}
+    if out is not None:
+        scores.save(out)
+        files["scores"] = str(out)
+    if circuit is not None and chosen is not None:
+        chosen.save(circuit)
+        files["circuit"] = str(circuit)
+    table = edge_table(scores, chosen, top)
+    if as_json:
+        found: dict[str, Any] = {
+            "info": scores.info,
+            "graph": scores.graph.to_dict(),
+            "edges": table.records(),
+        }
+        if chosen is not None:
+            found["circuit"] = {"n_edges": chosen.n_edges, "n_nodes": len(chosen.nodes)}
+        show_json({**found, "files": files})
+        return
+    show_table(table)
+    if chosen is not None:
+        say(f"Circuit: {chosen.n_edges:,} of {chosen.graph.n_edges:,} edges, {len(chosen.nodes):,} nodes.")
+    for file in files.values():
+        say(f"Wrote {file}.")

@@ -1,0 +1,197 @@
+"""eap evaluate and eap curve: run circuits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import session
+from ..console import check_outputs, check_suffix, progress, say, show_json, show_table
+from ..options import (
+    Ablation,
+    AblationData,
+    Align,
+    Baselines,
+    BatchSize,
+    Confidence,
+    Data,
+    Device,
+    Draws,
+    Dtype,
+    How,
+    Json,
+    Memory,
+    Metric,
+    Model,
+    Number,
+    Seed,
+    Signed,
+    Task,
+)
+
+
+def evaluate(
+    model: Model,
+    circuit: Annotated[Path, typer.Argument(help="A circuit: .json, .pt or .safetensors.")],
+    task: Task = None,
+    data: Data = None,
+    align: Align = False,
+    n: Number = 64,
+    seed: Seed = 0,
+    metric: Metric = None,
+    ablation: Ablation = "patching",
+    ablation_data: AblationData = None,
+    batch_size: BatchSize = None,
+    memory: Memory = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Run a circuit with every other edge ablated, and measure how much of the model's behaviour it keeps.
+
+    Faithfulness is 1 if the circuit scores like the whole model, and 0 if it scores like the model with all edges
+    ablated: under patching, like the model on the corrupted prompts.
+
+    Examples:
+
+      eap evaluate smollm2 circuit.json --task ioi
+
+      eap evaluate gpt2 circuit.json --data held-out.csv --json
+    """
+    import eap_circuits as eap
+
+    from ...report.tables import result_table
+
+    prompts = session.Prompts(task, data, n, seed, align, ablation_data)
+    prompts.check(metric, ablation=ablation)
+    kept = eap.Circuit.load(circuit)
+
+    loaded, tokenizer = session.load_model(model, dtype, device)
+    pairs = prompts.load(tokenizer)
+    with progress("Running the circuit") as bar:
+        result = eap.evaluate(
+            loaded,
+            kept,
+            pairs,
+            metric=metric or pairs.metric,
+            ablation=ablation,
+            batch_size=batch_size,
+            memory=memory,
+            progress=bar,
+            ablation_data=prompts.load_ablation(tokenizer),
+        )
+    if as_json:
+        names = ("faithfulness", "mean", "clean", "corrupted", "values")
+        numbers = {name: getattr(result, name) for name in names}
+        asked = {"metric": metric or pairs.metric, "ablation": ablation}
+        show_json({"n_edges": kept.n_edges, **asked, "n_examples": len(pairs), **numbers})
+    else:
+        show_table(result_table(result, kept))
+
+
+def curve(
+    model: Model,
+    scores: Annotated[Path, typer.Argument(help="Scores that eap attribute -o saved.")],
+    task: Task = None,
+    data: Data = None,
+    align: Align = False,
+    n: Number = 64,
+    seed: Seed = 0,
+    metric: Metric = None,
+    fractions: Annotated[
+        str | None,
+        typer.Option(
+            help="Shares of all edges, separated by commas.  [dim]\\[default: ten from 0.001 to 1][/dim]",
+            rich_help_panel="Circuit",
+        ),
+    ] = None,
+    how: How = "top",
+    signed: Signed = False,
+    confidence: Confidence = None,
+    baselines: Baselines = "random,complement",
+    draws: Draws = 3,
+    ablation: Ablation = "patching",
+    ablation_data: AblationData = None,
+    batch_size: BatchSize = None,
+    memory: Memory = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Save the curve (.json).", rich_help_panel="Output")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a report (.html).", rich_help_panel="Output")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure faithfulness by circuit size.
+
+    Circuits of growing size are chosen by the scores and run on the prompts. CPR is the area under faithfulness over
+    the share of edges, CMD the area between it and 1 (Mechanistic Interpretability Benchmark). For comparison, random
+    circuits of the same sizes and each circuit's complement are run too.
+
+    Examples:
+
+      eap curve smollm2 scores.safetensors --task ioi -o curve.json --html report.html
+
+      eap curve gpt2 scores.safetensors --data held-out.csv --fractions 0.001,0.01,0.1
+    """
+    import eap_circuits as eap
+
+    from ...files import write_whole
+    from ...report import smallest_faithful
+    from ...report.curves import jsonable
+    from ...report.tables import areas_line, curve_table
+
+    check_outputs(out, html)
+    check_suffix(out, ".json")
+    check_suffix(html, ".html", ".htm")
+    session.check_how(how)
+    sizes = session.parse_fractions(fractions)
+    beside = session.parse_baselines(baselines)
+    prompts = session.Prompts(task, data, n, seed, align, ablation_data)
+    prompts.check(metric, ablation=ablation)
+    loaded_scores = eap.EdgeScores.load(scores)
+    among = None if confidence is None else loaded_scores.confidence() >= confidence
+
+    loaded, tokenizer = session.load_model(model, dtype, device)
+    pairs = prompts.load(tokenizer)
+    options: dict[str, Any] = {} if sizes is None else {"fractions": sizes}
+    with progress("Running circuits") as bar:
+        measured = eap.faithfulness_curve(
+            loaded,
+            loaded_scores,
+            pairs,
+            metric=metric or pairs.metric,
+            how=how,
+            signed=signed,
+            ablation=ablation,
+            ablation_data=prompts.load_ablation(tokenizer),
+            batch_size=batch_size,
+            memory=memory,
+            progress=bar,
+            baselines=beside,
+            seeds=range(draws),
+            among=among,
+            **options,
+        )
+    content = jsonable(measured.to_dict())
+    files = {}
+    if out is not None:
+        text = json.dumps(content, indent=2, allow_nan=False)
+        write_whole(out, lambda file: file.write_text(text + "\n", encoding="utf-8"))
+        files["curve"] = str(out)
+    if html is not None:
+        from ...report import write_report
+
+        chosen = measured.circuits[smallest_faithful(measured)]
+        write_report(html, loaded_scores, chosen, measured, pairs, files={"scores": scores.name})
+        files["report"] = str(html)
+    if as_json:
+        show_json({**content, "files": files})
+        return
+    show_table(curve_table(measured))
+    say(areas_line(measured))
+    for file in files.values():
+        say(f"Wrote {file}.")

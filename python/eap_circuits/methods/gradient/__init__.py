@@ -1,0 +1,6 @@
+"""Methods that integrate gradients along a path; each module says what a point of its path is."""
+
+from .activations import ActivationsMethod
+from .conductance import ConductanceMethod
+from .inputs import InputsMethod
+from .method import GradientMethod

@@ -1,0 +1,1 @@
+"""Tasks whose prompt pairs are generated for the model's own tokenizer, one module each."""

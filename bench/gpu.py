@@ -78,7 +78,7 @@ def kernel_tests() -> dict[str, list[str]]:
 
     return {
         **{label: command for impl in KERNELS for label, command in of(impl).items()},
-        "models": [*TEST, "tests/circuits/test_on_gpu.py"],
+        "models": [*TEST, "tests/circuits/forward/test_on_gpu.py"],
         "triton tiles": [*quick, *TEST, "tests/kernels/test_triton_kernels.py"],
         **of("reference"),
         "integrations": [

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from eap_kernels import testing
-from tests.circuits import pretend
+from tests.circuits.adapters import pretend
 
 DEVICE = str(pretend.DEVICES[1])
 testing.backends_on_devices = lambda: [("reference", DEVICE)]

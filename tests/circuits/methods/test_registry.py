@@ -10,7 +10,7 @@ import torch
 import eap_circuits as eap
 from eap_circuits.errors import InputError
 from eap_circuits.methods import METHODS, statistics
-from tests.circuits.test_memory import longer_pairs
+from tests.circuits.budget.test_memory import longer_pairs
 
 NEW = ["eap-ig-activations", "eap-conductance", "information-flow-routes"]
 
@@ -42,7 +42,7 @@ def test_key_value_scores_are_group_sums(method, make_model, make_pairs, relativ
 
 @pytest.mark.parametrize("method", NEW)
 def test_the_model_is_untouched_also_after_an_error(method, kind, make_model, make_pairs, monkeypatch):
-    from tests.circuits.test_untouched import snapshot
+    from tests.circuits.forward.test_untouched import snapshot
 
     model, data = make_model(kind).train(), make_pairs(n=3)
     before = snapshot(model)

@@ -247,7 +247,7 @@ def test_paths_that_cannot_be(tmp_path: Path) -> None:
 
 def test_the_pages_examples_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model: Any) -> None:
     """docs/data.md: its table is written to a file, and all its examples run one after another."""
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
     blocks = re.findall(r"```(python|csv)\n(.*?)```", page, re.S)
     assert [kind for kind, _ in blocks] == ["python", "csv", "python", "python", "python"]
     words = {

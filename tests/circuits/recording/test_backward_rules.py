@@ -11,7 +11,7 @@ from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Hooks, borrowed
 from eap_circuits.recording import RULES, Rules
 from eap_circuits.recording.backward_rules import BackwardRules, _Attention
-from tests.circuits.rules_by_hand import SoftmaxAtTwo
+from tests.circuits.recording.rules_by_hand import SoftmaxAtTwo
 
 
 def input_gradient(model, rules):

@@ -195,7 +195,7 @@ def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) ->
 
 def test_the_page_runs(make_model: Any, make_pairs: Any) -> None:
     """docs/metrics.md, on a tiny model and random prompts."""
-    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     found = {"eap": eap, "model": make_model("gpt2"), "data": make_pairs(n=3)}
     exec(code, found)

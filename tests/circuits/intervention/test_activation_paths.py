@@ -9,10 +9,10 @@ import eap_circuits as eap
 from eap_circuits.budget import PeakBytes
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.methods.gradient import method as gradient
+from tests.circuits.budget.test_memory import longer_pairs
 from tests.circuits.conftest import FAMILIES
+from tests.circuits.methods.test_attribution import losses
 from tests.circuits.plain_runs import SITES, by_layer, plain_run
-from tests.circuits.test_attribute import losses
-from tests.circuits.test_memory import longer_pairs
 
 
 def chosen_edges(graph, n, seed=1):

@@ -16,7 +16,7 @@ from torch import Tensor
 from eap_circuits import Circuit, EdgeScores, Graph, InputError
 from eap_circuits.graph import prune
 
-DATA = Path(__file__).parents[1] / "parity" / "data"
+DATA = Path(__file__).parents[2] / "parity" / "data"
 GRAPHS = {
     "gpt2": Graph((4,) * 3, (4,) * 3, 32, heads="query"),
     "llama": Graph((4,) * 3, (2,) * 3, 32, heads="query"),

@@ -14,7 +14,7 @@ from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import borrowed
 from eap_circuits.methods.quadrature import QUADRATURES
 from eap_circuits.recording import ABLATIONS, RULES
-from tests.circuits.rules_by_hand import scores_by_hand
+from tests.circuits.recording.rules_by_hand import scores_by_hand
 
 ALL = sorted(RULES)
 

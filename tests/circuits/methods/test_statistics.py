@@ -212,7 +212,7 @@ def test_confidence_is_that_of_the_examples_or_of_the_variance(make_model, make_
 @pytest.mark.parametrize("keep", ["examples", "positions"])
 def test_what_it_takes_is_predicted_and_kept_within_the_budget(keep, make_model, make_pairs, relative, monkeypatch):
     from eap_circuits.budget import PeakBytes
-    from tests.circuits.test_memory import longer_pairs
+    from tests.circuits.budget.test_memory import longer_pairs
 
     model, data = make_model("llama"), longer_pairs()
     monkeypatch.setattr(gradient, "most_tokens", lambda device: 300)
@@ -261,7 +261,7 @@ def test_scores_beyond_memory_are_refused_with_their_bytes(method, make_model, m
 
 def test_the_pages_example_runs(tmp_path, make_model, make_pairs, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[2] / "docs" / "statistics.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "statistics.md").read_text()
     names = {"eap": eap, "model": make_model("llama"), "data": make_pairs(n=9)}
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(block, names)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from eap_circuits import Graph, InputError
 
-DATA = Path(__file__).parents[1] / "parity" / "data"
+DATA = Path(__file__).parents[2] / "parity" / "data"
 
 
 def oracle_graph(family: str) -> Graph:

@@ -12,8 +12,8 @@ from eap_circuits.forward import Runner, borrowed, make_batches
 from eap_circuits.methods import flow
 from eap_circuits.recording import record_run
 from eap_circuits.request import prepare
+from tests.circuits.budget.test_memory import longer_pairs
 from tests.circuits.plain_runs import SITES, plain_run
-from tests.circuits.test_memory import longer_pairs
 
 
 def shares(x, contributions):

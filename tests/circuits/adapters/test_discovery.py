@@ -16,7 +16,7 @@ from eap_circuits.adapters import FAMILIES
 from eap_circuits.adapters.families import registry
 from tests.circuits.conftest import need_transformers
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 _WIDE = {
     "vocab_size": 59,
     "hidden_size": 24,

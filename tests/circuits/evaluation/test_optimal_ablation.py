@@ -18,7 +18,7 @@ from eap_circuits.graph import prune
 from eap_circuits.intervention import learning_run
 from eap_circuits.recording import ABLATIONS, record_run
 from eap_circuits.request import prepare
-from tests.circuits.test_memory import longer_pairs
+from tests.circuits.budget.test_memory import longer_pairs
 
 
 def circuit_of(model, heads="kv", share=0.4, seed=0):
@@ -164,7 +164,7 @@ def test_constants_of_another_model_are_refused(make_model, make_pairs):
 
 def test_the_pages_example_runs(make_model, make_pairs, monkeypatch, capsys):
     """docs/ablations.md, on a tiny model and random prompts."""
-    page = (Path(__file__).parents[2] / "docs" / "ablations.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "ablations.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
 
     def load_task(name, tokenizer, n, seed):

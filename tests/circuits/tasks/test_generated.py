@@ -13,7 +13,7 @@ import pytest
 from eap_circuits import InputError, load_task
 from eap_circuits.tasks import TASKS
 from eap_circuits.tasks.generated.sampling import sample_combinations
-from tests.circuits.generated_tasks import TOKENIZERS
+from tests.circuits.tasks.generated_tasks import TOKENIZERS
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))

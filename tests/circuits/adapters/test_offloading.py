@@ -18,7 +18,7 @@ from eap_circuits.forward import Batch, Constants, hooks
 from eap_circuits.intervention import circuit_run
 from eap_circuits.recording import contraction
 from eap_kernels.testing import relative_error
-from tests.circuits.pretend import DEVICES, pretending
+from tests.circuits.adapters.pretend import DEVICES, pretending
 
 accelerate = pytest.importorskip("accelerate")
 

@@ -1,6 +1,9 @@
 """What an installation promises: metadata, entry point, licence, and the packages in a wheel."""
 
+import importlib
+import inspect
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import eap_circuits
 import eap_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +31,17 @@ def test_metadata():
 def test_console_script():
     (script,) = [e for e in metadata.entry_points(group="console_scripts") if e.name == "eap"]
     assert script.value == "eap_circuits.cli:main"
+
+
+@pytest.mark.parametrize("root", [eap_circuits, eap_kernels], ids=lambda package: package.__name__)
+def test_no_public_name_hides_a_module(root):
+    """`import package.name as x` gives the package's attribute where there is one, not the module."""
+    found = pkgutil.walk_packages(root.__path__, f"{root.__name__}.")
+    packages = [root, *(importlib.import_module(module.name) for module in found if module.ispkg)]
+    for package in packages:
+        for module in pkgutil.iter_modules(package.__path__):
+            hidden_by = getattr(package, module.name, None)
+            assert hidden_by is None or inspect.ismodule(hidden_by), f"{package.__name__}.{module.name}"
 
 
 def test_the_headers_of_every_source_are_in_the_source_distribution():

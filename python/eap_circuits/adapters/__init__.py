@@ -8,8 +8,8 @@ from .norms import Kinds, Norm
 from .offloading import as_given, is_offloaded
 from .pretrained import DEMO_MODEL, load_model
 from .projections import Projection, concatenate, group, linear_shape, linear_weight
+from .shapes import weightless
 from .sites import ReceiverSite, SenderSite, receiver_sites, sender_sites
-from .weightless import weightless
 
 __all__ = [
     "DEMO_MODEL",

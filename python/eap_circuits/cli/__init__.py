@@ -1,5 +1,5 @@
 """The `eap` command."""
 
-from .app import app, main
+from .entry import app, main
 
 __all__ = ["app", "main"]

@@ -2,10 +2,10 @@
 
 from .baselines import BASELINES, Baseline
 from .check import Check, check_model
-from .compare import Comparison, compare
+from .comparison import Comparison, compare
 from .curve import FRACTIONS, Curve, faithfulness_curve
-from .discover import discover
-from .evaluate import EvaluationResult, evaluate
+from .discovery import discover
+from .faithfulness import EvaluationResult, evaluate
 from .optimal_ablation import optimal_constants
 
 __all__ = [

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..graph import Circuit, random_circuit
-from .evaluate import EvaluationResult
+from .faithfulness import EvaluationResult
 
 BASELINES = ("random", "complement")
 

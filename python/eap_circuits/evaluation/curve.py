@@ -15,7 +15,7 @@ from ..graph import Circuit, EdgeScores
 from ..request import Progress
 from ..tasks import PairedDataset
 from .baselines import BASELINES, Baseline, baseline_circuits, cmd, cpr
-from .evaluate import EvaluationResult, evaluate
+from .faithfulness import EvaluationResult, evaluate
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 

@@ -6,7 +6,7 @@ from .constants import Constants, at_tokens, zeros
 from .hooks import Hooks, borrowed
 from .resume import LayerInputs
 from .runner import Register, Runner, each
-from .trace import trace
+from .tracing import trace
 
 __all__ = [
     "TOKENS_PER_BATCH",

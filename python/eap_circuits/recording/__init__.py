@@ -1,9 +1,9 @@
 """Read a pass: what senders write, the gradients at receivers, a reference run, means; and backward rules."""
 
+from .ablations import ABLATIONS, Ablation, different_throughout, means
 from .backward_rules import RULES, Rules
 from .contraction import contract, contract_neurons, lowered
 from .contributions import BothSides, less_clean, record_both_sides, record_contributions, record_corrupted_side
-from .means import ABLATIONS, Ablation, different_throughout, means
 from .receiver_gradients import ReceiverGradients
 from .reference_run import ReceiverInputs, ReferenceRun, record_run
 

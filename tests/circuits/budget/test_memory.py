@@ -10,6 +10,7 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.budget import PeakBytes
+from eap_circuits.evaluation import faithfulness
 from eap_circuits.intervention import PatchedEdges
 from eap_circuits.methods import exact
 from eap_circuits.methods.gradient import inputs
@@ -140,15 +141,14 @@ def test_evaluation_goes_on_with_less_at_once(make_model, monkeypatch):
     scores = eap.attribute(model, data, method="eap")
     circuits = [scores.select(n) for n in (10, 40, 90)]
     right = eap.evaluate(model, circuits, data)
-    module = __import__("eap_circuits.evaluation.evaluate", fromlist=["run_circuits"])
-    original = module.run_circuits
+    original = faithfulness.run_circuits
 
     def run(runner, graph, corrupted, masks, tokens):
         if min(tokens // runner.batch.clean.numel(), len(masks)) * runner.batch.clean.numel() > 50:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
         return original(runner, graph, corrupted, masks, tokens)
 
-    monkeypatch.setattr(module, "run_circuits", run)
+    monkeypatch.setattr(faithfulness, "run_circuits", run)
     for found, whole in zip(eap.evaluate(model, circuits, data), right):
         assert torch.allclose(found.values, whole.values, rtol=1e-9, atol=1e-9)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.cli import session
-from eap_circuits.evaluation import Check
+from eap_circuits.evaluation import Check, faithfulness
 from tests.circuits.cli.conftest import run
 
 
@@ -34,9 +33,8 @@ def test_memory_bounds_evaluate_and_curve(
 ) -> None:
     eap.EdgeScores.load(saved).select(n_edges=200).save(tmp_path / "c.json")
     asked = []
-    module = importlib.import_module("eap_circuits.evaluation.evaluate")
-    original = module.tokens_within
-    monkeypatch.setattr(module, "tokens_within", lambda *given: asked.append(given[0].memory) or original(*given))
+    original = faithfulness.tokens_within
+    monkeypatch.setattr(faithfulness, "tokens_within", lambda *given: asked.append(given[0].memory) or original(*given))
     run("evaluate", "tiny", tmp_path / "c.json", "--data", pairs, "--memory", "7MB")
     run("curve", "tiny", saved, "--data", pairs, "--fractions", "0.5", "--baselines", "none", "--memory", "8MB")
     assert asked == [7_000_000, 8_000_000]

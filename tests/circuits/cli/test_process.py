@@ -41,7 +41,7 @@ def test_help_of_each_command_teaches(command: str) -> None:
     result = eap(command, "--help")
     assert result.stderr == ""
     assert result.stdout.count(f"eap {command}") >= 2, "two examples"
-    from eap_circuits.cli.app import app
+    from eap_circuits.cli import app
 
     (found,) = [c.callback for c in app.registered_commands if c.callback and c.callback.__name__ == command]
     for name, parameter in inspect.signature(found).parameters.items():

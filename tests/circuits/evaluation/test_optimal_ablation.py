@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 import eap_circuits as eap
 from eap_circuits.adapters import bind
 from eap_circuits.budget import PeakBytes
+from eap_circuits.evaluation import faithfulness, optimal_ablation
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Constants, Runner, borrowed, make_batches
 from eap_circuits.graph import prune
@@ -84,10 +84,9 @@ def test_any_metric_can_be_raised(make_model, make_pairs):
 
 
 def test_evaluate_learns_for_each_circuit_on_the_ablation_data(make_model, make_pairs, monkeypatch):
-    module = importlib.import_module("eap_circuits.evaluation.evaluate")
     model, data, lessons = make_model("llama"), make_pairs(seed=3), make_pairs(seed=4)
     few = lambda *given, **more: eap.optimal_constants(*given, **more, steps=3)  # noqa: E731
-    monkeypatch.setattr(module, "optimal_constants", few)
+    monkeypatch.setattr(faithfulness, "optimal_constants", few)
     circuits = [circuit_of(model, share=0.3), circuit_of(model, "query", share=0.8)]
     seen = []
     both = eap.evaluate(
@@ -201,7 +200,6 @@ def test_learning_keeps_to_its_budget(make_model, relative):
 @pytest.mark.parametrize("later", [0, 24])
 def test_learning_goes_on_with_smaller_batches(later, make_model, relative, monkeypatch):
     """No prompt is lost, or learned from twice, also where memory runs out in a later step."""
-    module = importlib.import_module("eap_circuits.evaluation.optimal_ablation")
     model, data, ran = make_model("llama"), longer_pairs(longest=20), []
     circuit = circuit_of(model)
     right = eap.optimal_constants(model, circuit, data, steps=4)
@@ -213,7 +211,7 @@ def test_learning_goes_on_with_smaller_batches(later, make_model, relative, monk
         ran.extend(runner.batch.index.tolist())
         return logits
 
-    monkeypatch.setattr(module, "learning_run", run)
+    monkeypatch.setattr(optimal_ablation, "learning_run", run)
     found = eap.optimal_constants(model, circuit, data, steps=4)
     assert sorted(ran) == sorted(5 * list(range(12)))
     for one, two in zip(found.tensors, right.tensors):

@@ -14,7 +14,7 @@ from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Runner, make_batches
 from eap_circuits.intervention import run_circuits
 from eap_circuits.recording import record_both_sides, record_run
-from tests.circuits.evaluation.test_evaluate import random_circuit
+from tests.circuits.evaluation.test_faithfulness import random_circuit
 from tests.circuits.recording.unequal_pairs import V, difference, prompts, unequal_pairs
 
 

@@ -16,7 +16,7 @@ from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Runner, make_batches
 from eap_circuits.graph import Graph
 from eap_circuits.recording import less_clean, record_both_sides, record_corrupted_side
-from tests.circuits.evaluation.test_evaluate import random_circuit
+from tests.circuits.evaluation.test_faithfulness import random_circuit
 from tests.circuits.recording.unequal_pairs import difference, prompts, unequal_pairs
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..graph import Circuit, Overlap, edge_overlap, node_overlap
 from ..tasks import PairedDataset
-from .evaluate import EvaluationResult, evaluate
+from .faithfulness import EvaluationResult, evaluate
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench import choices, documents, measure, regressions, tables
+from bench import choices, measure, regressions, tables
 from bench.processes import ROOT, commit
+from docs import documents
 from eap_kernels import _auto
 
 CHOICES = _auto.TABLE

@@ -1,4 +1,4 @@
-"""Tables of committed results in Markdown; bench/documents.py says where each stands."""
+"""Tables of committed results in Markdown; docs/documents.py says where each stands."""
 
 from __future__ import annotations
 

@@ -1,24 +1,22 @@
-"""Run the self-check and the tests on a tiny random model of every family, and write docs/models.md.
+"""Run the self-check and the tests on a tiny random model of every family, and write the tables of docs/models.md.
 
-python docs/models.py [--write-only]
+python -m docs.models
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
-import torch
-import transformers
+if TYPE_CHECKING:
+    import pytest
+    from torch import nn
 
-from eap_circuits.adapters import Architecture, bind
-from eap_circuits.evaluation import check_model
+    from eap_circuits.adapters import Architecture
 
 DOCS = Path(__file__).parent
-RESULTS, PAGE = DOCS / "results" / "models.json", DOCS / "models.md"
+RESULTS = DOCS / "results" / "models.json"
 # Column of the first table: the checks that it sums up.
 CHECKS = {
     "sums": ("contributions sum to the residual",),
@@ -57,47 +55,6 @@ TESTS = {
     ),
     "untouched": ("test_after_success", "test_after_backward_rules"),
 }
-TEXT = """# Models
-
-Each row is a tiny random model of one family, checked with transformers {transformers} and torch {torch}; `python docs/models.py`
-writes this page from [results/models.json](results/models.json). Models of other architectures work if their parts can be
-found and the self-check passes ([adapters.md](adapters.md)).
-
-## The self-check
-
-This is what `eap check` finds, in float64. A number after a colon is the largest relative error allowed.
-
-| column | what was seen to hold |
-|---|---|
-| sums | at every norm, the contributions of the senders before it add up to the residual stream's difference: 1e-8 |
-| heads | a query moves only its own head at its own token; a key and a value move their group from their token on; the effect of a value is linear |
-| runs | the recorded run and the circuit of all edges have the plain model's logits, and the circuit without edges has those of the corrupted prompt: 1e-8, with both head graphs |
-| derivatives | scores of random edges are the derivatives of the loss as the edge is corrupted, by finite differences: 1e-6, with both head graphs |
-| prefix | scores are the same whether or not the shared prefix runs only once: 1e-8 |
-| groups | a key/value head's scores are the sums over its query heads: 1e-8; – if every query head has its own keys and values |
-| untouched | weights, hooks, modes, gradients and attributes are as before |
-
-{checks}
-## The tests
-
-This is what the tests in tests/circuits that run on every family found.
-
-| column | what was seen to hold |
-|---|---|
-| layout | each head's queries, keys, values and output follow from its own slice of the weights, and each norm's output from its statistics and gain |
-| EAP, EAP-IG | scores of edges are finite differences of the loss, with both head graphs; `eap` and `clean-corrupted` are EAP-IG with one and with two points; a key/value head's scores are the sums of its query heads' |
-| activations | scores of `eap-ig-activations` are finite differences of the loss at points of the sender's own path |
-| conductance | scores of edges out of `input` are those of EAP-IG with the trapezoid rule; with one segment all scores are those of `clean-corrupted` |
-| flow | the contributions of `information-flow-routes` add up to what is read; scores are shares and depend only on the clean prompts |
-| exact | an edge's score is the change of the metric in the circuit without this edge, with both head graphs |
-| nodes | a node's score is the sum over its dimensions and also the sum over its edges, with both head graphs |
-| rules | backward rules (`relp`, `relp-ah`, `gim`) leave every logit unchanged, bit for bit |
-| evaluation | the circuit of all edges is the model and the circuit without edges the corrupted run, with both head graphs; only the answers' logits are computed if the metric needs no others; ablating to a prompt's own contributions changes nothing |
-| untouched | weights, hooks, modes, gradients and attributes are as before, and rules are gone |
-
-{tests}
-For GPT-2, Llama, Qwen 2, GPT-NeoX and Gemma 2 the results also match those of the published package (tests/parity).
-"""  # noqa: E501
 
 
 def features(arch: Architecture) -> list[str]:
@@ -137,7 +94,7 @@ def features(arch: Architecture) -> list[str]:
     return [name for name, there in named.items() if there]
 
 
-def _has(module: torch.nn.Module, *names: str) -> bool:
+def _has(module: nn.Module, *names: str) -> bool:
     return any(hasattr(module, name) for name in names)
 
 
@@ -160,6 +117,12 @@ class Outcomes:
 
 
 def run() -> None:
+    import pytest
+    import torch
+    import transformers
+
+    from eap_circuits.adapters import bind
+    from eap_circuits.evaluation import check_model
     from tests.circuits.conftest import CONFIGS, tiny_model
 
     outcomes = Outcomes()
@@ -190,19 +153,28 @@ def table(columns: dict[str, tuple[str, ...]], found: dict[str, dict[str, bool]]
     return "\n".join(lines) + "\n"
 
 
-def page() -> str:
-    facts = json.loads(RESULTS.read_text())
-    rows = {f"{row['class']} ({name})": row for name, row in sorted(facts["models"].items())}
-    checks = {name: {check: passed for check, passed, _ in row["checks"]} for name, row in rows.items()}
-    return TEXT.format(
-        transformers=facts["transformers"],
-        torch=facts["torch"],
-        checks=table(CHECKS, checks, {name: "; ".join(row["features"]) for name, row in rows.items()}),
-        tests=table(TESTS, {name: row["tests"] for name, row in rows.items()}, {}),
-    )
+def checks() -> str:
+    """The table of the self-check's results, and the versions that it ran with."""
+    facts, rows = _results()
+    passed = {name: {check: passed for check, passed, _ in row["checks"]} for name, row in rows.items()}
+    features = {name: "; ".join(row["features"]) for name, row in rows.items()}
+    versions = f"With transformers {facts['transformers']} and torch {facts['torch']}.\n"
+    return f"{table(CHECKS, passed, features)}\n{versions}"
+
+
+def tests() -> str:
+    """The table of the tests' results."""
+    return table(TESTS, {name: row["tests"] for name, row in _results()[1].items()}, {})
+
+
+def _results() -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The results, and those of each family by what its row is called."""
+    facts = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return facts, {f"{row['class']} ({name})": row for name, row in sorted(facts["models"].items())}
 
 
 if __name__ == "__main__":
-    if "--write-only" not in sys.argv:
-        run()
-    PAGE.write_text(page())
+    from docs import documents
+
+    run()
+    documents.write(DOCS.parent, ["docs/models.md"])

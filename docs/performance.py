@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 import eap_circuits as eap
-from bench import documents, measure
+from bench import measure
 from bench.circuits import passes
 from bench.processes import ROOT, commit
+from docs import documents
 
 RESULT = ROOT / "docs" / "results" / "performance.json"
 STEPS, EXAMPLES, LAYERS, EDGES = (1, 5, 15, 30), (8, 16, 32), (10, 20, 30), (100, 200, 400)

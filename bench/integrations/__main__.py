@@ -22,12 +22,13 @@ from pathlib import Path
 
 import torch
 
-from bench import documents, measure
+from bench import measure
 from bench.integrations.auto_circuit import AutoCircuit
 from bench.integrations.eap_ig import EapIg
 from bench.integrations.inputs import SHAPES
 from bench.integrations.measurements import PATCHED, PUBLISHED, Make, memory, scores, times
 from bench.processes import ROOT, commit
+from docs import documents
 
 # Published and patched scores may differ by this share of the largest one.
 ALLOWED = 1e-5

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import eap_kernels as ek
-from bench import choices, documents, measure, record, regressions, tables
+from bench import choices, measure, record, regressions, tables
+from docs import documents
 from bench.kernels import bench_edge_scores, head_space, shapes
 from eap_circuits.graph import Graph
 
@@ -79,7 +80,7 @@ def test_turns_go_back_and_forth_and_keep_the_least(monkeypatch):
 @pytest.fixture
 def elsewhere(monkeypatch, tmp_path):
     """Results, ratios and pages in a folder of their own, on a made-up GPU."""
-    for name in (*documents.WITH_TABLES, "bench/results/cpu.json", "docs/results/performance.json"):
+    for name in (*documents.OF_BENCHES, "bench/results/cpu.json", "docs/results/performance.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text())
     (tmp_path / "out").mkdir()

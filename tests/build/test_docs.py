@@ -1,20 +1,28 @@
-"""README and docs say what the committed results say."""
+"""README, docs and help texts say what the registries and the committed results say."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from bench import documents, tables
-from docs import models, registries
-from eap_circuits.reproduction.page import page as page_of
+from bench import tables
+from docs import documents, models
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", documents.ALL)
-def test_a_document_says_what_the_committed_results_say(name):
-    assert documents.written(ROOT, name, tables.committed(ROOT)) == (ROOT / name).read_text()
+def test_a_document_says_what_its_sources_say(name):
+    """`python -m docs.documents` writes it anew."""
+    assert documents.written(ROOT, name, tables.committed(ROOT)) == (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_what_is_marked_is_written():
+    """No marker is left of a source that nothing is written from."""
+    marker = documents.BEGIN.partition("{")[0]
+    pages = (page for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")) if page.name != "CHANGELOG.md")
+    marked = {(str(page.relative_to(ROOT)), line) for page in pages for line in page.read_text().splitlines(True) if marker in line}
+    assert marked == {(name, documents.BEGIN.format(source)) for name, source in documents.TABLES}
 
 
 def test_readme_is_short_and_its_python_runs_as_far_as_names_go():
@@ -44,13 +52,3 @@ def test_every_family_is_in_the_table_of_models_and_passed_every_check():
     assert all(set(row["tests"]) == tests and all(row["tests"].values()) for row in rows.values())
     columns = {check for checks in models.CHECKS.values() for check in checks}
     assert columns | {"architecture"} == {name for row in rows.values() for name, *_ in row["checks"]}
-
-
-def test_the_registries_tables_and_help_texts_are_written_anew():
-    for path, text in registries.files().items():
-        assert path.read_text(encoding="utf-8") == text, f"python docs/registries.py writes {path.name}"
-
-
-def test_the_page_of_the_comparison_says_what_its_results_say():
-    results = json.loads((ROOT / "docs" / "reproduction" / "results.json").read_text())
-    assert page_of(results) == (ROOT / "docs" / "reproduction.md").read_text()

@@ -1,6 +1,6 @@
 """What there is to choose from: the registries' entries, for help texts, `eap info` and tables in the docs.
 
-The registries import torch, which help must not wait for: `python docs/registries.py` writes what it shows to
+The registries import torch, which help must not wait for: `python -m docs.documents` writes what it shows to
 choices.json, and a test compares.
 """
 

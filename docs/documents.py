@@ -1,0 +1,76 @@
+"""Every document that says what a registry or a committed result says.
+
+python -m docs.documents     # writes all of them anew; measures nothing
+
+Most of a page is written by hand. What is made from a source stands between two markers, the first of which names the
+source; a few files are made whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from bench import tables
+from docs import models, registries
+
+BEGIN, END = "<!-- python -m docs.documents writes this from {} -->\n", "<!-- end -->"
+MEASURED, PERFORMANCE, MODELS = "bench/results", "docs/results/performance.json", "docs/results/models.json"
+# What stands between the markers, by document and source.
+TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
+    ("README.md", MEASURED): tables.readme,
+    ("docs/performance.md", PERFORMANCE): tables.shares,
+    ("docs/performance.md", MEASURED): tables.model_shapes,
+    ("docs/ops/edge_scores.md", MEASURED): tables.edge_scores,
+    ("docs/ops/masked_read.md", MEASURED): tables.masked_read,
+    ("docs/ops/head_space_scores.md", MEASURED): tables.head_space_scores,
+    ("docs/integrations.md", MEASURED): tables.integrations,
+    ("docs/models.md", f"{MODELS}, checks"): lambda _: models.checks(),
+    ("docs/models.md", f"{MODELS}, tests"): lambda _: models.tests(),
+    ("docs/methods.md", "METHODS"): lambda _: registries.methods(),
+    ("docs/metrics.md", "METRICS"): lambda _: registries.metrics(),
+    ("docs/ablations.md", "ABLATIONS"): lambda _: registries.ablations(),
+    ("docs/rules.md", "RULES"): lambda _: registries.rules(),
+}
+WHOLE: dict[str, Callable[[], str]] = {
+    "docs/reproduction.md": lambda: _reproduction(),
+    "python/eap_circuits/cli/choices.json": registries.choices,
+}
+# A bench writes only these: the others need all of eap_circuits.
+OF_BENCHES = tuple(dict.fromkeys(name for name, source in TABLES if source in (MEASURED, PERFORMANCE)))
+ALL = tuple(dict.fromkeys((*(name for name, _ in TABLES), *WHOLE)))
+
+
+def replaced(text: str, source: str, table: str) -> str:
+    """A document's text with another table between the source's markers."""
+    begin = BEGIN.format(source)
+    head, rest = text.split(begin)
+    return head + begin + table + END + rest.split(END, 1)[1]
+
+
+def written(root: Path, name: str, results: tables.Results) -> str:
+    """The document's text as its sources say it."""
+    if name in WHOLE:
+        return WHOLE[name]()
+    text = (root / name).read_text(encoding="utf-8")
+    for (document, source), table in TABLES.items():
+        if document == name:
+            text = replaced(text, source, table(results))
+    return text
+
+
+def write(root: Path, names: Iterable[str] = OF_BENCHES) -> None:
+    results = tables.committed(root)
+    for name in names:
+        (root / name).write_text(written(root, name, results), encoding="utf-8")
+
+
+def _reproduction() -> str:
+    from eap_circuits.reproduction.page import page
+
+    return page(json.loads((models.DOCS / "reproduction" / "results.json").read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    write(models.DOCS.parent, ALL)

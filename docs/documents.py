@@ -29,7 +29,9 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("docs/models.md", f"{MODELS}, checks"): lambda _: models.checks(),
     ("docs/models.md", f"{MODELS}, tests"): lambda _: models.tests(),
     ("docs/methods.md", "METHODS"): lambda _: registries.methods(),
+    ("docs/methods.md", "QUADRATURES"): lambda _: registries.quadratures(),
     ("docs/metrics.md", "METRICS"): lambda _: registries.metrics(),
+    ("docs/metrics.md", "BASELINES"): lambda _: registries.baselines(),
     ("docs/ablations.md", "ABLATIONS"): lambda _: registries.ablations(),
     ("docs/rules.md", "RULES"): lambda _: registries.rules(),
 }

@@ -18,6 +18,18 @@ def methods() -> str:
     )
 
 
+def quadratures() -> str:
+    from eap_circuits.methods import QUADRATURES
+
+    return _table(("`quadrature=`", "points"), ((f'`"{q.name}"`', q.description) for q in QUADRATURES.values()))
+
+
+def baselines() -> str:
+    from eap_circuits.evaluation import BASELINES
+
+    return _table(("`baselines=`", "what it is"), ((f'`"{b.name}"`', b.description) for b in BASELINES.values()))
+
+
 def metrics() -> str:
     from eap_circuits.metrics import METRICS
 

@@ -15,12 +15,21 @@ FILE = Path(__file__).with_suffix(".json")
 
 def registries() -> dict[str, dict[str, Any]]:
     """The registries by what their entries are; each entry has a name and a description."""
+    from ..evaluation import BASELINES
     from ..graph import SELECTIONS
-    from ..methods import METHODS
+    from ..methods import METHODS, QUADRATURES
     from ..metrics import METRICS
     from ..recording import ABLATIONS, RULES
 
-    return {"methods": METHODS, "metrics": METRICS, "ablations": ABLATIONS, "selections": SELECTIONS, "rules": RULES}
+    return {
+        "methods": METHODS,
+        "quadratures": QUADRATURES,
+        "rules": RULES,
+        "metrics": METRICS,
+        "ablations": ABLATIONS,
+        "selections": SELECTIONS,
+        "baselines": BASELINES,
+    }
 
 
 def described(kind: str) -> dict[str, str]:
@@ -43,5 +52,5 @@ def content() -> str:
 
 def help_text(kind: str, before: str, after: str = "") -> str:
     """A help text with a line for each entry."""
-    entries = json.loads(FILE.read_text(encoding="utf-8"))[kind]
+    entries = json.loads(FILE.read_text(encoding="utf-8")).get(kind, {})  # a new kind is not yet in the file
     return "\n\n".join([before, *(f"[bold]{name}[/bold]: {text}" for name, text in entries.items())]) + after

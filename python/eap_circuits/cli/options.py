@@ -65,7 +65,7 @@ Steps = Annotated[int, typer.Option(help="Steps of integrated gradients.", min=1
 Quadrature = Annotated[
     str,
     typer.Option(
-        help="The grid of these steps: right (the paper's), left, midpoint or gauss-legendre.",
+        help=help_text("quadratures", "The points of these M steps on the path."),
         rich_help_panel="Scoring",
     ),
 ]
@@ -152,8 +152,7 @@ Top = Annotated[int, typer.Option(help="Edges to show.", min=0, rich_help_panel=
 Baselines = Annotated[
     str,
     typer.Option(
-        help="What else to measure at each size, separated by commas: random (circuits with as many edges), complement "
-        "(all other edges); or none.",
+        help=help_text("baselines", "What else to measure at each size, separated by commas; or none."),
         rich_help_panel="Circuit",
     ),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -10,14 +10,12 @@ from typing import Any
 from ..graph import Circuit, random_circuit
 from .faithfulness import EvaluationResult
 
-BASELINES = ("random", "complement")
-
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
     """Other circuits at each of a curve's sizes: `circuits[draw][size]` and `results[draw][size]`.
 
-    "random" has one draw for each seed, "complement" has one draw.
+    Circuits that are not drawn at random have one draw.
     """
 
     fractions: tuple[float, ...]
@@ -50,15 +48,48 @@ class Baseline:
         return {"faithfulness": list(self.faithfulness), "draws": draws, "cpr": self.cpr, "cmd": self.cmd}
 
 
-def baseline_circuits(name: str, circuits: Sequence[Circuit], seeds: Sequence[int]) -> tuple[tuple[Circuit, ...], ...]:
-    """The baseline's circuits [draw][size] for selected circuits of growing size.
+@dataclass(frozen=True)
+class OtherCircuits:
+    """Circuits that a curve is compared with.
 
-    "random": for each seed a random connected circuit with as many edges (`graph.random_circuit`). "complement": all
-    other edges; if they are faithful, the circuit is incomplete (Wang et al. 2022, arXiv 2211.00593, §4).
+    Args:
+        name: what they are called by.
+        description: one line.
+        title: what tables and figures call them.
+        of: (a circuit of the curve, seed) -> the circuit that it is compared with.
+        drawn: at random, once for each seed.
     """
-    if name == "complement":
-        return (tuple(circuit.complement() for circuit in circuits),)
-    return tuple(tuple(random_circuit(c.graph, c.n_edges, seed=seed) for c in circuits) for seed in seeds)
+
+    name: str
+    description: str
+    title: str
+    of: Callable[[Circuit, int], Circuit]
+    drawn: bool = False
+
+    def circuits(self, circuits: Sequence[Circuit], seeds: Sequence[int]) -> tuple[tuple[Circuit, ...], ...]:
+        """Those of circuits of growing size: [draw][size]."""
+        return tuple(tuple(self.of(c, seed) for c in circuits) for seed in (seeds if self.drawn else (0,)))
+
+
+BASELINES: dict[str, OtherCircuits] = {
+    baseline.name: baseline
+    for baseline in (
+        OtherCircuits(
+            "random",
+            "random connected circuits with as many edges, one for each seed",
+            "random circuits",
+            lambda circuit, seed: random_circuit(circuit.graph, circuit.n_edges, seed=seed),
+            drawn=True,
+        ),
+        # Wang et al. 2022, arXiv 2211.00593, §4
+        OtherCircuits(
+            "complement",
+            "all other edges; if they are faithful, the circuit is incomplete",
+            "all other edges",
+            lambda circuit, seed: circuit.complement(),
+        ),
+    )
+}
 
 
 def cpr(fractions: Sequence[float], faithfulness: Sequence[float]) -> float:

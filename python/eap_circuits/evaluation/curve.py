@@ -14,7 +14,7 @@ from ..forward import Constants
 from ..graph import Circuit, EdgeScores
 from ..request import Progress
 from ..tasks import PairedDataset
-from .baselines import BASELINES, Baseline, baseline_circuits, cmd, cpr
+from .baselines import BASELINES, Baseline, cmd, cpr
 from .faithfulness import EvaluationResult, evaluate
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -121,10 +121,10 @@ def faithfulness_curve(
     for name in baselines:
         one_of("baselines", name, BASELINES)
     seeds = tuple(seeds)
-    if "random" in baselines and not seeds:
+    if not seeds and any(BASELINES[name].drawn for name in baselines):
         raise expected("seeds", "at least one", "none")
     circuits = tuple(scores.select(int(f * scores.graph.n_edges), how, signed, among=among) for f in fractions)
-    others = {name: baseline_circuits(name, circuits, seeds) for name in baselines}
+    others = {name: BASELINES[name].circuits(circuits, seeds) for name in baselines}
     rows = [circuits, *(row for draws in others.values() for row in draws)]
     flat = evaluate(
         model,

@@ -10,13 +10,13 @@ from importlib import metadata
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+from ..evaluation import BASELINES
 from ..graph import Circuit, EdgeScores
 from ..methods import Plan
 from .curves import CurveLike, curve_levels, jsonable
 
 NONE = "–"
-# The names that readers see in tables and figures.
-BASELINE_NAMES = {"random": "random circuits", "complement": "all other edges"}
+BASELINE_NAMES = {baseline.name: baseline.title for baseline in BASELINES.values()}
 
 
 @dataclass(frozen=True)

@@ -175,13 +175,13 @@ def test_eap_is_the_path_of_one_point_and_clean_corrupted_of_two_ends(family, ma
 def test_quadratures_integrate(name):
     """Weights sum to one; each rule is exact for what it must be exact for."""
     for steps in (1, 2, 5, 8):
-        alpha, weight = (torch.tensor(x, dtype=torch.float64) for x in zip(*QUADRATURES[name](steps)))
+        alpha, weight = (torch.tensor(x, dtype=torch.float64) for x in zip(*QUADRATURES[name].points(steps)))
         assert abs(float(weight.sum()) - 1) < 1e-12
         degree = {"gauss-legendre": 2 * steps - 1, "midpoint": 1}.get(name, 0)
         for power in range(degree + 1):
             assert abs(float((weight * alpha**power).sum()) - 1 / (power + 1)) < 1e-12
-    assert QUADRATURES["right"](4) == [(0.25, 0.25), (0.5, 0.25), (0.75, 0.25), (1.0, 0.25)]
-    assert QUADRATURES["left"](2) == [(0.0, 0.5), (0.5, 0.5)]
+    assert QUADRATURES["right"].points(4) == [(0.25, 0.25), (0.5, 0.25), (0.75, 0.25), (1.0, 0.25)]
+    assert QUADRATURES["left"].points(2) == [(0.0, 0.5), (0.5, 0.5)]
 
 
 def test_accumulation_is_flushed_in_bounded_memory(make_model, make_pairs, relative, monkeypatch):

@@ -24,7 +24,7 @@ ALL = sorted(RULES)
 def test_scores_are_those_of_a_model_written_out_by_hand(name, rules, make_model, make_pairs, relative):
     model, data = make_model(name), make_pairs(n=4)
     with StayDouble():
-        for method, path in (("eap", [(1.0, 1.0)]), ("eap-ig-inputs", QUADRATURES["right"](3))):
+        for method, path in (("eap", [(1.0, 1.0)]), ("eap-ig-inputs", QUADRATURES["right"].points(3))):
             found = eap.attribute(model, data, method=method, steps=3, heads="query", rules=rules)
             right = scores_by_hand(model, data, rules, path, found.graph)
             assert relative(found.values, right) < 1e-6
@@ -39,7 +39,7 @@ def test_paths_of_activations_are_those_of_a_model_written_out_by_hand(name, rul
         graph = found.graph
         sites = [(graph.head_senders(i), graph.mlp_sender(i)) for i in range(graph.n_layers)]
         groups = [slice(0, 1), *(x for heads, mlp in sites for x in (heads, slice(mlp, mlp + 1)))]
-        right = scores_by_hand(model, data, rules, QUADRATURES["right"](2), graph, groups)
+        right = scores_by_hand(model, data, rules, QUADRATURES["right"].points(2), graph, groups)
         assert relative(found.values, right) < 1e-6
 
 

@@ -20,7 +20,7 @@ from ...forward import Batch
 from ...recording import ReceiverGradients
 from ...request import Progress
 from ..planning import Plan
-from ..quadrature import Path
+from ..quadrature import Path, Quadrature
 from ..spec import KEEP, AttributionRequest, Method
 from ..statistics import BatchScores, Statistics, batch_bytes, score_batches
 
@@ -48,7 +48,7 @@ class GradientMethod(Method):
         grid: steps -> the path's points and weights; several by name where `quadrature=` chooses among them.
     """
 
-    grid: Callable[[int], Path] | Mapping[str, Callable[[int], Path]]
+    grid: Callable[[int], Path] | Mapping[str, Quadrature]
 
     backward: ClassVar[bool] = True
     keeps: ClassVar[tuple[str, ...]] = KEEP
@@ -64,7 +64,7 @@ class GradientMethod(Method):
 
     def path(self, steps: int, quadrature: str) -> Path:
         """Points and weights of the path."""
-        return (self.grid[quadrature] if isinstance(self.grid, Mapping) else self.grid)(steps)
+        return (self.grid[quadrature].points if isinstance(self.grid, Mapping) else self.grid)(steps)
 
     def repeated(self, request: AttributionRequest) -> Path:
         """The points that can run side by side, several in one pass."""

@@ -15,7 +15,7 @@ from .errors import expected, one_of
 from .forward import Batch, Constants, Runner, make_batches, zeros
 from .graph import Graph
 from .metrics import Metric, MetricBatch, check_metric_values, get_metric
-from .recording import ABLATIONS, different_throughout
+from .recording import ABLATIONS, ablation_of, different_throughout
 from .tasks import PairedDataset
 
 if TYPE_CHECKING:
@@ -49,9 +49,7 @@ class Request:
 
     def with_constants(self) -> Self:
         """The request with its constants, for which means are taken; the model must be borrowed already."""
-        if isinstance(self.ablation, Constants):
-            return replace(self, constants=self.ablation.on(self.arch))
-        find = ABLATIONS[self.ablation].constants
+        find = ablation_of(self.ablation).constants
         return replace(self, constants=find and find(self.arch, self.ablation_data or self.data))
 
     def batches(self, tokens: int) -> Iterator[Batch]:
@@ -108,7 +106,7 @@ def prepare(
         raise expected("batch_size", "a whole number of at least 1, or None", repr(batch_size))
     _check_tokens(request.arch.model, data)
     # Constants stand in for contributions from the first token on.
-    return request if ablation == "patching" else replace(request, data=different_throughout(data))
+    return request if ablation_of(ablation).patches else replace(request, data=different_throughout(data))
 
 
 def _check_ablation(request: Request) -> None:
@@ -124,7 +122,8 @@ def _check_ablation(request: Request) -> None:
         one_of("ablation", ablation, ABLATIONS)
     if other is None:
         return
-    if isinstance(ablation, Constants) or not ABLATIONS[ablation].from_data:
+    entry = ablation_of(ablation)
+    if not entry.from_data:
         what = "constants" if isinstance(ablation, Constants) else repr(ablation)
         names = ", ".join(repr(each.name) for each in ABLATIONS.values() if each.from_data)
         raise expected("ablation_data", f"none, except for {names}", f"some for {what}")
@@ -132,7 +131,7 @@ def _check_ablation(request: Request) -> None:
         raise expected("ablation_data", "a PairedDataset", type(other).__name__)
     _check_tokens(request.arch.model, other, "ablation_data, ")
     longest, covered = int(request.data.lengths.max()), int(other.lengths.max())
-    if ablation == "mean-positional" and covered < longest:
+    if entry.by_position and covered < longest:
         raise expected("ablation_data", f"prompts of {longest} tokens, the data's most", f"at most {covered}")
 
 

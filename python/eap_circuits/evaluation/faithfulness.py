@@ -14,7 +14,7 @@ from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, toke
 from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, without_cache_where_it_fails
 from ..graph import Circuit
 from ..intervention import TOKENS_TOGETHER, rows_computed, run_circuits
-from ..recording import record_run
+from ..recording import ablation_of, record_run
 from ..request import Progress, Request, prepare
 from ..tasks import PairedDataset
 from .optimal_ablation import check_circuit, optimal_constants
@@ -140,7 +140,7 @@ def evaluate(
         check_circuit(item, request)
     if not circuits:
         return []
-    if ablation == "optimal":
+    if ablation_of(ablation).learned:
         shared = (batch_size, reuse_prefix, progress, memory)
         learned = _with_own_constants(model, circuits, data, ablation_data or data, metric, *shared)
         return learned[0] if isinstance(circuit, Circuit) else learned

@@ -13,7 +13,7 @@ from ..adapters import weightless
 from ..errors import expected, one_of
 from ..forward import Constants, borrowed, without_cache_where_it_fails
 from ..graph import Circuit, EdgeScores, Heads
-from ..recording import RULES
+from ..recording import RULES, ablation_of
 from ..request import Progress, prepare
 from ..tasks import PairedDataset
 from .exact import edges_to_score
@@ -128,7 +128,7 @@ def attribute(
         "steps": len(request.path) or None,
         "quadrature": quadrature if spec.grids else None,
         "metric": request.metric.name if spec.measures else None,
-        "ablation": ablation if isinstance(ablation, str) else "constants",
+        "ablation": ablation_of(ablation).name,
         "data": request.data.name,
         "n_examples": len(request.data),
         "model": model_name(request.arch.model),
@@ -224,11 +224,12 @@ def _request(
     if compat not in (None, "eap-ig"):
         raise expected("compat", "None or 'eap-ig'", repr(compat))
     spec = METHODS[method]
-    if ablation == "optimal":
-        raise expected("ablation", "constants from eap.optimal_constants, learned for a circuit", repr(ablation))
-    if ablation != "patching" and not spec.ablated:
-        raise expected("ablation", f"'patching' for method {method!r}", repr(ablation))
     common = prepare(model, data, metric, ablation, batch_size, ablation_data, reuse_prefix, memory)
+    ablated = ablation_of(ablation)
+    if ablated.learned:
+        raise expected("ablation", "constants from eap.optimal_constants, learned for a circuit", repr(ablation))
+    if not ablated.patches and not spec.ablated:
+        raise expected("ablation", f"'patching' for method {method!r}", repr(ablation))
     if compat == "eap-ig":
         common = replace(common, arch=common.arch.before_post_norms())
     if rules is not None:

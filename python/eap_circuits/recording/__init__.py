@@ -1,6 +1,6 @@
 """Read a pass: what senders write, the gradients at receivers, a reference run, means; and backward rules."""
 
-from .ablations import ABLATIONS, Ablation, different_throughout, means
+from .ablations import ABLATIONS, Ablation, ablation_of, different_throughout, means
 from .backward_rules import RULES, Rules
 from .contraction import contract, contract_neurons, lowered
 from .contributions import BothSides, less_clean, record_both_sides, record_contributions, record_corrupted_side
@@ -16,6 +16,7 @@ __all__ = [
     "ReceiverInputs",
     "ReferenceRun",
     "Rules",
+    "ablation_of",
     "contract",
     "contract_neurons",
     "different_throughout",

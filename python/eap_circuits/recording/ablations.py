@@ -83,12 +83,21 @@ class Ablation:
         constants: (model, prompts) -> what takes the place of each sender's contributions; None where it is no constant
             of the sender, or one that is learned for each circuit.
         from_data: made from the clean prompts of `ablation_data`.
+        by_position: there is a constant for each position of those prompts.
+        learned: for each circuit, when it is evaluated; edges are not scored with it.
     """
 
     name: str
     description: str
     constants: Callable[[Architecture, PairedDataset], Constants] | None = None
     from_data: bool = False
+    by_position: bool = False
+    learned: bool = False
+
+    @property
+    def patches(self) -> bool:
+        """Does the edge carry the corrupted run's contribution, and no constant?"""
+        return self.constants is None and not self.learned
 
 
 ABLATIONS: dict[str, Ablation] = {
@@ -102,7 +111,17 @@ ABLATIONS: dict[str, Ablation] = {
             "its mean at the same position, over the prompts that have it",
             partial(_means_over, positional=True),
             from_data=True,
+            by_position=True,
         ),
-        Ablation("optimal", "constants learned for each circuit; to evaluate only, and slow", from_data=True),
+        Ablation(
+            "optimal", "constants learned for each circuit; to evaluate only, and slow", from_data=True, learned=True
+        ),
     )
 }
+
+
+def ablation_of(given: str | Constants) -> Ablation:
+    """A name's entry; constants of one's own are an ablation, too."""
+    if isinstance(given, Constants):
+        return Ablation("constants", "constants that were given", lambda arch, data: given.on(arch))
+    return ABLATIONS[given]

@@ -1,8 +1,8 @@
 """Operators for edge attribution in transformers: tensors in, tensors out.
 
-`edge_scores` scores every sender -> receiver edge, `head_space_scores` does so from head space, `masked_read` runs
-a circuit; the scores are the gradient of the read's mask. Importing this package loads no
-accelerator runtime and no model library.
+`edge_scores` scores every edge from a sender to a receiver, `head_space_scores` does the same from head space, and
+`masked_read` gives the inputs of receivers in a circuit. The gradient of its mask is `edge_scores`. Importing this
+package loads no accelerator runtime and no model library.
 """
 
 from eap_kernels.ops import Nodes, backends, edge_scores, explain, head_space_scores, masked_read

@@ -1,8 +1,8 @@
 """What `impl="auto"` runs, and why: for each operator a rule on CPUs and one on GPUs, both measured by bench/kernels.
 
-On GPUs measured.json, which bench/record.py writes, ranks the backends by compute capability, operator and case. A case
-is what decides within an operator: dtype, memory, sizes. The same functions name it when a bench is recorded and when
-`auto` looks it up.
+On GPUs, measured.json ranks the backends by compute capability, operator and case; bench/record.py writes it. A case
+names what decides within an operator: dtype, memory layout, sizes. The same functions name it when a bench is recorded
+and when `auto` looks it up.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from eap_kernels.reference.edge_scores import flattens
 
 TABLE = Path(__file__).with_name("measured.json")
 MEASURED: dict[str, dict[str, dict[str, list[str]]]] = json.loads(TABLE.read_text())
-# Of edge_scores on a GPU: up to this many receivers, and all larger numbers, were measured apart.
+# edge_scores on a GPU: up to this many receivers are one measured case, more receivers another.
 FEW_RECEIVERS = (1, 12, 37)
-# Of masked_read on a GPU: up to this share of kept edges.
+# masked_read on a GPU: the largest share of kept edges of each measured case.
 SHARES = (0.03, 0.3, 1.0)
-# Of masked_read on a CPU: up to this many kept edges a receiver, or for this few receivers, the sparse walk wins.
+# masked_read on a CPU: the sparse walk wins up to this many kept edges per receiver, or up to this many receivers.
 SPARSE = 150
 FEW_READERS = 8
 
@@ -38,7 +38,7 @@ class Choice(NamedTuple):
 
 
 def choose(op: str, *args: Any) -> Choice:
-    """What runs for the operator's own arguments; those at the end that a rule does not look at may be left out."""
+    """What `auto` runs for an operator's arguments; trailing ones that its rule does not look at may be left out."""
     on_gpu, on_cpu = RULES[op]
     x = args[0][0] if isinstance(args[0], Sequence) else args[0]
     if x.is_cuda:
@@ -53,7 +53,7 @@ def choose(op: str, *args: Any) -> Choice:
 
 
 def ranking(capability: str, op: str, case: str) -> list[str]:
-    """Backends from the fastest on; none where this case was not measured on such a card."""
+    """Backends, the fastest first; empty if this case was not measured on such a card."""
     return MEASURED.get(capability, {}).get(op, {}).get(case, [])
 
 
@@ -77,7 +77,7 @@ def _dtype(name: str) -> str:
 
 
 def _arithmetic(x: Tensor) -> str:
-    """What products are computed in on a GPU."""
+    """The arithmetic of products on a GPU."""
     return "tf32" if x.dtype == torch.float32 and tf32() else str(x.dtype).removeprefix("torch.")
 
 
@@ -112,7 +112,7 @@ def _masked_read_on_cpu(base: Tensor, delta: Tensor, mask: Tensor) -> Choice:
     return Choice("reference", f"{kept:.0f} edges are kept a receiver, enough for the library's matrix product")
 
 
-# For each operator: its case in measured.json, on GPUs; the choice on CPUs, where the compiled library is there.
+# For each operator: its case in measured.json, for GPUs; and the choice on CPUs if the compiled library is there.
 RULES: dict[str, tuple[Callable[..., str], Callable[..., Choice]]] = {
     "edge_scores": (_edge_scores_on_gpu, _edge_scores_on_cpu),
     "head_space_scores": (

@@ -1,4 +1,4 @@
-"""Runs an operator on the backend asked for, after the checks that need to look at values or memory.
+"""Run an operator on the requested backend, after the checks that look at values or memory.
 
 Registers the implementations: the reference as every device's default kernel, and the choice among backends.
 """
@@ -19,7 +19,7 @@ from eap_kernels.reference import Backend
 
 
 def check_impl(op: str, impl: str, device: torch.device) -> None:
-    """An explicit backend either runs or raises: it is never replaced by another one."""
+    """Check a backend that was asked for by name: it runs or raises, and no other one takes its place."""
     if impl == "auto":
         return
     if impl not in tuple(BACKENDS):
@@ -60,7 +60,7 @@ def _check_range(op: str, name: str, values: Tensor, high: int) -> None:
 
 
 def _chosen(op: str, impl: str, device: torch.device, *args: Any) -> Backend:
-    """The backend asked for, or what `auto` takes for the operator's arguments."""
+    """The requested backend, or the one that `auto` takes for these arguments."""
     check_impl(op, impl, device)
     return BACKENDS[_auto.choose(op, *args).impl if impl == "auto" else impl]
 

@@ -1,4 +1,4 @@
-"""Loads the compiled operator library and remembers why it is missing where it is missing."""
+"""Load the compiled operator library, or remember why it is missing."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The torch operators: schemas, shape functions and gradients. No implementation.
 
-Each operator has two overloads. The plain one is what a device offers: the native kernel where one is registered, the
-reference elsewhere; it wants reach and segments on the CPU; `tf32` allows a GPU's kernel to round fp32 operands.
-`select` carries the backend's name, is opaque to tracing, and is what the public functions call.
+Each operator has two overloads. The plain one runs the device's native kernel if one is registered, and the reference
+otherwise. It takes reach and segments on the CPU, and `tf32` allows a GPU's kernel to round fp32 operands. `select`
+also takes the backend's name and is opaque to tracing; the public functions call it.
 """
 
 from __future__ import annotations

@@ -13,14 +13,14 @@ from eap_kernels import _native
 
 
 def processor() -> str:
-    """The processor's name where the system tells it, else its kind."""
+    """The processor's name if the system tells it, else its architecture."""
     listed = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.+)$", listed.read_text() if listed.is_file() else "", re.MULTILINE)
     return names[0] if names else platform.machine()
 
 
 def facts() -> dict[str, str]:
-    """What this installation can do, as printable pairs."""
+    """What this installation can do, as pairs to print."""
     lines = {
         "eap-kernels": eap_kernels.__version__,
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""The public functions: check the arguments, then call the operator."""
+"""The public functions: they check the arguments, then call the operator."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ class Nodes:
 
         values[:, i] @ weight[i // (h // g)] - sum_m coefficients[i, m, :, None] * normalised[m]    [N, D]
 
-    A head that writes: the difference of its values and its slice of the output projection. A head that reads:
-    the gradient at its projection, the projection's weight times the norm's gain, and the norm's second term. One
-    dtype and device for all, any strides.
+    For a head that writes, they are the difference of its values and its slice of the output projection. For a head
+    that reads, they are the gradient at its projection, the projection's weight times the norm's gain, and the norm's
+    second term. All have one dtype and device, and any strides.
 
     Args:
         values: [N, h, K], or [N, h, D] where there is no weight.
@@ -107,8 +107,8 @@ def head_space_scores(
 ) -> Tensor:
     """`edge_scores` of nodes kept in head space, without ever holding [S, N, D] or [R, N, D].
 
-    Tiles of the residual-space rows are expanded and contracted one after another: memory beyond the inputs is
-    bounded by `workspace`, whatever N. The norm's gradient is that of "Gradients in head space" in ARCHITECTURE.md.
+    Tiles of the residual-space rows are expanded and contracted one after another, so `workspace` bounds the memory
+    beyond the inputs, whatever N is. The norm's gradient is that of "Gradients in head space" in ARCHITECTURE.md.
 
     Args:
         senders: groups whose nodes, in order, are the S senders.
@@ -116,7 +116,7 @@ def head_space_scores(
         reach: int64 [R], 0 <= reach <= S: how many senders each receiver sees.
         out: [S, R], added to in place; fp64 for fp64 inputs, else fp32. Allocated with zeros when absent.
         impl: "auto", which follows a measured rule, or a name in `backends()`.
-        workspace: bytes of expanded rows held at once; never less than one token's.
+        workspace: bytes of expanded rows held at once; at least one token's.
 
     Returns:
         `out`. Not differentiable: the inputs are detached.
@@ -168,7 +168,7 @@ def masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str = "auto") -
     receiver v in the circuit. Differentiable once, in base, delta and a floating mask; the mask's gradient is
     `edge_scores`. Senders whose mask row is zero are not read: their delta may hold anything.
 
-    A mask with a leading dimension of circuits reads them all. Where they share delta, that is one read.
+    A mask with a leading dimension of circuits reads them all, in one read if they share delta.
 
     Args:
         base: [N, D], shared by all receivers, [R, N, D] or [C, R, N, D]; delta's dtype and device, any strides.
@@ -222,7 +222,7 @@ def explain(op: str, *args: object) -> str:
     if op == "masked_read" and len(args) > 1 and isinstance(args[1], Tensor) and args[1].dim() == 4:
         _fail("explain", "one circuit's delta, since each circuit is read by itself", list(args[1].shape))
     try:
-        # Of nodes a rule looks at their values.
+        # A rule looks only at the nodes' values.
         choice = _auto.choose(op, *([node.values for node in x] if isinstance(x, Sequence) else x for x in args))
     except (AttributeError, IndexError, TypeError) as error:
         raise TypeError(f"explain: expected the tensors of {op}, got {len(args)} arguments") from error

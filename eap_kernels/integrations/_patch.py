@@ -1,4 +1,4 @@
-"""Replaces attributes of another package's modules, and puts them back."""
+"""Replace attributes of another package's modules, and put them back."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Replacement(NamedTuple):
 
 
 class Patch:
-    """Replaced attributes: they stay until `restore()` or the end of a `with` block.
+    """Replaced attributes, which stay until `restore()` or the end of a `with` block.
 
-    What is replaced already is left to the patch that did it, so nested and repeated patches are harmless.
+    An attribute that another patch has replaced is left to that patch, so nested and repeated patches are harmless.
     """
 
     def __init__(self, *replacements: Replacement) -> None:
@@ -31,7 +31,7 @@ class Patch:
                 setattr(owner, name, function)
 
     def restore(self) -> None:
-        """Put back what this patch replaced; once is enough, more does nothing."""
+        """Put back what this patch replaced. Further calls do nothing."""
         while self._originals:
             setattr(*self._originals.pop())
 

@@ -1,4 +1,4 @@
-"""auto-circuit (UFO-101/auto-circuit), patching edges and taking mask gradients with our operators.
+"""Make auto-circuit (UFO-101/auto-circuit) patch edges and take mask gradients with our operators.
 
 Its wrappers keep the output of every source in one buffer that is part of the autograd graph; each read subtracts
 the buffer from the ablations, and its gradient passes through the whole buffer. Here the difference is kept once,
@@ -30,8 +30,8 @@ _INTERFACE = (
 def patch() -> Patch:
     """Let `auto_circuit` patch edges with `masked_read` and take its mask gradients with `edge_scores`.
 
-    Masks that are one per example or per position keep the package's einsum for both. Use it as a context
-    manager, or call `restore()` on what it returns; without either it stays.
+    If each example or position has its own mask, the package's einsum stays in use for both. Use the result as a
+    context manager or call its `restore()`; otherwise the patch stays.
 
     Raises:
         ImportError: `auto_circuit` is not installed.
@@ -71,18 +71,18 @@ def _forward(original: Callable[..., Any], package: Any) -> Callable[..., Any]:
 class _Sources:
     """The outputs of the sources during one `patch_mode`, and their differences from the ablations.
 
-    A buffer of outputs that is changed otherwise than by the wrappers' own passes is not noticed.
+    A change to the buffer of outputs by anything other than the wrappers' own passes is not noticed.
     """
 
     def __init__(self) -> None:
-        # The outputs of the latest pass that a gradient can go to, by the rows they fill.
+        # Outputs of the latest pass that can receive a gradient, by the rows that they fill.
         self.outputs: dict[tuple[int, int], Tensor] = {}
         self._ablations: Tensor | None = None
         # ablations - outputs, [S, batch, ...]; rows before `kept` are kept for a backward.
         self._rows, self._kept = torch.empty(0), 0
 
     def start(self, ablations: Tensor, current: Tensor) -> None:
-        """Before a read: take the difference, unless it was taken from these ablations."""
+        """Before a read: take the difference, unless it was already taken from these ablations."""
         if ablations is not self._ablations:
             self._ablations, self._kept = ablations, 0
             with _no_autograd():
@@ -110,7 +110,7 @@ class _Sources:
 
 @contextmanager
 def _no_autograd() -> Iterator[None]:
-    """Neither gradients nor inference tensors, which could not be written to later on."""
+    """No gradients, and no inference tensors either, because those could not be written to later."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 

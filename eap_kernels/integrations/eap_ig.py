@@ -1,7 +1,7 @@
-"""The published EAP-IG package (hannamw/EAP-IG), scoring edges and running circuits with our operators.
+"""Make the published EAP-IG package (hannamw/EAP-IG) score edges and run circuits with our operators.
 
 Its hooks contract a buffer of activation differences with the gradients at each receiver, and its circuits read
-the buffer through a mask: two einsums, found by their expressions. Both run on the buffer as it lies.
+the buffer through a mask: two einsums, found by their expressions. Our operators read the buffer in place.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _READ = "batch pos previous hidden, previous ... -> batch pos ... hidden"
 def patch() -> Patch:
     """Let `eap` score edges with `edge_scores` and evaluate circuits with `masked_read`.
 
-    Everything else, node and neuron scores included, runs as published. Use it as a context manager, or call
-    `restore()` on what it returns; without either it stays.
+    Everything else, including node and neuron scores, runs as published. Use the result as a context manager or call
+    its `restore()`; otherwise the patch stays.
 
     Raises:
         ImportError: `eap` is not installed.
@@ -42,7 +42,7 @@ def patch() -> Patch:
 def _instead_of(
     einsum: Callable[..., Any], expression: str, ours: Callable[[Tensor, Tensor], Tensor]
 ) -> Callable[..., Any]:
-    """einsum, with one expression taken over."""
+    """An einsum that hands one expression to another function."""
 
     def call(*args: Any) -> Any:
         *operands, given = args

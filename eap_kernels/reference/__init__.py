@@ -8,11 +8,11 @@ from eap_kernels.reference import edge_scores, head_space_scores, masked_read
 
 
 class Backend:
-    """One way to compute the operators; as it stands, the reference.
+    """One way to compute the operators. This class itself is the reference.
 
-    Every other backend is a subclass in a folder of its own and an entry of `_registry.BACKENDS`. It overrides what
-    differs: an operator that it lacks runs as here. The arguments of an operator are those of its plain overload in
-    `_schemas`, checked, with reach and segments on the CPU.
+    Every other backend is a subclass in its own folder and an entry of `_registry.BACKENDS`. It overrides the operators
+    that it has; the others run as here. An operator's arguments are those of its plain overload in `_schemas`, already
+    checked, with reach and segments on the CPU.
     """
 
     name = "reference"
@@ -21,15 +21,15 @@ class Backend:
 
     @property
     def device(self) -> str | None:
-        """The device type whose tensors it takes; None for any."""
+        """The type of device whose tensors it takes; None for any."""
         return None
 
     def missing(self) -> str | None:
-        """Why it cannot run on this machine, in one clause; None where it can."""
+        """Why it cannot run on this machine, in one clause; None if it can."""
         return None
 
     def head_space_scores(self, *args: Any) -> None:
-        """Tiles are expanded by the library's batched product and contracted by the backend's `edge_scores`."""
+        """Expand tiles with the library's batched product and contract them with the backend's `edge_scores`."""
         contract = partial(self.edge_scores, tf32=tf32())
-        # On a GPU tiles have the operands' own dtype, which is what its tensor cores multiply.
+        # On a GPU tiles keep the operands' dtype, because tensor cores multiply that dtype.
         partial(head_space_scores.head_space_scores, contract=contract, rounded=args[0][0].is_cuda)(*args)

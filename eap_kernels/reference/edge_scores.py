@@ -8,10 +8,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-# Elements of delta copied at once where a copy is needed (strides that do not flatten, low precision): what a
-# processor's cache holds, and enough for a GPU not to wait for launches.
+# Elements of delta copied at once if a copy is needed (strides that do not flatten, low precision): as many as a
+# processor's cache holds, and enough that a GPU does not wait for launches.
 _CHUNK, _CHUNK_CUDA = 1 << 20, 1 << 26
-# Share of a block's products that may lie outside the staircase: wider products are worth it.
+# Share of a block's products that may lie outside the staircase: wider products are worth that much.
 _WASTE = 0.125
 
 
@@ -36,7 +36,7 @@ _Index = slice | list[int]
 
 
 def _index(positions: list[int]) -> _Index:
-    """A slice where the positions follow each other: slicing is free, gathering copies."""
+    """A slice if the positions are consecutive: slicing is free, gathering copies."""
     first = positions[0] if positions else 0
     run = range(first, first + len(positions))
     return slice(run.start, run.stop) if positions == list(run) else positions

@@ -26,8 +26,8 @@ def head_space_scores(
     """Add the scores to out [S, R]; each list holds one tensor a group, the first `sender_groups` are senders.
 
     values [N, h, K], weights [g, K, D] or empty, coefficients [h, M, N] and normalised [M, N, D] or empty. At most
-    `workspace` bytes are expanded at once, but never less than one token. `contract` multiplies a tile, whose rows are
-    in the accumulation dtype, or `rounded` to that of the values.
+    `workspace` bytes are expanded at once, but at least one token. `contract` multiplies a tile; its rows are in the
+    accumulation dtype, or in the values' dtype if `rounded`.
     """
     groups = list(zip(values, weights, coefficients, normalised, strict=True))
     senders, receivers = groups[:sender_groups], groups[sender_groups:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Elements of delta that are copied at once where a copy is needed (unused senders, low precision).
+# Elements of delta copied at once if a copy is needed (unused senders, low precision).
 _CHUNK = 1 << 20
 
 

@@ -16,7 +16,7 @@ LAYOUTS = ("contiguous", "tokens_first", "reversed", "padded", "expanded")
 
 
 def available_backends() -> list[str]:
-    """Backends that can run here. One that EAP_REQUIRE names ("cpu,...") and that cannot run is an error."""
+    """Backends that can run here. A backend named in EAP_REQUIRE ("cpu,...") that cannot run is an error."""
     backends = eap_kernels.backends()
     for name in filter(None, os.environ.get("EAP_REQUIRE", "").split(",")):
         if name not in backends:
@@ -104,7 +104,7 @@ TF32_EPS = 2.0**-10
 def assert_close(actual: Tensor, reference: Tensor, oracle: Oracle, eps: float | None = None) -> None:
     """The one tolerance rule: error <= 2 x (error of the reference in that dtype + eps x scale).
 
-    `eps` is that of the result's dtype unless operands are held in less.
+    `eps` is that of the result's dtype, unless operands are kept in lower precision.
     """
     if actual.shape != oracle.value.shape:
         raise AssertionError(f"shape: expected {list(oracle.value.shape)}, got {list(actual.shape)}")
@@ -121,7 +121,7 @@ def _error(x: Tensor, oracle: Oracle) -> float:
     return float((x.double().cpu() - oracle.value).abs().max())
 
 
-# Values of this size are what rounding leaves of a difference: no test here compares smaller ones.
+# Rounding leaves differences of this size; no test here compares smaller values.
 NOISE = 1e-9
 
 

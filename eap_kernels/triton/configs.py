@@ -1,7 +1,7 @@
-"""What the Triton kernels are compiled with: plain tables, edited after a measurement, enumerated by the tests.
+"""What the Triton kernels are compiled with: plain tables that are edited after measuring and enumerated by tests.
 
-Rates are relative throughputs of a table's entries among each other. They are estimates: no entry has been timed
-on a GPU yet.
+Rates are throughputs relative to the other entries of the same table. They are estimates: no entry has been timed on a
+GPU yet.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Tile(NamedTuple):
     stages: int
     # Useful work per time, relative to the other entries of the same table.
     rate: float
-    # Programs that a multiprocessor holds at once.
+    # Programs that run on a multiprocessor at once.
     resident: int = 1
 
 

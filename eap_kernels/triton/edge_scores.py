@@ -18,7 +18,7 @@ from torch import Tensor
 from eap_kernels.triton import configs
 from eap_kernels.triton.configs import Tile
 
-# Bytes of partial tiles held at once, where a single chunk of every tile does not need more.
+# Bytes of partial tiles held at once, unless a single chunk of every tile needs more.
 WORKSPACE = 64 << 20
 # What starting and ending a program costs, in steps of its inner loop.
 _OVERHEAD = 8
@@ -36,7 +36,7 @@ class Launch(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Everything about a call that does not depend on the values of delta and grad."""
+    """All of a call that does not depend on the values of delta and grad."""
 
     tile: Tile
     # Row and column of each tile, in tiles: int32 [tiles, 2].
@@ -150,7 +150,7 @@ def _contract(
     column = tl.load(tile_table + 2 * tile + 1) * COLUMNS
     first = tl.load(chunks + 2 * chunk)
     last = tl.load(chunks + 2 * chunk + 1)
-    # Rows past the end repeat the last sender: what they give is never added to out.
+    # Rows past the end repeat the last sender; their results are never added to out.
     u = tl.minimum(row + tl.arange(0, ROWS), senders - 1).to(tl.int64)
     v = tl.load(receivers + column + tl.arange(0, COLUMNS)).to(tl.int64)
     k = tl.arange(0, INNER)
@@ -224,7 +224,7 @@ def schedule(
     element_size: int,
     device: torch.device,
 ) -> Schedule:
-    """The work list of one call, with the cheapest of the tiles to choose from.
+    """The work list of one call, with the cheapest of the available tiles.
 
     `reach` and `segments` are the bytes of their int64 values, `shape` is [S, N, D], `element_size` that of out.
     """
@@ -292,7 +292,7 @@ def _launches(
 
 
 def _splits(steps: int, tiles: int, limit: int, tile: Tile) -> int:
-    """Into how many chunks to cut the steps, so that the last wave of programs is as full as the others."""
+    """The number of chunks for which the last wave of programs is as full as the others."""
     slots = configs.PROCESSORS * tile.resident
     most = max(1, min(limit, steps // _OVERHEAD))
     return min(range(1, most + 1), key=lambda n: triton.cdiv(tiles * n, slots) * (steps / n + _OVERHEAD))

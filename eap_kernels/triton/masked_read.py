@@ -51,7 +51,7 @@ def parts(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
     A product of two bf16 (or fp16) numbers is exact in fp32. So a mask that delta's dtype holds is used as it is,
     and an fp32 mask of a bf16 delta as a sum of three bf16 parts, 3 x 8 bits of mantissa: no mask is rounded. fp16
-    has not the range for that; there the products are those of fp32.
+    lacks the range for that, so its products are computed in fp32.
     """
     if mask.dtype in (torch.bool, dtype):
         return mask.to(dtype)[None]
@@ -61,13 +61,13 @@ def parts(mask: Tensor, dtype: torch.dtype) -> Tensor:
     weights = rest.new_empty((3, *mask.shape), dtype=dtype)
     for part in weights:
         part.copy_(rest)
-        # What remains of an infinite weight is nothing.
+        # An infinite weight leaves no remainder.
         rest = (rest - part).masked_fill_(part.isinf(), 0)
     return weights
 
 
 def lists(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row of a bool matrix [rows, S] the columns that are set.
+    """For each row of a bool matrix [rows, S], the columns that are set.
 
     Returns where each row's list starts and the last one ends, [rows + 1], and the rows and the columns of all
     entries, one list after the other; int32.
@@ -115,7 +115,7 @@ def dense(base: Tensor, delta: Tensor, weights: Tensor, used: Tensor, y: Tensor,
 
 
 def sparse(base: Tensor, delta: Tensor, mask: Tensor, kept: Tensor, y: Tensor) -> None:
-    """Writes y at a cost that follows the kept edges. base, y [R, N, D]; delta [S, N, D]; mask [S, R]; kept [R, S]."""
+    """Writes y; cost grows with the kept edges. base, y [R, N, D]; delta [S, N, D]; mask [S, R]; kept [R, S]."""
     starts, row, senders = lists(kept)
     receivers, tokens, features = y.shape
     wide = torch.float64 if y.dtype == torch.float64 else torch.float32

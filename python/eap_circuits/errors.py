@@ -4,9 +4,9 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Something handed in is not what was expected: `name: expected …, found …`.
+    """An argument or a file is not what was expected: `name: expected …, found …`.
 
-    Raised before any work is done wherever that is possible; the model and the files are as they were.
+    It is raised before any work is done, wherever that is possible. The model and the files are as they were.
     """
 
 
@@ -16,7 +16,7 @@ def expected(name: str, wanted: str, found: object) -> InputError:
 
 
 def reason(error: BaseException) -> str:
-    """What another library's error says, as a clause of a sentence: its first line, or the kind of error."""
+    """Another library's error as a clause of a sentence: the first line of its message, or the name of its type."""
     lines = str(error).splitlines()
     return (lines[0][:200] if lines else "") or type(error).__name__
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from .errors import InputError, expected
 
-# What json, safetensors and torch raise for a damaged file: torch makes an OSError of some truncated ones, and asserts.
+# What json, safetensors and torch raise for damaged files; for some truncated ones torch raises OSError or asserts.
 DAMAGED = (
     AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SafetensorError, TypeError,
     ValueError, pickle.UnpicklingError, struct.error,
@@ -21,7 +21,7 @@ DAMAGED = (
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:
-    """The path, if a file can be put there; raises `InputError` otherwise. Writes nothing."""
+    """Return the path if a file can be written there, else raise `InputError`. Writes nothing."""
     path = Path(path)
     if path.is_dir():
         raise expected(str(path), "a file to write", "a folder")
@@ -34,9 +34,9 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
-    """Call `write` on a temporary file beside `path`, then put it in place at once.
+    """Call `write` on a temporary file beside `path`, then move it into place in one step.
 
-    An error or an interruption leaves whatever stood at `path` as it was.
+    After an error or an interruption, a file that was at `path` before is unchanged.
     """
     path = check_writable(path)
     try:

@@ -1,4 +1,4 @@
-"""eap_kernels/measured.json from the committed results: per GPU generation, operator and case the backends by speed."""
+"""Make eap_kernels/measured.json of the results: the backends by speed, for each GPU generation, operator and case."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Times = Mapping[str, float]  # backend -> seconds
 
 
 def cases(name: str, info: Mapping) -> Iterator[tuple[str, str, Times]]:
-    """(operator, case, seconds) of one bench; nothing of one that does not compare backends."""
+    """(operator, case, seconds) of one bench; nothing if it does not compare backends."""
     test, seconds = name.partition("[")[0], info.get("seconds", {})
     if test in ("test_edge_scores", "test_edge_scores_of_few_receivers"):
         flat = info["layout"] == "contiguous"
@@ -30,8 +30,8 @@ def cases(name: str, info: Mapping) -> Iterator[tuple[str, str, Times]]:
 def table(results: Mapping[str, Mapping]) -> dict[str, dict[str, dict[str, list[str]]]]:
     """{compute capability: {operator: {case: backends}}} of the GPUs' results.
 
-    A backend's figure is the mean over a case's benches of the logarithm of its time; one that did not run everywhere
-    is left out.
+    A backend's figure is the mean, over a case's benches, of the logarithm of its time. A backend that did not run in
+    all of them is left out.
     """
     found: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for result in results.values():

@@ -1,4 +1,4 @@
-"""Ratios of runs timed in turns: the only figures that hold on a shared machine."""
+"""Ratios of runs timed in alternation, the only figures that hold on a shared machine."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def pytest_addoption(parser):
 
 
 def stored_ratios(config):
-    """The machine's stored ratios of every bench; None where it has none."""
+    """The machine's stored ratios of every bench; None if it has none."""
     return {} if config.getoption("--record") else regressions.load(measure.slug(measure.machine()))
 
 
@@ -42,16 +42,16 @@ def stored(pytestconfig):
 
 @pytest.fixture
 def hold(benchmark, request, stored):
-    """hold(measured, bars, **facts): fails where a ratio is under its bar or its share of the stored one.
+    """hold(measured, bars, **facts): fails if a ratio is below its bar or below its share of the stored one.
 
-    `measured()` gives (ratios, other facts) and is tried again up to `tries` times while one is.
+    `measured()` gives (ratios, other facts); while a ratio is too low, it is tried again, up to `tries` times.
     """
 
     def run(measured, bars, tries=measure.TRIES, **facts):
         ratios, more, problems = regressions.held(measured, bars, stored.get(request.node.name, {}), tries)
         benchmark.extra_info.update(ratios=ratios, bars=bars, **more, **facts)
         print("\n" + "  ".join(f"{name} {value:.3g}" for name, value in ratios.items()))
-        # What is timed on the pretended device means nothing.
+        # Times on the pretended device mean nothing.
         assert not problems or measure.PRETENDED, problems
         return ratios
 
@@ -73,7 +73,7 @@ def in_turns(benchmark, hold):
         best = {}
 
         def measured():
-            # Another try adds rounds: noise only ever adds time.
+            # Another try only adds rounds, because noise only adds time.
             for name, value in measure.in_turns(runs, device=device, **(timing or {})).items():
                 best[name] = min(value, best.get(name, value))
             print("\n" + "  ".join(f"{name} {value * 1e3:.3g} ms" for name, value in best.items()), end="")

@@ -1,19 +1,19 @@
 """`make gpu`: build, test, sanitize and measure on a machine with a GPU, from a bare checkout and without a network.
 
 Needs only what such a machine has: Python with PyTorch, Triton, transformers, pytest, pytest-benchmark, hypothesis and
-ninja, and nvcc. What matters most comes first: our own kernels, then the two shapes that are looked at first, then the
-rest. Every stage runs whatever became of those before, and is stopped at its share of the time. Where a call may not
-last ten minutes, or a machine is bare each time, it goes in two parts of five and a half:
+ninja, and nvcc. What matters most comes first: our own kernels, then the two most important shapes, then the rest.
+Every stage runs even if an earlier one failed, and is stopped at its share of the time. If a call may not last ten
+minutes, or every call gets a bare machine, run it in two parts of five and a half minutes:
 
 make gpu STAGES=first      # kernels, sanitizer, the benches of llama-3.1-8b and gpt2 in bfloat16
 make gpu STAGES=rest       # the other benches, models against their own passes
 make gpu STAGES=compiled   # edge_scores against torch.compile, which compiles for minutes
 
 $OUT, or build/gpu, has the log of all stages (gpu.log) and the results. Elsewhere `python -m bench.record FILE` merges
-these results into bench/results and writes the tables from them: those of the docs, and what `auto` takes on such a
-card. Where the sources come without their history, EAP_COMMIT names the commit.
+these results into bench/results and writes the tables made from them: those of the docs, and what `auto` takes on such
+a card. If the sources come without git history, EAP_COMMIT names the commit.
 
---rehearse runs the same on a pretended device: what surrounds the kernels is tested, the kernels are not.
+--rehearse runs the same on a pretended device: it tests everything around the kernels, but not the kernels.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ from bench import gpu_report
 from bench.gpu_report import KERNELS, OPERATORS
 from bench.processes import ROOT, Result, commit, json_of, run
 
-# Of all stages, and of a part: a call on such a machine may last ten minutes, and the machine takes its own time.
+# Seconds of all stages, and of a part: a call on such a machine may last ten minutes, including its start.
 TOTAL_SECONDS = {"all": 560.0, "first": 330.0, "rest": 330.0}
-# Of a rehearsal, where nothing is at stake but that it ends.
+# Seconds of a rehearsal, which only has to end.
 REHEARSAL_SECONDS = 3000.0
-# Bytes of one command's output that the joined log keeps; at most 16 MiB come back from some machines.
+# Bytes of each command's output that the joined log keeps: some machines return at most 16 MiB.
 LOGGED = 400_000
 
-# The name of each test as it begins: where a kernel hangs, the log ends with it.
+# Print each test's name as it begins: if a kernel hangs, the log ends with its test.
 PYTEST = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--show-capture=stdout", "-p", "no:cacheprovider"]
 TEST = [*PYTEST, "--maxfail=10", "-m", "not slow"]
 JOBS = max(1, (os.cpu_count() or 2) // 2)
 FIRST = "bfloat16 and (llama-3.1-8b or gpt2)"
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-# What the pretended device cannot do: fake tensors, inference mode, the gradients of what two models compute in place,
-# and what only the kernel itself does.
+# What the pretended device cannot do: fake tensors, inference mode, gradients of operations that two models do in
+# place, and whatever only the kernel itself does.
 NOT_PRETENDED = "not opcheck and not eap_ig_circuit and not llama4 and not olmo-query and not sparse_path"
-# Calls of the driver that find nothing are no errors: torch tries which functions there are.
+# A call of the driver that finds nothing is not an error: torch tries which functions exist.
 TOOLS = {"memcheck": ["--tool", "memcheck", "--report-api-errors", "no"], "racecheck": ["--tool", "racecheck"]}
 
 
 class Stage(NamedTuple):
-    """Commands by name, all of which run, this many at once; the share of the time they have together."""
+    """Commands by name, how many of them run at once, and the share of the time that they have together."""
 
     name: str
     share: float
@@ -68,7 +68,7 @@ class Stage(NamedTuple):
 
 
 def kernel_tests() -> dict[str, list[str]]:
-    """Tests of what runs on the GPU alone, in processes of their own: what a failing kernel does to one stays there."""
+    """Tests of what runs only on the GPU, each in its own process, so that a failing kernel harms no other."""
     # Triton compiles for every kind of stride and size: fewer random cases.
     quick = ["env", "EAP_QUICK=1"]
 
@@ -167,7 +167,7 @@ def rehearsed(stage: Stage) -> Stage:
     if stage.name == "build":
         return stage
     pretended = {
-        # Of whole models nothing is computed.
+        # Whole models compute nothing.
         "EAP_PRETEND": "shapes" if stage.name == "models" else "values",
         "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("bench/pretended/site", "", "python")),
         "EAP_QUICK": "1",
@@ -185,13 +185,13 @@ def rehearsed(stage: Stage) -> Stage:
 
 
 def run_stage(stage: Stage, log: Path, end: float) -> list[Result]:
-    """Its commands' results. Each output goes to the log when its command is done."""
+    """The results of a stage's commands. Each output goes to the log when its command is done."""
     waiting, lock = list(stage.commands.items()), Lock()
 
     def next_one(_: object) -> Result:
         with lock:
             label, command = waiting.pop(0)
-            # One after the other they share what is left.
+            # One after another, they share the time that is left.
             parts = len(waiting) + 1 if stage.at_once == 1 else 1
             limit = (end - time.monotonic()) / parts
         with tempfile.TemporaryFile("w+", errors="replace") as file:
@@ -208,7 +208,7 @@ def run_stage(stage: Stage, log: Path, end: float) -> list[Result]:
 
 
 def run_stages(stages: Sequence[Stage], folder: Path, total: float) -> list[Result]:
-    """The results of all commands. What a stage leaves of its time the later ones share."""
+    """The results of all commands. Later stages share the time that a stage leaves."""
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "gpu.log"
     log.write_text("")

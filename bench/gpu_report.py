@@ -1,4 +1,4 @@
-"""What `make gpu` prints: in ten lines what is right and what is fastest, a table of its stages, what failed."""
+"""What `make gpu` prints: ten lines on what is right and what is fastest, a table of its stages, and the failures."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Iterator, Sequence
 
 from bench.processes import ROOT, Result, commit, json_of
 
-# Characters about failures; the log has all.
+# Characters that are shown of failures; the log has all of them.
 SHOWN = 8000
-# Backends with kernels for GPUs, all that run there, and the operators.
+# Backends with kernels for GPUs, all backends that run there, and the operators.
 KERNELS = ("cuda", "triton")
 IMPLS = (*KERNELS, "reference")
 OPERATORS = ("edge_scores", "masked_read", "head_space_scores")
 
 
 def counted(output: str) -> str:
-    """The last summary of pytest: "12 passed, 1 skipped"; nothing where there is none."""
+    """The last summary of pytest, such as "12 passed, 1 skipped"; empty if there is none."""
     found = re.findall(r"^=+ (.*\b(?:passed|failed|error|errors|skipped)\b.*) in [\d.]+s", output, re.MULTILINE)
     return found[-1] if found else ""
 
 
 def failures(results: Sequence[Result], room: int = SHOWN) -> str:
-    """Of each command that is not ok: the messages of failing tests, and how its output ends."""
+    """For each command that failed: the messages of failing tests, and the end of its output."""
     failed = [result for result in results if result.problem]
     return "\n".join(failure(result, room // len(failed)) for result in failed)
 
@@ -46,7 +46,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def first_lines(results: Sequence[Result]) -> str:
-    """Which backend is right, which is fastest for each operator, and models against their own passes."""
+    """Which backends are right, which is fastest for each operator, and models against their own passes."""
     lines = [f"commit {commit()[:10]}"]
     for impl in IMPLS:
         of_impl = [r for r in results if r.stage == "kernels" and r.label.startswith(impl)]
@@ -69,19 +69,19 @@ def verdict(results: Sequence[Result]) -> str:
 
 
 def measured(results: Sequence[Result]) -> Iterator[tuple[str, dict]]:
-    """(name, its own figures) of every bench that these commands finished."""
+    """(name, figures) of every bench that these commands finished."""
     for path in (ROOT / json_of(result.stage, result.label) for result in results):
         if path.exists():
             yield from ((b["name"], b["extra_info"]) for b in json.loads(path.read_text())["benchmarks"])
 
 
 def fastest(results: Sequence[Result]) -> list[str]:
-    """A line for each operator: the backends' times on the 8B shape in bfloat16, from the fastest on."""
+    """A line for each operator: the backends' times on the 8B shape in bfloat16, the fastest first."""
     found: dict[str, str] = {}
     for name, info in measured(results):
         operator = re.match(rf"test_({'|'.join(OPERATORS)})\[llama-3.1-8b-bfloat16", name)
         if operator and operator[1] not in found and "seconds" in info:
-            # Of a masked read: the sparsest mask.
+            # For a masked read, take the sparsest mask.
             runs = {run: time for run, time in info["seconds"].items() if "@" not in run or run.endswith("@0.01")}
             seconds = {run.partition("@")[0]: time for run, time in runs.items()}
             times = sorted((seconds[impl], impl) for impl in IMPLS if impl in seconds)

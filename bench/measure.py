@@ -1,4 +1,4 @@
-"""What every bench measures with: times in turns, peak memory, the rates of the machine, and its name."""
+"""What every bench measures with: times in alternation, peak memory, the machine's rates and name."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ import torch
 from eap_kernels.info import processor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# On the pretended device of `make gpu-rehearsal` nothing is large, and what is timed means nothing.
+# On the pretended device of `make gpu-rehearsal` everything is small, and times mean nothing.
 PRETENDED = bool(os.environ.get("EAP_PRETEND"))
 Run = Callable[[], object]
-# Seconds for all rounds of a bench, and how often a ratio under its bar is measured again: a GPU is nobody else's.
+# Seconds for all rounds of a bench, and how often a ratio below its bar is measured again; nobody shares the GPU.
 BUDGET, TRIES = (3.0, 3) if DEVICE == "cpu" else (0.0 if PRETENDED else 1.0, 1)
-# More than any GPU's L2 cache: written before each timed call, so that its operands come from memory.
+# Larger than any GPU's L2 cache; written before each timed call, so that its operands come from memory.
 FLUSHED_BYTES = (1 if PRETENDED else 256) * 2**20
 
 
@@ -36,7 +36,7 @@ def _flushed() -> torch.Tensor:
 
 
 def seconds(run: Run, count: int, device: str = DEVICE) -> float:
-    """Mean time of a call; on a GPU between events, with its L2 cache flushed before each call."""
+    """Mean seconds of a call; on a GPU between events, with the L2 cache flushed before each call."""
     if device == "cpu":
         start = time.perf_counter()
         for _ in range(count):
@@ -59,14 +59,14 @@ def in_turns(
     budget: float = BUDGET,
     device: str = DEVICE,
 ) -> dict[str, float]:
-    """Seconds a call of each run: A B C C B A in one process; noise only ever adds time, so minima count.
+    """Seconds per call of each run, in the order A B C C B A in one process. Noise only adds time, so minima count.
 
-    Without `rounds`, as many as fit in `budget` seconds, at least 2 and at most 7.
+    Without `rounds`, it takes as many as fit in `budget` seconds, from 2 to 7.
     """
     once = {}
     for name, run in runs.items():
         once[name] = seconds(run, 1, device)
-        # The first call also loads and allocates, and on a GPU it may compile: where it tells little, ask again.
+        # The first call also loads and allocates, and on a GPU it may compile. If it tells little, time another.
         if once[name] < min_seconds or device != "cpu":
             once[name] = seconds(run, 1, device)
     most = 1 if PRETENDED else 100
@@ -83,7 +83,7 @@ def in_turns(
 
 
 def matmul(dtype: torch.dtype) -> tuple[Run, float]:
-    """A square matrix product in this dtype, and its floating-point operations: the machine's matrix rate."""
+    """A square matrix product in this dtype and its number of operations, for the machine's matrix rate."""
     n = 128 if PRETENDED else 8192 if DEVICE == "cuda" else 2048
     a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
@@ -91,19 +91,19 @@ def matmul(dtype: torch.dtype) -> tuple[Run, float]:
 
 
 def copy(size: int) -> tuple[Run, float]:
-    """A copy, and the bytes it reads and writes, `size` in all: the bandwidth at a problem's own size."""
+    """A copy and the bytes that it reads and writes, `size` in all, for the bandwidth at a problem's own size."""
     source = torch.ones(max(1, size // 2), dtype=torch.uint8, device=DEVICE)
     target = torch.zeros_like(source)
     return lambda: target.copy_(source), 2.0 * source.numel()
 
 
 def resident(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at their highest since that was last reset."""
+    """Resident bytes of this process: VmRSS is now, VmHWM the peak since the last reset."""
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def peak_bytes(run: Run) -> int:
-    """The most memory that a run takes above what is there before it. On a CPU only a fresh process can say."""
+    """The peak memory of a run above what was there before it. On a CPU only a fresh process can tell."""
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -117,7 +117,7 @@ def peak_bytes(run: Run) -> int:
 
 
 def in_fresh_process(job: Callable[..., Any], *arguments: object, **environment: str) -> Any:
-    """What a job returns in a process of its own, with these environment variables."""
+    """Run a job in its own process, with these environment variables, and return its result."""
     with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(job, *arguments).result()
 
@@ -130,7 +130,7 @@ def _output(*command: str) -> str:
 
 
 def machine() -> dict[str, object]:
-    """The processor, and the GPU where there is one."""
+    """The processor, and the GPU if there is one."""
     facts: dict[str, object] = {
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -144,7 +144,7 @@ def machine() -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that can move a ratio."""
+    """The versions of everything that can change a ratio."""
     from importlib.metadata import version
 
     found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": version("transformers")}

@@ -1,4 +1,4 @@
-"""Commands that are stopped in time: they and all they started, after a chance to report; and what is measured."""
+"""Commands that are stopped in time, with all processes they started, after a chance to report."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-# From the request to stop until the end: pytest then writes its summary, and the JSON of the benches that ran.
+# Seconds from the request to stop until the end, in which pytest writes its summary and the JSON of finished benches.
 GRACE_SECONDS = 10.0
 
 
 class Result(NamedTuple):
-    """Of one command of a stage: what was wrong in a few words or None, what it printed, seconds."""
+    """The outcome of one command: what was wrong in a few words, or None; what it printed; seconds."""
 
     stage: str
     label: str
@@ -28,12 +28,12 @@ class Result(NamedTuple):
 
 
 def json_of(stage: str, label: str) -> str:
-    """Where a stage's command writes the results of its benches."""
+    """The file to which a stage's command writes the results of its benches."""
     return f"build/{stage}-{label.replace(' ', '-')}.json"
 
 
 def commit() -> str:
-    """The commit that is measured: EAP_COMMIT where the sources travel without their history, else git's."""
+    """The measured commit: EAP_COMMIT if the sources come without git history, else git's."""
     named = os.environ.get("EAP_COMMIT")
     if named:
         return named
@@ -44,7 +44,7 @@ def commit() -> str:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Interrupt a process and all it started, and end what is left of them."""
+    """Interrupt a process and all that it started, and kill those that remain."""
     for sign in (signal.SIGINT, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, sign)
@@ -54,10 +54,10 @@ def stop(process: subprocess.Popen) -> None:
 def run(
     stage: str, label: str, command: Sequence[str], environment: Mapping[str, str], file: IO[str], limit: float
 ) -> Result:
-    """Run one command for at most `limit` seconds, its end included, with its output in `file`."""
+    """Run one command for at most `limit` seconds, including its end, with its output in `file`."""
     begin = time.monotonic()
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")]), "PYTHONUNBUFFERED": "1"}
-    # On what calls itself CI pytest does not cut the messages of its summary at the terminal's width.
+    # With CI set, pytest does not cut the messages of its summary at the terminal's width.
     fixed = {"OMP_WAIT_POLICY": "PASSIVE", "CI": "true", **paths}
     print("$", *command, file=file, flush=True)
     problem = _run(command, {**os.environ, **fixed, **environment}, file, max(1.0, limit - GRACE_SECONDS))

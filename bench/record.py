@@ -1,5 +1,5 @@
-"""Turn a pytest-benchmark JSON into a committed result, the machine's stored ratios, and the tables: of the docs, and
-of what `auto` takes on a GPU. A GPU's benches are measured in parts: each is merged into what is there.
+"""Turn a pytest-benchmark JSON into a committed result, the machine's stored ratios, the tables of the docs, and the
+table of what `auto` takes on a GPU. A GPU's benches are measured in parts, and each part is merged into the others.
 
 python -m bench.record RUN.json ...          # bench/results/, bench/ratios/, then the tables
 python -m bench.record GPU.json ...          # the same with results that were recorded on another machine
@@ -24,9 +24,9 @@ CHOICES = _auto.TABLE
 
 
 def condense(run: dict) -> dict:
-    """What is worth keeping of a run: machine, versions, commit, and each bench's own figures.
+    """What is kept of a run: machine, versions, commit, and each bench's own figures.
 
-    A bench that was interrupted has none yet. A result that was recorded elsewhere is kept as it is.
+    A bench that was interrupted has no figures. A result that was recorded elsewhere is kept as it is.
     """
     if "benchmarks" not in run:
         return run
@@ -42,7 +42,7 @@ def condense(run: dict) -> dict:
 
 
 def merged(old: dict | None, new: dict) -> dict:
-    """The new benches beside those that stay; of other versions or another driver none does.
+    """The new benches and the old ones. Results of other versions or another driver do not stay.
 
     A bench that stays carries its own commit and date.
     """
@@ -72,7 +72,7 @@ def record(run: dict) -> None:
     target.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
     regressions.store(result, machine)
     write_choices()
-    if "OUT" in os.environ:  # on a machine whose checkout is thrown away this folder is what comes back
+    if "OUT" in os.environ:  # only this folder comes back from a machine whose checkout is thrown away
         for file in (target, CHOICES):
             shutil.copy(file, os.environ["OUT"])
         shutil.copy(regressions.path(machine), Path(os.environ["OUT"], f"{machine}-ratios.json"))

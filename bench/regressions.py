@@ -19,7 +19,7 @@ def path(machine: str) -> Path:
 
 
 def load(machine: str) -> dict[str, dict[str, float]] | None:
-    """The ratios stored for a machine, or None where it has none."""
+    """The ratios stored for a machine, or None if it has none."""
     file = path(machine)
     return json.loads(file.read_text())["ratios"] if file.exists() else None
 
@@ -37,7 +37,7 @@ def store(result: Mapping, machine: str) -> None:
 
 
 def below(found: Mapping[str, float], stored: Mapping[str, float], share: float = TOLERANCE) -> list[str]:
-    """One line for each ratio that is missing or under its share of the stored one."""
+    """One line for each ratio that is missing or below its share of the stored one."""
     problems = []
     for name, value in stored.items():
         of = f", {share} of the stored {value:.3g}" if share < 1 else ""
@@ -54,7 +54,7 @@ def held(
     stored: Mapping[str, float],
     tries: int,
 ) -> tuple[dict[str, float], dict, list[str]]:
-    """(ratios, other facts, problems) of the first try without problems, else of the last one."""
+    """(ratios, other facts, problems) of the first try without problems, or of the last one."""
     for _ in range(tries):
         found, facts = measured()
         problems = below(found, bars, 1.0) + below(found, stored)
@@ -64,7 +64,7 @@ def held(
 
 
 def of_run(found: Ratios, stored: Ratios) -> list[str]:
-    """The regressions of a whole run; a stored bench that did not run is one."""
+    """The regressions of a whole run, including stored benches that did not run."""
     problems = []
     for bench, values in stored.items():
         if bench in found:

@@ -1,6 +1,6 @@
-"""Every operator on small odd shapes by the backends named: what compute-sanitizer looks at in `make gpu`.
+"""Every operator on small odd shapes by the named backends, for compute-sanitizer in `make gpu`.
 
-What results are compared with is computed on the CPU where it can be: the sanitizer has less to look at.
+Expected results are computed on the CPU where possible, so that the sanitizer has less to check.
 
 python bench/sanitize.py triton cuda
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-# Out of bounds is visible only where each tensor is an allocation of its own. Read when torch is loaded.
+# Out-of-bounds accesses show only if each tensor is its own allocation. Torch reads this when it is loaded.
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
@@ -32,7 +32,7 @@ def edge_scores(impl, device, shape, dtype, layout, generator):
     )
     on_device = delta.to(device), grad.to(device)
     reach = torch.randint(0, senders + 1, (receivers,), generator=generator)
-    # Without segments once, and with two, out of order, once.
+    # Once without segments, and once with two segments out of order.
     for segments in (None, torch.arange(tokens) % 2):
         count = None if segments is None else int(segments.max()) + 1
         oracle = testing.edge_scores_oracle(delta, grad, reach, segments, count)
@@ -59,7 +59,7 @@ def masked_read(impl, device, shape, dtype, layout, generator):
 
 
 def head_space_scores(impl, device, shape, dtype, layout, generator):
-    """Residual rows and two heads to a weight as senders; as receivers heads with the norm's second term."""
+    """Senders: residual rows, and two heads per weight. Receivers: heads with the norm's second term."""
     _, _, tokens, width = shape
 
     def normal(*size):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 Results = Mapping[str, Mapping]  # name of the file -> result
 NONE = "not yet measured"
-# A ratio in a result is the other's figure over ours, so that higher is better; README shows ours over the other's.
+# A result holds the other's figure over ours, so higher is better. README shows ours over the other's.
 README_ROWS = (
     ("test_attribute_over_floor[prefix-reuse]", "speedup", "`attribute`, M = 5: time over the floor's"),
     ("test_attribute_over_floor[no-reuse]", "speedup", "the same without prefix reuse"),
@@ -60,7 +60,7 @@ def provenance(result: dict) -> str:
 
 
 def commits(result: dict) -> str:
-    """When and of which commit; of several where benches were measured apart."""
+    """Date and commit, or several of them if benches were measured separately."""
     found = {
         (info.get("date", result["date"]), info.get("commit", result["commit"])) for info in result["benches"].values()
     }
@@ -83,7 +83,7 @@ Row = Callable[[dict, dict[str, float]], list[str]]
 
 
 def measured(results: Results, test: str, columns: list[str], row: Row) -> str:
-    """One row for each of a test's cases on each machine, then where they come from; also where there are none."""
+    """One row for each case of a test on each machine, even if there are none, and then where they come from."""
     rows, sources = [], []
     for kind in ("CPU", "GPU"):
         of_kind = [result for result in results.values() if ("gpu" in result["machine"]) == (kind == "GPU")]
@@ -110,7 +110,7 @@ def case(info: dict, *more: str) -> list[str]:
 
 
 def work() -> str:
-    """The shapes, and what one token costs at least: operations of the staircase, rows read once."""
+    """The shapes, and the least that one token costs: the staircase's operations, and each row read once."""
     from bench.kernels.shapes import MODELS
 
     rows = []
@@ -185,7 +185,7 @@ def integrations(results: Results) -> str:
         found = info["differences"]
         return [info["package"], info["model"], f"{max(found.values()):.0e}", "; ".join(found)]
 
-    columns = ["package", "run", "seconds", "of them in what is replaced", "GiB beside the model"]
+    columns = ["package", "run", "seconds", "of these in replaced functions", "GiB besides the model"]
     costs = measured(results, "integrations_cost", columns, cost)
     columns = ["package", "model", "largest difference", "runs"]
     return f"{costs}\n{measured(results, 'integrations_scores', columns, scores)}"
@@ -201,7 +201,7 @@ def model_shapes(results: Results) -> str:
 
 
 def shares(results: Results) -> str:
-    """Measured on the processor, also where there is a GPU."""
+    """Shares of processor time, even if there is a GPU."""
     found = results["performance"]
     rows = [(kind, f"{100 * share:.0f} %") for kind, share in found["shares"].items()]
     facts, versions = found["machine"], found["versions"]

@@ -21,7 +21,7 @@ from eap_kernels.reference.edge_scores import flattens
 
 TABLE = Path(__file__).with_name("measured.json")
 MEASURED: dict[str, dict[str, dict[str, list[str]]]] = json.loads(TABLE.read_text())
-# edge_scores on a GPU: up to this many receivers are one measured case, more receivers another.
+# edge_scores on a GPU: the most receivers of each measured case; any larger number is one more case.
 FEW_RECEIVERS = (1, 12, 37)
 # masked_read on a GPU: the largest share of kept edges of each measured case.
 SHARES = (0.03, 0.3, 1.0)

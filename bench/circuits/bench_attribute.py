@@ -26,7 +26,7 @@ def test_attribute_over_floor(speedup, model_and_data, floor, reuse, at_least):
 
 
 def test_more_steps_over_floor(in_turns, model_and_data, floor):
-    """How cost grows with path points, against how the floor's does."""
+    """How cost grows with path points, compared with the floor's."""
     model, data = model_and_data
 
     def ratios(seconds):
@@ -55,7 +55,7 @@ def test_few_shot_over_floor(speedup, model_and_data):
 
 
 def test_curve_over_forward(speedup, model_and_data, forward):
-    """A ten-point faithfulness curve against one plain forward: the bar is a tenth, one forward a circuit."""
+    """A ten-point faithfulness curve against one plain forward; the bar is a tenth: one forward per circuit."""
     model, data = model_and_data
     scores = eap.attribute(model, data, method="eap")
     speedup(lambda: eap.faithfulness_curve(model, scores, data, SIZES), forward, 1 / 10, threads=THREADS, rounds=8)
@@ -85,7 +85,7 @@ def test_exact_over_forward(in_turns, model_and_data, forward):
 
 @pytest.mark.parametrize("reuse", [True, False], ids=["prefix-reuse", "no-reuse"])
 def test_memory_over_floor(benchmark, hold, peak_memory, reuse):
-    """Peak memory with one path point at a time, weights included, the interpreter not; a fresh process for each."""
+    """Peak memory with one path point at a time, with weights but without the interpreter, each in a fresh process."""
 
     def measured():
         sizes = {
@@ -102,7 +102,7 @@ def test_memory_over_floor(benchmark, hold, peak_memory, reuse):
 def test_memory_is_as_planned(benchmark, hold, peak_memory, model_and_data, reuse):
     """Path points side by side: what `plan` says against peak memory above the loaded model.
 
-    The C library keeps freed memory of the sizes it has seen; what is needed shows where it gives all of it back.
+    The C library keeps freed memory for later. Only when it returns all of it does the memory that is needed show.
     """
     model, data = model_and_data
     what = "attribute at once" if reuse else "attribute at once without reuse"

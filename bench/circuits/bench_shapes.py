@@ -1,6 +1,6 @@
-"""Attribution of models of well-known shapes and random weights against their own passes; needs no file of weights.
+"""Attribution of random models of well-known shapes against their own passes; needs no weights from a file.
 
-Prompts differ from their first token on, so that no prefix is there to reuse. The large model is for a GPU only.
+Prompts differ from their first token on, so there is no prefix to reuse. The large model runs only on a GPU.
 """
 
 import gc
@@ -16,7 +16,7 @@ from eap_kernels import _auto
 
 STEPS = 5
 GB = 10**9
-# Settings in which a shape differs from its architecture's defaults, and the dtype it is used in.
+# The settings of a shape that differ from its architecture's defaults, and its dtype.
 SHAPES = {
     "gpt2": ("gpt2", {}, torch.float32),
     "llama-3.1-8b": (
@@ -36,7 +36,7 @@ SHAPES = {
 # shape, prompts, tokens each, the most bytes in all, and the least ratio of the floor's time to ours
 CASES = {"gpt2": ("gpt2", 64 if DEVICE == "cuda" else 16, 20, None, 1 / 1.2)}
 if DEVICE == "cuda":
-    # What was measured fastest, and what runs where nothing was measured; the large shape first.
+    # What was measured fastest, and what runs without a measurement; the large shape first.
     large = ("llama-3.1-8b", 16, 128, 24 * GB, 1 / 1.1)
     CASES = {"llama-3.1-8b": large, "llama-3.1-8b-reference": large, **CASES, "gpt2-reference": CASES["gpt2"]}
 

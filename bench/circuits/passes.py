@@ -1,4 +1,4 @@
-"""SmolLM2 on IOI and the floor: the passes of the model itself that attribution cannot do without."""
+"""SmolLM2 on IOI, and the floor: the model's own passes that attribution needs in any case."""
 
 import gc
 from pathlib import Path
@@ -17,7 +17,7 @@ def model_and_data():
 
 
 def few_shot(model, examples=4, shared=400, own=20):
-    """Random prompts that begin alike; clean and corrupted differ in the first of their own tokens."""
+    """Random prompts with a shared beginning; clean and corrupted differ in the first token after it."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
     start = torch.randint(vocabulary, (1, shared), generator=generator).expand(examples, -1)
@@ -29,7 +29,7 @@ def few_shot(model, examples=4, shared=400, own=20):
 
 
 def scored_logits(model, data, **inputs):
-    """Logits at each prompt's last token, computed at no more positions than the batch needs: [E, V]."""
+    """Logits at each prompt's last token, [E, V], computed at only those positions that the batch needs."""
     positions, which = (data.lengths.to(model.device) - 1).unique(return_inverse=True)
     logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
     return logits[torch.arange(len(data), device=model.device), which]
@@ -54,7 +54,7 @@ def floor(model, data, steps):
 
 
 def peak(what, steps):
-    """The most bytes resident while `what` runs, less those before the model."""
+    """Peak resident bytes while `what` runs, less those before the model was loaded."""
     import transformers  # noqa: F401 - part of what is there before the model
 
     before = resident("VmRSS")
@@ -70,6 +70,6 @@ def peak(what, steps):
         before = resident("VmRSS")
         eap.attribute(model, data, **given)
     else:
-        # Within so small a budget a pass has the fewest tokens there are: one path point of the batch.
+        # With such a small budget a pass has as few tokens as possible: one path point of the batch.
         eap.attribute(model, data, batch_size=len(data), memory=1, **given)
     return resident("VmHWM") - before

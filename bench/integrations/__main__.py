@@ -1,14 +1,14 @@
-"""Other circuit codebases as published against the same with our operators: scores, time and peak memory.
+"""Other circuit codebases, as published and with our operators: scores, time and peak memory.
 
 git clone https://github.com/hannamw/EAP-IG eap-main && git -C eap-main checkout 795f560
 git clone https://github.com/hannamw/EAP-IG eap-mib && git -C eap-mib checkout 7af394a
 pip install "transformer-lens>=2.15,<3" matplotlib auto-circuit==1.0.1    # not beside eap_circuits: older transformers
 python -m bench.integrations --eap-ig 795f560=eap-main/src --eap-ig 7af394a=eap-mib/src --auto-circuit
 
-On models with random weights: the scores of every run at a tiny shape and of some at GPT-2 small's; there the time and
-memory too, of the first revision alone. Times are taken in turns in one process, memory in fresh ones. Writes
-bench/results/integrations.json, or with the GPU's name, and the table of docs/integrations.md. A difference above
-ALLOWED is an error.
+On models with random weights, it compares the scores of every run at a tiny shape and of some runs at GPT-2 small's
+shape. There it also measures time and memory, for the first revision only: times in alternation in one process, memory
+in fresh ones. It writes bench/results/integrations.json, or a file with the GPU's name, and the tables of
+docs/integrations.md. A difference above ALLOWED is an error.
 """
 
 from __future__ import annotations

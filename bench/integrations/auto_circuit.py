@@ -19,7 +19,7 @@ class AutoCircuit:
     patch = staticmethod(auto_circuit.patch)
 
     def __init__(self, shape: str) -> None:
-        # The package names torch.optim.adam, which `import torch` no longer brings along.
+        # The package uses torch.optim.adam, which `import torch` no longer loads.
         torch.optim.adam = importlib.import_module("torch.optim.adam")
         self.shape = shape
         self.wide = self._model()
@@ -96,5 +96,5 @@ class AutoCircuit:
         }
 
     def stopwatch(self):
-        """Nothing: the patch changes what is differentiated, so that no part of the time is comparable by itself."""
+        """Measures nothing: the patch changes what is differentiated, so no part of the time is comparable."""
         return nullcontext([])

@@ -121,7 +121,7 @@ class EapIg:
 
 
 def _for_cpu(path: Path, folder: str) -> str:
-    """A copy that runs without a GPU: the package names the device of its score matrices in the source."""
+    """A copy that runs without a GPU: the package's source fixes the device of its score matrices."""
     for file in shutil.copytree(path / "eap", Path(folder) / "eap").glob("*.py"):
         file.write_text(file.read_text().replace("device='cuda'", "device='cpu'"))
     return folder

@@ -1,4 +1,4 @@
-"""The model that both codebases run, and its prompts: random weights, random tokens."""
+"""The model that both codebases run, with random weights, and its prompts of random tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHAPES = {
     TINY: {"n_layers": 2, "d_model": 24, "n_heads": 3, "d_head": 8, "d_mlp": 64, "d_vocab": 61},
     SMALL: {"n_layers": 12, "d_model": 768, "n_heads": 12, "d_head": 64, "d_mlp": 3072, "d_vocab": 50257},
 }
-# Prompts a batch, and in all.
+# Prompts per batch, and in all.
 PROMPTS = {TINY: (4, 8), SMALL: (4, 4)}
 POSITIONS, STEPS = 16, 3
 Runs = dict[str, Callable[[], Tensor]]

@@ -1,4 +1,4 @@
-"""Published against patched: scores, time and peak memory, each in a process of its own."""
+"""Published against patched: scores, time and peak memory, each in its own process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _running(package: EapIg | AutoCircuit, how: str) -> AbstractContextManager[N
 
 
 def scores(make: Make, shape: str) -> dict[str, float]:
-    """By how much the scores of each run differ at most, relative to the largest score."""
+    """The largest difference of each run's scores, relative to the largest score."""
     package, found = make(shape), {}
     for name, run in package.runs().items():
         published = run().cpu()
@@ -37,7 +37,7 @@ def scores(make: Make, shape: str) -> dict[str, float]:
 
 
 def times(make: Make, rounds: int) -> dict[str, dict]:
-    """Per run: medians of the seconds of a call, whole and in what is replaced, and of the ratios of rounds."""
+    """For each run, medians of a call's seconds, in all and in replaced functions, and of the rounds' ratios."""
     package, rows = make(SMALL), {}
     for name, run in package.runs().items():
         taken: dict[str, list[list[float]]] = {PUBLISHED: [], PATCHED: []}
@@ -60,7 +60,7 @@ def _medians(rounds: Tensor) -> dict[str, float]:
 
 
 def memory(make: Make, name: str, how: str) -> int:
-    """The most bytes that a run takes above what is there before it."""
+    """The peak bytes of a run above what was there before it."""
     package = make(SMALL)
     with _running(package, how):
         return measure.peak_bytes(package.runs()[name])

@@ -1,8 +1,9 @@
 """edge_scores over the models' whole staircases, against what published code runs, one dense product, a compiled
 formula, and the machine's own matrix rate. docs/ops/edge_scores.md shows the results.
 
-Per call every peer covers the whole staircase once. Published code runs once for each integrated-gradients step, where
-the steps of `edge_scores` are summed before the one call: with five steps its ratio is five times that of a call.
+In a call every peer covers the whole staircase once. Published code makes one call for each step of integrated
+gradients; `edge_scores` is called once, after its steps are summed. So with five steps the ratio is five times that of
+one call.
 """
 
 import pytest
@@ -20,14 +21,14 @@ SAMPLED = 24
 
 
 def sampled_oracle(d, g, seen):
-    """testing.edge_scores_oracle, computed on the device: a CPU takes seconds for 2,048 tokens."""
+    """testing.edge_scores_oracle computed on the device, because a CPU takes seconds for 2,048 tokens."""
     seen = (torch.arange(len(d), device=d.device)[:, None] < seen.to(d.device)).double()
     value, size = (torch.einsum("snd,rnd->sr", a.double(), b.double()) for a, b in ((d, g), (d.abs(), g.abs())))
     return testing.Oracle((value * seen).cpu(), float(size.max()))
 
 
 def check(delta, grad, reach, impls):
-    """At the measured size against the float64 oracle: the outermost rows and columns, and a random sample."""
+    """Compare with the float64 oracle at the measured size: the outermost rows and columns, and a random sample."""
     rows, columns = (
         torch.cat([torch.tensor([0, n - 1]), torch.randperm(n)[:SAMPLED]]).unique() for n in (len(delta), len(grad))
     )
@@ -63,7 +64,7 @@ def peers(delta, grad, model, out):
 
 
 def dense(delta, grad):
-    """The whole rectangle as one matrix product, or as eight whose sum it is, where that is faster."""
+    """The whole rectangle as one matrix product, or as a sum of eight if that is faster."""
     d, g = delta.flatten(1), grad.flatten(1).T
     d8, g8 = d.unflatten(1, (8, -1)).transpose(0, 1), g.unflatten(0, (8, -1))
     runs = {"one": lambda: d @ g, "eight": lambda: torch.bmm(d8, g8).sum(0)}
@@ -72,10 +73,10 @@ def dense(delta, grad):
 
 
 def compiled(delta, grad, reach):
-    """torch.compile of the formula, and None or why there is none.
+    """torch.compile of the formula and None, or why it failed.
 
-    The formula as one masked einsum: the reference itself unrolls into a product for each block of the staircase,
-    which took five minutes to compile for gpt2 and does not end for larger models.
+    The formula is one masked einsum. The reference itself unrolls into a product for each block of the staircase, which
+    took five minutes to compile for gpt2 and does not end for larger models.
     """
     staircase = (torch.arange(len(delta))[:, None] < reach).to(delta.device)
 
@@ -103,14 +104,14 @@ def operands(model, dtype, layout, receivers=None):
 
 
 def over_best(seconds):
-    """How near `auto` comes to the fastest backend."""
+    """The fastest backend's time over that of `auto`."""
     return min(1.0, shapes.best(seconds) / shapes.auto(seconds))
 
 
 @pytest.mark.parametrize("layout", shapes.LAYOUTS)
 @pytest.mark.parametrize(("name", "dtype"), shapes.CASES)
 def test_edge_scores(in_turns, pytestconfig, name, dtype, layout):
-    """Peers keep tokens first, so they run there; a dense product wants each sender's values in one piece."""
+    """Peers keep tokens first, so they run in that layout; a dense product needs each sender's values in one piece."""
     model, missing = shapes.MODELS[name], None
     delta, grad, reach, out, runs = operands(model, dtype, layout)
     if layout == "tokens_first":
@@ -147,7 +148,7 @@ def test_edge_scores(in_turns, pytestconfig, name, dtype, layout):
 @pytest.mark.parametrize("dtype", shapes.DTYPES)
 @pytest.mark.parametrize("receivers", FEW_RECEIVERS)
 def test_edge_scores_of_few_receivers(in_turns, receivers, dtype, layout):
-    """One gradient, one group, one layer of gpt2: where `auto` has to choose differently."""
+    """One gradient, one group and one layer of gpt2, for which `auto` has to choose differently."""
     *_, runs = operands(shapes.MODELS["gpt2"], dtype, layout, receivers)
     in_turns(
         runs,

@@ -1,6 +1,6 @@
 """head_space_scores against expanding both operands with torch and scoring them: time, and memory beyond the inputs.
 
-edge_scores alone, on operands expanded before the clock starts, shows what the expansion inside costs.
+edge_scores alone, on operands expanded before the clock starts, shows what the expansion costs.
 """
 
 import pytest
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.benchmark(group="head_space_scores")
 
 
 def check(model, dtype, tokens):
-    """Every backend against the float64 oracle, on the model's first three layers and at most 64 tokens."""
+    """Compare every backend with the float64 oracle, on the model's first three layers and at most 64 tokens."""
     given = head_space.inputs(model._replace(layers=3), min(tokens, 64), dtype)
     oracle = testing.head_space_scores_oracle(*given)
     reference = ek.head_space_scores(*given, impl="reference")
@@ -22,7 +22,7 @@ def check(model, dtype, tokens):
         testing.assert_close(ek.head_space_scores(*given, impl=impl), reference, oracle)
 
 
-# With the few tokens a CPU gets, the largest models only read their weights, for half a minute each.
+# With the few tokens that a CPU gets, the largest models only read their weights, for half a minute each.
 CASES = [case for case in shapes.CASES if measure.DEVICE == "cuda" or shapes.MODELS[case[0]].senders < 400]
 
 
@@ -51,7 +51,7 @@ def test_head_space_scores(in_turns, name, dtype_name):
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen2.5-0.5b"])
 def test_head_space_memory(benchmark, hold, name):
-    """Where the expanded operands take 3 GiB on a CPU, and 8 GiB on a GPU; each in a process of its own."""
+    """Expanded operands of 3 GiB on a CPU or 8 GiB on a GPU; each run in its own process."""
     model = shapes.MODELS[name]
     tokens = head_space.tokens_for(model, shapes.DTYPES["float32"], 3 * 2**30)
 

@@ -1,6 +1,6 @@
-"""masked_read over the share of edges kept, against the einsum it replaces and its floor: the larger of its useful
-operations over the machine's matrix rate and its bytes over the machine's bandwidth. docs/ops/masked_read.md shows
-the results.
+"""masked_read by share of edges kept, against the einsum that it replaces and against its floor: the larger of its
+useful operations over the machine's matrix rate, and its bytes over the machine's bandwidth. docs/ops/masked_read.md
+shows the results.
 """
 
 import pytest
@@ -16,7 +16,7 @@ DENSITIES = (0.01, 0.1, 0.5, 1.0)
 
 
 def masks(model, receivers):
-    """{density: bool [S, R]}, edges kept at random among those that receivers can see."""
+    """{density: bool [S, R]}, a random choice of the edges that receivers can see."""
     reach = model.reach[-1 - receivers : -1] if receivers == model.layer_receivers else model.reach
     staircase = torch.arange(model.senders)[:, None] < reach
     draw = torch.rand(staircase.shape)
@@ -24,7 +24,7 @@ def masks(model, receivers):
 
 
 def check(base, delta, mask):
-    """Every backend against the float64 oracle, on the first two tokens: a read treats each token alone."""
+    """Compare every backend with the float64 oracle on the first two tokens; tokens are independent of each other."""
     base, delta = base[:2], delta[:, :2]
     oracle = testing.masked_read_oracle(base, delta, mask)
     reference = ek.masked_read(base, delta, mask, impl="reference")

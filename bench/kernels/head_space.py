@@ -1,4 +1,4 @@
-"""head_space_scores and what it replaces: both operands expanded with torch, then scored by edge_scores."""
+"""head_space_scores, and what it replaces: both operands expanded with torch, then scored by edge_scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench import measure
 from bench.kernels import shapes
 
 POINTS = 5
-# Weights of more layers than this are made anew from these: enough that they do not stay in a cache.
+# Further layers reuse the weights of these, which are enough not to stay in a cache.
 WEIGHT_BYTES = 2**29
 
 
@@ -79,7 +79,7 @@ def tokens_for(model: shapes.Model, dtype: torch.dtype, cpu_bytes: int) -> int:
 
 
 def peak(what: str, name: str, tokens: int) -> int:
-    """The most bytes that "fused" or "expanded" scores of a model need above their inputs."""
+    """The peak bytes that "fused" or "expanded" scores of a model need above their inputs."""
     model, dtype = shapes.MODELS[name], torch.float32
     run = {"fused": ek.head_space_scores, "expanded": expanded_scores}[what]
     run(*inputs(model, 2, dtype))  # libraries load here

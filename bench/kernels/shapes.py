@@ -1,4 +1,4 @@
-"""The models whose shapes the operators are measured on, their operands, and how many tokens a machine gets."""
+"""The models on whose shapes operators are measured, their operands, and how many tokens a machine gets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eap_kernels import testing
 # fp16 is not measured: its range does not suit gradients, and processors compute it at a hundredth of the speed.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BACKENDS = tuple(impl for impl, device in testing.backends_on_devices() if device == DEVICE)
-# What is run: on a GPU `auto` is one of the backends, by a table that is written from these very runs.
+# What is run. On a GPU `auto` is one of the backends, by a table written from these very runs.
 IMPLS = BACKENDS if DEVICE == "cuda" else ("auto", *BACKENDS)
 LAYOUTS = ("contiguous", "tokens_first")
 
@@ -25,12 +25,12 @@ def best(seconds: Mapping[str, float], suffix: str = "") -> float:
 
 
 def auto(seconds: Mapping[str, float], suffix: str = "") -> float:
-    """What `auto` takes; on a GPU the fastest backend's time."""
+    """The time of the backend that `auto` takes; on a GPU, of the fastest one."""
     return seconds.get(f"auto{suffix}", best(seconds, suffix))
 
 
 class Model(NamedTuple):
-    """Layers, heads, key/value heads, d_model, head dimension; whether attention and MLP read the same residual."""
+    """Layers, heads, key/value heads, d_model, head dimension, and whether attention and MLP read the same residual."""
 
     layers: int
     heads: int
@@ -66,7 +66,7 @@ class Model(NamedTuple):
         return self.heads + 2 * self.kv_heads + 1
 
     def flops(self, tokens: int) -> float:
-        """Useful ones: those of the staircase."""
+        """The useful operations: those of the staircase."""
         return 2.0 * sum(reach * count for reach, count in self.groups()) * tokens * self.width
 
 
@@ -81,7 +81,7 @@ if PRETENDED:
     MODELS = {name: model._replace(layers=2) for name, model in MODELS.items()}
 
 
-# bf16 is a GPU's dtype first: on a CPU one model stands for all. On a GPU two come first, in bf16: time is short.
+# bf16 matters on GPUs; on a CPU one model stands for all. On a GPU two shapes come first, in bf16: time is short.
 CASES = [
     (model, dtype) for model in MODELS for dtype in DTYPES if DEVICE == "cuda" or dtype == "float32" or model == "gpt2"
 ]
@@ -90,7 +90,7 @@ if DEVICE == "cuda":
 
 
 def tokens_for(rows: int, width: int, dtype: torch.dtype, cpu_bytes: int = 2**26) -> int:
-    """Tokens whose operands of so many rows fill 64 MiB on a CPU, 8 GiB on a GPU: an even number, 2 to 2048."""
+    """The tokens whose operands, with this many rows, fill 64 MiB on a CPU or 8 GiB on a GPU: even, 2 to 2048."""
     if PRETENDED:
         return 2
     room = cpu_bytes if DEVICE == "cpu" else min(2**33, torch.cuda.get_device_properties(0).total_memory // 5)
@@ -98,7 +98,7 @@ def tokens_for(rows: int, width: int, dtype: torch.dtype, cpu_bytes: int = 2**26
 
 
 def normal(rows: int, tokens: int, width: int, dtype: torch.dtype, layout: str = "contiguous") -> Tensor:
-    """Normal values [rows, tokens, width], made on the device, laid out as one of LAYOUTS says."""
+    """Normal values [rows, tokens, width], made on the device in one of LAYOUTS."""
     if layout == "tokens_first":
         return torch.randn(tokens, rows, width, device=DEVICE, dtype=dtype).transpose(0, 1)
     return torch.randn(rows, tokens, width, device=DEVICE, dtype=dtype)

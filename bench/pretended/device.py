@@ -1,13 +1,13 @@
-"""One H100 that does not exist: `torch.cuda` answers as it does, and tensors say cuda:0 (tensors.py).
+"""One H100 that does not exist: `torch.cuda` answers as if it did, and tensors say cuda:0 (tensors.py).
 
     with pretending():                           # values are computed on the CPU
         model = model.to("cuda")
         scores = eap.attribute(model, data)      # operators on mixed devices raise, as on a GPU
     with pretending(shapes=True): ...            # nothing is computed: full-sized models in no time
 
-Under `shapes`, floating tensors made on the device, and all that meta tensors become on it, have a shape and no
-values; integers, bools and what is copied from the CPU keep theirs. What the host asks of a tensor without values is
-answered by True and 1, and by no where it asks for NaN. Compilation and fake tensors do not work inside.
+Under `shapes`, floating tensors made on the device have a shape and no values, and so has everything that comes from
+meta tensors; integers, bools and copies from the CPU keep their values. If the host asks for a value that is not there,
+the answer is True or 1, and "no" to a question about NaN. Compilation and fake tensors do not work inside.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def pretending(shapes: bool = False, native: bool = False) -> Iterator[None]:
 
 
 def _pretend_native(stack: contextlib.ExitStack) -> None:
-    """CUDA kernels are the CPU's, Triton's the reference: all around a kernel runs, and no kernel does."""
+    """The CPU's kernels stand for CUDA's, the reference for Triton's: all around a kernel runs, but no kernel."""
     from eap_kernels import _auto, cuda
     from eap_kernels.reference import edge_scores, masked_read
     from eap_kernels.triton import edge_scores as triton_edge_scores

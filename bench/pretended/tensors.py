@@ -1,9 +1,9 @@
 """Tensors that say cuda:0 and compute on the CPU, or have a shape and no values.
 
-Numbers (0-d tensors) and indices may come from the CPU; all else that is on another device raises RuntimeError, as on a
-GPU. Attention is one operator, as there. Operators of `torch.ops.eap_kernels`: `.select` of the three public ones runs
-the package's own choice and what that picks; every other one is taken as one fused kernel and computed by what the
-package registered for the CPU.
+Numbers (0-d tensors) and indices may come from the CPU; any other tensor on another device raises RuntimeError, as on a
+GPU. Attention is one operator, as there. Of the operators in `torch.ops.eap_kernels`, `.select` of the three public
+ones runs the package's own choice and the operator that it picks. Every other one counts as one fused kernel and is
+computed by what the package registered for the CPU.
 
 Observers: `observers.append(f)`; f(event, func, args, kwargs, out) with event "op" for each operator that touches the
 device, or "wait" for each moment in which the host waits for it (func is then a word for why).
@@ -116,7 +116,7 @@ class Dispatch(TorchDispatchMode):
 
 
 class Functions(TorchFunctionMode):
-    """What torch would refuse, or do otherwise, before any operator is dispatched."""
+    """What torch would refuse or do differently before it dispatches any operator."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -228,7 +228,7 @@ def _numbers(index: Any) -> list[Any]:
 
 
 def _forgotten(args: Any, kwargs: Any) -> bool:
-    """Under `shapes`, is this a floating tensor that is made without values?"""
+    """Under `shapes`: is this a floating tensor made without values?"""
     sizes = [a for a in args if isinstance(a, (list, tuple, torch.Size))]
     dtype = kwargs.get("dtype") or torch.get_default_dtype()
     return state["shapes"] and dtype.is_floating_point and bool(sizes) and math.prod(sizes[0]) > _SMALL
@@ -266,7 +266,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _common(func: Any, tensors: list[Tensor]) -> torch.device:
-    """The device of all of them; raises where there are several."""
+    """The device of all of them; raises if there are several."""
     if tensors and func is _aten.copy_.default:
         return CUDA if isinstance(tensors[0], Pretend) else CPU
     here = [CUDA if isinstance(x, Pretend) else x.device for x in tensors]
@@ -277,7 +277,7 @@ def _common(func: Any, tensors: list[Tensor]) -> torch.device:
 
 
 def _free(func: Any, place: int, x: Tensor) -> bool:
-    """May it be on the CPU where others are not?"""
+    """May it be on the CPU when others are not?"""
     if func.namespace == "eap_kernels":
         return x.dtype == torch.int64
     return x.dim() == 0 or (place > 0 and func in _INDEXING and x.dtype in (torch.int64, torch.bool))
@@ -287,7 +287,7 @@ def _free(func: Any, place: int, x: Tensor) -> bool:
 
 
 def attention_forward(*_: Any) -> None:
-    """Stands for the fused kernel where observers are told of it; `attention_backward` likewise."""
+    """Stands for the fused kernel when observers are told of it, as `attention_backward` does."""
 
 
 def attention_backward(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""With this folder on PYTHONPATH, every Python process that EAP_PRETEND is set for runs on the pretended H100.
+"""With this folder on PYTHONPATH and EAP_PRETEND set, every Python process runs on the pretended H100.
 
 EAP_PRETEND=values computes on the CPU, EAP_PRETEND=shapes computes nothing. `make gpu-rehearsal` sets both.
 """

@@ -27,7 +27,7 @@ _VERDICTS = {
     ("agreement", "pearson"): "By Pearson's correlation",
     ("rest", "pearson"): f"By Pearson's correlation without each task's {LEFT_OUT} strongest edges",
     ("agreement", "spearman"): "By Spearman's correlation",
-    ("strongest", "found"): f"By the share that it finds of the strongest {100 / STRONGEST:g} % of edges",
+    ("strongest", "found"): f"By the share of the strongest {100 / STRONGEST:g} % of edges that it finds",
 }
 _FORMATS: dict[str, dict[str, Any]] = {".png": {"dpi": 110}, ".pdf": {"metadata": {"CreationDate": None}}}
 Row = tuple[Any, ...]

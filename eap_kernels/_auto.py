@@ -42,7 +42,11 @@ def choose(op: str, *args: Any) -> Choice:
     on_gpu, on_cpu = RULES[op]
     x = args[0][0] if isinstance(args[0], Sequence) else args[0]
     if x.is_cuda:
-        card, case = "{}.{}".format(*torch.cuda.get_device_capability(x.device)), on_gpu(*args)
+        card = "{}.{}".format(*torch.cuda.get_device_capability(x.device))
+        if op not in MEASURED.get(card, {}):
+            # Without a look at the arguments, for which the host may have to wait.
+            return Choice("reference", f"nothing was measured on compute capability {card}")
+        case = on_gpu(*args)
         fastest = next((impl for impl in ranking(card, op, case) if BACKENDS[impl].missing() is None), None)
         measured = "the fastest" if fastest else "nothing was"
         return Choice(fastest or "reference", f"{measured} measured on compute capability {card} for {case}")

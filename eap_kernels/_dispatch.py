@@ -86,7 +86,16 @@ def _head_space_scores(*args: Any) -> None:
 
 
 def _masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str) -> Tensor:
-    return _chosen("masked_read", impl, delta.device, base, delta, mask).masked_read(base, delta, mask)
+    if delta.dim() == 3:
+        return _chosen("masked_read", impl, delta.device, base, delta, mask).masked_read(base, delta, mask)
+    if not len(mask):
+        return torch.empty_like(base)
+    # Only the reference reads all circuits at once, and only on a device is that worth reading senders in vain.
+    if not delta.is_cpu:
+        backend = _chosen("masked_read", impl, delta.device, base[0], delta[0], mask[0])
+        if backend.name == "reference":
+            return backend.masked_read(base, delta, mask)
+    return torch.stack([_masked_read(*each, impl) for each in zip(base, delta, mask, strict=True)])
 
 
 SELECT = {"edge_scores": _edge_scores, "head_space_scores": _head_space_scores, "masked_read": _masked_read}

@@ -32,13 +32,13 @@ def _scores_fake(*args: Any, **kwargs: Any) -> None:
 
 
 def _masked_read_fake(base: Tensor, delta: Tensor, mask: Tensor, impl: str = "auto") -> Tensor:
-    return delta.new_empty((mask.shape[1], delta.shape[1], delta.shape[2]))
+    return delta.new_empty((*mask.shape[:-2], mask.shape[-1], *delta.shape[-2:]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     base, delta, mask, *impl = inputs
     ctx.save_for_backward(delta, mask)
-    ctx.base_is_shared = base.dim() == 2
+    ctx.base_is_shared = base.dim() == delta.dim() - 1
     ctx.impl = impl
 
 
@@ -54,11 +54,13 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         wide = accumulation_dtype(grad_y.dtype)
         grad_base = grad_y.sum(0, dtype=wide).to(grad_y.dtype) if ctx.base_is_shared else grad_y
     if need_delta:
-        grad_delta = overload(ops.masked_read)(delta.new_zeros(delta.shape[1:]), grad_y, mask.T, *ctx.impl)
+        zeros = delta.new_zeros(delta.shape[1:]) if delta.dim() == 3 else delta.new_zeros(()).expand_as(delta)
+        grad_delta = overload(ops.masked_read)(zeros, grad_y, mask.mT, *ctx.impl)
     if need_mask:
-        reach = torch.full((mask.shape[1],), mask.shape[0], dtype=torch.int64, device="cpu")
+        reach = torch.full((mask.shape[-1],), mask.shape[-2], dtype=torch.int64, device="cpu")
         scores = delta.new_zeros(mask.shape, dtype=accumulation_dtype(delta.dtype))
-        overload(ops.edge_scores)(delta, grad_y, reach, scores, None, *ctx.impl)
+        for each in zip(delta, grad_y, scores, strict=True) if mask.dim() == 3 else [(delta, grad_y, scores)]:
+            overload(ops.edge_scores)(*each[:2], reach, each[2], None, *ctx.impl)
         grad_mask = scores.to(mask.dtype)
     return (grad_base, grad_delta, grad_mask, *(None for _ in ctx.impl))
 

@@ -168,7 +168,8 @@ def masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str = "auto") -
     receiver v in the circuit. Differentiable once, in base, delta and a floating mask; the mask's gradient is
     `edge_scores`. Senders whose mask row is zero are not read: their delta may hold anything.
 
-    A mask with a leading dimension of circuits reads them all, in one read if they share delta.
+    A mask with a leading dimension of circuits reads them all. Where they share delta, that is one read. Where each has
+    its own, the reference reads every sender on a GPU, so that it is one product: there delta must be finite.
 
     Args:
         base: [N, D], shared by all receivers, [R, N, D] or [C, R, N, D]; delta's dtype and device, any strides.
@@ -200,9 +201,7 @@ def masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str = "auto") -
         base = base if base.dim() == 2 else base.expand(circuits, receivers, *base.shape[-2:]).flatten(0, 1)
         together = mask.transpose(0, 1).reshape(senders, circuits * receivers)
         return read(base, delta, together, impl).reshape(circuits, receivers, *delta.shape[1:])
-    bases = base.unbind() if base.dim() == 4 else [base] * circuits
-    reads = [read(*each, impl) for each in zip(bases, delta, mask, strict=True)]
-    return torch.stack(reads) if reads else delta.new_empty(0, receivers, *delta.shape[2:])
+    return read(base if base.dim() == 4 else base.expand(circuits, receivers, *delta.shape[2:]), delta, mask, impl)
 
 
 def backends() -> dict[str, str | None]:

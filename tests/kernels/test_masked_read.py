@@ -11,6 +11,7 @@ from torch.library import opcheck
 
 import eap_kernels as ek
 from eap_kernels import testing
+from eap_kernels.reference.masked_read import masked_read
 
 # Fewer and smaller cases, for Triton's interpreter in `make test`.
 QUICK = os.environ.get("EAP_QUICK") == "1"
@@ -143,6 +144,16 @@ def test_unused_senders_are_never_read(impl, device, dtype):
     mask = torch.tensor([[1, 0], [0, 0], [0, 0], [1, 1]], dtype=torch.bool)
     y = ek.masked_read(torch.ones(2, 3, dtype=dtype), delta, mask, impl=impl)
     assert y[:, 0, 0].tolist() == [3, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_reference_reads_all_circuits_in_one_product(dtype, randn):
+    """As it does on a device."""
+    base, delta = randn(3, 5, 2, 4).to(dtype), randn(3, 6, 2, 4).to(dtype)
+    mask = randn(3, 6, 5).sigmoid()
+    together = masked_read(base, delta, mask)
+    apart = torch.stack([masked_read(*each) for each in zip(base, delta, mask)])
+    torch.testing.assert_close(together, apart)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 65504.0, 6e-8, -0.0])

@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, tokens_within
+from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, most_tokens, tokens_within
 from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, without_cache_where_it_fails
 from ..graph import Circuit
 from ..intervention import TOKENS_TOGETHER, rows_computed, run_circuits
@@ -191,12 +191,17 @@ def _values(request: Request, circuits: Sequence[Circuit], batch: Batch, tokens:
 
 def _tokens_together(request: Request, circuits: Sequence[Circuit]) -> int:
     """How many tokens of circuits can run together within the budget."""
-    rows = [rows_computed(item.graph, item.mask) for item in circuits]
-    largest = circuits[max(range(len(circuits)), key=rows.__getitem__)]
+    device = request.arch.device
+    largest = max(circuits, key=lambda item: rows_computed(item.graph, [item.mask], device))
+    rows = max(
+        rows_computed(graph, [item.mask for item in circuits if item.graph.heads == heads], device)
+        for heads, graph in {item.graph.heads: item.graph for item in circuits}.items()
+    )
     first = request.data.first_difference if request.reuse_prefix else 0
     there_are = int((request.data.longer_lengths - first).sum())
-    kept, at_once = min(there_are, TOKENS_PER_BATCH), min(there_are * len(circuits), TOKENS_TOGETHER)
-    rough = bytes_without_gradient(request, kept, at_once, max(rows) * request.arch.d_model)
+    most = max(TOKENS_TOGETHER, most_tokens(device))
+    kept, at_once = min(there_are, TOKENS_PER_BATCH), min(there_are * len(circuits), most)
+    rough = bytes_without_gradient(request, kept, at_once, rows * request.arch.d_model)
 
     def measured(few: Batch, copies: int) -> None:
         _values(request, [largest] * copies, few, copies * few.clean.numel())
@@ -204,7 +209,7 @@ def _tokens_together(request: Request, circuits: Sequence[Circuit]) -> int:
     def cost(batch: Batch) -> Cost:
         return measure_cost(request.data, batch, measured)
 
-    return tokens_within(request, TOKENS_TOGETHER, rough, cost)
+    return tokens_within(request, most, rough, cost)
 
 
 def _with_own_constants(

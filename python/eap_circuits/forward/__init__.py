@@ -7,6 +7,7 @@ from .hooks import Hooks, borrowed
 from .resume import LayerInputs
 from .runner import Register, Runner, each
 from .tracing import trace
+from .upload import Indices, upload
 
 __all__ = [
     "TOKENS_PER_BATCH",
@@ -14,6 +15,7 @@ __all__ = [
     "CacheError",
     "Constants",
     "Hooks",
+    "Indices",
     "LayerInputs",
     "Register",
     "Runner",
@@ -25,6 +27,7 @@ __all__ = [
     "out_of_memory",
     "some_of",
     "trace",
+    "upload",
     "without_cache_where_it_fails",
     "zeros",
 ]

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..tasks import PairedDataset
+from .upload import upload
 
 TOKENS_PER_BATCH = 1024  # a pass this large keeps a processor busy
 _PREFIX_SHARE = 4  # whole prompts may have so many times the tokens of what runs often: they run once, without gradient
@@ -33,7 +33,8 @@ class Batch:
     has. `rows` int64 [n]: the tokens of [E·T] that can differ between clean and corrupted, in order. `scored` int64
     [E]: the scored position within the suffix. `index` int64 [E]: positions in the dataset. `answers`, `lengths` as
     in the dataset. `corrupted_scored` int64 [E] and `alignment` int64 [E, T]: the corrupted prompt's scored position
-    and those that its clean one's are compared with; None: all are the same.
+    and those that its clean one's are compared with; None: all are the same. `answer_tokens` int64 [U]: the tokens that
+    are an answer of any example, in order. `places`: the scored positions in [E·T], a slice where it can be one.
     """
 
     index: Tensor
@@ -48,16 +49,13 @@ class Batch:
     lengths: Tensor
     corrupted_scored: Tensor
     alignment: Tensor | None
+    answer_tokens: Tensor
+    places: slice | Tensor
     _moved: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def n_examples(self) -> int:
         return len(self.index)
-
-    @cached_property
-    def answer_tokens(self) -> Tensor:
-        """The tokens that are an answer of any example, in order: int64 [U]."""
-        return self.answers[self.answers >= 0].unique()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -166,17 +164,22 @@ def _batch(data: PairedDataset, index: Tensor, first: Tensor, start: Tensor, dev
         prefix, prefix_of = prefix.unique(dim=0, return_inverse=True)
     else:
         prefix_of = torch.arange(len(index))
-    return Batch(
-        index=index,
-        clean=data.clean[index].gather(1, taken).to(device),
-        corrupted=data.corrupted[index].gather(1, taken).to(device),
-        start=start.to(device),
-        prefix=prefix.clamp(min=0).to(device),
-        prefix_of=prefix_of.to(device),
-        rows=active.flatten().nonzero()[:, 0].to(device),
-        scored=(lengths - 1 - start).to(device),
-        answers=data.answers[index].to(device),
-        lengths=lengths.to(device),
-        corrupted_scored=corrupted_scored.to(device),
-        alignment=alignment,
-    )
+    answers, scored = data.answers[index], lengths - 1 - start
+    host = {
+        "clean": data.clean[index].gather(1, taken),
+        "corrupted": data.corrupted[index].gather(1, taken),
+        "start": start,
+        "prefix": prefix.clamp(min=0),
+        "prefix_of": prefix_of,
+        "rows": active.flatten().nonzero()[:, 0],
+        "scored": scored,
+        "answers": answers,
+        "answer_tokens": answers[answers >= 0].unique(),
+        "lengths": lengths,
+        "corrupted_scored": corrupted_scored,
+        "places": torch.arange(len(index)) * len(offset) + scored,
+    }
+    there: dict[str, Any] = dict(zip(host, upload(device, *host.values()), strict=True))
+    if (scored == scored[0]).all():
+        there["places"] = slice(int(scored[0]), None, len(offset))  # picks without a copy
+    return Batch(index=index, alignment=alignment, **there)

@@ -1,7 +1,8 @@
 """Change a pass: circuits, single edges, paths of activations."""
 
 from .activation_paths import record_paths
-from .circuit_run import TOKENS_TOGETHER, learning_run, rows_computed, run_circuits
+from .circuit_group import rows_computed
+from .circuit_run import TOKENS_TOGETHER, learning_run, run_circuits
 from .edge_patching import PatchedEdges, prepare_patching
 
 __all__ = [

@@ -4,6 +4,8 @@ Receiver v's input is y_v = corr_v + Σ_u mask[u, v]·(cur_u − corr_u), cur be
 circuits run together, one after another along the batch dimension. A receiver with no kept edge takes what the
 corrupted run computed, one with all its edges the circuit's own residual stream; only the others are computed, and
 only from the senders that they read. Modules run only for circuits that need their output.
+
+Masks are read on the host; what indexes the device is made there, too, so that nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -14,18 +16,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from eap_kernels import masked_read
-
 from ..adapters import Norm, ReceiverSite, SenderSite, receiver_sites, sender_sites
-from ..forward import Hooks, Runner
+from ..forward import Hooks, Indices, Runner
 from ..graph import Graph
 from ..recording import ReferenceRun
+from .circuit_group import EVERYWHERE, Asked, CircuitGroup, LearningGroup, Places, circuits_in_group, numbers
 
 TOKENS_TOGETHER = 2048  # of circuits that run together
 
-Places = slice | Tensor  # some of a batch's [E·T] tokens
 Sites = dict[str, ReceiverSite]  # a layer's, by name
-EVERYWHERE = slice(None)
 
 
 def run_circuits(
@@ -37,156 +36,74 @@ def run_circuits(
         masks: bool or floating [S, R] each; values between 0 and 1 keep an edge in part.
         tokens: the most that circuits which run together have.
     """
-    circuits = [_Circuit(runner, graph, mask) for mask in masks]
     together = max(1, tokens // runner.batch.clean.numel())
-    while circuits:
+    for start in range(0, len(masks), together):
+        some = torch.stack(list(masks[start : start + together])).cpu()
+        size = circuits_in_group(runner.arch.device, len(some))
+        groups = [
+            CircuitGroup(runner, graph, slice(c, c + size), some[c : c + size]) for c in range(0, len(some), size)
+        ]
         with torch.no_grad():
-            yield from _CircuitsRun(runner, graph, corrupted, circuits[:together]).logits()
-        del circuits[:together]
+            logits = _CircuitsRun(runner, graph, corrupted, some, groups).logits()
+        yield from logits
 
 
 def learning_run(runner: Runner, graph: Graph, ablated: ReferenceRun, mask: Tensor) -> Tensor:
     """Logits [E, V] of one circuit, differentiable with respect to the constants that the ablated run was made of."""
-    return _CircuitsRun(runner, graph, ablated, [_LearningCircuit(runner, graph, mask)]).logits()[0]
-
-
-def rows_computed(graph: Graph, mask: Tensor) -> int:
-    """How many rows of tokens × features a circuit takes: receivers that have to be computed and senders they read."""
-    _, _, partial = _receivers(graph, mask)
-    return int(partial.sum()) + int((mask[:, partial] != 0).any(1).sum())
-
-
-def _receivers(graph: Graph, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Bool [R] each: those that read the corrupted run alone, the circuit's own run alone, and have to be computed."""
-    closed = ~(mask != 0).any(0)
-    whole = ((mask == 1) | ~graph.edge_mask).all(0) & ~closed
-    return closed, whole, ~closed & ~whole
-
-
-class _Circuit:
-    """What a mask asks for: which receivers are computed, which senders run, which differences are stored."""
-
-    def __init__(self, runner: Runner, graph: Graph, mask: Tensor) -> None:
-        self.dtype = runner.arch.accumulate
-        kept = mask != 0
-        self.closed, self.whole, self.partial = _receivers(graph, mask)
-        self._last_whole = int(self.whole.nonzero().max()) if self.whole.any() else -1
-        self.needed = kept.any(1).tolist()  # [S] read by any receiver
-        stored = kept[:, self.partial].any(1)
-        for index in range(graph.n_layers):
-            if self.closed[graph.receivers_at(index, "mlp")]:
-                stored[graph.mlp_sender(index)] = False  # gives what it gave in the corrupted run
-        self.stored = stored.tolist()  # [S] read by a receiver that has to be computed
-        self._before = [0, *stored.cumsum(0).tolist()]  # how many of the senders before one are stored
-        self.mask = mask[stored].to(self.dtype)  # [stored, R]
-        self._shape = (int(stored.sum()), runner.batch.clean.numel(), runner.arch.d_model)
-        self.differences = torch.empty(0)
-
-    def reads_own(self, receiver: int) -> bool:
-        """Does a receiver from this one on read the circuit's own residual stream?"""
-        return receiver <= self._last_whole
-
-    def allocate(self, device: torch.device) -> None:
-        self.differences = torch.empty(self._shape, dtype=self.dtype, device=device)  # cur − corr, [stored, N, D]
-        self.mask = self.mask.to(device)
-
-    def follow(self, device: torch.device) -> None:
-        """What is stored goes with the run to the next of several devices: once, whatever reads it there."""
-        if self.differences.device != device:
-            self.differences, self.mask = self.differences.to(device), self.mask.to(device)
-
-    def store(self, sender: int, current: Tensor, corrupted: Tensor, scale: float) -> None:
-        """Keep a sender's scale · (cur − corr), both [N, D]."""
-        self.follow(current.device)
-        row = torch.sub(current, corrupted, out=self.differences[self._before[sender]])
-        if scale != 1:
-            row.mul_(scale)
-
-    def store_heads(self, sender: int, difference: Tensor, weight: Tensor) -> None:
-        """Keep some heads' cur − corr, from this sender on, given in head space, [h, N, K], with their [h, K, D]."""
-        self.follow(difference.device)
-        start = self._before[sender]
-        torch.bmm(difference, weight, out=self.differences[start : start + len(difference)])
-
-    def read(self, base: Tensor, receivers: Tensor, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
-        """base [n, D] and what some receivers keep there of the senders from start to stop: [r, n, D]."""
-        self.follow(base.device)
-        rows = slice(self._before[start], self._before[stop])
-        return masked_read(base, self.differences[rows][:, at], self.mask[rows][:, receivers])
-
-
-class _LearningCircuit(_Circuit):
-    """The same with nothing written in place, so that what is read has a gradient; the masks have none."""
-
-    def allocate(self, device: torch.device) -> None:
-        self._stored: list[Tensor] = []  # in order of their rows
-
-    def store(self, sender: int, current: Tensor, corrupted: Tensor, scale: float) -> None:
-        self._stored.append((current - corrupted) * scale)
-
-    def store_heads(self, sender: int, difference: Tensor, weight: Tensor) -> None:
-        self._stored += torch.bmm(difference, weight).unbind()
-
-    def read(self, base: Tensor, receivers: Tensor, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
-        first = self._before[start]
-        weights = self.mask[first : self._before[stop]].to(base.device)[:, receivers]
-        used = weights.any(1).nonzero()[:, 0]
-        if not len(used):
-            return base.expand(len(receivers), -1, -1)
-        # A product keeps for its gradient what multiplies the differences, not these.
-        read = torch.stack([self._stored[first + row][at].to(base.device) for row in used.tolist()])
-        return base + torch.tensordot(weights[used].T, read, 1)
+    masks = mask[None].cpu()
+    return _CircuitsRun(runner, graph, ablated, masks, [LearningGroup(runner, graph, slice(0, 1), masks)]).logits()[0]
 
 
 class _CircuitsRun:
-    def __init__(self, runner: Runner, graph: Graph, corrupted: ReferenceRun, circuits: list[_Circuit]) -> None:
-        self.runner, self.graph, self.corrupted, self.circuits = runner, graph, corrupted, circuits
+    """Circuits [C, S, R] side by side, one after another along the batch dimension."""
+
+    def __init__(
+        self, runner: Runner, graph: Graph, corrupted: ReferenceRun, masks: Tensor, groups: Sequence[CircuitGroup]
+    ) -> None:
+        self.runner, self.graph, self.corrupted, self.groups = runner, graph, corrupted, groups
         self.dtype = runner.arch.accumulate
+        self.asked = Asked(graph, masks)
+        self.count = len(masks)
         self.sites: list[Sites] = [{} for _ in range(graph.n_layers + 1)]  # the logits' last
         for site in receiver_sites(runner.arch, graph):
             self.sites[site.layer][site.name] = site
         self.ready: dict[str, Tensor] = {}  # the current layer's projections, made when the first is asked for
-        self.begun: dict[int, Tensor] = {}  # circuit -> what the current layer's MLP reads from the layers before
-        (examples, tokens), last = runner.batch.shape, runner.batch.scored.cpu()
-        # A slice, where it can be one, picks without a copy.
-        alike = bool((last == last[0]).all())
-        self.scored: Places = slice(int(last[0]), None, tokens) if alike else tokens * torch.arange(examples) + last
+        self.begun: dict[CircuitGroup, Tensor] = {}  # what the current layer's MLP reads from the layers before
+        self.indices = Indices()
+        self.scored = runner.batch.places
 
     def logits(self) -> Tensor:
         """[C, E, V]"""
         embeddings = self.runner.embed(self.runner.batch.clean)
-        for circuit in self.circuits:
-            circuit.allocate(embeddings.device)
-            self._store(circuit, sender_sites(self.runner.arch)[0], embeddings)
-        together = embeddings.repeat(len(self.circuits), 1, 1)
+        site = sender_sites(self.runner.arch)[0]
+        for group in self.groups:
+            group.allocate(embeddings.device)
+            self._store(group, site, embeddings.flatten(0, 1))
+        together = embeddings.repeat(self.count, 1, 1)
         return self._split(self.runner.logits(together, self._register))
 
     def _register(self, hooks: Hooks) -> None:
-        senders = sender_sites(self.runner.arch)
+        senders, asked = sender_sites(self.runner.arch), self.asked
         for index, layer in enumerate(self.runner.arch.layers):
             sites, (heads, mlp) = self.sites[index], senders[2 * index + 1 : 2 * index + 3]
             attention = slice(sites["q"].receivers.start, sites["v"].receivers.stop)
             receiver = sites["mlp"].receivers.start
-            whole = [c for c, circuit in enumerate(self.circuits) if circuit.whole[attention].any()]
+            whole = numbers(asked.whole[:, attention].any(1))
             # A norm, and what heads write, are for circuits that read their own residual stream from there on.
-            own = self._own(receiver)
+            own = asked.reads_own(receiver)
             starts = {layer.mlp_norm: receiver, layer.attention_norm: attention.start}
             for module, start in {norm.module: start for norm, start in starts.items() if norm.kind}.items():
-                hooks.on_input(module, partial(self._keep, self._own(start)))
-                hooks.on_output(module, partial(self._fill, self._own(start)))
+                hooks.on_input(module, partial(self._keep, asked.reads_own(start)))
+                hooks.on_output(module, partial(self._fill, asked.reads_own(start)))
             for module, columns in self.runner.projection_sites(index):
                 hooks.on_input(module, partial(self._keep, whole))
                 hooks.on_output(module, partial(self._project, sites, columns, whole))
             hooks.on_senders(heads, partial(self._write_heads, heads, own))
             hooks.on_output(layer.out, partial(self._fill, own))
-            needed = [circuit.needed[mlp.senders.start] and not circuit.closed[receiver] for circuit in self.circuits]
-            run = [c for c, runs in enumerate(needed) if runs]
+            run = numbers(asked.needed[:, mlp.senders.start] & ~asked.closed[:, receiver])
             hooks.on_input(layer.mlp_in, partial(self._read_mlp, sites, run))
             hooks.on_senders(mlp, partial(self._write_mlp, mlp, run))
         hooks.on_input(self.runner.arch.final_norm.module, self._read_final)
-
-    def _own(self, receiver: int) -> list[int]:
-        return [c for c, circuit in enumerate(self.circuits) if circuit.reads_own(receiver)]
 
     # Circuits along the batch dimension: [C·E, T, X] <-> [C, E, T, X].
 
@@ -195,43 +112,54 @@ class _CircuitsRun:
 
     def _keep(self, circuits: list[int], x: Tensor) -> Tensor:
         """The rows of some circuits, so that a module runs for no others."""
-        return x if len(circuits) == len(self.circuits) else self._split(x)[circuits].flatten(0, 1)
+        if len(circuits) == self.count:
+            return x
+        return self._split(x)[self.indices.on(x.device, circuits)].flatten(0, 1) if circuits else x[:0]
 
     def _fill(self, circuits: list[int], y: Tensor) -> Tensor:
         """Put the rows of some circuits back in place; what the others hold there is read by nothing."""
-        if len(circuits) == len(self.circuits):
+        if len(circuits) == self.count:
             return y
-        full = y.new_zeros(len(self.circuits), self.runner.batch.n_examples, *y.shape[1:])
+        full = y.new_zeros(self.count, self.runner.batch.n_examples, *y.shape[1:])
         if circuits:
-            full[circuits] = self._split(y)
+            full[self.indices.on(y.device, circuits)] = self._split(y)
         return full.flatten(0, 1)
 
     # Senders.
 
-    def _store(self, circuit: _Circuit, site: SenderSite, current: Tensor) -> None:
-        """Of the embeddings or an MLP."""
-        if circuit.stored[site.senders.start]:
-            own, base = (x.flatten(0, 1).to(self.dtype) for x in (current, self.corrupted.written[site.index]))
-            circuit.store(site.senders.start, own, base, site.scale)
+    def _store(self, group: CircuitGroup, site: SenderSite, current: Tensor) -> None:
+        """Of the embeddings or an MLP, [N, D] of all circuits alike or [C, N, D]."""
+        if group.stored[site.senders.start]:
+            corrupted = self.corrupted.written[site.index].flatten(0, 1).to(self.dtype)
+            group.store(site.senders.start, current.to(self.dtype), corrupted, site.scale)
 
     def _write_heads(self, site: SenderSite, own: list[int], z: Tensor) -> Tensor:
         first, weight = site.senders.start, site.weight(self.dtype)
         assert weight is not None
         corrupted = self.corrupted.written[site.index].to(self.dtype)
-        difference = self._split(site.written(z)).to(self.dtype) - corrupted
-        difference = difference.flatten(1, 2).unflatten(2, weight.shape[:2]).transpose(1, 2)  # [C, H, N, K]
-        for circuit, by_head in zip(self.circuits, difference, strict=True):
-            for heads in _runs([h for h in range(len(weight)) if circuit.stored[first + h]]):
-                circuit.store_heads(first + heads.start, by_head[heads], weight[heads])
+        difference = self._split(site.written(z)).to(self.dtype) - corrupted  # [C, E, T, H·K]
+        for group in self.groups:
+            heads = [head for head in range(len(weight)) if group.stored[first + head]]
+            if heads:
+                by_head = difference[group.members].flatten(0, 2).unflatten(1, weight.shape[:2]).transpose(0, 1)
+                group.store_heads(first + heads[0], self._some(by_head, heads), self._some(weight, heads))
         return self._keep(own, z)
 
     def _write_mlp(self, site: SenderSite, run: list[int], y: Tensor) -> Tensor:
-        corrupted = self.corrupted.written[site.index]
-        full = corrupted.repeat(len(self.circuits), 1, 1, 1)
-        for c, current in zip(run, self._split(y) if run else (), strict=True):
-            full[c] = current
-            self._store(self.circuits[c], site, current)
+        full = self._split(y)
+        if len(run) < self.count:
+            full = self.corrupted.written[site.index].repeat(self.count, 1, 1, 1)
+            if run:
+                full[self.indices.on(y.device, run)] = self._split(y)
+        for group in self.groups:
+            self._store(group, site, full[group.members].flatten(1, 2))
         return full.flatten(0, 1)
+
+    def _some(self, x: Tensor, chosen: list[int]) -> Tensor:
+        """x [n, ...] at some of its places; without a copy where these follow one another."""
+        if chosen == list(range(chosen[0], chosen[0] + len(chosen))):
+            return x[chosen[0] : chosen[0] + len(chosen)]
+        return x.index_select(0, self.indices.on(x.device, chosen))
 
     # Receivers.
 
@@ -244,26 +172,47 @@ class _CircuitsRun:
         return self._base(norm).flatten(0, 1)[at].to(self.dtype)
 
     def _normalised(self, norm: Norm, y: Tensor) -> Tensor:
-        """The norm of y [r, n, D], in the model's dtype."""
-        return norm(y.to(self._base(norm).dtype))
+        """The norm of y [..., n, D], in the model's dtype."""
+        dtype = self._base(norm).dtype
+        return norm(y.to(dtype)) if y.is_cpu else norm.fused(y).to(dtype)
 
     def _read_mlp(self, sites: Sites, run: list[int], own: Tensor) -> Tensor:
         site, attention = sites["mlp"], sites["q"]
         at = self._read_at(site)
-        x = self._split(own)[run]
-        slots = [slot for slot, c in enumerate(run) if self.circuits[c].partial[site.receivers.start]]
-        if slots:
-            base, which = self._tokens(site.norm, at), torch.tensor([site.receivers.start])
-            more = base - self._tokens(attention.norm) if self.begun else base
-            reads = []
-            for c in (run[slot] for slot in slots):
-                if c in self.begun:
-                    reads.append(self.circuits[c].read(self.begun.pop(c) + more, which, site.reach, attention.reach))
-                else:
-                    reads.append(self.circuits[c].read(base, which, site.reach, at=at))
-            for slot, y in zip(slots, self._normalised(site.norm, torch.cat(reads)), strict=True):
-                x[slot].view(-1, x.shape[-1])[at] = y
+        x = self._split(self._keep(run, own)).clone(memory_format=torch.contiguous_format)
+        base = self._tokens(site.norm, at)
+        begun, self.begun = self.begun, {}
+        partial = [c for c in run if self.asked.partial[c, site.receivers.start]]
+        reads: list[Tensor] = []
+        circuits: list[int] = []
+        for group in self.groups:
+            members = range(self.count)[group.members]
+            if not set(members) & set(partial):
+                continue
+            circuits += members
+            if group in begun:
+                more = begun[group] + (base - self._tokens(attention.norm))
+                reads.append(self._read(group, more, group.wanted(site.receivers), site.reach, attention.reach)[0])
+            else:
+                reads.append(self._read(group, base, group.wanted(site.receivers), site.reach, at=at)[0])
+        if partial:
+            y = self._normalised(site.norm, reads[0] if len(reads) == 1 else torch.cat(reads))  # [c, n, D]
+            y = self._some(y, [circuits.index(c) for c in partial])
+            self._put(x.flatten(1, 2), [run.index(c) for c in partial], at, y)
         return x.flatten(0, 1)
+
+    def _read(
+        self, group: CircuitGroup, base: Tensor, readers: list[int], stop: int, start: int = 0, at: Places = EVERYWHERE
+    ) -> Tensor:
+        return group.read(base, self.indices.on(base.device, readers), stop, start, at)
+
+    def _put(self, x: Tensor, circuits: list[int], at: Places, y: Tensor) -> None:
+        """x [c, N, D] of some circuits at some tokens becomes y."""
+        if len(circuits) == len(x):
+            x[:, at] = y
+        else:
+            which = self.indices.on(x.device, circuits)
+            x[(which, at) if isinstance(at, slice) else (which[:, None], at)] = y
 
     def _read_at(self, site: ReceiverSite) -> Places:
         """Where a layer's MLP runs: the last one where logits are scored (`forward/last_mlp.py`)."""
@@ -272,13 +221,16 @@ class _CircuitsRun:
     def _read_final(self, own: Tensor) -> Tensor:
         site = self.sites[-1]["logits"]
         x = self._split(own).clone(memory_format=torch.contiguous_format)
-        for slot, circuit in enumerate(self.circuits):
-            if circuit.partial[site.receivers]:
-                base = self._tokens(site.norm, self.scored)
-                y = circuit.read(base, torch.tensor([site.receivers.start]), site.reach, at=self.scored)
-                x[slot].view(-1, x.shape[-1])[self.scored] = y[0].to(x.dtype)
-            elif circuit.closed[site.receivers]:
-                x[slot] = self._base(site.norm)
+        rows = x.flatten(1, 2)
+        for group in self.groups:
+            readers, start = group.wanted(site.receivers), group.members.start
+            if readers:
+                y = self._read(group, self._tokens(site.norm, self.scored), readers, site.reach, at=self.scored)[0]
+                partial = numbers(group.asked.partial[:, site.receivers.start])
+                self._put(rows, [start + c for c in partial], self.scored, self._some(y, partial).to(x.dtype))
+        closed = numbers(self.asked.closed[:, site.receivers.start])
+        if closed:
+            x[self.indices.on(x.device, closed)] = self._base(site.norm)
         return x.flatten(0, 1)
 
     def _project(self, sites: Sites, columns: dict[str, slice], whole: list[int], own: Tensor) -> Tensor:
@@ -287,10 +239,16 @@ class _CircuitsRun:
             self.ready = self._projections(sites)
         parts = []
         for letter, features in columns.items():
-            part = self.ready.pop(letter)  # [C, E, T, heads, K]
-            for c, current in zip(whole, self._split(own) if whole else (), strict=True):
-                heads = self.circuits[c].whole[sites[letter].receivers]
-                part[c][..., heads, :] = current[..., features].unflatten(-1, (len(heads), -1))[..., heads, :]
+            part, site = self.ready.pop(letter), sites[letter]  # [C, E, T, heads, K]
+            if whole:
+                chosen = self.asked.whole[whole][:, site.receivers]
+                there = self.indices.on(own.device, chosen)[:, None, None, :, None]
+                current = self._split(own)[..., features].unflatten(-1, (site.count, -1))
+                if len(whole) == self.count:
+                    part = torch.where(there, current, part)
+                else:
+                    which = self.indices.on(own.device, whole)
+                    part[which] = torch.where(there, current, part[which])
             parts.append(part.flatten(-2))
         return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).flatten(0, 1)
 
@@ -301,44 +259,57 @@ class _CircuitsRun:
         for letter, site in sites.items():
             if site.projection is not None:
                 corrupted = self.corrupted.projections[site.layer][letter].unflatten(-1, (site.count, -1))
-                found[letter] = corrupted.repeat(len(self.circuits), 1, 1, 1, 1)
+                found[letter] = corrupted.repeat(self.count, 1, 1, 1, 1)
                 dtype = self.runner.arch.dtype
                 weights[letter] = site.projection.weight(dtype), site.projection.bias(dtype)
         norm, reach, mlp = sites["q"].norm, sites["q"].reach, sites["mlp"]
-        first, last = sites["q"].receivers.start, sites["v"].receivers.stop
-        for c, circuit in enumerate(self.circuits):
-            wanted = first + circuit.partial[first:last].nonzero()[:, 0]
-            if not len(wanted):
+        attention = slice(sites["q"].receivers.start, sites["v"].receivers.stop)
+        for group in self.groups:
+            wanted = group.wanted(attention)
+            if not wanted:
                 continue
             # What the MLP reads of the same senders comes along: they are read from memory once.
-            begins = (
-                bool(circuit.partial[mlp.receivers]) and not self.graph.parallel and self._read_at(mlp) is EVERYWHERE
-            )
-            readers = torch.cat([wanted, torch.tensor([mlp.receivers.start])]) if begins else wanted
-            y = circuit.read(self._tokens(norm), readers, reach)
+            begins = group.wanted(mlp.receivers) if not self.graph.parallel and self._read_at(mlp) is EVERYWHERE else []
+            y = self._read(group, self._tokens(norm), wanted + begins, reach)
             if begins:
-                self.begun[c] = y[-1].clone()
-            x = self._normalised(norm, y[: len(wanted)])  # [r, N, D]
+                self.begun[group] = y[-1].clone()
+            needs = group.asked.partial[:, wanted].T  # [r, C]
+            x, pairs = self._normalised(norm, self._at_pairs(y, needs)), needs.nonzero()
             for letter, (weight, bias) in weights.items():
-                receivers = sites[letter].receivers
-                here = slice(*torch.searchsorted(wanted, torch.tensor([receivers.start, receivers.stop])).tolist())
-                heads = (wanted[here] - receivers.start).tolist()
-                if not heads:
+                start, stop = sites[letter].receivers.start, sites[letter].receivers.stop
+                here = [place for place, r in enumerate(wanted) if start <= r < stop]
+                if not here:
                     continue
-                slots = [head // sites[letter].repeat_kv for head in heads]
-                whole = slots == list(range(len(weight)))  # without a copy then
-                y = torch.bmm(x[here], (weight if whole else weight[slots]).mT)  # [h, N, K]
-                y = y if bias is None else y + bias[slots][:, None]
-                found[letter][c].flatten(0, 1)[:, heads] = y.transpose(0, 1)
+                # A site's receivers follow one another, and so do their pairs.
+                mine = numbers((pairs[:, 0] >= here[0]) & (pairs[:, 0] <= here[-1]))
+                heads = torch.tensor(wanted) - start
+                slots = (heads[here] // sites[letter].repeat_kv).tolist()
+                given, counts = x[mine[0] : mine[-1] + 1], needs[here].sum(1)
+                y = self._by_head(
+                    given, counts, self._some(weight, slots), bias if bias is None else self._some(bias, slots)
+                )
+                by_head = found[letter][group.members].flatten(1, 2).transpose(1, 2)  # [C, heads, N, K]
+                which = pairs[mine, 1], heads[pairs[mine, 0]]
+                by_head[tuple(self.indices.on(y.device, index) for index in which)] = y
         return found
 
+    def _at_pairs(self, y: Tensor, needs: Tensor) -> Tensor:
+        """y [R, C, N, D] where its first r receivers need it in a circuit, bool [r, C]: [pairs, N, D]."""
+        receivers, circuits = needs.shape
+        if circuits == 1:
+            return y[:receivers, 0]
+        places = torch.arange(circuits * len(y)).view(circuits, -1).T[:receivers][needs]  # circuits lead in memory
+        return y.transpose(0, 1).flatten(0, 1).index_select(0, self.indices.on(y.device, places))
 
-def _runs(numbers: list[int]) -> list[slice]:
-    """Growing numbers as stretches of consecutive ones."""
-    runs: list[slice] = []
-    for number in numbers:
-        if runs and runs[-1].stop == number:
-            runs[-1] = slice(runs[-1].start, number + 1)
-        else:
-            runs.append(slice(number, number + 1))
-    return runs
+    def _by_head(self, x: Tensor, counts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [n, N, D], `counts` of each head one after another, times its weight [h, K, D]: [n, N, K].
+
+        One product, for which heads are padded to as many circuits as the one with the most has.
+        """
+        most, first = int(counts.max()), counts.cumsum(0) - counts
+        place = torch.arange(most)
+        padded = first[:, None] + place.minimum(counts[:, None] - 1)  # [h, most]
+        given = self._some(x, padded.flatten().tolist())
+        y = torch.bmm(given.view(len(weight), -1, x.shape[-1]), weight.mT)  # [h, most·N, K]
+        y = y if bias is None else y + bias[:, None]
+        return self._some(y.view(-1, x.shape[1], y.shape[-1]), numbers((place < counts[:, None]).flatten()))

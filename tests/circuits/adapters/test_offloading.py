@@ -15,7 +15,7 @@ import eap_circuits as eap
 from eap_circuits.adapters import Norm, bind
 from eap_circuits.evaluation import check_model
 from eap_circuits.forward import Batch, Constants, hooks
-from eap_circuits.intervention import circuit_run
+from eap_circuits.intervention import circuit_group
 from eap_circuits.recording import contraction
 from eap_kernels.testing import relative_error
 from tests.circuits.adapters.pretend import DEVICES, pretending
@@ -164,7 +164,7 @@ FAULTS = [
     (Batch, "_on", lambda batch, device, index: index, scored),
     (contraction, "_to", lambda group, where: group, scored),
     (Norm, "device", FIRST, scored),
-    (circuit_run._Circuit, "follow", lambda circuit, device: None, evaluated),
+    (circuit_group.CircuitGroup, "follow", lambda circuit, device: None, evaluated),
     (Constants, "on", lambda constants, arch: constants.map(lambda x: x.to(FIRST, arch.accumulate)), ablated),
 ]
 

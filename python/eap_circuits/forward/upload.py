@@ -1,0 +1,46 @@
+"""Tensors made on the host go to a device in one piece, and nothing waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_ALIGNED = 16  # bytes; every dtype may begin there
+
+
+def upload(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """Tensors of the CPU on a device, in order: one copy for all of them, which the host does not wait for.
+
+    On the CPU they are returned as they are.
+    """
+    if device.type == "cpu" or not tensors:
+        return list(tensors)
+    sizes = [x.numel() * x.element_size() for x in tensors]
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + -(-size // _ALIGNED) * _ALIGNED)
+    together = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for x, start, size in zip(tensors, starts, sizes, strict=False):
+        together[start : start + size] = x.contiguous().view(-1).view(torch.uint8)
+    there = together.to(device, non_blocking=True)
+    return [
+        there[start : start + size].view(x.dtype).view(x.shape)
+        for x, start, size in zip(tensors, starts, sizes, strict=False)
+    ]
+
+
+class Indices:
+    """Lists of the host as tensors of a device, each sent once."""
+
+    def __init__(self) -> None:
+        self._there: dict[tuple[torch.device, torch.dtype, bytes], Tensor] = {}
+
+    def on(self, device: torch.device, values: Sequence[int] | Tensor) -> Tensor:
+        """A list, or an integer or bool tensor of the CPU, on a device."""
+        host = torch.as_tensor(values)
+        key = (device, host.dtype, host.numpy().tobytes())
+        if key not in self._there:
+            (self._there[key],) = upload(device, host.flatten())
+        return self._there[key].view(host.shape)

@@ -1,0 +1,159 @@
+"""What circuits ask for, and the differences between their own run and the corrupted one that their receivers read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from eap_kernels import masked_read
+
+from ..forward import Runner, upload
+from ..graph import Graph
+
+Places = slice | Tensor  # some of a batch's [E·T] tokens
+EVERYWHERE = slice(None)
+
+
+def circuits_in_group(device: torch.device, circuits: int) -> int:
+    """How many of the circuits that run together are stored and read together.
+
+    On a CPU a circuit alone stores and reads only what it needs. Elsewhere a read of all is one launch: each stores
+    what any of them needs.
+    """
+    return 1 if device.type == "cpu" else circuits
+
+
+def rows_computed(graph: Graph, masks: Sequence[Tensor], device: torch.device) -> int:
+    """How many rows of tokens × features a circuit takes at most: receivers that have to be computed and senders they
+    read. Circuits of one group take those of all."""
+    asked = [Asked(graph, mask[None]) for mask in masks]
+    size = circuits_in_group(device, len(asked))
+    groups = [asked[start : start + size] for start in range(0, len(asked), size)]
+
+    def any_of(group: list[Asked], name: str) -> int:
+        return int(torch.cat([getattr(one, name) for one in group]).any(0).sum())
+
+    return max(any_of(group, "partial") + any_of(group, "stored") for group in groups)
+
+
+class Asked:
+    """What masks [C, S, R] ask for, on the host; bool [C, R] or [C, S] each.
+
+    `closed`, `whole` and `partial` receivers read the corrupted run alone, the circuit's own run alone, and have to be
+    computed. `needed` senders are read by any receiver, `stored` ones by one that has to be computed.
+    """
+
+    def __init__(self, graph: Graph, masks: Tensor) -> None:
+        kept = masks != 0
+        self.closed = ~kept.any(1)
+        self.whole = ((masks == 1) | ~graph.edge_mask).all(1) & ~self.closed
+        self.partial = ~self.closed & ~self.whole
+        self.needed = kept.any(2)
+        self.stored = (kept & self.partial[:, None]).any(2)
+        for index in range(graph.n_layers):
+            # An MLP that reads the corrupted run alone gives what it gave there.
+            closed = self.closed[:, graph.receivers_at(index, "mlp")]
+            self.stored[:, graph.mlp_sender(index)] &= ~closed[:, 0]
+
+    def reads_own(self, receiver: int) -> list[int]:
+        """Circuits of which a receiver from this one on reads the circuit's own residual stream."""
+        return numbers(self.whole[:, receiver:].any(1))
+
+
+class CircuitGroup:
+    """Circuits whose differences are stored and read together: each circuit's of what any of them needs.
+
+    Args:
+        members: which of the circuits that run together.
+        masks: [C, S, R] of the members, on the host.
+    """
+
+    def __init__(self, runner: Runner, graph: Graph, members: slice, masks: Tensor) -> None:
+        self.members = members
+        self.asked = Asked(graph, masks)
+        self.dtype = runner.arch.accumulate
+        stored = self.asked.stored.any(0)
+        self.stored = stored.tolist()  # [S]
+        self._before = [0, *stored.cumsum(0).tolist()]  # how many of the senders before one are stored
+        self.mask = masks[:, stored].to(self.dtype)  # [C, stored, R]
+        self._shape = (int(stored.sum()), len(masks), runner.batch.clean.numel(), runner.arch.d_model)
+        self.differences = torch.empty(0)
+
+    @property
+    def size(self) -> int:
+        """How many circuits they are."""
+        return len(self.mask)
+
+    def wanted(self, receivers: slice) -> list[int]:
+        """Those of some receivers that have to be computed for any of the circuits."""
+        return [receivers.start + number for number in numbers(self.asked.partial[:, receivers].any(0))]
+
+    def allocate(self, device: torch.device) -> None:
+        """Make room for the differences, cur − corr, [stored, C, N, D]."""
+        self.differences = torch.empty(self._shape, dtype=self.dtype, device=device)
+        (self.mask,) = upload(device, self.mask)
+
+    def follow(self, device: torch.device) -> None:
+        """What is stored goes with the run to the next of several devices: once, whatever reads it there."""
+        if self.differences.device != device:
+            self.differences, self.mask = self.differences.to(device), self.mask.to(device)
+
+    def store(self, sender: int, current: Tensor, corrupted: Tensor, scale: float) -> None:
+        """Keep a sender's scale · (cur − corr), [C, N, D] or one for all, and [N, D]."""
+        self.follow(current.device)
+        row = self.differences[self._before[sender]]
+        torch.sub(current.expand_as(row), corrupted, out=row)
+        if scale != 1:
+            row.mul_(scale)
+
+    def store_heads(self, sender: int, difference: Tensor, weight: Tensor) -> None:
+        """Keep some heads' cur − corr, from this sender on, given in head space, [h, C·N, K], with their [h, K, D]."""
+        self.follow(difference.device)
+        start = self._before[sender]
+        torch.bmm(difference, weight, out=self.differences[start : start + len(difference)].flatten(1, 2))
+
+    def read(self, base: Tensor, receivers: Tensor, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
+        """base [n, D] or [C, n, D] and what some receivers keep there of the senders from start to stop.
+
+        [r, C, n, D].
+        """
+        self.follow(base.device)
+        rows = slice(self._before[start], self._before[stop])
+        mask, differences = self.mask[:, rows].index_select(2, receivers), self.differences[rows][:, :, at]
+        if self.size == 1:
+            one = base if base.dim() == 2 else base[0]
+            return masked_read(one, differences[:, 0], mask[0])[:, None]
+        if base.dim() == 3:
+            base = base[:, None].expand(-1, len(receivers), -1, -1)
+        return masked_read(base, differences.transpose(0, 1), mask).transpose(0, 1)
+
+
+class LearningGroup(CircuitGroup):
+    """One circuit with nothing written in place, so that what is read has a gradient; the mask has none."""
+
+    def allocate(self, device: torch.device) -> None:
+        self._stored: list[Tensor] = []  # [N, D] each, in order of their rows
+
+    def store(self, sender: int, current: Tensor, corrupted: Tensor, scale: float) -> None:
+        self._stored.append(((current - corrupted) * scale).reshape(-1, current.shape[-1]))
+
+    def store_heads(self, sender: int, difference: Tensor, weight: Tensor) -> None:
+        self._stored += torch.bmm(difference, weight).unbind()
+
+    def read(self, base: Tensor, receivers: Tensor, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
+        first = self._before[start]
+        weights = self.mask[0, first : self._before[stop]].to(base.device)[:, receivers]
+        used = weights.any(1).nonzero()[:, 0]
+        base = base if base.dim() == 2 else base[0]
+        if not len(used):
+            return base.expand(len(receivers), 1, -1, -1)
+        # A product keeps for its gradient what multiplies the differences, not these.
+        read = torch.stack([self._stored[first + row][at].to(base.device) for row in used.tolist()])
+        return (base + torch.tensordot(weights[used].T, read, 1))[:, None]
+
+
+def numbers(chosen: Tensor) -> list[int]:
+    """Where bool [n] is true."""
+    return chosen.nonzero()[:, 0].tolist()

@@ -1,9 +1,10 @@
 """Run circuits: every receiver reads the circuit's own run along kept edges and the corrupted run along all others.
 
-Receiver v's input is y_v = corr_v + Σ_u mask[u, v]·(cur_u − corr_u), cur being the circuit's own run. Many
-circuits run together, one after another along the batch dimension. A receiver with no kept edge takes what the
-corrupted run computed, one with all its edges the circuit's own residual stream; only the others are computed, and
-only from the senders that they read. Modules run only for circuits that need their output.
+Receiver v reads corr_v + Σ_u mask[u, v]·(cur_u − corr_u), where cur is the circuit's own run. Many circuits run
+together, one after another along the batch dimension. A receiver without a kept edge takes what the corrupted run
+computed, and one with all of its edges takes the circuit's own residual stream. Only the others are computed, from only
+the senders that they read. A module runs only for the circuits that need its output. tests/circuits/plain_runs.py
+specifies a circuit's run head by head.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ def learning_run(runner: Runner, graph: Graph, ablated: ReferenceRun, mask: Tens
 
 
 def rows_computed(graph: Graph, mask: Tensor) -> int:
-    """How many rows of tokens × features a circuit takes: receivers that have to be computed and senders they read."""
+    """How many rows of tokens × features a circuit takes: the receivers to compute and the senders that they read."""
     _, _, partial = _receivers(graph, mask)
     return int(partial.sum()) + int((mask[:, partial] != 0).any(1).sum())
 
 
 def _receivers(graph: Graph, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Bool [R] each: those that read the corrupted run alone, the circuit's own run alone, and have to be computed."""
+    """Bool [R] each: the receivers that read only the corrupted run, only the circuit's own run, and all others."""
     closed = ~(mask != 0).any(0)
     whole = ((mask == 1) | ~graph.edge_mask).all(0) & ~closed
     return closed, whole, ~closed & ~whole
@@ -91,7 +92,7 @@ class _Circuit:
         self.mask = self.mask.to(device)
 
     def follow(self, device: torch.device) -> None:
-        """What is stored goes with the run to the next of several devices: once, whatever reads it there."""
+        """Move what is stored to the device that the run has reached, if it is not there yet."""
         if self.differences.device != device:
             self.differences, self.mask = self.differences.to(device), self.mask.to(device)
 
@@ -109,14 +110,14 @@ class _Circuit:
         torch.bmm(difference, weight, out=self.differences[start : start + len(difference)])
 
     def read(self, base: Tensor, receivers: Tensor, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
-        """base [n, D] and what some receivers keep there of the senders from start to stop: [r, n, D]."""
+        """What some receivers read at n tokens: base [n, D] plus what they keep of these senders, [r, n, D]."""
         self.follow(base.device)
         rows = slice(self._before[start], self._before[stop])
         return masked_read(base, self.differences[rows][:, at], self.mask[rows][:, receivers])
 
 
 class _LearningCircuit(_Circuit):
-    """The same with nothing written in place, so that what is read has a gradient; the masks have none."""
+    """A circuit that writes nothing in place, so that gradients pass through what is read; its mask gets none."""
 
     def allocate(self, device: torch.device) -> None:
         self._stored: list[Tensor] = []  # in order of their rows
@@ -133,7 +134,7 @@ class _LearningCircuit(_Circuit):
         used = weights.any(1).nonzero()[:, 0]
         if not len(used):
             return base.expand(len(receivers), -1, -1)
-        # A product keeps for its gradient what multiplies the differences, not these.
+        # As the mask needs no gradient, this product keeps only the mask for its backward pass, not the differences.
         read = torch.stack([self._stored[first + row][at].to(base.device) for row in used.tolist()])
         return base + torch.tensordot(weights[used].T, read, 1)
 
@@ -168,7 +169,7 @@ class _CircuitsRun:
             attention = slice(sites["q"].receivers.start, sites["v"].receivers.stop)
             receiver = sites["mlp"].receivers.start
             whole = [c for c, circuit in enumerate(self.circuits) if circuit.whole[attention].any()]
-            # A norm, and what heads write, are for circuits that read their own residual stream from there on.
+            # Norms and the heads' projection run only for circuits that read their own residual stream from there on.
             own = self._own(receiver)
             starts = {layer.mlp_norm: receiver, layer.attention_norm: attention.start}
             for module, start in {norm.module: start for norm, start in starts.items() if norm.kind}.items():
@@ -295,7 +296,7 @@ class _CircuitsRun:
         return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).flatten(0, 1)
 
     def _projections(self, sites: Sites) -> dict[str, Tensor]:
-        """The layer's "q", "k" and "v", [C, E, T, heads, K] each; those of whole receivers are not yet right."""
+        """The layer's "q", "k" and "v", [C, E, T, heads, K] each; those of whole receivers are filled in later."""
         found: dict[str, Tensor] = {}
         weights: dict[str, tuple[Tensor, Tensor | None]] = {}
         for letter, site in sites.items():
@@ -310,7 +311,7 @@ class _CircuitsRun:
             wanted = first + circuit.partial[first:last].nonzero()[:, 0]
             if not len(wanted):
                 continue
-            # What the MLP reads of the same senders comes along: they are read from memory once.
+            # The MLP reads the same senders: its part is computed along, so that they are read from memory only once.
             begins = (
                 bool(circuit.partial[mlp.receivers]) and not self.graph.parallel and self._read_at(mlp) is EVERYWHERE
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import transformers
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from eap_circuits.graph import Circuit, Graph
 from eap_circuits.tasks import PairedDataset
 from eap_kernels.testing import relative_error
 
@@ -252,6 +254,50 @@ def random_pairs(seed: int = 0, n: int = 7, longest: int = 11) -> PairedDataset:
             corrupted[row, -1] = (clean[row, -1] + 5) % VOCABULARY
     good = integers(0, VOCABULARY, n)
     return PairedDataset.from_tokens(clean, corrupted, lengths, torch.stack([good, (good + 3) % VOCABULARY], 1))
+
+
+def prompts(data: PairedDataset, e: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One pair's clean and corrupted prompt without padding, [T] each."""
+    lengths = data.lengths if data.corrupted_lengths is None else data.corrupted_lengths
+    return data.clean[e, : int(data.lengths[e])], data.corrupted[e, : int(lengths[e])]
+
+
+def logit_difference(logits: torch.Tensor, data: PairedDataset, e: int) -> torch.Tensor:
+    """Of logits [V]."""
+    return logits[data.answers[e, 0]] - logits[data.answers[e, 1]]
+
+
+def loss_of(data: PairedDataset, e: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Logits [V] -> minus the logit difference."""
+    return lambda logits: -logit_difference(logits, data, e)
+
+
+def random_circuit(graph: Graph, seed: int, share: float) -> Circuit:
+    """About this share of the edges, except for those on no path from `input` to `logits`."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(graph.n_senders, graph.n_receivers, generator=generator) < share
+    return Circuit(graph, mask & graph.edge_mask).pruned()
+
+
+def random_edges(graph: Graph, n: int, seed: int = 1) -> list[tuple[int, int]]:
+    """Some (u, v), each once."""
+    edges = graph.edge_mask.nonzero()
+    chosen = torch.randperm(len(edges), generator=torch.Generator().manual_seed(seed))[:n]
+    return [(u, v) for u, v in edges[chosen].tolist()]
+
+
+def groups_of(graph: Graph) -> list[list[int]]:
+    """The senders that move together: the input, and each layer's heads and MLP, found by their names."""
+    groups: dict[str, list[int]] = {}
+    for u, name in enumerate(graph.senders):
+        groups.setdefault(name.split(".")[0], []).append(u)
+    return list(groups.values())
+
+
+def circuit_of(graph: Graph, edges: list[tuple[int, int]]) -> Circuit:
+    mask = torch.zeros_like(graph.edge_mask)
+    mask[tuple(zip(*edges))] = True
+    return Circuit(graph, mask)
 
 
 @pytest.fixture(params=FAMILIES)

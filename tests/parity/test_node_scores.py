@@ -15,37 +15,11 @@ from transformers import AutoModelForCausalLM
 import eap_circuits as eap
 from eap_circuits.evaluation.check import StayDouble
 from eap_kernels.testing import relative_error as relative
+from tests.circuits.conftest import logit_difference, prompts
+from tests.circuits.decoders import Decoder
+from tests.circuits.plain_runs import differences, gradients, plain_run
 
 DATA = Path(__file__).parent / "data"
-
-
-def sites(model):
-    """(the norm before the MLP, the MLP) of each layer."""
-    if model.config.model_type == "gpt2":
-        return [(layer.ln_2, layer.mlp) for layer in model.transformer.h]
-    decoder = model.gpt_neox if model.config.model_type == "gpt_neox" else model.model
-    return [(layer.post_attention_layernorm, layer.mlp) for layer in decoder.layers]
-
-
-def at_inputs(model, tokens, answers):
-    """MLP outputs, and the gradients of −logit difference where the MLPs read the residual stream: [L, T, D] each."""
-    outputs, inputs, handles = [], [], []
-
-    def read(_, args):
-        x = args[0].view_as(args[0])
-        x.retain_grad()
-        inputs.append(x)
-        return (x,)
-
-    for norm, mlp in sites(model):
-        handles.append(norm.register_forward_pre_hook(read))
-        handles.append(mlp.register_forward_hook(lambda _, __, y: outputs.append(y[0].detach().clone())))
-    logits = model(input_ids=tokens[None]).logits[0, -1]
-    (logits[answers[1]] - logits[answers[0]]).backward()
-    for handle in handles:
-        handle.remove()
-    model.zero_grad()
-    return torch.stack(outputs), torch.stack([x.grad[0] for x in inputs])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "neox"])
@@ -54,25 +28,18 @@ def test_mlp_scores_are_derivatives_by_what_the_mlp_writes(name):
     # In float64 altogether: the frequencies of rotary positions, too.
     model = AutoModelForCausalLM.from_pretrained(DATA / name).double()
     data = eap.PairedDataset.from_tokens(oracle["clean"], oracle["corrupted"], oracle["lengths"], oracle["answers"])
-    data, step = data[[0, 1, 2]], 1e-5
+    data, decoder = data[[0, 1, 2]], Decoder(model)
     with StayDouble():
         scores = eap.attribute(model, data, method="eap").node_scores()
-        right, published = (torch.zeros(len(sites(model)), dtype=torch.float64) for _ in range(2))
+        graph = scores.graph.with_heads("query")
+        written = [graph.mlp_sender(layer) for layer in range(graph.n_layers)]
+        read = [graph.receivers.index(f"m{layer}") for layer in range(graph.n_layers)]
+        right, published = (torch.zeros(graph.n_layers, dtype=torch.float64) for _ in range(2))
         for e in range(len(data)):
-            n, answers = int(data.lengths[e]), data.answers[e]
-            clean, gradients = at_inputs(model, data.clean[e, :n], answers)
-            delta = at_inputs(model, data.corrupted[e, :n], answers)[0] - clean
-            published += (delta * gradients).sum((1, 2)) / len(data)
-            for layer, (_, mlp) in enumerate(sites(model)):
-                losses = []
-                for sign in (1, -1):
-                    shift = sign * step * delta[layer]
-                    handle = mlp.register_forward_hook(lambda _, __, y, shift=shift: y + shift)
-                    with torch.no_grad():
-                        logits = model(input_ids=data.clean[e : e + 1, :n]).logits[0, -1]
-                    handle.remove()
-                    losses.append(logits[answers[1]] - logits[answers[0]])
-                right[layer] += (losses[0] - losses[1]) / (2 * step) / len(data)
-    rows = [scores.graph.senders.index(f"m{layer}") for layer in range(len(right))]
-    assert relative(scores.values[rows], right) < 1e-6
+            clean, corrupted = (plain_run(decoder, decoder.embed(tokens)) for tokens in prompts(data, e))
+            delta = differences(clean, corrupted)[written]
+            for found, at in ((right, [clean.c[u] for u in written]), (published, [clean.x[v] for v in read])):
+                gradient = gradients(-logit_difference(clean.logits, data, e), at)
+                found += (delta * gradient).sum((1, 2)) / len(data)
+    assert relative(scores.values[written], right) < 1e-6
     assert relative(published, right) > 0.1

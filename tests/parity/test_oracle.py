@@ -16,6 +16,10 @@ from eap_circuits.adapters import bind
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Constants
 from eap_kernels.testing import relative_error as relative
+from tests.circuits.conftest import loss_of, prompts
+from tests.circuits.decoders import Decoder
+from tests.circuits.plain_runs import differences, plain_run
+from tests.circuits.plain_runs import scores as scores_by_hand
 
 DATA = Path(__file__).parent / "data"
 FAMILIES = ("gpt2", "llama", "qwen2", "neox", "gemma2")
@@ -175,48 +179,23 @@ def test_circuits_under_other_ablations(case, name):
         assert float(error) <= 1e-4 * spread, key
 
 
-def test_gemma2_head_scores_of_ours_not_of_the_package_are_derivatives():
-    """A head's contribution goes through the norm after attention: finite differences of the metric say so."""
+def test_gemma2_head_scores_of_ours_not_of_the_package_are_their_definition():
+    """A head's contribution goes through the norm after attention."""
     oracle = load_file(DATA / "gemma2" / "oracle.safetensors")
     # In float64 altogether: the frequencies of rotary positions, too.
     model = AutoModelForCausalLM.from_pretrained(DATA / "gemma2", attn_implementation="eager").double()
     data = eap.PairedDataset.from_tokens(oracle["clean"], oracle["corrupted"], oracle["lengths"], oracle["answers"])
-    layer, step = model.model.layers[1], 1e-4
-
-    def written(tokens, n, head):
-        """What a head of layer 1 adds to the residual stream, [n, D]: by the layer's own modules, linear but for r."""
-        seen = {}
-        handles = [
-            layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.update(z=args[0])),
-            layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: seen.update(raw=args[0])),
-        ]
-        model(input_ids=tokens[None, :n])
-        for handle in handles:
-            handle.remove()
-        width = model.config.head_dim
-        alone = torch.zeros_like(seen["z"])
-        alone[..., head * width : (head + 1) * width] = seen["z"][..., head * width : (head + 1) * width]
-        scale = (seen["raw"].square().mean(-1, keepdim=True) + layer.post_attention_layernorm.eps).rsqrt()
-        return layer.self_attn.o_proj(alone) * scale * (1 + layer.post_attention_layernorm.weight)
-
-    derivatives = torch.zeros(4, dtype=torch.float64)
-    with torch.no_grad(), StayDouble():
-        for e in range(len(data)):
-            n = int(data.lengths[e])
-            for head in range(4):
-                delta = written(data.corrupted[e], n, head) - written(data.clean[e], n, head)
-                losses = []
-                for sign in (1, -1):
-                    # The edge to `logits`: only the last norm reads the residual stream with the difference added.
-                    move = model.model.norm.register_forward_pre_hook(lambda _, a, s=sign, d=delta: a[0] + s * step * d)
-                    logits = model(input_ids=data.clean[e][None, :n]).logits[0, -1]
-                    move.remove()
-                    losses.append(logits[data.answers[e, 1]] - logits[data.answers[e, 0]])
-                derivatives[head] += (losses[0] - losses[1]) / (2 * step) / len(data)
+    decoder = Decoder(model)
+    with StayDouble():
         ours, theirs = (eap.attribute(model, data, method="eap", heads="query", compat=c) for c in (None, "eap-ig"))
-    rows = [ours.graph.senders.index(f"a1.h{head}") for head in range(4)]
-    assert relative(ours.values[rows, -1], derivatives) < 1e-6
-    assert relative(theirs.values[rows, -1], derivatives) > 0.1
+        right = torch.zeros(ours.values.shape, dtype=torch.float64)
+        for e in range(len(data)):
+            clean, corrupted = (plain_run(decoder, decoder.embed(tokens)) for tokens in prompts(data, e))
+            delta = differences(clean, corrupted)
+            right += scores_by_hand(delta, [(1, clean)], loss_of(data, e)) / len(data)
+    heads = [ours.graph.senders.index(f"a1.h{head}") for head in range(4)]
+    assert relative(ours.values[ours.graph.edge_mask], right[ours.graph.edge_mask]) < 1e-6
+    assert relative(theirs.values[heads, -1], right[heads, -1]) > 0.1
     assert relative(theirs.values, oracle["scores.eap"]) < TOLERANCE
 
 

@@ -12,33 +12,23 @@ from hypothesis import strategies as st
 import eap_circuits as eap
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.graph import Graph
-from tests.circuits.conftest import random_pairs, tiny_model
+from tests.circuits.conftest import logit_difference, prompts, random_pairs, tiny_model
+from tests.circuits.decoders import Decoder
+from tests.circuits.plain_runs import gradients, plain_run
 
 
-@torch.no_grad()
 def test_a_mean_is_over_all_tokens_not_the_last():
-    """Only `logits` reads, and of one MLP only: the score is a mean worked out by hand times a gradient by hand."""
+    """The score of the edge from the last MLP to `logits`: a mean by hand times a gradient by hand."""
     model, data = tiny_model("gpt2"), random_pairs(seed=9, n=4)
-    outputs = []
-    handle = model.transformer.h[-1].mlp.register_forward_hook(lambda _, __, y: outputs.append(y[0]))
-    finals = []
-    keep = model.transformer.ln_f.register_forward_pre_hook(lambda _, args: finals.append(args[0][0, -1]))
-    for e in range(len(data)):
-        model(input_ids=data.clean[e : e + 1, : int(data.lengths[e])])
-    handle.remove()
-    keep.remove()
+    decoder = Decoder(model)
+    runs = [plain_run(decoder, decoder.embed(prompts(data, e)[0])) for e in range(len(data))]
+    outputs = [run.c[-1].detach() for run in runs]
     assert len({len(y) for y in outputs}) > 1  # prompts of several lengths
 
     def score(mean):
-        total = 0.0
-        for e, x in enumerate(finals):
-            good, bad = data.answers[e]
-            with torch.enable_grad():
-                x = x.clone().requires_grad_(True)
-                logits = model.lm_head(model.transformer.ln_f(x))
-                (gradient,) = torch.autograd.grad(logits[bad] - logits[good], x)
-            total += float((mean - outputs[e][-1]) @ gradient)
-        return total / len(data)
+        losses = [-logit_difference(run.logits, data, e) for e, run in enumerate(runs)]
+        slopes = [gradients(loss, run.x[-1:])[0] for loss, run in zip(losses, runs)]
+        return sum(float(((mean - y) * g).sum()) for y, g in zip(outputs, slopes)) / len(data)
 
     found = eap.attribute(model, data, method="eap", ablation="mean")
     value = float(found.values[found.graph.senders.index("m1"), -1])

@@ -1,7 +1,7 @@
 """Clean runs in which one group of senders moves towards its ablated contribution, for integrated gradients there.
 
-The run starts at the group's layer, from the clean run's residual stream, and the gradient at the group: nothing before
-it changes, and no gradient before it is wanted.
+A run starts at the group's layer, from the clean run's residual stream, because nothing before it changes. Gradients
+stop at the group, because none is wanted before it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class GroupPaths:
         runner: the model on the batch.
         sides: what both of its sides gave.
         layers: what the layers read in the clean run.
-        through: run from the embeddings on, so that gradients reach the layers before the group too, past the group.
+        through: run from the embeddings on, so that gradients also reach the layers before the group.
     """
 
     runner: Runner
@@ -75,7 +75,7 @@ class GroupPaths:
 
 
 def record_paths(runner: Runner, constants: Constants | None = None, through: bool = False) -> GroupPaths:
-    """Run the corrupted and then the clean prompts of a batch, for the paths between them; see `GroupPaths`."""
+    """Run the corrupted prompts of a batch and then the clean ones, for the paths between them; see `GroupPaths`."""
     side, layers = record_corrupted_side(runner, constants), LayerInputs(runner.arch.layers)
 
     def run(register: Register) -> Tensor:

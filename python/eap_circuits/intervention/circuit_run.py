@@ -1,9 +1,10 @@
 """Run circuits: every receiver reads the circuit's own run along kept edges and the corrupted run along all others.
 
-Receiver v's input is y_v = corr_v + Σ_u mask[u, v]·(cur_u − corr_u), cur being the circuit's own run. Many
-circuits run together, one after another along the batch dimension. A receiver with no kept edge takes what the
-corrupted run computed, one with all its edges the circuit's own residual stream; only the others are computed, and
-only from the senders that they read. Modules run only for circuits that need their output.
+Receiver v reads corr_v + Σ_u mask[u, v]·(cur_u − corr_u), where cur is the circuit's own run. Many circuits run
+together, one after another along the batch dimension. A receiver without a kept edge takes what the corrupted run
+computed, and one with all of its edges takes the circuit's own residual stream. Only the others are computed, from only
+the senders that they read. A module runs only for the circuits that need its output. tests/circuits/plain_runs.py
+specifies a circuit's run head by head.
 
 Masks are read on the host; what indexes the device is made there, too, so that nothing waits for the device.
 """
@@ -253,7 +254,7 @@ class _CircuitsRun:
         return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).flatten(0, 1)
 
     def _projections(self, sites: Sites) -> dict[str, Tensor]:
-        """The layer's "q", "k" and "v", [C, E, T, heads, K] each; those of whole receivers are not yet right."""
+        """The layer's "q", "k" and "v", [C, E, T, heads, K] each; those of whole receivers are filled in later."""
         found: dict[str, Tensor] = {}
         weights: dict[str, tuple[Tensor, Tensor | None]] = {}
         for letter, site in sites.items():

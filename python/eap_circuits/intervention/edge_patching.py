@@ -1,7 +1,7 @@
 """Runs in which one edge carries its ablated value and all else follows: the intervention that EAP approximates.
 
-Nothing before the edge's receiver differs from the clean run, so receiver v reads x_v + Δ_u, Δ_u being the sender's
-ablated less its clean contribution, and a run starts at the receiver's layer from the clean run's residual stream.
+Nothing before the edge's receiver differs from the clean run. So receiver v reads x_v + Δ_u, where Δ_u is the sender's
+ablated contribution less its clean one, and a run starts at v's layer from the clean run's residual stream.
 Many edges run together, one after another along the batch dimension.
 """
 
@@ -33,7 +33,7 @@ class PatchedEdges:
         sides: what both of its sides gave.
         senders: (a group of nodes, which of them) for each sender's Δ.
         receivers: (site, head) of each receiver.
-        clean: what receivers read in the clean run, and `layers` what layers read there.
+        clean, layers: what receivers and what layers read in the clean run.
     """
 
     runner: Runner

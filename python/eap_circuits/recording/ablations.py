@@ -1,7 +1,7 @@
-"""What a sender's contribution is replaced by where an edge is ablated.
+"""What takes the place of a sender's contribution where an edge is ablated.
 
-Patching takes the contribution of the corrupted run. Every other ablation takes a constant of the sender, the same for
-all prompts: nothing, its mean over all tokens of some prompts, its mean at each position, or one that was learned.
+Patching takes the contribution in the corrupted run. Every other ablation takes a constant of the sender, the same for
+all prompts: zero, its mean over all tokens of some prompts, its mean at each position, or a vector that was learned.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ class Ablation:
     """What an ablated edge carries.
 
     Args:
-        name: what it is called by.
+        name: what it is called.
         description: one line.
-        constants: (model, prompts) -> what takes the place of each sender's contributions; None where it is no constant
-            of the sender, or one that is learned for each circuit.
+        constants: (model, prompts) -> what takes the place of each sender's contributions; None where that is no
+            constant of the sender, or one that is learned for each circuit.
         from_data: made from the clean prompts of `ablation_data`.
         by_position: there is a constant for each position of those prompts.
         learned: for each circuit, when it is evaluated; edges are not scored with it.

@@ -1,8 +1,8 @@
-"""Backward passes through linear layers at the tokens alone at which clean and corrupted prompts can differ.
+"""Backward passes through linear layers at only those tokens at which clean and corrupted prompts can differ.
 
-Before an example's first difference Δ = 0, so no gradient is wanted there, and in a causal model none that is wanted
-passes through there: a token's gradient comes from itself and from later ones. Where prefixes run along, for want of a
-cache or by request, this saves their half of the backward pass.
+Before an example's first difference Δ = 0, so no gradient is wanted there. In a causal model no wanted gradient passes
+through there either: a token's gradient comes from itself and from later tokens. Where prefixes are not reused, for
+want of a cache or by request, this saves their part of the backward pass.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ _WORTH = 0.7
 
 
 def skip_inactive(arch: Architecture, batch: Batch, copies: int, hooks: Hooks) -> None:
-    """Let the decoder layers' linear layers give gradients at the active tokens of `copies` of the batch alone."""
+    """Let the layers' linear modules compute gradients only at the active tokens of so many copies of the batch."""
     tokens = batch.clean.numel()
     if len(batch.rows) > _WORTH * tokens:
         return
     rows = (torch.arange(copies, device=batch.rows.device)[:, None] * tokens + batch.rows).flatten()
     for layer in arch.layers:
         for module in layer.module.modules():
-            # Subclasses and wrapped layers may compute something else.
+            # Subclasses and wrapped modules may compute something else.
             if type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module):
                 hooks.replace_forward(module, partial(_linear, module, rows, copies * tokens))
 
 
 def _linear(module: nn.Module, rows: Tensor, tokens: int, x: Tensor) -> Tensor:
-    # Experts see some of the tokens only, in an order of their own.
+    # Experts see only some of the tokens, in an order of their own.
     if x.shape[:-1].numel() != tokens or not x.requires_grad:
         plain: Tensor = type(module).forward(module, x)
         return plain
@@ -45,7 +45,7 @@ def _linear(module: nn.Module, rows: Tensor, tokens: int, x: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """x Wᵀ + b, whose gradient with respect to x is left at zero but for some rows."""
+    """x Wᵀ + b, whose gradient with respect to x is computed at some rows and zero at all others."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:

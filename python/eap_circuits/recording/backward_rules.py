@@ -2,7 +2,7 @@
 
 A forward pass gives the same values under any rules; only the backward pass changes, in four kinds of places.
 
-Norms (RelP's LN-rule, GIM): the scale r is a constant; taking the mean off stays as it is.
+Norms (RelP's LN-rule, GIM): the scale r is a constant; subtracting the mean stays as it is.
 Activation functions (RelP's identity rule): a(x) counts as x·c with the constant c = a(x)/x, and c = 0 at x = 0.
 Products of two activations, as in gated MLPs (RelP's half rule, GIM): each factor takes half of its gradient.
 Attention: as it is ("relp"); its pattern is a constant ("relp-ah", the AH-rule); or (GIM) the products with the values
@@ -31,15 +31,15 @@ from ..forward import Hooks
 
 @dataclass(frozen=True)
 class Rules:
-    """Backward rules beside those that all have: constant scales of norms, and products that share their gradient.
+    """What rules do besides what all do: hold the scales of norms constant, and halve the gradients of products.
 
     Args:
-        name: what they are called by.
+        name: what they are called.
         description: one line.
         identity: activation functions are products with a constant.
         constant_pattern: the attention pattern is a constant.
-        temperature: that of the softmax whose gradient attention takes, its products sharing their gradients; None
-            leaves both as they are.
+        temperature: that of the softmax whose gradient attention takes, while its products halve theirs; None leaves
+            both as they are.
     """
 
     name: str
@@ -74,16 +74,15 @@ class BackwardRules:
 
     def __init__(self, rules: Rules, arch: Architecture) -> None:
         self._rules, self._arch = rules, arch
-        # In the layer that is running, and in the activation function that is.
-        self._patterns = self._activations = 0
-        self._active = False
+        self._patterns = self._activations = 0  # found so far in the layer that is running
+        self._active = False  # is an activation function running?
 
     def register(self, hooks: Hooks) -> None:
         """Apply the rules to one forward pass, of which gradients are taken.
 
         Raises:
             InputError: a norm of unknown kind; in the pass itself, a layer without an activation function or attention
-                pattern that could be told apart.
+                pattern that can be recognised.
         """
         norms = [self._arch.final_norm]
         for index, (layer, (found, activations)) in enumerate(zip(self._arch.layers, self._parts, strict=True)):
@@ -131,7 +130,7 @@ class BackwardRules:
         if self._rules.identity:
             y: Tensor = _Changed.apply(x, forward, _slope)
             return y
-        self._active = True  # its own products are no interaction
+        self._active = True  # products inside it are no gates
         try:
             return forward(x)
         finally:

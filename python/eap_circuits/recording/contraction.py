@@ -23,8 +23,8 @@ def contract(
 ) -> Tensor:
     """Edge scores summed over the batch, or over some of its rows: float32 (or float64) [S, R].
 
-    Of a model on several devices, receivers stay where they are, and one device's senders after another's, which see
-    them only from earlier layers, are brought to them.
+    If the model is on several devices, receivers stay where they are, and the senders of one device after another are
+    brought to them.
 
     Args:
         senders, receivers: `lowered` nodes, of the whole graph or of a part of it.
@@ -48,8 +48,8 @@ def contract(
 def contract_neurons(senders: list[Nodes], receivers: list[Nodes], reach: Tensor) -> Tensor:
     """Σ_t Δ_u(t) ⊙ Σ_v ∂loss/∂x_v(t), v every receiver that sees u, summed over the batch: [S, D].
 
-    The inner sum is the gradient at what u writes to the residual stream: those of the receivers add up on the way
-    from the logits to the embeddings.
+    The inner sum is the gradient at what u writes to the residual stream. It is accumulated from the logits down to the
+    embeddings, receiver by receiver.
     """
     with torch.no_grad():
         starts = accumulate((group.values.shape[1] for group in receivers[:-1]), initial=0)
@@ -67,7 +67,7 @@ def contract_neurons(senders: list[Nodes], receivers: list[Nodes], reach: Tensor
 
 
 def lowered(arch: Architecture, nodes: Iterable[Nodes]) -> list[Nodes]:
-    """Nodes in the dtype in which senders meet receivers, one made after the other."""
+    """Nodes in the dtype in which senders meet receivers, converted one at a time."""
     return [_to(group, arch.contraction_dtype) for group in nodes]
 
 

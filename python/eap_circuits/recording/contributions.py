@@ -22,7 +22,7 @@ Pass = Callable[[Register], T]  # runs the model with the hooks that it is given
 def record_senders(
     sites: Sequence[SenderSite], run: Pass[T], keep: Callable[[SenderSite, Tensor], Tensor]
 ) -> tuple[list[Tensor], T]:
-    """What `keep` makes of each site's part of a pass, the embeddings' left out, and what `run` returns."""
+    """(What `keep` makes of every site's part of a pass except for the embeddings', what `run` returns)."""
     kept: dict[int, Tensor] = {}
 
     def see(site: SenderSite, x: Tensor) -> None:
@@ -40,7 +40,7 @@ def record_senders(
 class Contributions:
     """What every sender writes at a batch's rows, or differences of it.
 
-    A head's contribution is its values times its slice of the output projection; only the values are kept: per token
+    A head's contribution is its values times its slice of the output projection. Only the values are kept: per token
     L·(H·K + D) + D numbers instead of S·D.
 
     Args:
@@ -106,9 +106,9 @@ def record_corrupted_side(runner: Runner, constants: Constants | None = None) ->
 
 
 def less_clean(side: CorruptedSide, batch: Batch, run: Pass[T]) -> tuple[Contributions, T]:
-    """Δ of every sender, by a pass whose first copy of the batch is the clean prompts, and what `run` returns.
+    """(Δ of every sender, what `run` returns), by a pass whose first copy of the batch is the clean prompts.
 
-    The side's own contributions become the differences, so that only one copy is ever held.
+    The side's contributions turn into the differences in place, so that only one copy is ever held.
     """
 
     def subtract(site: SenderSite, x: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ at the projection's output, x̂ and r the norm's normalised input and scale, γ 
     ∂loss/∂x_v = r·P(γ ⊙ W_vᵀ g_v) − r·x̂·⟨x̂, γ ⊙ W_vᵀ g_v⟩ / D,
 
 P = I for RMSNorm and I − 11ᵀ/D for LayerNorm. Summed over path points k with weights w_k, the first term needs only
-ĝ_v = Σ_k w_k r_k g_{v,k}; the second needs x̂_k and the number c_{v,k} = w_k r_k ⟨x̂_k, γ ⊙ W_vᵀ g_{v,k}⟩ / D, whose
-product is that of the projection's own output, less its constant part, with its gradient. MLP and logits receivers
-are the same with W = I. Under backward rules (`backward_rules.py`) r is a constant, and there is no second term.
+ĝ_v = Σ_k w_k r_k g_{v,k}; the second needs x̂_k and the number c_{v,k} = w_k r_k ⟨x̂_k, γ ⊙ W_vᵀ g_{v,k}⟩ / D. This inner
+product is that of g_{v,k} with the projection's output less its constant part, so W_vᵀ g_{v,k} is never formed. MLP and
+logits receivers are the same with W = I. Under backward rules (`backward_rules.py`) r is a constant, and there is no
+second term. tests/circuits/plain_runs.py specifies a receiver's gradient by plain autograd.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class ReceiverGradients:
         graph: its edge graph.
         points: how many path points can be held until `clear`.
         since: only the receivers that can see this sender, which are the last ones of the graph.
-        rules: what takes the gradients' place, if anything.
+        rules: backward rules, if any.
     """
 
     def __init__(self, runner: Runner, graph: Graph, points: int, rules: Rules | None = None, since: int = 0) -> None:
@@ -73,7 +74,7 @@ class ReceiverGradients:
         self._weights: dict[torch.device, Tensor] = {}  # of the latest pass, [m]
         sites = [site for site in receiver_sites(arch, graph) if site.reach > since]
         shape = points, n, arch.d_model
-        self._reads = {  # the most of what is held
+        self._reads = {  # most of what is held
             norm: _Reads(norm, torch.zeros(shape, dtype=arch.contraction_dtype, device=norm.device))
             for norm in dict.fromkeys(site.norm for site in sites)
         }
@@ -160,7 +161,7 @@ class ReceiverGradients:
         reads.scale = scale * self._weights[scale.device][:, None]
 
     def _tap(self, held: _Held, x: Tensor) -> Tensor:
-        """Take the gradient at x, which is the norm's output, as far as this reader of it goes."""
+        """Take the gradient at x, the norm's output, that comes from this one of its readers."""
         x = x.view_as(x)
         normalised, scale = held.reads.normalised[self._filled], held.reads.scale
         assert scale is not None
@@ -196,7 +197,7 @@ class ReceiverGradients:
 
 
 def _constant(norm: Norm, projection: Projection, repeat_kv: int, dtype: torch.dtype) -> Tensor | None:
-    """What bias and the norm's bias give of the projection's output, [heads, K]; None: nothing."""
+    """The part of a projection's output that comes from its bias and the norm's, [heads, K]; None if it has neither."""
     constant, beta = projection.bias(dtype), norm.bias
     if beta is not None:
         seen = projection.weight(dtype) @ beta.detach().to(dtype)
@@ -205,7 +206,7 @@ def _constant(norm: Norm, projection: Projection, repeat_kv: int, dtype: torch.d
 
 
 def _given(gradient: Tensor | None) -> Tensor:
-    """Some quantised layers have no gradient with respect to their inputs."""
+    """The gradient; raises where there is none: some quantised layers give their inputs none."""
     if gradient is None:
         raise expected("model", "layers that give gradients to activations", "one that gives none")
     return gradient

@@ -11,14 +11,11 @@ import eap_circuits as eap
 from eap_circuits.adapters import bind
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Runner, borrowed, make_batches
-from eap_circuits.graph import Graph, prune
+from eap_circuits.graph import Graph
 from eap_circuits.request import prepare
-
-
-def random_circuit(graph: Graph, seed: int, share: float) -> eap.Circuit:
-    generator = torch.Generator().manual_seed(seed)
-    mask = (torch.rand(graph.n_senders, graph.n_receivers, generator=generator) < share) & graph.edge_mask
-    return eap.Circuit.from_mask(graph, prune(graph, mask))
+from tests.circuits.conftest import logit_difference, prompts, random_circuit
+from tests.circuits.decoders import Decoder
+from tests.circuits.plain_runs import of_circuit, plain_run
 
 
 def graph_of(model, heads="kv") -> Graph:
@@ -54,73 +51,20 @@ def test_all_edges_are_the_model_and_none_the_corrupted_run(family, heads, make_
     assert kept.clean == pytest.approx(float(clean.mean()))
 
 
-def naive_llama_circuit(model, graph, mask, clean, corrupted):
-    """Logits of a circuit by the definition, head by head, without a hook, a cache or a batch."""
-    c = model.config
-    heads, dim = c.num_attention_heads, getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    group = heads // c.num_key_value_heads
-    per_kv = 1 if graph.heads == "query" else group
-    positions = torch.arange(clean.shape[1])[None]
-    causal = torch.ones(clean.shape[1], clean.shape[1], dtype=torch.bool).tril()
-    rope = model.model.rotary_emb(model.model.embed_tokens(clean), positions)
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    def run(tokens, other):
-        """Contributions of every sender on `tokens`; inputs mix in `other`'s contributions where mask is off."""
-        contributions = [model.model.embed_tokens(tokens)]
-
-        def read(v):
-            total = 0
-            for u, own in enumerate(contributions):
-                total = total + (own if other is None or mask[u, v] else other[u])
-            return total
-
-        for index, layer in enumerate(model.model.layers):
-            attention = layer.self_attn
-            values = []
-            for h in range(heads):
-                g = h // per_kv
-                parts = []
-                for site, module, slot, kv in (
-                    ("q", attention.q_proj, h, h),
-                    ("k", attention.k_proj, g, h // group),
-                    ("v", attention.v_proj, g, h // group),
-                ):
-                    x = layer.input_layernorm(read(graph.receivers_at(index, site).start + slot))
-                    rows = slice(kv * dim, (kv + 1) * dim)
-                    y = x @ module.weight[rows].T
-                    parts.append((y if module.bias is None else y + module.bias[rows])[:, None])
-                q, k = apply_rotary_pos_emb(parts[0], parts[1], *rope)
-                weights = (q @ k.transpose(-1, -2) * attention.scaling).masked_fill(~causal, -torch.inf)
-                z = weights.softmax(-1) @ parts[2]
-                values.append(z[:, 0] @ attention.o_proj.weight[:, h * dim : (h + 1) * dim].T)
-            contributions += values
-            if attention.o_proj.bias is not None:
-                raise AssertionError("the naive run has no place for an output bias")
-            x = layer.post_attention_layernorm(read(graph.receivers_at(index, "mlp").start))
-            contributions.append(layer.mlp(x))
-        return contributions, model.lm_head(model.model.norm(read(graph.n_receivers - 1)))[:, -1]
-
-    with torch.no_grad():
-        other, _ = run(corrupted, None)
-        return run(clean, other)[1]
-
-
 @pytest.mark.parametrize("heads", ["kv", "query"])
-def test_circuit_run_is_its_definition(heads, make_model, make_pairs):
-    model, data = make_model("llama"), make_pairs(seed=2, n=4)
-    graph = graph_of(model, heads)
+@torch.no_grad()
+def test_circuit_run_is_its_definition(kind, heads, make_model, make_pairs):
+    model, data = make_model(kind), make_pairs(seed=2, n=4)
+    decoder, graph = Decoder(model, heads), graph_of(model, heads)
+    circuits = [random_circuit(graph, seed, share) for seed, share in enumerate((0.1, 0.4, 0.8, 0.97))]
     with StayDouble():
-        for seed, share in enumerate((0.1, 0.4, 0.8, 0.97)):
-            circuit = random_circuit(graph, seed, share)
-            found = eap.evaluate(model, circuit, data)
-            for e in range(len(data)):
-                n = int(data.lengths[e])
-                logits = naive_llama_circuit(
-                    model, graph, circuit.mask, data.clean[e : e + 1, :n], data.corrupted[e : e + 1, :n]
-                )[0]
-                right = logits[data.answers[e, 0]] - logits[data.answers[e, 1]]
-                assert float(found.values[e]) == pytest.approx(float(right), abs=1e-9)
+        results = eap.evaluate(model, circuits, data)
+        for e in range(len(data)):
+            clean, corrupted = (decoder.embed(tokens) for tokens in prompts(data, e))
+            ablated = plain_run(decoder, corrupted).c
+            for kept, result in zip(circuits, results):
+                right = logit_difference(plain_run(decoder, clean, of_circuit(kept.mask, ablated)).logits, data, e)
+                assert float(result.values[e]) == pytest.approx(float(right), abs=1e-9)
 
 
 @given(share=st.floats(0.02, 0.98), seed=st.integers(0, 10**6), size=st.integers(1, 7), reuse=st.booleans())

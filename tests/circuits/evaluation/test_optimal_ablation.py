@@ -14,17 +14,15 @@ from eap_circuits.budget import PeakBytes
 from eap_circuits.evaluation import faithfulness, optimal_ablation
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Constants, Runner, borrowed, make_batches
-from eap_circuits.graph import prune
 from eap_circuits.intervention import learning_run
 from eap_circuits.recording import ABLATIONS, record_run
 from eap_circuits.request import prepare
 from tests.circuits.budget.test_memory import longer_pairs
+from tests.circuits.conftest import random_circuit
 
 
 def circuit_of(model, heads="kv", share=0.4, seed=0):
-    graph = bind(model).graph(heads)
-    mask = torch.rand(graph.n_senders, graph.n_receivers, generator=torch.Generator().manual_seed(seed)) < share
-    return eap.Circuit.from_mask(graph, prune(graph, mask & graph.edge_mask))
+    return random_circuit(bind(model).graph(heads), seed, share)
 
 
 @pytest.mark.parametrize("heads", ["kv", "query"])

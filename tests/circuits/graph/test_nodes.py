@@ -1,4 +1,4 @@
-"""Scores of nodes and of their dimensions: derivatives of the metric in the plain model, and what they are used for."""
+"""Scores of nodes and of their dimensions: their definition, and what they are used for."""
 
 from __future__ import annotations
 
@@ -9,96 +9,36 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import eap_circuits as eap
-from eap_circuits.adapters import bind
 from eap_circuits.evaluation.check import StayDouble
-from tests.circuits.conftest import KINDS
+from tests.circuits.conftest import KINDS, logit_difference, prompts
+from tests.circuits.decoders import Decoder
+from tests.circuits.plain_runs import differences, gradients, plain_run
 
 PATHS = {"eap": [(1.0, 1.0)], "eap-ig-inputs": [(0.5, 0.5), (1.0, 0.5)], "clean-corrupted": [(0.0, 0.5), (1.0, 0.5)]}
-
-
-def contributions(model, embeddings):
-    """What each node adds to the residual stream, by the modules' plain inputs and outputs: [S, T, D]."""
-    found, handles = [embeddings[0]], []
-    for layer in bind(model).layers:
-
-        def heads(_, args, raw, layer=layer):
-            z = args[0].reshape(1, -1, layer.q.n_heads, layer.q.head_dim)
-            factor = 1.0
-            if layer.post_norm is not None:
-                factor = layer.post_norm.module(raw) / raw  # a product of the norm's scale and gain: it has no bias
-            for h in range(layer.q.n_heads):
-                alone = torch.zeros_like(z)
-                alone[:, :, h] = z[:, :, h]
-                plain = type(layer.out).forward
-                written = plain(layer.out, alone.flatten(2)) - plain(layer.out, torch.zeros_like(z).flatten(2))
-                found.append((written * factor)[0])
-
-        def mlp(_, __, y):
-            found.append(y.view(-1, y.shape[-1]).clone())  # some models add to it in place
-
-        handles += [layer.out.register_forward_hook(heads), layer.mlp_out.register_forward_hook(mlp)]
-    with torch.no_grad():
-        model(inputs_embeds=embeddings)
-    for handle in handles:
-        handle.remove()
-    return torch.stack(found)
-
-
-def losses_with(model, points, node, shifts, answers):
-    """−logit difference at the last token of plain runs with `shifts` [M, T, D] added to what the node writes: [M]."""
-    handles = []
-    if node == "input":
-        points = points + shifts
-    else:
-        layer = bind(model).layers[int(node[1:].split(".")[0])]
-        attention = layer.out if layer.post_norm is None else layer.post_norm.module
-        module = attention if node[0] == "a" else layer.mlp_out
-        handles.append(module.register_forward_hook(lambda _, __, y: y + shifts.view(y.shape)))
-    with torch.no_grad():
-        logits = model(inputs_embeds=points).logits[:, -1]
-    for handle in handles:
-        handle.remove()
-    return logits[:, answers[1]] - logits[:, answers[0]]
 
 
 CASES = [*((family, "eap-ig-inputs") for family in KINDS), ("gemma2", "eap"), ("gemma2", "clean-corrupted")]
 
 
 @pytest.mark.parametrize(("family", "method"), CASES)
-def test_a_score_is_the_derivative_of_the_loss_by_the_nodes_shift(family, method, make_model, make_pairs, relative):
+def test_a_score_is_the_derivative_of_the_loss_by_what_the_node_writes(
+    family, method, make_model, make_pairs, relative
+):
+    """Σ_t Δ_u(t) ⊙ Σ_k w_k ∂loss/∂c_u(t), by dimension and summed over dimensions."""
     model, data = make_model(family), make_pairs(n=3, longest=7)[[0, 1]]
-    step = 1e-5
+    decoder = Decoder(model)
     with StayDouble():
         scores = eap.attribute(model, data, method=method, steps=2, keep="neurons").node_scores()
-        senders, width = scores.graph.senders, scores.graph.d_model
-        picked = torch.randperm(scores.neurons.numel(), generator=torch.Generator().manual_seed(0))[:8].tolist()
-        right = torch.zeros(len(senders) + len(picked), dtype=torch.float64)
-        embed = model.get_input_embeddings()
-        alpha, weight = torch.tensor(PATHS[method], dtype=torch.float64).T
+        right = torch.zeros(scores.neurons.shape, dtype=torch.float64)
         for e in range(len(data)):
-            n = int(data.lengths[e])
-            clean, corrupted = (embed(x[e : e + 1, :n]).detach() for x in (data.clean, data.corrupted))
-            delta = contributions(model, corrupted) - contributions(model, clean)
-            assert len(delta) == len(senders)
-            points = (corrupted + alpha[:, None, None] * (clean - corrupted)).repeat(2, 1, 1)
-            signs = torch.ones(len(alpha)).repeat(2).view(2, -1) * torch.tensor([[1.0], [-1.0]])
-
-            def slope(u, shift, points=points, signs=signs, e=e):
-                found = losses_with(
-                    model, points, senders[u], step * signs.reshape(-1, 1, 1) * shift, data.answers[e]
-                ).view(2, -1)
-                return (weight * (found[0] - found[1])).sum() / (2 * step) / len(data)
-
-            for u in range(len(senders)):
-                right[u] += slope(u, delta[u])
-            for i, cell in enumerate(picked):
-                only = torch.zeros_like(delta[0])
-                only[:, cell % width] = delta[cell // width, :, cell % width]
-                right[len(senders) + i] += slope(cell // width, only)
-    nodes, neurons = right.split([len(senders), len(picked)])
-    assert relative(scores.values, nodes) < 1e-6
-    largest = float(scores.neurons.abs().max())
-    assert float((scores.neurons.flatten()[picked] - neurons).abs().max()) < 1e-6 * largest
+            x, y = (decoder.embed(tokens) for tokens in prompts(data, e))
+            delta = differences(plain_run(decoder, x), plain_run(decoder, y))
+            for alpha, weight in PATHS[method]:
+                run = plain_run(decoder, torch.lerp(y, x, alpha).requires_grad_())
+                slope = gradients(-logit_difference(run.logits, data, e), run.c)
+                right += weight * (delta * slope).sum(1) / len(data)
+    assert relative(scores.values, right.sum(1)) < 1e-6
+    assert float((scores.neurons - right).abs().max()) < 1e-6 * float(scores.neurons.abs().max())
 
 
 def test_dimensions_sum_to_nodes_and_nodes_do_not_depend_on_the_head_graph(family, make_model, make_pairs, relative):

@@ -1,4 +1,4 @@
-"""Paths of activations: against circuit runs and plain runs written out, what is run, and the memory it takes."""
+"""Paths of activations: against circuit runs and their definition, what is run, and the memory it takes."""
 
 from __future__ import annotations
 
@@ -10,20 +10,10 @@ from eap_circuits.budget import PeakBytes
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.methods.gradient import method as gradient
 from tests.circuits.budget.test_memory import longer_pairs
-from tests.circuits.conftest import FAMILIES
+from tests.circuits.conftest import FAMILIES, groups_of, loss_of, prompts, random_edges
+from tests.circuits.decoders import Decoder
 from tests.circuits.methods.test_attribution import losses
-from tests.circuits.plain_runs import SITES, by_layer, plain_run
-
-
-def chosen_edges(graph, n, seed=1):
-    edges = graph.edge_mask.nonzero()
-    return edges[torch.randperm(len(edges), generator=torch.Generator().manual_seed(seed))[:n]].tolist()
-
-
-def group_of(graph, sender):
-    """The senders that move with one: the input, a layer's heads, its MLP, found by their names."""
-    name = graph.senders[sender].split(".")[0]
-    return [u for u, other in enumerate(graph.senders) if other.split(".")[0] == name]
+from tests.circuits.plain_runs import differences, of_moved, plain_run, scores
 
 
 @pytest.mark.parametrize(("family", "quadrature"), [*((name, "right") for name in FAMILIES), ("gemma2", "midpoint")])
@@ -37,13 +27,14 @@ def test_activation_paths_give_derivatives_at_points_of_the_senders_own_path(
     with StayDouble():
         scores = eap.attribute(model, data, heads="query", **given)
         graph, masks = scores.graph, []
-        edges = chosen_edges(graph, 6)
+        groups = groups_of(graph)
+        edges = random_edges(graph, 6)
         for u, v in edges:
             for k in range(steps):
                 alpha = (k + 1) / steps if quadrature == "right" else (k + 0.5) / steps
                 for sign in (1, -1):
                     mask = graph.edge_mask.double()
-                    mask[group_of(graph, u)] *= alpha
+                    mask[next(group for group in groups if u in group)] *= alpha
                     mask[u, v] -= sign * step
                     masks.append(mask)
         found = losses(model, graph, data, masks).view(len(edges), steps, 2)
@@ -54,45 +45,32 @@ def test_activation_paths_give_derivatives_at_points_of_the_senders_own_path(
 
 
 @pytest.mark.parametrize("published", [False, True])
-@pytest.mark.parametrize("kind", SITES)
-def test_activation_paths_head_by_head_with_plain_autograd(kind, published, make_model, make_pairs, relative):
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_activation_paths_are_their_definition(kind, published, make_model, make_pairs, relative):
+    """While a group moves, the edges out of it are scored; in the published package all edges are, for every group."""
     model, data, steps = make_model(kind), make_pairs(n=3), 3
     compat = "eap-ig" if published else None
+    decoder = Decoder(model, heads="kv")
     with StayDouble():
-        scores = eap.attribute(model, data, method="eap-ig-activations", steps=steps, compat=compat)
-        graph = scores.graph
-        groups = [group_of(graph, u) for u in range(graph.n_senders)]
-        groups = [list(group) for group in dict.fromkeys(map(tuple, groups))]
-        right = torch.zeros(graph.n_senders, len(groups), dtype=torch.float64)
+        found = eap.attribute(model, data, method="eap-ig-activations", steps=steps, compat=compat)
+        graph = found.graph
+        right = torch.zeros(found.values.shape, dtype=torch.float64)
         for e in range(len(data)):
-            n, (good, bad) = int(data.lengths[e]), data.answers[e].tolist()
-            embed = model.get_input_embeddings()
-            clean, corrupted = (embed(x[e, None, :n]).detach() for x in (data.clean, data.corrupted))
-            (_, from_clean, _, c), (_, from_corrupted, _, c_corrupted) = (
-                plain_run(model, kind, x) for x in (clean, corrupted)
-            )
-            delta = (c_corrupted - c).detach()  # [S, T, D]
-            for index, group in enumerate(groups):
-                for k in range(1, steps + 1):
-                    point = torch.lerp(from_corrupted[index], from_clean[index], k / steps).detach()
-                    if index == 0:
-                        logits, _, reads, _ = plain_run(model, kind, point)
-                    else:
-                        logits, _, reads, _ = plain_run(model, kind, clean, (index, point))
-                    (logits[bad] - logits[good]).backward()
-                    model.zero_grad()
-                    for site, x in enumerate(reads):
-                        if x.grad is None:
-                            continue  # what it feeds was replaced
-                        if published and index == 0 and site == 0 and kind == "llama":
-                            continue  # the package's embeddings are constants there
-                        part = (delta @ x.grad[0].T).diagonal(dim1=1, dim2=2).sum(1) / steps / len(data)
-                        if published:
-                            right[:, site] += part / len(groups)
-                        else:
-                            right[group, site] += part[group]
-    right *= by_layer(graph, graph.edge_mask.double()) > 0
-    assert relative(by_layer(graph, scores.values), right) < 1e-6
+            x, y = (decoder.embed(tokens) for tokens in prompts(data, e))
+            clean, corrupted = plain_run(decoder, x), plain_run(decoder, y)
+            delta = differences(clean, corrupted)
+            for group in groups_of(graph):
+                reads = [of_moved(group, k / steps, clean, delta) for k in range(1, steps + 1)]
+                points = [(1 / steps / len(data), plain_run(decoder, x, read)) for read in reads]
+                part = scores(delta, points, loss_of(data, e))
+                if published and group == [0] and kind == "llama":
+                    part[:, : graph.receivers_at(0, "mlp").start] = 0  # the package's embeddings are constants there
+                if published:
+                    right += part / len(groups_of(graph))
+                else:
+                    right[group] += part[group]
+    edges = graph.edge_mask
+    assert relative(found.values[edges], right[edges]) < 1e-6
 
 
 def test_activation_paths_in_bounded_memory(make_model, make_pairs, relative, monkeypatch):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.circuits.evaluation.test_faithfulness import graph_of, naive_llama_circuit
 
 from eap_circuits.adapters import bind
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Runner, make_batches
 from eap_circuits.intervention import circuit_run, run_circuits
 from eap_circuits.recording import record_run
+from tests.circuits.evaluation.test_faithfulness import graph_of, naive_llama_circuit
 
 
 def mixed_mask(graph, generator):

@@ -14,6 +14,9 @@ from eap_circuits.methods.quadrature import QUADRATURES
 from eap_circuits.metrics import get_metric
 from eap_circuits.recording import record_run
 from eap_circuits.request import prepare
+from tests.circuits.conftest import prompts, random_edges
+from tests.circuits.decoders import Decoder
+from tests.circuits.plain_runs import differences, plain_run, scores
 
 
 def losses(model, graph, data, masks, metric="logit_diff"):
@@ -37,11 +40,10 @@ def test_score_is_derivative_of_loss_by_edge(family, heads, make_model, make_pai
     with StayDouble():
         scores = eap.attribute(model, data, method="eap", heads=heads)
         graph, scale = scores.graph, scores.values.abs().max()
-        edges = graph.edge_mask.nonzero()
-        chosen = edges[torch.randperm(len(edges), generator=torch.Generator().manual_seed(1))[:12]]
+        chosen = random_edges(graph, 12)
         step = 1e-5
         masks = []
-        for u, v in chosen.tolist():
+        for u, v in chosen:
             for sign in (1, -1):
                 mask = graph.edge_mask.double()
                 mask[u, v] -= sign * step
@@ -49,71 +51,30 @@ def test_score_is_derivative_of_loss_by_edge(family, heads, make_model, make_pai
         found = losses(model, graph, data, masks)
     derivatives = (found[::2] - found[1::2]) / (2 * step) / len(data)
     # float32 storage of the scores is the largest error: 6e-8; the difference's own is about 1e-9.
-    for (u, v), derivative in zip(chosen.tolist(), derivatives.tolist()):
+    for (u, v), derivative in zip(chosen, derivatives.tolist()):
         assert abs(float(scores.values[u, v]) - derivative) <= 1e-6 * scale, graph.edge_name(u, v)
 
 
 @pytest.mark.parametrize("metric", ["prob_diff", "kl_divergence"])
-def test_path_scores_are_the_mean_of_derivatives_along_the_path(metric, make_model, make_pairs, relative):
-    """IG's score of the edges into `logits` and the sum over the path, recomputed by plain autograd."""
-    model, data = make_model("llama"), make_pairs(n=3)
-    steps = 4
+def test_path_scores_are_their_definition(metric, make_model, make_pairs, relative):
+    model, data, steps = make_model("llama"), make_pairs(n=3), 4
+    decoder = Decoder(model, heads="kv")
     with StayDouble():
-        scores = eap.attribute(model, data, metric=metric, steps=steps, quadrature="midpoint", batch_size=1)
-        total = torch.zeros(scores.graph.n_senders, dtype=torch.float64)
+        found = eap.attribute(model, data, metric=metric, steps=steps, quadrature="midpoint", batch_size=1)
+        total = torch.zeros(found.values.shape, dtype=torch.float64)
         for e in range(len(data)):
-            one = data[[e]]
-            n = int(one.lengths[0])
-            embed = model.get_input_embeddings()
-            x, y = embed(one.clean[:, :n]).detach(), embed(one.corrupted[:, :n]).detach()
-            read: list[torch.Tensor] = []
+            x, y = (decoder.embed(tokens) for tokens in prompts(data, e))
+            clean, corrupted = plain_run(decoder, x), plain_run(decoder, y)
+            request = prepare(model, data[[e]], metric, "patching", None)
+            (batch,) = make_batches(data[[e]], None, False, request.arch.device)
 
-            def keep(_, args, read=read):
-                args[0].retain_grad()
-                read.append(args[0])
+            def loss(logits, request=request, batch=batch, ends=(clean.logits, corrupted.logits)):
+                return -request.values(logits[None], batch, *(x.detach()[None] for x in ends)).sum()
 
-            run = prepare(model, one, metric, "patching", None)
-            (batch,) = make_batches(one, None, False, run.arch.device)
-            with torch.no_grad():
-                clean, corrupted = (model(inputs_embeds=z).logits[:, -1] for z in (x, y))
-            gradient = torch.zeros(n, x.shape[-1], dtype=torch.float64)
-            for k in range(steps):
-                read.clear()
-                point = (y + (k + 0.5) / steps * (x - y)).requires_grad_(True)
-                handle = model.model.norm.register_forward_pre_hook(keep)
-                logits = model(inputs_embeds=point).logits[:, -1]
-                handle.remove()
-                (-run.values(logits, batch, clean, corrupted).sum()).backward()
-                gradient += read[0].grad[0] / steps
-            model.zero_grad()
-            total += _contribution_differences(model, x, y) @ gradient.flatten()
-    found = scores.values[:, -1] * len(data)
-    assert relative(found, total) < 1e-6
-
-
-def _contribution_differences(model, clean, corrupted):
-    """Δ of every sender, [S, T·D], from the modules' plain outputs."""
-    runs = []
-    for x in (corrupted, clean):
-        outputs = [x]
-        handles = []
-        for layer in model.model.layers:
-            weight = layer.self_attn.o_proj.weight
-            heads = model.config.num_attention_heads
-
-            def split(_, args, weight=weight, heads=heads):
-                z = args[0].unflatten(-1, (heads, -1))
-                w = weight.unflatten(1, (heads, -1))
-                outputs.extend(z[..., h, :] @ w[:, h].T for h in range(heads))  # noqa: B023
-
-            handles.append(layer.self_attn.o_proj.register_forward_pre_hook(split))
-            handles.append(layer.mlp.register_forward_hook(lambda _, __, y: outputs.append(y)))  # noqa: B023
-        with torch.no_grad():
-            model(inputs_embeds=x)
-        for handle in handles:
-            handle.remove()
-        runs.append(torch.stack(outputs).flatten(1))
-    return (runs[0] - runs[1]).detach()
+            points = [(1 / steps, plain_run(decoder, torch.lerp(y, x, (k + 0.5) / steps))) for k in range(steps)]
+            total += scores(differences(clean, corrupted), points, loss) / len(data)
+    edges = found.graph.edge_mask
+    assert relative(found.values[edges], total[edges]) < 1e-6
 
 
 @pytest.mark.parametrize("settings", [{"batch_size": 1}, {"batch_size": 3}, {"reuse_prefix": False}])

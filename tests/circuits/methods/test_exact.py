@@ -7,6 +7,7 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.methods import exact
+from tests.circuits.conftest import circuit_of, random_edges
 
 
 def all_but_one(model, data, graph, edges):
@@ -23,16 +24,13 @@ def all_but_one(model, data, graph, edges):
 def test_an_edge_alone_corrupted_is_the_circuit_without_it(family, heads, make_model, make_pairs, relative):
     model, data = make_model(family), make_pairs(seed=5)
     graph = eap.attribute(model, data[:1], method="eap", heads=heads).graph
-    edges = graph.edge_mask.nonzero()
-    edges = edges[torch.randperm(len(edges), generator=torch.Generator().manual_seed(2))[:15]]
-    mask = torch.zeros_like(graph.edge_mask)
-    mask[edges[:, 0], edges[:, 1]] = True
-    scores = eap.attribute(model, data, method="exact", heads=heads, edges=mask)
-    right = all_but_one(model, data, graph, edges.tolist())
-    found = scores.values[edges[:, 0], edges[:, 1]].double()
+    edges = random_edges(graph, 15, seed=2)
+    chosen = circuit_of(graph, edges)
+    scores = eap.attribute(model, data, method="exact", heads=heads, edges=chosen)
+    found = torch.stack([scores.values[u, v].double() for u, v in edges])
     # Some norms compute in float32 whatever the model's dtype.
-    assert relative(found, right) < 1e-5
-    assert not scores.values[~mask].any() and scores.info["edges"] == 15
+    assert relative(found, all_but_one(model, data, graph, edges)) < 1e-5
+    assert not scores.values[~chosen.mask].any() and scores.info["edges"] == 15
 
 
 @pytest.mark.parametrize("settings", [{"batch_size": 2}, {"reuse_prefix": False}, {"together": 1}])

@@ -1,4 +1,4 @@
-"""Information flow routes: against their definition on plain runs, what they are shares of, and memory."""
+"""Information flow routes: against their definition, what they are shares of, and memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from eap_circuits.methods import flow
 from eap_circuits.recording import record_run
 from eap_circuits.request import prepare
 from tests.circuits.budget.test_memory import longer_pairs
-from tests.circuits.plain_runs import SITES, plain_run
+from tests.circuits.conftest import prompts
+from tests.circuits.decoders import Decoder
+from tests.circuits.plain_runs import plain_run
 
 
 def shares(x, contributions):
@@ -24,22 +26,19 @@ def shares(x, contributions):
 
 
 @pytest.mark.parametrize("heads", ["kv", "query"])
-@pytest.mark.parametrize("kind", SITES)
-def test_flow_head_by_head(kind, heads, make_model, make_pairs, relative):
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_flow_is_its_definition(kind, heads, make_model, make_pairs, relative):
     model, data = make_model(kind), make_pairs(n=3)
+    decoder = Decoder(model, heads)
     with StayDouble(), torch.no_grad():
         scores = eap.attribute(model, data, method="information-flow-routes", heads=heads)
-        graph = scores.graph
-        right = torch.zeros(graph.n_senders, graph.n_receivers, dtype=torch.float64)
-        places = list(dict.fromkeys(name.split(".")[0] for name in graph.receivers))
+        right = torch.zeros(scores.values.shape, dtype=torch.float64)
         for e in range(len(data)):
-            n = int(data.lengths[e])
-            embeddings = model.get_input_embeddings()(data.clean[e, None, :n])
-            _, _, reads, contributions = plain_run(model, kind, embeddings)
-            for column, name in enumerate(graph.receivers):
-                x, reach = reads[places.index(name.split(".")[0])][0], int(graph.reach[column])
+            run = plain_run(decoder, decoder.embed(prompts(data, e)[0]))
+            c, n = torch.stack(run.c), int(data.lengths[e])
+            for v, (x, reach) in enumerate(zip(run.x, scores.graph.reach.tolist(), strict=True)):
                 for t in range(n):
-                    right[:reach, column] += shares(x[t], contributions[:reach, t]) / n / len(data)
+                    right[:reach, v] += shares(x[t], c[:reach, t]) / n / len(data)
     assert relative(scores.values, right) < 1e-6
 
 

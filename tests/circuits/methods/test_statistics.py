@@ -14,6 +14,9 @@ from eap_circuits import request
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.methods import exact
 from eap_circuits.methods.gradient import method as gradient
+from tests.circuits.conftest import logit_difference, prompts
+from tests.circuits.decoders import Decoder
+from tests.circuits.plain_runs import differences, gradients, plain_run
 
 METHODS = [{"method": "eap"}, {"steps": 3}, {"method": "clean-corrupted"}, {"method": "exact"}]
 ALL = ("examples", "positions", "neurons")
@@ -84,35 +87,19 @@ def test_positions_are_those_of_the_prompts(make_model, make_pairs, relative):
     assert relative(start.sum(0), each.mean(0)) < 1e-5
 
 
-def test_a_positions_score_is_the_derivative_by_that_positions_difference(make_model, make_pairs):
-    """From first principles: the residual stream before the last norm with ε Δ_input added at one position."""
+def test_a_positions_score_is_its_definition(make_model, make_pairs, relative):
+    """Σ_k w_k ⟨Δ_u(t), ∂loss/∂x_v(t)⟩ of one position t alone."""
     model, data = make_model("gpt2"), make_pairs(seed=6, n=1, longest=8)
     clean, corrupted = data.clean.clone(), data.corrupted.clone()
     corrupted[0, 1:3] = (clean[0, 1:3] + 1) % 59
     data = eap.PairedDataset.from_tokens(clean, corrupted, data.lengths, data.answers)
-    n, step = int(data.lengths[0]), 1e-5
+    decoder = Decoder(model)
     with StayDouble():
         scores = eap.attribute(model, data, method="eap", keep="positions")
-        embed = model.get_input_embeddings()
-        delta = (embed(data.corrupted) - embed(data.clean))[0, :n].detach()
-        column = scores.graph.receivers.index("m0")
-        for t in range(n):
-            losses = []
-            for sign in (1, -1):
-
-                def move(_, args, sign=sign, t=t):
-                    x = args[0].clone()
-                    x[0, t] += sign * step * delta[t]
-                    return (x,)
-
-                # Only the MLP of layer 0 reads it.
-                handle = model.transformer.h[0].ln_2.register_forward_pre_hook(move)
-                with torch.no_grad():
-                    logits = model(input_ids=data.clean[:, :n]).logits[0, -1]
-                handle.remove()
-                losses.append(logits[data.answers[0, 1]] - logits[data.answers[0, 0]])
-            right = float(losses[0] - losses[1]) / (2 * step)
-            assert float(scores.per_position[t, 0, column]) == pytest.approx(right, rel=1e-5, abs=1e-7)
+        clean, corrupted = (plain_run(decoder, decoder.embed(tokens)) for tokens in prompts(data, 0))
+        g = gradients(-logit_difference(clean.logits, data, 0), clean.x)
+        right = torch.einsum("utd,vtd->tuv", differences(clean, corrupted), g) * scores.graph.edge_mask
+    assert relative(scores.per_position, right) < 1e-6
 
 
 OTHERS = [

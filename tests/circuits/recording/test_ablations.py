@@ -1,8 +1,6 @@
-"""Ablations other than patching, against models written out head by head, without a hook, a cache or a batch."""
+"""Ablations other than patching, against their definition, and what does not change results."""
 
 from __future__ import annotations
-
-import importlib
 
 import pytest
 import torch
@@ -10,214 +8,69 @@ import torch
 import eap_circuits as eap
 from eap_circuits.adapters import bind
 from eap_circuits.evaluation.check import StayDouble
-from eap_circuits.graph import Graph, prune
-
-# Absolute positions and biases; grouped heads; norms after blocks; attention and MLP in parallel; experts.
-KINDS = ("gpt2", "llama", "gemma2", "gpt-neox", "qwen3-moe")
-NAMES = ("zero", "mean", "mean-positional")
+from tests.circuits.conftest import circuit_of, logit_difference, loss_of, prompts, random_circuit, random_edges
+from tests.circuits.decoders import Decoder
+from tests.circuits.plain_runs import of_circuit, plain_run, scores
 
 
-class ByHand:
-    """A tiny model's forward pass as a sum of contributions; `read` decides what every receiver is given."""
-
-    def __init__(self, model, graph):
-        self.model, self.graph, self.kind = model, graph, model.config.model_type
-        self.heads, self.kv = graph.n_heads[0], graph.n_kv_heads[0]
-        body = {"gpt2": "transformer", "gpt_neox": "gpt_neox"}.get(self.kind, "model")
-        self.body = getattr(model, body)
-        self.layers = self.body.h if self.kind == "gpt2" else self.body.layers
-
-    def run(self, embeddings, read):
-        """Contributions of every sender, [S] of [1, T, D], and the last token's logits, [1, V].
-
-        `read(v, contributions)` is the sum that receiver v is given of the senders before it.
-        """
-        tokens = embeddings.shape[1]
-        self.positions = torch.arange(tokens)[None]
-        constant = self.body.wpe(self.positions) if self.kind == "gpt2" else 0
-        contributions = [embeddings]
-        for index, layer in enumerate(self.layers):
-            attention, first, second, out = self._parts(layer)
-            sites = {site: self.graph.receivers_at(index, site).start for site in ("q", "k", "v", "mlp")}
-            spread = 1 if self.graph.heads == "query" else self.heads // self.kv
-            given = list(contributions)
-            values = []
-            for h in range(self.heads):
-                q, k, v = (
-                    self._project(attention, site, h, first(constant + read(sites[site] + slot, given)))
-                    for site, slot in (("q", h), ("k", h // spread), ("v", h // spread))
-                )
-                z = self._attend(index, attention, q, k) @ v
-                weight = out.weight.T if self.kind == "gpt2" else out.weight
-                width = z.shape[-1]
-                values.append(z @ weight[:, h * width : (h + 1) * width].T)
-            if self.kind == "gemma2":
-                # The norm after attention divides every head by the scale of them all together.
-                norm = layer.post_attention_layernorm
-                scale = (sum(values).square().mean(-1, keepdim=True) + norm.eps).rsqrt()
-                values = [value * scale * (1 + norm.weight) for value in values]
-            contributions += values
-            before = constant
-            if out.bias is not None:
-                constant = constant + out.bias
-            parallel = self.kind == "gpt_neox"
-            x = second(read(sites["mlp"], given) + before if parallel else read(sites["mlp"], contributions) + constant)
-            y = layer.mlp(x)
-            y = y[0] if isinstance(y, tuple) else y
-            contributions.append(layer.post_feedforward_layernorm(y) if self.kind == "gemma2" else y)
-        last = getattr(self.body, {"gpt2": "ln_f", "gpt_neox": "final_layer_norm"}.get(self.kind, "norm"))
-        head = self.model.get_output_embeddings()
-        logits = head(last(constant + read(self.graph.n_receivers - 1, contributions)))[:, -1]
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return contributions, logits if cap is None else cap * torch.tanh(logits / cap)
-
-    def _parts(self, layer):
-        if self.kind == "gpt2":
-            return layer.attn, layer.ln_1, layer.ln_2, layer.attn.c_proj
-        if self.kind == "gpt_neox":
-            return layer.attention, layer.input_layernorm, layer.post_attention_layernorm, layer.attention.dense
-        second = layer.pre_feedforward_layernorm if self.kind == "gemma2" else layer.post_attention_layernorm
-        return layer.self_attn, layer.input_layernorm, second, layer.self_attn.o_proj
-
-    def _project(self, attention, site, h, x):
-        """One head's query, key or value of the normalised input, [1, T, K]."""
-        if self.kind == "gpt2":
-            y = attention.c_attn(x).chunk(3, -1)["qkv".index(site)]
-            return y.chunk(self.heads, -1)[h]
-        if self.kind == "gpt_neox":
-            return attention.query_key_value(x).chunk(self.heads, -1)[h].chunk(3, -1)["qkv".index(site)]
-        module = getattr(attention, f"{site}_proj")
-        y = module(x).chunk(self.heads if site == "q" else self.kv, -1)
-        y = y[h if site == "q" else h * self.kv // self.heads]
-        norm = getattr(attention, f"{site}_norm", None)
-        return y if norm is None else norm(y)
-
-    def _attend(self, index, attention, q, k):
-        """A head's attention pattern, [1, T, T]."""
-        config = self.model.config
-        if self.kind != "gpt2":
-            home = importlib.import_module(type(attention).__module__)
-            x = torch.zeros(1, 1, 1, dtype=q.dtype)
-            q, k = (
-                y[:, 0]
-                for y in home.apply_rotary_pos_emb(q[:, None], k[:, None], *self.body.rotary_emb(x, self.positions))
-            )
-        scores = q @ k.mT * getattr(attention, "scaling", q.shape[-1] ** -0.5)
-        cap = getattr(config, "attn_logit_softcapping", None)
-        scores = scores if cap is None else cap * torch.tanh(scores / cap)
-        distance = self.positions[0][:, None] - self.positions[0]
-        seen = distance >= 0
-        if self.kind == "gemma2" and config.layer_types[index] == "sliding_attention":
-            seen = seen & (distance < config.sliding_window)
-        return scores.masked_fill(~seen, -torch.inf).softmax(-1)
-
-    def plain(self, tokens):
-        """The model itself on [1, T] tokens."""
-        return self.run(bind(self.model).embed(tokens), lambda v, given: sum(given))
-
-    def circuit(self, tokens, mask, ablated):
-        """Receivers are given a sender's own contribution where mask[u, v], else the ablated one."""
-
-        kept = mask.T.tolist()
-
-        def read(v, given):
-            return sum(own if kept[v][u] else ablated[u] for u, own in enumerate(given))
-
-        return self.run(bind(self.model).embed(tokens), read)[1]
-
-
-def prompts(data, corrupted=False):
-    """Each prompt alone, without padding: [1, T]."""
-    tokens = data.corrupted if corrupted else data.clean
-    return [tokens[e : e + 1, : int(data.lengths[e])] for e in range(len(data))]
-
-
-def ablated(every, name, length):
-    """c' of every sender at so many tokens, [S] of [1, T, D], from its contributions to every ablation prompt."""
-    width, found = every[0][0].shape[-1], []
-    for u in range(len(every[0])):
-        if name == "zero":
-            found.append(torch.zeros(1, length, width, dtype=torch.float64))
-        elif name == "mean":
-            mean = torch.cat([contributions[u][0] for contributions in every]).mean(0)
-            found.append(mean.expand(1, length, -1))
-        else:
-            rows = [[c[u][0, t] for c in every if c[u].shape[1] > t] for t in range(length)]
-            found.append(torch.stack([torch.stack(row).mean(0) for row in rows])[None])
-    return found
-
-
-def difference(logits, data, e):
-    return float(logits[0, data.answers[e, 0]] - logits[0, data.answers[e, 1]])
-
-
-def random_mask(graph: Graph, seed: int, share: float):
-    generator = torch.Generator().manual_seed(seed)
-    mask = (torch.rand(graph.n_senders, graph.n_receivers, generator=generator) < share) & graph.edge_mask
-    return prune(graph, mask)
+def ablated(name, every, like):
+    """c' of every sender, [S] of [T, D] like its own contributions, from `every` ablation prompt's."""
+    if name == "zero":
+        return [torch.zeros_like(c) for c in like]
+    if name == "mean":
+        return [torch.cat(all_of_u).mean(0).expand_as(c) for c, *all_of_u in zip(like, *every)]
+    return [
+        torch.stack([torch.stack([c[t] for c in all_of_u if len(c) > t]).mean(0) for t in range(len(own))])
+        for own, *all_of_u in zip(like, *every)
+    ]
 
 
 @pytest.mark.parametrize("heads", ["kv", "query"])
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_circuits_scores_and_single_edges_are_their_definitions(kind, heads, make_model, make_pairs):
+def test_circuits_scores_and_single_edges_are_their_definitions(kind, heads, make_model, make_pairs, relative):
     model, data, other = make_model(kind), make_pairs(seed=11, n=2), make_pairs(seed=12, n=3)
     other = eap.PairedDataset.from_tokens(other.clean, other.corrupted, torch.tensor([11, 9, 6]), other.answers)
-    graph = bind(model).graph(heads)
-    hand = ByHand(model, graph)
-    generator = torch.Generator().manual_seed(1)
+    graph, decoder = bind(model).graph(heads), Decoder(model, heads)
+    edges = random_edges(graph, 3)
+    none = eap.Circuit(graph, torch.zeros_like(graph.edge_mask))
+    circuits = [random_circuit(graph, 3, 0.3), random_circuit(graph, 4, 0.9), none]
+    assert circuits[0].n_edges and circuits[1].n_edges
+    all_but_one = [eap.Circuit(graph, graph.edge_mask & ~circuit_of(graph, [edge]).mask) for edge in edges]
     with StayDouble():
-        for tokens in prompts(data):  # the model by hand is the model
-            torch.testing.assert_close(hand.plain(tokens)[1], model(input_ids=tokens).logits[:, -1])
-        every = [hand.plain(tokens)[0] for tokens in prompts(other)]
-        clean = [difference(hand.plain(tokens)[1], data, e) for e, tokens in enumerate(prompts(data))]
-        for name in NAMES:
+        embeddings = [[decoder.embed(tokens) for tokens in prompts(data, e)] for e in range(len(data))]
+        own = [plain_run(decoder, clean) for clean, _ in embeddings]
+        every = [plain_run(decoder, decoder.embed(prompts(other, e)[0])).c for e in range(len(other))]
+
+        def values(kept, gone):
+            """The metric of a circuit's run on every example, by definition."""
+            runs = (plain_run(decoder, x, of_circuit(kept.mask, c)) for (x, _), c in zip(embeddings, gone))
+            return torch.stack([logit_difference(run.logits, data, e) for e, run in enumerate(runs)]).detach()
+
+        clean = torch.stack([logit_difference(run.logits, data, e) for e, run in enumerate(own)]).detach()
+        for name in ("zero", "mean", "mean-positional"):
             settings = {"ablation": name, "ablation_data": None if name == "zero" else other}
-            gone = [ablated(every, name, tokens.shape[1]) for tokens in prompts(data)]
-            masks = [random_mask(graph, 3, 0.3), random_mask(graph, 4, 0.9), torch.zeros_like(graph.edge_mask)]
-            assert all(mask.any() for mask in masks[:2])
-            circuits = [eap.Circuit.from_mask(graph, mask) for mask in masks]
-            for mask, result in zip(masks, eap.evaluate(model, circuits, data, **settings)):
-                right = [
-                    difference(hand.circuit(tokens, mask, gone[e]), data, e) for e, tokens in enumerate(prompts(data))
-                ]
-                assert result.values.tolist() == pytest.approx(right, abs=1e-8)
-                assert result.clean_values.tolist() == pytest.approx(clean, abs=1e-8)
-            assert result.corrupted_values.tolist() == pytest.approx(right, abs=1e-8)  # those of no edge
+            gone = [[c.detach() for c in ablated(name, every, run.c)] for run in own]
+            lowest = values(none, gone)
+            for kept, result in zip(circuits, eap.evaluate(model, circuits, data, **settings)):
+                close(result.values, values(kept, gone))
+                close(result.clean_values, clean)
+                close(result.corrupted_values, lowest)
 
-            edges = graph.edge_mask.nonzero()
-            edges = edges[torch.randperm(len(edges), generator=generator)[:3]].tolist()
-            chosen = torch.zeros_like(graph.edge_mask)
-            chosen[tuple(zip(*edges))] = True
-            exact = eap.attribute(model, data, method="exact", heads=heads, edges=chosen, **settings)
-            scores = eap.attribute(model, data, heads=heads, steps=2, **settings)
-            scale = float(scores.values.abs().max())
-            for u, v in edges:
-                alone = graph.edge_mask.clone()
-                alone[u, v] = False
-                ones = [
-                    clean[e] - difference(hand.circuit(tokens, alone, gone[e]), data, e)
-                    for e, tokens in enumerate(prompts(data))
-                ]
-                assert float(exact.values[u, v]) == pytest.approx(sum(ones) / len(ones), abs=2e-6 * scale)
-                slope = path_slope(hand, data, gone, u, v, steps=2)
-                assert float(scores.values[u, v]) == pytest.approx(slope, abs=2e-6 * scale)
+            exact = eap.attribute(model, data, method="exact", heads=heads, edges=circuit_of(graph, edges), **settings)
+            found = eap.attribute(model, data, heads=heads, steps=2, **settings).values
+            right = torch.zeros(found.shape, dtype=torch.float64)
+            for e, (x, y) in enumerate(embeddings):
+                points = [(0.5, plain_run(decoder, torch.lerp(y, x, alpha))) for alpha in (0.5, 1)]
+                delta = (torch.stack(gone[e]) - torch.stack(own[e].c)).detach()
+                right += scores(delta, points, loss_of(data, e)) / len(data)
+            assert relative(found[graph.edge_mask], right[graph.edge_mask]) < 1e-6
+            scale = float(found.abs().max())
+            for (u, v), kept in zip(edges, all_but_one):
+                alone = float((clean - values(kept, gone)).mean())
+                assert float(exact.values[u, v]) == pytest.approx(alone, abs=2e-6 * scale)
 
 
-def path_slope(hand, data, gone, u, v, steps, size=1e-4):
-    """d loss / dε as v reads x_v + ε Δ_u, mean over the path's points and the examples, by central differences."""
-    embed, total = bind(hand.model).embed, 0.0
-    for e, (clean, corrupted) in enumerate(zip(prompts(data), prompts(data, corrupted=True))):
-        delta = gone[e][u] - hand.plain(clean)[0][u]
-        for k in range(1, steps + 1):
-            point = torch.lerp(embed(corrupted), embed(clean), k / steps)
-            for sign in (1, -1):
-
-                def read(receiver, given, push=sign * size * delta):
-                    return sum(given) + (push if receiver == v else 0)
-
-                total -= sign * difference(hand.run(point, read)[1], data, e)
-    return total / (2 * size * steps * len(data))
+def close(found, right):
+    torch.testing.assert_close(found, right, atol=1e-8, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "heads"), [("zero", "kv"), ("mean", "query"), ("mean-positional", "kv")])
@@ -231,7 +84,7 @@ def test_all_edges_are_the_model_and_results_do_not_depend_on_batching(
         # All edges kept is the model's plain run and takes no other way; one receiver less does.
         mask = graph.edge_mask.clone()
         mask[:, 0] = False
-        circuits = [eap.Circuit.from_mask(graph, m) for m in (graph.edge_mask, mask, random_mask(graph, 1, 0.5))]
+        circuits = [eap.Circuit(graph, graph.edge_mask), eap.Circuit(graph, mask), random_circuit(graph, 1, 0.5)]
         right = eap.evaluate(model, circuits, data, ablation=name)
         assert right[0].faithfulness == pytest.approx(1)
         assert right[0].values.tolist() == right[0].clean_values.tolist()
@@ -271,8 +124,7 @@ def test_prompts_ablated_to_their_own_contributions_stay_what_they_are(family, h
     model, data = make_model(family), make_pairs(seed=5, n=1)
     graph = bind(model).graph(heads)
     with StayDouble():
-        masks = [torch.zeros_like(graph.edge_mask), random_mask(graph, 1, 0.5)]
-        circuits = [eap.Circuit.from_mask(graph, mask) for mask in masks]
+        circuits = [eap.Circuit(graph, torch.zeros_like(graph.edge_mask)), random_circuit(graph, 1, 0.5)]
         for result in eap.evaluate(model, circuits, data, ablation="mean-positional"):
             torch.testing.assert_close(result.values, result.clean_values, atol=1e-9, rtol=1e-9)
             torch.testing.assert_close(result.corrupted_values, result.clean_values, atol=1e-9, rtol=1e-9)
@@ -289,14 +141,14 @@ def test_metrics_are_given_the_corrupted_runs_logits_whatever_the_ablation(make_
         seen.append((batch.index, batch.corrupted_logits))
         return logits[:, 0]
 
-    circuit = eap.Circuit.from_mask(graph := bind(model).graph("kv"), random_mask(graph, 1, 0.5))
+    circuit = random_circuit(bind(model).graph("kv"), 1, 0.5)
     eap.evaluate(model, circuit, data, metric, ablation="zero")
     eap.attribute(model, data, metric, method="eap", ablation="zero")
     eap.attribute(model, data, metric, method="exact", edges=circuit, ablation="zero")
     for index, corrupted in seen:
         for e, logits in zip(index.tolist(), corrupted):
             with torch.no_grad():
-                right = model(input_ids=prompts(data, corrupted=True)[e]).logits[0, -1]
+                right = model(input_ids=prompts(data, e)[1][None]).logits[0, -1]
             torch.testing.assert_close(logits, right, atol=1e-5, rtol=1e-5)
 
 

@@ -14,6 +14,7 @@ from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import borrowed
 from eap_circuits.methods.quadrature import QUADRATURES
 from eap_circuits.recording import ABLATIONS, RULES
+from tests.circuits.conftest import groups_of
 from tests.circuits.recording.rules_by_hand import scores_by_hand
 
 ALL = sorted(RULES)
@@ -37,9 +38,7 @@ def test_paths_of_activations_are_those_of_a_model_written_out_by_hand(name, rul
     with StayDouble():
         found = eap.attribute(model, data, method="eap-ig-activations", steps=2, heads="query", rules=rules)
         graph = found.graph
-        sites = [(graph.head_senders(i), graph.mlp_sender(i)) for i in range(graph.n_layers)]
-        groups = [slice(0, 1), *(x for heads, mlp in sites for x in (heads, slice(mlp, mlp + 1)))]
-        right = scores_by_hand(model, data, rules, QUADRATURES["right"].points(2), graph, groups)
+        right = scores_by_hand(model, data, rules, QUADRATURES["right"].points(2), graph, groups_of(graph))
         assert relative(found.values, right) < 1e-6
 
 

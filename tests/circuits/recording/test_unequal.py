@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind
@@ -14,8 +13,11 @@ from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Runner, make_batches
 from eap_circuits.intervention import run_circuits
 from eap_circuits.recording import record_both_sides, record_run
-from tests.circuits.evaluation.test_faithfulness import random_circuit
-from tests.circuits.recording.unequal_pairs import V, difference, prompts, unequal_pairs
+from eap_circuits.tasks.alignment import align
+from tests.circuits.conftest import logit_difference, prompts, random_circuit
+from tests.circuits.decoders import Decoder
+from tests.circuits.plain_runs import plain_run
+from tests.circuits.recording.unequal_pairs import V, residual, unequal_pairs
 
 
 def test_the_pairs_are_what_the_tests_are_about():
@@ -34,9 +36,9 @@ def test_all_edges_are_the_model_and_none_the_corrupted_run(kind, make_model):
             circuits = [eap.Circuit.from_mask(graph, mask) for mask in masks]
             kept, ablated = eap.evaluate(model, circuits, data, batch_size=3)
             for e in range(len(data)):
-                clean, corrupted, _ = prompts(data, e)
                 with torch.no_grad():
-                    right = [float(difference(data, e, model(input_ids=x).logits[:, -1])) for x in (clean, corrupted)]
+                    ends = [model(input_ids=tokens[None]).logits[0, -1] for tokens in prompts(data, e)]
+                right = [float(logit_difference(logits, data, e)) for logits in ends]
                 for result, i in ((kept, 0), (ablated, 1)):
                     assert float(result.values[e]) == pytest.approx(right[i], abs=1e-9)
                 assert float(kept.clean_values[e]) == pytest.approx(right[0], abs=1e-9)
@@ -62,26 +64,15 @@ def test_both_ends_are_limits(kind, make_model):
 def test_what_all_senders_differ_by_is_what_the_residual_stream_does(kind, make_model):
     """Learned positions are part of the input's difference: otherwise some of it would be no sender's."""
     model, data = make_model(kind), unequal_pairs(5)
-    arch = bind(model)
-    streams: dict[int, Tensor] = {}
+    arch, decoder = bind(model), Decoder(model)
     with StayDouble(), torch.no_grad():
         for e in range(len(data)):
             (batch,) = make_batches(data[[e]], None, False, torch.device("cpu"))
             sides = record_both_sides(Runner(arch, arch.graph("query"), batch, every_mlp=True))
-            total = 0
-            for nodes in sides.senders.nodes():
-                values = (
-                    nodes.values if nodes.weight is None else torch.einsum("nhk,hkd->nhd", nodes.values, nodes.weight)
-                )
-                total = total + values.sum(1)
-            for i, tokens in enumerate(prompts(data, e)[:2]):
-                handle = arch.final_norm.module.register_forward_pre_hook(
-                    lambda _, args, i=i: streams.__setitem__(i, args[0])
-                )
-                model(input_ids=tokens)
-                handle.remove()
-            first = int(data.first_difference[e])
-            right = (streams[1][:, prompts(data, e)[2]] - streams[0])[0, first:]
+            total = sum(residual(nodes).sum(1) for nodes in sides.senders.nodes())
+            clean, corrupted = (plain_run(decoder, decoder.embed(tokens)).x[-1] for tokens in prompts(data, e))
+            π = align(*(tokens.tolist() for tokens in prompts(data, e)))
+            right = (corrupted[π] - clean)[int(data.first_difference[e]) :]
             torch.testing.assert_close(total, right, rtol=1e-6, atol=1e-9)
 
 
@@ -162,10 +153,10 @@ def start_of_path(model: Any, data: eap.PairedDataset) -> float:
     values = []
     with torch.no_grad():
         for e in range(len(data)):
-            clean, corrupted, alignment = prompts(data, e)
-            embed = model.get_input_embeddings()
-            logits = model(inputs_embeds=embed(corrupted[:, alignment])).logits[:, clean.shape[1] - 1]
-            values.append(float(difference(data, e, logits)))
+            clean, corrupted = prompts(data, e)
+            π = align(clean.tolist(), corrupted.tolist())
+            logits = model(input_ids=corrupted[None, π]).logits[0, -1]
+            values.append(float(logit_difference(logits, data, e)))
     return sum(values) / len(values)
 
 

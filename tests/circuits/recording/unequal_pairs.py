@@ -1,4 +1,4 @@
-"""Pairs of unequal lengths, one pair's prompts, and the metric that they are compared by."""
+"""Pairs of unequal lengths, and what is compared of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import eap_circuits as eap
-from eap_circuits.tasks.alignment import align
+from eap_kernels import Nodes
 
 V = 59
 
@@ -41,12 +41,6 @@ def unequal_pairs(seed: int = 0, n: int = 7) -> eap.PairedDataset:
     )
 
 
-def prompts(data: eap.PairedDataset, e: int) -> tuple[Tensor, Tensor, list[int]]:
-    """(clean [1, n], corrupted [1, m], π) of one pair."""
-    lengths = data.lengths if data.corrupted_lengths is None else data.corrupted_lengths
-    clean, corrupted = data.clean[e : e + 1, : int(data.lengths[e])], data.corrupted[e : e + 1, : int(lengths[e])]
-    return clean, corrupted, align(clean[0].tolist(), corrupted[0].tolist())
-
-
-def difference(data: eap.PairedDataset, e: int, logits: Tensor) -> Tensor:
-    return logits[0, data.answers[e, 0]] - logits[0, data.answers[e, 1]]
+def residual(nodes: Nodes) -> Tensor:
+    """What senders contribute to the residual stream, [N, S, D]."""
+    return nodes.values if nodes.weight is None else torch.einsum("nhk,hkd->nhd", nodes.values, nodes.weight)

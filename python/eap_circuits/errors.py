@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+
 
 class InputError(ValueError):
     """Something handed in is not what was expected: `name: expected …, found …`.
 
     Raised before any work is done wherever that is possible; the model and the files are as they were.
     """
+
+
+class InputWarning(UserWarning):
+    """Something handed in works, but hardly as it is meant."""
+
+
+def warn(message: str) -> None:
+    """Warn of what was handed in."""
+    warnings.warn(message, InputWarning, stacklevel=3)
 
 
 def expected(name: str, wanted: str, found: object) -> InputError:

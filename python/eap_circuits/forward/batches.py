@@ -33,7 +33,7 @@ class Batch:
     has. `rows` int64 [n]: the tokens of [E·T] that can differ between clean and corrupted, in order. `scored` int64
     [E]: the scored position within the suffix. `index` int64 [E]: positions in the dataset. `answers`, `lengths` as
     in the dataset. `corrupted_scored` int64 [E] and `alignment` int64 [E, T]: the corrupted prompt's scored position
-    and those that its clean one's are compared with; None: all are the same.
+    and those that its clean one's are compared with; None: all are the same. `variants` as in the dataset.
     """
 
     index: Tensor
@@ -48,6 +48,7 @@ class Batch:
     lengths: Tensor
     corrupted_scored: Tensor
     alignment: Tensor | None
+    variants: Tensor | None
     _moved: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -56,8 +57,13 @@ class Batch:
 
     @cached_property
     def answer_tokens(self) -> Tensor:
-        """The tokens that are an answer of any example, in order: int64 [U]."""
-        return self.answers[self.answers >= 0].unique()
+        """The tokens that are an answer of any example, or a variant of one, in order: int64 [U]."""
+        every = self.answers if self.variants is None else torch.stack([self.answers, self.variants])
+        return every[every >= 0].unique()
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """Where answers, or variants, are among `answer_tokens`; -1 stays."""
+        return torch.searchsorted(self.answer_tokens, ids.clamp(min=0)).where(ids >= 0, -1)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -179,4 +185,5 @@ def _batch(data: PairedDataset, index: Tensor, first: Tensor, start: Tensor, dev
         lengths=lengths.to(device),
         corrupted_scored=corrupted_scored.to(device),
         alignment=alignment,
+        variants=None if data.variants is None else data.variants[index].to(device),
     )

@@ -93,8 +93,8 @@ class Request:
         prompt = "" if self.data.prompts is None else f" (… {self.data.prompts[example][0][-30:]!r})"
         warn(
             f"example {example}{prompt}: the model finds the {('good', 'bad')[side]} answer {often} times likelier as "
-            f"token {twin} than as token {own}, which differs only in a leading space. Spell answers as they follow "
-            "the prompt."
+            f"token {twin} than as token {own}, which differs only in a leading space. Give the one that you mean by "
+            "its id."
         )
         self.looked_at.update(range(len(self.data)))
 

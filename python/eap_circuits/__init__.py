@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         evaluate,
         faithfulness_curve,
         optimal_constants,
+        summarise,
     )
     from .graph import (
         Circuit,
@@ -52,6 +53,7 @@ _HOME = {
     "evaluate": "evaluation",
     "faithfulness_curve": "evaluation",
     "optimal_constants": "evaluation",
+    "summarise": "evaluation",
     "Circuit": "graph",
     "EdgeScores": "graph",
     "Graph": "graph",

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+
 
 class InputError(ValueError):
     """An argument or a file is not what was expected: `name: expected …, found …`.
 
     It is raised before any work is done, wherever that is possible. The model and the files are as they were.
     """
+
+
+class InputWarning(UserWarning):
+    """Something handed in works, but hardly as it is meant."""
+
+
+def warn(message: str) -> None:
+    """Warn of what was handed in."""
+    warnings.warn(message, InputWarning, stacklevel=3)
 
 
 def expected(name: str, wanted: str, found: object) -> InputError:

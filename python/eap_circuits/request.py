@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapters import Architecture, bind
-from .errors import expected, one_of
+from .errors import expected, one_of, warn
 from .forward import Batch, Constants, Runner, make_batches, zeros
 from .graph import Graph
-from .metrics import Metric, MetricBatch, check_metric_values, get_metric
+from .metrics import Metric, MetricBatch, check_metric_values, get_metric, misspelled
 from .recording import ABLATIONS, ablation_of, different_throughout
 from .tasks import PairedDataset
 
@@ -46,6 +46,7 @@ class Request:
     batch_size: int | None = None
     reuse_prefix: bool = True
     memory: int | None = None
+    looked_at: set[int] = field(default_factory=set, repr=False)  # examples whose answers' spelling was compared
 
     def with_constants(self) -> Self:
         """The request with its constants, for which means are taken; the model must be borrowed already."""
@@ -63,9 +64,8 @@ class Request:
     def values(self, logits: Tensor, batch: Batch, clean: Tensor, corrupted: Tensor) -> Tensor:
         """The metric of each example: logits [E, V], or [E, U] of `runner`, -> [E]; raises InputError where it is not
         finite."""
-        answers = batch.answers
-        if self.metric.of_answers and logits.shape[1] == len(batch.answer_tokens):
-            answers = torch.searchsorted(batch.answer_tokens, answers.clamp(min=0)).where(answers >= 0, -1)
+        few = self.metric.of_answers and logits.shape[1] == len(batch.answer_tokens)
+        answers = batch.columns(batch.answers) if few else batch.answers
         given = MetricBatch(
             answers=answers,
             clean_logits=clean.detach(),
@@ -73,9 +73,28 @@ class Request:
             lengths=batch.lengths,
             index=batch.index,
         )
+        if batch.variants is not None and not self.looked_at.issuperset(batch.index.tolist()):
+            self.looked_at.update(batch.index.tolist())
+            variants = batch.columns(batch.variants) if few else batch.variants
+            times = misspelled(clean.detach(), answers, variants)
+            if times.any():
+                self._warn_of_spelling(times, batch.answers, batch.variants, batch.index)
         values = self.metric(logits, given)
         check_metric_values(values, given, logits)
         return values
+
+    def _warn_of_spelling(self, times: Tensor, answers: Tensor, variants: Tensor, index: Tensor) -> None:
+        """Once: `times` is how many times likelier the variants are, [E, 2]; `index` the examples' places, [E]."""
+        row, side = divmod(int(times.argmax()), 2)
+        example, often = int(index[row]), f"{float(times[row, side]):,.0f}"
+        twin, own = (int(ids[row, side].max()) for ids in (variants, answers))
+        prompt = "" if self.data.prompts is None else f" (… {self.data.prompts[example][0][-30:]!r})"
+        warn(
+            f"example {example}{prompt}: the model finds the {('good', 'bad')[side]} answer {often} times likelier as "
+            f"token {twin} than as token {own}, which differs only in a leading space. Give the one that you mean by "
+            "its id."
+        )
+        self.looked_at.update(range(len(self.data)))
 
 
 def prepare(
@@ -105,6 +124,10 @@ def prepare(
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise expected("batch_size", "a whole number of at least 1, or None", repr(batch_size))
     _check_tokens(request.arch.model, data)
+    vocabulary = _vocabulary(request.arch.model)
+    if data.variants is not None and (data.variants >= vocabulary).any():
+        data = replace(data, variants=data.variants.where(data.variants < vocabulary, -1))
+        request = replace(request, data=data)
     # Constants stand in for contributions from the first token on.
     return request if ablation_of(ablation).patches else replace(request, data=different_throughout(data))
 
@@ -135,8 +158,12 @@ def _check_ablation(request: Request) -> None:
         raise expected("ablation_data", f"prompts of {longest} tokens, the data's most", f"at most {covered}")
 
 
+def _vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 def _check_tokens(model: Any, data: PairedDataset, label: str = "") -> None:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = _vocabulary(model)
     for name, tokens in (("clean", data.clean), ("corrupted", data.corrupted), ("answers", data.answers)):
         beyond = (tokens >= vocabulary).flatten(1).any(1).nonzero()
         if len(beyond):

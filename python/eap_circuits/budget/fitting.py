@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..forward import TOKENS_PER_BATCH, Batch, make_batches
 from ..request import Request
@@ -101,4 +101,6 @@ def measure_cost(data: PairedDataset, batch: Batch, run: Measured, copies: bool 
 def _some(data: PairedDataset, batch: Batch, examples: int, reuse_prefix: bool) -> Batch:
     """A batch of copies of the batch's longest example."""
     longest = int(batch.index[data.longer_lengths[batch.index].argmax()])
-    return next(make_batches(data[[longest] * examples], examples, reuse_prefix, batch.clean.device))
+    # Without variants, at which a run looks only once.
+    copies = replace(data[[longest] * examples], variants=None)
+    return next(make_batches(copies, examples, reuse_prefix, batch.clean.device))

@@ -104,10 +104,11 @@ def _help(command: Callable[..., None]) -> str:
 
 
 def _register() -> None:
-    from .commands import about, attribute, demo, evaluate, report, reproduce
+    from .commands import about, attribute, data, demo, evaluate, report, reproduce
 
     commands: tuple[Callable[..., None], ...] = (
         demo.demo,
+        data.data,
         attribute.attribute,
         evaluate.evaluate,
         evaluate.curve,

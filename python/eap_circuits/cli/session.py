@@ -52,8 +52,11 @@ class Prompts:
         from ..tasks import PairedDataset, load_task
 
         if self.data is not None:
-            return PairedDataset.from_file(self.data, tokenizer, align=self.align)
-        return load_task(str(self.task), tokenizer, n=self.n, seed=self.seed)
+            pairs = PairedDataset.from_file(self.data, tokenizer, align=self.align)
+        else:
+            pairs = load_task(str(self.task), tokenizer, n=self.n, seed=self.seed)
+        note(str(pairs.summary()))
+        return pairs
 
     def load_ablation(self, tokenizer: Any) -> PairedDataset | None:
         """The prompts of --ablation-data, or None for those of the run."""

@@ -7,6 +7,7 @@ from .curve import FRACTIONS, Curve, faithfulness_curve
 from .discovery import discover
 from .faithfulness import EvaluationResult, evaluate
 from .optimal_ablation import optimal_constants
+from .summarise import summarise
 
 __all__ = [
     "BASELINES",
@@ -22,4 +23,5 @@ __all__ = [
     "evaluate",
     "faithfulness_curve",
     "optimal_constants",
+    "summarise",
 ]

@@ -34,7 +34,7 @@ class Batch:
     [E]: the scored position within the suffix. `index` int64 [E]: positions in the dataset. `answers`, `lengths` as
     in the dataset. `corrupted_scored` int64 [E] and `alignment` int64 [E, T]: the corrupted prompt's scored position
     and those that its clean one's are compared with; None: all are the same. `answer_tokens` int64 [U]: the tokens that
-    are an answer of any example, in order. `places`: the scored positions in [E·T], a slice where it can be one.
+    are an answer of any example, or a variant of one, in order. `variants` as in the dataset. `places`: the scored positions in [E·T], a slice where it can be one.
     """
 
     index: Tensor
@@ -51,11 +51,16 @@ class Batch:
     alignment: Tensor | None
     answer_tokens: Tensor
     places: slice | Tensor
+    variants: Tensor | None = None
     _moved: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def n_examples(self) -> int:
         return len(self.index)
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """Where answers, or variants, are among `answer_tokens`; -1 stays."""
+        return torch.searchsorted(self.answer_tokens, ids.clamp(min=0)).where(ids >= 0, -1)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -165,6 +170,8 @@ def _batch(data: PairedDataset, index: Tensor, first: Tensor, start: Tensor, dev
     else:
         prefix_of = torch.arange(len(index))
     answers, scored = data.answers[index], lengths - 1 - start
+    variants = {} if data.variants is None else {"variants": data.variants[index]}
+    every = torch.stack([answers, *variants.values()])
     host = {
         "clean": data.clean[index].gather(1, taken),
         "corrupted": data.corrupted[index].gather(1, taken),
@@ -174,10 +181,11 @@ def _batch(data: PairedDataset, index: Tensor, first: Tensor, start: Tensor, dev
         "rows": active.flatten().nonzero()[:, 0],
         "scored": scored,
         "answers": answers,
-        "answer_tokens": answers[answers >= 0].unique(),
+        "answer_tokens": every[every >= 0].unique(),
         "lengths": lengths,
         "corrupted_scored": corrupted_scored,
         "places": torch.arange(len(index)) * len(offset) + scored,
+        **variants,
     }
     there: dict[str, Any] = dict(zip(host, upload(device, *host.values()), strict=True))
     if (scored == scored[0]).all():

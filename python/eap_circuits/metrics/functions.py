@@ -65,14 +65,14 @@ class Metric:
 
 def logit_diff(logits: Tensor, batch: MetricBatch) -> Tensor:
     """Good logit less bad logit; of sets, logsumexp(good) - logsumexp(bad). [E, V] -> [E], in logits."""
-    good, bad = _of_answers(_at_least_float32(logits), batch.answers, -torch.inf).logsumexp(2).unbind(1)
+    good, bad = of_answers(at_least_float32(logits), batch.answers, -torch.inf).logsumexp(2).unbind(1)
     return good - bad
 
 
 def prob_diff(logits: Tensor, batch: MetricBatch) -> Tensor:
     """Probability of the good answers less that of the bad ones. [E, V] -> [E], from -1 to 1."""
-    probabilities = _at_least_float32(logits).softmax(-1)
-    good, bad = _of_answers(probabilities, batch.answers, 0.0).sum(2).unbind(1)
+    probabilities = at_least_float32(logits).softmax(-1)
+    good, bad = of_answers(probabilities, batch.answers, 0.0).sum(2).unbind(1)
     return good - bad
 
 
@@ -81,8 +81,8 @@ def kl_divergence(logits: Tensor, batch: MetricBatch) -> Tensor:
 
     [E, V] -> [E], in nats, at most 0. Its gradient vanishes where the run is the clean run itself.
     """
-    run = _at_least_float32(logits).log_softmax(-1)
-    clean = _at_least_float32(batch.clean_logits.to(logits.device)).log_softmax(-1)
+    run = at_least_float32(logits).log_softmax(-1)
+    clean = at_least_float32(batch.clean_logits.to(logits.device)).log_softmax(-1)
     weight = clean.exp()
     # A token that the clean run excludes (logit -inf) adds nothing, and -inf - -inf must not reach the sum.
     return -(weight * (clean - run).masked_fill(weight == 0, 0)).sum(-1)
@@ -94,8 +94,8 @@ def js_divergence(logits: Tensor, batch: MetricBatch) -> Tensor:
     [E, V] -> [E], in nats, from -log 2 to 0; symmetric and bounded, unlike `kl_divergence` (Lin 1991, IEEE Trans.
     Inf. Theory 37). Its gradient vanishes where the run is the clean run itself.
     """
-    run = _at_least_float32(logits).log_softmax(-1)
-    clean = _at_least_float32(batch.clean_logits.to(logits.device)).log_softmax(-1).to(run.dtype)
+    run = at_least_float32(logits).log_softmax(-1)
+    clean = at_least_float32(batch.clean_logits.to(logits.device)).log_softmax(-1).to(run.dtype)
     mean = ((run.exp() + clean.exp()) / 2).clamp(min=torch.finfo(run.dtype).tiny).log()
     # As above: what a run excludes has weight 0, and its logarithm must not reach the sum.
     terms = [side.exp() * (side - mean).masked_fill(side.isneginf(), 0) for side in (clean, run)]
@@ -112,7 +112,7 @@ def rank(logits: Tensor, batch: MetricBatch) -> Tensor:
     good = torch.where(good < 0, good.amax(1, keepdim=True), good)
     best = logits.gather(1, good).amax(1, keepdim=True)
     ahead = (logits >= best).scatter(1, good, False).sum(1)
-    values = -ahead.to(_at_least_float32(logits).dtype)
+    values = -ahead.to(at_least_float32(logits).dtype)
     # Comparisons with not-a-number are false and would make it a perfect score.
     return values.masked_fill(logits.isnan().any(1), torch.nan)
 
@@ -192,11 +192,11 @@ def check_metric_values(values: Tensor, batch: MetricBatch, logits: Tensor | Non
         )
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _of_answers(values: Tensor, answers: Tensor, padding: float) -> Tensor:
+def of_answers(values: Tensor, answers: Tensor, padding: float) -> Tensor:
     """values [E, V] at the answers' ids: [E, 2, A], `padding` where a set is shorter than A."""
     answers = answers.to(values.device)
     sets = answers if answers.dim() == 3 else answers[..., None]

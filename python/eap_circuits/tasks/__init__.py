@@ -2,5 +2,6 @@
 
 from .dataset import PairedDataset
 from .registry import TASKS, Task, load_task
+from .summary import MANY, Summary
 
-__all__ = ["TASKS", "PairedDataset", "Task", "load_task"]
+__all__ = ["MANY", "TASKS", "PairedDataset", "Summary", "Task", "load_task"]

@@ -16,7 +16,11 @@ from ..errors import expected
 from .alignment import aligned
 from .loading import Records, own_records, read_csv, read_rows, read_tokens, reading, suffix_of, write_tokens
 from .mib import is_mib, mib_records
-from .records import tokenised
+from .padding import integers, unpadded
+from .summary import Summary, summary_of
+from .texts.records import tokenised
+
+_OF_PAIRS = ("clean", "corrupted", "lengths", "answers", "corrupted_lengths", "alignment", "variants")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +42,8 @@ class PairedDataset:
         alignment: int64 [E, T], the corrupted position that each clean position is compared with. It never decreases
             and matches the last tokens; by default `align` computes it. None if all pairs are compared position by
             position.
+        variants: int64, shaped as `answers`: each answer's token with, or without, a leading space; -1 where there is
+            none. If the model finds these far likelier than the answers, runs warn. None if not known.
 
     Raises:
         InputError: no examples, a wrong shape or dtype, lengths or alignment out of range, negative ids, or answers
@@ -53,11 +59,12 @@ class PairedDataset:
     metric: str = "logit_diff"
     corrupted_lengths: Tensor | None = None
     alignment: Tensor | None = None
+    variants: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for field in ("clean", "corrupted", "lengths", "answers", "corrupted_lengths", "alignment"):
-            if getattr(self, field) is not None:
-                object.__setattr__(self, field, _integers(field, getattr(self, field)))
+        for field in _OF_PAIRS:
+            if getattr(self, field) is not None or field in _OF_PAIRS[:4]:
+                object.__setattr__(self, field, integers(field, getattr(self, field)))
         _check_shapes(self)
         corrupted_lengths = self.lengths if self.corrupted_lengths is None else self.corrupted_lengths
         for field, lengths in (("clean", self.lengths), ("corrupted", corrupted_lengths)):
@@ -93,10 +100,12 @@ class PairedDataset:
         """Tokenise text pairs.
 
         Args:
-            records: `{"clean": str, "corrupted": str, "answers": [good, bad]}`, where each answer is a token
-                id, a text of exactly one token, or a list of these (a set).
+            records: `{"clean": prompt, "corrupted": prompt, "answers": [good, bad]}`. A prompt is a text, or messages
+                with role and content, which the tokenizer's chat template turns into one. An answer is a token id, a
+                text of one token, or a list of these (a set); the space between it and the prompt may be left out.
             tokenizer: a Hugging Face tokenizer; its own special tokens are added.
-            prepend_bos: prepend BOS if the tokenizer has one and did not add it.
+            prepend_bos: prepend BOS if the tokenizer has one, did not add it, and the text does not begin with it. If
+                False, prompts get no special tokens. What a chat template writes is left as it is.
             name: see `PairedDataset`.
             metric: see `PairedDataset`.
             align: also take pairs with different numbers of tokens. The corrupted prompt runs as it is and is read at
@@ -104,6 +113,8 @@ class PairedDataset:
 
         Raises:
             InputError: names the record and the part of it that is missing, empty, of unequal length or not one token.
+
+        Warns if an answer is not the token that its text adds to the prompt.
         """
         records = list(records)
         labels = [f"records[{i}]" for i in range(len(records))]
@@ -114,14 +125,35 @@ class PairedDataset:
         cls,
         clean: Any,
         corrupted: Any,
-        lengths: Any,
-        answers: Any,
+        lengths: Any = None,
+        answers: Any = None,
         name: str = "data",
         metric: str = "logit_diff",
         corrupted_lengths: Any = None,
         alignment: Any = None,
+        *,
+        attention_mask: Any = None,
+        corrupted_attention_mask: Any = None,
     ) -> PairedDataset:
-        """Prompt pairs given as tokens; see `PairedDataset`. The arguments are not changed."""
+        """Prompt pairs given as tokens; see `PairedDataset`. The arguments are not changed.
+
+        Args:
+            lengths: not needed with a mask.
+            attention_mask: [E, T], 1 or True for the clean prompts' real tokens. Padding may then be on the left, too.
+            corrupted_attention_mask: that of the corrupted prompts, if theirs is another one.
+
+        Raises:
+            InputError: as `PairedDataset`; a mask with gaps or of another shape; or, without a mask, rows whose padding
+                is visibly on the left.
+        """
+        if corrupted_attention_mask is None and corrupted_lengths is None:
+            corrupted_attention_mask = attention_mask
+        other = lengths if corrupted_lengths is None else corrupted_lengths
+        clean, lengths = unpadded("clean", clean, lengths, attention_mask)
+        corrupted, other = unpadded("corrupted", corrupted, other, corrupted_attention_mask)
+        wider = corrupted_attention_mask is not None and corrupted.shape != clean.shape
+        if corrupted_lengths is not None or wider or not torch.equal(lengths, other):
+            corrupted_lengths = other
         return cls(clean, corrupted, lengths, answers, None, name, metric, corrupted_lengths, alignment)
 
     @classmethod
@@ -188,7 +220,8 @@ class PairedDataset:
             return cls.from_csv(path, tokenizer, prepend_bos, align)
         if suffix in (".safetensors", ".pt"):
             with reading(path) as file:
-                return cls(**read_tokens(file))
+                found = read_tokens(file)
+                return cls(**found) if "prompts" in found else cls.from_tokens(**found)
 
         def records(file: Path) -> Records:
             rows, labels = read_rows(file)
@@ -207,8 +240,7 @@ class PairedDataset:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a `.safetensors` file for `from_file`, whole or not at all."""
-        tensors = ("clean", "corrupted", "lengths", "answers", "corrupted_lengths", "alignment")
-        found = {name: getattr(self, name) for name in tensors}
+        found = {name: getattr(self, name) for name in _OF_PAIRS}
         write_tokens(path, found, {"name": self.name, "metric": self.metric, "prompts": self.prompts})
 
     # Using one.
@@ -226,17 +258,16 @@ class PairedDataset:
         prompts = None
         if self.prompts is not None:
             prompts = tuple(self.prompts[i] for i in chosen.tolist())
-        return PairedDataset(
-            self.clean[chosen],
-            self.corrupted[chosen],
-            self.lengths[chosen],
-            self.answers[chosen],
-            prompts,
-            self.name,
-            self.metric,
-            None if self.corrupted_lengths is None else self.corrupted_lengths[chosen],
-            None if self.alignment is None else self.alignment[chosen],
-        )
+        every = {name: getattr(self, name) for name in _OF_PAIRS}
+        found: dict[str, Any] = {name: None if x is None else x[chosen] for name, x in every.items()}
+        return PairedDataset(**found, prompts=prompts, name=self.name, metric=self.metric)
+
+    def summary(self) -> Summary:
+        """How many pairs there are, how long, how many different ones. `eap.summarise` adds what a model makes of them.
+
+        Warns if the corrupted prompt is the clean one on a quarter of the pairs or more: they have no effect to find.
+        """
+        return summary_of(self)
 
     @property
     def n_tokens(self) -> int:
@@ -269,17 +300,6 @@ class PairedDataset:
 # Tensors.
 
 
-def _integers(name: str, values: Any) -> Tensor:
-    """An int64 copy on the CPU."""
-    try:
-        tensor = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise expected(name, "a tensor of integers", type(values).__name__) from error
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise expected(name, "an integer dtype", tensor.dtype)
-    return tensor.detach().to("cpu", torch.int64, copy=True)
-
-
 def _check_shapes(data: PairedDataset) -> None:
     if data.clean.dim() != 2:
         raise expected("clean", "shape [examples, positions]", list(data.clean.shape))
@@ -296,6 +316,8 @@ def _check_shapes(data: PairedDataset) -> None:
     shape = list(data.answers.shape)
     if len(shape) not in (2, 3) or shape[:2] != [n, 2] or 0 in shape:
         raise expected("answers", f"shape {[n, 2]} (good, bad) or [{n}, 2, A] (sets)", shape)
+    if data.variants is not None and data.variants.shape != data.answers.shape:
+        raise expected("variants", f"shape {shape}, the shape of answers", list(data.variants.shape))
 
 
 def _check_lengths(name: str, lengths: Tensor, n: int, positions: int) -> None:

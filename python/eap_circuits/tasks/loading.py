@@ -28,7 +28,8 @@ _IDS = (
 )
 _TEXTS = (("good", "bad"), ("answer", "wrong_answer"), ("correct", "incorrect"))
 _TENSORS = ("clean", "corrupted", "lengths", "answers")
-_UNEQUAL = ("corrupted_lengths", "alignment")  # only for pairs of unequal lengths
+_MASKS = ("attention_mask", "corrupted_attention_mask")  # in place of lengths
+_OPTIONAL = ("corrupted_lengths", "alignment", "variants")
 _FORMAT = "eap-circuits/1"
 
 Records = tuple["list[dict[str, Any]]", "list[str]"]
@@ -173,10 +174,12 @@ def read_tokens(path: Path) -> dict[str, Any]:
         content, texts = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
     except DAMAGED as error:
         raise expected("file", "token tensors", f"something else ({reason(error)})") from error
-    missing = [name for name in _TENSORS if name not in content]
+    masked = not texts and _MASKS[0] in content
+    missing = [name for name in _TENSORS if name not in content and not (masked and name == "lengths")]
     if missing:
         raise expected("file", "tensors " + ", ".join(_TENSORS), "none named " + ", ".join(missing))
-    return {"name": path.stem, **texts, **{name: content[name] for name in (*_TENSORS, *_UNEQUAL) if name in content}}
+    names = (*_TENSORS, *(_OPTIONAL if texts else (*_OPTIONAL[:2], *_MASKS)))
+    return {"name": path.stem, **texts, **{name: content[name] for name in names if name in content}}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

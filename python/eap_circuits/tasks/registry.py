@@ -9,8 +9,8 @@ from typing import Any
 
 from ..errors import expected, one_of
 from .dataset import PairedDataset
-from .encoding import check_tokenizer
 from .generated import capital_country, gender_bias, greater_than, hypernymy, ioi, subject_verb_agreement
+from .texts.encoding import check_tokenizer
 
 Generator = Callable[[Any, int, random.Random], "list[dict[str, Any]]"]
 

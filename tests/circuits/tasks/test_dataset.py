@@ -82,7 +82,7 @@ def test_records_become_right_padded_tensors() -> None:
         (word_tokenizer(), False, "Mary gave"),
         (word_tokenizer(bos=False), True, "Mary gave"),
         (word_tokenizer(adds=("<s>",)), True, "<s> Mary gave"),
-        (word_tokenizer(adds=("<s>",)), False, "<s> Mary gave"),
+        (word_tokenizer(adds=("<s>",)), False, "Mary gave"),
         (word_tokenizer(adds=("<s>", "</s>")), True, "<s> Mary gave"),
         (word_tokenizer(adds=("</s>",)), False, "Mary gave"),
     ],

@@ -11,7 +11,7 @@ import random
 from typing import Any
 
 from ...errors import expected
-from ..encoding import equally_long, next_token
+from ..texts.encoding import equally_long, next_token
 from .sampling import sample_records
 
 TEMPLATES = (

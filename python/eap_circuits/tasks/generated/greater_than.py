@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import expected
-from ..encoding import encode_plain, next_token
+from ..texts.encoding import encode_plain, next_token
 from .sampling import sample_combinations
 
 STEM = "The {noun} lasted from the year {year} to the year"

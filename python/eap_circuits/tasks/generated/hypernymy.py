@@ -9,7 +9,7 @@ import random
 from typing import Any
 
 from ...errors import expected
-from ..encoding import equally_long, single_tokens
+from ..texts.encoding import equally_long, single_tokens
 from .sampling import sample_records
 
 TEMPLATES = (

@@ -11,7 +11,7 @@ import random
 from typing import Any
 
 from ...errors import expected
-from ..encoding import single_tokens
+from ..texts.encoding import single_tokens
 from .sampling import sample_combinations
 
 # {first} and {second} are IO and S in either order (ABBA, BABA); {giver} is S, or a third name in the corrupted prompt.

@@ -1,0 +1,72 @@
+"""What a model makes of a dataset before anything is scored."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..budget import in_memory
+from ..errors import warn
+from ..forward import TOKENS_PER_BATCH, Batch, Runner, borrowed, without_cache_where_it_fails
+from ..metrics import at_least_float32, of_answers
+from ..request import Progress, prepare
+from ..tasks import MANY, PairedDataset, Summary
+
+_ALIKE = math.log(1.1)  # odds that differ by less than a tenth
+
+
+@without_cache_where_it_fails
+def summarise(
+    model: nn.Module,
+    data: PairedDataset,
+    *,
+    batch_size: int | None = None,
+    memory: int | str | None = None,
+    progress: Progress | None = None,
+) -> Summary:
+    """`data.summary()` with the probabilities that the model gives to the answers; both prompts of each pair run once.
+
+    Warns if on a quarter of the pairs or more the corrupted prompt is the clean one or hardly changes the odds, and if
+    the model expects the answers with, or without, a leading space.
+
+    Args:
+        model: a Hugging Face causal language model.
+        data: clean and corrupted prompts with answers.
+        batch_size, memory, progress: as of `evaluate`.
+
+    Raises:
+        InputError: anything that `evaluate` refuses.
+    """
+    request = prepare(model, data, "prob_diff", batch_size=batch_size, memory=memory)
+    graph, found = request.arch.graph("kv"), torch.empty(2, len(data), 2, dtype=torch.float64)
+    done = 0
+
+    def run(batch: Batch, tokens: int) -> Tensor:
+        runner = Runner(request.arch, graph, batch)
+        sides = [runner.logits(runner.embed(batch.clean)), runner.logits(runner.embed(batch.corrupted), corrupted=1)]
+        for logits in sides:
+            request.values(logits, batch, *sides)  # refuses what is not finite, and looks at the answers' spelling
+        logs = (at_least_float32(logits).log_softmax(-1) for logits in sides)
+        return torch.stack([of_answers(log, batch.answers, -torch.inf).logsumexp(2) for log in logs]).double().cpu()
+
+    with borrowed(request.arch.model), torch.no_grad():
+        for batch, logs in in_memory(data, request.batches(TOKENS_PER_BATCH), TOKENS_PER_BATCH, run):
+            found[:, batch.index] = logs
+            done += batch.n_examples
+            if progress is not None:
+                progress(done, len(data))
+    clean, corrupted = (found[..., 0] - found[..., 1]).unbind()
+    probabilities = found.exp().mean(1).flatten().tolist()
+    names = ("good", "bad", "corrupted_good", "corrupted_bad")
+    alike = int(((clean - corrupted).abs() < _ALIKE).sum())
+    if alike >= MANY * len(data):
+        warn(
+            f"{data.name}: on {alike} of {len(data)} pairs the corrupted prompt changes the odds of good against bad "
+            "answers by less than a tenth; there is hardly an effect to find."
+        )
+    shown: dict[str, Any] = dict(zip(names, probabilities, strict=True))
+    return replace(data.summary(), prefers_bad=int((clean < 0).sum()), alike=alike, **shown)

@@ -1,0 +1,1 @@
+"""From text, or messages, to tokens."""

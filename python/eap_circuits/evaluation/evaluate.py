@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, tokens_within
+from ..errors import known_arguments
 from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, without_cache_where_it_fails
 from ..graph import Circuit
 from ..intervention import TOKENS_TOGETHER, rows_computed, run_circuits
 from ..recording import record_run
-from ..request import Progress, Request, prepare
+from ..request import Progress, Request, prepare, watched
 from ..tasks import PairedDataset
-from .optimal_ablation import check_circuit, optimal_constants
+from .optimal_ablation import as_circuits, check_circuit, optimal_constants
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +71,7 @@ def evaluate(
     ablation: str | Constants = ...,
     batch_size: int | None = ...,
     reuse_prefix: bool = ...,
-    progress: Progress | None = ...,
+    progress: Progress | bool | None = ...,
     ablation_data: PairedDataset | None = ...,
     memory: int | str | None = ...,
 ) -> EvaluationResult: ...
@@ -84,21 +85,22 @@ def evaluate(
     ablation: str | Constants = ...,
     batch_size: int | None = ...,
     reuse_prefix: bool = ...,
-    progress: Progress | None = ...,
+    progress: Progress | bool | None = ...,
     ablation_data: PairedDataset | None = ...,
     memory: int | str | None = ...,
 ) -> list[EvaluationResult]: ...
 @without_cache_where_it_fails
+@known_arguments
 def evaluate(
     model: nn.Module,
     circuit: Circuit | Sequence[Circuit],
     data: PairedDataset,
-    metric: Any = "logit_diff",
+    metric: Any = None,
     *,
     ablation: str | Constants = "patching",
     batch_size: int | None = None,
     reuse_prefix: bool = True,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     ablation_data: PairedDataset | None = None,
     memory: int | str | None = None,
 ) -> EvaluationResult | list[EvaluationResult]:
@@ -110,7 +112,8 @@ def evaluate(
         model: a Hugging Face causal language model.
         circuit: the circuit, or a list of circuits, which share the ablated and the clean run.
         data: clean and corrupted prompts with answers.
-        metric: a name in `METRICS`, or a callable (logits [E, V], batch) -> [E], higher is better.
+        metric: a name in `METRICS`, or a callable (logits [E, V], batch) -> [E], higher is better; by default the
+            data's own, `data.metric`.
         ablation: what edges outside the circuit carry: "patching", the sender's contribution in the corrupted run;
             "zero", nothing; "mean", its mean over all tokens of the ablation data's clean prompts; "mean-positional",
             its mean at the same position; constants of `optimal_constants`; or "optimal", constants learned on the
@@ -119,7 +122,7 @@ def evaluate(
         batch_size: examples per batch; by default about a thousand tokens.
         reuse_prefix: run the tokens before the first difference once and keep their keys and values; this is exact. If
             the model's cache does not support it, it is skipped with a warning.
-        progress: called with (examples done, examples in all) after each batch.
+        progress: called with (examples done, examples in all) after each batch; True shows a bar.
         ablation_data: whose clean prompts are used to compute means or learn constants; by default the data
             themselves.
         memory: what the run may take besides the model and the data, in bytes or as "8GiB"; by default half of what is
@@ -133,7 +136,8 @@ def evaluate(
     Raises:
         InputError: a circuit of another graph, or anything that `attribute` refuses.
     """
-    circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
+    circuits = as_circuits(circuit)
+    progress = watched(progress)
     request = prepare(model, data, metric, ablation, batch_size, ablation_data, reuse_prefix, memory)
     model, data = request.arch.model, request.data
     for item in circuits:
@@ -223,7 +227,7 @@ def _with_own_constants(
     none = Circuit.from_mask(graph, torch.zeros_like(graph.edge_mask))
     results = []
     for number, item in enumerate([none, *circuits]):
-        constants = optimal_constants(model, item, lessons, batch_size=batch_size, memory=memory)
+        constants = optimal_constants(model, item, lessons, "kl_divergence", batch_size=batch_size, memory=memory)
         results.append(
             evaluate(
                 model,

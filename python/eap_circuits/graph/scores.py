@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import expected
+from ..errors import expected, whole
 from . import formats
 from .circuit import Circuit
 from .confidence import bootstrap_confidence, normal_confidence
@@ -109,7 +109,8 @@ class EdgeScores:
 
     def top_edges(self, n: int = 20) -> list[tuple[str, str, float]]:
         """The n edges of largest absolute score: (sender, receiver, score)."""
-        mask, _ = select_edges(self.graph, self.values, min(n, self.graph.n_edges), "top", False, None)
+        n = min(whole("n", n, 0), self.graph.n_edges)
+        mask, _ = select_edges(self.graph, self.values, n, "top", False, None)
         u, v = mask.nonzero(as_tuple=True)
         values = self.values[u, v]
         order = values.abs().argsort(descending=True, stable=True)

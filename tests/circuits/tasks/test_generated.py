@@ -66,7 +66,7 @@ def test_specs_say_what_they_are() -> None:
 
 @pytest.mark.parametrize("n", [0, -1, 1.0, True, "64", None])
 def test_n_is_a_positive_whole_number(n: object) -> None:
-    with pytest.raises(InputError, match=r"^n: expected a positive whole number, found .*\.$"):
+    with pytest.raises(InputError, match=r"^n: expected a whole number of at least 1, found .*\.$"):
         load_task("ioi", TOKENIZERS["words"](), n=n)  # type: ignore[arg-type]
 
 

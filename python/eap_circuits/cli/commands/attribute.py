@@ -152,7 +152,7 @@ def attribute(
     loaded, tokenizer = session.load_model(model, dtype, device, not no_weights)
     pairs = prompts.load(tokenizer)
     asked: dict[str, Any] = {
-        "metric": metric or pairs.metric,
+        "metric": metric,
         "method": method,
         "steps": steps,
         "quadrature": quadrature,

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import operator
 import re
+import warnings
 from collections.abc import Callable, Collection
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -19,6 +20,15 @@ class InputError(ValueError):
 
     Raised before any work is done wherever that is possible; the model and the files are as they were.
     """
+
+
+class InputWarning(UserWarning):
+    """Something handed in works, but hardly as it is meant."""
+
+
+def warn(message: str) -> None:
+    """Warn of what was handed in."""
+    warnings.warn(message, InputWarning, stacklevel=3)
 
 
 def expected(name: str, wanted: str, found: object) -> InputError:

@@ -87,7 +87,11 @@ def working(what: str) -> Iterator[None]:
 
 def quiet() -> None:
     """Keep warnings and the progress bars of other libraries off the terminal."""
+    from ..errors import InputWarning
+
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("always", category=InputWarning)
+    warnings.showwarning = lambda message, *_: print(f"eap: warning: {message}", file=sys.stderr)
     for name, value in (
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"),

@@ -42,7 +42,7 @@ class Graph:
         one_of("heads", self.heads, ("kv", "query"))
         for name in ("n_heads", "n_kv_heads"):
             object.__setattr__(self, name, tuple(whole(name, n) for n in getattr(self, name)))
-        object.__setattr__(self, "d_model", whole("d_model", self.d_model, 1))
+        object.__setattr__(self, "d_model", whole("d_model", self.d_model, 0))
         if not self.n_heads or len(self.n_heads) != len(self.n_kv_heads):
             raise expected("graph", "n_heads and n_kv_heads for each layer", f"{self.n_heads} and {self.n_kv_heads}")
         for h, g in zip(self.n_heads, self.n_kv_heads, strict=True):

@@ -64,7 +64,7 @@ def demo(
     if edges is None:
         circuit = curve.circuits[smallest_faithful(curve, FAITHFUL)]
     else:
-        circuit = scores.select(n_edges=min(edges, scores.graph.n_edges))
+        circuit = scores.select(min(edges, scores.graph.n_edges), exactly=True)
     with working("Writing the report …"):
         scores.save(files["scores"])
         circuit.save(files["circuit"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, tokens_within
-from ..errors import known_arguments
+from ..errors import known_arguments, warn
 from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, without_cache_where_it_fails
 from ..graph import Circuit
 from ..intervention import TOKENS_TOGETHER, rows_computed, run_circuits
@@ -26,12 +26,13 @@ class EvaluationResult:
     """A metric of a circuit, of the whole model and of the fully ablated run, per example: float64 [E] each.
 
     The fully ablated run is that of the circuit without edges; under patching it is the model's run on the corrupted
-    prompts.
+    prompts. `rounding`: how far the two means of model and ablated run may differ by rounding alone.
     """
 
     values: Tensor
     clean_values: Tensor
     corrupted_values: Tensor
+    rounding: float = 0.0
 
     @property
     def mean(self) -> float:
@@ -50,9 +51,9 @@ class EvaluationResult:
 
     @property
     def faithfulness(self) -> float:
-        """(m(circuit) − m(corrupted)) / (m(model) − m(corrupted)); NaN if the two runs do not differ."""
+        """(m(circuit) − m(corrupted)) / (m(model) − m(corrupted)); NaN if the two differ by no more than rounding."""
         span = self.clean - self.corrupted
-        return (self.mean - self.corrupted) / span if span else float("nan")
+        return (self.mean - self.corrupted) / span if abs(span) > self.rounding else float("nan")
 
     def __repr__(self) -> str:
         return (
@@ -131,7 +132,8 @@ def evaluate(
             not depend on it.
 
     Returns:
-        An EvaluationResult, or a list of them for a list of circuits.
+        An EvaluationResult, or a list of them for a list of circuits. If model and ablated run differ by no more than
+        rounding, faithfulness is NaN, with a warning.
 
     Raises:
         InputError: a circuit of another graph, or anything that `attribute` refuses.
@@ -147,8 +149,8 @@ def evaluate(
     if ablation == "optimal":
         shared = (batch_size, reuse_prefix, progress, memory)
         learned = _with_own_constants(model, circuits, data, ablation_data or data, metric, *shared)
-        return learned[0] if isinstance(circuit, Circuit) else learned
-    results = torch.empty(2 + len(circuits), len(data), dtype=torch.float64)
+        return _said(learned)[0] if isinstance(circuit, Circuit) else _said(learned)
+    results = torch.empty(3 + len(circuits), len(data), dtype=torch.float64)
     done = 0
     with borrowed(model), torch.no_grad():
         request = request.with_constants()
@@ -159,13 +161,28 @@ def evaluate(
             done += batch.n_examples
             if progress is not None:
                 progress(done, len(data))
-    evaluated = [EvaluationResult(row, results[0], results[1]) for row in results[2:]]
-    return evaluated[0] if isinstance(circuit, Circuit) else evaluated
+    # Rounding averages out over examples, but not below what similar ones have in common.
+    rounding = float(results[-1].mean().sqrt()) * max(3 / len(data) ** 0.5, 0.5)
+    evaluated = [EvaluationResult(row, results[0], results[1], rounding) for row in results[2:-1]]
+    return _said(evaluated)[0] if isinstance(circuit, Circuit) else _said(evaluated)
+
+
+def _said(results: list[EvaluationResult]) -> list[EvaluationResult]:
+    """The results, with a warning where there is no faithfulness."""
+    undefined = next((result for result in results if result.faithfulness != result.faithfulness), None)
+    if undefined is not None:
+        span = abs(undefined.clean - undefined.corrupted)
+        warn(
+            f"Faithfulness is undefined (nan): the mean metrics of the whole model and of the ablated run differ by "
+            f"{span:.2g}, no more than by rounding ({undefined.rounding:.2g})."
+        )
+    return results
 
 
 def _values(request: Request, circuits: Sequence[Circuit], batch: Batch, tokens: int) -> Tensor:
-    """The metric of the clean run, the fully ablated run and each circuit: float64 [2 + C, E]."""
-    found = torch.empty(2 + len(circuits), batch.n_examples, dtype=torch.float64)
+    """The metric of the clean run, the fully ablated run and each circuit; last, the variance of the first two by
+    rounding. float64 [3 + C, E]."""
+    found = torch.empty(3 + len(circuits), batch.n_examples, dtype=torch.float64)
     clean = corrupted = None
     for heads, graph in {item.graph.heads: item.graph for item in circuits}.items():
         runner = request.runner(graph, batch)
@@ -180,8 +197,10 @@ def _values(request: Request, circuits: Sequence[Circuit], batch: Batch, tokens:
             # Whatever the ablation, metrics get the logits of the corrupted run.
             patched = request.constants is None
             corrupted = record.logits if patched else runner.logits(runner.embed(batch.corrupted), None, 1)
+            found[-1] = 0
             for row, logits in enumerate((clean, record.logits)):
                 found[row] = request.values(logits, batch, clean, corrupted)
+                found[-1] += request.rounding(logits, batch, clean, corrupted)
             if patched and batch.alignment is None:
                 # If both prompts are equal, so are their values, even if the two runs round differently.
                 equal = (batch.clean == batch.corrupted).all(1).cpu()

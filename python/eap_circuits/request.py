@@ -87,7 +87,7 @@ class Request:
         moved at random by as much as the run's rounding moves them."""
         wide = logits.to(self.arch.accumulate)
         size = wide.where(wide.isfinite(), 0).square().mean(1, keepdim=True).sqrt()
-        step = torch.finfo(self.arch.dtype).eps + _ERROR * torch.finfo(torch.float32).eps
+        step = 2 * torch.finfo(self.arch.dtype).eps + _ERROR * torch.finfo(torch.float32).eps
         still = self.values(logits, batch, clean, corrupted)
         variance = torch.zeros(len(logits), dtype=torch.float64)
         for draw in range(_DRAWS):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import io
+import json
 from contextlib import redirect_stderr
+from dataclasses import asdict
 from functools import partial
 
 import numpy
@@ -14,6 +16,7 @@ import torch
 import eap_circuits as eap
 from eap_circuits.errors import whole
 from eap_circuits.methods import METHODS
+from eap_circuits.reproduction import Settings
 
 
 @pytest.fixture
@@ -166,6 +169,10 @@ def test_numpy_numbers_wherever_a_number_is_taken(model, data):
     kept = torch.rand(3, 4, 5)
     assert torch.equal(
         eap.bootstrap_confidence(kept, draws=number(9), seed=number(1)), eap.bootstrap_confidence(kept, draws=9, seed=1)
+    )
+    assert all(check.passed for check in eap.check_model(model, n_edges=number(2), seed=number(1)))
+    assert json.dumps(asdict(Settings(scored=number(2), seed=number(1), grid=(number(1),)))) == json.dumps(
+        asdict(Settings(scored=2, seed=1, grid=(1,)))
     )
     assert eap.Graph((number(2),), (number(1),), number(8)) == eap.Graph((2,), (1,), 8)
     for wrong in (

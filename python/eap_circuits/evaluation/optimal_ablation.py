@@ -48,7 +48,8 @@ def optimal_constants(
         circuit: the circuit whose edges are kept.
         data: prompts to learn from; "kl_divergence" uses only their clean side.
         metric: the metric to maximise; by default the data's own, `data.metric`. The paper's is "kl_divergence", minus
-            the divergence from the whole model, which `evaluate(ablation="optimal")` takes.
+            the divergence from the whole model, which `evaluate(ablation="optimal")` takes too; one without a bound,
+            such as "logit_diff", is driven beyond the model's own value.
         steps: passes over the data, each with a forward and a backward of the circuit.
         rate: Adam's learning rate.
         batch_size: examples per batch; by default a few hundred tokens.

@@ -244,6 +244,7 @@ def test_scores_that_overflow_are_refused_with_the_cure(model, data, method, kee
             model.model.embed_tokens.weight.mul_(1e-6)
             model.lm_head.weight.mul_(1e4)
     with pytest.raises(
-        eap.InputError, match=r"^scores: expected finite .* float16; load the model in bfloat16 or float32"
+        eap.InputError,
+        match=r"^scores: expected finite .* of the float16 model are not; load the model in bfloat16 or float32",
     ):
         eap.attribute(model, data, method=method, keep=keep)

@@ -186,9 +186,10 @@ class Statistics:
     def _check(self, scores: Tensor) -> None:
         """Refuse scores that are not finite."""
         if not scores.isfinite().all():
-            found = f"some that are not, as gradients or activations overflow in {str(self._dtype).split('.')[1]}"
+            dtype = str(self._dtype).removeprefix("torch.")
             cure = "; load the model in bfloat16 or float32" if self._dtype == torch.float16 else ""
-            raise expected("scores", "finite numbers", found + cure)
+            found = f"some that are not, as gradients or activations of the {dtype} model are not{cure}"
+            raise expected("scores", "finite numbers", found)
 
 
 def score_batches(

@@ -147,8 +147,9 @@ def test_metric_is_the_datas_own_unless_given(
     attribute = eap.attribute
 
     def spy(*args: Any, **kwargs: Any) -> Any:
-        asked.append(kwargs["metric"])
-        return attribute(*args, **kwargs)
+        scores = attribute(*args, **kwargs)
+        asked.append(scores.info["metric"])
+        return scores
 
     monkeypatch.setattr(eap, "attribute", spy)
     run("attribute", "tiny", "--data", tmp_path / "own.safetensors")

@@ -82,7 +82,10 @@ def test_selection_among_sure_edges() -> None:
         (lambda: normal_confidence(torch.ones(3, 4), torch.ones(4, 3), 5), r"^variance: expected shape \[3, 4\]"),
         (lambda: normal_confidence(torch.ones(3, 4), -torch.ones(3, 4), 5), "variances of 0 or more"),
         (lambda: normal_confidence(torch.ones(3, 4), torch.full((3, 4), math.nan), 5), "variances of 0 or more"),
-        (lambda: normal_confidence(torch.ones(3, 4), torch.ones(3, 4), 1), "^n_examples: expected at least 2"),
+        (
+            lambda: normal_confidence(torch.ones(3, 4), torch.ones(3, 4), 1),
+            "^n_examples: expected a whole number of at least 2",
+        ),
     ],
 )
 def test_what_is_refused(call: object, message: str) -> None:

@@ -229,7 +229,7 @@ def test_good_values_pass() -> None:
     ("values", "found"),
     [
         (1.5, "float"),
-        (torch.zeros(()), r"torch.float32 of shape \[\]"),
+        (torch.zeros(()), r"torch.float32 of shape \[\], such as a mean"),
         (torch.zeros(2, 1), r"torch.float32 of shape \[2, 1\]"),
         (torch.zeros(3), r"torch.float32 of shape \[3\]"),
         (torch.zeros(2).long(), r"torch.int64 of shape \[2\]"),

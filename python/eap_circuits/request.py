@@ -91,7 +91,9 @@ class Request:
         still = self.values(logits, batch, clean, corrupted)
         variance = torch.zeros(len(logits), dtype=torch.float64)
         for draw in range(_DRAWS):
-            noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(draw)).to(wide)
+            # Each example takes the numbers from another one on.
+            numbers = torch.randn(sum(logits.shape), generator=torch.Generator().manual_seed(draw)).to(wide)
+            noise = numbers.unfold(0, logits.shape[1], 1)[: len(logits)]
             moved = self.values(wide + step * size * noise, batch, clean, corrupted)
             variance += (moved - still).double().cpu().square() / _DRAWS
         return variance

@@ -33,13 +33,13 @@ def exact_edges(graph: Graph, rank: Tensor, n_edges: int, take: Callable[[int], 
     enough, fewer = _enough(graph, n_edges, take)
     if enough.sum() <= n_edges:
         return enough
-    least = torch.zeros_like(enough)
-    for mask in (*_trimmed(graph, rank, enough, n_edges), fewer, least):
+    best = none = torch.zeros_like(enough)
+    for mask in (*_trimmed(graph, rank, enough, n_edges), fewer, none):
         filled = _filled(graph, rank, mask, n_edges)
         if filled.sum() == n_edges:
             return filled
-        least = max(least, filled, key=torch.sum)
-    return counted_edges(graph, rank, n_edges, seconds, least)[0] if importlib.util.find_spec("scipy") else least
+        best = max(best, filled, key=torch.sum)
+    return counted_edges(graph, rank, n_edges, seconds, best)[0] if importlib.util.find_spec("scipy") else best
 
 
 def counted_edges(graph: Graph, rank: Tensor, n_edges: int, seconds: float, start: Tensor) -> tuple[Tensor, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NoReturn
 
 import torch
@@ -144,7 +145,7 @@ def head_space_scores(
         _check_nodes(group, first.values, tokens, features)
     n_senders, n_receivers = (sum(group.values.shape[1] for group in side) for side in (senders, receivers))
     _check_index(op, "reach", reach, n_receivers)
-    if isinstance(workspace, bool) or not isinstance(workspace, int) or workspace < 1:
+    if isinstance(workspace, bool) or not isinstance(workspace, Integral) or workspace < 1:
         _fail(op, "a workspace of at least 1 byte", repr(workspace))
     wide = accumulation_dtype(first.values.dtype)
     if out is None:
@@ -157,7 +158,7 @@ def head_space_scores(
         [none if x is None else x.detach() for x in column]
         for column in zip(*((g.values, g.weight, g.coefficients, g.normalised) for g in groups), strict=True)
     ]
-    torch.ops.eap_kernels.head_space_scores.select(*lists, len(senders), features, reach, out, workspace, impl)
+    torch.ops.eap_kernels.head_space_scores.select(*lists, len(senders), features, reach, out, int(workspace), impl)
     return out
 
 

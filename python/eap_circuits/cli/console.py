@@ -90,7 +90,7 @@ def quiet() -> None:
     from ..errors import InputWarning
 
     warnings.filterwarnings("ignore")
-    warnings.filterwarnings("default", category=InputWarning)
+    warnings.filterwarnings("always", category=InputWarning)
     warnings.showwarning = lambda message, *_: print(f"eap: warning: {message}", file=sys.stderr)
     for name, value in (
         ("TRANSFORMERS_VERBOSITY", "error"),

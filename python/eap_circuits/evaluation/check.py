@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..adapters import Architecture, Family, bind, linear_weight, receiver_sites, sender_sites
 from ..errors import InputError
+from ..errors import whole as whole_number
 from ..forward import Batch, CacheError, Hooks, Runner, borrowed, make_batches
 from ..graph import Graph, Heads
 from ..intervention import run_circuits
@@ -64,6 +65,7 @@ def check_model(model: nn.Module, *, n_edges: int = 8, seed: int = 0, family: Fa
     Returns:
         The checks, in order. For an unsupported architecture there is only one check, which failed.
     """
+    n_edges, seed = whole_number("n_edges", n_edges, 1), whole_number("seed", seed)
     try:
         arch = bind(model, family)
     except InputError as error:

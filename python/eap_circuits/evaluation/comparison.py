@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import known_arguments
 from ..graph import Circuit, Overlap, edge_overlap, node_overlap
 from ..tasks import PairedDataset
 from .faithfulness import EvaluationResult, evaluate
+from .optimal_ablation import check_kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,7 @@ class Comparison:
         return [[result.faithfulness for result in row] for row in self.results]
 
 
+@known_arguments
 def compare(
     model: nn.Module,
     first: Circuit,
@@ -50,9 +53,10 @@ def compare(
     Raises:
         InputError: circuits of different graphs, or anything that `evaluate` refuses.
     """
+    for circuit in (first, second):
+        check_kind(circuit)
     nodes, edges = node_overlap(first, second), edge_overlap(first, second)
     on_first, on_second = (
-        evaluate(model, [first, second], data, metric or data.metric, batch_size=batch_size)
-        for data in (first_data, second_data)
+        evaluate(model, [first, second], data, metric, batch_size=batch_size) for data in (first_data, second_data)
     )
     return Comparison(nodes, edges, ((on_first[0], on_second[0]), (on_first[1], on_second[1])))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import expected, one_of
+from ..errors import expected, known_arguments, one_of, whole
 from ..forward import Constants
 from ..graph import Circuit, EdgeScores
 from ..request import Progress
@@ -77,19 +77,20 @@ class Curve:
         return f"Curve({len(self.fractions)} circuits, cpr={self.cpr:.4g}, cmd={self.cmd:.4g})"
 
 
+@known_arguments
 def faithfulness_curve(
     model: nn.Module,
     scores: EdgeScores,
     data: PairedDataset,
     fractions: Sequence[float] = FRACTIONS,
     *,
-    metric: Any = "logit_diff",
+    metric: Any = None,
     how: str = "top",
     signed: bool = False,
     ablation: str | Constants = "patching",
     batch_size: int | None = None,
     reuse_prefix: bool = True,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     baselines: Sequence[str] = (),
     seeds: Sequence[int] = (0, 1, 2),
     ablation_data: PairedDataset | None = None,
@@ -114,13 +115,15 @@ def faithfulness_curve(
         InputError: fractions that do not grow within (0, 1], an unknown baseline, no seeds, or anything that
             `evaluate` or `select` refuses.
     """
+    if not isinstance(scores, EdgeScores):
+        raise expected("scores", "EdgeScores, such as attribute returns", type(scores).__name__)
     fractions = tuple(float(f) for f in fractions)
     grows = all(a < b for a, b in pairwise(fractions))
     if not fractions or not grows or not 0 < fractions[0] <= fractions[-1] <= 1:
         raise expected("fractions", "growing numbers in (0, 1]", fractions)
     for name in baselines:
         one_of("baselines", name, BASELINES)
-    seeds = tuple(seeds)
+    seeds = tuple(whole("seeds", seed) for seed in seeds)
     if not seeds and any(BASELINES[name].drawn for name in baselines):
         raise expected("seeds", "at least one", "none")
     circuits = tuple(scores.select(int(f * scores.graph.n_edges), how, signed, among=among) for f in fractions)

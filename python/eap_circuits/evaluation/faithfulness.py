@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, most_tokens, tokens_within
+from ..errors import known_arguments, warn
 from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, without_cache_where_it_fails
 from ..graph import Circuit
 from ..intervention import TOKENS_TOGETHER, rows_computed, run_circuits
 from ..recording import ablation_of, record_run
-from ..request import Progress, Request, prepare
+from ..request import Progress, Request, prepare, watched
 from ..tasks import PairedDataset
-from .optimal_ablation import check_circuit, optimal_constants
+from .optimal_ablation import as_circuits, check_circuit, optimal_constants
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +26,13 @@ class EvaluationResult:
     """A metric of a circuit, of the whole model and of the fully ablated run, per example: float64 [E] each.
 
     The fully ablated run is that of the circuit without edges; under patching it is the model's run on the corrupted
-    prompts.
+    prompts. `rounding`: how far the two means of model and ablated run may differ by rounding alone.
     """
 
     values: Tensor
     clean_values: Tensor
     corrupted_values: Tensor
+    rounding: float = 0.0
 
     @property
     def mean(self) -> float:
@@ -49,9 +51,9 @@ class EvaluationResult:
 
     @property
     def faithfulness(self) -> float:
-        """(m(circuit) − m(corrupted)) / (m(model) − m(corrupted)); NaN if the two runs do not differ."""
+        """(m(circuit) − m(corrupted)) / (m(model) − m(corrupted)); NaN if the two differ by no more than rounding."""
         span = self.clean - self.corrupted
-        return (self.mean - self.corrupted) / span if span else float("nan")
+        return (self.mean - self.corrupted) / span if abs(span) > self.rounding else float("nan")
 
     def __repr__(self) -> str:
         return (
@@ -70,7 +72,7 @@ def evaluate(
     ablation: str | Constants = ...,
     batch_size: int | None = ...,
     reuse_prefix: bool = ...,
-    progress: Progress | None = ...,
+    progress: Progress | bool | None = ...,
     ablation_data: PairedDataset | None = ...,
     memory: int | str | None = ...,
 ) -> EvaluationResult: ...
@@ -84,21 +86,22 @@ def evaluate(
     ablation: str | Constants = ...,
     batch_size: int | None = ...,
     reuse_prefix: bool = ...,
-    progress: Progress | None = ...,
+    progress: Progress | bool | None = ...,
     ablation_data: PairedDataset | None = ...,
     memory: int | str | None = ...,
 ) -> list[EvaluationResult]: ...
 @without_cache_where_it_fails
+@known_arguments
 def evaluate(
     model: nn.Module,
     circuit: Circuit | Sequence[Circuit],
     data: PairedDataset,
-    metric: Any = "logit_diff",
+    metric: Any = None,
     *,
     ablation: str | Constants = "patching",
     batch_size: int | None = None,
     reuse_prefix: bool = True,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     ablation_data: PairedDataset | None = None,
     memory: int | str | None = None,
 ) -> EvaluationResult | list[EvaluationResult]:
@@ -110,7 +113,8 @@ def evaluate(
         model: a Hugging Face causal language model.
         circuit: the circuit, or a list of circuits, which share the ablated and the clean run.
         data: clean and corrupted prompts with answers.
-        metric: a name in `METRICS`, or a callable (logits [E, V], batch) -> [E], higher is better.
+        metric: a name in `METRICS`, or a callable (logits [E, V], batch) -> [E], higher is better; by default the
+            data's own, `data.metric`.
         ablation: what edges outside the circuit carry: "patching", the sender's contribution in the corrupted run;
             "zero", nothing; "mean", its mean over all tokens of the ablation data's clean prompts; "mean-positional",
             its mean at the same position; constants of `optimal_constants`; or "optimal", constants learned on the
@@ -119,7 +123,7 @@ def evaluate(
         batch_size: examples per batch; by default about a thousand tokens.
         reuse_prefix: run the tokens before the first difference once and keep their keys and values; this is exact. If
             the model's cache does not support it, it is skipped with a warning.
-        progress: called with (examples done, examples in all) after each batch.
+        progress: called with (examples done, examples in all) after each batch; True shows a bar.
         ablation_data: whose clean prompts are used to compute means or learn constants; by default the data
             themselves.
         memory: what the run may take besides the model and the data, in bytes or as "8GiB"; by default half of what is
@@ -128,12 +132,14 @@ def evaluate(
             not depend on it.
 
     Returns:
-        An EvaluationResult, or a list of them for a list of circuits.
+        An EvaluationResult, or a list of them for a list of circuits. If model and ablated run differ by no more than
+        rounding, faithfulness is NaN, with a warning.
 
     Raises:
         InputError: a circuit of another graph, or anything that `attribute` refuses.
     """
-    circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
+    circuits = as_circuits(circuit)
+    progress = watched(progress)
     request = prepare(model, data, metric, ablation, batch_size, ablation_data, reuse_prefix, memory)
     model, data = request.arch.model, request.data
     for item in circuits:
@@ -143,8 +149,8 @@ def evaluate(
     if ablation_of(ablation).learned:
         shared = (batch_size, reuse_prefix, progress, memory)
         learned = _with_own_constants(model, circuits, data, ablation_data or data, metric, *shared)
-        return learned[0] if isinstance(circuit, Circuit) else learned
-    results = torch.empty(2 + len(circuits), len(data), dtype=torch.float64)
+        return _said(learned)[0] if isinstance(circuit, Circuit) else _said(learned)
+    results = torch.empty(3 + len(circuits), len(data), dtype=torch.float64)
     done = 0
     with borrowed(model), torch.no_grad():
         request = request.with_constants()
@@ -155,13 +161,28 @@ def evaluate(
             done += batch.n_examples
             if progress is not None:
                 progress(done, len(data))
-    evaluated = [EvaluationResult(row, results[0], results[1]) for row in results[2:]]
-    return evaluated[0] if isinstance(circuit, Circuit) else evaluated
+    # Rounding averages out over examples, but not below what similar ones have in common.
+    rounding = float(results[-1].mean().sqrt()) * max(3 / len(data) ** 0.5, 0.5)
+    evaluated = [EvaluationResult(row, results[0], results[1], rounding) for row in results[2:-1]]
+    return _said(evaluated)[0] if isinstance(circuit, Circuit) else _said(evaluated)
+
+
+def _said(results: list[EvaluationResult]) -> list[EvaluationResult]:
+    """The results, with a warning where there is no faithfulness."""
+    undefined = next((result for result in results if result.faithfulness != result.faithfulness), None)
+    if undefined is not None:
+        span = abs(undefined.clean - undefined.corrupted)
+        warn(
+            f"Faithfulness is undefined (nan): the mean metrics of the whole model and of the ablated run differ by "
+            f"{span:.2g}, no more than by rounding ({undefined.rounding:.2g})."
+        )
+    return results
 
 
 def _values(request: Request, circuits: Sequence[Circuit], batch: Batch, tokens: int) -> Tensor:
-    """The metric of the clean run, the fully ablated run and each circuit: float64 [2 + C, E]."""
-    found = torch.empty(2 + len(circuits), batch.n_examples, dtype=torch.float64)
+    """The metric of the clean run, the fully ablated run and each circuit; last, the variance of the first two by
+    rounding. float64 [3 + C, E]."""
+    found = torch.empty(3 + len(circuits), batch.n_examples, dtype=torch.float64)
     clean = corrupted = None
     for heads, graph in {item.graph.heads: item.graph for item in circuits}.items():
         runner = request.runner(graph, batch)
@@ -176,8 +197,10 @@ def _values(request: Request, circuits: Sequence[Circuit], batch: Batch, tokens:
             # Whatever the ablation, metrics get the logits of the corrupted run.
             patched = request.constants is None
             corrupted = record.logits if patched else runner.logits(runner.embed(batch.corrupted), None, 1)
+            found[-1] = 0
             for row, logits in enumerate((clean, record.logits)):
                 found[row] = request.values(logits, batch, clean, corrupted)
+                found[-1] += request.rounding(logits, batch, clean, corrupted)
             if patched and batch.alignment is None:
                 # If both prompts are equal, so are their values, even if the two runs round differently.
                 equal = (batch.clean == batch.corrupted).all(1).cpu()
@@ -228,7 +251,7 @@ def _with_own_constants(
     none = Circuit.from_mask(graph, torch.zeros_like(graph.edge_mask))
     results = []
     for number, item in enumerate([none, *circuits]):
-        constants = optimal_constants(model, item, lessons, batch_size=batch_size, memory=memory)
+        constants = optimal_constants(model, item, lessons, "kl_divergence", batch_size=batch_size, memory=memory)
         results.append(
             evaluate(
                 model,

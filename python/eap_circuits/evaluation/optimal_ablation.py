@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..budget import Cost, in_memory, measure_cost, numbers_per_token, tokens_within
-from ..errors import expected
+from ..errors import expected, known_arguments, whole
 from ..forward import Batch, Constants, Runner, borrowed
-from ..graph import Circuit
+from ..graph import Circuit, EdgeScores, NodeScores
 from ..intervention import learning_run
 from ..recording import means, record_run
-from ..request import Progress, Request, prepare
+from ..request import Progress, Request, prepare, watched
 from ..tasks import PairedDataset
 
 TOKENS_PER_LESSON = 256  # per batch, as the backward pass keeps every receiver's input at each token
 
 
+@known_arguments
 def optimal_constants(
     model: nn.Module,
     circuit: Circuit,
     data: PairedDataset,
-    metric: Any = "kl_divergence",
+    metric: Any = None,
     *,
     steps: int = 50,
     rate: float = 0.05,
     batch_size: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     memory: int | str | None = None,
 ) -> Constants:
     """Learn a constant for each sender, to be carried by the edges outside a circuit, so that the circuit does best.
@@ -42,12 +46,14 @@ def optimal_constants(
     Args:
         model: a Hugging Face causal language model; it comes back as it was.
         circuit: the circuit whose edges are kept.
-        data: prompts to learn from; the default metric uses only their clean side.
-        metric: the metric to maximise; by default minus the divergence from the whole model, as in the paper.
+        data: prompts to learn from; "kl_divergence" uses only their clean side.
+        metric: the metric to maximise; by default the data's own, `data.metric`. The paper's is "kl_divergence", minus
+            the divergence from the whole model, which `evaluate(ablation="optimal")` takes too; one without a bound,
+            such as "logit_diff", is driven beyond the model's own value.
         steps: passes over the data, each with a forward and a backward of the circuit.
         rate: Adam's learning rate.
         batch_size: examples per batch; by default a few hundred tokens.
-        progress: called with (steps done, steps in all).
+        progress: called with (steps done, steps in all); True shows a bar.
         memory: what learning may take besides the model and the data, in bytes or as "8GiB"; by default half of what is
             free. If memory runs out all the same, learning goes on with smaller batches.
 
@@ -58,9 +64,8 @@ def optimal_constants(
         InputError: a circuit of another graph, steps or a rate that are not positive numbers, or anything that
             `evaluate` refuses.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise expected("steps", "a whole number of at least 1", repr(steps))
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
+    steps, progress = whole("steps", steps, 1), watched(progress)
+    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 < rate < float("inf"):
         raise expected("rate", "a positive number", repr(rate))
     request = prepare(model, data, metric, "mean", batch_size, reuse_prefix=False, memory=memory)
     check_circuit(circuit, request)
@@ -72,10 +77,32 @@ def optimal_constants(
         return _learn(request, circuit, steps, rate, progress)
 
 
+def as_circuits(circuit: Circuit | Sequence[Circuit]) -> list[Circuit]:
+    """The circuits of `evaluate(circuit=)`."""
+    if not isinstance(circuit, Circuit) and isinstance(circuit, Iterable) and not isinstance(circuit, (str, Tensor)):
+        return list(circuit)
+    check_kind(circuit)
+    return [circuit]
+
+
+def check_kind(circuit: object) -> None:
+    """Refuse anything that is not a circuit, and say how to make one of it."""
+    if isinstance(circuit, Circuit):
+        return
+    found = type(circuit).__name__
+    if isinstance(circuit, (EdgeScores, NodeScores)):
+        found += f" (scores.select({'n_edges' if isinstance(circuit, EdgeScores) else 'n_nodes'}=200) gives a circuit)"
+    elif isinstance(circuit, Tensor):
+        found += " (Circuit.from_mask(graph, mask) gives a circuit)"
+    elif isinstance(circuit, (str, os.PathLike)):
+        found += " (Circuit.load(path) gives a circuit)"
+    raise expected("circuit", "a Circuit or a list of them", found)
+
+
 def check_circuit(circuit: object, request: Request) -> None:
     """Refuse anything that is not a circuit of the model."""
-    if not isinstance(circuit, Circuit):
-        raise expected("circuit", "a Circuit or a list of them", type(circuit).__name__)
+    check_kind(circuit)
+    assert isinstance(circuit, Circuit)
     if circuit.graph != request.arch.graph(circuit.graph.heads):
         raise expected("circuit", f"one of {request.arch.graph(circuit.graph.heads)!r}", f"one of {circuit.graph!r}")
 

@@ -31,10 +31,11 @@ class Batch:
     Tokens of the suffixes, right padded: `clean`, `corrupted` int64 [E, T]; `start` int64 [E]: how many tokens come
     before. `prefix` int64 [U, P]: the distinct prefixes, right padded; `prefix_of` int64 [E]: which one each example
     has. `rows` int64 [n]: the tokens of [E·T] that can differ between clean and corrupted, in order. `scored` int64
-    [E]: the scored position within the suffix. `index` int64 [E]: positions in the dataset. `answers`, `lengths` as
-    in the dataset. `corrupted_scored` int64 [E] and `alignment` int64 [E, T]: the corrupted prompt's scored position
-    and those that its clean one's are compared with; None: all are the same. `answer_tokens` int64 [U]: the tokens that
-    are an answer of any example, or a variant of one, in order. `variants` as in the dataset. `places`: the scored positions in [E·T], a slice where it can be one.
+    [E]: the scored position within the suffix. `index` int64 [E]: positions in the dataset. `answers`, `lengths` and
+    `variants` as in the dataset. `corrupted_scored` int64 [E] and `alignment` int64 [E, T]: the corrupted prompt's
+    scored position and those that its clean one's are compared with; None: all are the same. `answer_tokens` int64 [U]:
+    the tokens that are an answer of any example, or a variant of one, in order. `places`: the scored positions in
+    [E·T], a slice where it can be one.
     """
 
     index: Tensor

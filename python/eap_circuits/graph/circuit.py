@@ -101,7 +101,9 @@ class Circuit:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"Circuit({self.n_edges} of {self.graph.n_edges} edges, {self.graph!r})"
+        asked = self.info.get("selection", {}).get("n_edges") or 0
+        taken = f"; {asked} were asked for" if self.n_edges < asked else ""
+        return f"Circuit({self.n_edges} of {self.graph.n_edges} edges{taken}, {self.graph!r})"
 
 
 def prune(graph: Graph, mask: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import expected
+from ..errors import expected, whole
 
 _CHUNK = 2**22  # entries of the resampled means held at once
 
@@ -30,8 +30,7 @@ def bootstrap_confidence(values: Tensor, *, draws: int = 1000, seed: int = 0) ->
     """
     if values.dim() != 3 or len(values) < 2:
         raise expected("values", "shape [E, S, R] with at least 2 examples", list(values.shape))
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise expected("draws", "a positive whole number", repr(draws))
+    draws, seed = whole("draws", draws, 1), whole("seed", seed)
     if not values.isfinite().all():
         raise expected("values", "finite scores", "some that are not")
     n = len(values)
@@ -64,8 +63,7 @@ def normal_confidence(mean: Tensor, variance: Tensor, n_examples: int) -> Tensor
     """
     if mean.shape != variance.shape:
         raise expected("variance", f"shape {list(mean.shape)}, that of the mean", list(variance.shape))
-    if n_examples < 2:
-        raise expected("n_examples", "at least 2", n_examples)
+    n_examples = whole("n_examples", n_examples, 2)
     mean, variance = mean.detach().cpu().double(), variance.detach().cpu().double()
     if not mean.isfinite().all() or not (variance >= 0).all():
         raise expected("mean and variance", "finite means and variances of 0 or more", "others")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import expected, one_of
+from ..errors import expected, one_of, whole
 
 Heads = Literal["kv", "query"]
 
@@ -40,8 +40,9 @@ class Graph:
 
     def __post_init__(self) -> None:
         one_of("heads", self.heads, ("kv", "query"))
-        object.__setattr__(self, "n_heads", tuple(int(n) for n in self.n_heads))
-        object.__setattr__(self, "n_kv_heads", tuple(int(n) for n in self.n_kv_heads))
+        for name in ("n_heads", "n_kv_heads"):
+            object.__setattr__(self, name, tuple(whole(name, n) for n in getattr(self, name)))
+        object.__setattr__(self, "d_model", whole("d_model", self.d_model, 0))
         if not self.n_heads or len(self.n_heads) != len(self.n_kv_heads):
             raise expected("graph", "n_heads and n_kv_heads for each layer", f"{self.n_heads} and {self.n_kv_heads}")
         for h, g in zip(self.n_heads, self.n_kv_heads, strict=True):

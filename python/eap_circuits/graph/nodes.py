@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import expected
+from ..errors import expected, whole
 from . import formats
 from .circuit import Circuit
 from .layout import Graph
@@ -57,8 +57,7 @@ class NodeScores:
             InputError: a number outside the graph, or scores that are not finite.
         """
         nodes = self.graph.n_senders - 1
-        if isinstance(n_nodes, bool) or not isinstance(n_nodes, int) or not 0 <= n_nodes <= nodes:
-            raise expected("n_nodes", f"0 to {nodes}, the heads and MLPs of the graph", repr(n_nodes))
+        n_nodes = whole("n_nodes", n_nodes, 0, nodes, ", the heads and MLPs of the graph")
         if not self.values.isfinite().all():
             raise expected("node scores", "finite values", "some that are not")
         rank = self.values if signed else self.values.abs()
@@ -74,14 +73,14 @@ class NodeScores:
 
     def top_nodes(self, n: int = 20) -> list[tuple[str, float]]:
         """The n nodes of largest absolute score: (sender, score)."""
-        order = self.values.abs().argsort(descending=True, stable=True)[:n]
+        order = self.values.abs().argsort(descending=True, stable=True)[: whole("n", n, 0)]
         return [(self.graph.senders[u], float(self.values[u])) for u in order.tolist()]
 
     def top_neurons(self, n: int = 20) -> list[tuple[str, int, float]]:
         """The n entries of `neurons` of largest absolute score: (sender, dimension, score)."""
         if self.neurons is None:
             raise expected("neurons", 'scores of attribute(keep="neurons")', "none")
-        order = self.neurons.abs().flatten().argsort(descending=True, stable=True)[:n]
+        order = self.neurons.abs().flatten().argsort(descending=True, stable=True)[: whole("n", n, 0)]
         found = zip(*(t.tolist() for t in (order // self.graph.d_model, order % self.graph.d_model)), strict=True)
         return [(self.graph.senders[u], d, float(self.neurons[u, d])) for u, d in found]
 

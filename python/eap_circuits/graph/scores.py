@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import expected
+from ..errors import expected, known_arguments, warn, whole
 from . import formats
 from .circuit import Circuit
 from .confidence import bootstrap_confidence, normal_confidence
@@ -62,6 +62,7 @@ class EdgeScores:
         kept = {name: getattr(self, name) for name in STATISTICS}
         return {name: tensor for name, tensor in kept.items() if tensor is not None}
 
+    @known_arguments
     def select(
         self,
         n_edges: int | None = None,
@@ -72,11 +73,12 @@ class EdgeScores:
         positive_ratio: float | None = None,
         among: Tensor | None = None,
         seconds: float = 30.0,
+        exactly: bool = False,
     ) -> Circuit:
         """Choose a circuit.
 
         Args:
-            n_edges: how many edges to take before pruning.
+            n_edges: how many edges to take before pruning, which leaves fewer; see `exactly`.
             how: "top" takes the highest scores anywhere; "greedy" grows from the logits, so that every edge taken
                 leads to one taken before (EAP-IG's `apply_greedy`); "optimal" takes at most `n_edges` edges, all on
                 paths from `input` to `logits`, with the greatest sum (needs scipy; `info["selection"]["gap"]` is 0 if
@@ -89,27 +91,43 @@ class EdgeScores:
                 absolute score (Nikankin et al. 2025, arXiv 2510.25786); for how="top".
             among: bool [S, R], the only edges that may be taken, such as `scores.confidence() >= 0.95`.
             seconds: how long "optimal" may search.
+            exactly: the circuit has exactly `n_edges` edges, all on paths from `input` to `logits`. The strongest edges
+                are taken until at least so many of them are on paths; the weakest that the others do not need are left
+                out again, and where that misses the number, the strongest that fit are put in. If no such circuit is
+                found, the result has fewer edges, with a warning.
 
         Raises:
             InputError: an unknown `how`, a size outside the graph, scores that are not finite, a mask of another shape.
         """
+        if exactly and not prune:
+            raise expected("select(exactly=True)", "prune=True, as all its edges are on paths", "prune=False")
         mask, gap = select_edges(
-            self.graph, self.values, n_edges, how, signed, threshold, positive_ratio, among, seconds
+            self.graph, self.values, n_edges, how, signed, threshold, positive_ratio, among, seconds, exactly
         )
+        n_edges = None if n_edges is None else int(n_edges)
+        threshold = None if threshold is None else float(threshold)
         selection: dict[str, Any] = {"how": how, "n_edges": n_edges, "threshold": threshold, "signed": signed}
         if positive_ratio is not None:
-            selection["positive_ratio"] = positive_ratio
+            selection["positive_ratio"] = float(positive_ratio)
         if among is not None:
             selection["among"] = int((among.cpu() & self.graph.edge_mask).sum())
         if gap is not None:
             selection["gap"] = gap
+        if exactly:
+            selection["exactly"] = True
         info = {**self.info, "selection": selection}
         circuit = Circuit(self.graph, mask, self.values, info)
+        if exactly and circuit.n_edges != n_edges:
+            warn(
+                f"select(n_edges={n_edges}, exactly=True): found no circuit of so many edges on paths from input to "
+                f"logits; this one has {circuit.n_edges}."
+            )
         return circuit.pruned() if prune else circuit
 
     def top_edges(self, n: int = 20) -> list[tuple[str, str, float]]:
         """The n edges of largest absolute score: (sender, receiver, score)."""
-        mask, _ = select_edges(self.graph, self.values, min(n, self.graph.n_edges), "top", False, None)
+        n = min(whole("n", n, 0), self.graph.n_edges)
+        mask, _ = select_edges(self.graph, self.values, n, "top", False, None)
         u, v = mask.nonzero(as_tuple=True)
         values = self.values[u, v]
         order = values.abs().argsort(descending=True, stable=True)

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters import weightless
-from ..errors import expected, one_of
+from ..errors import expected, known_arguments, one_of, whole
 from ..forward import Constants, borrowed, without_cache_where_it_fails
 from ..graph import Circuit, EdgeScores, Heads
 from ..recording import RULES, ablation_of
-from ..request import Progress, prepare
+from ..request import Progress, prepare, watched
 from ..tasks import PairedDataset
 from .exact import edges_to_score
 from .gradient import GradientMethod
@@ -27,10 +27,11 @@ from .statistics import Statistics, to_keep
 
 
 @without_cache_where_it_fails
+@known_arguments
 def attribute(
     model: nn.Module,
     data: PairedDataset,
-    metric: Any = "logit_diff",
+    metric: Any = None,
     *,
     method: str = "eap-ig-inputs",
     steps: int = 5,
@@ -41,7 +42,7 @@ def attribute(
     compat: str | None = None,
     reuse_prefix: bool = True,
     memory: int | str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     edges: Circuit | Tensor | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     ablation_data: PairedDataset | None = None,
@@ -57,7 +58,7 @@ def attribute(
         model: a Hugging Face causal language model.
         data: clean and corrupted prompts with answers.
         metric: a differentiable metric's name (docs/metrics.md), or a callable (logits [E, V], batch) -> [E]; higher is
-            better.
+            better. By default the data's own, `data.metric`, which is "logit_diff" unless they say otherwise.
         method: one of `METHODS` (docs/methods.md). Of "eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupted"
             and "eap-conductance" the formula above holds with their own points and differences; "exact" measures what
             these approximate: S[u, v] = mean over examples of m(clean) − m(clean with this edge alone ablated);
@@ -121,7 +122,7 @@ def attribute(
     with borrowed(request.arch.model):
         request = request.with_constants()
         statistics = Statistics(request)
-        request.method.run(request, statistics, progress)
+        request.method.run(request, statistics, watched(progress))
     spec = request.method
     info = {
         "method": method,
@@ -143,10 +144,11 @@ def attribute(
 
 
 @without_cache_where_it_fails
+@known_arguments
 def plan(
     model: nn.Module,
     data: PairedDataset,
-    metric: Any = "logit_diff",
+    metric: Any = None,
     *,
     method: str = "eap-ig-inputs",
     steps: int = 5,
@@ -219,8 +221,7 @@ def _request(
     one_of("method", method, METHODS)
     one_of("quadrature", quadrature, QUADRATURES)
     one_of("heads", heads, ("kv", "query"))
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise expected("steps", "a whole number of at least 1", repr(steps))
+    steps = whole("steps", steps, 1)
     if compat not in (None, "eap-ig"):
         raise expected("compat", "None or 'eap-ig'", repr(compat))
     spec = METHODS[method]

@@ -93,7 +93,7 @@ def _importance(
         proximity[:, first:, sender:following] = (size[:, first:] - distance).clamp(min=0)
         sender = following
     total = proximity.sum(-1, keepdim=True)
-    return torch.where(total > 0, proximity / total, 0)
+    return torch.where(total == 0, 0, proximity / total)
 
 
 def _contributions(request: AttributionRequest, record: ReferenceRun, rows: Tensor) -> Iterator[Tensor]:

@@ -128,6 +128,7 @@ class Statistics:
     def __init__(self, request: AttributionRequest) -> None:
         keep, graph = request.keep, request.graph
         self._keep, self._graph, self._n = keep, graph, len(request.data)
+        self._dtype = request.arch.dtype
         edges = (graph.n_senders, graph.n_receivers)
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"total": (edges, torch.float64)}
         if keep & _EXAMPLES:
@@ -147,6 +148,8 @@ class Statistics:
     def add(self, scores: BatchScores) -> None:
         """Add those of a batch."""
         sums, found = self.sums, scores.sums
+        for part in found.values():
+            self._check(part)
         # One at a time: a whole batch in float64 would take twice its own memory more.
         if "examples" in found:
             for example, part in zip(scores.batch.index, found["examples"], strict=True):
@@ -175,7 +178,18 @@ class Statistics:
             kept["variance"] = (self.sums["squares"] / self._n - mean.square()).clamp(min=0).float()
         if self._keep:
             info = {**info, "keep": sorted(self._keep)}
-        return EdgeScores(self._graph, mean.float(), info, **kept)
+        found = {"values": mean.float(), **kept}
+        for scores in found.values():
+            self._check(scores)
+        return EdgeScores(self._graph, info=info, **found)
+
+    def _check(self, scores: Tensor) -> None:
+        """Refuse scores that are not finite."""
+        if not scores.isfinite().all():
+            dtype = str(self._dtype).removeprefix("torch.")
+            cure = "; load the model in bfloat16 or float32" if self._dtype == torch.float16 else ""
+            found = f"some that are not, as gradients or activations of the {dtype} model are not{cure}"
+            raise expected("scores", "finite numbers", found)
 
 
 def score_batches(

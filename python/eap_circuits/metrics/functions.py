@@ -6,13 +6,14 @@ Divergences and ranks carry a minus, so that higher is better for them too.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import expected, one_of
+from ..errors import expected, one_of, whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +123,7 @@ def top_k_accuracy(k: int) -> MetricFunction:
 
     Not differentiable: for evaluation only. Raises `InputError` where k is no positive whole number.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise expected("k", "a positive whole number", repr(k))
+    k = whole("k", k, 1)
 
     def accuracy(logits: Tensor, batch: MetricBatch) -> Tensor:
         values = rank(logits, batch)
@@ -149,6 +149,11 @@ METRICS: dict[str, Metric] = {
 }
 
 
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+# What the published package's metrics take: logits and clean logits [E, T, V], lengths [E], answers.
+_PUBLISHED = ("logits[:, None]", "batch.clean_logits[:, None]", "torch.ones_like(batch.lengths)", "batch.answers")
+
+
 def get_metric(metric: str | MetricFunction) -> Metric:
     """The metric of that name or that computes this function. Raises `InputError` otherwise."""
     if isinstance(metric, str):
@@ -156,8 +161,27 @@ def get_metric(metric: str | MetricFunction) -> Metric:
         return METRICS[metric]
     if not callable(metric):
         raise expected("metric", "a name or a callable (logits, batch) -> values", repr(metric))
+    _check_arguments(metric)
     known = (each for each in METRICS.values() if metric in (each, each.function))
     return next(known, Metric(getattr(metric, "__name__", type(metric).__name__), "of the user's own", metric))
+
+
+def _check_arguments(metric: MetricFunction) -> None:
+    """Refuse a metric that cannot be called with (logits, batch), such as those of the published EAP-IG package."""
+    try:
+        signature = inspect.signature(metric)
+    except (ValueError, TypeError):
+        return  # a callable that does not tell
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        found = f"one of {signature}"
+        needed = [p for p in signature.parameters.values() if p.default is p.empty and p.kind in _POSITIONAL]
+        if len(needed) == len(_PUBLISHED):
+            mean = ", mean=False" if "mean" in signature.parameters else ""
+            found += f"; EAP-IG's is called by lambda logits, batch: -metric({', '.join(_PUBLISHED)}{mean})"
+            found += ", without the minus where it is no loss"
+        raise expected("metric", "a callable of (logits [E, V], batch), higher is better", found) from None
 
 
 def check_metric_values(values: Tensor, batch: MetricBatch, logits: Tensor | None = None) -> None:
@@ -178,7 +202,7 @@ def check_metric_values(values: Tensor, batch: MetricBatch, logits: Tensor | Non
         raise expected(
             "metric",
             f"a floating-point tensor of shape {shape}, one value per example",
-            f"{values.dtype} of shape {list(values.shape)}",
+            f"{values.dtype} of shape {list(values.shape)}" + ("" if values.dim() else ", such as a mean"),
         )
     bad = ~values.detach().isfinite()
     if bad.any():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from eap_kernels.info import processor
 
 from ..adapters import bind
-from ..errors import expected, one_of
+from ..errors import expected, one_of, whole
 from ..evaluation import FRACTIONS, EvaluationResult, evaluate, faithfulness_curve
 from ..graph import Circuit, EdgeScores, edge_overlap, node_overlap, score_agreement
 from ..methods import QUADRATURES, attribute, data_identity, model_identity
@@ -68,6 +68,11 @@ class Settings:
     grid: tuple[int, ...] = (1, 2, 3, 5, 10, 20)
     reference: int = 50
     fractions: tuple[float, ...] = FRACTIONS
+
+    def __post_init__(self) -> None:
+        for name in ("scored", "pairs", "seed", "steps", "draws", "reference"):
+            object.__setattr__(self, name, whole(name, getattr(self, name), None if name == "seed" else 1))
+        object.__setattr__(self, "grid", tuple(whole("grid", steps, 1) for steps in self.grid))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,8 @@ class PairedDataset:
         """The examples at an index, slice, list or tensor of indices or bool mask, as a dataset."""
         if isinstance(index, slice):
             index = range(len(self))[index]
+        if isinstance(index, Integral):
+            index = int(index)
         if not isinstance(index, (int, Tensor)):
             index = torch.as_tensor(list(index), dtype=None if index else torch.int64)
         chosen = torch.arange(len(self))[index].reshape(-1)

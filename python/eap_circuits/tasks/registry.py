@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import expected, one_of
+from ..errors import known_arguments, one_of, whole
 from .dataset import PairedDataset
 from .generated import capital_country, gender_bias, greater_than, hypernymy, ioi, subject_verb_agreement
 from .texts.encoding import check_tokenizer
@@ -74,6 +74,7 @@ TASKS: dict[str, Task] = {
 }
 
 
+@known_arguments
 def load_task(name: str, tokenizer: Any, *, n: int = 64, seed: int = 0, prepend_bos: bool = True) -> PairedDataset:
     """Generate prompt pairs of a task for a tokenizer.
 
@@ -90,10 +91,7 @@ def load_task(name: str, tokenizer: Any, *, n: int = 64, seed: int = 0, prepend_
     """
     one_of("task", name, TASKS)
     check_tokenizer(tokenizer)
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise expected("n", "a positive whole number", repr(n))
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise expected("seed", "a whole number", repr(seed))
+    n, seed = whole("n", n, 1), whole("seed", seed)
     task = TASKS[name]
     records = task.generator(tokenizer, n, random.Random(seed))
     return PairedDataset.from_records(records, tokenizer, prepend_bos, name, task.metric)

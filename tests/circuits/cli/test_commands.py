@@ -52,7 +52,7 @@ def test_ablations(
     run("attribute", "tiny", "--data", pairs, "-o", out, "--edges", 200, "--circuit", file, *given)
     scores = eap.attribute(model, data, **wanted)
     assert torch.equal(eap.EdgeScores.load(out).values, scores.values)
-    circuit = scores.select(n_edges=200)
+    circuit = scores.select(n_edges=200, exactly=True)
     found = json.loads(run("evaluate", "tiny", file, "--data", pairs, "--json", *given).stdout)
     result = eap.evaluate(model, circuit, data, **wanted)
     assert found["values"] == pytest.approx(result.values.tolist()) and found["ablation"] == "mean-positional"
@@ -116,7 +116,9 @@ def test_demo_writes_its_three_files(
     assert 0 < circuit.n_edges < scores.graph.n_edges
     assert f"{circuit.n_edges:,} edges" in result.stdout
     run("demo", "--out", out, "--edges", 50)
-    assert eap.Circuit.load(out / "circuit.json") == eap.EdgeScores.load(out / "scores.safetensors").select(50)
+    assert eap.Circuit.load(out / "circuit.json") == eap.EdgeScores.load(out / "scores.safetensors").select(
+        50, exactly=True
+    )
 
 
 def test_tasks_lists_every_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make_pairs: Any) -> None:

@@ -59,15 +59,15 @@ def test_what_is_followed_is_the_gradient_of_what_evaluate_measures(kind, heads,
 def test_they_are_better_than_means_and_do_not_depend_on_batching(make_model, make_pairs, relative):
     model, data = make_model("llama"), make_pairs(seed=3)
     circuit = circuit_of(model)
-    found = eap.optimal_constants(model, circuit, data, steps=15)
+    found = eap.optimal_constants(model, circuit, data, "kl_divergence", steps=15)
     learned, mean = (eap.evaluate(model, circuit, data, "kl_divergence", ablation=a).mean for a in (found, "mean"))
     assert learned > mean
-    again = eap.optimal_constants(model, circuit, data[[4, 2, 0, 6, 1, 3, 5]], steps=15, batch_size=2)
+    again = eap.optimal_constants(model, circuit, data[[4, 2, 0, 6, 1, 3, 5]], "kl_divergence", steps=15, batch_size=2)
     for one, two in zip(found.tensors, again.tensors):
         assert relative(one, two) < 1e-6
     assert not any(x.requires_grad for x in found.tensors)
     # A rate at which every step leads away: the best seen is where it began.
-    wild = eap.optimal_constants(model, circuit, data, steps=2, rate=1e4)
+    wild = eap.optimal_constants(model, circuit, data, "kl_divergence", steps=2, rate=1e4)
     assert eap.evaluate(model, circuit, data, "kl_divergence", ablation=wild).mean >= mean - 1e-9
 
 
@@ -92,9 +92,9 @@ def test_evaluate_learns_for_each_circuit_on_the_ablation_data(make_model, make_
     )
     graph = circuits[0].graph
     none = eap.Circuit.from_mask(graph, torch.zeros_like(graph.edge_mask))
-    lowest = eap.evaluate(model, none, data, ablation=few(model, none, lessons))
+    lowest = eap.evaluate(model, none, data, ablation=few(model, none, lessons, "kl_divergence"))
     for circuit, result in zip(circuits, both):
-        right = eap.evaluate(model, circuit, data, ablation=few(model, circuit, lessons))
+        right = eap.evaluate(model, circuit, data, ablation=few(model, circuit, lessons, "kl_divergence"))
         torch.testing.assert_close(result.values, right.values)
         torch.testing.assert_close(result.corrupted_values, lowest.values)
     assert seen[-1] == (7, 7)
@@ -118,7 +118,7 @@ def test_learned_constants_score_edges(make_model, make_pairs, relative):
 def test_the_model_comes_back_as_it_was(make_model, make_pairs):
     model, data = make_model("gemma2").train(), make_pairs(seed=3)
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    eap.optimal_constants(model, circuit_of(model), data, steps=1)
+    eap.optimal_constants(model, circuit_of(model), data, "kl_divergence", steps=1)
     assert all(module.training for module in model.modules())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
@@ -144,7 +144,7 @@ def test_bad_requests_are_one_sentence(settings, words, make_model, make_pairs):
 
 def test_constants_of_another_model_are_refused(make_model, make_pairs):
     llama, model, data = make_model("llama"), make_model("gpt2"), make_pairs()
-    constants = eap.optimal_constants(llama, circuit_of(llama), data, steps=1)
+    constants = eap.optimal_constants(llama, circuit_of(llama), data, "kl_divergence", steps=1)
     circuit = circuit_of(model)
     for attempt in (
         lambda: eap.evaluate(model, circuit, data, ablation=constants),
@@ -182,7 +182,7 @@ def test_learning_keeps_to_its_budget(make_model, relative):
 
     def learn(memory):
         with PeakBytes() as taken:
-            found = eap.optimal_constants(model, circuit, data, steps=2, memory=memory)
+            found = eap.optimal_constants(model, circuit, data, "kl_divergence", steps=2, memory=memory)
         return found, taken.peak
 
     right, all_at_once = learn(None)
@@ -200,7 +200,7 @@ def test_learning_goes_on_with_smaller_batches(later, make_model, relative, monk
     """No prompt is lost, or learned from twice, also where memory runs out in a later step."""
     model, data, ran = make_model("llama"), longer_pairs(longest=20), []
     circuit = circuit_of(model)
-    right = eap.optimal_constants(model, circuit, data, steps=4)
+    right = eap.optimal_constants(model, circuit, data, "kl_divergence", steps=4)
 
     def run(runner, *given):
         logits = learning_run(runner, *given)
@@ -210,7 +210,7 @@ def test_learning_goes_on_with_smaller_batches(later, make_model, relative, monk
         return logits
 
     monkeypatch.setattr(optimal_ablation, "learning_run", run)
-    found = eap.optimal_constants(model, circuit, data, steps=4)
+    found = eap.optimal_constants(model, circuit, data, "kl_divergence", steps=4)
     assert sorted(ran) == sorted(5 * list(range(12)))
     for one, two in zip(found.tensors, right.tensors):
         assert relative(one, two) < 1e-6

@@ -107,7 +107,8 @@ def test_node_circuits_run(make_model, make_pairs):
 @pytest.mark.parametrize(("n", "found"), [(-1, "-1"), (9, "9"), (True, "True"), (2.0, "2.0")])
 def test_numbers_of_nodes_outside_the_graph_are_refused(n, found):
     with pytest.raises(
-        eap.InputError, match=f"n_nodes: expected 0 to 8, the heads and MLPs of the graph, found {found}"
+        eap.InputError,
+        match=f"n_nodes: expected a whole number from 0 to 8, the heads and MLPs of the graph, found {found}",
     ):
         eap.NodeScores(GRAPHS[0], torch.zeros(9)).select(n)
 

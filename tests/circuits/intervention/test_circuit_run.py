@@ -10,7 +10,9 @@ from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Runner, make_batches
 from eap_circuits.intervention import circuit_run, run_circuits
 from eap_circuits.recording import record_run
-from tests.circuits.evaluation.test_faithfulness import graph_of, naive_llama_circuit
+from tests.circuits.conftest import prompts
+from tests.circuits.decoders import Decoder
+from tests.circuits.plain_runs import of_circuit, plain_run
 
 
 def mixed_mask(graph, generator):
@@ -25,23 +27,21 @@ def mixed_mask(graph, generator):
     return mask & ~unread[:, None]
 
 
-@pytest.mark.parametrize("heads", ["kv", "query"])
 @pytest.mark.parametrize("grouped", [False, True], ids=["apart", "grouped"])
-def test_any_masks_give_their_definition(grouped, heads, make_model, make_pairs, monkeypatch):
+def test_any_masks_give_their_definition(grouped, kind, make_model, make_pairs, monkeypatch):
     if grouped:  # as on a GPU
         monkeypatch.setattr(circuit_run, "circuits_in_group", lambda device, circuits: circuits)
-    model, data = make_model("llama"), make_pairs(seed=4, n=2)
-    graph = graph_of(model, heads)
+    model, data = make_model(kind), make_pairs(seed=4, n=1)
     generator = torch.Generator().manual_seed(0)
-    masks = [mixed_mask(graph, generator) for _ in range(24)]
     with StayDouble(), torch.no_grad():
-        for batch in make_batches(data, None, True, torch.device("cpu")):
+        for heads in ("kv", "query"):
+            graph, decoder = bind(model).graph(heads), Decoder(model, heads)
+            masks = [mixed_mask(graph, generator) for _ in range(12)]
+            (batch,) = make_batches(data, None, True, torch.device("cpu"))
             runner = Runner(bind(model), graph, batch)
-            found = torch.stack(list(run_circuits(runner, graph, record_run(runner, True), masks)))
-            for e, example in enumerate(batch.index.tolist()):
-                clean, corrupted = (
-                    x[example : example + 1, : data.lengths[example]] for x in (data.clean, data.corrupted)
-                )
-                for logits, mask in zip(found[:, e], masks):
-                    right = naive_llama_circuit(model, graph, mask, clean, corrupted)[0]
-                    torch.testing.assert_close(logits, right, rtol=0, atol=1e-9)
+            found = run_circuits(runner, graph, record_run(runner, True), masks)
+            clean, corrupted = (decoder.embed(tokens) for tokens in prompts(data, 0))
+            ablated = plain_run(decoder, corrupted).c
+            for logits, mask in zip(found, masks):
+                right = plain_run(decoder, clean, of_circuit(mask, ablated)).logits
+                torch.testing.assert_close(logits[0], right, rtol=0, atol=1e-9)

@@ -249,11 +249,18 @@ def test_prompt_beyond_the_models_context_is_named(make_model):
 
 def test_metric_that_is_not_finite_names_the_example(make_model, make_pairs):
     def metric(logits, batch):
-        values = logits[:, 0]
-        return torch.where(batch.index == 4, values * float("nan"), values)
+        return logits[:, 0] + torch.where(batch.index == 4, torch.nan, 0.0)
 
     with pytest.raises(eap.InputError, match=r"example 4.*nan"):
         eap.attribute(make_model("gpt2"), make_pairs(), metric=metric, batch_size=2)
+
+
+def test_a_metric_whose_gradient_is_not_finite_is_refused(make_model, make_pairs):
+    def metric(logits, batch):
+        return torch.where(batch.index < 9, logits[:, 0], logits[:, 0] * float("nan"))  # 0 · NaN in the backward pass
+
+    with pytest.raises(eap.InputError, match=r"^scores: expected finite numbers, .* of the float64 model are not\.$"):
+        eap.attribute(make_model("gpt2"), make_pairs(), metric=metric)
 
 
 def test_data_of_another_kind_are_refused(make_model):

@@ -123,7 +123,7 @@ def test_a_run_that_is_not_a_number_is_not_right(name: str) -> None:
 
 @pytest.mark.parametrize("k", [0, -1, 1.5, True, "2"])
 def test_top_k_of_no_positive_number(k: object) -> None:
-    with pytest.raises(InputError, match=r"^k: expected a positive whole number"):
+    with pytest.raises(InputError, match=r"^k: expected a whole number of at least 1"):
         top_k_accuracy(k)  # type: ignore[arg-type]
 
 
@@ -229,7 +229,7 @@ def test_good_values_pass() -> None:
     ("values", "found"),
     [
         (1.5, "float"),
-        (torch.zeros(()), r"torch.float32 of shape \[\]"),
+        (torch.zeros(()), r"torch.float32 of shape \[\], such as a mean"),
         (torch.zeros(2, 1), r"torch.float32 of shape \[2, 1\]"),
         (torch.zeros(3), r"torch.float32 of shape \[3\]"),
         (torch.zeros(2).long(), r"torch.int64 of shape \[2\]"),

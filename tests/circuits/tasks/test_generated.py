@@ -66,12 +66,14 @@ def test_specs_say_what_they_are() -> None:
 
 @pytest.mark.parametrize("n", [0, -1, 1.0, True, "64", None])
 def test_n_is_a_positive_whole_number(n: object) -> None:
-    with pytest.raises(InputError, match=r"^n: expected a positive whole number, found .*\.$"):
+    with pytest.raises(InputError, match=r"^n: expected a whole number of at least 1, found .*\.$"):
         load_task("ioi", TOKENIZERS["words"](), n=n)  # type: ignore[arg-type]
 
 
 def test_a_task_that_is_not_there_and_a_seed_that_is_none() -> None:
-    with pytest.raises(InputError, match=r"^task: expected one of .*'ioi'.*, found 'greater_than'\.$"):
+    with pytest.raises(
+        InputError, match=r"^task: expected one of .*'ioi'.*, found 'greater_than' \(did you mean 'greater-than'\?\)\.$"
+    ):
         load_task("greater_than", TOKENIZERS["words"]())
     with pytest.raises(InputError, match=r"^seed: expected a whole number, found None\.$"):
         load_task("ioi", TOKENIZERS["words"](), seed=None)  # type: ignore[arg-type]

@@ -97,7 +97,9 @@ def attribute(
     edges: Annotated[
         int | None,
         typer.Option(
-            help="Choose a circuit of this many edges (fewer after pruning).", min=1, rich_help_panel="Circuit"
+            help="Choose a circuit of exactly this many edges, all on paths from input to logits.",
+            min=1,
+            rich_help_panel="Circuit",
         ),
     ] = None,
     how: How = "top",
@@ -152,7 +154,7 @@ def attribute(
     loaded, tokenizer = session.load_model(model, dtype, device, not no_weights)
     pairs = prompts.load(tokenizer)
     asked: dict[str, Any] = {
-        "metric": metric or pairs.metric,
+        "metric": metric,
         "method": method,
         "steps": steps,
         "quadrature": quadrature,
@@ -171,7 +173,7 @@ def attribute(
     with progress("Scoring edges") as bar:
         scores = eap.attribute(loaded, pairs, progress=bar, edges=measured, checkpoint=checkpoint, **asked)
     among = None if confidence is None else scores.confidence() >= confidence
-    chosen = None if edges is None else scores.select(n_edges=edges, how=how, signed=signed, among=among)
+    chosen = None if edges is None else scores.select(edges, how, signed, among=among, exactly=True)
     files = {}
     if out is not None:
         scores.save(out)

@@ -58,13 +58,13 @@ def demo(
     model, tokenizer = session.load_model(MODEL)
     data = session.Prompts(TASK, None, n).load(tokenizer)
     with progress("Scoring edges") as bar:
-        scores = eap.attribute(model, data, metric=data.metric, progress=bar)
+        scores = eap.attribute(model, data, progress=bar)
     with progress("Running circuits") as bar:
-        curve = eap.faithfulness_curve(model, scores, data, metric=data.metric, progress=bar)
+        curve = eap.faithfulness_curve(model, scores, data, progress=bar)
     if edges is None:
         circuit = curve.circuits[smallest_faithful(curve, FAITHFUL)]
     else:
-        circuit = scores.select(n_edges=min(edges, scores.graph.n_edges))
+        circuit = scores.select(min(edges, scores.graph.n_edges), exactly=True)
     with working("Writing the report …"):
         scores.save(files["scores"])
         circuit.save(files["circuit"])

@@ -17,7 +17,7 @@ def report(
     circuit: Annotated[Path | None, typer.Option(help="The circuit to show.", rich_help_panel="Circuit")] = None,
     edges: Annotated[
         int,
-        typer.Option(help="Without --circuit: show a circuit of this many edges.", min=1, rich_help_panel="Circuit"),
+        typer.Option(help="Without --circuit: show one of exactly this many edges.", min=1, rich_help_panel="Circuit"),
     ] = 200,
     how: How = "top",
     signed: Signed = False,
@@ -51,7 +51,7 @@ def report(
         chosen = eap.Circuit.load(circuit)
         files["circuit"] = circuit.name
     else:
-        chosen = loaded.select(n_edges=min(edges, loaded.graph.n_edges), how=how, signed=signed)
+        chosen = loaded.select(min(edges, loaded.graph.n_edges), how, signed, exactly=True)
     measured = None if curve is None else load_curve(curve)
     write_report(out, loaded, chosen, measured, title=title, files=files)
     say(f"Wrote {out}.")

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...errors import expected, one_of
+from ...errors import expected, one_of, whole
 from ..layout import Graph
+from .exactly import counted_edges, exact_edges
 from .optimal import optimal_edges
 
 
@@ -24,10 +25,13 @@ def select_edges(
     positive_ratio: float | None = None,
     among: Tensor | None = None,
     seconds: float = 30.0,
+    exactly: bool = False,
 ) -> tuple[Tensor, float | None]:
     """Edges chosen by score, bool [S, R], not yet pruned; and the gap, for "optimal". See `EdgeScores.select`."""
     one_of("how", how, SELECTIONS)
     choose = SELECTIONS[how].choose
+    if exactly and choose is None:
+        raise expected("select(exactly=True)", "n_edges, and a how that takes them", f"how={how!r}")
     bad = ~values.isfinite() & graph.edge_mask
     if bad.any():
         u, v = bad.nonzero()[0].tolist()
@@ -48,18 +52,23 @@ def select_edges(
                 f"threshold={threshold}, n_edges={n_edges}",
             )
         return rank >= threshold, None
-    if threshold is not None or isinstance(n_edges, bool) or not isinstance(n_edges, int):
-        raise expected(
-            f"select(how={how!r})",
-            "a whole number n_edges and no threshold",
-            f"n_edges={n_edges!r}, threshold={threshold}",
-        )
-    if not 0 <= n_edges <= graph.n_edges:
-        raise expected("n_edges", f"0 to {graph.n_edges}, the edges of the graph", n_edges)
-    if positive_ratio is None:
-        return choose(graph, rank, n_edges, seconds)
-    first = _top(values.masked_fill(~allowed | (values <= 0), -torch.inf), round(positive_ratio * n_edges))
-    return first | _top(rank.masked_fill(first, -torch.inf), n_edges - int(first.sum())), None
+    if threshold is not None or n_edges is None:
+        found = f"n_edges={n_edges!r}, threshold={threshold}"
+        raise expected(f"select(how={how!r})", "a whole number n_edges and no threshold", found)
+    n_edges = whole("n_edges", n_edges, 0, graph.n_edges, ", the edges of the graph")
+
+    def take(n: int) -> tuple[Tensor, float | None]:
+        if positive_ratio is None:
+            return choose(graph, rank, n, seconds)
+        first = _top(values.masked_fill(~allowed | (values <= 0), -torch.inf), round(positive_ratio * n))
+        return first | _top(rank.masked_fill(first, -torch.inf), n - int(first.sum())), None
+
+    if exactly and SELECTIONS[how].grows:
+        return exact_edges(graph, rank, n_edges, lambda n: take(n)[0], seconds), None
+    mask, gap = take(n_edges)
+    if exactly and mask.sum() < n_edges:
+        return counted_edges(graph, rank, n_edges, seconds, mask)
+    return mask, gap
 
 
 def _top(rank: Tensor, n_edges: int) -> Tensor:
@@ -125,11 +134,13 @@ class Selection:
         description: one line.
         choose: (graph, rank [S, R], n_edges, seconds) -> mask [S, R], and its gap where it may miss the best; rank is
             -inf where no edge may be taken. None for "threshold", which takes no number of edges.
+        grows: more edges contain fewer.
     """
 
     name: str
     description: str
     choose: Callable[[Graph, Tensor, int, float], tuple[Tensor, float | None]] | None
+    grows: bool = True
 
 
 SELECTIONS: dict[str, Selection] = {
@@ -142,6 +153,6 @@ SELECTIONS: dict[str, Selection] = {
             lambda graph, rank, n, seconds: (_greedy(graph, rank, n), None),
         ),
         Selection("threshold", "every edge that scores at least `threshold`", None),
-        Selection("optimal", "the greatest sum of connected edges (needs scipy)", _optimal),
+        Selection("optimal", "the greatest sum of connected edges (needs scipy)", _optimal, grows=False),
     )
 }

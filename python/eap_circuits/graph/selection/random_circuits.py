@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from ...errors import expected
+from ...errors import expected, whole
 from ..circuit import Circuit
 from ..layout import Graph
 
@@ -27,8 +27,8 @@ def random_circuit(graph: Graph, n_edges: int, *, seed: int = 0) -> Circuit:
     Raises:
         InputError: a number that the graph does not have, or for which no connected circuit was found.
     """
-    if isinstance(n_edges, bool) or not isinstance(n_edges, int) or not 0 <= n_edges <= graph.n_edges:
-        raise expected("n_edges", f"a whole number from 0 to {graph.n_edges}, the edges of the graph", repr(n_edges))
+    n_edges = whole("n_edges", n_edges, 0, graph.n_edges, ", the edges of the graph")
+    seed = whole("seed", seed)
     rng = random.Random(seed)
     for _ in range(_TRIES):
         growth = _Growth(graph, rng)

@@ -17,6 +17,7 @@ from eap_kernels._schemas import accumulation_dtype
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+@_dispatch.in_memory
 def edge_scores(
     delta: Tensor,
     grad: Tensor,
@@ -46,6 +47,7 @@ def edge_scores(
     Raises:
         TypeError, ValueError: an argument does not fit; nothing has been written then.
         RuntimeError: the backend asked for is not available.
+        torch.OutOfMemoryError: memory ran out; an `out` handed in may hold a part of the sums.
 
     Example:
         >>> import torch, eap_kernels
@@ -98,6 +100,7 @@ class Nodes:
     normalised: Tensor | None = None
 
 
+@_dispatch.in_memory
 def head_space_scores(
     senders: Sequence[Nodes],
     receivers: Sequence[Nodes],
@@ -125,6 +128,7 @@ def head_space_scores(
     Raises:
         TypeError, ValueError: an argument does not fit; nothing has been written then.
         RuntimeError: the backend asked for is not available.
+        torch.OutOfMemoryError: memory ran out; an `out` handed in may hold a part of the sums.
 
     Example:
         >>> import torch, eap_kernels as ek
@@ -162,6 +166,7 @@ def head_space_scores(
     return out
 
 
+@_dispatch.in_memory
 def masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str = "auto") -> Tensor:
     """Run a circuit's reads: y[v] = base[v] + sum_u mask[u, v] * delta[u].
 
@@ -184,6 +189,7 @@ def masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str = "auto") -
     Raises:
         TypeError, ValueError: an argument does not fit.
         RuntimeError: the backend asked for is not available, or a second-order gradient was asked for.
+        torch.OutOfMemoryError: memory ran out.
 
     Example:
         >>> import torch, eap_kernels

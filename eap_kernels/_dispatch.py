@@ -45,10 +45,10 @@ def in_memory(call: Callable[P, T]) -> Callable[P, T]:
 
 def check_impl(op: str, impl: str, device: torch.device) -> None:
     """Check a backend that was asked for by name: it runs or raises, and no other one takes its place."""
+    if not isinstance(impl, str) or impl not in ("auto", *BACKENDS):
+        raise ValueError(f"{op}: expected impl to be one of {', '.join(('auto', *BACKENDS))}, got {impl!r}")
     if impl == "auto":
         return
-    if impl not in tuple(BACKENDS):
-        raise ValueError(f"{op}: expected impl to be one of {', '.join(('auto', *BACKENDS))}, got {impl!r}")
     backend = BACKENDS[impl]
     if backend.device is not None and device.type != backend.device:
         raise ValueError(f"{op}: expected {backend.device.upper()} tensors for impl={impl!r}, got {device}")

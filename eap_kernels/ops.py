@@ -137,8 +137,9 @@ def head_space_scores(
         tensor([[24.]])
     """
     op = "head_space_scores"
-    groups = [*senders, *receivers]
-    if not senders or not receivers or not all(isinstance(group, Nodes) for group in groups):
+    sides = [list(side) if isinstance(side, Sequence) else [side] for side in (senders, receivers)]
+    groups = sum(sides, [])
+    if not all(sides) or not all(isinstance(group, Nodes) for group in groups):
         kinds = [type(group).__name__ for group in groups]
         _fail(op, "senders and receivers to be lists of at least one Nodes", kinds, TypeError)
     first = groups[0]
@@ -149,8 +150,8 @@ def head_space_scores(
         _check_nodes(group, first.values, tokens, features)
     n_senders, n_receivers = (sum(group.values.shape[1] for group in side) for side in (senders, receivers))
     _check_index(op, "reach", reach, n_receivers)
-    if isinstance(workspace, bool) or not isinstance(workspace, Integral) or workspace < 1:
-        _fail(op, "a workspace of at least 1 byte", repr(workspace))
+    if isinstance(workspace, bool) or not isinstance(workspace, Integral) or not 1 <= workspace < 2**63:
+        _fail(op, "a workspace of 1 to 2**63 - 1 bytes", repr(workspace))
     wide = accumulation_dtype(first.values.dtype)
     if out is None:
         out = first.values.new_zeros((n_senders, n_receivers), dtype=wide)

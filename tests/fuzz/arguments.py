@@ -224,8 +224,7 @@ FUNCTIONS: dict[str, Function] = {
     "from_tokens": Function(
         eap.PairedDataset.from_tokens,
         lambda: {"clean": [[2, 3, 4]], "corrupted": [[2, 5, 4]], "lengths": [3], "answers": [[5, 6]]},
-        dict.fromkeys(("clean", "corrupted", "answers"), lambda _: False)
-        | {"lengths": lambda v: plain(v) in ([1], (1,))},
+        dict.fromkeys(("clean", "corrupted", "lengths", "answers"), lambda _: False),
     ),
     "from_records": Function(
         eap.PairedDataset.from_records,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import os
 import random
@@ -214,6 +215,8 @@ def run(name: str, seed: int, count: int) -> Tally:
     """Run the fuzzer of this module's name with this many cases."""
     torch.set_num_threads(1)
     tally, begin = Tally(name), time.process_time()
-    import_module(f".{name}", __package__).fuzz(tally, random.Random(f"{name} {seed}"), count)
+    fuzzer = import_module(f".{name}", __package__)
+    gc.freeze()  # a want of memory collects garbage, over and over: not among what is imported
+    fuzzer.fuzz(tally, random.Random(f"{name} {seed}"), count)
     tally.seconds = time.process_time() - begin
     return tally

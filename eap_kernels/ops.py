@@ -138,7 +138,7 @@ def head_space_scores(
     """
     op = "head_space_scores"
     sides = [list(side) if isinstance(side, Sequence) else [side] for side in (senders, receivers)]
-    groups = sum(sides, [])
+    groups = [group for side in sides for group in side]
     if not all(sides) or not all(isinstance(group, Nodes) for group in groups):
         kinds = [type(group).__name__ for group in groups]
         _fail(op, "senders and receivers to be lists of at least one Nodes", kinds, TypeError)

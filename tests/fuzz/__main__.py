@@ -2,8 +2,8 @@
 
 python -m tests.fuzz [--seed N] [--share 0.1] [--only NAME ...] [--record]
 
-Every case must give the right result or a sentence of ours, within five seconds, and leave the model, the process and
-the files as they were. --record writes docs/results/fuzz.json and the table of docs/reliability.md.
+Every case must give the right result or a refusal in one sentence, within five seconds, and leave the model, the
+process and the files as they were. --record writes docs/results/fuzz.json and the table of docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 
 from .common import ROOT, Tally, run
 
@@ -26,7 +27,13 @@ def record(seed: int, tallies: list[Tally]) -> None:
     from bench.processes import commit
 
     rows = {
-        each.name: {"cases": each.cases, "right": each.right, "refused": each.refused, "failed": len(each.failures)}
+        each.name: {
+            "what": (import_module(f".{each.name}", __package__).__doc__ or "").split(":")[0],
+            "cases": each.cases,
+            "right": each.right,
+            "refused": each.refused,
+            "failed": len(each.failures),
+        }
         for each in tallies
     }
     facts = {"seed": seed, "machine": measure.machine(), "versions": measure.versions(), "commit": commit()}

@@ -1,4 +1,4 @@
-"""The n-th allocation of a call fails, once or from then on: the result is right, or one sentence says so."""
+"""Any allocation of a run fails, once or from then on: the result is right, or one sentence says so."""
 
 from __future__ import annotations
 

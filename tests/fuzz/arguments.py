@@ -1,4 +1,4 @@
-"""Each argument of the public functions takes anything: what means nothing is refused, what means the same does it."""
+"""Any value for any argument of the public functions: refused, or a result that means the same as plain values'."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command lines with words left out, repeated, swapped and replaced: a result in whole files, or one sentence."""
+"""Command lines with words left out, repeated, added and replaced: a result in whole files, or one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of every format that we read, damaged in their bytes and in their structure: read whole or refused by name."""
+"""Files of every format that is read, damaged in their bytes or their structure: read whole, or refused by name."""
 
 from __future__ import annotations
 

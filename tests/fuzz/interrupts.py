@@ -1,4 +1,4 @@
-"""Ctrl-C at the n-th line of ours that runs: the state is as before, and the same call gives the right result."""
+"""Ctrl-C at any line of a run: the state is as before, and the same call gives the right result."""
 
 from __future__ import annotations
 

@@ -127,7 +127,11 @@ def _masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str) -> Tensor
     return torch.stack([_masked_read(*each, impl) for each in zip(base, delta, mask, strict=True)])
 
 
-SELECT = {"edge_scores": _edge_scores, "head_space_scores": _head_space_scores, "masked_read": _masked_read}
+SELECT: dict[str, Callable[..., Any]] = {
+    "edge_scores": _edge_scores,
+    "head_space_scores": _head_space_scores,
+    "masked_read": _masked_read,
+}
 for _op, _select in SELECT.items():
     lib.impl(_op, getattr(BACKENDS["reference"], _op), "CompositeExplicitAutograd")
     lib.impl(f"{_op}.select", in_memory(_select), "CompositeExplicitAutograd")

@@ -23,8 +23,9 @@ RESULT = ROOT / "docs" / "results" / "fuzz.json"
 
 
 def record(seed: int, tallies: list[Tally]) -> None:
-    from bench import documents, measure
+    from bench import measure
     from bench.processes import commit
+    from docs import documents
 
     rows = {
         each.name: {

@@ -10,13 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters import weightless
-<<<<<<< HEAD
 from ..errors import expected, known_arguments, one_of, whole
-from ..forward import Constants, borrowed, without_cache_where_it_fails
-=======
-from ..errors import expected, one_of
 from ..forward import Constants, borrowed, one_want_of_memory, without_cache_where_it_fails
->>>>>>> 26115af (Where memory runs out before the passes, torch.OutOfMemoryError says so; the fuzz result)
 from ..graph import Circuit, EdgeScores, Heads
 from ..recording import RULES, ablation_of
 from ..request import Progress, prepare, watched

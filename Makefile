@@ -1,4 +1,4 @@
-# make setup | demo | test | test-all | test-versions | lint | bench | record | gpu | gpu-rehearsal | update-locks | clean
+# make setup | demo | test | test-all | test-versions | fuzz | lint | bench | record | gpu | gpu-rehearsal | update-locks | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ INPUTS := setup.py pyproject.toml $(CSRC)
 # Only the newest set can have TransformerLens's bridges: they need newer packages than the other sets hold.
 EXTRAS := demo,test$(if $(filter newest,$(VERSIONS)),$(comma)bridges)
 
-.PHONY: setup demo test test-slow test-all test-versions test-oldest test-gpu-machine lint bench record gpu gpu-rehearsal update-locks clean
+.PHONY: setup demo test test-slow test-all test-versions test-oldest test-gpu-machine fuzz lint bench record gpu gpu-rehearsal update-locks clean
 
 # Installs only what `make demo` needs; the tools for tests and linting have their own stamp, .test.
 setup: $(VENV)/.setup
@@ -68,6 +68,10 @@ test-versions: test-oldest test-gpu-machine
 test-oldest test-gpu-machine: test-%:
 	$(call copy_tree,build/versions/$*)
 	EAP_CUDA=0 $(MAKE) -C build/versions/$* test VERSIONS=$* VENV=../$*-venv PYTHON=$(call python,$(PYTHON_$*)) TESTS="$(TESTS)"
+
+# Thousands of cases that nobody means, from a seed: FUZZ="--seed 3 --only files", or FUZZ=--record for the docs' table.
+fuzz: $(VENV)/.test
+	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(FUZZ)
 
 # Renews the newest set and says what changed; SETS="oldest gpu-machine" names other sets.
 update-locks: $(VENV)/.setup

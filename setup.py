@@ -1,16 +1,20 @@
 """Builds the native modules of eap_kernels with ninja. Needs torch's headers only: LibTorch stable ABI, abi3.
 
-Where there is no compiler or no torch the package installs as pure Python and records why; EAP_REQUIRE_EXT=1
-makes that an error. CUDA kernels are built where torch has CUDA and nvcc is found (CUDA_HOME, PATH): EAP_CUDA=1 builds
-them beside any torch and insists on nvcc, EAP_CUDA=0 never builds them. EAP_TORCH_DIR names a torch folder, CXX a
-compiler, MAX_JOBS the number of parallel jobs, TORCH_CUDA_ARCH_LIST ("8.0;9.0") the cards to compile for.
+Where there is no compiler or no torch the package installs as pure Python and records why, which its first use says;
+EAP_REQUIRE_EXT=1 makes that an error. CUDA kernels are built where torch has CUDA and nvcc is found (CUDA_HOME, PATH):
+EAP_CUDA=1 builds them beside any torch and insists on nvcc, EAP_CUDA=0 never builds them. EAP_TORCH_DIR names a torch
+folder, CXX a compiler, MAX_JOBS the number of parallel jobs, TORCH_CUDA_ARCH_LIST ("8.0;9.0") the cards to compile for.
 """
 
 import importlib.util
+import itertools
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from typing import NamedTuple
@@ -35,14 +39,59 @@ BUILD_INFO = ["csrc/build_info.cpp"]
 
 
 def torch_dir():
-    """torch's folder, for its headers: build isolation hides torch from `import`, but not from sysconfig."""
-    spec = importlib.util.find_spec("torch")
-    folders = [os.environ.get("EAP_TORCH_DIR"), spec and spec.origin and os.path.dirname(spec.origin)]
-    folders += [os.path.join(sysconfig.get_path(key), "torch") for key in ("platlib", "purelib")]
-    for folder in filter(None, folders):
-        if os.path.exists(os.path.join(folder, "include/torch/csrc/stable/library.h")):
-            return folder
+    """torch's folder, for its headers. pip's isolated build hides torch from `import`, but not from sysconfig; uv's and
+    build's have an environment of their own, so the one that they were called for is searched."""
+    for folder in filter(None, torch_folders()):
+        headers, version = Path(folder, "include/torch/csrc/stable/library.h"), Path(folder, "version.py")
+        found = re.search(r"__version__ = '(\d+)\.(\d+)", version.read_text()) if version.exists() else None
+        if headers.exists() and (found is None or (int(found[1]), int(found[2])) >= (2, 10)):
+            return os.path.abspath(folder)
     raise CompileError("the headers of torch >= 2.10 were not found when the package was installed")
+
+
+def torch_folders():
+    yield os.environ.get("EAP_TORCH_DIR")
+    spec = importlib.util.find_spec("torch")
+    yield spec and spec.origin and os.path.dirname(spec.origin)
+    for key in ("platlib", "purelib"):
+        yield os.path.join(sysconfig.get_path(key), "torch")
+    code = "import importlib.util, os; print(os.path.dirname(importlib.util.find_spec('torch').origin))"
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    for python in dict.fromkeys(pythons()):
+        command = [python, "-c", code]
+        try:  # in a folder without modules: with -c the current one is on the path
+            done = subprocess.run(command, cwd=os.sep, env=plain, capture_output=True, text=True, timeout=60)
+            yield done.stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+
+
+def pythons():
+    """The interpreters that the calling front end may install for, in the order in which uv picks one.
+
+    No front end tells an isolated build: where the system shows them, its command line, variables and folder do.
+    """
+    words, variables, folder = [], os.environ, ROOT
+    caller = Path("/proc", str(os.getppid()))
+    try:
+        read = {name: os.fsdecode((caller / name).read_bytes()).split("\0") for name in ("cmdline", "environ")}
+        folder = Path(os.readlink(caller / "cwd"))
+        words, variables = read["cmdline"], dict(entry.split("=", 1) for entry in read["environ"] if "=" in entry)
+    except OSError:
+        pass
+    names = [after for word, after in itertools.pairwise(words) if word in ("-p", "--python")]
+    names += [word.split("=", 1)[1] for word in words if word.startswith("--python=")]
+    names += [variables.get(name) for name in ("UV_PYTHON", "VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT", "CONDA_PREFIX")]
+    names += [str(parent / ".venv") for parent in (folder, *folder.parents)]
+    names += [word for word in words[:1] if os.path.basename(word).startswith("python")] + ["python", "python3"]
+    search = [path for path in variables.get("PATH", "").split(os.pathsep) if not path.startswith(sys.prefix)]
+    for name in filter(None, names):
+        path = folder / name
+        found = path / "bin/python" if path.is_dir() else path
+        if found.is_file():
+            yield str(found)
+        elif os.path.basename(name) == name and shutil.which(name, path=os.pathsep.join(search)):
+            yield shutil.which(name, path=os.pathsep.join(search))
 
 
 def compiler():
@@ -78,8 +127,7 @@ def wanted_architectures():
     for entry in re.split(r"[;,\s]+", text.strip(";, ")):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if match is None:
-            shown = re.sub(r"[^\w.+]", "?", entry)  # the reason is a string of the shell and of C++, too
-            raise CompileError(f"TORCH_CUDA_ARCH_LIST: expected versions such as 8.0;9.0+PTX, got {shown}")
+            raise CompileError(f"TORCH_CUDA_ARCH_LIST: expected versions such as 8.0;9.0+PTX, got {entry}")
         number = int(match[1] + match[2])
         found[number] = "90a" if number == 90 else f"{number}{match[3]}"  # the kernel of 9.0 uses what only 90a has
     usable = [found[number] for number in sorted(found) if number >= 80]
@@ -125,23 +173,40 @@ def ninja():
     return found
 
 
+def word(text):
+    """A path or an option as one word of a command in a build.ninja, which the shell reads too."""
+    return shlex.quote(str(text)).replace("$", "$$")
+
+
+def target(path):
+    """A path as ninja reads it; a relative one inside the sources, since compilers escape only some paths for make."""
+    path = os.path.relpath(path, ROOT) if Path(path).is_relative_to(ROOT) else str(path)
+    return re.sub(r"[$: ]", r"$\g<0>", path)
+
+
+def define(name, value):
+    """The option that defines a string of C++."""
+    return word(f"-D{name}={json.dumps(value)}")
+
+
 def include_flags(folders):
-    return [f"-isystem {folder}" for folder in folders]
+    return [f"-isystem {word(folder)}" for folder in folders]
 
 
 class NinjaFile:
-    """The text of a build.ninja."""
+    """The text of a build.ninja, which runs in the folder of the sources."""
 
     def __init__(self, cxx, temp, cuda):
+        cxx = cxx.replace("$", "$$")
         flags = "-O3 -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra"
         self.temp = temp
         self.lines = [
-            f"builddir = {temp}",
+            f"builddir = {target(temp)}",
             f"rule cxx\n  command = {cxx} {flags} $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d",
             f"rule link\n  command = {cxx} -shared $in -o $out $libs",
         ]
         if cuda.nvcc:
-            nvcc = f"{cuda.nvcc} -ccbin {cxx.split()[-1]}"
+            nvcc = f"{word(cuda.nvcc)} -ccbin {cxx.split()[-1]}"
             flags = f"-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall --threads 2 {cuda.flags()}"
             self.lines += [
                 f"rule nvcc\n  command = {nvcc} {flags} -MD -MF $out.d -c $in -o $out\n  depfile = $out.d",
@@ -153,11 +218,35 @@ class NinjaFile:
         objects = []
         with_cuda = any(source.endswith(".cu") for source in sources)
         for source in sources:
-            objects.append(str(self.temp / f"{Path(output).name}-{source.replace('/', '-')}.o"))
+            objects.append(target(self.temp / f"{Path(output).name}-{source.replace('/', '-')}.o"))
             rule = "nvcc" if source.endswith(".cu") else "cxx"
-            self.lines.append(f"build {objects[-1]}: {rule} {ROOT / source}\n  flags = {' '.join(flags)}")
+            self.lines.append(f"build {objects[-1]}: {rule} {target(ROOT / source)}\n  flags = {' '.join(flags)}")
         link = "link_cuda" if with_cuda else "link"
-        self.lines.append(f"build {output}: {link} {' '.join(objects)}\n  libs = {' '.join(libs)}")
+        self.lines.append(f"build {target(output)}: {link} {' '.join(objects)}\n  libs = {' '.join(libs)}")
+
+
+def run_ninja(file):
+    """Raises CompileFailed with the compiler's own last line."""
+    jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+    command = [ninja(), "-f", str(file), *jobs]
+    lines = []
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        for line in process.stdout:
+            print(line, end="")
+            lines.append(line.strip())
+    if process.returncode:
+        # Below this word ninja repeats the command, then comes what the command printed.
+        outputs = [lines[at + 2 :] for at, line in enumerate(lines) if line.startswith("FAILED: ")] or [lines]
+        others = r"\[\d+/\d+\]|ninja: build stopped|collect2: error|$"  # these only say that something failed
+        said = [line for line in outputs[-1] if not re.match(others, line)]
+        errors = [line for line in said if re.search(r"\berror\b", line)] or said
+        raise CompileFailed(f": {errors[-1]}" if errors else "")
+
+
+class CompileFailed(CompileError):
+    """A compiler ran and failed; the text is its own last line, behind a colon."""
 
 
 class Build(build_ext):
@@ -177,10 +266,11 @@ class Build(build_ext):
         self.failure = None
         try:
             self.compile_all()
-        except (CompileError, OSError, subprocess.CalledProcessError) as error:
+        except (CompileError, OSError) as error:
             if REQUIRED:
                 raise
-            self.failure = str(error)
+            failed = isinstance(error, CompileFailed)
+            self.failure = f"the compiler failed when the package was installed{error}" if failed else str(error)
             print(f"eap-kernels: installing without native kernels: {self.failure}")
 
     def compile_all(self):
@@ -188,10 +278,10 @@ class Build(build_ext):
         cuda = find_cuda(torch)
         try:
             self.compile(torch, cuda)
-        except subprocess.CalledProcessError:
+        except CompileFailed as error:
             if REQUIRED or cuda.nvcc is None or os.environ.get("EAP_CUDA") == "1":
                 raise
-            failure = "nvcc failed when the package was installed"
+            failure = f"nvcc failed when the package was installed{error}"
             print(f"eap-kernels: {failure}: building without CUDA")
             self.compile(torch, Cuda(failure=failure))
 
@@ -206,22 +296,21 @@ class Build(build_ext):
             if extension.name == "eap_kernels._C":
                 flags = [*STABLE_ABI, *include_flags([f"{torch}/include", python])]
                 # libtorch itself must stay needed: it is what brings a device's library along.
-                libs = ["-Xlinker --no-as-needed", f"-L{torch}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
+                libs = ["-Xlinker --no-as-needed", word(f"-L{torch}/lib"), "-ltorch", "-ltorch_cpu", "-lc10"]
                 file.module(output, extension.sources + (CUDA_OPERATORS if cuda.nvcc else []), flags, libs)
             elif importlib.util.find_spec("pybind11"):
                 import pybind11
 
-                architectures = ",".join(f'"{a}"' for a in cuda.architectures)
+                architectures = ",".join(map(json.dumps, cuda.architectures))
                 flags = [
-                    f"-DEAP_VERSION='\"{VERSION}\"'",
-                    f"-DEAP_CUDA_ARCHITECTURES='{architectures}'",
-                    f"-DEAP_CUDA_FAILURE='\"{cuda.failure}\"'",
+                    define("EAP_VERSION", VERSION),
+                    word(f"-DEAP_CUDA_ARCHITECTURES={architectures}"),
+                    define("EAP_CUDA_FAILURE", cuda.failure),
                     *include_flags([pybind11.get_include(), python]),
                 ]
                 file.module(output, extension.sources, flags)
-        (temp / "build.ninja").write_text("\n".join(file.lines) + "\n")
-        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-        subprocess.run([ninja(), "-f", str(temp / "build.ninja"), *jobs], check=True)
+        (temp / "build.ninja").write_bytes(os.fsencode("\n".join(file.lines) + "\n"))
+        run_ninja(temp / "build.ninja")
 
 
 setup(

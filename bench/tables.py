@@ -43,7 +43,8 @@ README_ROWS = (
 def committed(root: Path) -> dict[str, dict]:
     """Every committed result by its file's name, the CPU's first."""
     files = sorted(root.glob("bench/results/*.json"), key=lambda file: (file.stem != "cpu", file.stem))
-    return {file.stem: json.loads(file.read_text()) for file in (*files, root / "docs/results/performance.json")}
+    others = (root / f"docs/results/{name}.json" for name in ("performance", "fuzz"))
+    return {file.stem: json.loads(file.read_text()) for file in (*files, *others)}
 
 
 def machine(result: dict) -> str:
@@ -204,7 +205,20 @@ def shares(results: Results) -> str:
     """Shares of processor time, even if there is a GPU."""
     found = results["performance"]
     rows = [(kind, f"{100 * share:.0f} %") for kind, share in found["shares"].items()]
+    return f"{markdown(('where the time of `attribute` goes, M = 5', 'share'), rows)}\n{_on_a_processor(found)}\n"
+
+
+def fuzzing(results: Results) -> str:
+    found = results["fuzz"]
+    header = ("what is tried", "cases", "right", "refused in one sentence", "failed")
+    rows = [
+        (each["what"], *(f"{each[key]:,}" for key in ("cases", "right", "refused", "failed")))
+        for each in found["fuzzers"].values()
+    ]
+    return f"{markdown(header, rows)}\nSeed {found['seed']}. {_on_a_processor(found)}\n"
+
+
+def _on_a_processor(found: dict) -> str:
     facts, versions = found["machine"], found["versions"]
     source = f"{facts['processor']}, {facts['cores']} cores, {facts['instruction_set']}; torch {versions['torch']}, "
-    source += f"transformers {versions['transformers']}; commit {found['commit'][:7]}."
-    return f"{markdown(('where the time of `attribute` goes, M = 5', 'share'), rows)}\n{source}\n"
+    return source + f"transformers {versions['transformers']}; commit {found['commit'][:7]}."

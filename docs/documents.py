@@ -17,6 +17,7 @@ from docs import models, registries
 
 BEGIN, END = "<!-- python -m docs.documents writes this from {} -->\n", "<!-- end -->"
 MEASURED, PERFORMANCE, MODELS = "bench/results", "docs/results/performance.json", "docs/results/models.json"
+FUZZ = "docs/results/fuzz.json"
 # What stands between the markers, by document and source.
 TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("README.md", MEASURED): tables.readme,
@@ -26,6 +27,7 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("docs/ops/masked_read.md", MEASURED): tables.masked_read,
     ("docs/ops/head_space_scores.md", MEASURED): tables.head_space_scores,
     ("docs/integrations.md", MEASURED): tables.integrations,
+    ("docs/reliability.md", FUZZ): tables.fuzzing,
     ("docs/models.md", f"{MODELS}, checks"): lambda _: models.checks(),
     ("docs/models.md", f"{MODELS}, tests"): lambda _: models.tests(),
     ("docs/methods.md", "METHODS"): lambda _: registries.methods(),

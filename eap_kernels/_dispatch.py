@@ -5,25 +5,50 @@ Registers the implementations: the reference as every device's default kernel, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from eap_kernels import _auto
+from eap_kernels import _auto, _native
 from eap_kernels._registry import BACKENDS
 from eap_kernels._schemas import lib, tf32
 from eap_kernels.reference import Backend
 
+P = ParamSpec("P")
+T = TypeVar("T")
+# Ours and PyTorch's; of an allocation inside our library the stable ABI names only the operator that failed.
+_WANT_OF_MEMORY = ("bad_alloc", "can't allocate memory", "aten::new_empty")
+
+
+def in_memory(call: Callable[P, T]) -> Callable[P, T]:
+    """An operator's function, which raises torch.OutOfMemoryError where memory runs out, whatever the backend."""
+    op = call.__name__.lstrip("_")
+
+    @functools.wraps(call)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return call(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in _WANT_OF_MEMORY):
+                raise
+            text = (str(error).splitlines() or [""])[0]
+            raise torch.OutOfMemoryError(f"{op}: expected enough memory, got {text or 'none'}") from error
+
+    return run
+
 
 def check_impl(op: str, impl: str, device: torch.device) -> None:
     """Check a backend that was asked for by name: it runs or raises, and no other one takes its place."""
+    if not isinstance(impl, str) or impl not in ("auto", *BACKENDS):
+        raise ValueError(f"{op}: expected impl to be one of {', '.join(('auto', *BACKENDS))}, got {impl!r}")
     if impl == "auto":
         return
-    if impl not in tuple(BACKENDS):
-        raise ValueError(f"{op}: expected impl to be one of {', '.join(('auto', *BACKENDS))}, got {impl!r}")
     backend = BACKENDS[impl]
     if backend.device is not None and device.type != backend.device:
         raise ValueError(f"{op}: expected {backend.device.upper()} tensors for impl={impl!r}, got {device}")
@@ -62,7 +87,11 @@ def _check_range(op: str, name: str, values: Tensor, high: int) -> None:
 def _chosen(op: str, impl: str, device: torch.device, *args: Any) -> Backend:
     """The requested backend, or the one that `auto` takes for these arguments."""
     check_impl(op, impl, device)
-    return BACKENDS[_auto.choose(op, *args).impl if impl == "auto" else impl]
+    if impl != "auto":
+        return BACKENDS[impl]
+    if _native.failure:
+        _native.say_missing()
+    return BACKENDS[_auto.choose(op, *args).impl]
 
 
 def _edge_scores(delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segments: Tensor | None, impl: str) -> None:
@@ -98,7 +127,11 @@ def _masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str) -> Tensor
     return torch.stack([_masked_read(*each, impl) for each in zip(base, delta, mask, strict=True)])
 
 
-SELECT = {"edge_scores": _edge_scores, "head_space_scores": _head_space_scores, "masked_read": _masked_read}
+SELECT: dict[str, Callable[..., Any]] = {
+    "edge_scores": _edge_scores,
+    "head_space_scores": _head_space_scores,
+    "masked_read": _masked_read,
+}
 for _op, _select in SELECT.items():
     lib.impl(_op, getattr(BACKENDS["reference"], _op), "CompositeExplicitAutograd")
-    lib.impl(f"{_op}.select", _select, "CompositeExplicitAutograd")
+    lib.impl(f"{_op}.select", in_memory(_select), "CompositeExplicitAutograd")

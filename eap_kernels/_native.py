@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +27,17 @@ def build_info() -> ModuleType | None:
         return importlib.import_module("eap_kernels._build_info")
     except ImportError:
         return None
+
+
+@functools.cache
+def say_missing() -> None:
+    """Warn, once in a process, that the compiled kernels are missing and how to get them."""
+    warnings.warn(
+        f"eap_kernels has no compiled kernels and computes more slowly: {failure}. To get them, install torch and a "
+        "C++ compiler, then this package again from its folder: `pip install --force-reinstall --no-deps .`, or "
+        "`uv pip install --reinstall --no-deps .`.",
+        stacklevel=2,
+    )
 
 
 # None when the library is loaded, otherwise one clause that says why not.

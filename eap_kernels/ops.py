@@ -17,6 +17,7 @@ from eap_kernels._schemas import accumulation_dtype
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+@_dispatch.in_memory
 def edge_scores(
     delta: Tensor,
     grad: Tensor,
@@ -46,6 +47,7 @@ def edge_scores(
     Raises:
         TypeError, ValueError: an argument does not fit; nothing has been written then.
         RuntimeError: the backend asked for is not available.
+        torch.OutOfMemoryError: memory ran out; an `out` handed in may hold a part of the sums.
 
     Example:
         >>> import torch, eap_kernels
@@ -98,6 +100,7 @@ class Nodes:
     normalised: Tensor | None = None
 
 
+@_dispatch.in_memory
 def head_space_scores(
     senders: Sequence[Nodes],
     receivers: Sequence[Nodes],
@@ -125,6 +128,7 @@ def head_space_scores(
     Raises:
         TypeError, ValueError: an argument does not fit; nothing has been written then.
         RuntimeError: the backend asked for is not available.
+        torch.OutOfMemoryError: memory ran out; an `out` handed in may hold a part of the sums.
 
     Example:
         >>> import torch, eap_kernels as ek
@@ -133,8 +137,9 @@ def head_space_scores(
         tensor([[24.]])
     """
     op = "head_space_scores"
-    groups = [*senders, *receivers]
-    if not senders or not receivers or not all(isinstance(group, Nodes) for group in groups):
+    sides = [list(side) if isinstance(side, Sequence) else [side] for side in (senders, receivers)]
+    groups = [group for side in sides for group in side]
+    if not all(sides) or not all(isinstance(group, Nodes) for group in groups):
         kinds = [type(group).__name__ for group in groups]
         _fail(op, "senders and receivers to be lists of at least one Nodes", kinds, TypeError)
     first = groups[0]
@@ -145,8 +150,8 @@ def head_space_scores(
         _check_nodes(group, first.values, tokens, features)
     n_senders, n_receivers = (sum(group.values.shape[1] for group in side) for side in (senders, receivers))
     _check_index(op, "reach", reach, n_receivers)
-    if isinstance(workspace, bool) or not isinstance(workspace, Integral) or workspace < 1:
-        _fail(op, "a workspace of at least 1 byte", repr(workspace))
+    if isinstance(workspace, bool) or not isinstance(workspace, Integral) or not 1 <= workspace < 2**63:
+        _fail(op, "a workspace of 1 to 2**63 - 1 bytes", repr(workspace))
     wide = accumulation_dtype(first.values.dtype)
     if out is None:
         out = first.values.new_zeros((n_senders, n_receivers), dtype=wide)
@@ -162,6 +167,7 @@ def head_space_scores(
     return out
 
 
+@_dispatch.in_memory
 def masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str = "auto") -> Tensor:
     """Run a circuit's reads: y[v] = base[v] + sum_u mask[u, v] * delta[u].
 
@@ -184,6 +190,7 @@ def masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str = "auto") -
     Raises:
         TypeError, ValueError: an argument does not fit.
         RuntimeError: the backend asked for is not available, or a second-order gradient was asked for.
+        torch.OutOfMemoryError: memory ran out.
 
     Example:
         >>> import torch, eap_kernels

@@ -3,9 +3,34 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
+from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_COMMAND = Path(sys.argv[0]).stem == "eap"
+# Of the extra `circuits`, what the imports below need, and the command besides.
+_NEEDED = ("numpy", "packaging", "safetensors", "transformers", *(("rich", "typer") if _COMMAND else ()))
+
+
+def _found(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:
+        return False
+
+
+_missing = [name for name in _NEEDED if not _found(name)]
+if not _missing and int(metadata.version("transformers").split(".")[0]) < 5:
+    _missing = [f"transformers >= 5 (found {metadata.version('transformers')})"]
+if _missing:
+    _problem = f"eap_circuits needs {', '.join(_missing)}: pip install 'eap-kernels[circuits]' brings what is missing."
+    if _COMMAND:  # no traceback in a terminal
+        sys.exit(f"eap: {_problem}")
+    raise ImportError(_problem)
 
 if TYPE_CHECKING:
     from .adapters import Family, register_family

@@ -4,11 +4,9 @@ import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eap_kernels import _native
+from tests.build.building import ROOT, build, copy_of_the_sources
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("edge_scores", "edge_scores_sm90", "masked_read")
 ARCHITECTURES = ("80", "90a", "100")
 DIRECT = -1
@@ -179,22 +177,6 @@ def test_the_instructions_meant_are_there(compiled):
 # The library.
 
 
-def copy_of_the_sources(folder):
-    hidden = shutil.ignore_patterns("*.so", "__pycache__", "_build_failure.txt", "build")
-    for name in ("csrc", "eap_kernels", "python"):
-        shutil.copytree(ROOT / name, folder / name, ignore=hidden)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    return folder
-
-
-def build(folder, **env):
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    clean = dict.fromkeys(("EAP_CUDA", "EAP_REQUIRE_EXT", "TORCH_CUDA_ARCH_LIST"), "") | {"PYTHONPATH": str(folder)}
-    env = {**os.environ, **clean, **env}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-
-
 def facts(folder, code):
     """The JSON that a fresh interpreter prints which imports the package of that folder."""
     code = f"import json, torch, eap_kernels as ek\nfrom eap_kernels import _native, info\n{code}"
@@ -249,105 +231,3 @@ print(json.dumps(sentences))
         "edge_scores: expected CUDA tensors for impl='cuda', got cpu",
         "edge_scores: impl='cuda' is not available: torch sees no CUDA device",
     ]
-
-
-@pytest.fixture
-def tools(tmp_path):
-    """A copy of the package; an nvcc that knows sm_80 and fails on everything; a g++ that makes empty files."""
-    folder = copy_of_the_sources(tmp_path / "source")
-    scripts = {
-        "cuda/bin/nvcc": "[ $1 = --list-gpu-code ] && echo sm_80 && exit 0\nexit 1",
-        "g++": 'while [ "$1" != -o ]; do shift; done; touch $2',
-    }
-    for name, script in scripts.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"#!/bin/sh\n{script}\n")
-        path.chmod(0o755)
-    return folder, {"CXX": str(tmp_path / "g++"), "CUDA_HOME": str(tmp_path / "cuda")}
-
-
-def torch_of(folder, cuda):
-    """A torch folder as far as building looks into it."""
-    (folder / "include/torch/csrc/stable").mkdir(parents=True)
-    (folder / "include/torch/csrc/stable/library.h").touch()
-    (folder / "version.py").write_text(f"from typing import Optional\ncuda: Optional[str] = {cuda!r}\nhip = None\n")
-    return str(folder)
-
-
-def why_no_cuda(folder):
-    """The clause that the build gave to the module that describes it."""
-    (description,) = folder.glob("build/*/build.ninja")
-    return re.search(r"-DEAP_CUDA_FAILURE='\"(.*?)\"'", description.read_text())[1]
-
-
-@pytest.mark.parametrize(
-    ("cuda", "env", "why"),
-    [
-        ("13.0", {}, "nvcc failed when the package was installed"),
-        (None, {}, "torch had no CUDA when the package was installed"),
-        ("13.0", {"EAP_CUDA": "0"}, "EAP_CUDA was 0 when the package was installed"),
-        ("13.0", {"CUDA_HOME": "/nowhere", "PATH": "none"}, "nvcc was not found when the package was installed"),
-    ],
-)
-def test_without_cuda_the_library_is_built_for_the_cpu_and_the_reason_is_kept(tools, tmp_path, cuda, env, why):
-    folder, found = tools
-    env = {**found, "EAP_TORCH_DIR": torch_of(tmp_path / "torch", cuda), **env}
-    if env.get("PATH"):
-        # All that building needs, without nvcc.
-        names = ("ninja", "touch", "sh")
-        for name in names:
-            target = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
-            (tmp_path / "bin").mkdir(exist_ok=True)
-            (tmp_path / "bin" / name).symlink_to(target)
-        env["PATH"] = str(tmp_path / "bin")
-    done = build(folder, **env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert not (folder / "eap_kernels/_build_failure.txt").exists(), done.stdout
-    assert why_no_cuda(folder) == why
-
-
-@pytest.mark.parametrize(
-    ("given", "targets"),
-    [
-        ("", ["sm_80", "sm_90a", "sm_100", "compute_100"]),
-        ("8.0", ["sm_80", "compute_80"]),
-        ("9.0", ["sm_90a", "compute_90"]),
-        ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", ["sm_80", "sm_86", "sm_90a", "sm_100", "sm_120", "compute_120"]),
-        ("Ampere;Hopper+PTX", ["sm_80", "sm_86", "sm_90a", "compute_90"]),
-        ("10.0a;9.0a", ["sm_90a", "sm_100a", "compute_100"]),
-    ],
-)
-def test_the_cards_that_pytorch_s_variable_names_are_compiled_for(tools, tmp_path, given, targets):
-    folder, found = tools
-    codes = "".join(f"echo sm_{code};" for code in (80, 86, 90, 100, 120))
-    touch = 'while [ "$1" != -o ]; do shift; done; touch "$2"'
-    (tmp_path / "cuda/bin/nvcc").write_text(f"#!/bin/sh\n[ $1 = --list-gpu-code ] && {{ {codes} exit 0; }}\n{touch}\n")
-    env = {**found, "EAP_TORCH_DIR": torch_of(tmp_path / "torch", "13.0"), "EAP_REQUIRE_EXT": "1"}
-    done = build(folder, **env, TORCH_CUDA_ARCH_LIST=given)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (description,) = folder.glob("build/*/build.ninja")
-    (flags,) = {*re.findall(r"rule nvcc\n.*", description.read_text())}
-    assert re.findall(r"-gencode=arch=\S+,code=(\w+)", flags) == targets
-    assert ("-DEAP_SM90A" in flags) == ("sm_90a" in targets), "elsewhere the kernel of 9.0 is empty"
-
-
-@pytest.mark.parametrize("given", ["7.5", "sm_90", "9", "8.0;'x"])
-def test_a_list_of_cards_that_cannot_be_read_leaves_the_cpu_s_kernels_and_the_reason(tools, tmp_path, given):
-    folder, found = tools
-    env = {**found, "EAP_TORCH_DIR": torch_of(tmp_path / "torch", "13.0"), "TORCH_CUDA_ARCH_LIST": given}
-    done = build(folder, **env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert why_no_cuda(folder).startswith("TORCH_CUDA_ARCH_LIST: expected ")
-    done = build(folder, **env, EAP_CUDA="1", EAP_REQUIRE_EXT="1")
-    assert done.returncode != 0 and "TORCH_CUDA_ARCH_LIST: expected " in done.stdout + done.stderr
-
-
-@pytest.mark.parametrize(
-    "env",
-    [{"EAP_REQUIRE_EXT": "1"}, {"EAP_REQUIRE_EXT": "1", "EAP_CUDA": "1"}, {"EAP_REQUIRE_EXT": "1", "EAP_CUDA": "2"}],
-)
-def test_where_it_is_required_a_failing_nvcc_is_an_error(tools, tmp_path, env):
-    folder, found = tools
-    done = build(folder, **found, **env, EAP_TORCH_DIR=torch_of(tmp_path / "torch", "13.0"))
-    assert done.returncode != 0

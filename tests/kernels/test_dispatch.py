@@ -18,7 +18,7 @@ import importlib.abc, sys
 class Block(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name in {blocked!r}:
-            raise ImportError(f"{{name}} is blocked")
+            raise ModuleNotFoundError(f"{{name}} is blocked")
 sys.meta_path.insert(0, Block())
 """
 SCORES = "ek.edge_scores(torch.ones(2, 1, 3), torch.ones(1, 1, 3), torch.tensor([2]){})"
@@ -40,6 +40,86 @@ def test_import_is_light():
     assert not initialised
     heavy = {"triton", "transformers", "matplotlib", "eap_circuits"}
     assert not heavy & set(modules)
+
+
+def test_torch_is_all_that_the_operators_and_drop_ins_need():
+    others = [
+        "accelerate",
+        "jinja2",
+        "matplotlib",
+        "numpy",
+        "packaging",
+        "rich",
+        "safetensors",
+        "transformers",
+        "typer",
+    ]
+    code = f"from eap_kernels import info, integrations; print(json.dumps({SCORES.format('')}.tolist()))"
+    assert python(code, blocked=[*others, "eap_circuits"]) == [[3], [3]]
+
+
+def test_what_eap_circuits_lacks_is_said_in_one_sentence():
+    code = """
+import importlib.metadata
+def sentence(name="python"):
+    sys.argv[0] = name
+    try:
+        import eap_circuits
+    except (ImportError, SystemExit) as error:
+        return str(error)
+found = [sentence(), sentence("/usr/bin/eap")]
+sys.meta_path.pop(0)
+importlib.metadata.version = lambda name: "4.57.6"
+print(json.dumps([*found, sentence()]))
+"""
+    bare, command, old = python(code, blocked=["numpy", "transformers", "typer"])
+    get = "pip install 'eap-kernels[circuits]' brings what is missing."
+    assert bare == f"eap_circuits needs numpy, transformers: {get}"
+    assert command == f"eap: eap_circuits needs numpy, transformers, typer: {get}"
+    assert old == f"eap_circuits needs transformers >= 5 (found 4.57.6): {get}"
+
+
+def test_missing_kernels_are_said_once_at_the_first_use_and_how_to_get_them():
+    code = f"""
+import warnings
+counts = []
+for impl in ("reference", "auto", "auto"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        {SCORES.format(", impl=impl")}
+    counts.append([str(warning.message) for warning in caught if "eap_kernels" in str(warning.message)])
+print(json.dumps(counts))
+"""
+    reference, first, second = python(code, blocked=["eap_kernels._C"])
+    assert not reference and not second and len(first) == 1
+    assert "(eap_kernels._C is blocked)" in first[0] and "pip install --force-reinstall" in first[0]
+    if "cpu" in testing.available_backends():
+        assert python(code) == [[], [], []]
+
+
+def test_want_of_memory_is_one_kind_of_error_on_every_backend_and_in_backward():
+    code = """
+n, kinds = 2**20, []
+def kind(call):
+    try:
+        call()
+    except Exception as error:
+        kinds.append([type(error).__name__, str(error)])
+wide = torch.ones(1, 1, 1).expand(1, n, n)
+for impl in (name for name, reason in ek.backends().items() if reason is None and name in ("cpu", "reference")):
+    kind(lambda: ek.masked_read(torch.zeros(1, 1).expand(n, n), wide, torch.ones(1, 1024), impl=impl))
+    kind(lambda: ek.edge_scores(wide.transpose(0, 1), wide.transpose(0, 1), torch.ones(n).long(), impl=impl))
+from eap_kernels import _dispatch
+for error in (MemoryError(), RuntimeError("std::bad_alloc"), RuntimeError("can't allocate memory"), RuntimeError("x")):
+    def masked_read(*args):
+        raise error
+    kind(lambda: _dispatch.in_memory(masked_read)())
+print(json.dumps(kinds))
+"""
+    *wanting, other = python(code)
+    assert len(wanting) >= 5 and {name for name, _ in wanting} == {"OutOfMemoryError"}
+    assert all(": expected enough memory, got " in text for _, text in wanting)
+    assert other == ["RuntimeError", "x"]
 
 
 def test_without_the_extension_the_reference_runs_and_cpu_says_why():

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import expected, known_arguments, one_of, whole
-from ..forward import Constants
+from ..forward import Constants, one_want_of_memory
 from ..graph import Circuit, EdgeScores
 from ..request import Progress
 from ..tasks import PairedDataset
@@ -78,6 +78,7 @@ class Curve:
 
 
 @known_arguments
+@one_want_of_memory
 def faithfulness_curve(
     model: nn.Module,
     scores: EdgeScores,

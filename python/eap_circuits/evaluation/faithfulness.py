@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, most_tokens, tokens_within
 from ..errors import known_arguments, warn
-from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, without_cache_where_it_fails
+from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, one_want_of_memory, without_cache_where_it_fails
 from ..graph import Circuit
 from ..intervention import TOKENS_TOGETHER, rows_computed, run_circuits
 from ..recording import ablation_of, record_run
@@ -90,6 +90,7 @@ def evaluate(
     ablation_data: PairedDataset | None = ...,
     memory: int | str | None = ...,
 ) -> list[EvaluationResult]: ...
+@one_want_of_memory
 @without_cache_where_it_fails
 @known_arguments
 def evaluate(

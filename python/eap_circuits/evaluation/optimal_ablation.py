@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..budget import Cost, in_memory, measure_cost, numbers_per_token, tokens_within
 from ..errors import expected, known_arguments, whole
-from ..forward import Batch, Constants, Runner, borrowed
+from ..forward import Batch, Constants, Runner, borrowed, one_want_of_memory
 from ..graph import Circuit, EdgeScores, NodeScores
 from ..intervention import learning_run
 from ..recording import means, record_run
@@ -23,6 +23,7 @@ TOKENS_PER_LESSON = 256  # per batch, as the backward pass keeps every receiver'
 
 
 @known_arguments
+@one_want_of_memory
 def optimal_constants(
     model: nn.Module,
     circuit: Circuit,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..budget import in_memory
 from ..errors import warn
-from ..forward import TOKENS_PER_BATCH, Batch, Runner, borrowed, without_cache_where_it_fails
+from ..forward import TOKENS_PER_BATCH, Batch, Runner, borrowed, one_want_of_memory, without_cache_where_it_fails
 from ..metrics import at_least_float32, of_answers
 from ..request import Progress, prepare
 from ..tasks import MANY, PairedDataset, Summary
@@ -19,6 +19,7 @@ from ..tasks import MANY, PairedDataset, Summary
 _ALIKE = math.log(1.1)  # odds that differ by less than a tenth
 
 
+@one_want_of_memory
 @without_cache_where_it_fails
 def summarise(
     model: nn.Module,

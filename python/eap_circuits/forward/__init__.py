@@ -1,7 +1,7 @@
 """Run one batch: hooks, batches, the prefix cache, the runner; nothing here knows what is read or changed."""
 
 from .batches import TOKENS_PER_BATCH, Batch, halves, make_batches, some_of
-from .cache_errors import CacheError, out_of_memory, without_cache_where_it_fails
+from .cache_errors import CacheError, one_want_of_memory, out_of_memory, without_cache_where_it_fails
 from .constants import Constants, at_tokens, zeros
 from .hooks import Hooks, borrowed
 from .resume import LayerInputs
@@ -24,6 +24,7 @@ __all__ = [
     "each",
     "halves",
     "make_batches",
+    "one_want_of_memory",
     "out_of_memory",
     "some_of",
     "trace",

@@ -37,6 +37,22 @@ def behind_cache(cached: bool) -> Iterator[None]:
         raise CacheError(reason(error)) from error
 
 
+def one_want_of_memory(call: Callable[P, T]) -> Callable[P, T]:
+    """`call`, which raises torch.OutOfMemoryError wherever memory runs out for what a smaller pass does not help."""
+
+    @wraps(call)
+    def made(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return call(*args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or not out_of_memory(error):
+                raise
+            wanted = f"{call.__name__}: expected enough memory to prepare the run, got {reason(error)}."
+            raise torch.OutOfMemoryError(wanted) from error
+
+    return made
+
+
 def without_cache_where_it_fails(call: Callable[P, T]) -> Callable[P, T]:
     """`call`, made again with reuse_prefix=False, and a warning, where a run behind the model's cache fails."""
     signature = inspect.signature(call)

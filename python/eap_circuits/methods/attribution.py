@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters import weightless
 from ..errors import expected, known_arguments, one_of, whole
-from ..forward import Constants, borrowed, without_cache_where_it_fails
+from ..forward import Constants, borrowed, one_want_of_memory, without_cache_where_it_fails
 from ..graph import Circuit, EdgeScores, Heads
 from ..recording import RULES, ablation_of
 from ..request import Progress, prepare, watched
@@ -26,6 +26,7 @@ from .spec import AttributionRequest
 from .statistics import Statistics, to_keep
 
 
+@one_want_of_memory
 @without_cache_where_it_fails
 @known_arguments
 def attribute(
@@ -143,6 +144,7 @@ def attribute(
     return statistics.scores(info)
 
 
+@one_want_of_memory
 @without_cache_where_it_fails
 @known_arguments
 def plan(

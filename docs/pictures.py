@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import eap_circuits as eap
-from eap_circuits.report.curves import load_curve
+from eap_circuits.report.curves import load_curve, save_curve
 from eap_circuits.report.figures import draw_circuit, draw_curve
 
 DOCS = Path(__file__).parent
@@ -18,7 +18,6 @@ SHOWN = 60
 
 
 def run() -> None:
-    import json
 
     from eap_circuits.adapters import load_model
 
@@ -27,7 +26,7 @@ def run() -> None:
     scores = eap.attribute(model, data)
     curve = eap.faithfulness_curve(model, scores, data, how="greedy")
     scores.save(RESULTS / "smollm2-ioi.safetensors")
-    (RESULTS / "smollm2-ioi-curve.json").write_text(json.dumps(curve.to_dict(), indent=1) + "\n")
+    save_curve(RESULTS / "smollm2-ioi-curve.json", curve)
 
 
 def draw() -> None:

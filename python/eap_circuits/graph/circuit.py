@@ -73,7 +73,7 @@ class Circuit:
 
     def complement(self) -> Circuit:
         """The circuit of all other edges."""
-        return Circuit(self.graph, self.graph.edge_mask & ~self.mask)
+        return Circuit(self.graph, self.graph.edge_mask & ~self.mask, info={**self.info, "complement": True})
 
     def to_query(self) -> Circuit:
         """The same circuit over query heads: an edge to a key/value head becomes one to each head of its group."""

@@ -8,7 +8,7 @@ receiver per key/value head, with `heads="query"` one of each per query head.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -27,14 +27,15 @@ class Graph:
     Args:
         n_heads: query heads of each layer, [L].
         n_kv_heads: key/value heads of each layer, [L]; each divides its layer's `n_heads`.
-        d_model: width of the residual stream.
+        d_model: width of the residual stream; 0 if it is not known, as in EAP-IG's files before version 2. Such a graph
+            equals those of any width.
         parallel: attention and MLP of a layer read the same residual (GPT-NeoX, Phi).
         heads: "kv" or "query": the kind of head that has its own `<k>` and `<v>` receivers.
     """
 
     n_heads: tuple[int, ...]
     n_kv_heads: tuple[int, ...]
-    d_model: int
+    d_model: int = field(compare=False)
     parallel: bool = False
     heads: Heads = "kv"
 
@@ -48,6 +49,14 @@ class Graph:
         for h, g in zip(self.n_heads, self.n_kv_heads, strict=True):
             if h < 1 or g < 1 or h % g:
                 raise expected("graph", "a number of query heads that key/value heads divide", f"{h} and {g}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Graph):
+            return NotImplemented
+        same = (self.n_heads, self.n_kv_heads, self.parallel, self.heads) == (
+            other.n_heads, other.n_kv_heads, other.parallel, other.heads
+        )  # fmt: skip
+        return same and (self.d_model == other.d_model or 0 in (self.d_model, other.d_model))
 
     # Index arithmetic.
 

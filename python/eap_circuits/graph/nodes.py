@@ -92,9 +92,7 @@ class NodeScores:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> NodeScores:
         """Read what `save` wrote. Raises `InputError` for anything else."""
-        graph, tensors, info = formats.load(path, nodes=True)
-        if "values" not in tensors:
-            raise expected(str(path), "node scores", "a file without values")
+        graph, tensors, info = formats.load_nodes(path)
         return cls(graph, tensors["values"], tensors.get("neurons"), info)
 
     def __repr__(self) -> str:

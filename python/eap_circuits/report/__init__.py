@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .curves import SavedCurve, load_curve, smallest_faithful
+    from .curves import SavedCurve, load_curve, save_curve, smallest_faithful
     from .figures import draw_circuit, draw_curve
     from .html import write_report
 
@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 _HOME = {
     "SavedCurve": "curves",
     "load_curve": "curves",
+    "save_curve": "curves",
     "smallest_faithful": "curves",
     "draw_circuit": "figures",
     "draw_curve": "figures",
     "write_report": "html",
 }
-__all__ = ["SavedCurve", "draw_circuit", "draw_curve", "load_curve", "smallest_faithful", "write_report"]
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

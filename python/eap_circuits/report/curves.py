@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import pairwise
 from typing import Any, Protocol
 
-from ..errors import InputError, expected
+from ..errors import InputError, expected, reason
+from ..files import DAMAGED, read_json, write_json
 
 
 class BaselineLike(Protocol):
@@ -66,6 +66,7 @@ class SavedCurve:
     cpr: float
     cmd: float
     baselines: Mapping[str, SavedBaseline] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         lengths = [len(self.fractions), len(self.n_edges), len(self.faithfulness), len(self.mean)]
@@ -77,20 +78,25 @@ class SavedCurve:
                 raise expected(f"baseline {name!r}", f"{len(self.fractions)} values, as the curve", sorted(sizes))
         if not self.fractions:
             raise expected("curve", "at least one circuit size", "none")
+        if not all(a < b for a, b in pairwise((0.0, *self.fractions))) or self.fractions[-1] > 1:
+            raise expected("fractions", "growing numbers in (0, 1]", self.fractions)
+
+
+def save_curve(path: str | os.PathLike[str], curve: Any) -> None:
+    """Write an `eap_circuits.Curve` as JSON, for `load_curve`; whole or not at all."""
+    write_json(path, jsonable(curve.to_dict()), indent=2)
 
 
 def load_curve(path: str | os.PathLike[str]) -> SavedCurve:
-    """Read the JSON that `eap curve -o` writes. Raises `InputError` for anything else."""
-    path = Path(path)
-    if not path.is_file():
-        raise expected(str(path), "a file", "a folder" if path.is_dir() else "nothing there")
+    """Read the JSON that `save_curve` and `eap curve -o` write. Raises `InputError` for anything else."""
+    what = "a curve written by `eap curve -o`"
+    content = read_json(path, what)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         return saved_curve(content)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise expected(str(path), "a curve written by `eap curve -o`", "something else") from error
+    except DAMAGED as error:
+        raise expected(str(path), what, f"something else ({reason(error)})") from error
 
 
 def saved_curve(content: Any) -> SavedCurve:
@@ -99,10 +105,13 @@ def saved_curve(content: Any) -> SavedCurve:
         tuple(_number(x) for x in content[name]) for name in ("fractions", "faithfulness", "mean")
     )
     clean, corrupted, cpr, cmd = (_number(content[name]) for name in ("clean", "corrupted", "cpr", "cmd"))
-    n_edges = tuple(int(n) for n in content["n_edges"])
-    # Older files have no baselines.
+    n_edges = tuple(content["n_edges"])
+    if not all(type(n) is int and n >= 0 for n in n_edges):
+        raise ValueError("numbers of edges that are not whole")
+    # Older files have no baselines, and no info.
     baselines = {str(name): _baseline(entry) for name, entry in content.get("baselines", {}).items()}
-    return SavedCurve(fractions, n_edges, faithfulness, mean, clean, corrupted, cpr, cmd, baselines)
+    info = dict(content.get("info", {}))
+    return SavedCurve(fractions, n_edges, faithfulness, mean, clean, corrupted, cpr, cmd, baselines, info)
 
 
 def _baseline(content: Any) -> SavedBaseline:
@@ -141,4 +150,9 @@ def jsonable(value: Any) -> Any:
 
 
 def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
+    """A number that `jsonable` wrote."""
+    if value is None:
+        return math.nan
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{str(value)[:40]!r} in place of a number")
+    return float(value)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import expected
-from ..files import check_writable, write_whole
+from ..files import check_writable, read_json, write_json
 from ..report.curves import jsonable
 
 _FORMAT = "eap-circuits/reproduction-1"
@@ -28,7 +27,7 @@ class Record:
     def __init__(self, path: Path, request: Mapping[str, Any]) -> None:
         self._path = check_writable(path)
         head = {"format": _FORMAT, "request": jsonable(dict(request))}
-        self.content: dict[str, Any] = _read(path) if path.exists() else dict(head)
+        self.content: dict[str, Any] = read_json(path, "results of `eap reproduce`") if path.exists() else dict(head)
         for key, value in head.items():
             if self.content.get(key) != value:
                 raise expected(str(path), f"results of this {key}", "another's; name another folder to keep both")
@@ -51,16 +50,5 @@ class Record:
         """The value at the key; it is computed and written if it is missing."""
         if key not in self.content:
             self.content[key] = jsonable(compute())
-            text = json.dumps(self._whole, indent=1, allow_nan=False)
-            write_whole(self._path, lambda file: file.write_text(text + "\n", encoding="utf-8"))
+            write_json(self._path, self._whole, indent=1)
         return self.content[key]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise expected(str(path), "results of `eap reproduce`", f"a file that cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise expected(str(path), "results of `eap reproduce`", type(content).__name__)
-    return content

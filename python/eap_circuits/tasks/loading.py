@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..errors import InputError, expected, reason
-from ..files import DAMAGED, write_whole
+from ..files import DAMAGED, parse_json, write_whole
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".safetensors", ".pt")
 # Pairs of columns (good, bad): ids, under the names in EAP-IG's tables; then texts.
@@ -104,17 +104,9 @@ def _json(path: Path) -> Any:
 
 def _parsed(text: str, label: str, wanted: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
         raise expected(label, wanted, f"something else ({error})") from error
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's members; of two members with the same name the parser by itself would drop one."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"one of {list(found)} comes twice")
-    return found
 
 
 def _parquet(path: Path) -> Any:
@@ -191,7 +183,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     texts = json.loads(metadata["dataset"])
     if texts["prompts"] is not None:
         texts["prompts"] = [(clean, corrupted) for clean, corrupted in texts["prompts"]]
-    return content, {"name": str(texts["name"]), "metric": str(texts["metric"]), "prompts": texts["prompts"]}
+    return content, {
+        "name": str(texts["name"]),
+        "metric": str(texts["metric"]),
+        "prompts": texts["prompts"],
+        "seed": texts.get("seed"),
+    }
 
 
 def _read_pt(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,0 +1,218 @@
+"""EAP-IG's formats: `.json` and `.pt`, of all its versions.
+
+EAP-IG knows only query-head graphs. A kv graph is written to its formats as the query-head graph that computes the
+same: an edge to a key/value head becomes one to each head of its group, with equal parts of the score. Two more entries
+in `cfg` let us read the kv graph back. Versions before 2 have no `d_model`, nodes that are flags, scores that may be
+missing, and in `.pt` the scores under the name "edges".
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import expected
+from ...files import CHECKSUM, check_digest, digest, json_object, parse_json, write_whole
+from ..layout import Graph
+from .content import Content, checked, flag, head_kind, info_text, read_info, shown, whole
+
+_FLAGS = ("edges_in_graph", "nodes_in_graph")
+
+
+# Writing.
+
+
+def check_graph(graph: Graph) -> None:
+    """Refuse a graph that EAP-IG has no place for."""
+    if len(set(graph.n_heads)) > 1 or len(set(graph.n_kv_heads)) > 1:
+        raise expected("EAP-IG's formats", "the same number of heads in every layer", graph.n_heads)
+
+
+def write_json(path: str | os.PathLike[str], content: Content) -> None:
+    graph, values, mask = _as_query(content)
+    flags = graph.connected(mask).tolist()
+    nodes = {name: {"in_graph": flag} for name, flag in zip(graph.senders, flags, strict=True)}
+    nodes["logits"] = {"in_graph": True}
+    scores, kept = values.tolist(), mask.tolist()
+    edges = {
+        graph.edge_name(u, v): {"score": scores[u][v], "in_graph": kept[u][v]}
+        for v, reach in enumerate(graph.reach.tolist())
+        for u in range(reach)
+    }
+    head = {"cfg": _cfg(content.graph), "nodes": nodes, "info": parse_json(info_text(content.info))}
+    read = {"scores": values.float().masked_fill(~graph.edge_mask, 0), "in_graph": mask}
+    text = json.dumps({**head, "edges": edges, CHECKSUM: digest(head, read)}) + "\n"
+    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_pt(path: str | os.PathLike[str], content: Content) -> None:
+    graph, values, mask = _as_query(content)
+    head = {
+        "cfg": _cfg(content.graph),
+        "src_nodes": graph.senders,
+        "dst_nodes": graph.receivers,
+        "info": info_text(content.info),
+    }
+    tensors = {"edges_scores": values, "edges_in_graph": mask, "nodes_in_graph": graph.connected(mask)}
+    sealed = {**head, **tensors, CHECKSUM: digest(head, tensors)}
+    write_whole(path, lambda file: torch.save(sealed, file))
+
+
+def _cfg(graph: Graph) -> dict[str, Any]:
+    width = {"d_model": graph.d_model} if graph.d_model else {}
+    return {
+        "n_layers": graph.n_layers,
+        "n_heads": graph.n_heads[0],
+        "parallel_attn_mlp": graph.parallel,
+        **width,
+        "n_key_value_heads": graph.n_kv_heads[0],
+        "heads": graph.heads,
+    }
+
+
+def _as_query(content: Content) -> tuple[Graph, Tensor, Tensor]:
+    """(graph, values, mask) over query heads; as in EAP-IG, scores without a circuit keep no edge."""
+    graph, tensors, _ = content
+    values = tensors.get("values", torch.zeros(graph.edge_mask.shape))
+    mask = tensors.get("mask", torch.zeros_like(graph.edge_mask))
+    if graph.heads == "query":
+        return graph, values, mask
+    return graph.with_heads("query"), graph.to_query(values), mask[:, graph.kv_receiver]
+
+
+# Reading.
+
+
+def read_json(data: bytes) -> Content:
+    content = json_object(parse_json(data))
+    nodes, entries = content["nodes"], content["edges"]
+    if not isinstance(nodes, dict) or not isinstance(entries, dict):
+        raise expected("nodes and edges", "a JSON object of each", f"{shown(nodes)} and {shown(entries)}")
+    graph = _graph(content["cfg"], len(nodes.keys() - {"logits"}))
+    query = graph.with_heads("query")
+    if odd := (nodes.keys() - {"logits"}) ^ set(query.senders):
+        raise expected("nodes", "those of the graph that cfg describes", f"others, such as {shown(min(odd))}")
+    for name, node in nodes.items():
+        if isinstance(node, dict) and "neurons" in node:
+            raise expected("nodes", "edges only", "neuron-level entries, which are not supported")
+        flag(f"node {name}", node.get("in_graph", False) if isinstance(node, dict) else node)
+    if len(entries) < query.n_edges:
+        raise expected("edges", f"all {query.n_edges:,} edges of the graph that cfg describes", f"{len(entries):,}")
+    row = {name: u for u, name in enumerate(query.senders)}
+    column = {name: v for v, name in enumerate(query.receivers)}
+    reach = query.reach.tolist()
+    rows, columns, scores, kept = [], [], [], []
+    for name, entry in entries.items():
+        sender, _, receiver = name.partition("->")
+        if sender not in row or receiver not in column or row[sender] >= reach[column[receiver]]:
+            raise expected("edges", "edges of the graph that cfg describes", shown(name))
+        rows.append(row[sender])
+        columns.append(column[receiver])
+        score = entry["score"]
+        if type(score) not in (float, int, type(None)):
+            raise expected(f"score of {name}", "a number", shown(score))
+        scores.append(score)
+        kept.append(flag(f"in_graph of {name}", entry["in_graph"]))
+    mask = torch.zeros(query.n_senders, query.n_receivers, dtype=torch.bool)
+    mask[rows, columns] = torch.tensor(kept, dtype=torch.bool)
+    values = None
+    if any(score is not None for score in scores):
+        if None in scores:
+            raise expected("edges", "a score of each edge, or of none", f"{scores.count(None):,} without")
+        values = torch.zeros(mask.shape)
+        values[rows, columns] = torch.tensor(scores, dtype=torch.float32)
+    if CHECKSUM in content:
+        head = {name: value for name, value in content.items() if name not in ("edges", CHECKSUM)}
+        check_digest(
+            content[CHECKSUM], head, {"in_graph": mask} if values is None else {"scores": values, "in_graph": mask}
+        )
+    return checked(_from_query(graph, values, mask, read_info(content.get("info", {}))))
+
+
+def read_pt(data: bytes) -> Content:
+    _check_zip(data)
+    content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise expected("file", "a dictionary", shown(content))
+    if "neurons_in_graph" in content:
+        raise expected("circuit", "edges only", "neuron-level entries, which are not supported")
+    names = content["src_nodes"], content["dst_nodes"]
+    cfg, info = content["cfg"], content.get("info", "{}")
+    # Whatever a pickle shares would be written out here again and again.
+    if not all(isinstance(x, (list, dict)) for x in names) or not all(map(_scalar, (*cfg.values(), info))):
+        raise expected("file", "lists of nodes, and numbers and texts", "something else")
+    senders, receivers = map(list, names)
+    graph = _graph(cfg, len(senders))
+    query = graph.with_heads("query")
+    for name, found, right in (("src_nodes", senders, query.senders), ("dst_nodes", receivers, query.receivers)):
+        if found != right:
+            raise expected(name, "the nodes that cfg describes, in its order", f"{len(found)} others")
+    scores = "edges_scores" if "edges_scores" in content else "edges"
+    shape = list(query.edge_mask.shape)
+    for name in (scores, "edges_in_graph"):
+        _check_tensor(name, content[name], shape, name in _FLAGS)
+    if CHECKSUM in content:
+        head = {"cfg": cfg, "src_nodes": senders, "dst_nodes": receivers, "info": info}
+        tensors = {name: content[name] for name in (scores, *_FLAGS)}
+        _check_tensor("nodes_in_graph", tensors["nodes_in_graph"], shape[:1], True)
+        check_digest(content[CHECKSUM], head, tensors)
+    # EAP-IG also fills entries that are no edges; they mean nothing.
+    values = content[scores].float().masked_fill(~query.edge_mask, 0)
+    return checked(_from_query(graph, values, content["edges_in_graph"] & query.edge_mask, read_info(info)))
+
+
+def _scalar(x: object) -> bool:
+    return x is None or isinstance(x, (str, int, float))
+
+
+def _check_zip(data: bytes) -> None:
+    """Refuse an archive whose entries, unpacked, are larger than the file."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise ValueError(str(error)) from error
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise expected("file", "entries as torch.save writes them", "compressed ones")
+    if (size := sum(entry.file_size for entry in entries)) > len(data):
+        raise expected("file", f"entries of at most its {len(data):,} bytes", f"{size:,}")
+
+
+def _check_tensor(name: str, x: object, shape: list[int], flags: bool) -> None:
+    """Refuse anything but a plain tensor that has a number in the file for each of its entries."""
+    if type(x) is not Tensor or x.layout != torch.strided or x.device.type != "cpu":
+        raise expected(name, "a tensor", shown(x))
+    if list(x.shape) != shape or x.untyped_storage().nbytes() < x.numel() * x.itemsize:
+        raise expected(name, f"shape {shape}", list(x.shape))
+    if not (x.dtype == torch.bool if flags else x.is_floating_point()):
+        raise expected(name, "dtype torch.bool" if flags else "floating-point numbers", x.dtype)
+
+
+def _graph(cfg: Any, senders: int) -> Graph:
+    """The graph of a file with so many senders; no other is made, as it may be larger than any file."""
+    layers, heads = whole("n_layers", cfg["n_layers"]), whole("n_heads", cfg["n_heads"])
+    kv_heads = heads if cfg.get("n_key_value_heads") is None else whole("n_key_value_heads", cfg["n_key_value_heads"])
+    if 1 + layers * (heads + 1) != senders:
+        found = f"{layers:,} layers of {heads:,} heads, which are {1 + layers * (heads + 1):,}"
+        raise expected("cfg", f"a graph of the file's {senders:,} senders", found)
+    width = whole("d_model", cfg.get("d_model", 0), 0)
+    parallel = flag("parallel_attn_mlp", cfg["parallel_attn_mlp"])
+    return Graph((heads,) * layers, (kv_heads,) * layers, width, parallel, head_kind(cfg.get("heads", "query")))
+
+
+def _from_query(graph: Graph, values: Tensor | None, mask: Tensor, info: dict[str, Any]) -> Content:
+    """Undo `to_query` if the file was written from a kv graph."""
+    if graph.heads == "kv":
+        columns, shape = graph.kv_receiver, (graph.n_senders, graph.n_receivers)
+        kv_mask = torch.zeros(shape, dtype=torch.bool)
+        kv_mask[:, columns] = mask
+        if not torch.equal(kv_mask[:, columns], mask):
+            raise expected("a kv circuit", "the same edges to every head of a group", "different ones")
+        values, mask = None if values is None else graph.to_kv(values), kv_mask
+    return Content(graph, {"mask": mask} if values is None else {"values": values, "mask": mask}, info)

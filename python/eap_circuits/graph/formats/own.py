@@ -1,0 +1,58 @@
+"""Our `.safetensors`: tensors under their names; in the metadata the graph, where they came from, and a checksum."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from ...errors import expected
+from ...files import CHECKSUM, check_digest, digest, parse_json, write_whole
+from ..layout import Graph
+from .content import Content, checked, flag, head_kind, info_text, read_info, shown, whole
+
+
+def write(path: str | os.PathLike[str], kind: dict[str, str], content: Content) -> None:
+    graph, tensors, info = content
+    metadata = {**kind, "graph": json.dumps(graph.to_dict()), "info": info_text(info)}
+    plain = _apart(tensors)
+    metadata[CHECKSUM] = digest(metadata, plain)
+    write_whole(path, lambda file: save_file(plain, file, metadata=metadata))
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory, as the library wants them."""
+    found: dict[str, Tensor] = {}
+    for name, x in tensors.items():
+        x = x.contiguous()
+        shared = x.untyped_storage().nbytes() != x.nbytes or any(x.data_ptr() == y.data_ptr() for y in found.values())
+        found[name] = x.clone() if shared else x
+    return found
+
+
+def read(data: bytes, form: str, nodes: bool = False) -> Content:
+    metadata = _metadata(data)
+    if metadata.get("format") != form:
+        raise expected("metadata", f"format {form!r}", shown(metadata.get("format")))
+    # The library checks that the header's sizes are the file's.
+    tensors = load(data)
+    if CHECKSUM in metadata:
+        check_digest(metadata.pop(CHECKSUM), metadata, tensors)
+    graph = _graph(parse_json(metadata["graph"]))
+    return checked(Content(graph, tensors, read_info(metadata["info"])), nodes)
+
+
+def _metadata(data: bytes) -> dict[str, Any]:
+    size = int.from_bytes(data[:8], "little")
+    if size > len(data) - 8:
+        raise ValueError(f"a header of {size} bytes in a file of {len(data)}")
+    return dict(parse_json(data[8 : 8 + size]).get("__metadata__") or {})
+
+
+def _graph(fields: dict[str, Any]) -> Graph:
+    heads, kv_heads = (tuple(whole(name, n) for n in fields[name]) for name in ("n_heads", "n_kv_heads"))
+    width, parallel = whole("d_model", fields["d_model"], 0), flag("parallel", fields.get("parallel", False))
+    return Graph(heads, kv_heads, width, parallel, head_kind(fields.get("heads", "kv")))

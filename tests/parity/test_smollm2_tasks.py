@@ -1,4 +1,4 @@
-"""The tasks on the real SmolLM2-135M and its tokenizer: whole pairs, and a model that does what they ask for."""
+"""The tasks on the demo's model and its tokenizer: whole pairs, and a model that does what they ask for."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ class Architecture:
         """The dtype in which senders are multiplied with receivers; sums are in `accumulate` all the same.
 
         For a low-precision model on a GPU it is bfloat16, which tensor cores multiply an order of magnitude faster than
-        float32. Rounding to it changes scores by a twentieth of what running the model in bfloat16 does (SmolLM2-135M
+        float32. Rounding to it changes scores by a twentieth of what running the model in bfloat16 does (the demo's
         on IOI: 0.1 % against 2.1 %). It is never float16, as gradients leave its range.
         """
         low = self.dtype in (torch.bfloat16, torch.float16)

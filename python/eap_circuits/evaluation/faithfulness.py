@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
+from eap_kernels import explain
+
 from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, most_tokens, tokens_within
 from ..errors import known_arguments, warn
 from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, one_want_of_memory, without_cache_where_it_fails
 from ..graph import Circuit
 from ..intervention import TOKENS_TOGETHER, rows_computed, run_circuits
+from ..provenance import called, provenance
 from ..recording import ablation_of, record_run
 from ..request import Progress, Request, prepare, watched
 from ..tasks import PairedDataset
@@ -27,12 +30,14 @@ class EvaluationResult:
 
     The fully ablated run is that of the circuit without edges; under patching it is the model's run on the corrupted
     prompts. `rounding`: how far the two means of model and ablated run may differ by rounding alone.
+    `info` says what ran, as plain JSON values.
     """
 
     values: Tensor
     clean_values: Tensor
     corrupted_values: Tensor
     rounding: float = 0.0
+    info: dict[str, Any] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -139,6 +144,7 @@ def evaluate(
     Raises:
         InputError: a circuit of another graph, or anything that `attribute` refuses.
     """
+    call = called(evaluate, locals())
     circuits = as_circuits(circuit)
     progress = watched(progress)
     request = prepare(model, data, metric, ablation, batch_size, ablation_data, reuse_prefix, memory)
@@ -147,9 +153,15 @@ def evaluate(
         check_circuit(item, request)
     if not circuits:
         return []
+    info = {
+        "metric": request.metric.name,
+        "ablation": ablation_of(ablation).name,
+        **provenance(request, call, _operator(request, circuits)),
+    }
     if ablation_of(ablation).learned:
         shared = (batch_size, reuse_prefix, progress, memory)
         learned = _with_own_constants(model, circuits, data, ablation_data or data, metric, *shared)
+        learned = [replace(result, info=info) for result in learned]
         return _said(learned)[0] if isinstance(circuit, Circuit) else _said(learned)
     results = torch.empty(3 + len(circuits), len(data), dtype=torch.float64)
     done = 0
@@ -164,7 +176,7 @@ def evaluate(
                 progress(done, len(data))
     # Rounding averages out over examples, but not below what similar ones have in common.
     rounding = float(results[-1].mean().sqrt()) * max(3 / len(data) ** 0.5, 0.5)
-    evaluated = [EvaluationResult(row, results[0], results[1], rounding) for row in results[2:-1]]
+    evaluated = [EvaluationResult(row, results[0], results[1], rounding, info) for row in results[2:-1]]
     return _said(evaluated)[0] if isinstance(circuit, Circuit) else _said(evaluated)
 
 
@@ -178,6 +190,12 @@ def _said(results: list[EvaluationResult]) -> list[EvaluationResult]:
             f"{span:.2g}, no more than by rounding ({undefined.rounding:.2g})."
         )
     return results
+
+
+def _operator(request: Request, circuits: Sequence[Circuit]) -> str:
+    """What adds up the contributions that the largest circuit's receivers read."""
+    nothing = torch.empty(0, dtype=request.arch.contraction_dtype, device=request.arch.device)
+    return explain("masked_read", nothing, nothing, max(circuits, key=lambda circuit: circuit.n_edges).mask)
 
 
 def _values(request: Request, circuits: Sequence[Circuit], batch: Batch, tokens: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from ..recording import RULES
 from .attribution import attribute, plan
-from .identity import data_identity, model_identity
 from .planning import Plan
 from .quadrature import QUADRATURES
 from .registry import METHODS
@@ -15,7 +14,5 @@ __all__ = [
     "Method",
     "Plan",
     "attribute",
-    "data_identity",
-    "model_identity",
     "plan",
 ]

@@ -7,18 +7,21 @@ from collections.abc import Collection
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from eap_kernels import Nodes, explain
 
 from ..adapters import weightless
 from ..errors import expected, known_arguments, one_of, whole
 from ..forward import Constants, borrowed, one_want_of_memory, without_cache_where_it_fails
 from ..graph import Circuit, EdgeScores, Heads
+from ..provenance import called, provenance
 from ..recording import RULES, ablation_of
 from ..request import Progress, prepare, watched
 from ..tasks import PairedDataset
 from .exact import edges_to_score
 from .gradient import GradientMethod
-from .identity import model_name
 from .planning import Plan
 from .quadrature import QUADRATURES
 from .registry import METHODS
@@ -101,6 +104,7 @@ def attribute(
     Raises:
         InputError: see the message; raised before any work, except for a metric that is not finite.
     """
+    call = called(attribute, locals())
     request = _request(
         model=model,
         data=data,
@@ -120,6 +124,7 @@ def attribute(
         edges=edges,
         checkpoint=checkpoint,
     )
+    origin = provenance(request, call, _operator(request))
     with borrowed(request.arch.model):
         request = request.with_constants()
         statistics = Statistics(request)
@@ -131,17 +136,25 @@ def attribute(
         "quadrature": quadrature if spec.grids else None,
         "metric": request.metric.name if spec.measures else None,
         "ablation": ablation_of(ablation).name,
-        "data": request.data.name,
-        "n_examples": len(request.data),
-        "model": model_name(request.arch.model),
+        **origin,
     }
     if rules is not None:
         info["rules"] = rules
+    if compat is not None:
+        info["compat"] = compat
     if edges is not None:
         info["edges"] = int(request.edges.sum())
     if ablation_data is not None:
         info["ablation_data"] = ablation_data.name
     return statistics.scores(info)
+
+
+def _operator(request: AttributionRequest) -> str | None:
+    """What contracts the gradients of the method, if it has any."""
+    if not isinstance(request.method, GradientMethod):
+        return None
+    nothing = torch.empty(0, 1, 1, dtype=request.arch.contraction_dtype, device=request.arch.device)
+    return explain("head_space_scores", [Nodes(nothing)])
 
 
 @one_want_of_memory

@@ -53,7 +53,7 @@ def write_report(
     info = {**scores.info, "heads": scores.graph.heads, **circuit.info}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     source = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
-    run = dict(settings(info))
+    run, measured = dict(settings(info)), getattr(curve, "info", {})
     page = environment.from_string(source).render(
         title=title or _title(run),
         subtitle=_subtitle(run),
@@ -64,10 +64,12 @@ def write_report(
         edges=edge_table(scores, circuit, N_EDGES),
         prompts=_prompts(data),
         settings=run,
+        measured=dict(settings(measured)),
+        measured_with=dict(versions(measured)),
         versions=dict(versions(info)),
         code=_code(circuit, files or {"scores": "scores.safetensors", "circuit": "circuit.json"}),
     )
-    write_whole(path, lambda file: file.write_text(page, encoding="utf-8"))
+    write_whole(path, lambda file: file.write_text(page, "utf-8", "backslashreplace"))
 
 
 def _title(run: Mapping[str, str]) -> str:

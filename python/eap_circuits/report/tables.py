@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..evaluation import BASELINES
 from ..graph import Circuit, EdgeScores
 from ..methods import Plan
+from ..provenance import without_folder
 from .curves import CurveLike, curve_levels, jsonable
 
 NONE = "–"
@@ -148,6 +147,7 @@ _LABELS = {
     "task": "task",
     "data": "data",
     "n_examples": "prompt pairs",
+    "seed": "seed of the prompts",
     "metric": "metric",
     "method": "method",
     "steps": "steps",
@@ -156,7 +156,17 @@ _LABELS = {
     "heads": "heads",
     "compat": "compatibility",
     "selection": "selection",
+    "call": "call",
+    "date": "date",
+    "device": "device",
+    "dtype": "dtype",
+    "backend": "operator",
+    "revision": "revision of the model",
+    "weights_sha256": "SHA-256 of the weights",
+    "data_sha256": "SHA-256 of the data",
+    "prompts_sha256": "SHA-256 of the prompts",
 }
+_ELSEWHERE = ("versions", "scores")
 
 
 def settings(info: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -165,21 +175,18 @@ def settings(info: Mapping[str, Any]) -> list[tuple[str, str]]:
     pairs = []
     for key in keys:
         value = info[key]
-        if value is None or value == {} or key == "versions":
+        if value is None or value == {} or key in _ELSEWHERE:
             continue
         if key == "model":
-            value = _without_folder(str(value))
+            value = without_folder(str(value))
         pairs.append((_LABELS.get(key, str(key).replace("_", " ")), _shown(value)))
     return pairs
 
 
 def versions(info: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The versions that the scores were made with, if known; else those installed here."""
+    """The versions that a result was made with; those installed here say nothing of it."""
     carried = info.get("versions")
-    if isinstance(carried, Mapping) and carried:
-        return [(str(name), str(version)) for name, version in carried.items()]
-    found = [("python", platform.python_version())]
-    return [*found, *((name, installed(name)) for name in ("eap-kernels", "torch", "transformers"))]
+    return [(str(name), str(version)) for name, version in carried.items()] if isinstance(carried, Mapping) else []
 
 
 def installed(package: str) -> str:
@@ -188,14 +195,6 @@ def installed(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _without_folder(name: str) -> str:
-    """A path's last part, as a report must not reveal folders; names on the hub (`org/name`) stay whole."""
-    for kind in (PurePosixPath, PureWindowsPath):
-        if kind(name).is_absolute():
-            return kind(name).name
-    return name
 
 
 def _shown(value: Any) -> str:

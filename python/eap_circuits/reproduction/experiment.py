@@ -25,10 +25,11 @@ from ..adapters import bind
 from ..errors import expected, one_of, whole
 from ..evaluation import FRACTIONS, EvaluationResult, evaluate, faithfulness_curve
 from ..graph import Circuit, EdgeScores, edge_overlap, node_overlap, score_agreement
-from ..methods import QUADRATURES, attribute, data_identity, model_identity
+from ..identity import data_identity, model_identity
+from ..methods import QUADRATURES, attribute
 from ..metrics import METRICS
+from ..provenance import versions
 from ..report.curves import saved_curve, smallest_faithful
-from ..report.tables import versions
 from ..request import Progress
 from ..tasks import PairedDataset, load_task
 from .record import Record
@@ -171,7 +172,7 @@ def environment(model: nn.Module) -> dict[str, Any]:
         machine = torch.cuda.get_device_name(device)
     else:
         machine = f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
-    return {"machine": machine, "versions": dict(versions({}))}
+    return {"machine": machine, "versions": versions()}
 
 
 def _scores(

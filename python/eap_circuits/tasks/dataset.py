@@ -45,6 +45,7 @@ class PairedDataset:
             position.
         variants: int64, shaped as `answers`: each answer's token with, or without, a leading space; -1 where there is
             none. If the model finds these far likelier than the answers, runs warn. None if not known.
+        seed: that of the generator that made the prompts, or None.
 
     Raises:
         InputError: no examples, a wrong shape or dtype, lengths or alignment out of range, negative ids, or answers
@@ -61,6 +62,7 @@ class PairedDataset:
     corrupted_lengths: Tensor | None = None
     alignment: Tensor | None = None
     variants: Tensor | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         for field in _OF_PAIRS:
@@ -242,7 +244,8 @@ class PairedDataset:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a `.safetensors` file for `from_file`, whole or not at all."""
         found = {name: getattr(self, name) for name in _OF_PAIRS}
-        write_tokens(path, found, {"name": self.name, "metric": self.metric, "prompts": self.prompts})
+        texts = {"name": self.name, "metric": self.metric, "prompts": self.prompts, "seed": self.seed}
+        write_tokens(path, found, texts)
 
     # Using one.
 
@@ -263,7 +266,7 @@ class PairedDataset:
             prompts = tuple(self.prompts[i] for i in chosen.tolist())
         every = {name: getattr(self, name) for name in _OF_PAIRS}
         found: dict[str, Any] = {name: None if x is None else x[chosen] for name, x in every.items()}
-        return PairedDataset(**found, prompts=prompts, name=self.name, metric=self.metric)
+        return PairedDataset(**found, prompts=prompts, name=self.name, metric=self.metric, seed=self.seed)
 
     def summary(self) -> Summary:
         """How many pairs there are, how long, how many different ones. `eap.summarise` adds what a model makes of them.

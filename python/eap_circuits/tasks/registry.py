@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import known_arguments, one_of, whole
@@ -94,4 +94,4 @@ def load_task(name: str, tokenizer: Any, *, n: int = 64, seed: int = 0, prepend_
     n, seed = whole("n", n, 1), whole("seed", seed)
     task = TASKS[name]
     records = task.generator(tokenizer, n, random.Random(seed))
-    return PairedDataset.from_records(records, tokenizer, prepend_bos, name, task.metric)
+    return replace(PairedDataset.from_records(records, tokenizer, prepend_bos, name, task.metric), seed=seed)

@@ -163,7 +163,7 @@ def test_lines_that_get_the_circuit_back_run(
     if not saved:
         del names["circuit"]
     _, page = written(tmp_path / "r.html", scores, circuit, files=names)
-    code = page.text[page.text.index("import eap_circuits") : page.text.index("python 3")]
+    code = page.text[page.text.index("import eap_circuits") : page.text.index("The versions")]
     space: dict[str, Any] = {}
     exec(code, space)
     assert torch.equal(space["scores"].values, scores.values)

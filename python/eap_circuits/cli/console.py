@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from ..report.tables import Table
 
 Progress = Callable[[int, int], None]
+_SPARE = {"scores": ".safetensors", "circuit": ".safetensors", "curve": ".json", "report": ".html"}
 
 
 def _console(stderr: bool = False) -> Console:
@@ -27,7 +30,8 @@ def _console(stderr: bool = False) -> Console:
 
 def say(text: str = "") -> None:
     """Print a line on stdout; square brackets are printed as they are."""
-    _console().print(text, markup=False)
+    # Names of files may hold bytes that are no text.
+    _console().print(text.encode("utf-8", "backslashreplace").decode(), markup=False)
 
 
 def say_error(message: str) -> None:
@@ -116,7 +120,34 @@ def check_outputs(*paths: Path | None) -> None:
 
 
 def check_suffix(path: Path | None, *suffixes: str) -> None:
-    from ..errors import expected
+    from ..files import suffix_of
 
-    if path is not None and path.suffix not in suffixes:
-        raise expected(str(path), "a name ending in " + ", ".join(suffixes), repr(path.suffix))
+    if path is not None:
+        suffix_of(path, suffixes)
+
+
+def write(files: dict[str, str], name: str, save: Callable[[Path], object], path: Path | None) -> list[str]:
+    """Write a result and note its file, if there is to be one; sentences on what went wrong, to say at the end."""
+    from ..errors import reason
+    from ..files import DAMAGED
+
+    if path is None:
+        return []
+    try:
+        save(path)
+    except (*DAMAGED, ImportError) as error:
+        return [reason(error), *keep_elsewhere(name, save)]
+    files[name] = str(path)
+    return []
+
+
+def keep_elsewhere(name: str, save: Callable[[Path], object]) -> list[str]:
+    """Write a result that is in no file where it can be written; a sentence that says where, or that it cannot."""
+    from ..files import DAMAGED
+
+    for folder in (tempfile.gettempdir, os.getcwd, lambda: os.path.expanduser("~")):
+        with contextlib.suppress(*DAMAGED, ImportError):
+            path = Path(folder()).resolve() / f"eap-{name}-{secrets.token_hex(4)}{_SPARE[name]}"
+            save(path)
+            return [f"The file with the {name} is {path} instead."]
+    return [f"Nor could the {name} be written elsewhere."]

@@ -19,11 +19,21 @@ class _Group(TyperGroup):
     """Shows expected errors in one line, and takes `--debug` before or after the command's name."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta["typed"] = args
         if "--debug" in args:
             args = ["--debug", *(arg for arg in args if arg != "--debug")]
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
+        from ..provenance import COMMAND, command
+
+        before = COMMAND.set(command(ctx.meta["typed"]))
+        try:
+            return self._invoked(ctx)
+        finally:
+            COMMAND.reset(before)
+
+    def _invoked(self, ctx: Any) -> Any:
         if ctx.params.get("debug"):
             return super().invoke(ctx)
         quiet()

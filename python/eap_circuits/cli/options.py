@@ -23,6 +23,14 @@ Dtype = Annotated[
         rich_help_panel="Model",
     ),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with the model; it can do anything that you can.",
+        rich_help_panel="Model",
+    ),
+]
 
 Task = Annotated[
     str | None, typer.Option(help="A task of [bold]eap tasks[/bold], such as ioi.", rich_help_panel="Prompts")

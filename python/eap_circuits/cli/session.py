@@ -78,7 +78,13 @@ def check_align(align: bool, found: str) -> None:
         raise expected("--align", "--data with it (the prompts of a task have equal lengths)", found)
 
 
-def load_model(name: str, dtype: str | None = None, device: str | None = None, weights: bool = True) -> tuple[Any, Any]:
+def load_model(
+    name: str,
+    dtype: str | None = None,
+    device: str | None = None,
+    weights: bool = True,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
     """The model and its tokenizer; other libraries' messages are kept off the terminal."""
     import torch
 
@@ -96,7 +102,9 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None, w
 
         logging.disable_progress_bar()
         number = getattr(torch, dtype) if dtype else None
-        found = pretrained.load_model(name, dtype=number, device=device, weights=weights)
+        found = pretrained.load_model(
+            name, dtype=number, device=device, weights=weights, trust_remote_code=trust_remote_code
+        )
     note(f"Loaded {name}." if weights else f"Loaded the configuration of {name}, no weights.")
     if weights:
         _adopt(found[0])

@@ -17,7 +17,7 @@ def loads(monkeypatch: pytest.MonkeyPatch, make_model: Any) -> list[str]:
     """The tiny model in place of every other; the names that were asked for."""
     asked: list[str] = []
 
-    def load(name: str, dtype: Any = None, device: Any = None, weights: bool = True) -> tuple[Any, None]:
+    def load(name: str, *_: Any, **__: Any) -> tuple[Any, None]:
         asked.append(name)
         return make_model("llama", torch.float32), None
 

@@ -171,3 +171,20 @@ def test_info_tells_versions_and_backends() -> None:
     assert torch.__version__ in shown
     assert all(backend in shown for backend in eap_kernels.backends())
     assert "eap-conductance (experimental)" in shown and all(name in shown for name in METHODS)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_that_comes_with_a_model_is_trusted_only_on_request(trusted, pairs, make_model, monkeypatch):
+    from eap_circuits.adapters import pretrained
+
+    given = []
+
+    def load(name, **settings):
+        given.append(settings["trust_remote_code"])
+        return make_model("llama", torch.float32), None
+
+    monkeypatch.setattr(pretrained, "load_model", load)
+    flag = ["--trust-remote-code"] if trusted else []
+    run("attribute", "theirs", "--data", pairs, "--dry-run", *flag)
+    run("check", "theirs", *flag)
+    assert given == [trusted, trusted]

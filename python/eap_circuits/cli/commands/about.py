@@ -10,7 +10,7 @@ import typer
 from .. import session
 from ..choices import described, registries
 from ..console import check_outputs, check_suffix, say, show_json, show_table, working
-from ..options import Device, Dtype, Json, Model
+from ..options import Device, Dtype, Json, Model, TrustRemoteCode
 
 
 def tasks(
@@ -85,7 +85,13 @@ def _few(texts: list[str]) -> str:
     return shown if len(texts) <= 3 else f"{shown} … ({len(texts)})"
 
 
-def check(model: Model, dtype: Dtype = None, device: Device = None, as_json: Json = False) -> None:
+def check(
+    model: Model,
+    dtype: Dtype = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
     """Check that the package reads a model correctly: contributions add up, and circuits agree with the model.
 
     Run it once for a new architecture. The exit code is 1 if a check fails.
@@ -99,7 +105,7 @@ def check(model: Model, dtype: Dtype = None, device: Device = None, as_json: Jso
     from ...evaluation import check_model
     from ...report.tables import Column, Table
 
-    loaded, _ = session.load_model(model, dtype, device)
+    loaded, _ = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     with working("Checking …"):
         checks = check_model(loaded)
     columns = (

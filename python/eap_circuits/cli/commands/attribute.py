@@ -35,6 +35,7 @@ from ..options import (
     Steps,
     Task,
     Top,
+    TrustRemoteCode,
 )
 
 
@@ -83,6 +84,7 @@ def attribute(
     rules: Rules = None,
     dtype: Dtype = None,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -151,7 +153,7 @@ def attribute(
     prompts = session.Prompts(task, data, n, seed, align, ablation_data)
     prompts.check(metric, gradient=method != "exact", ablation=ablation)
 
-    loaded, tokenizer = session.load_model(model, dtype, device, not no_weights)
+    loaded, tokenizer = session.load_model(model, dtype, device, not no_weights, trust_remote_code)
     graph = bind(loaded).graph(heads)  # type: ignore[arg-type]
     if edges is not None and edges > graph.n_edges:
         raise expected("--edges", f"1 to {graph.n_edges:,}, the edges that the model has", f"{edges:,}")

@@ -29,6 +29,7 @@ from ..options import (
     Seed,
     Signed,
     Task,
+    TrustRemoteCode,
 )
 
 
@@ -47,6 +48,7 @@ def evaluate(
     memory: Memory = None,
     dtype: Dtype = None,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Run a circuit with every other edge ablated, and measure how much of the model's behaviour it keeps.
@@ -68,7 +70,7 @@ def evaluate(
     prompts.check(metric, ablation=ablation)
     kept = eap.Circuit.load(circuit)
 
-    loaded, tokenizer = session.load_model(model, dtype, device)
+    loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     pairs = prompts.load(tokenizer)
     with progress("Running the circuit") as bar:
         result = eap.evaluate(
@@ -118,6 +120,7 @@ def curve(
     memory: Memory = None,
     dtype: Dtype = None,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Save the curve (.json).", rich_help_panel="Output")
     ] = None,
@@ -153,7 +156,7 @@ def curve(
     loaded_scores = eap.EdgeScores.load(scores)
     among = None if confidence is None else loaded_scores.confidence() >= confidence
 
-    loaded, tokenizer = session.load_model(model, dtype, device)
+    loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     pairs = prompts.load(tokenizer)
     options: dict[str, Any] = {} if sizes is None else {"fractions": sizes}
     with progress("Running circuits") as bar:

@@ -9,7 +9,7 @@ import typer
 
 from .. import session
 from ..console import progress, say
-from ..options import Align, Device, Dtype, Seed
+from ..options import Align, Device, Dtype, Seed, TrustRemoteCode
 
 
 def reproduce(
@@ -45,6 +45,7 @@ def reproduce(
     draws: Annotated[int, typer.Option(help="Random circuits of each size.", min=1, rich_help_panel="Circuit")] = 3,
     dtype: Dtype = None,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     out: Annotated[
         Path,
         typer.Option(help="Where to write; made if missing.", metavar="DIR", rich_help_panel="Output"),
@@ -80,7 +81,7 @@ def reproduce(
     folder = out / "reproduction"
     folder.mkdir(parents=True, exist_ok=True)
 
-    loaded, tokenizer = session.load_model(model, dtype, device)
+    loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     experiments = [Experiment.from_task(name, tokenizer, settings) for name in names]
     experiments += [
         Experiment.from_data(file.stem, PairedDataset.from_file(file, tokenizer, align=align), settings)

@@ -42,6 +42,15 @@ def reason(error: BaseException) -> str:
     return (lines[0][:200] if lines else "") or type(error).__name__
 
 
+def refuse_default_device() -> None:
+    """Refuse `torch.set_default_device` and `with torch.device(...)`: indices and data are made on the CPU."""
+    import torch
+
+    if torch.get_default_device().type != "cpu":
+        wanted = "the CPU (a model is put on another device by model.to)"
+        raise expected("torch's default device", wanted, str(torch.get_default_device()))
+
+
 def one_of(name: str, value: object, choices: Collection[str]) -> None:
     """Refuse a value that is not among `choices`, and say which of them is meant where that can be told."""
     names = sorted(choices)

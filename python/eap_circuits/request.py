@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .adapters import Architecture, bind
 from .errors import InputError, expected, one_of, warn, whole
-from .forward import Batch, Constants, Runner, make_batches, zeros
-from .graph import Graph
+from .forward import Batch, Constants, Runner, make_batches, why_not_reused, zeros
+from .graph import Graph, Heads
 from .metrics import Metric, MetricBatch, check_metric_values, get_metric, misspelled
 from .recording import ABLATIONS, ablation_of, different_throughout
 from .tasks import PairedDataset
@@ -50,6 +50,16 @@ class Request:
     reuse_prefix: bool = True
     memory: int | None = None
     looked_at: set[int] = field(default_factory=set, repr=False)  # examples whose answers' spelling was compared
+
+    def verified(self, heads: Heads) -> Self:
+        """The request without prefix reuse if the model's cache cannot serve, which a warning says; the model must be
+        borrowed already."""
+        why = why_not_reused(self.arch, heads, self.data, self.reuse_prefix)
+        if why is None:
+            return self
+        name = type(self.arch.model).__name__
+        warn(f"{name}: prefixes are not reused, as its cache cannot serve ({why}).")
+        return replace(self, reuse_prefix=False)
 
     def with_constants(self) -> Self:
         """The request with its constants, for which means are taken; the model must be borrowed already."""

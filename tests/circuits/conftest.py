@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,9 +12,11 @@ import transformers
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from eap_circuits.forward import borrowed
 from eap_circuits.graph import Circuit, Graph
 from eap_circuits.tasks import PairedDataset
 from eap_kernels.testing import relative_error
+from tests.circuits.untouched import differences, process_state, snapshot
 
 VOCABULARY = 59
 _RANDOM = {"initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -298,6 +300,32 @@ def circuit_of(graph: Graph, edges: list[tuple[int, int]]) -> Circuit:
     mask = torch.zeros_like(graph.edge_mask)
     mask[tuple(zip(*edges))] = True
     return Circuit(graph, mask)
+
+
+@pytest.fixture(autouse=True)
+def all_comes_back() -> Iterator[None]:
+    """Whatever a test does: what it has borrowed is afterwards as it was, and so is the process."""
+    enter, leave, before = borrowed.__enter__, borrowed.__exit__, {}
+
+    def entered(loan: Any) -> Any:
+        before[loan] = snapshot(loan._model), process_state()
+        return enter(loan)
+
+    def left(loan: Any, *error: object) -> None:
+        leave(loan, *error)
+        model, process = before.pop(loan)
+        if isinstance(error[1], KeyboardInterrupt):  # which `gives_back` clears up after
+            return
+        assert not differences(model, snapshot(loan._model))
+        assert not differences(process, process_state())
+
+    process = process_state()
+    # Its own, which is undone after the test's.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(borrowed, "__enter__", entered)
+        patch.setattr(borrowed, "__exit__", left)
+        yield
+    assert not differences(process, process_state())
 
 
 @pytest.fixture(params=FAMILIES)

@@ -8,7 +8,7 @@ from .norms import Kinds, Norm
 from .offloading import as_given, is_offloaded
 from .pretrained import DEMO_MODEL, load_model
 from .projections import Projection, concatenate, group, linear_shape, linear_weight
-from .shapes import weightless
+from .shapes import Weightless
 from .sites import ReceiverSite, SenderSite, receiver_sites, sender_sites
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Projection",
     "ReceiverSite",
     "SenderSite",
+    "Weightless",
     "as_given",
     "bind",
     "concatenate",
@@ -37,5 +38,4 @@ __all__ = [
     "receiver_sites",
     "register_family",
     "sender_sites",
-    "weightless",
 ]

@@ -10,7 +10,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import expected
+from ..errors import expected, refuse_default_device
 from .architecture import Architecture, Layer
 from .families import FAMILIES, Factor, Family, Paths, family_of
 from .norms import Kinds, Norm
@@ -31,8 +31,9 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
         family: its table; by default the one registered for its `config.model_type`.
 
     Raises:
-        InputError: another object, an unsupported architecture, a missing site, or a layer on several devices.
+        InputError: another object, an unsupported architecture, a missing head or site, or a layer on several devices.
     """
+    refuse_default_device()
     model = unwrapped(model)
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
@@ -53,7 +54,18 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
             raise expected(f"{type(model).__name__}.config.{name}", repr(value), repr(getattr(config, name)))
     if torch.device("meta") in devices_of(model):
         raise expected("model", "all weights", "some on the device meta, where only eap.plan works")
+    if any(weight.is_inference() for weight in model.parameters()):
+        raise expected("model", "weights made outside of torch.inference_mode", "inference tensors")
+    # Other packages' models may keep their head elsewhere; what they give is checked in their first run.
+    if type(model).__module__.startswith("transformers.") and _head(model) is None:
+        wanted = "a causal language model with its head, as AutoModelForCausalLM loads it"
+        raise expected(type(model).__name__, wanted, "a model without one")
     return _Binder(model, config, family).architecture()
+
+
+def _head(model: Any) -> nn.Module | None:
+    head: nn.Module | None = model.get_output_embeddings()
+    return head
 
 
 class _Binder:

@@ -39,7 +39,7 @@ def nonlinear_parts(layer: Layer, width: int, kinds: Kinds) -> tuple[list[Norm],
 
 
 def _without_weights(module: nn.Module, width: int, kinds: Kinds) -> Norm | nn.Module | None:
-    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     x = next((x.to(number) for number in module.parameters()), x)
     y, part = _output(module, x), _output(module, x[:2, :3])
     if y is None or y.shape != x.shape or torch.equal(y, x):

@@ -114,15 +114,15 @@ def kind_of(module: nn.Module, width: int) -> Kind:
     probe: Any = copy.copy(module)
     probe.__dict__.pop("_hf_hook", None)  # it would fetch offloaded weights, but these are random
     random = {
-        name: nn.Parameter(torch.randn(shape, generator=generator), requires_grad=False)
+        name: nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float32), requires_grad=False)
         for name, shape in weights.items()
     }
     probe._parameters = {**module._parameters, **random}
     # Rows range from far below to far above eps and have means other than zero; heads with own weights have own rows.
     shape = next(iter(weights.values()), (width,))
     x = (
-        torch.randn(6, *shape, generator=generator)
-        * torch.tensor([1e-4, 2e-3, 0.03, 0.4, 6.0, 100.0]).view(-1, *[1] * len(shape))
+        torch.randn(6, *shape, generator=generator, dtype=torch.float32)
+        * torch.tensor([1e-4, 2e-3, 0.03, 0.4, 6.0, 100.0], dtype=torch.float32).view(-1, *[1] * len(shape))
         + 1e-3
     )
     with torch.no_grad():

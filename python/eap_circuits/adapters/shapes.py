@@ -6,9 +6,9 @@ them. Shapes do not depend on unknown floating-point values, except in mixtures 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from ..errors import expected
+from ..loans import Changes
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _META = torch.device("meta")
 _aten = torch.ops.aten
@@ -95,23 +99,43 @@ def _meta(x: Any) -> Any:
     return torch.empty_like(x, device=_META) if isinstance(x, Tensor) and not isinstance(x, Shape) else _held(x)
 
 
-@contextmanager
-def weightless(model: Any) -> Iterator[AbstractContextManager[Any]]:
-    """Replace the weights of a model that has none by shapes; yields the mode in which its passes have to run.
+class Weightless(Changes):
+    """Inside, the weights of a model that has none are shapes; a model with weights is left as it is.
 
-    A model with weights is left unchanged, and the mode does nothing.
+    Args:
+        model: the model; anything else is left for others to refuse.
+
+    Attributes:
+        mode: in which passes of the model have to run; it does nothing for a model with weights.
     """
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    places: list[dict[str, Any]] = [places for module in modules for places in (module._parameters, module._buffers)]
-    absent = [(each, name, x) for each in places for name, x in each.items() if x is not None and x.is_meta]
-    if not absent or any(hasattr(module, "_hf_hook") for module in modules):  # offloaded
-        yield nullcontext()
-        return
-    try:
+
+    def __init__(self, model: object) -> None:
+        super().__init__()
+        self._model = model
+        self.mode: AbstractContextManager[Any] = nullcontext()
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        try:
+            self._replace()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _replace(self) -> None:
+        model = self._model
+        modules = list(model.modules()) if isinstance(model, nn.Module) else []
+        places: list[dict[str, Any]] = [
+            places for module in modules for places in (module._parameters, module._buffers)
+        ]
+        absent = [(each, name, x) for each in places for name, x in each.items() if x is not None and x.is_meta]
+        if not absent or any(hasattr(module, "_hf_hook") for module in modules):  # offloaded
+            return
+        assert isinstance(model, nn.Module)
+        self.claim(model)
         shapes = {id(x): Shape(x.detach()) for _, _, x in absent}  # tied weights stay one
         for each, name, x in absent:
+            self.note(partial(each.__setitem__, name, x))
             each[name] = shapes[id(x)]
-        yield _WithoutNumbers()
-    finally:
-        for each, name, x in absent:
-            each[name] = x
+        self.mode = _WithoutNumbers()

@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 from ..adapters import Architecture, Family, bind, linear_weight, receiver_sites, sender_sites
 from ..errors import InputError
 from ..errors import whole as whole_number
-from ..forward import Batch, CacheError, Hooks, Runner, borrowed, make_batches
+from ..forward import Batch, Hooks, Runner, borrowed, make_batches, why_not_reused
 from ..graph import Graph, Heads
 from ..intervention import run_circuits
+from ..loans import gives_back
 from ..recording import ReceiverGradients, contract, record_both_sides, record_run
 from ..tasks import PairedDataset
 
@@ -51,6 +52,7 @@ class StayDouble(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@gives_back
 def check_model(model: nn.Module, *, n_edges: int = 8, seed: int = 0, family: Family | None = None) -> list[Check]:
     """Check a model against first principles; the model itself is only read and comes back as it was.
 
@@ -80,9 +82,11 @@ def check_model(model: nn.Module, *, n_edges: int = 8, seed: int = 0, family: Fa
         (batch,) = make_batches(data, len(data), True, arch.device)
         (whole,) = make_batches(data, len(data), False, arch.device)
         try:
-            _scores(arch, "kv", batch)
-        except CacheError as error:
-            checks.append(Check("prefix reuse", True, f"left out, as the model's cache cannot serve: {error}"))
+            why = why_not_reused(arch, "kv", data)
+        except InputError as error:
+            return [*checks, Check("a causal language model", False, str(error))]
+        if why is not None:
+            checks.append(Check("prefix reuse", True, f"left out, as the model's cache cannot serve: {why}"))
             batch = whole
         kinds: list[Heads] = ["kv", "query"] if any(layer.groups > 1 for layer in arch.layers) else ["kv"]
         checks += [_contributions(arch, batch), _heads(arch, data)]
@@ -109,12 +113,12 @@ def exact_copy(model: nn.Module) -> Any:
                 layer.weight.data = weight.double().clone()
                 if bias is not None:
                     layer.bias.data = bias.detach().double().clone()
-    exact: Any = copy.deepcopy(model, plain)  # deepcopy takes these for copies already made
-    exact.double()
-    if getattr(exact.config, "_experts_implementation", None) is not None:
-        exact.set_experts_implementation("eager")  # grouped products of experts do not support float64
-    if "flash" in str(getattr(exact.config, "_attn_implementation", None)):  # nor does flash attention
-        exact.set_attn_implementation("eager")
+        exact: Any = copy.deepcopy(model, plain)  # deepcopy takes these for copies already made
+        exact.double()
+        if getattr(exact.config, "_experts_implementation", None) is not None:
+            exact.set_experts_implementation("eager")  # grouped products of experts do not support float64
+        if "flash" in str(getattr(exact.config, "_attn_implementation", None)):  # nor does flash attention
+            exact.set_attn_implementation("eager")
     return exact
 
 

@@ -8,9 +8,11 @@ from torch import nn
 from ..adapters import Family, propose
 from ..errors import expected
 from ..forward import borrowed, trace
+from ..loans import gives_back
 from .check import Check, check_model, exact_copy
 
 
+@gives_back
 def discover(model: nn.Module) -> tuple[Family, list[Check]]:
     """Find a model's sites by what its modules compute.
 

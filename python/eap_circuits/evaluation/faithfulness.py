@@ -14,9 +14,10 @@ from eap_kernels import explain
 
 from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, most_tokens, tokens_within
 from ..errors import known_arguments, warn
-from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, one_want_of_memory, without_cache_where_it_fails
+from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, one_want_of_memory
 from ..graph import Circuit
 from ..intervention import TOKENS_TOGETHER, rows_computed, run_circuits
+from ..loans import gives_back
 from ..provenance import called, provenance
 from ..recording import ablation_of, record_run
 from ..request import Progress, Request, prepare, watched
@@ -95,8 +96,8 @@ def evaluate(
     ablation_data: PairedDataset | None = ...,
     memory: int | str | None = ...,
 ) -> list[EvaluationResult]: ...
+@gives_back
 @one_want_of_memory
-@without_cache_where_it_fails
 @known_arguments
 def evaluate(
     model: nn.Module,
@@ -163,10 +164,10 @@ def evaluate(
         learned = _with_own_constants(model, circuits, data, ablation_data or data, metric, *shared)
         learned = [replace(result, info=info) for result in learned]
         return _said(learned)[0] if isinstance(circuit, Circuit) else _said(learned)
-    results = torch.empty(3 + len(circuits), len(data), dtype=torch.float64)
-    done = 0
+    done, heads = 0, {item.graph.heads for item in circuits}
     with borrowed(model), torch.no_grad():
-        request = request.with_constants()
+        results = torch.empty(3 + len(circuits), len(data), dtype=torch.float64)
+        request = request.verified("query" if "query" in heads else "kv").with_constants()
         tokens = _tokens_together(request, circuits)
         batches = request.batches(min(tokens, TOKENS_PER_BATCH))
         for batch, found in in_memory(data, batches, tokens, partial(_values, request, circuits)):

@@ -15,6 +15,7 @@ from ..errors import expected, known_arguments, whole
 from ..forward import Batch, Constants, Runner, borrowed, one_want_of_memory
 from ..graph import Circuit, EdgeScores, NodeScores
 from ..intervention import learning_run
+from ..loans import gives_back
 from ..recording import means, record_run
 from ..request import Progress, Request, prepare, watched
 from ..tasks import PairedDataset
@@ -22,6 +23,7 @@ from ..tasks import PairedDataset
 TOKENS_PER_LESSON = 256  # per batch, as the backward pass keeps every receiver's input at each token
 
 
+@gives_back
 @known_arguments
 @one_want_of_memory
 def optimal_constants(
@@ -71,7 +73,7 @@ def optimal_constants(
     request = prepare(model, data, metric, "mean", batch_size, reuse_prefix=False, memory=memory)
     check_circuit(circuit, request)
     with borrowed(request.arch.model):
-        request = request.with_constants()
+        request = request.verified(circuit.graph.heads).with_constants()
         assert request.constants is not None
         if circuit.n_edges == circuit.graph.n_edges:
             return request.constants

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..budget import in_memory
 from ..errors import warn
-from ..forward import TOKENS_PER_BATCH, Batch, Runner, borrowed, one_want_of_memory, without_cache_where_it_fails
+from ..forward import TOKENS_PER_BATCH, Batch, Runner, borrowed, one_want_of_memory
+from ..loans import gives_back
 from ..metrics import at_least_float32, of_answers
 from ..request import Progress, prepare
 from ..tasks import MANY, PairedDataset, Summary
@@ -19,8 +20,8 @@ from ..tasks import MANY, PairedDataset, Summary
 _ALIKE = math.log(1.1)  # odds that differ by less than a tenth
 
 
+@gives_back
 @one_want_of_memory
-@without_cache_where_it_fails
 def summarise(
     model: nn.Module,
     data: PairedDataset,
@@ -43,8 +44,7 @@ def summarise(
         InputError: anything that `evaluate` refuses.
     """
     request = prepare(model, data, "prob_diff", batch_size=batch_size, memory=memory)
-    graph, found = request.arch.graph("kv"), torch.empty(2, len(data), 2, dtype=torch.float64)
-    done = 0
+    graph, done = request.arch.graph("kv"), 0
 
     def run(batch: Batch, tokens: int) -> Tensor:
         runner = Runner(request.arch, graph, batch)
@@ -55,6 +55,8 @@ def summarise(
         return torch.stack([of_answers(log, batch.answers, -torch.inf).logsumexp(2) for log in logs]).double().cpu()
 
     with borrowed(request.arch.model), torch.no_grad():
+        request = request.verified("kv")
+        found = torch.empty(2, len(data), 2, dtype=torch.float64)
         for batch, logs in in_memory(data, request.batches(TOKENS_PER_BATCH), TOKENS_PER_BATCH, run):
             found[:, batch.index] = logs
             done += batch.n_examples

@@ -1,18 +1,18 @@
 """Run one batch: hooks, batches, the prefix cache, the runner; nothing here knows what is read or changed."""
 
 from .batches import TOKENS_PER_BATCH, Batch, halves, make_batches, some_of
-from .cache_errors import CacheError, one_want_of_memory, out_of_memory, without_cache_where_it_fails
 from .constants import Constants, at_tokens, zeros
 from .hooks import Hooks, borrowed
 from .resume import LayerInputs
+from .reuse import why_not_reused
 from .runner import Register, Runner, each
 from .tracing import trace
 from .upload import Indices, upload
+from .want_of_memory import one_want_of_memory, out_of_memory
 
 __all__ = [
     "TOKENS_PER_BATCH",
     "Batch",
-    "CacheError",
     "Constants",
     "Hooks",
     "Indices",
@@ -29,6 +29,6 @@ __all__ = [
     "some_of",
     "trace",
     "upload",
-    "without_cache_where_it_fails",
+    "why_not_reused",
     "zeros",
 ]

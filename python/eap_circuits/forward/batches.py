@@ -3,8 +3,8 @@
 A causal model gives the same activations to the clean and the corrupted prompt before the first token in which they
 differ. With prefix reuse only the tokens from there on (the suffix) run clean, corrupted and along the path.
 
-A corrupted prompt of another number of tokens runs as it is, and what it gives is read at the positions that the clean
-ones are aligned with.
+A corrupted prompt with another number of tokens runs as it is. Its activations are read at the positions that the clean
+prompt's are compared with.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from ..tasks import PairedDataset
 from .upload import upload
 
 TOKENS_PER_BATCH = 1024  # a pass this large keeps a processor busy
-_PREFIX_SHARE = 4  # whole prompts may have so many times the tokens of what runs often: they run once, without gradient
-_PASS_OVERHEAD = 32  # tokens of padding that cost about as much as one pass more
+_PREFIX_SHARE = 4  # whole prompts run once, without gradient, so they may have this many times a pass's tokens
+_PASS_OVERHEAD = 32  # this many tokens of padding cost about as much as another pass
 
 
 @dataclass(frozen=True)
 class Batch:
     """Examples that run together, each from its own first token to run.
 
-    Tokens of the suffixes, right padded: `clean`, `corrupted` int64 [E, T]; `start` int64 [E]: how many tokens come
-    before. `prefix` int64 [U, P]: the distinct prefixes, right padded; `prefix_of` int64 [E]: which one each example
-    has. `rows` int64 [n]: the tokens of [E·T] that can differ between clean and corrupted, in order. `scored` int64
-    [E]: the scored position within the suffix. `index` int64 [E]: positions in the dataset. `answers`, `lengths` and
-    `variants` as in the dataset. `corrupted_scored` int64 [E] and `alignment` int64 [E, T]: the corrupted prompt's
-    scored position and those that its clean one's are compared with; None: all are the same. `answer_tokens` int64 [U]:
-    the tokens that are an answer of any example, or a variant of one, in order. `places`: the scored positions in
-    [E·T], a slice where it can be one.
+    `clean`, `corrupted` int64 [E, T]: the suffixes' tokens, right padded. `start` int64 [E]: how many tokens come
+    before each suffix. `prefix` int64 [U, P]: the distinct prefixes, right padded; `prefix_of` int64 [E]: which one
+    each example has. `rows` int64 [n]: the tokens of [E·T] that can differ between clean and corrupted, in order.
+    `scored` int64 [E]: the scored position within the suffix. `index` int64 [E]: positions in the dataset. `answers`
+    and `lengths` are the dataset's. `corrupted_scored` int64 [E]: the corrupted prompt's scored position.
+    `alignment` int64 [E, T]: the corrupted prompt's position that each clean one is compared with; None: the same.
+    `answer_tokens` int64 [U]: the tokens that are an answer of any example, or a variant of one, in order. `variants`
+    are the dataset's. `places`: the scored positions in [E·T], a slice if possible.
     """
 
     index: Tensor
@@ -89,16 +89,17 @@ class Batch:
         return self._moved[id(index), device]
 
     def aligned(self, x: Tensor) -> Tensor:
-        """What the corrupted run gave, [E, T, X], at the positions that the clean prompts' are compared with."""
+        """Activations of the corrupted run, [E, T, X], moved to the clean positions that they are compared with."""
         if self.alignment is None:
             return x
         return x[torch.arange(len(x), device=x.device)[:, None], self._on(x.device, self.alignment)]
 
     def aligned_input(self, embeddings: Tensor, residual: Tensor) -> Tensor:
-        """What the corrupted run's `input` writes, [E, T, D], likewise; `residual` is what its first layer read.
+        """What `input` writes in the corrupted run, [E, T, D], moved likewise; `residual` is what its first layer read.
 
-        Where positions are learned, the residual stream begins with embedding and position: between a corrupted token
-        and a clean one elsewhere the position's difference is part of the input's, or contributions would not add up.
+        If positions are learned, the residual stream begins with embedding plus position. If a corrupted token is
+        compared with a clean one elsewhere, `input` must carry the difference of their positions too, or contributions
+        would not add up.
         """
         if self.alignment is None:
             return embeddings
@@ -113,13 +114,13 @@ def make_batches(
     device: torch.device,
     tokens: int = TOKENS_PER_BATCH,
 ) -> Iterator[Batch]:
-    """Batches of examples that have the same, or about the same, number of tokens to run, in all at most `tokens`.
+    """Batches of examples with about the same number of tokens to run, and at most `tokens` in all.
 
-    With a `batch_size`, of so many examples whatever their tokens.
+    With a `batch_size`, each batch has this many examples, whatever their tokens.
     """
     first = data.first_difference
     start = first if reuse_prefix else torch.zeros_like(first)
-    # From the longest down: an error for want of memory comes with the first batch.
+    # The longest come first, so that memory runs out in the first batch if at all.
     lengths = data.longer_lengths
     for group in reversed(_groups((lengths - start).tolist(), lengths.tolist())):
         longest, suffix = int(lengths[group].max()), int((lengths - start)[group].max())
@@ -140,7 +141,7 @@ def some_of(data: PairedDataset, batch: Batch, which: Tensor) -> Batch:
 
 
 def _groups(tokens: list[int], lengths: list[int]) -> list[list[int]]:
-    """Examples by the number of tokens to run, neighbours together where padding costs less than a pass."""
+    """Examples by the number of tokens to run; similar numbers go together if padding costs less than a pass."""
     alike: dict[int, list[int]] = {}
     for example in sorted(range(len(tokens)), key=lengths.__getitem__):
         alike.setdefault(tokens[example], []).append(example)
@@ -155,15 +156,21 @@ def _groups(tokens: list[int], lengths: list[int]) -> list[list[int]]:
     return groups
 
 
+def batch_of(data: PairedDataset, index: Tensor, reuse_prefix: bool, device: torch.device) -> Batch:
+    """These examples as one batch, however many tokens each has to run."""
+    first = data.first_difference[index]
+    return _batch(data, index, first, first if reuse_prefix else torch.zeros_like(first), device)
+
+
 def _batch(data: PairedDataset, index: Tensor, first: Tensor, start: Tensor, device: torch.device) -> Batch:
     lengths = data.lengths[index]
     offset = torch.arange(int((data.longer_lengths[index] - start).max()))
     position = start[:, None] + offset  # [E, T]
     active = (position >= first[:, None]) & (position < lengths[:, None])
-    # Past the end of the longest prompt there is nothing to take; a padded token's own value matters to none.
+    # Past the end of the longest prompt there is no token; any will do, as padding is never read.
     taken = position.clamp(max=data.clean.shape[1] - 1)
     before = torch.arange(int(start.max()))
-    # −1 marks what is not of a prefix: it must count where distinct prefixes are found, and be a token afterwards.
+    # −1 marks padding while distinct prefixes are found; afterwards any token will do.
     prefix = torch.where(before < start[:, None], data.clean[index][:, : len(before)], -1)
     corrupted_scored, alignment = lengths - 1 - start, None
     if data.alignment is not None and data.corrupted_lengths is not None:

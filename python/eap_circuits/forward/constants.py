@@ -16,10 +16,10 @@ from .hooks import Hooks
 
 @dataclass(frozen=True, eq=False)
 class Constants:
-    """A constant for every sender, at every position or at all of them alike.
+    """A constant for every sender, at each position or the same at all of them.
 
-    `embedding` is [P, D], `values` [P, H·K] and `mlps` [P, D] for each layer, P being 1 or the number of positions:
-    what the token embeddings, the heads (`Layer.written`) and the MLP modules are taken to give.
+    `embedding` is [P, D]; `values` [P, H·K] and `mlps` [P, D] are given for each layer. They stand for the token
+    embeddings, the heads' values (`Layer.written`) and the MLP modules' output. P is 1 or the number of positions.
     """
 
     embedding: Tensor
@@ -51,7 +51,7 @@ class Constants:
         return f"Constants({len(self.mlps)} layers, {len(self.embedding)} position(s))"
 
     def replace(self, arch: Architecture, batch: Batch, hooks: Hooks) -> None:
-        """Let a pass over a batch without prefixes give these for what its heads and MLPs compute."""
+        """Replace what heads and MLPs compute by these, in a pass over a batch without prefixes."""
         for site, constant in zip(sender_sites(arch), self.tensors, strict=True):
             hooks.on_senders(site, partial(_instead, constant, batch))
             if site.heads is not None and site.heads.post_norm is not None:
@@ -61,7 +61,7 @@ class Constants:
 def at_tokens(constant: Tensor, batch: Batch) -> Tensor:
     """A constant at the tokens of a batch without prefixes: [P, X] -> [E, T, X]."""
     examples, tokens = batch.shape
-    # Beyond the positions there are only tokens of a corrupted prompt that is longer than every clean one.
+    # Only a corrupted prompt that is longer than every clean one has tokens beyond the last position.
     position = torch.arange(tokens, device=constant.device).clamp(max=len(constant) - 1)
     return constant[position].expand(examples, tokens, -1)
 
@@ -72,14 +72,13 @@ def _instead(constant: Tensor, batch: Batch, x: Tensor) -> Tensor:
 
 
 def _without_scale(norm: Norm, x: Tensor) -> Tensor:
-    """A norm after attention, of values that carry its scale already."""
+    """A norm after attention, applied to values that already carry its scale."""
     y = norm.forwards(x)
     return y if norm.bias is None else y + norm.bias
 
 
 def zeros(arch: Architecture) -> Constants:
-    """No contribution at all."""
-
+    """Constants of zero: no sender contributes anything."""
     shapes = [linear_shape(layer.out) for layer in arch.layers]  # (D, H·K)
     values, mlps = (tuple(torch.zeros(1, shape[side]) for shape in shapes) for side in (1, 0))
     return Constants(torch.zeros(1, arch.d_model), values, mlps).on(arch)

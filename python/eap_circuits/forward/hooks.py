@@ -2,65 +2,119 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..adapters import SenderSite, as_given
-from .grouped_attention import shared_keys
+from ..errors import expected
+from ..loans import Changes, SharedChange
+from .grouped_attention import SHARED_KEYS
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_Hook = Callable[[torch.Tensor], torch.Tensor | None]
 
 
-@contextmanager
-def borrowed(model: nn.Module) -> Iterator[None]:
+def _without_compiler() -> tuple[Callable[[], object], Callable[[], object]]:
+    """Compiled code knows nothing of hooks that come later; under this stance it runs uncompiled."""
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is None:  # nothing has been compiled
+        return (lambda: None), (lambda: None)
+    return partial(torch.compiler.set_stance, "force_eager"), partial(setattr, dynamo, "_stance", dynamo._stance)
+
+
+_UNCOMPILED = SharedChange(_without_compiler)
+
+
+class borrowed(Changes):
     """Weights frozen and every module in eval mode inside; what was so before is so after, also after an error.
 
-    Gradients can be computed inside whatever grad or inference mode the caller is in.
+    Gradients are computed inside, whatever grad or inference mode the caller is in. Grad mode, inference mode, and
+    torch's stacks of modes are afterwards what they were.
+
+    Raises:
+        InputError: on entry, if another thread has borrowed the model or a part of it, or under autocast.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    # By their names: accelerate puts others in the place of those that it offloads.
-    named = [(part, name, x) for part in model.modules() for name, x in part._parameters.items()]
-    frozen: list[tuple[Any, str, bool]] = [(part, name, x.requires_grad) for part, name, x in named if x is not None]
-    try:
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        try:
+            self._take()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _take(self) -> None:
+        model = self._model
+        for device in {x.device.type for x in model.parameters()} - {"meta"}:
+            if torch.is_autocast_enabled(device):
+                wanted = "off (a model that is to compute in half precision is loaded in that dtype)"
+                raise expected("torch.autocast", wanted, f"on for the device type {device!r}")
+        self.claim(model)
+        modes = [(module, module.training) for module in model.modules()]
+        # By their names: accelerate puts others in the place of those that it offloads.
+        named = [(part, name, x) for part in model.modules() for name, x in part._parameters.items()]
+        flags = [(part, name, x.requires_grad) for part, name, x in named if x is not None]
+        self.note(partial(_restore, modes, flags))
+        SHARED_KEYS.make(self)
+        _UNCOMPILED.make(self)
+        self.keep_modes()
+        outside = torch._C._InferenceMode(False)
+        self.note(partial(outside.__exit__, None, None, None))
         for module, _ in modes:
             # In eval mode its layers round what they are given, or on a CPU pack their weights and give no gradients.
             module.training = type(module).__module__.startswith("bitsandbytes.")
-        for part, name, _ in frozen:
-            part._parameters[name].requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad(), shared_keys():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for part, name, requires_grad in frozen:
-            part._parameters[name].requires_grad_(requires_grad)
+        _freeze(flags)
+        outside.__enter__()
+        torch.set_grad_enabled(True)
 
 
-class Hooks:
+def _freeze(flags: list[tuple[nn.Module, str, bool]]) -> None:
+    for part, name, _ in flags:
+        _parameter(part, name).requires_grad_(False)
+
+
+def _restore(modes: list[tuple[nn.Module, bool]], flags: list[tuple[nn.Module, str, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
+    for part, name, requires_grad in flags:
+        _parameter(part, name).requires_grad_(requires_grad)
+
+
+def _parameter(part: nn.Module, name: str) -> torch.Tensor:
+    found = part._parameters[name]
+    assert found is not None
+    return found
+
+
+class Hooks(Changes):
     """Hooks and attribute changes on modules, all undone on exit.
 
-    Hooks see [B, T, X] also where a model flattens batch and positions before it calls the module, and inputs on the
+    Hooks see [B, T, X] even if a model flattens batch and positions before it calls the module, and inputs on the
     device on which the module computes.
 
     Args:
         tokens: T.
-        select: what of [B, T, X] hooks see that only read.
+        select: the part of [B, T, X] that hooks see; they can only read then.
     """
 
     def __init__(self, tokens: int, select: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+        super().__init__()
         self._tokens = tokens
         self._select = select
-        self._stack = ExitStack()
 
-    def __enter__(self) -> Hooks:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def on_input(self, module: nn.Module, hook: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+    def on_input(self, module: nn.Module, hook: _Hook) -> None:
         """Call `hook(x)` with the module's first input; what it returns, if anything, takes its place."""
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -70,27 +124,37 @@ class Hooks:
             new = self._call(hook, as_given(module, kwargs["hidden_states"]))
             return None if new is None else (args, {**kwargs, "hidden_states": new})
 
-        self._stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        self.note(partial(unhook, module, before))
+        module.register_forward_pre_hook(before, with_kwargs=True)
 
-    def on_output(self, module: nn.Module, hook: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+    def on_output(self, module: nn.Module, hook: _Hook) -> None:
         """Call `hook(y)` with the module's (first) output; what it returns, if anything, takes its place."""
 
-        def after(_: nn.Module, __: object, output: Any) -> Any:
+        def after(output: Any) -> Any:
             if isinstance(output, tuple):
                 new = self._call(hook, output[0])
                 return None if new is None else (new, *output[1:])
             return self._call(hook, output)
 
-        self._stack.callback(module.register_forward_hook(after).remove)
+        self.on_result(module, after)
 
-    def on_senders(self, site: SenderSite, hook: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+    def on_result(self, module: nn.Module, hook: Callable[[Any], Any]) -> None:
+        """Call `hook(result)` with all that the module returns; what it returns, if anything, takes its place."""
+
+        def after(_: nn.Module, __: object, result: Any) -> Any:
+            return hook(result)
+
+        self.note(partial(unhook, module, after))
+        module.register_forward_hook(after)
+
+    def on_senders(self, site: SenderSite, hook: _Hook) -> None:
         """Call `hook(x)` with heads' values or an MLP's output; what it returns, if anything, takes their place."""
         if site.heads is not None:
             self.on_input(site.heads.out, hook)
         elif site.module is not None:
             self.on_output(site.module, hook)
 
-    def _call(self, hook: Callable[[torch.Tensor], torch.Tensor | None], x: torch.Tensor) -> torch.Tensor | None:
+    def _call(self, hook: _Hook, x: torch.Tensor) -> torch.Tensor | None:
         whole = x if x.dim() > 2 else x.unflatten(0, (x.shape[0] // self._tokens, self._tokens))
         if self._select is not None:
             return hook(self._select(whole))
@@ -99,16 +163,11 @@ class Hooks:
 
     def set_attribute(self, module: nn.Module, name: str, value: object) -> None:
         """Give the module another value of a plain attribute until exit."""
-        old = getattr(module, name)
-        self._stack.callback(setattr, module, name, old)
+        self.note(partial(setattr, module, name, getattr(module, name)))
         setattr(module, name, value)
 
-    def on_result(self, module: nn.Module, hook: Callable[[Any], None]) -> None:
-        """Call `hook(result)` with all that the module gives back, as it is."""
-        self._stack.callback(module.register_forward_hook(lambda _, __, result: hook(result)).remove)
-
     def pass_through(self, module: nn.Module, result: object) -> None:
-        """The module gives back its first input and computes nothing; `result` is what it gave back elsewhere."""
+        """The module returns its first input and computes nothing; `result` is what it returned elsewhere."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             x = args[0] if args else kwargs["hidden_states"]
@@ -118,7 +177,20 @@ class Hooks:
 
     def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         """Let the module compute something else until exit; its hooks are called all the same."""
-        # Set on the module itself, where a wrapper of its forward may stand already.
+        # Set on the module itself, where a wrapper may have put a forward of its own already.
         own = vars(module).get("forward")
-        self._stack.callback(lambda: delattr(module, "forward") if own is None else setattr(module, "forward", own))
+        self.note(
+            partial(vars(module).pop, "forward", None) if own is None else partial(setattr, module, "forward", own)
+        )
         setattr(module, "forward", forward)  # noqa: B010 - mypy refuses the assignment
+
+
+def unhook(module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Remove a hook by itself: its handle would not be there yet if registering it was interrupted."""
+    for hooks, flags in (
+        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+        (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
+    ):
+        for key in [key for key, found in hooks.items() if found is hook]:
+            for each in (*flags, hooks):
+                each.pop(key, None)

@@ -1,4 +1,4 @@
-"""The last layer's MLP where logits are scored: elsewhere nothing reads what it gives, and no gradient comes back."""
+"""Run the last layer's MLP only where logits are scored: elsewhere nothing reads its output, and it has no gradient."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .hooks import Hooks
 
 
 def at_scored(x: Tensor, scored: Tensor) -> Tensor:
-    """One position of each row, int64 [rows]: [rows, T, X] -> [rows, 1, X]."""
+    """One position of each row: [rows, T, X] at int64 [rows] -> [rows, 1, X]."""
     return x[_places(x, scored)][:, None]
 
 
@@ -21,11 +21,11 @@ def _places(x: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ScoredMLP:
-    """An MLP that runs at one position of each row, and gives 0 at the others.
+    """An MLP that runs at one position of each row and returns 0 at the others.
 
     Args:
-        layer: whose MLP it is.
-        scored: the positions of so many rows, int64 [rows].
+        layer: the layer whose MLP it is.
+        scored: called with a number of rows; gives their positions, int64 [rows].
     """
 
     def __init__(self, layer: Layer, scored: Callable[[int], Tensor]) -> None:
@@ -33,11 +33,11 @@ class ScoredMLP:
         self._tokens = 0
 
     def put(self, hooks: Hooks) -> None:
-        """Give the whole rows back; `hooks` of one token, before those that look at what the MLP gives."""
+        """Put its output back into whole rows; `hooks` are for one token and come before any that read the output."""
         hooks.on_output(self._layer.mlp_out, self._put)
 
     def take(self, hooks: Hooks) -> None:
-        """Take the positions, after the hooks that look at what the MLP reads."""
+        """Pick its input at the positions; to be added after any hooks that read the input."""
         hooks.on_input(self._layer.mlp_in, self._take)
 
     def _take(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Keys and values of the tokens that clean and corrupted prompts share: run once, put before those of every pass.
+"""Keys and values of the tokens that clean and corrupted prompts share: computed once and put before every pass.
 
-Prefixes of different lengths end together: shorter ones have unused places before them, which `attention_mask` marks.
+Prefixes are padded on the left, so that all end together; `attention_mask` marks the padding.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from .batches import Batch
 
 # What `forward` calls the cache: the first name since transformers 5.24, the second before and in other models' code.
 _CACHE_NAMES = ("cache", "past_key_values")
-# Tokens saved from which prefixes' own common beginning is run once for all, which takes one pass more.
+# If it saves this many tokens, the common beginning of all prefixes runs once, in a pass of its own.
 _WORTH_A_PASS = 64
 
 
 def parameters(model: Any) -> set[str]:
-    """The names of what the model's forward takes, also where a subclass's forward only passes them on."""
+    """The names of the parameters of the model's forward, even if a subclass's forward only passes them on."""
     forwards = [model.forward, *(vars(kind)["forward"] for kind in type(model).__mro__ if "forward" in vars(kind))]
     found = (set(inspect.signature(forward).parameters) for forward in forwards)
     return next((names for names in found if "inputs_embeds" in names), set())
 
 
 def behind(model: Any, cache: Cache) -> dict[str, Any]:
-    """The arguments of the model's forward for a run behind a cache."""
+    """Arguments of the model's forward that make it run behind a cache."""
     taken = parameters(model)
     name = next((name for name in _CACHE_NAMES if name in taken), _CACHE_NAMES[-1])
     return {name: cache, "use_cache": True}
@@ -38,10 +38,10 @@ class Prefix:
     """The prefixes of a batch.
 
     Args:
-        batch: the examples; each has a prefix or none has.
-        ran: what a run of the prefixes, and maybe of more after them, left in its cache.
-        which: int64 [E], the row of that run with each example's prefix.
-        repeat_kv: how often the run's keys and values of each layer stand side by side.
+        batch: the examples.
+        ran: the cache that a run of the prefixes, and perhaps of tokens after them, has filled.
+        which: int64 [E], the row of that run that holds each example's prefix.
+        repeat_kv: how many copies of each layer's keys and values that cache holds side by side.
     """
 
     def __init__(self, batch: Batch, ran: DynamicCache, which: Tensor, repeat_kv: list[int]) -> None:
@@ -73,7 +73,7 @@ class Prefix:
 
 
 class _Before(DynamicLayer):
-    """A layer's keys and values [E, G, P, K], or [1, ...] for all, before those of each pass, of which none is kept."""
+    """A layer's keys and values [E, G, P, K], or [1, ...] for all, put before those of each pass; these are dropped."""
 
     keys: Tensor
     values: Tensor
@@ -89,7 +89,7 @@ class _Before(DynamicLayer):
 
 
 def _before(kept: Tensor, new: Tensor) -> Tensor:
-    """kept for every copy of the batch, and for every query head where `new` has them, then new."""
+    """`kept`, repeated for every copy of the batch and, if `new` has them, for every query head; then `new`."""
     (rows, groups), heads = kept.shape[:2], new.shape[1] // kept.shape[1]
     parts = new.view(-1, rows, groups, heads, *new.shape[2:])
     ahead = kept[:, :, None].expand(len(parts), -1, -1, heads, -1, -1)
@@ -97,7 +97,7 @@ def _before(kept: Tensor, new: Tensor) -> Tensor:
 
 
 class WholePrompts:
-    """A batch's suffixes behind its prefixes again, right padded, but for `shared` tokens at the beginning."""
+    """A batch's suffixes joined to their prefixes again, right padded, without the first `shared` tokens."""
 
     def __init__(self, batch: Batch, shared: int) -> None:
         start, (examples, suffix) = batch.start[:, None], batch.shape
@@ -106,7 +106,7 @@ class WholePrompts:
         self._example = torch.arange(examples, device=start.device)[:, None]
         self._ahead = (place - shared).clamp(max=batch.prefix.shape[1] - shared - 1)
         self._behind = place - start  # [E, W]
-        # Padding may reach further than the prompts do, and takes their last place.
+        # Padding may reach beyond the prompts; it reads their last position.
         self._suffix = (start - shared + torch.arange(suffix, device=start.device)).clamp(max=len(place) - 1)
 
     def join(self, prefixes: Tensor, suffixes: Tensor) -> Tensor:
@@ -120,16 +120,16 @@ class WholePrompts:
 
 
 def run_prefixes(model: Any, prefixes: Tensor, repeat_kv: list[int]) -> DynamicCache:
-    """The cache of a run of prefixes int64 [U, P], of which `beginning` ran alone where that pays."""
+    """Run prefixes int64 [U, P] and return their cache; if it pays, their common `beginning` runs alone first."""
     cache, shared = beginning(model, prefixes, repeat_kv)
     model(input_ids=prefixes[:, shared:], **behind(model, cache))
     return cache
 
 
 def beginning(model: Any, prefixes: Tensor, repeat_kv: list[int]) -> tuple[DynamicCache, int]:
-    """The cache of the tokens with which all prefixes begin, and how many; none where a pass costs more.
+    """The cache of the tokens with which all prefixes begin, and their number; 0 if a pass would cost more.
 
-    `repeat_kv`: how often each layer's keys and values are to stand side by side.
+    `repeat_kv`: how many copies of each layer's keys and values the cache is to hold side by side.
     """
     cache = DynamicCache()
     shared = int((prefixes == prefixes[0]).all(0).cumprod(0).sum())

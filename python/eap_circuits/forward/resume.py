@@ -1,4 +1,4 @@
-"""Runs that start in the middle of the model, where all before is as in another run."""
+"""Start runs in the middle of the model, if everything before is the same as in another run."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from .hooks import Hooks
 
 
 class LayerInputs:
-    """What each layer of a run read, for others that begin there."""
+    """The input of each layer in one run, from which others can start."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._layers = layers
         self._inputs: list[Tensor] = []  # [E, T, D]
-        self._results: list[object] = []  # of what kind each layer's result is
+        self._results: list[object] = []  # the form of each layer's result, with None for tensors
 
     @property
     def first(self) -> Tensor:
-        """The residual stream's beginning, [E, T, D]."""
+        """The residual stream before the first layer, [E, T, D]."""
         return self._inputs[0]
 
     def watch(self, hooks: Hooks, rows: slice = slice(None)) -> None:
-        """Record some rows of the pass that has these hooks."""
+        """Record some rows of the pass with these hooks."""
         for layer in self._layers:
             hooks.on_input(layer.module, lambda x: self._inputs.append(x[rows]))
             hooks.on_result(layer.module, self._keep_kind)
 
     def start_at(self, index: int, copies: int, hooks: Hooks) -> None:
-        """Let a pass of copies of the batch begin at this layer, or, one past the last, behind all of them."""
+        """Start a pass over copies of the batch at this layer; one past the last layer: after all of them."""
         for layer, result in zip(self._layers[:index], self._results, strict=False):
             hooks.pass_through(layer.module, result)
         if index < len(self._layers):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Architecture, concatenate, group, is_offloaded
+from ..errors import expected
 from ..graph import Graph
 from .batches import Batch
-from .cache_errors import behind_cache
 from .hooks import Hooks
 from .last_mlp import ScoredMLP, at_scored
 from .prefix import Prefix, WholePrompts, beginning, behind, parameters, run_prefixes
@@ -36,10 +36,9 @@ class Runner:
 
     Args:
         arch: the bound model.
-        graph: its edge graph; with query-head receivers under grouped-query attention, keys and values are given
-            to attention per query head (the value is the same, the gradient and the mask are per head).
-        tokens: int64 [U]: compute only these tokens' logits where the model's last module allows it; logits are
-            [E, U] then.
+        graph: its edge graph. If its receivers are query heads that share keys and values, attention gets a copy of
+            these for each query head: the same values, but each with a gradient and a mask of its own.
+        tokens: int64 [U]: compute only these tokens' logits, [E, U], if the model's last module allows it.
         every_mlp: run the last layer's MLP at every token; by default it runs only where logits are scored, and
             returns 0 elsewhere.
     """
@@ -75,7 +74,7 @@ class Runner:
     def logits(self, embeddings: Tensor, register: Register | None = None, corrupted: int = 0) -> Tensor:
         """Logits at the scored positions: [m·E, T, D] -> [m·E, V], for m copies of the batch, one after another.
 
-        `register` adds hooks for this run. Those on a projection see its output concatenated and repeated. The first
+        `register` adds hooks for this run. Hooks on a projection see its output concatenated and repeated. The first
         `corrupted` copies are the corrupted prompts, scored at their own positions.
         """
         batch, (rows, suffix) = self.batch, embeddings.shape[:2]
@@ -86,7 +85,7 @@ class Runner:
         if batch.prefix.shape[1]:
             if self._prefix is None:
                 once = [1] * len(self.repeat_kv)
-                with torch.no_grad(), behind_cache(True), self._for_cache():
+                with torch.no_grad(), self._for_cache():
                     ran = run_prefixes(self._model, batch.prefix, once)
                 self._prefix = Prefix(batch, ran, batch.prefix_of, once)
             given = self._prefix.arguments(self._model, suffix, copies)
@@ -95,27 +94,28 @@ class Runner:
                 # Padding may reach beyond the positions that a model has.
                 last = batch.start + torch.maximum(clean, own)
                 given["position_ids"] = (batch.start[:, None] + offset).minimum(last[:, None]).repeat(copies, 1)
-        with behind_cache(bool(batch.prefix.shape[1])), Hooks(tokens=suffix) as hooks:
+        with Hooks(tokens=suffix) as hooks:
             return self._run(embeddings, scored, given, hooks, register, hooks)
 
     def record(self, embeddings: Tensor, register: Register, corrupted: int = 0) -> Tensor:
-        """The same without gradient, of hooks that only read.
+        """The same without gradient, for hooks that only read.
 
-        In one copy's first run distinct prefixes run along, as one pass of whole prompts.
+        If every example has a prefix of its own, the first run of one copy includes the prefixes: whole prompts, in one
+        pass.
         """
         batch = self.batch
         with torch.no_grad():
             if self._prefix is not None or not batch.prefix.shape[1] or len(embeddings) != len(batch.prefix):
                 return self.logits(embeddings, register, corrupted)
             prefixes = batch.prefix[batch.prefix_of]
-            with behind_cache(True), self._for_cache():
+            with self._for_cache():
                 cache, shared = beginning(self._model, prefixes, self.repeat_kv)
             whole = WholePrompts(batch, shared)
             joined = whole.join(self.embed(prefixes[:, shared:]), embeddings)
             scored = batch.start - shared + (batch.corrupted_scored if corrupted else batch.scored)
             given = behind(self._model, cache)
             tokens = joined.shape[1]
-            with behind_cache(True), Hooks(tokens) as hooks, Hooks(tokens, whole.suffixes) as reading:
+            with Hooks(tokens) as hooks, Hooks(tokens, whole.suffixes) as reading:
                 logits = self._run(joined, scored, given, hooks, register, reading)
             every = torch.arange(len(prefixes), device=prefixes.device)
             self._prefix = Prefix(batch, cache, every, self.repeat_kv)
@@ -132,13 +132,13 @@ class Runner:
     ) -> Tensor:
         """[rows, tokens, D] -> [rows, V]: logits at one position of each row.
 
-        A module's hooks run in the order in which they are added, each on what the last one left: `register`, the
-        caller's, stands between those that bring a module's values into the form that it expects and their inverses.
+        A module's hooks run in the order in which they are added, each on the last one's result. The caller's hooks,
+        `register`, come between those that bring values into the form that they expect and those that undo it.
         """
         inputs = embeddings if self.arch.embedding_scale == 1 else embeddings / self.arch.embedding_scale
         last = ScoredMLP(self.arch.layers[-1], lambda rows: scored[:rows])
         with Hooks(tokens=1) as single:
-            # Anywhere, as no other hook is on this norm, which `embed` has applied already.
+            # `embed` has already applied this norm. No other hook is on it, so the order does not matter.
             if self.arch.embedding_norm is not None:
                 hooks.on_output(self.arch.embedding_norm, lambda _: embeddings)
             # Before the caller's hooks, which see queries, keys and values one after another, repeated.
@@ -151,12 +151,23 @@ class Runner:
             # After the caller's hooks, which see and change the last MLP's input in whole rows.
             if not self._every_mlp:
                 last.take(hooks)
-            # After the caller's hooks on projections: attention takes the order of features that it knows.
+            # After the caller's hooks on projections: attention expects features in its own order.
             self._restore_order(hooks)
-            # Last, behind whatever the caller's hooks do to the final norm: only scored positions get logits.
+            # Last, after any of the caller's hooks on the final norm: only scored positions get logits.
             self._score(lambda x: at_scored(x, scored), hooks)
-            logits: Tensor = self._model(inputs_embeds=inputs, **given).logits.to(embeddings.device)
+            result = self._model(inputs_embeds=inputs, **given)
+        logits = self._checked(getattr(result, "logits", None), len(scored)).to(embeddings.device)
         return (logits if logits.shape[1] == 1 else at_scored(logits, scored)).squeeze(1)
+
+    def _checked(self, logits: object, rows: int) -> Tensor:
+        """Logits, if they are those of a language model."""
+        model = self._model
+        known = self._tokens is not None or model.get_output_embeddings() is not None
+        least = 1 if known else model.get_input_embeddings().weight.shape[0]
+        if not isinstance(logits, Tensor) or logits.dim() != 3 or len(logits) != rows or logits.shape[2] < least:
+            found = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else "none"
+            raise expected(f"{type(model).__name__}'s logits", "[prompts, positions, vocabulary]", found)
+        return logits
 
     @contextmanager
     def _for_cache(self) -> Iterator[None]:
@@ -169,18 +180,18 @@ class Runner:
             yield
 
     def _score(self, cut: Callable[[Tensor], Tensor], hooks: Hooks) -> None:
-        """Logits [rows, 1, V] or [rows, 1, U] of only one position of each row: `cut` takes it, [rows, 1, D]."""
+        """Compute logits, [rows, 1, V] or [rows, 1, U], at only one position of each row, which `cut` picks."""
         head = self._model.get_output_embeddings()
         if head is not None:
             hooks.on_input(head, cut)
-        # Nothing but a plain linear layer gives only some tokens' logits.
+        # Only of a plain linear layer can some tokens' logits be computed by themselves.
         if self._tokens is not None and type(head) is nn.Linear and not is_offloaded(head):
             which = self._tokens.to(head.weight.device)
             weight, bias = head.weight[which], None if head.bias is None else head.bias[which]
             hooks.replace_forward(head, lambda x: nn.functional.linear(x, weight, bias))
 
     def _concatenate(self, hooks: Hooks) -> None:
-        """Projections give their features concatenated, keys and values repeated."""
+        """Let projections return their features concatenated, with keys and values repeated."""
         for layer, repeat_kv in zip(self.arch.layers, self.repeat_kv, strict=True):
             for change in layer.per_query_head() if repeat_kv > 1 else ():
                 hooks.set_attribute(*change)
@@ -189,7 +200,7 @@ class Runner:
                     hooks.on_output(module, partial(concatenate, projections, layer.grouped, repeat_kv))
 
     def _restore_order(self, hooks: Hooks) -> None:
-        """Attention gets them in the order it knows."""
+        """Let attention get them in the order that it expects."""
         for layer, repeat_kv in zip(self.arch.layers, self.repeat_kv, strict=True):
             if layer.grouped:
                 hooks.on_output(layer.q.module, partial(group, layer.projections, repeat_kv))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters import Call
+from ..loans import Changes
+from .hooks import unhook
 
 
 def trace(model: nn.Module, tokens: Tensor) -> list[Call]:
@@ -30,9 +32,12 @@ def trace(model: nn.Module, tokens: Tensor) -> list[Call]:
 
         return keep
 
-    with ExitStack() as stack, torch.no_grad():
+    with Changes() as changes, torch.no_grad():
         for path, module in model.named_modules():
-            stack.callback(module.register_forward_pre_hook(before(path), with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(after(path), with_kwargs=True).remove)
+            first, then = before(path), after(path)
+            changes.note(partial(unhook, module, first))
+            changes.note(partial(unhook, module, then))
+            module.register_forward_pre_hook(first, with_kwargs=True)
+            module.register_forward_hook(then, with_kwargs=True)
         model(input_ids=tokens, use_cache=False)
     return [calls[path] for path in order if path in calls and order.count(path) == 1]

@@ -36,7 +36,7 @@ def bootstrap_confidence(values: Tensor, *, draws: int = 1000, seed: int = 0) ->
     n = len(values)
     picked = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
     weights = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(
-        1, picked, torch.full(picked.shape, 1 / n).double()
+        1, picked, torch.full(picked.shape, 1 / n, dtype=torch.float64)
     )
     columns = values.detach().cpu().flatten(1)
     shares = []

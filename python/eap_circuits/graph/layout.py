@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import expected, one_of, whole
+from ..errors import expected, one_of, refuse_default_device, whole
 
 Heads = Literal["kv", "query"]
 
@@ -40,6 +40,7 @@ class Graph:
     heads: Heads = "kv"
 
     def __post_init__(self) -> None:
+        refuse_default_device()
         one_of("heads", self.heads, ("kv", "query"))
         for name in ("n_heads", "n_kv_heads"):
             object.__setattr__(self, name, tuple(whole(name, n) for n in getattr(self, name)))

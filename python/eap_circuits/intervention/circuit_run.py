@@ -46,7 +46,7 @@ def run_circuits(
         ]
         with torch.no_grad():
             logits = _CircuitsRun(runner, graph, corrupted, some, groups).logits()
-        yield from logits
+        yield from logits  # outside of no_grad, which would otherwise last until the next one is asked for
 
 
 def learning_run(runner: Runner, graph: Graph, ablated: ReferenceRun, mask: Tensor) -> Tensor:

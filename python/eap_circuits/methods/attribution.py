@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from eap_kernels import Nodes, explain
 
-from ..adapters import weightless
+from ..adapters import Weightless
 from ..errors import expected, known_arguments, one_of, whole
-from ..forward import Constants, borrowed, one_want_of_memory, without_cache_where_it_fails
+from ..forward import Constants, borrowed, one_want_of_memory
 from ..graph import Circuit, EdgeScores, Heads
+from ..loans import gives_back
 from ..provenance import called, provenance
 from ..recording import RULES, ablation_of
 from ..request import Progress, prepare, watched
@@ -29,8 +30,8 @@ from .spec import AttributionRequest
 from .statistics import Statistics, to_keep
 
 
+@gives_back
 @one_want_of_memory
-@without_cache_where_it_fails
 @known_arguments
 def attribute(
     model: nn.Module,
@@ -126,7 +127,7 @@ def attribute(
     )
     origin = provenance(request, call, _operator(request))
     with borrowed(request.arch.model):
-        request = request.with_constants()
+        request = request.verified(heads).with_constants()
         statistics = Statistics(request)
         request.method.run(request, statistics, watched(progress))
     spec = request.method
@@ -157,8 +158,8 @@ def _operator(request: AttributionRequest) -> str | None:
     return explain("head_space_scores", [Nodes(nothing)])
 
 
+@gives_back
 @one_want_of_memory
-@without_cache_where_it_fails
 @known_arguments
 def plan(
     model: nn.Module,
@@ -186,7 +187,7 @@ def plan(
     Raises:
         InputError: what `attribute` refuses, and methods of which only a pass takes memory, such as "exact".
     """
-    with weightless(model) as mode:
+    with Weightless(model) as shapes:
         request = _request(
             model=model,
             data=data,
@@ -208,8 +209,8 @@ def plan(
         if not isinstance(spec, GradientMethod) or not spec.planned:
             planned = (name for name, each in METHODS.items() if each.planned)
             raise expected("method", f"one whose memory is planned ({', '.join(map(repr, planned))})", repr(method))
-        with borrowed(request.arch.model), mode:
-            return spec.plan(request.with_constants())
+        with borrowed(request.arch.model), shapes.mode:
+            return spec.plan(request.verified(heads).with_constants())
 
 
 def _request(
@@ -240,7 +241,8 @@ def _request(
     if compat not in (None, "eap-ig"):
         raise expected("compat", "None or 'eap-ig'", repr(compat))
     spec = METHODS[method]
-    common = prepare(model, data, metric, ablation, batch_size, ablation_data, reuse_prefix, memory)
+    reused = reuse_prefix and spec.reuses
+    common = prepare(model, data, metric, ablation, batch_size, ablation_data, reused, memory)
     ablated = ablation_of(ablation)
     if ablated.learned:
         raise expected("ablation", "constants from eap.optimal_constants, learned for a circuit", repr(ablation))

@@ -13,7 +13,6 @@ where no sender brings a receiver nearer to its input counts 0 (the published pa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
@@ -38,10 +37,9 @@ class FlowMethod(Method):
 
     ablated: ClassVar[bool] = False
     measures: ClassVar[bool] = False
+    reuses: ClassVar[bool] = False  # prompts run whole: nothing is compared with the corrupted ones
 
     def run(self, request: AttributionRequest, statistics: Statistics, progress: Progress | None) -> None:
-        # Prompts run whole: nothing is compared with the corrupted ones.
-        request = replace(request, reuse_prefix=False)
         score_batches(request, most_tokens(request.arch.device), partial(score_batch, request), statistics, progress)
 
 
@@ -51,7 +49,7 @@ def score_batch(request: AttributionRequest, batch: Batch, tokens: int) -> Batch
     record = record_run(Runner(request.arch, graph, batch, every_mlp=True), corrupted=False)
     real = torch.arange(batch.clean.shape[1], device=batch.clean.device) < batch.lengths[:, None]  # [E, T]
     rows = real.flatten().nonzero()[:, 0]
-    weights = (real / batch.lengths[:, None]).flatten()[rows].to(request.arch.accumulate)  # [n]
+    weights = (real.to(request.arch.accumulate) / batch.lengths[:, None]).flatten()[rows]  # [n]
     sites = _sites(request, graph)
     tile = max(1, WORKSPACE // (_per_token(graph, len(sites)) * request.arch.accumulate.itemsize))
     scores = BatchScores(request, batch)

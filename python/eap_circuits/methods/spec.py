@@ -65,10 +65,11 @@ class Method(ABC):
     passes: str
     tier: Tier
 
-    # What the methods of a kind know: ablations other than patching, a metric, backward passes, a choice of edges with
-    # a checkpoint, a bound of memory that `plan` foretells; and what they keep of scores.
+    # What the methods of a kind know: ablations other than patching, a metric, prefixes that run once, backward passes,
+    # a choice of edges with a checkpoint, a bound of memory that `plan` foretells; and what they keep of scores.
     ablated: ClassVar[bool] = True
     measures: ClassVar[bool] = True
+    reuses: ClassVar[bool] = True
     backward: ClassVar[bool] = False
     selective: ClassVar[bool] = False
     planned: ClassVar[bool] = False

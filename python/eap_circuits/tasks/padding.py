@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import expected
+from ..errors import expected, refuse_default_device
 
 
 def integers(name: str, values: Any, flags: bool = False) -> Tensor:
     """An int64 copy on the CPU; `flags` may also be bool."""
+    refuse_default_device()
     try:
         tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+)
 
 import eap_circuits as eap
 from eap_circuits.adapters import FAMILIES, bind, binding
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import prefix
+from eap_circuits.graph import Graph
 from tests.circuits.conftest import CONFIGS
 
 
@@ -66,10 +78,91 @@ def test_unsupported_architecture_names_what_is_and_what_was_found():
     assert "gpt2" in text and "llama" in text and "'bert'" in text and "BertForMaskedLM" in text
 
 
-def test_model_without_a_head_names_the_site(make_model):
+@pytest.mark.parametrize(
+    "auto",
+    [
+        AutoModel,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        AutoModelForQuestionAnswering,
+    ],
+)
+def test_models_without_a_language_models_head(auto):
     config = LlamaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    text = refused(AutoModel.from_config(config))
-    assert "LlamaModel" in text and "'model.layers'" in text
+    model = auto.from_config(config)
+    said = f"{type(model).__name__}: expected a causal language model with its head, as AutoModelForCausalLM loads it"
+    assert refused(model) == f"{said}, found a model without one."
+
+
+def test_a_site_that_is_not_there_is_named(make_model):
+    model = make_model("llama")
+    del model.model.norm
+    assert "expected a module at 'model.norm'" in refused(model)
+
+
+@pytest.mark.parametrize("kept", [slice(0, 1), (slice(None), -1), (..., slice(5))])
+def test_logits_that_are_no_language_models(kept, make_model, make_pairs):
+    """Of a class of the user's own, whose head is not found by its name."""
+    model, data = make_model("llama"), make_pairs(n=3)
+
+    class Other(type(model)):
+        def get_output_embeddings(self):
+            return None
+
+        def forward(self, **given):
+            result = super().forward(**given)
+            result.logits = result.logits[kept]
+            return result
+
+    model.__class__ = Other
+    said = r"Other's logits: expected \[prompts, positions, vocabulary\], found shape"
+    with pytest.raises(eap.InputError, match=said):
+        eap.attribute(model, data, lambda logits, _: logits.flatten(1).sum(1))
+
+
+def test_weights_made_in_inference_mode():
+    config = LlamaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_config(config)
+    assert refused(model) == "model: expected weights made outside of torch.inference_mode, found inference tensors."
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_another_default_dtype_changes_nothing(dtype, make_model, make_pairs):
+    model, data = make_model("llama", torch.float32), make_pairs(n=4)
+
+    def results():
+        scores = [eap.attribute(model, data, steps=3, method=method, rules=rules).values for method, rules in cases]
+        circuit = eap.attribute(model, data, method="eap", ablation="mean").select(30)
+        return [
+            *scores,
+            eap.evaluate(model, circuit, data).values,
+            eap.optimal_constants(model, circuit, data, steps=1).embedding,
+        ]
+
+    cases = [("eap-ig-inputs", "gim"), ("information-flow-routes", None), ("eap-ig-activations", None), ("exact", None)]
+    right = results()
+    torch.set_default_dtype(dtype)
+    try:
+        found = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, right, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def test_another_default_device_is_refused(make_model, make_pairs):
+    model, data = make_model("llama"), make_pairs(n=3)
+    tokens = [[1, 2]], [[1, 3]], [2], [[4, 5]]
+    calls = (
+        lambda: eap.attribute(model, data),
+        lambda: eap.PairedDataset.from_tokens(*tokens),
+        lambda: Graph((2,), (2,), 8),
+    )
+    with torch.device("meta"):
+        for call in calls:
+            with pytest.raises(eap.InputError, match="torch's default device: expected the CPU"):
+                call()
 
 
 def test_no_model_at_all():
@@ -175,8 +268,10 @@ def test_other_errors_of_a_run_are_not_the_caches(make_model, make_pairs):
         raise RuntimeError("no")
 
     model.model.layers[1].register_forward_hook(fails)
-    with pytest.raises(RuntimeError, match=r"^no$"), pytest.warns(UserWarning, match="not reused"):
-        eap.attribute(model, data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match=r"^no$"):
+            eap.attribute(model, data)
 
 
 def test_self_check_sees_the_wrong_norm(make_model, monkeypatch):
@@ -223,31 +318,6 @@ def test_self_check_of_an_unsupported_model_says_so():
     config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     (check,) = check_model(BertForMaskedLM(config))
     assert not check.passed and "bert" in check.detail
-
-
-def test_load_model_says_what_is_wrong(tmp_path):
-    from eap_circuits.adapters import load_model
-
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(eap.InputError, match="cannot be loaded"):
-        load_model(str(tmp_path))
-
-
-def test_load_model_from_a_folder(tmp_path, make_model):
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    from eap_circuits.adapters import load_model
-
-    model = make_model("gpt2", dtype=torch.float32)
-    model.save_pretrained(tmp_path)
-    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a").save_pretrained(tmp_path)
-    loaded, tokenizer = load_model(str(tmp_path), device="cpu")
-    assert isinstance(loaded, type(model)) and not loaded.training and tokenizer("b").input_ids == [1]
-    tokens = torch.tensor([[1, 2, 3]])
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
 
 
 def test_every_family_loads_as_a_causal_model(family, make_model):

@@ -26,7 +26,7 @@ def test_unequal_lengths_are_taken_with_align(tmp_path: Path, monkeypatch: pytes
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     model = make_model("llama", torch.float32)
-    monkeypatch.setattr(session, "load_model", lambda *_: (model, tokenizer))
+    monkeypatch.setattr(session, "load_model", lambda *_, **__: (model, tokenizer))
     path = tmp_path / "names.csv"
     path.write_text("clean,corrupted,answer,wrong_answer\nAnn and Bob met Bob,Ann and Bob Cy met Ann,Ann,Bob\n")
     command = ("attribute", "tiny", "--data", path, "--steps", 2)

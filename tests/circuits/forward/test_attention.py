@@ -10,7 +10,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import eap_circuits as eap
-from eap_circuits.forward.grouped_attention import shared_keys
+from eap_circuits import request
+from eap_circuits.forward.grouped_attention import SHARED_KEYS
+from eap_circuits.loans import Changes
+
+
+class SharedKeys(Changes):
+    """As `borrowed` has it, without a model."""
+
+    def __enter__(self):
+        super().__enter__()
+        SHARED_KEYS.make(self)
+        return self
 
 
 def random_attention(groups, per_head, queries, keys, seed=0):
@@ -35,7 +46,7 @@ def test_values_and_gradients_are_those_of_repeated_keys(groups, queries, keys, 
     found = []
     for within in (False, True):
         if within:
-            with shared_keys():
+            with SharedKeys():
                 attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
                 out, _ = attend(module, *inputs, mask, dropout=0.0, scaling=0.3, is_causal=None)
         else:
@@ -58,7 +69,7 @@ def test_keys_are_not_repeated_for_short_prompts_and_masks_not_for_long_ones(mon
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attend)
     module = SimpleNamespace(num_key_value_groups=3)
-    with shared_keys():
+    with SharedKeys():
         for queries in (20, 21):  # 2 heads of 5 features, keys and values: as much as a mask of 20 queries
             query, key, value, mask = random_attention(3, False, queries, 30)
             out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask)
@@ -71,7 +82,7 @@ def test_the_function_that_was_there_is_back(monkeypatch):
     for theirs in (sdpa_attention_forward, lambda *_, **__: None):
         if theirs is not sdpa_attention_forward:
             monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", theirs)
-        first, second = shared_keys(), shared_keys()
+        first, second = SharedKeys(), SharedKeys()
         first.__enter__()
         second.__enter__()
         first.__exit__(None, None, None)  # as two threads may
@@ -88,6 +99,7 @@ def test_a_models_runs_use_it(make_model, make_pairs, monkeypatch):
         return sdpa_attention_forward(module, *args, **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attend)
+    monkeypatch.setattr(request, "why_not_reused", lambda *_: None)  # which also runs the model as it is
     model, data = make_model("llama"), make_pairs(n=3)
     eap.evaluate(model, eap.attribute(model, data, heads="query", method="eap").select(9), data, reuse_prefix=False)
     assert groups == {1}

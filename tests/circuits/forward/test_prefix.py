@@ -51,14 +51,18 @@ def test_nothing_changes(beginning, prefixes, kind, heads, make_model, relative,
 
 
 def test_distinct_prefixes_run_with_the_corrupted_prompts(make_model):
-    """Two passes: whole corrupted prompts, and the path points side by side."""
+    """Two passes: whole corrupted prompts, and the path points side by side; before them those of one or two pairs."""
     model, data, shapes = make_model("llama"), pairs(0, 6), []
     hook = model.model.register_forward_pre_hook(
-        lambda _, __, given: shapes.append(tuple(given["inputs_embeds"].shape[:2])), with_kwargs=True
+        lambda _, __, given: shapes.append(
+            tuple(next(given[x] for x in ("inputs_embeds", "input_ids") if given.get(x) is not None).shape[:2])
+        ),
+        with_kwargs=True,
     )
     eap.attribute(model, data, steps=2, batch_size=6)
     hook.remove()
-    assert shapes == [(6, int(data.lengths.max())), (12, 5)]
+    assert shapes[-2:] == [(6, int(data.lengths.max())), (12, 5)]
+    assert all(rows <= 4 for rows, _ in shapes[:-2])
 
 
 @pytest.mark.parametrize(("beginning", "prefixes"), [(0, 6), (12, 6), (12, 3), (12, 1)])

@@ -8,29 +8,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
-
-
-def snapshot(model):
-    """All that can be seen of a model."""
-    state = {"config": model.config.to_dict(), "attention": model.config._attn_implementation}
-    for name, module in model.named_modules():
-        fields = {}
-        for key, value in vars(module).items():
-            if key.endswith("_hooks") or key.endswith("_hooks_with_kwargs"):
-                fields[key] = list(value)
-            elif isinstance(value, (bool, int, float, str, type(None))):
-                fields[key] = value
-            else:
-                fields[key] = id(value)
-        state[name] = fields
-    for name, parameter in model.named_parameters():
-        state[f"weight {name}"] = (
-            parameter.requires_grad,
-            None if parameter.grad is None else parameter.grad.clone(),
-            parameter.data_ptr(),
-            parameter._version,
-        )
-    return state
+from tests.circuits.untouched import snapshot
 
 
 class Stop(BaseException):

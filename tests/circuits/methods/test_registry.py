@@ -11,6 +11,7 @@ import eap_circuits as eap
 from eap_circuits.errors import InputError
 from eap_circuits.methods import METHODS, statistics
 from tests.circuits.budget.test_memory import longer_pairs
+from tests.circuits.untouched import snapshot
 
 NEW = ["eap-ig-activations", "eap-conductance", "information-flow-routes"]
 
@@ -42,8 +43,6 @@ def test_key_value_scores_are_group_sums(method, make_model, make_pairs, relativ
 
 @pytest.mark.parametrize("method", NEW)
 def test_the_model_is_untouched_also_after_an_error(method, kind, make_model, make_pairs, monkeypatch):
-    from tests.circuits.forward.test_untouched import snapshot
-
     model, data = make_model(kind).train(), make_pairs(n=3)
     before = snapshot(model)
     eap.attribute(model, data, method=method, steps=2)

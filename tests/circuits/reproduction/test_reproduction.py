@@ -191,7 +191,7 @@ def test_the_page_says_what_the_results_say(model: Any, experiments: list[Experi
 def test_one_file_of_ones_own_from_the_command_line(
     model: Any, make_pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "load_model", lambda *_: (model, None))
+    monkeypatch.setattr(session, "load_model", lambda *_, **__: (model, None))
     monkeypatch.setattr("eap_circuits.reproduction.Settings", lambda **given: Settings(**{**vars(SETTINGS), **given}))
     make_pairs().save(tmp_path / "mine.safetensors")
     arguments = ["reproduce", "tiny", "--data", str(tmp_path / "mine.safetensors"), "--scored", "2", "-n", "3"]

@@ -79,7 +79,7 @@ def _cfg(graph: Graph) -> dict[str, Any]:
 def _as_query(content: Content) -> tuple[Graph, Tensor, Tensor]:
     """(graph, values, mask) over query heads; as in EAP-IG, scores without a circuit keep no edge."""
     graph, tensors, _ = content
-    values = tensors.get("values", torch.zeros(graph.edge_mask.shape))
+    values = tensors.get("values", torch.zeros(graph.edge_mask.shape, dtype=torch.float32))
     mask = tensors.get("mask", torch.zeros_like(graph.edge_mask))
     if graph.heads == "query":
         return graph, values, mask
@@ -125,7 +125,7 @@ def read_json(data: bytes) -> Content:
     if any(score is not None for score in scores):
         if None in scores:
             raise expected("edges", "a score of each edge, or of none", f"{scores.count(None):,} without")
-        values = torch.zeros(mask.shape)
+        values = torch.zeros(mask.shape, dtype=torch.float32)
         values[rows, columns] = torch.tensor(scores, dtype=torch.float32)
     if CHECKSUM in content:
         head = {name: value for name, value in content.items() if name not in ("edges", CHECKSUM)}

@@ -46,7 +46,8 @@ def score_along_inputs(request: AttributionRequest, batch: Batch, passes: Passes
     for held in chunks(path, passes.held):
         for part in chunks(held, passes.together):
             points = torch.cat([torch.lerp(side.corrupted_embeddings, side.clean_embeddings, a) for a, _ in part])
-            run_pass = partial(receivers.run, points, torch.tensor([weight for _, weight in part]), loss)
+            weights = torch.tensor([weight for _, weight in part], dtype=torch.float64)
+            run_pass = partial(receivers.run, points, weights, loss)
             if clean_logits is None:
                 senders, _ = less_clean(side, batch, run_pass)
             else:

@@ -1,0 +1,114 @@
+"""Whether prefixes can be reused, tried on one or two pairs of the data before they run.
+
+Runs behind a model's cache may differ from plain ones in silence: a forward may ignore the cache, and an attention
+function may place the mask as if there were none. So their logits are compared first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..adapters import Architecture
+from ..errors import InputError, expected, reason
+from ..graph import Graph, Heads
+from ..tasks import PairedDataset
+from .batches import Batch, batch_of
+from .runner import Runner
+from .want_of_memory import out_of_memory
+
+# Plain runs differ by rounding. It grows with depth, and GPUs may round float32 to a few digits in products (TF32).
+_LEAST_EPS = 2.0**-20
+
+
+def why_not_reused(arch: Architecture, heads: Heads, data: PairedDataset, reuse_prefix: bool = True) -> str | None:
+    """Why runs behind the model's own cache cannot serve, as a clause of a sentence; None: they can.
+
+    The model must be borrowed. It takes three passes of one pair, and three of two pairs if prefixes differ in length;
+    without prefixes none, or two for heads="query".
+
+    Raises:
+        InputError: tokens see later ones, or attention does not take a key and a value for each query head.
+    """
+    graph, plain_graph = arch.graph(heads), arch.graph("kv")
+    tried = _tried(data) if reuse_prefix else []
+    if not tried and graph.n_receivers != plain_graph.n_receivers:
+        tried = [data.longer_lengths.argmax()[None]]
+    for index in tried:
+        whole, behind = (batch_of(data, index, reuse, arch.device) for reuse in (False, reuse_prefix))
+        plain = _logits(arch, plain_graph, whole)
+        found = _tried_run(lambda behind=behind: _logits(arch, graph, behind), plain, arch)  # type: ignore[misc]
+        if found is None:
+            continue
+        if _tried_run(lambda whole=whole: _logits(arch, graph, whole), plain, arch) is not None:  # type: ignore[misc]
+            name = type(arch.layers[0].attention).__name__
+            raise expected("heads", f"'kv', as {name} does not take a key and a value for each query head", repr(heads))
+        _check_causal(arch, whole, data.first_difference[index])
+        return found
+    return None
+
+
+def _tried(data: PairedDataset) -> list[Tensor]:
+    """Pairs to try: the longest with a prefix, by itself, and together with the one that has the shortest prefix.
+
+    Alone no place of the cache is empty, and no mask is given; together the shorter prefix is padded.
+    """
+    start, lengths = data.first_difference, data.longer_lengths
+    fit = start > 0
+    if not fit.any():
+        return []
+    # A single token behind the cache sees all of it, whatever the mask.
+    fit = fit & (lengths - start > 1) if (fit & (lengths - start > 1)).any() else fit
+    longest, least = int(torch.where(fit, lengths, 0).argmax()), int(start.argmin())
+    alone = torch.tensor([longest])
+    return [alone] if start[least] == start[longest] else [alone, torch.tensor([longest, least])]
+
+
+def _logits(arch: Architecture, graph: Graph, batch: Batch) -> Tensor:
+    """Of the corrupted prompts, then of the clean ones, [2·E, V]."""
+    runner = Runner(arch, graph, batch)
+    with torch.no_grad():
+        return runner.logits(torch.cat([runner.embed(batch.corrupted), runner.embed(batch.clean)]), None, 1)
+
+
+def _tried_run(run: Callable[[], Tensor], plain: Tensor, arch: Architecture) -> str | None:
+    """What is wrong with a run that should give the plain logits."""
+    try:
+        found = run()
+    except InputError:
+        raise
+    except Exception as error:  # a model's own, of any kind
+        if out_of_memory(error):
+            raise
+        return reason(error)
+    apart = _apart(found, plain)
+    # Logits that are not finite are said to be so where the metric is taken.
+    if bool((apart > _tolerance(arch)).any()):
+        return f"behind it logits differ from plain ones by {float(apart.nan_to_num().max()):.2g} of their size"
+    return None
+
+
+def _apart(found: Tensor, plain: Tensor) -> Tensor:
+    """Each row's relative difference, without what is added to all logits of a row alike."""
+    found, plain = (x.double() - x.double().mean(1, keepdim=True) for x in (found, plain))
+    return (found - plain).norm(dim=1) / plain.norm(dim=1).clamp(min=1e-30)
+
+
+def _tolerance(arch: Architecture) -> float:
+    """The root of the coarsest weights' precision; integers are quantised weights."""
+    dtypes = {weight.dtype for weight in arch.model.parameters()}
+    known = (dtype if dtype.is_floating_point else torch.bfloat16 for dtype in dtypes)
+    return float(max(_LEAST_EPS, *(torch.finfo(dtype).eps for dtype in known)) ** 0.5)
+
+
+def _check_causal(arch: Architecture, whole: Batch, first: Tensor) -> None:
+    """Refuse a model in which the token before the first difference tells the two prompts apart."""
+    before = (first - 1).clamp(min=0).to(whole.scored.device)
+    same = (first > 0).to(whole.scored.device)
+    corrupted, clean = _logits(arch, arch.graph("kv"), replace(whole, scored=before, corrupted_scored=before)).chunk(2)
+    if bool((_apart(corrupted, clean)[same] > _tolerance(arch)).any()):
+        name = type(arch.model).__name__
+        raise expected(name, "a causal language model, in which no token sees later ones", "one in which they do")

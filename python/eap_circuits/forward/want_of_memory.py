@@ -1,0 +1,35 @@
+"""Errors for want of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from ..errors import reason
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Is it for want of memory, on a GPU or on a CPU?"""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def one_want_of_memory(call: Callable[P, T]) -> Callable[P, T]:
+    """`call`, which raises torch.OutOfMemoryError wherever memory runs out for what a smaller pass does not help."""
+
+    @wraps(call)
+    def made(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return call(*args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or not out_of_memory(error):
+                raise
+            wanted = f"{call.__name__}: expected enough memory to prepare the run, got {reason(error)}."
+            raise torch.OutOfMemoryError(wanted) from error
+
+    return made

@@ -1,0 +1,164 @@
+"""What a call changes, and how all of it is undone: hooks, modes, attributes, and state of torch and transformers.
+
+Each change's undoing is noted before the change is made, and may be repeated. So wherever an interruption comes, every
+change is undone: on exit of its own scope, or, where that very exit was interrupted, by the public call around it.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from functools import partial, wraps
+from threading import get_ident
+from time import sleep
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+
+from .errors import expected
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+P = ParamSpec("P")
+T = TypeVar("T")
+# Of all threads, the latest last. There are no locks: one whose holder is interrupted as it lets go stays locked.
+_open: list[Changes] = []
+_claims: list[Changes] = []
+
+
+class Changes:
+    """Changes that are undone on exit, the latest first."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], object]] = []
+        self._thread = get_ident()
+        self._parts: frozenset[int] = frozenset()
+
+    def __enter__(self) -> Self:
+        _open.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def note(self, undo: Callable[[], object]) -> None:
+        """Undo on exit what comes next; `undo` may run twice, or with nothing to undo."""
+        self._undo.append(undo)
+
+    def keep_modes(self) -> None:
+        """Leave this thread's grad mode and torch's stacks of modes on exit as they are now."""
+        self.note(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+        self.note(partial(_restore_stacks, _get_current_function_mode_stack(), torch._C._len_torch_dispatch_stack()))
+
+    def claim(self, model: nn.Module) -> None:
+        """Keep other threads away from a model until exit, and from others that share a module or a weight with it.
+
+        Raises:
+            InputError: another thread has claimed it.
+        """
+        self._parts = frozenset(map(id, (*model.modules(), *model.parameters())))
+        _claims.append(self)  # of two that overlap, the later one sees the earlier
+        for other in _claims.copy():
+            if other is self:
+                break
+            if other._thread != self._thread and not self._parts.isdisjoint(other._parts):
+                wanted = "one call at a time, or a copy of the model for each thread"
+                raise expected("model", wanted, f"a call of another thread that is using this {type(model).__name__}")
+
+    def close(self) -> None:
+        """Undo everything; does nothing the second time."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+        for each in (_claims, _open):
+            if self in each:
+                each.remove(self)
+
+
+def _restore_stacks(functions: list[Any], operators: int) -> None:
+    if _get_current_function_mode_stack() != functions:
+        while torch._C._len_torch_function_stack():
+            torch._C._pop_torch_function_stack()
+        for mode in functions:
+            torch._C._push_on_torch_function_stack(mode)
+    while torch._C._len_torch_dispatch_stack() > operators:
+        torch._C._pop_torch_dispatch_stack(None)
+
+
+class SharedChange:
+    """A change of what all threads share: made by its first user, undone after its last.
+
+    Args:
+        prepare: gives (make, undo), both to be called with nothing; it changes nothing itself.
+    """
+
+    def __init__(self, prepare: Callable[[], tuple[Callable[[], object], Callable[[], object]]]) -> None:
+        self._prepare = prepare
+        self._held: dict[None, Changes] = {}  # by whom
+        self._users: dict[Changes, int] = {}
+        self._undo: Callable[[], object] | None = None
+
+    def make(self, user: Changes) -> None:
+        """Let it hold until this user's exit."""
+        user.note(lambda: self._leave(user))
+        self._hold(user)
+        self._users[user] = get_ident()
+        if self._undo is None:
+            make, self._undo = self._prepare()
+            make()
+        self._release(user)
+
+    def used_here(self) -> bool:
+        """Is a user of this thread inside?"""
+        return get_ident() in self._users.values()
+
+    def _leave(self, user: Changes) -> None:
+        self._hold(user)
+        self._users.pop(user, None)
+        if not self._users and self._undo is not None:
+            self._undo()
+            self._undo = None
+        self._release(user)
+
+    def _hold(self, user: Changes) -> None:
+        while self._held.setdefault(None, user) is not user:
+            sleep(1e-4)
+
+    def _release(self, user: Changes) -> None:
+        if self._held.get(None) is user:
+            del self._held[None]
+
+
+def _end_what_hangs(error: BaseException | None) -> None:
+    """End context managers that an interruption left in their middle, which else ends with the error's last mention."""
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__context__
+    if not all(isinstance(each, Exception) for each in chain):
+        for each in chain:
+            traceback.clear_frames(each.__traceback__)
+
+
+def gives_back(call: Callable[P, T]) -> Callable[P, T]:
+    """`call`, after which none of its changes is left, even if one's own exit was interrupted."""
+
+    @wraps(call)
+    def made(*args: P.args, **kwargs: P.kwargs) -> T:
+        before, around = list(_open), Changes()
+        around.keep_modes()
+        try:
+            return call(*args, **kwargs)
+        except BaseException as error:
+            _end_what_hangs(error)
+            raise
+        finally:
+            thread = get_ident()
+            for changes in reversed([x for x in list(_open) if x not in before and x._thread == thread]):
+                changes.close()
+            around.close()
+
+    return made

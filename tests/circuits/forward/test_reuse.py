@@ -1,0 +1,145 @@
+"""Runs behind a model's cache are compared with plain ones before prefixes are reused."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+import eap_circuits as eap
+from eap_circuits.methods import METHODS
+
+NOT_REUSED = "prefixes are not reused, as its cache cannot serve"
+
+
+@pytest.fixture
+def attention(monkeypatch, make_model):
+    """A tiny Llama whose attention function is the user's own, and the same model with the library's."""
+
+    def make(function, dtype=torch.float64):
+        monkeypatch.setitem(AttentionInterface._global_mapping, "their_own", function)
+        model = make_model("llama", dtype)
+        model.set_attn_implementation("their_own")
+        return model, make_model("llama", dtype)
+
+    return make
+
+
+def passes_on(*args, **kwargs):
+    return sdpa_attention_forward(*args, **kwargs)
+
+
+def without_masks(module, query, key, value, mask, scaling=None, **_):
+    """Right behind a cache, too: the last query stands at the last key's place. But nothing is masked."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+    return scaled_dot_product_attention(query, key, value, seen, scale=scaling).transpose(1, 2), None
+
+
+def sees_everything(module, query, key, value, mask, scaling=None, **_):
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    return scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2), None
+
+
+def with_two_key_heads(module, query, key, value, mask, **given):
+    assert key.shape[1] == 2, "two key/value heads"
+    return sdpa_attention_forward(module, query, key, value, mask, **given)
+
+
+def one_prefix(make_pairs):
+    """Pairs with prefixes of one length."""
+    data = make_pairs(n=4)
+    corrupted = data.clean.clone()
+    corrupted[:, 2] = (data.clean[:, 2] + 1) % 59
+    return eap.PairedDataset.from_tokens(data.clean, corrupted, data.lengths, data.answers)
+
+
+@pytest.mark.parametrize("heads", ["kv", "query"])
+@pytest.mark.parametrize("method", METHODS)
+def test_attention_that_only_passes_on(method, heads, attention, make_pairs, relative):
+    (model, right), data = attention(passes_on), make_pairs(n=4)
+    given = {"method": method, "heads": heads, "steps": 2}
+    wanted = eap.attribute(right, data, **given)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = eap.attribute(model, data, **given)
+    assert relative(found.values, wanted.values) < 1e-6
+    assert [NOT_REUSED in str(each.message) for each in said] == ([True] if METHODS[method].reuses else [])
+
+
+@pytest.mark.parametrize("ablation", ["patching", "mean"])
+def test_circuits_of_attention_that_only_passes_on(ablation, attention, make_pairs):
+    (model, right), data = attention(passes_on), make_pairs(n=4)
+    scores = eap.attribute(right, data, method="eap", heads="query")
+    circuits = [scores.select(n_edges=40), scores.to_kv().select(n_edges=30)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = eap.evaluate(model, circuits, data, ablation=ablation)
+    for one, other in zip(found, eap.evaluate(right, circuits, data, ablation=ablation), strict=True):
+        torch.testing.assert_close(one.values, other.values)
+        torch.testing.assert_close(one.clean_values, other.clean_values)
+
+
+def test_a_mask_that_is_not_heeded_shows_only_beside_a_longer_prefix(attention, make_pairs, relative):
+    (model, right), alike, mixed = attention(without_masks), one_prefix(make_pairs), make_pairs(n=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert relative(*(eap.attribute(m, alike, method="eap").values for m in (model, right))) < 1e-6
+    wanted = eap.attribute(right, mixed, method="eap").values
+    with pytest.warns(UserWarning, match=NOT_REUSED):
+        assert relative(eap.attribute(model, mixed, method="eap").values, wanted) < 1e-6
+
+
+def test_a_model_that_sees_later_tokens_is_refused(attention, make_pairs):
+    model, _ = attention(sees_everything)
+    with pytest.raises(eap.InputError, match="expected a causal language model, in which no token sees later ones"):
+        eap.attribute(model, make_pairs(n=4))
+
+
+@pytest.mark.parametrize("reuse_prefix", [True, False])
+def test_attention_that_takes_no_key_for_each_query_head(reuse_prefix, attention, make_pairs, relative):
+    (model, right), data = attention(with_two_key_heads), make_pairs(n=4)
+    with pytest.raises(eap.InputError, match="heads: expected 'kv', as LlamaAttention does not take"):
+        eap.attribute(model, data, heads="query", reuse_prefix=reuse_prefix)
+    found = eap.attribute(model, data, method="eap", reuse_prefix=False).values
+    assert relative(found, eap.attribute(right, data, method="eap").values) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["eap", "exact"])
+def test_a_forward_that_ignores_the_cache(method, dtype, make_model, make_pairs, relative):
+    model, data = make_model("llama", dtype), make_pairs(n=4)
+    wanted = eap.attribute(model, data, method=method, reuse_prefix=False)
+
+    class Forgetful(type(model)):
+        def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None, position_ids=None, **_):
+            return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=False)
+
+    model.__class__ = Forgetful
+    with pytest.warns(UserWarning, match=f"Forgetful: {NOT_REUSED}"):
+        assert relative(eap.attribute(model, data, method=method).values, wanted.values) < 1e-6
+    circuit = wanted.select(n_edges=40)
+    with pytest.warns(UserWarning, match=NOT_REUSED):
+        found = eap.evaluate(model, circuit, data)
+    torch.testing.assert_close(found.values, eap.evaluate(model, circuit, data, reuse_prefix=False).values)
+
+
+@pytest.mark.parametrize(("prefixes", "rows"), [("alike", [2, 1, 2]), ("mixed", [2, 1, 2, 4, 2, 4])])
+def test_one_or_two_pairs_are_tried(prefixes, rows, make_model, make_pairs):
+    data = make_pairs(n=40) if prefixes == "mixed" else one_prefix(make_pairs)
+    model, seen = make_model("llama"), []
+    hook = model.model.layers[0].register_forward_pre_hook(
+        lambda _, args, given: seen.append(len(args[0])), with_kwargs=True
+    )
+
+    def metric(logits, batch):
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        eap.attribute(model, data, metric)
+    hook.remove()
+    assert seen[: len(rows)] == rows

@@ -1,0 +1,177 @@
+"""What calls change comes back, wherever they are interrupted, and no two threads change the same."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import pytest
+import torch
+
+import eap_circuits as eap
+from eap_circuits.forward import Hooks, borrowed
+from eap_circuits.loans import Changes, SharedChange, gives_back
+from tests.circuits.untouched import process_state, snapshot
+
+
+def interrupted(call, event, nth, files):
+    """Run it, and raise KeyboardInterrupt at the nth event in these files; (whether it came, events until then)."""
+    count = 0
+
+    def local(frame, what, _):
+        nonlocal count
+        if what == event:
+            count += 1
+            if count == nth:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return local
+
+    def trace(frame, *_):
+        if not frame.f_code.co_filename.endswith(files):
+            return None
+        frame.f_trace_opcodes = event == "opcode"
+        return local
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt as error:
+        return error, count  # kept, as a debugger keeps it
+    finally:
+        sys.settrace(before)
+    return None, count
+
+
+@pytest.fixture
+def model(make_model):
+    model = make_model("llama").train()
+    list(model.parameters())[3].requires_grad_(False)
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize(("event", "step"), [("line", 3), ("opcode", 19)])
+@pytest.mark.parametrize("inference", [False, True])
+def test_an_interruption_of_changing_and_changing_back_loses_nothing(event, step, inference, model):
+    @gives_back
+    def changes():
+        with borrowed(model), Hooks(3) as hooks, torch.no_grad():
+            hooks.on_input(model.lm_head, lambda x: x)
+            hooks.on_output(model.lm_head, lambda x: x)
+            hooks.set_attribute(model.model.layers[0].self_attn, "num_key_value_groups", 1)
+            hooks.replace_forward(model.model.norm, lambda x: x)
+
+    files = ("loans.py", "hooks.py", "grouped_attention.py", "grad_mode.py")
+    with torch.inference_mode(inference):
+        before, process = snapshot(model), process_state()
+        nth, came = 1, True
+        while came:
+            came, _ = interrupted(changes, event, nth, files)
+            assert snapshot(model) == before, nth
+            assert process_state() == process, nth
+            nth += step
+    assert nth > 100
+
+
+@pytest.mark.parametrize("rules", [None, "gim"])
+def test_an_interruption_of_a_run_loses_nothing(rules, model, make_pairs):
+    data = make_pairs(n=2)
+
+    def run():
+        eap.attribute(model, data, method="eap", heads="query", rules=rules, reuse_prefix=False)
+
+    files = ("loans.py", "hooks.py", "grad_mode.py", "contextlib.py", "runner.py", "backward_rules.py")
+    before, process = snapshot(model), process_state()
+    _, events = interrupted(run, "line", 0, files)
+    for nth in range(1, events, events // 25):
+        error, _ = interrupted(run, "line", nth, files)
+        assert error is not None
+        assert snapshot(model) == before, nth
+        assert process_state() == process, nth
+
+
+@pytest.mark.parametrize("after", range(1, 8))
+def test_gradients_stay_on_while_the_error_is_kept(after, model, make_pairs):
+    data = make_pairs(n=6)
+    scores = eap.attribute(model, data, method="eap")
+    circuits = [scores.select(20), scores.select(40)]
+    calls = []
+
+    def metric(logits, batch):
+        calls.append(1)
+        if len(calls) == after:
+            raise ValueError("mine")
+        return logits[:, 0]
+
+    for call in (
+        lambda: eap.evaluate(model, circuits, data, metric, batch_size=3),
+        lambda: eap.faithfulness_curve(model, scores, data, (0.2, 0.4), metric=metric, batch_size=3),
+    ):
+        calls.clear()
+        with pytest.raises(ValueError, match="mine") as kept:
+            call()
+        assert torch.is_grad_enabled(), kept
+
+
+def in_thread(call):
+    found = []
+
+    def run():
+        try:
+            found.append(call())
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(30)
+    assert found, "it still waits"
+    return found[0]
+
+
+def test_a_second_thread_is_refused_and_another_model_is_not(model, make_model, make_pairs, relative):
+    data, other = make_pairs(n=3), make_model("llama")
+    right = eap.attribute(other, data, method="eap").values
+    twin = make_model("llama")
+    twin.model = model.model  # another model with the same layers
+    found = {}
+
+    def metric(logits, batch):
+        if not found:
+            found["model"] = in_thread(lambda: eap.attribute(model, data))
+            found["twin"] = in_thread(lambda: eap.attribute(twin, data))
+            found["other"] = in_thread(lambda: eap.attribute(other, data, method="eap").values)
+            found["nested"] = eap.attribute(model, data, method="eap").values
+        return logits[:, 0]
+
+    scores = eap.attribute(model, data, metric)
+    for name in ("model", "twin"):
+        assert isinstance(found[name], eap.InputError)
+        assert "expected one call at a time, or a copy of the model for each thread, found a call of another" in str(
+            found[name]
+        )
+    for values in (found["other"], found["nested"]):
+        assert relative(values, right) < 1e-6
+    assert relative(scores.values, eap.attribute(model, data, metric=lambda logits, _: logits[:, 0]).values) < 1e-6
+
+
+def test_autocast_is_refused(model, make_pairs):
+    data = make_pairs(n=2)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(eap.InputError, match=r"torch.autocast: expected off"):
+        eap.attribute(model, data)
+
+
+def test_a_shared_change_lasts_until_its_last_user_has_left():
+    state = []
+    shared = SharedChange(lambda: (lambda: state.append(1), state.clear))
+    first, second = Changes(), Changes()
+    with first:
+        shared.make(first)
+        with second:
+            shared.make(second)
+            first.close()
+            assert state == [1]
+        assert not state
+        assert not shared.used_here()

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import eap_circuits as eap
 from eap_circuits.checkpoint import file as checkpoint_file
+from eap_circuits.evaluation import faithfulness
 from eap_circuits.methods import METHODS
 from tests.circuits.checkpoint.calls import long_calls, numbers
 
@@ -151,8 +152,7 @@ def test_constants_learned_for_each_circuit_go_on_wherever_they_stopped(make_mod
     model, data = make_model("gpt2", torch.float32), make_pairs(seed=3, n=4)
     scores = eap.attribute(model, data, method="eap")
     circuits = [scores.select(10), scores.select(20)]
-    evaluation = sys.modules["eap_circuits.evaluation.evaluate"]  # the package has a function of this name
-    monkeypatch.setattr(evaluation, "optimal_constants", lambda *args, **more: learn(*args, steps=2, **more))
+    monkeypatch.setattr(faithfulness, "optimal_constants", lambda *args, **more: learn(*args, steps=2, **more))
     learn = eap.optimal_constants
 
     def call(**more):

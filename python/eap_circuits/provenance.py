@@ -26,8 +26,8 @@ def provenance(request: Request, call: str, operator: str | None = None) -> dict
         call: the call, as `called` writes it.
         operator: what `eap_kernels.explain` says of the operator that the run will spend its time in, if any.
     """
+    from .checkpoint import data_identity, model_name
     from .files import digest
-    from .identity import data_identity, model_name
 
     model: Any = request.arch.model
     data = request.data

@@ -146,10 +146,10 @@ def test_unused_senders_are_never_read(impl, device, dtype):
     assert y[:, 0, 0].tolist() == [3, 2]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_reference_reads_all_circuits_in_one_product(dtype, randn):
+@pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16])
+def test_the_reference_reads_all_circuits_in_one_product(precision, randn):
     """As it does on a device."""
-    base, delta = randn(3, 5, 2, 4).to(dtype), randn(3, 6, 2, 4).to(dtype)
+    base, delta = randn(3, 5, 2, 4).to(precision), randn(3, 6, 2, 4).to(precision)
     mask = randn(3, 6, 5).sigmoid()
     together = masked_read(base, delta, mask)
     apart = torch.stack([masked_read(*each) for each in zip(base, delta, mask)])

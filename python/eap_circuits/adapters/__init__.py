@@ -5,7 +5,7 @@ from .binding import bind
 from .families import FAMILIES, Call, Family, family_of, propose, register_family
 from .nonlinear import nonlinear_parts
 from .norms import Kinds, Norm
-from .offloading import as_given, is_offloaded
+from .offloading import as_given, is_offloaded, read
 from .pretrained import DEMO_MODEL, load_model
 from .projections import Projection, concatenate, group, linear_shape, linear_weight
 from .shapes import Weightless
@@ -35,6 +35,7 @@ __all__ = [
     "load_model",
     "nonlinear_parts",
     "propose",
+    "read",
     "receiver_sites",
     "register_family",
     "sender_sites",

@@ -129,6 +129,14 @@ Memory = Annotated[
         rich_help_panel="Model",
     ),
 ]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        help="A .safetensors file that is written after every batch, from which the same command goes on after an "
+        "interruption.",
+        rich_help_panel="Output",
+    ),
+]
 
 How = Annotated[
     str,

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..checkpoint import Where
 from ..errors import expected, known_arguments, one_of, whole
 from ..forward import Constants, one_want_of_memory
 from ..graph import Circuit, EdgeScores
@@ -100,6 +101,7 @@ def faithfulness_curve(
     ablation_data: PairedDataset | None = None,
     among: Tensor | None = None,
     memory: int | str | None = None,
+    checkpoint: Where = None,
 ) -> Curve:
     """Select circuits of several sizes and measure the faithfulness of each, in one pass over the data.
 
@@ -109,7 +111,8 @@ def faithfulness_curve(
         scores: edge scores of this model.
         fractions: shares of all edges, growing, each in (0, 1].
         how, signed: as in `EdgeScores.select` ("top" or "greedy").
-        model, data, metric, ablation, batch_size, reuse_prefix, progress, ablation_data, memory: as in `evaluate`.
+        model, data, metric, ablation, batch_size, reuse_prefix, progress, ablation_data, memory, checkpoint: as in
+            `evaluate`.
         baselines: what else to measure at every size: "random" (connected circuits with as many edges), "complement"
             (all other edges). Each costs about as much as the curve, "random" for every seed.
         seeds: one random circuit is drawn for each seed and size.
@@ -145,6 +148,7 @@ def faithfulness_curve(
         progress=progress,
         ablation_data=ablation_data,
         memory=memory,
+        checkpoint=checkpoint,
     )
     results = iter([tuple(flat[first : first + len(circuits)]) for first in range(0, len(flat), len(circuits))])
     own = next(results)

@@ -13,8 +13,16 @@ from torch import Tensor, nn
 from eap_kernels import explain
 
 from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, most_tokens, tokens_within
+from ..checkpoint import Checkpoint, Where, opened, remaining, settings_of
 from ..errors import known_arguments, warn
-from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, one_want_of_memory
+from ..forward import (
+    TOKENS_PER_BATCH,
+    Batch,
+    Constants,
+    borrowed,
+    one_want_of_memory,
+    zeros,
+)
 from ..graph import Circuit
 from ..intervention import TOKENS_TOGETHER, rows_computed, run_circuits
 from ..loans import gives_back
@@ -81,6 +89,7 @@ def evaluate(
     progress: Progress | bool | None = ...,
     ablation_data: PairedDataset | None = ...,
     memory: int | str | None = ...,
+    checkpoint: Where = ...,
 ) -> EvaluationResult: ...
 @overload
 def evaluate(
@@ -95,6 +104,7 @@ def evaluate(
     progress: Progress | bool | None = ...,
     ablation_data: PairedDataset | None = ...,
     memory: int | str | None = ...,
+    checkpoint: Where = ...,
 ) -> list[EvaluationResult]: ...
 @gives_back
 @one_want_of_memory
@@ -111,6 +121,7 @@ def evaluate(
     progress: Progress | bool | None = None,
     ablation_data: PairedDataset | None = None,
     memory: int | str | None = None,
+    checkpoint: Where = None,
 ) -> EvaluationResult | list[EvaluationResult]:
     """Run a circuit on the clean prompts; every edge outside it carries an ablated contribution.
 
@@ -137,6 +148,7 @@ def evaluate(
             free. If a rough estimate comes near it, three runs of one or two examples measure how many circuits and
             examples fit into a pass. If memory runs out all the same, the run goes on with smaller passes. Results do
             not depend on it.
+        checkpoint: as in `attribute`.
 
     Returns:
         An EvaluationResult, or a list of them for a list of circuits. If model and ablated run differ by no more than
@@ -149,7 +161,6 @@ def evaluate(
     circuits = as_circuits(circuit)
     progress = watched(progress)
     request = prepare(model, data, metric, ablation, batch_size, ablation_data, reuse_prefix, memory)
-    model, data = request.arch.model, request.data
     for item in circuits:
         check_circuit(item, request)
     if not circuits:
@@ -159,26 +170,34 @@ def evaluate(
         "ablation": ablation_of(ablation).name,
         **provenance(request, call, _operator(request, circuits)),
     }
-    if ablation_of(ablation).learned:
-        shared = (batch_size, reuse_prefix, progress, memory)
-        learned = _with_own_constants(model, circuits, data, ablation_data or data, metric, *shared)
-        learned = [replace(result, info=info) for result in learned]
-        return _said(learned)[0] if isinstance(circuit, Circuit) else _said(learned)
-    done, heads = 0, {item.graph.heads for item in circuits}
-    with borrowed(model), torch.no_grad():
-        results = torch.empty(3 + len(circuits), len(data), dtype=torch.float64)
+    settings = partial(settings_of, request, call="evaluate", circuits=circuits)
+    with opened(checkpoint, request.arch.model, settings) as kept:
+        run = _with_own_constants if ablation_of(ablation).learned else _evaluate
+        evaluated = [replace(result, info=info) for result in run(request, circuits, kept, progress)]
+    return _said(evaluated)[0] if isinstance(circuit, Circuit) else _said(evaluated)
+
+
+def _evaluate(
+    request: Request, circuits: list[Circuit], checkpoint: Checkpoint, progress: Progress | None
+) -> list[EvaluationResult]:
+    data = request.data
+    with borrowed(request.arch.model), torch.no_grad():
+        results = torch.zeros(3 + len(circuits), len(data), dtype=torch.float64)
+        finished = torch.zeros(len(data), dtype=torch.bool)
+        checkpoint.keep({"values": results, "finished": finished})
+        heads = {item.graph.heads for item in circuits}
         request = request.verified("query" if "query" in heads else "kv").with_constants()
-        tokens = _tokens_together(request, circuits)
-        batches = request.batches(min(tokens, TOKENS_PER_BATCH))
+        tokens = checkpoint.tokens(_tokens_together(request, circuits))
+        batches = remaining(data, request.batches(min(tokens, TOKENS_PER_BATCH)), finished)
         for batch, found in in_memory(data, batches, tokens, partial(_values, request, circuits)):
             results[:, batch.index] = found
-            done += batch.n_examples
+            finished[batch.index] = True
+            checkpoint.save()
             if progress is not None:
-                progress(done, len(data))
+                progress(int(finished.sum()), len(data))
     # Rounding averages out over examples, but not below what similar ones have in common.
     rounding = float(results[-1].mean().sqrt()) * max(3 / len(data) ** 0.5, 0.5)
-    evaluated = [EvaluationResult(row, results[0], results[1], rounding, info) for row in results[2:-1]]
-    return _said(evaluated)[0] if isinstance(circuit, Circuit) else _said(evaluated)
+    return [EvaluationResult(row, results[0], results[1], rounding) for row in results[2:-1]]
 
 
 def _said(results: list[EvaluationResult]) -> list[EvaluationResult]:
@@ -256,35 +275,35 @@ def _tokens_together(request: Request, circuits: Sequence[Circuit]) -> int:
 
 
 def _with_own_constants(
-    model: nn.Module,
-    circuits: list[Circuit],
-    data: PairedDataset,
-    lessons: PairedDataset,
-    metric: Any,
-    batch_size: int | None,
-    reuse_prefix: bool,
-    progress: Progress | None,
-    memory: int | str | None,
+    request: Request, circuits: list[Circuit], checkpoint: Checkpoint, progress: Progress | None
 ) -> list[EvaluationResult]:
     """Evaluate each circuit with its own learned constants, relative to the circuit without edges with its own."""
-    graph = circuits[0].graph
-    none = Circuit.from_mask(graph, torch.zeros_like(graph.edge_mask))
-    results = []
-    for number, item in enumerate([none, *circuits]):
-        constants = optimal_constants(model, item, lessons, "kl_divergence", batch_size=batch_size, memory=memory)
-        results.append(
-            evaluate(
-                model,
-                item,
-                data,
-                metric,
-                ablation=constants,
-                batch_size=batch_size,
-                reuse_prefix=reuse_prefix,
-                memory=memory,
+    model, data, graph = request.arch.model, request.data, circuits[0].graph
+    lessons = request.ablation_data or data
+    cut: dict[str, Any] = {"batch_size": request.batch_size, "memory": request.memory, "checkpoint": checkpoint}
+    every = [Circuit.from_mask(graph, torch.zeros_like(graph.edge_mask)), *circuits]
+    values, clean = (torch.zeros(len(every), len(data), dtype=torch.float64) for _ in range(2))
+    learned, finished = (torch.zeros(len(every), dtype=torch.bool) for _ in range(2))
+    rounding = torch.zeros(len(every), dtype=torch.float64)
+    constants = zeros(request.arch).map(Tensor.cpu)  # of the circuit that is being evaluated
+    latest = {f"constants {i}": x for i, x in enumerate(constants.tensors)}
+    own = {"values": values, "clean": clean, "rounding": rounding, "learned": learned, "finished": finished}
+    checkpoint.keep({**own, **latest})
+    for number, item in enumerate(every):
+        if not learned[number]:
+            found = optimal_constants(model, item, lessons, "kl_divergence", **cut)
+            for x, new in zip(constants.tensors, found.tensors, strict=True):
+                x.copy_(new)
+            learned[number] = True
+            checkpoint.save()
+        if not finished[number]:
+            result = evaluate(
+                model, item, data, request.metric, ablation=constants, reuse_prefix=request.reuse_prefix, **cut
             )
-        )
+            values[number], clean[number], rounding[number] = result.values, result.clean_values, result.rounding
+            finished[number] = True
+            checkpoint.save()
         if progress is not None:
             progress(number * len(data) // len(circuits), len(data))
-    lowest = results.pop(0).values
-    return [replace(result, corrupted_values=lowest) for result in results]
+    rows = zip(values[1:], clean[1:], rounding[1:].tolist(), strict=True)
+    return [EvaluationResult(row, known, values[0], apart) for row, known, apart in rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..budget import Cost, in_memory, measure_cost, numbers_per_token, tokens_within
+from ..checkpoint import Checkpoint, Where, opened, remaining, settings_of
 from ..errors import expected, known_arguments, whole
 from ..forward import Batch, Constants, Runner, borrowed, one_want_of_memory
 from ..graph import Circuit, EdgeScores, NodeScores
@@ -37,6 +39,7 @@ def optimal_constants(
     batch_size: int | None = None,
     progress: Progress | bool | None = None,
     memory: int | str | None = None,
+    checkpoint: Where = None,
 ) -> Constants:
     """Learn a constant for each sender, to be carried by the edges outside a circuit, so that the circuit does best.
 
@@ -59,6 +62,7 @@ def optimal_constants(
         progress: called with (steps done, steps in all); True shows a bar.
         memory: what learning may take besides the model and the data, in bytes or as "8GiB"; by default half of what is
             free. If memory runs out all the same, learning goes on with smaller batches.
+        checkpoint: as in `attribute`.
 
     Returns:
         Constants to pass as `ablation=` to `evaluate`, `faithfulness_curve` and `attribute`.
@@ -72,12 +76,13 @@ def optimal_constants(
         raise expected("rate", "a positive number", repr(rate))
     request = prepare(model, data, metric, "mean", batch_size, reuse_prefix=False, memory=memory)
     check_circuit(circuit, request)
-    with borrowed(request.arch.model):
+    settings = partial(settings_of, request, call="optimal_constants", circuit=circuit, steps=steps, rate=rate)
+    with opened(checkpoint, request.arch.model, settings) as kept, borrowed(request.arch.model):
         request = request.verified(circuit.graph.heads).with_constants()
         assert request.constants is not None
         if circuit.n_edges == circuit.graph.n_edges:
             return request.constants
-        return _learn(request, circuit, steps, rate, progress)
+        return _learn(request, circuit, steps, rate, kept, progress)
 
 
 def as_circuits(circuit: Circuit | Sequence[Circuit]) -> list[Circuit]:
@@ -110,17 +115,69 @@ def check_circuit(circuit: object, request: Request) -> None:
         raise expected("circuit", f"one of {request.arch.graph(circuit.graph.heads)!r}", f"one of {circuit.graph!r}")
 
 
-def _learn(request: Request, circuit: Circuit, steps: int, rate: float, progress: Progress | None) -> Constants:
+class _Lessons:
+    """Where learning is: the moves from the means in units, Adam's state, and the sums of the step that was begun."""
+
+    def __init__(self, start: Constants, rate: float, examples: int, checkpoint: Checkpoint) -> None:
+        self.moves = [torch.zeros_like(mean, requires_grad=True) for mean in start.tensors]
+        self.adam = torch.optim.Adam(self.moves, lr=rate)
+        self.step = torch.tensor(0)
+        self.best, self.learned = torch.tensor(-float("inf"), dtype=torch.float64), start.map(Tensor.clone)
+        self.finished = torch.zeros(examples, dtype=torch.bool)
+        self.reached = torch.tensor(0.0, dtype=torch.float64)
+        self.slopes = [torch.zeros_like(mean) for mean in start.tensors]
+        self.sloped = torch.zeros(len(self.moves), dtype=torch.bool)
+        kept = {name: getattr(self, name) for name in ("step", "best", "finished", "reached", "sloped")}
+        for i, move in enumerate(self.moves):
+            moments = {name: torch.zeros_like(move, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+            self.adam.state[move] = {"step": torch.tensor(0.0), **moments}
+            tensors = {
+                "move": move,
+                "slope": self.slopes[i],
+                "learned": self.learned.tensors[i],
+                **self.adam.state[move],
+            }
+            kept |= {f"{name} {i}": x for name, x in tensors.items()}
+        checkpoint.keep(kept)
+
+    def add(self, index: Tensor, value: float, slopes: tuple[Tensor | None, ...]) -> None:
+        """Add those of a batch."""
+        self.reached += value
+        for i, slope in enumerate(slopes):
+            if slope is not None:
+                self.slopes[i] += slope
+                self.sloped[i] = True
+        self.finished[index] = True
+
+    def next(self, constants: Constants) -> None:
+        """End the step, in which these constants were tried."""
+        if self.reached > self.best:
+            self.best.copy_(self.reached)
+            for kept, found in zip(self.learned.tensors, constants.tensors, strict=True):
+                kept.copy_(found.detach())
+        # Adam leaves alone what no gradient reaches.
+        for move, slope, sloped in zip(self.moves, self.slopes, self.sloped.tolist(), strict=True):
+            move.grad = slope.clone() if sloped else None
+        self.adam.step()
+        self.step += 1
+        for x in (self.finished, self.reached, self.sloped, *self.slopes):
+            x.zero_()
+
+
+def _learn(
+    request: Request, circuit: Circuit, steps: int, rate: float, checkpoint: Checkpoint, progress: Progress | None
+) -> Constants:
     start, data = request.constants, request.data
     assert start is not None
-    batches = list(request.batches(tokens := _tokens_together(request, circuit)))
+    lessons = _Lessons(start, rate, len(data), checkpoint)
+    if lessons.step > steps:
+        return lessons.learned
+    batches = list(request.batches(tokens := checkpoint.tokens(_tokens_together(request, circuit))))
     squares = means(request.arch, batches, of=torch.square).tensors
     units = [(square - mean.square()).clamp(min=0).sqrt() for square, mean in zip(squares, start.tensors, strict=True)]
-    moves = [torch.zeros_like(mean, requires_grad=True) for mean in start.tensors]
-    adam = torch.optim.Adam(moves, lr=rate)
 
     def moved() -> Constants:
-        terms = zip(start.tensors, units, moves, strict=True)
+        terms = zip(start.tensors, units, lessons.moves, strict=True)
         return start.of_tensors([mean + unit * move for mean, unit, move in terms])
 
     def plain(batch: Batch, _: int) -> list[Tensor]:
@@ -131,7 +188,7 @@ def _learn(request: Request, circuit: Circuit, steps: int, rate: float, progress
     def lesson(batch: Batch, _: int) -> tuple[float, tuple[Tensor | None, ...]]:
         value = _value(request, circuit, batch, moved(), *sides[:, batch.index.to(sides.device)])
         # If nothing reads the ablated edges, there is nothing to learn.
-        slopes = torch.autograd.grad(-value, moves, allow_unused=True) if value.requires_grad else ()
+        slopes = torch.autograd.grad(-value, lessons.moves, allow_unused=True) if value.requires_grad else ()
         return float(value.detach()), slopes
 
     sides = torch.empty(0)  # clean and corrupted logits, [2, n, V]
@@ -139,23 +196,19 @@ def _learn(request: Request, circuit: Circuit, steps: int, rate: float, progress
         if not len(sides):
             sides = logits[0].new_empty(2, len(data), logits[0].shape[1])
         sides[:, batch.index.to(sides.device)] = torch.stack(logits)
-    best, learned = -float("inf"), start
-    for step in range(steps + 1):
-        adam.zero_grad()
-        reached, ran = 0.0, []
-        for batch, (value, slopes) in in_memory(data, batches, tokens, lesson):
+    while lessons.step <= steps:
+        ran = []
+        for batch, (value, slopes) in in_memory(data, remaining(data, batches, lessons.finished), tokens, lesson):
             ran.append(batch)
-            reached += value
-            for move, slope in zip(moves, slopes, strict=bool(slopes)):
-                if slope is not None:
-                    move.grad = slope if move.grad is None else move.grad + slope
-        batches = ran  # some were halved because memory ran out
-        if reached > best:
-            best, learned = reached, moved().map(Tensor.detach)
-        adam.step()
+            with checkpoint.changing():
+                lessons.add(batch.index, value, slopes)
+        if sum(batch.n_examples for batch in ran) == len(data):
+            batches = ran  # some were halved because memory ran out
+        with checkpoint.changing():
+            lessons.next(moved())
         if progress is not None:
-            progress(step, steps)
-    return learned
+            progress(int(lessons.step) - 1, steps)
+    return lessons.learned
 
 
 def _value(

@@ -16,7 +16,8 @@ T = TypeVar("T")
 
 def out_of_memory(error: BaseException) -> bool:
     """Is it for want of memory, on a GPU or on a CPU?"""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "bad_alloc")  # by torch's allocator, and by C++ that cannot say more
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
 
 
 def one_want_of_memory(call: Callable[P, T]) -> Callable[P, T]:

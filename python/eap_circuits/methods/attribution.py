@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from eap_kernels import Nodes, explain
 
 from ..adapters import Weightless
+from ..checkpoint import Where, opened, settings_of
 from ..errors import expected, known_arguments, one_of, whole
 from ..forward import Constants, borrowed, one_want_of_memory
 from ..graph import Circuit, EdgeScores, Heads
@@ -49,7 +50,7 @@ def attribute(
     memory: int | str | None = None,
     progress: Progress | bool | None = None,
     edges: Circuit | Tensor | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: Where = None,
     ablation_data: PairedDataset | None = None,
     keep: str | Collection[str] | None = None,
     rules: str | None = None,
@@ -81,23 +82,24 @@ def attribute(
             with a norm after attention (Gemma 2, Gemma 3, OLMo 2) a head's contribution is then what enters that
             norm, not what it adds to the residual stream; in "eap-ig-activations" every path's gradients go to every
             edge.
-        reuse_prefix: run the tokens before the first difference once and keep their keys and values; exact. Where the
-            model's cache cannot serve it is left out, with a warning.
-        memory: what the run may take beside the model and the data, in bytes or such as "8GiB"; by default half of
-            what is free. Where it runs out all the same, the run goes on with less at once. Scores do not depend on it.
-            "eap-conductance" and "information-flow-routes" do not heed it.
+        reuse_prefix: run the tokens before the first difference once and keep their keys and values; this is exact. If
+            the model's cache does not support it, it is skipped with a warning.
+        memory: what the run may take besides the model and the data, in bytes or as "8GiB"; by default half of what is
+            free. If memory runs out all the same, the run goes on with smaller passes. Scores do not depend on it.
+            "eap-conductance" and "information-flow-routes" ignore it.
         progress: called with (examples done, examples in all) after each batch; by "exact" with edges after each pass.
         edges: for "exact", the edges to measure, a circuit or a bool mask [S, R]; the others' scores are zero.
-        checkpoint: for "exact", a `.safetensors` file that is written about every minute, and from which the same
-            call goes on after an interruption.
-        ablation_data: whose clean prompts means are taken over; by default the data themselves.
-        keep: what of the scores to keep besides their mean over examples, one or more of "variance" (over examples),
+        checkpoint: a `.safetensors` file that is written after every batch, at most once a second, and on the way out
+            of an interruption; from it the same call goes on with the same bits. The model, data, metric and everything
+            else that changes a score must be the same; batch size, memory and devices need not.
+        ablation_data: whose clean prompts are used to compute means; by default the data themselves.
+        keep: what to keep besides the scores' mean over examples, one or more of "variance" (over examples),
             "examples" (each example's scores, and the variance), "positions" or "positions-from-end" (each token
             position's scores, counted from the prompts' start, or with the scored positions last), "neurons" (each
-            node's scores by residual dimension). "exact" knows the first two. Without, nothing is spent on it.
-        rules: what takes the gradient's place in the backward passes: None, "relp" (relevance patching), "relp-ah"
-            (with attention patterns constant too), or "gim" (gradient interaction modifications); docs/rules.md has
-            the formulas and sources. "exact" and "information-flow-routes" have no backward pass.
+            node's scores by residual dimension). "exact" can keep only the first two. None costs nothing.
+        rules: what replaces the gradient in the backward passes: None, "relp" (relevance patching), "relp-ah" (with
+            attention patterns constant too), or "gim" (gradient interaction modifications); docs/rules.md has the
+            formulas and sources. "exact" and "information-flow-routes" have no backward pass.
 
     Returns:
         EdgeScores with float32 values [S, R] in units of the metric (of "information-flow-routes": shares).
@@ -123,13 +125,12 @@ def attribute(
         rules=rules,
         keep=keep,
         edges=edges,
-        checkpoint=checkpoint,
     )
     origin = provenance(request, call, _operator(request))
-    with borrowed(request.arch.model):
-        request = request.verified(heads).with_constants()
+    settings = partial(settings_of, request, call="attribute")
+    with opened(checkpoint, request.arch.model, settings) as kept, borrowed(request.arch.model):
         statistics = Statistics(request)
-        request.method.run(request, statistics, watched(progress))
+        request.method.run(request.verified(heads).with_constants(), statistics, kept, watched(progress))
     spec = request.method
     info = {
         "method": method,
@@ -181,8 +182,8 @@ def plan(
 ) -> Plan:
     """The batches and passes of the `attribute` call with these arguments, and the memory that it will take.
 
-    Runs one or two examples of each batch, in a few passes.
-    The result itself is not counted, which with `keep` may be large.
+    Runs one or two examples of each batch, in a few passes. The result itself, which may be large with `keep`, is not
+    counted.
 
     Raises:
         InputError: what `attribute` refuses, and methods of which only a pass takes memory, such as "exact".
@@ -231,7 +232,6 @@ def _request(
     rules: str | None,
     keep: str | Collection[str] | None,
     edges: Circuit | Tensor | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
 ) -> AttributionRequest:
     """What is asked, checked; raises InputError with what is wrong."""
     one_of("method", method, METHODS)
@@ -255,8 +255,8 @@ def _request(
         if not spec.backward:
             raise expected("rules", f"None, as {method!r} has no backward pass", repr(rules))
     kept = to_keep(keep, spec)
-    if not spec.selective and (edges is not None or checkpoint is not None):
-        raise expected("edges and checkpoint", 'method="exact"', repr(method))
+    if not spec.selective and edges is not None:
+        raise expected("edges", 'None, except for method "exact"', f"some for {method!r}")
     graph = common.arch.graph(heads)
     return AttributionRequest(
         **{field.name: getattr(common, field.name) for field in fields(common)},
@@ -267,5 +267,4 @@ def _request(
         rules=None if rules is None else RULES[rules],
         keep=kept,
         edges=edges_to_score(graph, edges),
-        checkpoint=checkpoint,
     )

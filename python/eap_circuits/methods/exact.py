@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, tokens_within
+from ..checkpoint import Checkpoint, remaining
 from ..errors import expected
 from ..forward import TOKENS_PER_BATCH, Batch
 from ..graph import Circuit, Graph
 from ..intervention import TOKENS_TOGETHER, PatchedEdges, prepare_patching
 from ..request import Progress
-from .checkpoint import Checkpoint
+from .edges_measured import EdgesMeasured
 from .spec import AttributionRequest, Method
 from .statistics import Statistics
-
-SECONDS_BETWEEN_SAVES = 60.0
 
 
 def edges_to_score(graph: Graph, edges: object) -> Tensor:
@@ -38,34 +37,35 @@ def edges_to_score(graph: Graph, edges: object) -> Tensor:
 
 @dataclass(frozen=True)
 class ExactMethod(Method):
-    """One edge after another alone carries its corrupted value."""
+    """Each edge in turn carries its corrupted value, alone."""
 
     selective: ClassVar[bool] = True
     keeps: ClassVar[tuple[str, ...]] = ("variance", "examples")
 
-    def run(self, request: AttributionRequest, statistics: Statistics, progress: Progress | None) -> None:
-        checkpoint = Checkpoint(request, statistics)
+    def run(
+        self, request: AttributionRequest, statistics: Statistics, checkpoint: Checkpoint, progress: Progress | None
+    ) -> None:
+        measured = EdgesMeasured(statistics, len(request.data), checkpoint)
         mask, graph = request.edges, request.graph
-        n_edges, tokens = int(mask.sum()), _edge_tokens(request)
+        n_edges, tokens = int(mask.sum()), checkpoint.tokens(_edge_tokens(request))
 
         def measure(batch: Batch, tokens: int) -> None:
-            checkpoint.begin(batch)
+            measured.begin(batch)
             patched = prepare_patching(request.runner(graph, batch), graph, request.constants)
             ends = patched.sides.clean_logits, patched.sides.corrupted_logits
             clean = request.values(ends[0], batch, *ends)
             together = max(1, tokens // batch.clean.numel())
-            for edges in _passes(patched, mask & ~checkpoint.done, together):
-                for (u, v), logits in zip(edges, patched.logits(edges), strict=True):
-                    values = request.values(logits, batch, *ends)
-                    checkpoint.add(u, v, batch, (clean - values).double().cpu())
-                checkpoint.save(SECONDS_BETWEEN_SAVES)
+            for edges in _passes(patched, mask & ~measured.done, together):
+                values = [request.values(logits, batch, *ends) for logits in patched.logits(edges)]
+                measured.put(edges, batch, (clean - torch.stack(values)).double().cpu())
                 if progress is not None:
-                    measured = n_edges * int(checkpoint.finished.sum()) + int(checkpoint.done.sum()) * batch.n_examples
-                    progress(measured // len(request.data), n_edges)
+                    examples = n_edges * int(measured.finished.sum()) + int(measured.done.sum()) * batch.n_examples
+                    progress(examples // len(request.data), n_edges)
 
         batches = request.batches(min(tokens, TOKENS_PER_BATCH))
-        for _ in in_memory(request.data, checkpoint.remaining(request.data, batches), tokens, measure):
-            checkpoint.finish()
+        left = remaining(request.data, batches, measured.finished, measured.current)
+        for _ in in_memory(request.data, left, tokens, measure):
+            measured.finish()
 
 
 def _edge_tokens(request: AttributionRequest) -> int:

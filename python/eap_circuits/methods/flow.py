@@ -1,13 +1,13 @@
 """Information flow routes (Ferrando & Voita 2024, arXiv 2403.00824; `information-flow-routes`).
 
-A sender matters to a receiver as far as it brings the receiver's input about. With x_v the residual stream that v reads
+A sender matters to a receiver in so far as it makes up the receiver's input. With x_v the residual stream that v reads
 and c_u what u has written to it, at each token
 
     proximity(u, v) = max(0, ‖x_v‖₁ − ‖x_v − c_u‖₁),    importance(u, v) = proximity(u, v) / Σ_u' proximity(u', v),
 
-averaged over a prompt's tokens and then over prompts. Position embeddings and biases are nobody's contribution. There
-are no corrupted prompts in it, no metric and no gradient; all receivers behind one norm have the same scores. A token
-where no sender brings a receiver nearer to its input counts 0 (the published package gives no number there).
+averaged over a prompt's tokens and then over prompts. Position embeddings and biases belong to no sender. The method
+uses no corrupted prompts, no metric and no gradient; all receivers behind one norm have the same scores. A token where
+no sender brings a receiver closer to its input counts as 0 (the published package gives NaN there).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..adapters import Norm, receiver_sites, sender_sites
 from ..budget import most_tokens
+from ..checkpoint import Checkpoint
 from ..forward import Batch, Runner
 from ..graph import Graph
 from ..recording import ReferenceRun, record_run
@@ -39,8 +40,11 @@ class FlowMethod(Method):
     measures: ClassVar[bool] = False
     reuses: ClassVar[bool] = False  # prompts run whole: nothing is compared with the corrupted ones
 
-    def run(self, request: AttributionRequest, statistics: Statistics, progress: Progress | None) -> None:
-        score_batches(request, most_tokens(request.arch.device), partial(score_batch, request), statistics, progress)
+    def run(
+        self, request: AttributionRequest, statistics: Statistics, checkpoint: Checkpoint, progress: Progress | None
+    ) -> None:
+        tokens = most_tokens(request.arch.device)
+        score_batches(request, tokens, partial(score_batch, request), statistics, checkpoint, progress)
 
 
 def score_batch(request: AttributionRequest, batch: Batch, tokens: int) -> BatchScores:

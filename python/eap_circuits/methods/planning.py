@@ -12,8 +12,8 @@ class Plan:
     Args:
         tokens: the most tokens in a pass with gradients.
         batches: (examples, suffix tokens, path points per pass) of each batch.
-        bytes: the most memory that tensors will take beside the model's weights and the data; an allocator may keep
-            more, of what they have given back.
+        bytes: the most memory that tensors will take besides the model's weights and the data; an allocator may hold
+            on to more, which tensors have given back.
         budget: the most they may take.
     """
 

@@ -5,13 +5,13 @@ The kinds of methods are subclasses in modules of their own: gradients along a p
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
+from ..checkpoint import Checkpoint
 from ..graph import Graph
 from ..recording import Rules
 from ..request import Progress, Request
@@ -36,7 +36,6 @@ class AttributionRequest(Request):
         rules: what takes the gradient's place in backward passes.
         keep: which of `KEEP`.
         edges: bool [S, R], those that "exact" measures.
-        checkpoint: the file of "exact".
     """
 
     graph: Graph
@@ -46,7 +45,6 @@ class AttributionRequest(Request):
     rules: Rules | None
     keep: frozenset[str]
     edges: Tensor
-    checkpoint: str | os.PathLike[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,9 @@ class Method(ABC):
     passes: str
     tier: Tier
 
-    # What the methods of a kind know: ablations other than patching, a metric, prefixes that run once, backward passes,
-    # a choice of edges with a checkpoint, a bound of memory that `plan` foretells; and what they keep of scores.
+    # What methods of a kind can do: take ablations other than patching, use a metric, run prefixes once, run backward
+    # passes, score only some edges, tell in `plan` what memory they will take; and what they can keep besides the
+    # scores' mean.
     ablated: ClassVar[bool] = True
     measures: ClassVar[bool] = True
     reuses: ClassVar[bool] = True
@@ -86,5 +85,7 @@ class Method(ABC):
         return False
 
     @abstractmethod
-    def run(self, request: AttributionRequest, statistics: Statistics, progress: Progress | None) -> None:
-        """Add the scores of all examples to `statistics`."""
+    def run(
+        self, request: AttributionRequest, statistics: Statistics, checkpoint: Checkpoint, progress: Progress | None
+    ) -> None:
+        """Add the scores of all examples to `statistics`, going on from the checkpoint and saving to it."""

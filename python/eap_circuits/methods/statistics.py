@@ -1,7 +1,7 @@
-"""What is kept of edge scores besides their mean over examples: `attribute(keep=)`.
+"""Running sums of edge scores, and what `attribute(keep=)` keeps besides their mean over examples.
 
-A gradient method's score is a sum over tokens: contracting the tokens of one example, or of one position, gives the
-score of that example or position, and all of them together cost what the whole does.
+A gradient method's score is a sum over tokens. Contracting only the tokens of one example, or of one position, gives
+the score of that example or position, and all of these contractions together cost as much as the whole one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from eap_kernels import Nodes
 
 from ..budget import free_bytes, in_memory
+from ..checkpoint import Checkpoint, remaining
 from ..errors import expected, one_of
 from ..forward import Batch
 from ..graph import EdgeScores
@@ -27,7 +28,7 @@ _EXAMPLES, _POSITIONS = {"variance", "examples"}, {"positions", "positions-from-
 
 
 def to_keep(keep: object, method: Method) -> frozenset[str]:
-    """What `attribute(keep=)` asks a method for."""
+    """The names that `attribute(keep=)` asks for, checked."""
     names = (keep,) if isinstance(keep, str) else tuple(keep) if isinstance(keep, Collection) else keep
     if names is None:
         return frozenset()
@@ -45,7 +46,7 @@ def to_keep(keep: object, method: Method) -> frozenset[str]:
 
 
 def batch_bytes(request: AttributionRequest, examples: int) -> int:
-    """The most that the `BatchScores` of so many examples hold for what is kept."""
+    """The most bytes that the `BatchScores` of this many examples hold for what is kept."""
     parts = min(examples, len(request.data)) if request.keep & _EXAMPLES else 0
     if request.keep & _POSITIONS:
         parts += int(request.data.lengths.max())
@@ -98,8 +99,8 @@ class BatchScores:
 
         Args:
             senders, receivers: those of the whole graph, or of a part of it.
-            reach: int64 [receivers], how many of these senders each sees; by default the graph's.
-            of: where in the graph they are, the receivers by a slice or a bool mask [R].
+            reach: int64 [receivers], how many of these senders each receiver sees; by default the graph's.
+            of: which senders and receivers of the graph these are; receivers as a slice or a bool mask [R].
             times: a factor.
         """
         reach = self._graph.reach if reach is None else reach
@@ -146,11 +147,11 @@ class Statistics:
         self.sums = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
 
     def add(self, scores: BatchScores) -> None:
-        """Add those of a batch."""
+        """Add the scores of a batch."""
         sums, found = self.sums, scores.sums
         for part in found.values():
             self._check(part)
-        # One at a time: a whole batch in float64 would take twice its own memory more.
+        # One example at a time: a float64 copy of a whole batch would take twice as much memory as the batch.
         if "examples" in found:
             for example, part in zip(scores.batch.index, found["examples"], strict=True):
                 values = part.double().cpu()
@@ -197,12 +198,17 @@ def score_batches(
     tokens: int,
     score: Callable[[Batch, int], BatchScores],
     statistics: Statistics,
+    checkpoint: Checkpoint,
     progress: Progress | None,
 ) -> None:
-    """Add `score(batch, tokens of a pass)` of all batches."""
-    done = 0
-    for batch, scores in in_memory(request.data, request.batches(tokens), tokens, score):
-        statistics.add(scores)
-        done += batch.n_examples
+    """Add `score(batch, tokens of a pass)` of all batches that the checkpoint does not have."""
+    finished = torch.zeros(len(request.data), dtype=torch.bool)
+    checkpoint.keep({**statistics.sums, "finished": finished})
+    tokens = checkpoint.tokens(tokens)
+    batches = remaining(request.data, request.batches(tokens), finished)
+    for batch, scores in in_memory(request.data, batches, tokens, score):
+        with checkpoint.changing():
+            statistics.add(scores)
+            finished[batch.index] = True
         if progress is not None:
-            progress(done, len(request.data))
+            progress(int(finished.sum()), len(request.data))

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from eap_kernels.info import processor
 
 from ..adapters import bind
+from ..checkpoint import Checkpoint, Where, data_identity, model_identity, model_name, opened
 from ..errors import expected, one_of, whole
 from ..evaluation import FRACTIONS, EvaluationResult, evaluate, faithfulness_curve
 from ..graph import Circuit, EdgeScores, edge_overlap, node_overlap, score_agreement
-from ..identity import data_identity, model_identity
 from ..methods import QUADRATURES, attribute
 from ..metrics import METRICS
 from ..provenance import versions
@@ -112,11 +112,12 @@ def reproduce(
     folder: Path,
     settings: Settings | None = None,
     watch: Watch = _unwatched,
+    checkpoint: Where = None,
 ) -> dict[str, Any]:
     """Measure what `folder / "results.json"` does not have yet, and return its results for these tasks.
 
-    Every stage is written as soon as it is done, exact scores about every minute; after an interruption the same call
-    continues.
+    Every stage is written as soon as it is done, and the one in progress after every batch; after an interruption the
+    same call continues.
 
     Args:
         model: a Hugging Face causal language model.
@@ -124,6 +125,8 @@ def reproduce(
         folder: an existing folder, used only for this comparison.
         settings: what to measure.
         watch: called with the name of the next step; its context yields a function of (examples done, examples in all).
+        checkpoint: the file of the stage in progress, which is removed at the end; by default
+            `folder / "checkpoint.safetensors"`.
 
     Raises:
         InputError: a folder with results of another model, other data or settings, or anything that `attribute` and
@@ -133,21 +136,18 @@ def reproduce(
     names = [experiment.name for experiment in experiments]
     if not names or len(set(names)) < len(names):
         raise expected("tasks", "one or more, with different names", ", ".join(names) or "none")
-    record = Record(folder / "results.json", {"model": _identity(model), "settings": asdict(settings)})
+    model = bind(model).model  # the model inside any wrapper
+    request = {**_identity(model), "settings": asdict(settings)}
+    record = Record(folder / "results.json", request)
     for experiment in experiments:
         record.at("tasks", experiment.name).require("facts", _facts(experiment))
     record.get("environment", lambda: environment(model))
     (folder / "scores").mkdir(exist_ok=True)
-
-    circuits = {}
-    for experiment in experiments:
-        entry = record.at("tasks", experiment.name)
-        scores = {method: _scores(model, experiment, method, folder / "scores", settings, watch) for method in METHODS}
-        _agree(entry, scores)
-        _integrate(entry.at("quadrature"), model, experiment, scores["exact"], settings, watch)
-        _run(entry.at("curves"), model, experiment, scores, settings, watch)
-        circuits[experiment.name] = _circuit(entry, scores["eap-ig-inputs"], settings)
-    _cross(record, model, experiments, circuits, watch)
+    file = folder / "checkpoint.safetensors" if checkpoint is None else checkpoint
+    with opened(file, model, lambda: {"call": "reproduce", "settings": request["settings"]}) as kept:
+        _measure(record, model, experiments, folder / "scores", settings, watch, kept)
+    if not isinstance(file, Checkpoint):
+        Path(file).unlink(missing_ok=True)
     return {
         **record.content,
         "tasks": {name: record.content["tasks"][name] for name in names},
@@ -155,9 +155,32 @@ def reproduce(
     }
 
 
-def _identity(model: nn.Module) -> dict[str, str]:
-    name, *rest = model_identity(bind(model).model)  # the model inside any wrapper
-    return {"name": name, "digest": hashlib.sha256(json.dumps(rest).encode()).hexdigest()}
+def _measure(
+    record: Record,
+    model: nn.Module,
+    experiments: Sequence[Experiment],
+    folder: Path,
+    settings: Settings,
+    watch: Watch,
+    checkpoint: Checkpoint,
+) -> None:
+    circuits = {}
+    for experiment in experiments:
+        entry = record.at("tasks", experiment.name)
+        ran = model, experiment, settings, watch, checkpoint
+        scores = {method: _scores(entry, folder, method, *ran) for method in METHODS}
+        _agree(entry, scores)
+        _integrate(entry, folder, scores["exact"], *ran)
+        _run(entry.at("curves"), scores, *ran)
+        circuits[experiment.name] = _circuit(entry, scores["eap-ig-inputs"], settings)
+    _cross(record, model, experiments, circuits, watch, checkpoint)
+
+
+def _identity(model: nn.Module) -> dict[str, Any]:
+    identity = model_identity(model)
+    software = identity.pop("versions")
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return {"model": {"name": model_name(model), "digest": digest}, "software": software}
 
 
 def _facts(experiment: Experiment) -> dict[str, Any]:
@@ -176,17 +199,34 @@ def environment(model: nn.Module) -> dict[str, Any]:
     return {"machine": machine, "versions": versions(), "date": date.today().isoformat()}
 
 
+def _kept(entry: Record, folder: Path, name: str, what: str, score: Callable[[], EdgeScores]) -> EdgeScores:
+    """Scores that are measured once, and then read from their file."""
+    path = folder / f"{name}-{what}.safetensors"
+    if what not in entry.at("scores").content or not path.is_file():
+        score().save(path)
+        entry.at("scores").get(what, lambda: path.name)
+    return EdgeScores.load(path)
+
+
 def _scores(
-    model: nn.Module, experiment: Experiment, method: str, folder: Path, settings: Settings, watch: Watch
+    entry: Record,
+    folder: Path,
+    method: str,
+    model: nn.Module,
+    experiment: Experiment,
+    settings: Settings,
+    watch: Watch,
+    checkpoint: Checkpoint,
 ) -> EdgeScores:
-    path, data = folder / f"{experiment.name}-{method}.safetensors", experiment.scored
-    with watch(f"{experiment.name}: {method} scores") as bar:
-        if method == "exact":
-            # A finished checkpoint gives its scores at once.
-            return attribute(model, data, data.metric, method=method, checkpoint=path, progress=bar)
-        scores = attribute(model, data, data.metric, method=method, steps=settings.steps, progress=bar)
-    scores.save(path)
-    return scores
+    data = experiment.scored
+
+    def score() -> EdgeScores:
+        with watch(f"{experiment.name}: {method} scores") as bar:
+            return attribute(
+                model, data, data.metric, method=method, steps=settings.steps, progress=bar, checkpoint=checkpoint
+            )
+
+    return _kept(entry, folder, experiment.name, method, score)
 
 
 def _agree(entry: Record, scores: dict[str, EdgeScores]) -> None:
@@ -221,16 +261,25 @@ def _agreement(first: EdgeScores, second: EdgeScores, among: Tensor | None = Non
 
 
 def _integrate(
-    entry: Record, model: nn.Module, experiment: Experiment, exact: EdgeScores, settings: Settings, watch: Watch
+    entry: Record,
+    folder: Path,
+    exact: EdgeScores,
+    model: nn.Module,
+    experiment: Experiment,
+    settings: Settings,
+    watch: Watch,
+    checkpoint: Checkpoint,
 ) -> None:
     """Each quadrature's distance from the integral, relative to it, and its correlation with exact scores."""
-    wanted = [(q, m) for q in QUADRATURES for m in settings.grid if str(m) not in entry.at(q).content]
+    grids = entry.at("quadrature")
+    wanted = [(q, m) for q in QUADRATURES for m in settings.grid if str(m) not in grids.at(q).content]
     if not wanted:
         return
     data = experiment.scored
 
     def score(quadrature: str, steps: int) -> EdgeScores:
-        return attribute(model, data, data.metric, method="eap-ig-inputs", steps=steps, quadrature=quadrature)
+        asked: dict[str, Any] = {"method": "eap-ig-inputs", "steps": steps, "quadrature": quadrature}
+        return attribute(model, data, data.metric, checkpoint=checkpoint, **asked)
 
     def compare(quadrature: str, steps: int) -> dict[str, float]:
         found = score(quadrature, steps)
@@ -238,19 +287,21 @@ def _integrate(
         return {"error": float(error), "pearson": score_agreement(found, exact).pearson}
 
     with watch(f"{experiment.name}: steps of integration") as bar:
-        integral = score("gauss-legendre", settings.reference)
+        reference = partial(score, "gauss-legendre", settings.reference)
+        integral = _kept(entry, folder, experiment.name, "integral", reference)
         for done, (quadrature, steps) in enumerate(wanted, 1):
-            entry.at(quadrature).get(str(steps), partial(compare, quadrature, steps))
+            grids.at(quadrature).get(str(steps), partial(compare, quadrature, steps))
             bar(done, len(wanted))
 
 
 def _run(
     entry: Record,
+    scores: dict[str, EdgeScores],
     model: nn.Module,
     experiment: Experiment,
-    scores: dict[str, EdgeScores],
     settings: Settings,
     watch: Watch,
+    checkpoint: Checkpoint,
 ) -> None:
     data = experiment.held_out
 
@@ -268,6 +319,7 @@ def _run(
                 progress=bar,
                 baselines=baselines,
                 seeds=range(settings.draws),
+                checkpoint=checkpoint,
             )
         # What ran, and when, is in the record's own request and environment.
         return {name: value for name, value in curve.to_dict().items() if name != "info"}
@@ -286,7 +338,12 @@ def _circuit(entry: Record, scores: EdgeScores, settings: Settings) -> Circuit:
 
 
 def _cross(
-    record: Record, model: nn.Module, experiments: Sequence[Experiment], circuits: dict[str, Circuit], watch: Watch
+    record: Record,
+    model: nn.Module,
+    experiments: Sequence[Experiment],
+    circuits: dict[str, Circuit],
+    watch: Watch,
+    checkpoint: Checkpoint,
 ) -> None:
     """What each task's circuit shares with the others, and how faithful it is on their prompts."""
     for experiment in experiments:
@@ -295,7 +352,8 @@ def _cross(
         if not names:
             continue
         with watch(f"{experiment.name}: the other tasks' circuits") as bar:
-            results = evaluate(model, [circuits[name] for name in names], data, data.metric, progress=bar)
+            others = [circuits[name] for name in names]
+            results = evaluate(model, others, data, data.metric, progress=bar, checkpoint=checkpoint)
         own = circuits[experiment.name]
         for name, result in zip(names, results, strict=True):
             entry.get(name, partial(_share, own, circuits[name], result))

@@ -12,7 +12,6 @@ import eap_circuits as eap
 from eap_circuits.budget import PeakBytes
 from eap_circuits.evaluation import faithfulness
 from eap_circuits.intervention import PatchedEdges
-from eap_circuits.methods import exact
 from eap_circuits.methods.gradient import inputs
 from eap_circuits.methods.gradient import method as gradient
 from eap_circuits.request import parse_bytes
@@ -234,7 +233,7 @@ def test_exact_goes_on_with_less_at_once(fits, later, batch_size, keep, make_mod
 def test_exact_goes_on_after_less_at_once_and_an_interruption(after, tmp_path, make_model, relative, monkeypatch):
     model, data = make_model("gpt2"), longer_pairs()
     right = eap.attribute(model, data, method="exact", batch_size=7)
-    monkeypatch.setattr(exact, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr("eap_circuits.checkpoint.file.SECONDS_BETWEEN_SAVES", 0.0)
     measured, file, calls = exact_fails(40, monkeypatch, 1), tmp_path / "exact.safetensors", []
 
     def stop(*_):

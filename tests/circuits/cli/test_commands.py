@@ -40,6 +40,24 @@ def test_memory_bounds_evaluate_and_curve(
     assert asked == [7_000_000, 8_000_000]
 
 
+def test_evaluate_and_curve_go_on_from_their_checkpoints(
+    tmp_path: Path, saved: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eap.EdgeScores.load(saved).select(n_edges=200).save(tmp_path / "c.json")
+    original = faithfulness._values
+    options = ("--data", pairs, "--json", "--checkpoint")
+    commands = [
+        ("evaluate", "tiny", tmp_path / "c.json", *options, tmp_path / "e.safetensors"),
+        ("curve", "tiny", saved, "--fractions", "0.5", "--baselines", "none", *options, tmp_path / "k.safetensors"),
+    ]
+    for command in commands:
+        monkeypatch.setattr(faithfulness, "_values", original)
+        first = run(*command).stdout
+        monkeypatch.setattr(faithfulness, "_values", lambda *_: pytest.fail("what is done is done again"))
+        assert run(*command).stdout == first
+    run("evaluate", "tiny", tmp_path / "c.json", *options, tmp_path / "k.safetensors", code=2)
+
+
 def test_ablations(
     tmp_path: Path, saved: Path, pairs: Path, loads: list[str], make_model: Any, make_pairs: Any
 ) -> None:

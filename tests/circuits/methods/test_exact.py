@@ -63,7 +63,7 @@ def test_an_interrupted_run_goes_on(after, tmp_path, make_model, make_pairs, rel
     """What was measured before the interruption is neither lost nor counted twice."""
     model, data = make_model("gpt2"), make_pairs(seed=7)
     right = eap.attribute(model, data, method="exact", batch_size=3)
-    monkeypatch.setattr(exact, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr("eap_circuits.checkpoint.file.SECONDS_BETWEEN_SAVES", 0.0)
     monkeypatch.setattr(exact, "TOKENS_TOGETHER", 256)
     file, calls = tmp_path / "exact.safetensors", []
 
@@ -118,8 +118,8 @@ def test_another_requests_checkpoint_is_refused_and_kept(change, tmp_path, make_
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"method": "eap", "edges": torch.zeros(2, 2, dtype=torch.bool)}, "edges and checkpoint: expected"),
-        ({"method": "eap", "checkpoint": "x.safetensors"}, "edges and checkpoint: expected"),
+        ({"method": "eap", "edges": torch.zeros(2, 2, dtype=torch.bool)}, "edges: expected None, except for"),
+        ({"method": "eap", "checkpoint": "x.pt"}, "checkpoint: expected a name ending in .safetensors"),
         ({"edges": torch.zeros(2, 2, dtype=torch.bool)}, "edges: expected a circuit or a bool mask"),
         ({"edges": [("m0", "logits")]}, "edges: expected a circuit or a bool mask"),
         ({"checkpoint": "scores.json"}, "checkpoint: expected a name ending in .safetensors"),

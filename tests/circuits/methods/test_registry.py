@@ -88,8 +88,8 @@ def test_where_memory_runs_out_the_rest_goes_on(method, make_model, relative, mo
 @pytest.mark.parametrize("method", [*NEW, "eap"])
 def test_what_a_method_does_not_know_is_refused(method, make_model, make_pairs):
     model, data = make_model("gpt2"), make_pairs()
-    with pytest.raises(InputError, match='edges and checkpoint: expected method="exact"'):
-        eap.attribute(model, data, method=method, checkpoint="x.safetensors")
+    with pytest.raises(InputError, match='edges: expected None, except for method "exact"'):
+        eap.attribute(model, data, method=method, edges=torch.zeros(2, 2, dtype=torch.bool))
     if not METHODS[method].planned:
         with pytest.raises(InputError, match=f"method: expected one whose memory is planned .*found '{method}'"):
             eap.plan(model, data, method=method)

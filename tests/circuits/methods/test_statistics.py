@@ -131,8 +131,8 @@ def test_terms_of_every_other_methods_scores_add_up(family, settings, make_model
 def test_works_in_the_callers_inference_mode(method, tmp_path, make_model, make_pairs):
     model, data = make_model("gpt2"), make_pairs(n=3)
     right = eap.attribute(model, data, method=method, keep="examples")
-    file = {"checkpoint": tmp_path / "x.safetensors"} if method == "exact" else {}
-    for _ in range(1 + len(file)):
+    file = {"checkpoint": tmp_path / "x.safetensors"}
+    for _ in range(2):
         with torch.inference_mode():
             found = eap.attribute(model, data, method=method, keep="examples", **file)
         assert torch.equal(found.values, right.values) and torch.equal(found.variance, right.variance)
@@ -163,7 +163,7 @@ def test_an_interrupted_exact_run_keeps_its_statistics(kept, tmp_path, make_mode
     model, data = make_model("gpt2"), make_pairs(seed=7)
     given = {"method": "exact", "batch_size": 3, "keep": kept}
     right = eap.attribute(model, data, **given)
-    monkeypatch.setattr(exact, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr("eap_circuits.checkpoint.file.SECONDS_BETWEEN_SAVES", 0.0)
     monkeypatch.setattr(exact, "TOKENS_TOGETHER", 256)
     calls = []
 

@@ -204,3 +204,36 @@ def test_one_file_of_ones_own_from_the_command_line(
     assert refused.exit_code == 2 and "--tasks" in refused.stderr and not (tmp_path / "no").exists()
     refused = CliRunner().invoke(app, ["reproduce", "tiny", "--align", "--out", str(tmp_path / "no")])
     assert refused.exit_code == 2 and "--data" in refused.stderr and not (tmp_path / "no").exists()
+
+
+def test_a_stage_in_progress_goes_on_too(
+    model: Any, make_pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eap_circuits.checkpoint.file.SECONDS_BETWEEN_SAVES", 0.0)
+    experiments = [Experiment.from_data("mine", make_pairs(1), SETTINGS)]
+    steps: list[tuple[str, int]] = []
+
+    @contextlib.contextmanager
+    def stop_at(count: int, what: str) -> Iterator[Any]:
+        def step(done: int, total: int) -> None:
+            steps.append((what, done))
+            if len(steps) == count:
+                raise _Stopped
+
+        yield step
+
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    for folder in (whole, pieces):
+        folder.mkdir()
+    right = reproduce(model, experiments, whole, SETTINGS, lambda what: stop_at(-1, what))
+    every = steps.copy()
+    steps.clear()
+    for count in (1, 3, len(every) // 2, len(every) - 1):
+        file = pieces / "checkpoint.safetensors"
+        with pytest.raises(_Stopped):
+            reproduce(model, experiments, pieces, SETTINGS, lambda what, count=count: stop_at(count, what))
+        assert file.exists()
+    found = reproduce(model, experiments, pieces, SETTINGS, lambda what: stop_at(-1, what))
+    assert found == right and not file.exists()
+    ran, once = ([step for step in found if "integration" not in step[0]] for found in (steps, every))
+    assert ran == once, "no batch is run twice"

@@ -15,6 +15,7 @@ from ..options import (
     AblationData,
     Align,
     BatchSize,
+    Checkpoint,
     Confidence,
     Data,
     Device,
@@ -73,13 +74,7 @@ def attribute(
         Path | None,
         typer.Option(help="With exact: measure only this circuit's edges.", rich_help_panel="Scoring"),
     ] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help="With exact: a .safetensors file, written every minute, from which the same command continues.",
-            rich_help_panel="Scoring",
-        ),
-    ] = None,
+    checkpoint: Checkpoint = None,
     keep: Keep = None,
     rules: Rules = None,
     dtype: Dtype = None,
@@ -131,7 +126,7 @@ def attribute(
     from ...methods import METHODS, QUADRATURES, RULES
     from ...report.tables import edge_table, plan_table
 
-    check_outputs(out, circuit)
+    check_outputs(out, circuit, checkpoint)
     check_suffix(out, *SUFFIXES)
     check_suffix(circuit, *SUFFIXES)
     if circuit is not None and edges is None:

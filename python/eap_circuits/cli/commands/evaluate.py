@@ -15,6 +15,7 @@ from ..options import (
     Align,
     Baselines,
     BatchSize,
+    Checkpoint,
     Confidence,
     Data,
     Device,
@@ -46,6 +47,7 @@ def evaluate(
     ablation_data: AblationData = None,
     batch_size: BatchSize = None,
     memory: Memory = None,
+    checkpoint: Checkpoint = None,
     dtype: Dtype = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -66,6 +68,7 @@ def evaluate(
 
     from ...report.tables import result_table
 
+    check_outputs(checkpoint)
     prompts = session.Prompts(task, data, n, seed, align, ablation_data)
     prompts.check(metric, ablation=ablation)
     kept = eap.Circuit.load(circuit)
@@ -81,6 +84,7 @@ def evaluate(
             ablation=ablation,
             batch_size=batch_size,
             memory=memory,
+            checkpoint=checkpoint,
             progress=bar,
             ablation_data=prompts.load_ablation(tokenizer),
         )
@@ -118,6 +122,7 @@ def curve(
     ablation_data: AblationData = None,
     batch_size: BatchSize = None,
     memory: Memory = None,
+    checkpoint: Checkpoint = None,
     dtype: Dtype = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -145,7 +150,7 @@ def curve(
     from ...report import save_curve, smallest_faithful
     from ...report.tables import areas_line, curve_table
 
-    check_outputs(out, html)
+    check_outputs(out, html, checkpoint)
     check_suffix(out, ".json")
     check_suffix(html, ".html", ".htm")
     session.check_how(how)
@@ -171,6 +176,7 @@ def curve(
             ablation_data=prompts.load_ablation(tokenizer),
             batch_size=batch_size,
             memory=memory,
+            checkpoint=checkpoint,
             progress=bar,
             baselines=beside,
             seeds=range(draws),

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from .. import session
-from ..console import progress, say
-from ..options import Align, Device, Dtype, Seed, TrustRemoteCode
+from ..console import check_outputs, progress, say
+from ..options import Align, Checkpoint, Device, Dtype, Seed, TrustRemoteCode
 
 
 def reproduce(
@@ -43,6 +43,7 @@ def reproduce(
     seed: Seed = 0,
     steps: Annotated[int, typer.Option(help="Steps of EAP-IG.", min=1, rich_help_panel="Scoring")] = 5,
     draws: Annotated[int, typer.Option(help="Random circuits of each size.", min=1, rich_help_panel="Circuit")] = 3,
+    checkpoint: Checkpoint = None,
     dtype: Dtype = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -77,6 +78,7 @@ def reproduce(
         session.check_align(align, "no --data")
     for file in files:
         session.Prompts(None, file).check()
+    check_outputs(checkpoint)
     settings = Settings(scored=scored, pairs=n, seed=seed, steps=steps, draws=draws)
     folder = out / "reproduction"
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,6 +89,6 @@ def reproduce(
         Experiment.from_data(file.stem, PairedDataset.from_file(file, tokenizer, align=align), settings)
         for file in files
     ]
-    results = measure(loaded, experiments, folder, settings, progress)
+    results = measure(loaded, experiments, folder, settings, progress, checkpoint)
     for path in write_page(results, out):
         say(f"Wrote {path}.")

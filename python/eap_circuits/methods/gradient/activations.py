@@ -62,7 +62,7 @@ def _add_groups(request: AttributionRequest, batch: Batch, passes: Passes, score
     for group in groups:
         since = group.senders.start
         if every_edge:
-            # The package's input embeddings are constants on their own path: what reads nothing else has no gradient.
+            # In the package input embeddings are constants on their own path: what reads only them has no gradient.
             since = 1 if group.module is None and paths.only_tokens else 0
         receivers = ReceiverGradients(runner, graph, passes.held, request.rules, since)
         readers = graph.reach > since  # the last ones of the graph

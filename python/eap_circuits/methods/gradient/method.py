@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...budget import Cost, budget, end_of_phase, measure_cost, most_tokens, numbers_per_token, tokens_within
+from ...checkpoint import Checkpoint
 from ...forward import Batch
 from ...recording import ReceiverGradients
 from ...request import Progress
@@ -24,11 +25,11 @@ from ..quadrature import Path, Quadrature
 from ..spec import KEEP, AttributionRequest, Method
 from ..statistics import BatchScores, Statistics, batch_bytes, score_batches
 
-# Normalised inputs of this many path points are held before what has been accumulated is contracted: fewer would
-# spend more time on contractions than on the passes, more only memory. The usual path is contracted once.
+# Normalised inputs of this many path points are held before they are contracted. With fewer, contractions would take
+# longer than the passes; more would only take memory. The usual path is contracted once.
 HELD_POINTS = 5
 HELD_BYTES = 128 * 2**20
-# A pass keeps about two numbers for the backward for every weight that works on a token, divided by the width.
+# For each token a pass keeps about this many numbers for the backward for every weight, divided by the width.
 _NUMBERS_PER_WEIGHT = 2
 
 
@@ -45,7 +46,7 @@ class GradientMethod(Method):
     """Gradients along a path.
 
     Args:
-        grid: steps -> the path's points and weights; several by name where `quadrature=` chooses among them.
+        grid: steps -> the path's points and weights; or several of them by name, if `quadrature=` chooses.
     """
 
     grid: Callable[[int], Path] | Mapping[str, Quadrature]
@@ -75,13 +76,15 @@ class GradientMethod(Method):
         """Scores of the batch's examples. Calls `end_of_phase` where what is held changes, the same number of times
         for all numbers of examples and points."""
 
-    def run(self, request: AttributionRequest, statistics: Statistics, progress: Progress | None) -> None:
+    def run(
+        self, request: AttributionRequest, statistics: Statistics, checkpoint: Checkpoint, progress: Progress | None
+    ) -> None:
         tokens = self._tokens(request) if self.planned else most_tokens(request.arch.device)
 
         def score(batch: Batch, tokens: int) -> BatchScores:
             return self.score(request, batch, self.cut(request, batch, tokens))
 
-        score_batches(request, tokens, score, statistics, progress)
+        score_batches(request, tokens, score, statistics, checkpoint, progress)
 
     def plan(self, request: AttributionRequest) -> Plan:
         """How `run` will cut the data, and what it will take."""
@@ -127,7 +130,7 @@ class GradientMethod(Method):
 
 @contextlib.contextmanager
 def contraction(receivers: ReceiverGradients) -> Iterator[None]:
-    """Around the contraction of what has been accumulated, which is then forgotten."""
+    """Around the contraction of what the receivers have accumulated; afterwards they forget it."""
     end_of_phase()
     yield
     receivers.clear()

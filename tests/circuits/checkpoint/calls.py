@@ -1,0 +1,51 @@
+"""Every long call, on a tiny model, as a function of (progress, checkpoint) that gives all its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+import eap_circuits as eap
+from eap_circuits.evaluation import optimal_constants
+
+SIZE = {"batch_size": 2}
+
+
+def numbers(result: Any) -> list[torch.Tensor]:
+    """All numbers of a result."""
+    if isinstance(result, eap.EdgeScores):
+        kept = (result.values, result.variance, result.per_example, result.per_position, result.neurons)
+        return [x for x in kept if x is not None]
+    if isinstance(result, list):
+        return [x for each in result for x in numbers(each)]
+    if isinstance(result, eap.Curve):
+        return numbers([*result.results, *(each for row in result.baselines["random"].results for each in row)])
+    if hasattr(result, "tensors"):
+        return result.tensors
+    return [result.values, result.clean_values, result.corrupted_values]
+
+
+def long_calls(model: Any, data: Any) -> dict[str, Callable[..., Any]]:
+    """By name; each takes `progress` and `checkpoint` by name."""
+    scores = eap.attribute(model, data[:2], method="eap")
+    circuit, few = scores.select(12), scores.select(4, prune=False)
+    attribute = partial(eap.attribute, model, data, **SIZE)
+    kept = {"keep": ["examples", "positions", "neurons"]}
+    return {
+        "eap": partial(attribute, method="eap", **kept),
+        "eap-ig-inputs": partial(attribute, steps=2, keep="positions"),
+        "eap-ig-activations": partial(attribute, method="eap-ig-activations", steps=1, ablation="zero"),
+        "clean-corrupted": partial(attribute, method="clean-corrupted", ablation="mean"),
+        "eap-conductance": partial(attribute, method="eap-conductance", steps=1, keep="variance"),
+        "information-flow-routes": partial(attribute, method="information-flow-routes"),
+        "exact": partial(attribute, method="exact", edges=few, keep="examples"),
+        "evaluate": partial(eap.evaluate, model, [circuit, few], data, **SIZE),
+        "evaluate-mean": partial(eap.evaluate, model, circuit, data, ablation="mean-positional", **SIZE),
+        "curve": partial(
+            eap.faithfulness_curve, model, scores, data, (0.1, 0.5), baselines=["random"], seeds=[0], **SIZE
+        ),
+        "optimal_constants": partial(optimal_constants, model, circuit, data, steps=3, **SIZE),
+    }

@@ -26,7 +26,7 @@ def provenance(request: Request, call: str, operator: str | None = None) -> dict
         call: the call, as `called` writes it.
         operator: what `eap_kernels.explain` says of the operator that the run will spend its time in, if any.
     """
-    from .checkpoint import data_identity, model_name
+    from .checkpoint import data_identity, model_name, weights_digest
     from .files import digest
 
     model: Any = request.arch.model
@@ -40,7 +40,7 @@ def provenance(request: Request, call: str, operator: str | None = None) -> dict
         "prompts_sha256": prompts,
         "model": model_name(model),
         "revision": getattr(model.config, "_commit_hash", None),
-        "weights_sha256": _weights(model),
+        "weights_sha256": weights_digest(model),
         "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
         "call": COMMAND.get() or call,
         "device": str(request.arch.device),
@@ -48,17 +48,6 @@ def provenance(request: Request, call: str, operator: str | None = None) -> dict
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
     }
-
-
-def _weights(model: Any) -> str:
-    """The SHA-256 of all weights and buffers; of those without plain numbers, quantised or offloaded, of the names."""
-    from torch import Tensor
-
-    from .files import digest
-
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    plain = {name: x for name, x in tensors.items() if type(x.data) is Tensor and not x.is_meta}
-    return digest({"others": sorted(tensors.keys() - plain.keys())}, plain)
 
 
 def versions() -> dict[str, str]:

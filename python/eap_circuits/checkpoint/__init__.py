@@ -2,6 +2,7 @@
 
 from .file import Checkpoint, Where, opened, remaining
 from .identity import data_identity, model_identity, model_name, settings_of
+from .weights import weights_digest
 
 __all__ = [
     "Checkpoint",
@@ -12,4 +13,5 @@ __all__ = [
     "opened",
     "remaining",
     "settings_of",
+    "weights_digest",
 ]

@@ -95,7 +95,14 @@ def quiet() -> None:
 
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("always", category=InputWarning)
-    warnings.showwarning = lambda message, *_: print(f"eap: warning: {message}", file=sys.stderr)
+    said: set[str] = set()
+
+    def show(message: object) -> None:
+        if str(message) not in said:
+            said.add(str(message))
+            print(f"eap: warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = lambda message, *_: show(message)
     for name, value in (
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"),

@@ -149,11 +149,11 @@ def attribute(
     prompts.check(metric, gradient=method != "exact", ablation=ablation)
 
     loaded, tokenizer = session.load_model(model, dtype, device, not no_weights, trust_remote_code)
-    graph = bind(loaded).graph(heads)  # type: ignore[arg-type]
-    if edges is not None and edges > graph.n_edges:
-        raise expected("--edges", f"1 to {graph.n_edges:,}, the edges that the model has", f"{edges:,}")
-    for path in (out, circuit):
-        if path is not None:
+    if not dry_run:
+        graph = bind(loaded).graph(heads)  # type: ignore[arg-type]
+        if edges is not None and edges > graph.n_edges:
+            raise expected("--edges", f"1 to {graph.n_edges:,}, the edges that the model has", f"{edges:,}")
+        for path in filter(None, (out, circuit)):
             check_savable(path, graph)
     pairs = prompts.load(tokenizer)
     asked: dict[str, Any] = {

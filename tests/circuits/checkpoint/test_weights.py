@@ -1,0 +1,38 @@
+"""The digest of all weights, which is kept until they change."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from eap_circuits.checkpoint import weights, weights_digest
+
+
+def test_a_digest_is_made_once_and_again_after_any_change(make_model, monkeypatch):
+    model, read = make_model("llama", torch.float32), []
+    monkeypatch.setattr(weights, "tensor_digest", lambda x, real=weights.tensor_digest: read.append(x) or real(x))
+    first = weights_digest(model)
+    n = len(read)
+    assert n and weights_digest(model) == first and len(read) == n
+    assert weights_digest(copy.deepcopy(model)) == first
+    found = {first}
+    for x in model.parameters():
+        x.data.view(-1)[-1] += 1  # autograd's own counter of changes does not see this
+        found.add(weights_digest(model))
+    assert len(found) == 1 + len(list(model.parameters()))
+
+
+def test_tensors_of_any_size_and_dtype_are_seen_to_change(make_model):
+    model = torch.nn.Module()
+    for number, dtype in enumerate((torch.float16, torch.int8, torch.bool, torch.float64)):
+        for size in (0, 1, 3, 17):
+            model.register_buffer(f"b{number}_{size}", torch.zeros(size, dtype=dtype))
+    found = {weights_digest(model)}
+    changed = 0
+    for x in model.buffers():
+        if x.numel():
+            x.data[-1] = 1
+            changed += 1
+            found.add(weights_digest(model))
+    assert len(found) == 1 + changed

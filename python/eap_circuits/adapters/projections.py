@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .loading.shapes import Shape
 from .offloading import device_of, read
-from .shapes import Shape
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Projections = dict[str, "Projection"]  # of one module, by letter: q, k, v

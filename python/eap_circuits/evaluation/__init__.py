@@ -1,10 +1,9 @@
 """Circuits run and measured: faithfulness, curves, comparisons, and the self-check of a model."""
 
 from .baselines import BASELINES, Baseline
-from .check import Check, check_model
+from .check import Check, check_model, discover
 from .comparison import Comparison, compare
 from .curve import FRACTIONS, Curve, faithfulness_curve
-from .discovery import discover
 from .faithfulness import EvaluationResult, evaluate
 from .optimal_ablation import optimal_constants
 from .summarise import summarise

@@ -3,8 +3,8 @@
 from .batches import TOKENS_PER_BATCH, Batch, halves, make_batches, some_of
 from .constants import Constants, at_tokens, zeros
 from .hooks import Hooks, borrowed
+from .prefixes.reuse import why_not_reused
 from .resume import LayerInputs
-from .reuse import why_not_reused
 from .runner import Register, Runner, each
 from .tracing import trace
 from .upload import Indices, upload

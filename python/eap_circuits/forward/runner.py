@@ -16,7 +16,7 @@ from ..graph import Graph
 from .batches import Batch
 from .hooks import Hooks
 from .last_mlp import ScoredMLP, at_scored
-from .prefix import Prefix, WholePrompts, beginning, behind, parameters, run_prefixes
+from .prefixes.prefix import Prefix, WholePrompts, beginning, behind, parameters, run_prefixes
 
 Register = Callable[[Hooks], None]
 

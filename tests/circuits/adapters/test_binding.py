@@ -22,7 +22,7 @@ from transformers import (
 import eap_circuits as eap
 from eap_circuits.adapters import FAMILIES, bind, binding
 from eap_circuits.evaluation.check import StayDouble
-from eap_circuits.forward import prefix
+from eap_circuits.forward.prefixes import prefix
 from eap_circuits.graph import Graph
 from tests.circuits.conftest import CONFIGS
 

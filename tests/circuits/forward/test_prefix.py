@@ -7,7 +7,7 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.evaluation.check import StayDouble
-from eap_circuits.forward import prefix
+from eap_circuits.forward.prefixes import prefix
 
 
 def pairs(beginning: int, prefixes: int) -> eap.PairedDataset:

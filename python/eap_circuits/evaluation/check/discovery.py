@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..adapters import Family, propose
-from ..errors import expected
-from ..forward import borrowed, trace
-from ..loans import gives_back
-from .check import Check, check_model, exact_copy
+from ...adapters import Family, propose
+from ...errors import expected
+from ...forward import borrowed, trace
+from ...loans import gives_back
+from .model import Check, check_model, exact_copy
 
 
 @gives_back

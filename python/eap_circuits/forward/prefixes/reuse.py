@@ -12,13 +12,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..adapters import Architecture
-from ..errors import InputError, expected, reason
-from ..graph import Graph, Heads
-from ..tasks import PairedDataset
-from .batches import Batch, batch_of
-from .runner import Runner
-from .want_of_memory import out_of_memory
+from ...adapters import Architecture
+from ...errors import InputError, expected, reason
+from ...graph import Graph, Heads
+from ...tasks import PairedDataset
+from ..batches import Batch, batch_of
+from ..runner import Runner
+from ..want_of_memory import out_of_memory
 
 # Plain runs differ by rounding. It grows with depth, and GPUs may round float32 to a few digits in products (TF32).
 _LEAST_EPS = 2.0**-20

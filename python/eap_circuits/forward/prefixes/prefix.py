@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from .batches import Batch
+from ..batches import Batch
 
 # What `forward` calls the cache: the first name since transformers 5.24, the second before and in other models' code.
 _CACHE_NAMES = ("cache", "past_key_values")

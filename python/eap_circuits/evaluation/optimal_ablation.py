@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from numbers import Real
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..budget import Cost, in_memory, measure_cost, numbers_per_token, tokens_within
-from ..errors import expected, known_arguments, whole
+from ..errors import expected, known_arguments, number, whole
 from ..forward import Batch, Constants, Runner, borrowed, one_want_of_memory
 from ..graph import Circuit, EdgeScores, NodeScores
 from ..intervention import learning_run
@@ -66,8 +65,7 @@ def optimal_constants(
             `evaluate` refuses.
     """
     steps, progress = whole("steps", steps, 1), watched(progress)
-    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 < rate < float("inf"):
-        raise expected("rate", "a positive number", repr(rate))
+    rate = number("rate", rate, "a positive number", 5e-324, 1e308)
     request = prepare(model, data, metric, "mean", batch_size, reuse_prefix=False, memory=memory)
     check_circuit(circuit, request)
     with borrowed(request.arch.model):
@@ -80,9 +78,11 @@ def optimal_constants(
 
 def as_circuits(circuit: Circuit | Sequence[Circuit]) -> list[Circuit]:
     """The circuits of `evaluate(circuit=)`."""
-    if not isinstance(circuit, Circuit) and isinstance(circuit, Iterable) and not isinstance(circuit, (str, Tensor)):
+    single = isinstance(circuit, (Circuit, str, Mapping)) or hasattr(circuit, "ndim")  # tensors and arrays
+    if isinstance(circuit, Iterable) and not single:
         return list(circuit)
     check_kind(circuit)
+    assert isinstance(circuit, Circuit)
     return [circuit]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from eap_kernels import Nodes, explain
 
 from ..adapters import weightless
-from ..errors import expected, known_arguments, one_of, whole
+from ..errors import expected, known_arguments, one_of, shown, whole
 from ..forward import Constants, borrowed, one_want_of_memory, without_cache_where_it_fails
 from ..graph import Circuit, EdgeScores, Heads
 from ..provenance import called, provenance
@@ -27,6 +27,8 @@ from .quadrature import QUADRATURES
 from .registry import METHODS
 from .spec import AttributionRequest
 from .statistics import Statistics, to_keep
+
+_MOST_STEPS = 10_000
 
 
 @one_want_of_memory
@@ -105,6 +107,7 @@ def attribute(
         InputError: see the message; raised before any work, except for a metric that is not finite.
     """
     call = called(attribute, locals())
+    progress = watched(progress)
     request = _request(
         model=model,
         data=data,
@@ -128,7 +131,7 @@ def attribute(
     with borrowed(request.arch.model):
         request = request.with_constants()
         statistics = Statistics(request)
-        request.method.run(request, statistics, watched(progress))
+        request.method.run(request, statistics, progress)
     spec = request.method
     info = {
         "method": method,
@@ -236,9 +239,9 @@ def _request(
     one_of("method", method, METHODS)
     one_of("quadrature", quadrature, QUADRATURES)
     one_of("heads", heads, ("kv", "query"))
-    steps = whole("steps", steps, 1)
-    if compat not in (None, "eap-ig"):
-        raise expected("compat", "None or 'eap-ig'", repr(compat))
+    steps = whole("steps", steps, 1, _MOST_STEPS)
+    if compat is not None and not (isinstance(compat, str) and compat == "eap-ig"):
+        raise expected("compat", "None or 'eap-ig'", shown(compat))
     spec = METHODS[method]
     common = prepare(model, data, metric, ablation, batch_size, ablation_data, reuse_prefix, memory)
     ablated = ablation_of(ablation)

@@ -6,7 +6,7 @@ score of that example or position, and all of them together cost what the whole 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from eap_kernels import Nodes
 
 from ..budget import free_bytes, in_memory
-from ..errors import expected, one_of
+from ..errors import expected, listed, one_of
 from ..forward import Batch
 from ..graph import EdgeScores
 from ..recording import contract, contract_neurons, lowered
@@ -28,11 +28,10 @@ _EXAMPLES, _POSITIONS = {"variance", "examples"}, {"positions", "positions-from-
 
 def to_keep(keep: object, method: Method) -> frozenset[str]:
     """What `attribute(keep=)` asks a method for."""
-    names = (keep,) if isinstance(keep, str) else tuple(keep) if isinstance(keep, Collection) else keep
-    if names is None:
+    if keep is None:
         return frozenset()
-    if not isinstance(names, tuple):
-        raise expected("keep", "a name or names of " + ", ".join(map(repr, KEEP)), repr(keep))
+    wanted = "a name or names of " + ", ".join(map(repr, KEEP))
+    names = [keep] if isinstance(keep, str) else listed("keep", keep, wanted)
     for name in names:
         one_of("keep", name, KEEP)
     found = frozenset(names)

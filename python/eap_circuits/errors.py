@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import operator
 import re
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+SEEDS = -(2**63), 2**64 - 1  # what torch takes
 
 
 class InputError(ValueError):
@@ -32,8 +35,22 @@ def warn(message: str) -> None:
 
 
 def expected(name: str, wanted: str, found: object) -> InputError:
-    """The error sentence `name: expected wanted, found found.`"""
-    return InputError(f"{name}: expected {wanted}, found {found}.")
+    """The error sentence `name: expected wanted, found found.`; what was found may be long, and is shortened."""
+    return InputError(f"{name}: expected {wanted}, found {shortened(str(found))}.")
+
+
+def shortened(text: str, most: int = 160) -> str:
+    """The text in one line, without its middle where it has more characters than `most`."""
+    text = " ".join(line.strip() for line in text.splitlines()) if len(text.splitlines()) > 1 else text
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+
+
+def shown(value: object) -> str:
+    """A value as an error sentence shows it."""
+    try:
+        return shortened(repr(value))
+    except Exception:  # what is handed in may have any __repr__; Python's own refuses numbers of 5,000 digits
+        return f"a value of type {type(value).__name__}"
 
 
 def reason(error: BaseException) -> str:
@@ -54,9 +71,9 @@ def refuse_default_device() -> None:
 def one_of(name: str, value: object, choices: Collection[str]) -> None:
     """Refuse a value that is not among `choices`, and say which of them is meant where that can be told."""
     names = sorted(choices)
-    if value not in names:
+    if not isinstance(value, str) or value not in names:
         near = " or ".join(map(repr, _near(value, names)))
-        found = f"{value!r} (did you mean {near}?)" if near else repr(value)
+        found = f"{shortened(shown(value), 60)} (did you mean {near}?)" if near else shown(value)
         raise expected(name, "one of " + ", ".join(map(repr, names)), found)
 
 
@@ -92,6 +109,13 @@ def known_arguments(call: Callable[P, T]) -> Callable[P, T]:
     return checked
 
 
+def instance(name: str, value: object, kind: type[T], wanted: str | None = None) -> T:
+    """The value, if it is of this type; `wanted`, or else the type's name, says in the error sentence what it is."""
+    if not isinstance(value, kind):
+        raise expected(name, wanted or f"a {kind.__name__}", type(value).__name__)
+    return value
+
+
 def whole(name: str, value: object, least: int | None = None, most: int | None = None, note: str = "") -> int:
     """A whole number of Python, numpy or torch as an `int`; refuses others, those out of range, True and False.
 
@@ -99,11 +123,62 @@ def whole(name: str, value: object, least: int | None = None, most: int | None =
         note: what else the error sentence says is expected, after the number.
     """
     try:
-        number = operator.index(value)  # type: ignore[arg-type]
+        found = None if _boolean(value) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        number = None
-    boolean = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
-    if number is None or boolean or (least is not None and number < least) or (most is not None and number > most):
+        found = None
+    if found is None or (least is not None and found < least) or (most is not None and found > most):
         bounds = "" if least is None else f" of at least {least}" if most is None else f" from {least} to {most:,}"
-        raise expected(name, f"a whole number{bounds}{note}", repr(value))
-    return number
+        raise expected(name, f"a whole number{bounds}{note}", shown(value))
+    return found
+
+
+def number(name: str, value: object, wanted: str, least: float = -math.inf, most: float = math.inf) -> float:
+    """A number of Python, numpy or torch as a `float`; refuses others, NaN, those out of range, True and False.
+
+    Args:
+        wanted: what the error sentence says is expected.
+    """
+    plain = None if _boolean(value) else _plain(value)
+    if not isinstance(plain, (int, float)) or not least <= plain <= most:
+        raise expected(name, wanted, shown(value))
+    try:
+        return float(plain)
+    except OverflowError:
+        raise expected(name, wanted, shown(value)) from None
+
+
+def flag(name: str, value: object) -> bool:
+    """True or False of Python, numpy or torch as a `bool`; refuses all else, such as 1 and "no"."""
+    if not _boolean(value):
+        raise expected(name, "True or False", shown(value))
+    return bool(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    """A single number of numpy or torch as Python's."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+
+
+def _boolean(value: object) -> bool:
+    return isinstance(_plain(value), bool)
+
+
+def listed(name: str, value: object, wanted: str) -> list[Any]:
+    """The members of a list, tuple, set, range, iterator, or array or tensor of one dimension; refuses all else."""
+    one = getattr(value, "ndim", 1) == 1
+    if not one or not isinstance(value, Iterable) or isinstance(value, (str, bytes, bytearray, Mapping)):
+        raise expected(name, wanted, shown(value))
+    return list(value)
+
+
+def function(name: str, value: object, wanted: str) -> None:
+    """Refuse what cannot be called with two arguments; a class or a model can be, but is not meant."""
+    try:
+        signature = inspect.signature(value) if callable(value) else None
+        fits = signature is not None and bool(signature.bind(None, None))
+    except TypeError:
+        fits = False
+    except ValueError:
+        fits = True  # a callable that does not tell
+    if not fits or isinstance(value, type) or hasattr(value, "get_input_embeddings"):
+        raise expected(name, wanted, shown(value))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Architecture, bind
-from .errors import InputError, expected, one_of, warn, whole
+from .errors import InputError, expected, flag, function, instance, one_of, shown, warn, whole
 from .forward import Batch, Constants, Runner, make_batches, why_not_reused, zeros
 from .graph import Graph, Heads
 from .metrics import Metric, MetricBatch, check_metric_values, get_metric, misspelled
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Logits of SmolLM2-135M differ from those in float64 by 3 to 9 eps of their size in float32, by 1 to 2 in half
 # precision.
 _ERROR, _DRAWS = 8, 2
+_LARGEST_BATCH = 2**31  # more examples than there are
 Progress = Callable[[int, int], None]  # (examples done, examples in all)
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -137,16 +138,17 @@ def prepare(
     memory: int | str | None = None,
 ) -> Request:
     """Check a request; raises InputError with what is wrong. Without a metric it is the data's own."""
-    if not isinstance(data, PairedDataset):
-        raise expected("data", "a PairedDataset", type(data).__name__)
+    instance("data", data, PairedDataset)
+    if batch_size is not None:
+        batch_size = min(whole("batch_size", batch_size, 1, note=", or None"), _LARGEST_BATCH)
     request = Request(
         arch=bind(model),
         data=data,
         metric=get_metric(data.metric if metric is None else metric),  # type: ignore[arg-type]
         ablation=ablation,
         ablation_data=ablation_data,
-        batch_size=None if batch_size is None else whole("batch_size", batch_size, 1, note=", or None"),
-        reuse_prefix=reuse_prefix,
+        batch_size=batch_size,
+        reuse_prefix=flag("reuse_prefix", reuse_prefix),
         memory=parse_bytes(memory),
     )
     _check_ablation(request)
@@ -177,8 +179,7 @@ def _check_ablation(request: Request) -> None:
         what = "constants" if isinstance(ablation, Constants) else repr(ablation)
         names = ", ".join(repr(each.name) for each in ABLATIONS.values() if each.from_data)
         raise expected("ablation_data", f"none, except for {names}", f"some for {what}")
-    if not isinstance(other, PairedDataset):
-        raise expected("ablation_data", "a PairedDataset", type(other).__name__)
+    instance("ablation_data", other, PairedDataset)
     _check_tokens(request.arch.model, other, "ablation_data, ")
     longest, covered = int(request.data.lengths.max()), int(other.lengths.max())
     if entry.by_position and covered < longest:
@@ -216,7 +217,7 @@ def parse_bytes(memory: object) -> int | None:
         try:
             return whole("memory", memory, 0)
         except InputError as error:
-            raise expected("memory", wanted, repr(memory)) from error
+            raise expected("memory", wanted, shown(memory)) from error
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([a-zA-Z]*)\s*", memory)
     if not found or found[2].lower() not in _UNITS:
         raise expected("memory", wanted, repr(memory))
@@ -228,8 +229,7 @@ def watched(progress: Progress | bool | None) -> Progress | None:
     if progress is None or progress is False:
         return None
     if progress is not True:
-        if not callable(progress):
-            raise expected("progress", "True, or a function of (done, in all)", repr(progress))
+        function("progress", progress, "True, or a function of (done, in all)")
         return progress
     from tqdm.auto import tqdm
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits.errors import whole
+from eap_circuits.errors import expected, flag, function, listed, number, one_of, whole
 from eap_circuits.methods import METHODS
 from eap_circuits.reproduction import Settings
 
@@ -248,3 +248,89 @@ def test_scores_that_overflow_are_refused_with_the_cure(model, data, method, kee
         match=r"^scores: expected finite .* of the float16 model are not; load the model in bfloat16 or float32",
     ):
         eap.attribute(model, data, method=method, keep=keep)
+
+
+# What every function checks.
+
+
+@pytest.mark.parametrize("value", [True, False, numpy.bool_(True), numpy.array(False), torch.tensor(True)])
+def test_a_flag_of_any_library_is_one_of_python(value):
+    assert flag("signed", value) is bool(value)
+
+
+@pytest.mark.parametrize(
+    "value", [None, 0, 1, 1.0, "no", "", [], [True], torch.tensor([True]), torch.ones(2), object()]
+)
+def test_what_is_no_flag_is_refused(value):
+    with pytest.raises(eap.InputError, match=r"^signed: expected True or False, found .*\.$"):
+        flag("signed", value)
+
+
+@pytest.mark.parametrize("value", [2, 2.0, numpy.float32(2), numpy.int64(2), torch.tensor(2.0), numpy.array(2)])
+def test_a_number_of_any_library_is_one_of_python(value):
+    assert type(number("rate", value, "a number")) is float and number("rate", value, "a number") == 2
+
+
+@pytest.mark.parametrize("value", [True, "2", None, float("nan"), 2 + 0j, [2], torch.ones(2), 10**400, 1.5, -0.1])
+def test_what_is_no_such_number_is_refused(value):
+    with pytest.raises(eap.InputError, match=r"^rate: expected a share, found .*\.$"):
+        number("rate", value, "a share", 0, 1)
+
+
+def test_members_are_those_of_one_dimension():
+    for value in ([1, 2], (1, 2), range(1, 3), iter([1, 2]), numpy.array([1, 2]), torch.tensor([1, 2])):
+        assert [int(x) for x in listed("seeds", value, "a list")] == [1, 2]
+    for value in (None, 1, "12", b"12", {1: 2}, numpy.array(1), torch.ones(2, 2), torch.tensor(1)):
+        with pytest.raises(eap.InputError, match=r"^seeds: expected a list, found "):
+            listed("seeds", value, "a list")
+
+
+def test_functions_take_two_arguments(model):
+    function("progress", lambda done, total: None, "a function")
+    for value in (None, 1, "x", int, lambda done: None, model):
+        with pytest.raises(eap.InputError, match=r"^progress: expected a function, found "):
+            function("progress", value, "a function")
+
+
+class Unspeakable:
+    def __repr__(self):
+        raise RuntimeError("no")
+
+
+LONG = {"text": "x" * 20000, "lines": "x\ny" * 5000, "digits": 10**5000, "list": list(range(9000)),
+        "tensor": torch.zeros(90, 90), "unspeakable": Unspeakable()}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", LONG.values(), ids=LONG)
+def test_what_was_found_is_shown_in_a_short_line(value):
+    for call in (
+        partial(one_of, "how", value, ("top", "greedy")),
+        partial(whole, "n", value, 1, 5),
+        partial(flag, "n", value),
+    ):
+        with pytest.raises(eap.InputError) as error:
+            call()
+        assert len(str(error.value)) < 300 and "\n" not in str(error.value)
+    assert len(str(expected("file", "JSON", "y\n" * 9000))) < 300
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "x", [1], torch.zeros(2)])
+def test_what_is_no_result_or_no_graph_is_refused(model, data, wrong):
+    scores = eap.attribute(model, data, method="eap")
+    circuit, graph = scores.select(20), scores.graph
+    calls = [
+        lambda: eap.random_circuit(wrong, 3), lambda: eap.Circuit(wrong, circuit.mask),
+        lambda: eap.Circuit(graph, wrong),
+        lambda: eap.Circuit.from_mask(graph, wrong), lambda: eap.EdgeScores(wrong, scores.values),
+        lambda: eap.EdgeScores(graph, wrong), lambda: eap.NodeScores(graph, wrong),
+        lambda: eap.edge_overlap(circuit, wrong), lambda: eap.node_overlap(wrong, circuit),
+        lambda: eap.edge_auroc(wrong, circuit), lambda: eap.edge_auroc(scores, wrong),
+        lambda: eap.score_agreement(scores, wrong), lambda: eap.bootstrap_confidence(wrong),
+        lambda: eap.normal_confidence(wrong, scores.values, 3), lambda: scores.select(20, signed=wrong),
+        lambda: scores.select(20, positive_ratio="x"), lambda: scores.select(20, among=circuit.values),
+        lambda: eap.faithfulness_curve(model, scores, data, [wrong]), lambda: eap.evaluate(model, wrong, data),
+        lambda: eap.attribute(model, data, reuse_prefix=wrong), lambda: scores.node_scores().select(2, signed=wrong),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(eap.InputError, match=r": expected .*, found "):
+            call()

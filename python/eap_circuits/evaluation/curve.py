@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checkpoint import Where
-from ..errors import expected, known_arguments, one_of, whole
+from ..errors import SEEDS, expected, flag, instance, known_arguments, listed, number, one_of, whole
 from ..forward import Constants, one_want_of_memory
 from ..graph import Circuit, EdgeScores
 from ..provenance import COMMAND, called
@@ -123,15 +123,16 @@ def faithfulness_curve(
             `evaluate` or `select` refuses.
     """
     call = called(faithfulness_curve, locals())
-    if not isinstance(scores, EdgeScores):
-        raise expected("scores", "EdgeScores, such as attribute returns", type(scores).__name__)
-    fractions = tuple(float(f) for f in fractions)
+    instance("scores", scores, EdgeScores, "EdgeScores, such as attribute returns")
+    signed, wanted = flag("signed", signed), "growing numbers in (0, 1]"
+    fractions = tuple(number("fractions", f, wanted) for f in listed("fractions", fractions, wanted))
     grows = all(a < b for a, b in pairwise(fractions))
     if not fractions or not grows or not 0 < fractions[0] <= fractions[-1] <= 1:
-        raise expected("fractions", "growing numbers in (0, 1]", fractions)
+        raise expected("fractions", wanted, fractions)
+    baselines = listed("baselines", baselines, "a list of names")
     for name in baselines:
         one_of("baselines", name, BASELINES)
-    seeds = tuple(whole("seeds", seed) for seed in seeds)
+    seeds = tuple(whole("seeds", seed, *SEEDS) for seed in listed("seeds", seeds, "a list of whole numbers"))
     if not seeds and any(BASELINES[name].drawn for name in baselines):
         raise expected("seeds", "at least one", "none")
     circuits = tuple(scores.select(int(f * scores.graph.n_edges), how, signed, among=among) for f in fractions)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from ..budget import Cost, in_memory, measure_cost, numbers_per_token, tokens_within
 from ..checkpoint import Checkpoint, Where, opened, remaining, settings_of
-from ..errors import expected, known_arguments, whole
+from ..errors import expected, known_arguments, number, whole
 from ..forward import Batch, Constants, Runner, borrowed, one_want_of_memory
 from ..graph import Circuit, EdgeScores, NodeScores
 from ..intervention import learning_run
@@ -72,8 +71,7 @@ def optimal_constants(
             `evaluate` refuses.
     """
     steps, progress = whole("steps", steps, 1), watched(progress)
-    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 < rate < float("inf"):
-        raise expected("rate", "a positive number", repr(rate))
+    rate = number("rate", rate, "a positive number", 5e-324, 1e308)
     request = prepare(model, data, metric, "mean", batch_size, reuse_prefix=False, memory=memory)
     check_circuit(circuit, request)
     settings = partial(settings_of, request, call="optimal_constants", circuit=circuit, steps=steps, rate=rate)
@@ -87,9 +85,11 @@ def optimal_constants(
 
 def as_circuits(circuit: Circuit | Sequence[Circuit]) -> list[Circuit]:
     """The circuits of `evaluate(circuit=)`."""
-    if not isinstance(circuit, Circuit) and isinstance(circuit, Iterable) and not isinstance(circuit, (str, Tensor)):
+    single = isinstance(circuit, (Circuit, str, Mapping)) or hasattr(circuit, "ndim")  # tensors and arrays
+    if isinstance(circuit, Iterable) and not single:
         return list(circuit)
     check_kind(circuit)
+    assert isinstance(circuit, Circuit)
     return [circuit]
 
 

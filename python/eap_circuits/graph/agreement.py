@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ..errors import expected
+from ..errors import expected, flag, instance
+from .checks import edge_flags
 from .circuit import Circuit
 from .scores import EdgeScores
 
@@ -64,6 +64,9 @@ def edge_auroc(scores: EdgeScores, circuit: Circuit, *, signed: bool = False) ->
     Raises:
         InputError: different graphs, scores that are not finite, or no edge inside or outside the circuit.
     """
+    instance("scores", scores, EdgeScores)
+    instance("circuit", circuit, Circuit)
+    signed = flag("signed", signed)
     if scores.graph != circuit.graph:
         raise expected("circuit", f"one of {scores.graph!r}", f"one of {circuit.graph!r}")
     real = scores.graph.edge_mask
@@ -96,13 +99,13 @@ def score_agreement(first: EdgeScores, second: EdgeScores, *, among: Tensor | No
     Raises:
         InputError: different graphs, scores that are not finite, or a mask of another shape.
     """
+    instance("first scores", first, EdgeScores)
+    instance("second scores", second, EdgeScores)
     if first.graph != second.graph:
         raise expected("second scores", f"those of {first.graph!r}", f"those of {second.graph!r}")
     edges = first.graph.edge_mask
     if among is not None:
-        if among.dtype != torch.bool or among.shape != edges.shape:
-            raise expected("among", f"a bool mask {list(edges.shape)}", f"{among.dtype} {list(among.shape)}")
-        edges = edges & among.cpu()
+        edges = edges & edge_flags("among", among, first.graph)
     a, b = (scores.values[edges].double() for scores in (first, second))
     if not (a.isfinite().all() and b.isfinite().all()):
         raise expected("scores", "finite values", "some that are not")
@@ -125,5 +128,7 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 def _same_graph(first: Circuit, second: Circuit) -> None:
+    instance("first circuit", first, Circuit)
+    instance("second circuit", second, Circuit)
     if first.graph != second.graph:
         raise expected("second circuit", f"one of {first.graph!r}", f"one of {second.graph!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import expected
+from ..errors import expected, instance
 from . import formats
+from .checks import edge_flags, numbers
 from .layout import Graph
 
 
@@ -31,13 +33,13 @@ class Circuit:
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shape = (self.graph.n_senders, self.graph.n_receivers)
-        for name, tensor in (("mask", self.mask), ("values", self.values)):
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise expected(f"circuit {name}", f"shape {list(shape)} [senders, receivers]", list(tensor.shape))
-        if self.mask.dtype != torch.bool:
-            raise expected("circuit mask", "dtype torch.bool", self.mask.dtype)
-        object.__setattr__(self, "mask", self.mask.detach().cpu().clone())
+        instance("graph", self.graph, Graph)
+        instance("info", self.info, dict, "a dictionary")
+        object.__setattr__(self, "mask", edge_flags("circuit mask", self.mask, self.graph).clone())
+        if self.values is not None:
+            shape = [self.graph.n_senders, self.graph.n_receivers]
+            values = numbers("circuit values", self.values, shape, " [senders, receivers]")
+            object.__setattr__(self, "values", values)
         outside = self.mask & ~self.graph.edge_mask
         if outside.any():
             u, v = outside.nonzero()[0].tolist()
@@ -49,8 +51,10 @@ class Circuit:
 
     @classmethod
     def from_mask(cls, graph: Graph, mask: Tensor) -> Circuit:
-        """A circuit from a bool mask [S, R]."""
-        return cls(graph, torch.as_tensor(mask))
+        """A circuit from a bool mask [S, R], a tensor or what becomes one."""
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            mask = torch.as_tensor(mask)
+        return cls(graph, mask)
 
     @property
     def n_edges(self) -> int:

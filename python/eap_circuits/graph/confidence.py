@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import expected, whole
+from ..errors import SEEDS, expected, whole
+from .checks import numbers
 
+_MOST_DRAWS = 10**6
 _CHUNK = 2**22  # entries of the resampled means held at once
 
 
@@ -28,9 +30,10 @@ def bootstrap_confidence(values: Tensor, *, draws: int = 1000, seed: int = 0) ->
     Raises:
         InputError: values without three dimensions, two examples or finite scores, or fewer than one draw.
     """
-    if values.dim() != 3 or len(values) < 2:
+    values = numbers("values", values, ["E", "S", "R"])
+    if len(values) < 2:
         raise expected("values", "shape [E, S, R] with at least 2 examples", list(values.shape))
-    draws, seed = whole("draws", draws, 1), whole("seed", seed)
+    draws, seed = whole("draws", draws, 1, _MOST_DRAWS), whole("seed", seed, *SEEDS)
     if not values.isfinite().all():
         raise expected("values", "finite scores", "some that are not")
     n = len(values)
@@ -38,7 +41,7 @@ def bootstrap_confidence(values: Tensor, *, draws: int = 1000, seed: int = 0) ->
     weights = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(
         1, picked, torch.full(picked.shape, 1 / n, dtype=torch.float64)
     )
-    columns = values.detach().cpu().flatten(1)
+    columns = values.flatten(1)
     shares = []
     for part in columns.split(max(1, _CHUNK // draws), dim=1):
         mean = part.double().mean(0)
@@ -61,10 +64,9 @@ def normal_confidence(mean: Tensor, variance: Tensor, n_examples: int) -> Tensor
     Raises:
         InputError: different shapes, a variance below 0 or not a number, or fewer than two examples.
     """
-    if mean.shape != variance.shape:
-        raise expected("variance", f"shape {list(mean.shape)}, that of the mean", list(variance.shape))
+    mean = numbers("mean", mean, ["S", "R"]).double()
+    variance = numbers("variance", variance, list(mean.shape), ", that of the mean").double()
     n_examples = whole("n_examples", n_examples, 2)
-    mean, variance = mean.detach().cpu().double(), variance.detach().cpu().double()
     if not mean.isfinite().all() or not (variance >= 0).all():
         raise expected("mean and variance", "finite means and variances of 0 or more", "others")
     share: Tensor = torch.special.ndtr(mean.abs() / (variance / n_examples).sqrt())

@@ -15,9 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import expected, one_of, refuse_default_device, whole
+from ..errors import expected, flag, listed, one_of, refuse_default_device, whole
 
 Heads = Literal["kv", "query"]
+_PER_LAYER = "a list of whole numbers, one for each layer"
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class Graph:
     def __post_init__(self) -> None:
         refuse_default_device()
         one_of("heads", self.heads, ("kv", "query"))
+        object.__setattr__(self, "parallel", flag("parallel", self.parallel))
         for name in ("n_heads", "n_kv_heads"):
-            object.__setattr__(self, name, tuple(whole(name, n) for n in getattr(self, name)))
+            object.__setattr__(self, name, tuple(whole(name, n) for n in listed(name, getattr(self, name), _PER_LAYER)))
         object.__setattr__(self, "d_model", whole("d_model", self.d_model, 0))
         if not self.n_heads or len(self.n_heads) != len(self.n_kv_heads):
             raise expected("graph", "n_heads and n_kv_heads for each layer", f"{self.n_heads} and {self.n_kv_heads}")

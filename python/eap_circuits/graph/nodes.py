@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import expected, whole
+from ..errors import expected, flag, instance, whole
 from . import formats
+from .checks import numbers
 from .circuit import Circuit
 from .layout import Graph
 
@@ -35,14 +36,12 @@ class NodeScores:
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shapes = {"values": (self.graph.n_senders,), "neurons": (self.graph.n_senders, self.graph.d_model)}
-        for name, shape in shapes.items():
-            tensor = getattr(self, name)
-            if tensor is None:
-                continue
-            if tuple(tensor.shape) != shape:
-                raise expected(f"node score {name}", f"shape {list(shape)}", list(tensor.shape))
-            object.__setattr__(self, name, tensor.detach().cpu())
+        instance("graph", self.graph, Graph)
+        instance("info", self.info, dict, "a dictionary")
+        object.__setattr__(self, "values", numbers("node score values", self.values, [self.graph.n_senders]))
+        if self.neurons is not None:
+            shape = [self.graph.n_senders, self.graph.d_model]
+            object.__setattr__(self, "neurons", numbers("node score neurons", self.neurons, shape))
 
     def select(self, n_nodes: int, signed: bool = False) -> Circuit:
         """The circuit of all edges among the n heads and MLPs of highest score, `input` and `logits`.
@@ -56,7 +55,7 @@ class NodeScores:
         Raises:
             InputError: a number outside the graph, or scores that are not finite.
         """
-        nodes = self.graph.n_senders - 1
+        signed, nodes = flag("signed", signed), self.graph.n_senders - 1
         n_nodes = whole("n_nodes", n_nodes, 0, nodes, ", the heads and MLPs of the graph")
         if not self.values.isfinite().all():
             raise expected("node scores", "finite values", "some that are not")

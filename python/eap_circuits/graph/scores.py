@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import expected, known_arguments, warn, whole
+from ..errors import expected, flag, instance, known_arguments, number, warn, whole
 from . import formats
+from .checks import numbers
 from .circuit import Circuit
 from .confidence import bootstrap_confidence, normal_confidence
 from .layout import Graph
@@ -46,16 +47,13 @@ class EdgeScores:
     neurons: Tensor | None = None
 
     def __post_init__(self) -> None:
+        instance("graph", self.graph, Graph)
+        instance("info", self.info, dict, "a dictionary")
         shape = [self.graph.n_senders, self.graph.n_receivers]
-        if list(self.values.shape) != shape:
-            raise expected("score values", f"shape {shape} [senders, receivers]", list(self.values.shape))
         shapes = {"variance": shape, "neurons": [self.graph.n_senders, self.graph.d_model]}
-        object.__setattr__(self, "values", self.values.detach().cpu())
+        object.__setattr__(self, "values", numbers("score values", self.values, shape, " [senders, receivers]"))
         for name, tensor in self.statistics().items():
-            wanted = shapes.get(name, [*tensor.shape[:1], *shape])
-            if list(tensor.shape) != wanted:
-                raise expected(name, f"shape {wanted}", list(tensor.shape))
-            object.__setattr__(self, name, tensor.detach().cpu())
+            object.__setattr__(self, name, numbers(name, tensor, shapes.get(name, ["N", *shape])))
 
     def statistics(self) -> dict[str, Tensor]:
         """What was kept of `variance`, `per_example`, `per_position` and `neurons`, by name."""
@@ -99,16 +97,20 @@ class EdgeScores:
         Raises:
             InputError: an unknown `how`, a size outside the graph, scores that are not finite, a mask of another shape.
         """
+        signed, prune, exactly = flag("signed", signed), flag("prune", prune), flag("exactly", exactly)
         if exactly and not prune:
             raise expected("select(exactly=True)", "prune=True, as all its edges are on paths", "prune=False")
+        if threshold is not None:
+            threshold = number("threshold", threshold, "a number")
+        if positive_ratio is not None:
+            positive_ratio = number("positive_ratio", positive_ratio, "a share from 0 to 1", 0, 1)
         mask, gap = select_edges(
             self.graph, self.values, n_edges, how, signed, threshold, positive_ratio, among, seconds, exactly
         )
         n_edges = None if n_edges is None else int(n_edges)
-        threshold = None if threshold is None else float(threshold)
         selection: dict[str, Any] = {"how": how, "n_edges": n_edges, "threshold": threshold, "signed": signed}
         if positive_ratio is not None:
-            selection["positive_ratio"] = float(positive_ratio)
+            selection["positive_ratio"] = positive_ratio
         if among is not None:
             selection["among"] = int((among.cpu() & self.graph.edge_mask).sum())
         if gap is not None:

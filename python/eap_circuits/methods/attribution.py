@@ -14,7 +14,7 @@ from eap_kernels import Nodes, explain
 
 from ..adapters import Weightless
 from ..checkpoint import Where, opened, settings_of
-from ..errors import expected, known_arguments, one_of, whole
+from ..errors import expected, flag, known_arguments, one_of, shown, whole
 from ..forward import Constants, borrowed, one_want_of_memory
 from ..graph import Circuit, EdgeScores, Heads
 from ..loans import gives_back
@@ -29,6 +29,8 @@ from .quadrature import QUADRATURES
 from .registry import METHODS
 from .spec import AttributionRequest
 from .statistics import Statistics, to_keep
+
+_MOST_STEPS = 10_000
 
 
 @gives_back
@@ -108,6 +110,7 @@ def attribute(
         InputError: see the message; raised before any work, except for a metric that is not finite.
     """
     call = called(attribute, locals())
+    progress = watched(progress)
     request = _request(
         model=model,
         data=data,
@@ -130,7 +133,7 @@ def attribute(
     settings = partial(settings_of, request, call="attribute")
     with opened(checkpoint, request.arch.model, settings) as kept, borrowed(request.arch.model):
         statistics = Statistics(request)
-        request.method.run(request.verified(heads).with_constants(), statistics, kept, watched(progress))
+        request.method.run(request.verified(heads).with_constants(), statistics, kept, progress)
     spec = request.method
     info = {
         "method": method,
@@ -237,11 +240,11 @@ def _request(
     one_of("method", method, METHODS)
     one_of("quadrature", quadrature, QUADRATURES)
     one_of("heads", heads, ("kv", "query"))
-    steps = whole("steps", steps, 1)
-    if compat not in (None, "eap-ig"):
-        raise expected("compat", "None or 'eap-ig'", repr(compat))
+    steps = whole("steps", steps, 1, _MOST_STEPS)
+    if compat is not None and not (isinstance(compat, str) and compat == "eap-ig"):
+        raise expected("compat", "None or 'eap-ig'", shown(compat))
     spec = METHODS[method]
-    reused = reuse_prefix and spec.reuses
+    reused = flag("reuse_prefix", reuse_prefix) and spec.reuses
     common = prepare(model, data, metric, ablation, batch_size, ablation_data, reused, memory)
     ablated = ablation_of(ablation)
     if ablated.learned:

@@ -6,7 +6,7 @@ the score of that example or position, and all of these contractions together co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +17,7 @@ from eap_kernels import Nodes
 
 from ..budget import free_bytes, in_memory
 from ..checkpoint import Checkpoint, remaining
-from ..errors import expected, one_of
+from ..errors import expected, listed, one_of
 from ..forward import Batch
 from ..graph import EdgeScores
 from ..recording import contract, contract_neurons, lowered
@@ -29,11 +29,10 @@ _EXAMPLES, _POSITIONS = {"variance", "examples"}, {"positions", "positions-from-
 
 def to_keep(keep: object, method: Method) -> frozenset[str]:
     """The names that `attribute(keep=)` asks for, checked."""
-    names = (keep,) if isinstance(keep, str) else tuple(keep) if isinstance(keep, Collection) else keep
-    if names is None:
+    if keep is None:
         return frozenset()
-    if not isinstance(names, tuple):
-        raise expected("keep", "a name or names of " + ", ".join(map(repr, KEEP)), repr(keep))
+    wanted = "a name or names of " + ", ".join(map(repr, KEEP))
+    names = [keep] if isinstance(keep, str) else listed("keep", keep, wanted)
     for name in names:
         one_of("keep", name, KEEP)
     found = frozenset(names)

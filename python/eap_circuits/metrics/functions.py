@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import expected, one_of, whole
+from ..errors import expected, function, one_of, whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,9 +159,8 @@ def get_metric(metric: str | MetricFunction) -> Metric:
     if isinstance(metric, str):
         one_of("metric", metric, METRICS)
         return METRICS[metric]
-    if not callable(metric):
-        raise expected("metric", "a name or a callable (logits, batch) -> values", repr(metric))
     _check_arguments(metric)
+    function("metric", metric, "a name or a function (logits, batch) -> values")
     known = (each for each in METRICS.values() if metric in (each, each.function))
     return next(known, Metric(getattr(metric, "__name__", type(metric).__name__), "of the user's own", metric))
 
@@ -175,13 +174,13 @@ def _check_arguments(metric: MetricFunction) -> None:
     try:
         signature.bind(None, None)
     except TypeError:
-        found = f"one of {signature}"
+        wanted, found = "a callable of (logits [E, V], batch), higher is better", f"one of {signature}"
         needed = [p for p in signature.parameters.values() if p.default is p.empty and p.kind in _POSITIONAL]
         if len(needed) == len(_PUBLISHED):
             mean = ", mean=False" if "mean" in signature.parameters else ""
-            found += f"; EAP-IG's is called by lambda logits, batch: -metric({', '.join(_PUBLISHED)}{mean})"
-            found += ", without the minus where it is no loss"
-        raise expected("metric", "a callable of (logits [E, V], batch), higher is better", found) from None
+            wanted += f" (EAP-IG's is called by lambda logits, batch: -metric({', '.join(_PUBLISHED)}{mean}), without"
+            wanted += " the minus where it is no loss)"
+        raise expected("metric", wanted, found) from None
 
 
 def check_metric_values(values: Tensor, batch: MetricBatch, logits: Tensor | None = None) -> None:

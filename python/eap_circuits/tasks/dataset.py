@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import expected
+from ..errors import expected, flag, listed
 from .alignment import aligned
 from .loading import Records, own_records, read_csv, read_rows, read_tokens, reading, suffix_of, write_tokens
 from .mib import is_mib, mib_records
@@ -119,7 +119,8 @@ class PairedDataset:
 
         Warns if an answer is not the token that its text adds to the prompt.
         """
-        records = list(records)
+        prepend_bos, align = flag("prepend_bos", prepend_bos), flag("align", align)
+        records = listed("records", records, "a list of records")
         labels = [f"records[{i}]" for i in range(len(records))]
         return cls(**tokenised(records, labels, tokenizer, prepend_bos, align), name=name, metric=metric)
 
@@ -238,6 +239,7 @@ class PairedDataset:
     def _from_rows(
         cls, path: Any, records: Callable[[Path], Records], tokenizer: Any, prepend_bos: bool, align: bool
     ) -> PairedDataset:
+        prepend_bos, align = flag("prepend_bos", prepend_bos), flag("align", align)
         with reading(path) as file:
             return cls(**tokenised(*records(file), tokenizer, prepend_bos, align), name=file.stem)
 

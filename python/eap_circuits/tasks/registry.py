@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import known_arguments, one_of, whole
+from ..errors import SEEDS, flag, known_arguments, one_of, whole
 from .dataset import PairedDataset
 from .generated import capital_country, gender_bias, greater_than, hypernymy, ioi, subject_verb_agreement
 from .texts.encoding import check_tokenizer
@@ -91,7 +91,8 @@ def load_task(name: str, tokenizer: Any, *, n: int = 64, seed: int = 0, prepend_
     """
     one_of("task", name, TASKS)
     check_tokenizer(tokenizer)
-    n, seed = whole("n", n, 1), whole("seed", seed)
+    n, seed = whole("n", n, 1), whole("seed", seed, *SEEDS)
+    prepend_bos = flag("prepend_bos", prepend_bos)
     task = TASKS[name]
     records = task.generator(tokenizer, n, random.Random(seed))
     return replace(PairedDataset.from_records(records, tokenizer, prepend_bos, name, task.metric), seed=seed)

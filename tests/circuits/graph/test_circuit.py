@@ -56,7 +56,7 @@ def test_a_circuit_keeps_a_copy_of_its_mask() -> None:
 def test_masks_that_cannot_be() -> None:
     with pytest.raises(InputError, match=r"^circuit mask: expected shape \[4, 6\] .*, found \[2, 2\]\.$"):
         Circuit.from_mask(GRAPH, torch.zeros(2, 2, dtype=torch.bool))
-    with pytest.raises(InputError, match=r"^circuit mask: expected dtype torch.bool, found torch.float32\.$"):
+    with pytest.raises(InputError, match=r"^circuit mask: expected a bool tensor, found torch.float32\.$"):
         Circuit.from_mask(GRAPH, torch.zeros(4, 6))
     with pytest.raises(InputError, match=r"^circuit mask: .* found 1 that do not, the first m0->m0\.$"):
         circuit_of(("m0", "m0"))

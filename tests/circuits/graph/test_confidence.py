@@ -78,7 +78,10 @@ def test_selection_among_sure_edges() -> None:
         (lambda: bootstrap_confidence(torch.ones(3, 4)), r"^values: expected shape \[E, S, R\]"),
         (lambda: bootstrap_confidence(torch.ones(1, 3, 4)), "at least 2 examples"),
         (lambda: bootstrap_confidence(torch.full((2, 3, 4), math.nan)), "finite scores"),
-        (lambda: bootstrap_confidence(torch.ones(2, 3, 4), draws=0), "^draws: expected a whole number of at least 1"),
+        (
+            lambda: bootstrap_confidence(torch.ones(2, 3, 4), draws=0),
+            "^draws: expected a whole number from 1 to 1,000,000",
+        ),
         (lambda: normal_confidence(torch.ones(3, 4), torch.ones(4, 3), 5), r"^variance: expected shape \[3, 4\]"),
         (lambda: normal_confidence(torch.ones(3, 4), -torch.ones(3, 4), 5), "variances of 0 or more"),
         (lambda: normal_confidence(torch.ones(3, 4), torch.full((3, 4), math.nan), 5), "variances of 0 or more"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import expected, one_of, whole
+from ..checks import edge_flags
 from ..layout import Graph
 from .exactly import counted_edges, exact_edges
 from .optimal import optimal_edges
@@ -36,10 +37,7 @@ def select_edges(
     if bad.any():
         u, v = bad.nonzero()[0].tolist()
         raise expected("scores", "finite values", f"{values[u, v].item()} at {graph.edge_name(u, v)}")
-    if among is not None and (among.dtype != torch.bool or among.shape != graph.edge_mask.shape):
-        wanted = f"bool [S, R] of shape {list(graph.edge_mask.shape)}"
-        raise expected("among", wanted, f"{among.dtype} of shape {list(among.shape)}")
-    allowed = graph.edge_mask if among is None else graph.edge_mask & among.cpu()
+    allowed = graph.edge_mask if among is None else graph.edge_mask & edge_flags("among", among, graph)
     rank = (values if signed else values.abs()).masked_fill(~allowed, -torch.inf)
     if positive_ratio is not None and (how != "top" or signed or not 0 <= positive_ratio <= 1):
         found = f"positive_ratio={positive_ratio}, how={how!r}, signed={signed}"

@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from ...errors import expected, whole
+from ...errors import SEEDS, expected, instance, whole
 from ..circuit import Circuit
 from ..layout import Graph
 
@@ -27,8 +27,9 @@ def random_circuit(graph: Graph, n_edges: int, *, seed: int = 0) -> Circuit:
     Raises:
         InputError: a number that the graph does not have, or for which no connected circuit was found.
     """
+    instance("graph", graph, Graph)
     n_edges = whole("n_edges", n_edges, 0, graph.n_edges, ", the edges of the graph")
-    seed = whole("seed", seed)
+    seed = whole("seed", seed, *SEEDS)
     rng = random.Random(seed)
     for _ in range(_TRIES):
         growth = _Growth(graph, rng)

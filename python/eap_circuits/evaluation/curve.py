@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checkpoint import Where
-from ..errors import SEEDS, expected, instance, known_arguments, listed, number, one_of, whole
+from ..errors import SEEDS, expected, flag, instance, known_arguments, listed, number, one_of, whole
 from ..forward import Constants, one_want_of_memory
 from ..graph import Circuit, EdgeScores
 from ..provenance import COMMAND, called
@@ -124,7 +124,7 @@ def faithfulness_curve(
     """
     call = called(faithfulness_curve, locals())
     instance("scores", scores, EdgeScores, "EdgeScores, such as attribute returns")
-    wanted = "growing numbers in (0, 1]"
+    signed, wanted = flag("signed", signed), "growing numbers in (0, 1]"
     fractions = tuple(number("fractions", f, wanted) for f in listed("fractions", fractions, wanted))
     grows = all(a < b for a, b in pairwise(fractions))
     if not fractions or not grows or not 0 < fractions[0] <= fractions[-1] <= 1:

@@ -212,7 +212,7 @@ def test_works_whatever_the_callers_grad_mode(make_model, make_pairs, relative):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"steps": 0}, ["steps", "at least 1", "0"]),
+        ({"steps": 0}, ["steps", "1 to 10,000", "0"]),
         ({"steps": 2.5}, ["steps", "2.5"]),
         ({"method": "eap-gi"}, ["method", "'eap-ig-inputs'", "'eap-gi'"]),
         ({"quadrature": "simpson"}, ["quadrature", "'gauss-legendre'", "'simpson'"]),

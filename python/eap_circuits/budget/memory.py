@@ -6,7 +6,6 @@ busier and take more memory.
 
 from __future__ import annotations
 
-import gc
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import InputError, reason
-from ..forward import TOKENS_PER_BATCH, Batch, halves, out_of_memory
+from ..forward import TOKENS_PER_BATCH, Batch, give_back_memory, halves, out_of_memory
 from ..tasks import PairedDataset
 
 # For devices that a pass of TOKENS_PER_BATCH does not keep busy; not yet measured.
@@ -135,9 +134,7 @@ def in_memory(
             if failed is None:
                 yield batch, found[0]
                 continue
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            give_back_memory()
             size = batch.clean.shape[1]
             if limit == size:
                 raise InputError(f"memory: expected enough for one example of {size} tokens, got {failed}.")

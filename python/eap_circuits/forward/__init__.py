@@ -8,7 +8,7 @@ from .resume import LayerInputs
 from .runner import Register, Runner, each
 from .tracing import trace
 from .upload import Indices, upload
-from .want_of_memory import one_want_of_memory, out_of_memory
+from .want_of_memory import give_back_memory, one_want_of_memory, out_of_memory
 
 __all__ = [
     "TOKENS_PER_BATCH",
@@ -22,6 +22,7 @@ __all__ = [
     "at_tokens",
     "borrowed",
     "each",
+    "give_back_memory",
     "halves",
     "make_batches",
     "one_want_of_memory",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -18,6 +19,24 @@ def out_of_memory(error: BaseException) -> bool:
     """Is it for want of memory, on a GPU or on a CPU?"""
     said = ("can't allocate memory", "bad_alloc")  # by torch's allocator, and by C++ that cannot say more
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
+
+
+def give_back_memory() -> None:
+    """Free what an interrupted run has left; called outside `except`, whose traceback keeps its tensors alive."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def tried_twice(run: Callable[[], T]) -> T:
+    """`run()`, of what cannot run with less at once, a second time if memory runs out for it."""
+    try:
+        return run()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+    give_back_memory()
+    return run()
 
 
 def one_want_of_memory(call: Callable[P, T]) -> Callable[P, T]:

@@ -143,3 +143,20 @@ def test_one_or_two_pairs_are_tried(prefixes, rows, make_model, make_pairs):
         eap.attribute(model, data, metric)
     hook.remove()
     assert seen[: len(rows)] == rows
+
+
+@pytest.mark.parametrize("error", [MemoryError, lambda: RuntimeError("std::bad_alloc")])
+def test_memory_that_runs_out_once_while_reuse_is_tried_changes_nothing(error, make_model, make_pairs, relative):
+    model, data, left = make_model("llama"), make_pairs(n=4), []
+    right = eap.attribute(model, data, method="eap").values
+
+    def fails(module, args):
+        if left and not left.pop():
+            raise error()
+
+    model.model.layers[1].mlp.register_forward_pre_hook(fails)
+    for passes in range(7):
+        left[:] = range(passes + 1)  # counted down from the end
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert relative(eap.attribute(model, data, method="eap").values, right) < 1e-6

@@ -18,7 +18,7 @@ from ...graph import Graph, Heads
 from ...tasks import PairedDataset
 from ..batches import Batch, batch_of
 from ..runner import Runner
-from ..want_of_memory import out_of_memory
+from ..want_of_memory import out_of_memory, tried_twice
 
 # Plain runs differ by rounding. It grows with depth, and GPUs may round float32 to a few digits in products (TF32).
 _LEAST_EPS = 2.0**-20
@@ -69,9 +69,13 @@ def _tried(data: PairedDataset) -> list[Tensor]:
 
 def _logits(arch: Architecture, graph: Graph, batch: Batch) -> Tensor:
     """Of the corrupted prompts, then of the clean ones, [2·E, V]."""
-    runner = Runner(arch, graph, batch)
-    with torch.no_grad():
-        return runner.logits(torch.cat([runner.embed(batch.corrupted), runner.embed(batch.clean)]), None, 1)
+
+    def run() -> Tensor:
+        runner = Runner(arch, graph, batch)
+        with torch.no_grad():
+            return runner.logits(torch.cat([runner.embed(batch.corrupted), runner.embed(batch.clean)]), None, 1)
+
+    return tried_twice(run)
 
 
 def _tried_run(run: Callable[[], Tensor], plain: Tensor, arch: Architecture) -> str | None:

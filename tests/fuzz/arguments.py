@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
@@ -85,9 +86,9 @@ def numbers(least: float, most: float) -> May:
 
 
 none = instance(type(None))
-some_callable = either(none, lambda value: value is ignore)
+some_callable = either(none, flag, lambda value: value is ignore)
 # Bytes, such as "1GB".
-memory = either(none, whole(1), one_of("1", "1GB"))
+memory = either(none, whole(0), one_of("1", "1GB"))
 
 
 def mask(value: Any) -> bool:
@@ -99,7 +100,17 @@ def like_scores(value: Any) -> bool:
 
 
 def names(*known: str) -> May:
-    return lambda value: isinstance(value, (list, tuple, set)) and all(isinstance(x, str) and x in known for x in value)
+    def may(value: Any) -> bool:
+        if isinstance(value, (np.ndarray, torch.Tensor)):
+            return value.ndim == 1 and not len(value)
+        return isinstance(value, (list, tuple, set)) and all(isinstance(x, str) and x in known for x in value)
+
+    return may
+
+
+def plan(**arguments: Any) -> Any:
+    """What does not depend on the memory that is free and measured at the moment."""
+    return replace(eap.plan(**arguments), tokens=0, bytes=0, budget=0)
 
 
 class Function(NamedTuple):
@@ -116,7 +127,7 @@ class Function(NamedTuple):
 def _run(**more: May) -> dict[str, May]:
     return {
         "data": instance(eap.PairedDataset),
-        "metric": one_of("logit_diff"),
+        "metric": either(none, one_of("logit_diff")),
         "ablation": one_of(*ABLATIONS),
         "batch_size": either(none, whole(1)),
         "reuse_prefix": flag,
@@ -145,7 +156,7 @@ FUNCTIONS: dict[str, Function] = {
     "attribute": Function(
         eap.attribute, lambda: {"model": model(), "data": pairs(), "method": "eap"}, _ATTRIBUTE, FREE
     ),
-    "plan": Function(eap.plan, lambda: {"model": model(), "data": pairs(), "method": "eap"}, _PLAN),
+    "plan": Function(plan, lambda: {"model": model(), "data": pairs(), "method": "eap"}, _PLAN),
     "evaluate": Function(
         eap.evaluate,
         lambda: {"model": model(), "circuit": circuit(), "data": pairs()},
@@ -224,7 +235,7 @@ FUNCTIONS: dict[str, Function] = {
     "from_tokens": Function(
         eap.PairedDataset.from_tokens,
         lambda: {"clean": [[2, 3, 4]], "corrupted": [[2, 5, 4]], "lengths": [3], "answers": [[5, 6]]},
-        dict.fromkeys(("clean", "corrupted", "lengths", "answers"), lambda _: False),
+        dict.fromkeys(("clean", "corrupted", "answers"), lambda _: False) | {"lengths": numbers(1, 3)},
     ),
     "from_records": Function(
         eap.PairedDataset.from_records,

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tqdm
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -29,6 +30,7 @@ import eap_circuits as eap
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 5.0
+tqdm.tqdm.monitor_interval = 0  # its own thread would count as a change of the process
 WORDS = ["<unk>", "<s>", "Ann", "Bob", "Cy", "met", "and", "gave", "it", "[", "5"]
 
 

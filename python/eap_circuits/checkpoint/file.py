@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import InputError, expected
-from ..files import DAMAGED, check_writable, write_whole
+from ..files import DAMAGED, check_writable, digest, write_whole
 from ..forward import Batch, some_of
 from ..tasks import PairedDataset
 from .identity import model_identity
@@ -54,6 +54,8 @@ class _File:
                 tensors = {name: file.get_tensor(name) for name in file.keys()} if found == _FORMAT else {}  # noqa: SIM118
         except DAMAGED as error:
             raise expected(str(path), "a checkpoint", f"a file that cannot be read ({error})") from error
+        if found == _FORMAT and metadata.get("sha256") != digest({}, tensors):
+            raise expected(str(path), "a checkpoint as it was written", "other numbers than its checksum is of")
         wanted = "a checkpoint of this model, data and request"
         if found != _FORMAT or not isinstance(calls, dict):
             raise expected(str(path), wanted, f"another file ({found or 'no format'})")
@@ -73,8 +75,8 @@ class _File:
         if self.path is None or not self._changed or not self.whole:
             return
         began = time.monotonic()
-        metadata = {"format": _FORMAT, "calls": json.dumps(self.calls)}
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.tensors.items()}
+        metadata = {"format": _FORMAT, "calls": json.dumps(self.calls), "sha256": digest({}, tensors)}
         write_whole(self.path, lambda file: save_file(tensors, file, metadata=metadata))
         self._changed = False
         ended = time.monotonic()

@@ -80,7 +80,7 @@ def test_turns_go_back_and_forth_and_keep_the_least(monkeypatch):
 @pytest.fixture
 def elsewhere(monkeypatch, tmp_path):
     """Results, ratios and pages in a folder of their own, on a made-up GPU."""
-    for name in (*documents.OF_BENCHES, "bench/results/cpu.json", "docs/results/performance.json"):
+    for name in (*documents.OF_BENCHES, "bench/results/cpu.json", "docs/results/performance.json", documents.FUZZ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text())
     (tmp_path / "out").mkdir()

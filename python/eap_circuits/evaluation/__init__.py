@@ -6,7 +6,7 @@ from .comparison import Comparison, compare
 from .curve import FRACTIONS, Curve, faithfulness_curve
 from .faithfulness import EvaluationResult, evaluate
 from .optimal_ablation import optimal_constants
-from .summarise import summarise
+from .summary import summarise
 
 __all__ = [
     "BASELINES",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..tasks import PairedDataset
-from .upload import upload
+from .uploading import upload
 
 TOKENS_PER_BATCH = 1024  # a pass this large keeps a processor busy
 _PREFIX_SHARE = 4  # whole prompts run once, without gradient, so they may have this many times a pass's tokens

@@ -161,9 +161,9 @@ def hidden(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
     return (weights / weights.sum(-1, keepdim=True) @ value).transpose(1, 2), None
 
 
-def test_attention_that_cannot_be_seen_is_refused_where_rules_change_it(make_model, make_pairs, relative):
-    AttentionInterface.register("hidden", hidden)
-    AttentionMaskInterface.register("hidden", sdpa_mask)
+def test_attention_that_cannot_be_seen_is_refused_where_rules_change_it(make_model, make_pairs, relative, monkeypatch):
+    monkeypatch.setitem(AttentionInterface._global_mapping, "hidden", hidden)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "hidden", sdpa_mask)
     model, data = make_model("llama", attn_implementation="hidden"), make_pairs(n=3)
     right = eap.attribute(make_model("llama"), data, rules="relp").values
     assert relative(eap.attribute(model, data, rules="relp").values, right) < 1e-5

@@ -159,7 +159,7 @@ def other_tensor(rng: random.Random, x: torch.Tensor) -> torch.Tensor:
     if kind == 0:
         return x.to(rng.choice((torch.float64, torch.int32, torch.bool, torch.float16, torch.uint8)))
     if kind == 1:
-        return x[..., :-1].contiguous()
+        return x[..., :-1].contiguous() if x.dim() else x.repeat(2)
     if kind == 2:
         return x[None].contiguous()
     if kind == 3:

@@ -118,7 +118,7 @@ class Decoder:
 
     def unembed(self, x: Tensor) -> Tensor:
         """Logits [V] of one token, x [D]."""
-        logits = self.model.lm_head(self.norm(getattr(self.body, self.names.last), x))
+        logits = self.model.get_output_embeddings()(self.norm(getattr(self.body, self.names.last), x))
         return capped(logits, getattr(self.config, "final_logit_softcapping", None))
 
     def gain(self, norm: Any) -> Tensor:

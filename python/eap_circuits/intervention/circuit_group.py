@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def circuits_in_group(device: torch.device, circuits: int) -> int:
 def rows_computed(graph: Graph, masks: Sequence[Tensor], device: torch.device) -> int:
     """How many rows of tokens × features a circuit takes at most: receivers that have to be computed and senders they
     read. Circuits of one group take those of all."""
-    asked = [Asked(graph, mask[None]) for mask in masks]
+    asked = [asked_of(graph, mask[None]) for mask in masks]
     size = circuits_in_group(device, len(asked))
     groups = [asked[start : start + size] for start in range(0, len(asked), size)]
 
@@ -38,6 +39,7 @@ def rows_computed(graph: Graph, masks: Sequence[Tensor], device: torch.device) -
     return max(any_of(group, "partial") + any_of(group, "stored") for group in groups)
 
 
+@dataclass(frozen=True)
 class Asked:
     """What masks [C, S, R] ask for, on the host; bool [C, R] or [C, S] each.
 
@@ -45,21 +47,35 @@ class Asked:
     computed. `needed` senders are read by any receiver, `stored` ones by one that has to be computed.
     """
 
-    def __init__(self, graph: Graph, masks: Tensor) -> None:
-        kept = masks != 0
-        self.closed = ~kept.any(1)
-        self.whole = ((masks == 1) | ~graph.edge_mask).all(1) & ~self.closed
-        self.partial = ~self.closed & ~self.whole
-        self.needed = kept.any(2)
-        self.stored = (kept & self.partial[:, None]).any(2)
-        for index in range(graph.n_layers):
-            # An MLP that reads the corrupted run alone gives what it gave there.
-            closed = self.closed[:, graph.receivers_at(index, "mlp")]
-            self.stored[:, graph.mlp_sender(index)] &= ~closed[:, 0]
+    closed: Tensor
+    whole: Tensor
+    partial: Tensor
+    needed: Tensor
+    stored: Tensor
+
+    def __len__(self) -> int:
+        return len(self.closed)
+
+    def of(self, members: slice) -> Asked:
+        """What some of the masks ask for."""
+        return Asked(*(getattr(self, field.name)[members] for field in fields(self)))
 
     def reads_own(self, receiver: int) -> list[int]:
         """Circuits of which a receiver from this one on reads the circuit's own residual stream."""
         return numbers(self.whole[:, receiver:].any(1))
+
+
+def asked_of(graph: Graph, masks: Tensor) -> Asked:
+    """What masks [C, S, R] ask for."""
+    kept = masks != 0
+    closed = ~kept.any(1)
+    whole = ((masks == 1) | ~graph.edge_mask).all(1) & ~closed
+    partial = ~closed & ~whole
+    stored = (kept & partial[:, None]).any(2)
+    for index in range(graph.n_layers):
+        # An MLP that reads the corrupted run alone gives what it gave there.
+        stored[:, graph.mlp_sender(index)] &= ~closed[:, graph.receivers_at(index, "mlp")][:, 0]
+    return Asked(closed, whole, partial, kept.any(2), stored)
 
 
 class CircuitGroup:
@@ -67,12 +83,11 @@ class CircuitGroup:
 
     Args:
         members: which of the circuits that run together.
-        masks: [C, S, R] of the members, on the host.
+        masks, asked: those of all circuits that run together, on the host.
     """
 
-    def __init__(self, runner: Runner, graph: Graph, members: slice, masks: Tensor) -> None:
-        self.members = members
-        self.asked = Asked(graph, masks)
+    def __init__(self, runner: Runner, members: slice, masks: Tensor, asked: Asked) -> None:
+        self.members, self.asked, masks = members, asked.of(members), masks[members]
         self.dtype = runner.arch.accumulate
         stored = self.asked.stored.any(0)
         self.stored = stored.tolist()  # [S]

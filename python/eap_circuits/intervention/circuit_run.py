@@ -21,7 +21,7 @@ from ..adapters import Norm, ReceiverSite, SenderSite, receiver_sites, sender_si
 from ..forward import Hooks, Indices, Runner
 from ..graph import Graph
 from ..recording import ReferenceRun
-from .circuit_group import EVERYWHERE, Asked, CircuitGroup, LearningGroup, Places, circuits_in_group, numbers
+from .circuit_group import EVERYWHERE, Asked, CircuitGroup, LearningGroup, Places, asked_of, circuits_in_group, numbers
 
 TOKENS_TOGETHER = 2048  # of circuits that run together
 
@@ -40,31 +40,29 @@ def run_circuits(
     together = max(1, tokens // runner.batch.clean.numel())
     for start in range(0, len(masks), together):
         some = torch.stack(list(masks[start : start + together])).cpu()
-        size = circuits_in_group(runner.arch.device, len(some))
-        groups = [
-            CircuitGroup(runner, graph, slice(c, c + size), some[c : c + size]) for c in range(0, len(some), size)
-        ]
+        asked, size = asked_of(graph, some), circuits_in_group(runner.arch.device, len(some))
+        groups = [CircuitGroup(runner, slice(c, c + size), some, asked) for c in range(0, len(some), size)]
         with torch.no_grad():
-            logits = _CircuitsRun(runner, graph, corrupted, some, groups).logits()
+            logits = _CircuitsRun(runner, graph, corrupted, asked, groups).logits()
         yield from logits  # outside of no_grad, which would otherwise last until the next one is asked for
 
 
 def learning_run(runner: Runner, graph: Graph, ablated: ReferenceRun, mask: Tensor) -> Tensor:
     """Logits [E, V] of one circuit, differentiable with respect to the constants that the ablated run was made of."""
     masks = mask[None].cpu()
-    return _CircuitsRun(runner, graph, ablated, masks, [LearningGroup(runner, graph, slice(0, 1), masks)]).logits()[0]
+    asked = asked_of(graph, masks)
+    return _CircuitsRun(runner, graph, ablated, asked, [LearningGroup(runner, slice(0, 1), masks, asked)]).logits()[0]
 
 
 class _CircuitsRun:
-    """Circuits [C, S, R] side by side, one after another along the batch dimension."""
+    """Circuits side by side, one after another along the batch dimension."""
 
     def __init__(
-        self, runner: Runner, graph: Graph, corrupted: ReferenceRun, masks: Tensor, groups: Sequence[CircuitGroup]
+        self, runner: Runner, graph: Graph, corrupted: ReferenceRun, asked: Asked, groups: Sequence[CircuitGroup]
     ) -> None:
         self.runner, self.graph, self.corrupted, self.groups = runner, graph, corrupted, groups
         self.dtype = runner.arch.accumulate
-        self.asked = Asked(graph, masks)
-        self.count = len(masks)
+        self.asked, self.count = asked, len(asked)
         self.sites: list[Sites] = [{} for _ in range(graph.n_layers + 1)]  # the logits' last
         for site in receiver_sites(runner.arch, graph):
             self.sites[site.layer][site.name] = site

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import InputError, expected
-from ..files import DAMAGED, check_writable, digest, write_whole
+from ..files import CHECKSUM, DAMAGED, check_digest, check_writable, digest, write_whole
 from ..forward import Batch, some_of
 from ..tasks import PairedDataset
 from .identity import model_identity
@@ -52,10 +52,12 @@ class _File:
                 metadata = file.metadata() or {}
                 found, calls = metadata.get("format"), json.loads(metadata.get("calls", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()} if found == _FORMAT else {}  # noqa: SIM118
+            if found == _FORMAT:
+                check_digest(metadata.get(CHECKSUM), {}, tensors)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         except DAMAGED as error:
             raise expected(str(path), "a checkpoint", f"a file that cannot be read ({error})") from error
-        if found == _FORMAT and metadata.get("sha256") != digest({}, tensors):
-            raise expected(str(path), "a checkpoint as it was written", "other numbers than its checksum is of")
         wanted = "a checkpoint of this model, data and request"
         if found != _FORMAT or not isinstance(calls, dict):
             raise expected(str(path), wanted, f"another file ({found or 'no format'})")
@@ -76,7 +78,7 @@ class _File:
             return
         began = time.monotonic()
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.tensors.items()}
-        metadata = {"format": _FORMAT, "calls": json.dumps(self.calls), "sha256": digest({}, tensors)}
+        metadata = {"format": _FORMAT, "calls": json.dumps(self.calls), CHECKSUM: digest({}, tensors)}
         write_whole(self.path, lambda file: save_file(tensors, file, metadata=metadata))
         self._changed = False
         ended = time.monotonic()

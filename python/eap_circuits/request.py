@@ -110,20 +110,19 @@ class Request:
         )
         self.looked_at.update(range(len(self.data)))
 
-    def rounding(self, logits: Tensor, batch: Batch, clean: Tensor, corrupted: Tensor) -> Tensor:
-        """The variance of each example's metric by rounding, float64 [E]: how the metric moves where the logits are
-        moved at random by as much as the run's rounding moves them."""
+    def rounding(self, values: Tensor, logits: Tensor, batch: Batch, clean: Tensor, corrupted: Tensor) -> Tensor:
+        """The variance of each example's metric by rounding, float64 [E]: how it moves away from `values` where the
+        logits are moved at random by as much as the run's rounding moves them."""
         wide = logits.to(self.arch.accumulate)
         size = wide.where(wide.isfinite(), 0).square().mean(1, keepdim=True).sqrt()
         step = 2 * torch.finfo(self.arch.dtype).eps + _ERROR * torch.finfo(torch.float32).eps
-        still = self.values(logits, batch, clean, corrupted)
         variance = torch.zeros(len(logits), dtype=torch.float64)
         for draw in range(_DRAWS):
             # Each example takes the numbers from another one on.
             numbers = torch.randn(sum(logits.shape), generator=torch.Generator().manual_seed(draw)).to(wide)
             noise = numbers.unfold(0, logits.shape[1], 1)[: len(logits)]
             moved = self.values(wide + step * size * noise, batch, clean, corrupted)
-            variance += (moved - still).double().cpu().square() / _DRAWS
+            variance += (moved - values).double().cpu().square() / _DRAWS
         return variance
 
 

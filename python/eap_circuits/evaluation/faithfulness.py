@@ -15,14 +15,7 @@ from eap_kernels import explain
 from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, most_tokens, tokens_within
 from ..checkpoint import Checkpoint, Where, opened, remaining, settings_of
 from ..errors import known_arguments, warn
-from ..forward import (
-    TOKENS_PER_BATCH,
-    Batch,
-    Constants,
-    borrowed,
-    one_want_of_memory,
-    zeros,
-)
+from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, one_want_of_memory, zeros
 from ..graph import Circuit
 from ..intervention import TOKENS_TOGETHER, rows_computed, run_circuits
 from ..loans import gives_back
@@ -238,8 +231,9 @@ def _values(request: Request, circuits: Sequence[Circuit], batch: Batch, tokens:
             corrupted = record.logits if patched else runner.logits(runner.embed(batch.corrupted), None, 1)
             found[-1] = 0
             for row, logits in enumerate((clean, record.logits)):
-                found[row] = request.values(logits, batch, clean, corrupted)
-                found[-1] += request.rounding(logits, batch, clean, corrupted)
+                values = request.values(logits, batch, clean, corrupted)
+                found[row] = values
+                found[-1] += request.rounding(values, logits, batch, clean, corrupted)
             if patched and batch.alignment is None:
                 # If both prompts are equal, so are their values, even if the two runs round differently.
                 equal = (batch.clean == batch.corrupted).all(1).cpu()

@@ -89,7 +89,7 @@ class _Binder:
             model=self.model,
             family=family,
             layers=layers,
-            final_norm=self._norm(self.model, family.final_norm, width),
+            final_norm=self._norm(self.model, family.final_norm, width, layers[-1].module),
             parallel=self._parallel(),
             embedding_norm=None if embedding_norm is None else _site(self.model, embedding_norm),
             embedding_scale=self._factor(family.embedding_multiplier),
@@ -108,9 +108,9 @@ class _Binder:
             getattr(self.config, said) if isinstance(said, str) else said(self.model) if callable(said) else said
         )
 
-    def _norm(self, root: nn.Module, paths: Paths, width: int) -> Norm:
+    def _norm(self, root: nn.Module, paths: Paths, width: int, layer: nn.Module) -> Norm:
         module = _site(root, paths)
-        return self.norms.setdefault(module, Norm(module, self.kinds(module, width)))
+        return self.norms.setdefault(module, Norm(module, self.kinds(module, width), layer))
 
     def _layer(self, layer: nn.Module) -> Layer:
         family = self.family
@@ -138,7 +138,7 @@ class _Binder:
             grouped=not isinstance(q.rows, slice),
             attention=attention,
             out=out,
-            post_norm=None if post is None else self._norm(layer, post, width),
+            post_norm=None if post is None else self._norm(layer, post, width, layer),
             mlp_in=mlp_in,
             mlp_out=mlp_out,
             scale=self._factor(family.residual_multiplier),
@@ -148,8 +148,8 @@ class _Binder:
 
     def _reads(self, layer: nn.Module, norm: Paths | None, reader: nn.Module, width: int) -> Norm:
         if norm is not None:
-            return self._norm(layer, norm, width)
-        return self.norms.setdefault(reader, Norm(reader, None))
+            return self._norm(layer, norm, width, layer)
+        return self.norms.setdefault(reader, Norm(reader, None, layer))
 
     def _projections(self, layer: nn.Module, attention: nn.Module, values: int) -> tuple[Projection, ...]:
         """q, k and v of a layer; `values` is the number of features of all heads' values together."""

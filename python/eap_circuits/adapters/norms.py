@@ -30,15 +30,19 @@ class Kind:
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """A norm of the residual stream; if `kind` is None there is no norm, and `module` reads the stream itself."""
+    """A norm of the residual stream; if `kind` is None there is no norm, and `module` reads the stream itself.
+
+    One without parameters (OLMo's) computes where its `layer` does, or the last layer.
+    """
 
     module: nn.Module
     kind: Kind | None
+    layer: nn.Module | None = None
 
     @cached_property
     def device(self) -> torch.device:
         """The device on which it computes."""
-        return device_of(self.module)
+        return device_of(self.module, *([] if self.layer is None else [self.layer]))
 
     def gain(self, like: Tensor) -> Tensor | float:
         """γ, [D], in the dtype of `like`; 1 if there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, TypeGuard
 
 import torch
@@ -29,9 +30,9 @@ def read(module: nn.Module, name: str) -> Tensor | None:
         return getattr(module, name).detach().clone()
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """The device on which a module computes."""
-    for part in module.modules():
+def device_of(*modules: nn.Module) -> torch.device:
+    """The device on which a module computes; where it has no parameters, the next one's."""
+    for part in chain.from_iterable(module.modules() for module in modules):
         if is_offloaded(part):
             hook: Any = part._hf_hook
             return torch.device(hook.execution_device)

@@ -119,11 +119,9 @@ def _masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str) -> Tensor
         return _chosen("masked_read", impl, delta.device, base, delta, mask).masked_read(base, delta, mask)
     if not len(mask):
         return torch.empty_like(base)
-    # Only the reference reads all circuits at once, and only on a device is that worth reading senders in vain.
-    if not delta.is_cpu:
-        backend = _chosen("masked_read", impl, delta.device, base[0], delta[0], mask[0])
-        if backend.name == "reference":
-            return backend.masked_read(base, delta, mask)
+    # Off the CPU all circuits are one product of the library's, in which every sender is read: one launch.
+    if impl in ("auto", "reference") and not delta.is_cpu:
+        return BACKENDS["reference"].masked_read(base, delta, mask)
     return torch.stack([_masked_read(*each, impl) for each in zip(base, delta, mask, strict=True)])
 
 

@@ -105,11 +105,10 @@ template <class T> struct Core {
     for (int i = 0; i < 8; ++i) {
       // The second slab of a low tile is another tile's: nothing was loaded for it, and it may not be touched.
       if (16 * i >= target.tile.slabs * kSlab) break;
+      target.template put<8>((ty + 16 * i) * kColumns + tx, [&](int j) { return c[i][j]; },
+                             [](int j) { return 16 * j; }, first);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        target.put(ty + 16 * i, tx + 16 * j, c[i][j], first);
-        c[i][j] = 0;
-      }
+      for (int j = 0; j < 8; ++j) c[i][j] = 0;
       if (last) target.finish(ty / 2 * 2 + 16 * i, 2, 0, kColumns);
     }
   }
@@ -150,14 +149,13 @@ template <class T> struct TensorCore {
     const int lane = threadIdx.x % 32, slab = threadIdx.x / 32 % 2, columns = int(threadIdx.x) / 64 * 32;
     if (slab >= target.tile.slabs) return;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 4; ++i) {
+      const int start = (slab * kSlab + 16 * i + c_row(lane, 0)) * kColumns + columns + c_column(lane, 0);
+      target.put<16>(start, [&](int n) { return c[i][n / 4][n % 4]; },
+                     [](int n) { return c_row(0, n % 4) * kColumns + 8 * (n / 4) + c_column(0, n % 4); }, first);
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          target.put(slab * kSlab + 16 * i + c_row(lane, e), columns + 8 * j + c_column(lane, e), c[i][j][e], first);
-          c[i][j][e] = 0;
-        }
+      for (int n = 0; n < 16; ++n) c[i][n / 4][n % 4] = 0;
+    }
     if (last) target.finish(slab * kSlab, kSlab, columns, 32);
   }
 };

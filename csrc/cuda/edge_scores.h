@@ -4,8 +4,9 @@
 
 namespace eap::cuda {
 
-// A run of accumulators is added to memory after this many products, so that the rounding of long sums stays small.
-constexpr int kRun = 32768;
+// A run of accumulators is added to memory after this many products: matrix units round each step towards zero, so the
+// error of one long sum grows faster than that of one rounded to nearest.
+constexpr int kRun = 4096;
 
 // The schedule in device memory.
 struct Plan {
@@ -52,17 +53,22 @@ template <class A> struct Target {
     results = scores_.tile(chunk.slot == kDirect ? int64_t(plan_.slots) * plan_.tiles + blockIdx.x
                                                  : int64_t(chunk.slot) * plan_.tiles + unit % plan_.tiles);
   }
-  // `first`: of the unit's runs, which finds nothing in the tile yet.
-  __device__ void put(int row, int column, A value, bool first) const {
-    A& to = results[row * kColumns + column];
-    if (first) to = value;
-    else to += value;
+  // Adds value(e) to the tile's entry `start` + at(e), e < kCount. `first`: of the unit's runs, which finds nothing there
+  // yet. All loads come before the first store, or each would wait for the store before it.
+  template <int kCount, class Value, class At>
+  __device__ void put(int start, const Value& value, const At& at, bool first) const {
+    A* const to = results + start;
+    A before[kCount];
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) before[e] = first ? A(0) : to[at(e)];
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) to[at(e)] = before[e] + value(e);
   }
   // A warp has put its last results, those of this rectangle. A loop instead of registers: addresses are many here.
   __device__ void finish(int row, int rows, int column, int columns) const {
     if (chunk.slot != kDirect) return;
     __syncwarp();
-#pragma unroll 4
+#pragma unroll 2
     for (int i = threadIdx.x % 32; i < rows * columns; i += 32) {
       const int r = row + i / columns, c = column + i % columns;
       scores.add(plan, chunk.segment, int64_t(tile.sender) + r, tile.column + c, results[r * kColumns + c]);

@@ -109,7 +109,9 @@ __device__ void consume(const Target<float>& target, int64_t steps, Ring& ring) 
       wgmma_settle(c[i]);
       const int row = (group + kGroups * i) * kSlab + thread / 32 * 16;
 #pragma unroll
-      for (int e = 0; e < 64; ++e) target.put(row + c_row(lane, e), c_column(lane, e), c[i][e], start == 0);
+      for (int part = 0; part < 64; part += 16)
+        target.put<16>((row + c_row(lane, 0)) * kColumns + c_column(lane, 0), [&](int e) { return c[i][part + e]; },
+                       [&](int e) { return c_row(0, part + e) * kColumns + c_column(0, part + e); }, start == 0);
       if (start + count == steps) target.finish(row, 16, 0, kColumns);
     }
   }

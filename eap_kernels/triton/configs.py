@@ -35,7 +35,7 @@ class Tile(NamedTuple):
 # the last one also serves operands that cannot be loaded in pieces of 16 bytes.
 EDGE_SCORES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "large": {
-        "half": (Tile(128, 256, 64, 8, 4, 1.0), Tile(128, 128, 64, 8, 3, 0.8, 2), Tile(64, 64, 64, 8, 4, 0.4, 2)),
+        "half": (Tile(128, 256, 64, 8, 4, 1.0), Tile(128, 128, 64, 8, 4, 0.88), Tile(64, 64, 64, 8, 4, 0.4, 2)),
         "tf32": (Tile(128, 128, 32, 8, 4, 1.0), Tile(64, 64, 32, 4, 4, 0.6, 3)),
         "fp32": (Tile(128, 64, 16, 8, 3, 1.0, 2), Tile(64, 64, 16, 8, 3, 0.9, 2)),
         "fp64": (Tile(64, 64, 16, 8, 3, 1.0, 2),),

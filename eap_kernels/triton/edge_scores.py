@@ -22,6 +22,9 @@ from eap_kernels.triton.configs import Tile
 WORKSPACE = 64 << 20
 # What starting and ending a program costs, in steps of its inner loop.
 _OVERHEAD = 8
+# Products that a matrix unit adds up before their sum is added to the others. It rounds each step towards zero, so the
+# error of one long sum grows faster than that of one rounded to nearest.
+_RUN = 4096
 # Elements of a partial tile that one program of the second kernel adds up.
 _BLOCK = 1024
 
@@ -92,6 +95,7 @@ def edge_scores(delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segment
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
                 INNER=tile.inner,
+                RUN=_RUN // tile.inner,
                 ORDERED=plan.order is not None,
                 EVEN=delta.shape[2] % tile.inner == 0,
                 PRECISION=configs.precision(kind),
@@ -138,6 +142,7 @@ def _contract(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
+    RUN: tl.constexpr,
     ORDERED: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -158,22 +163,25 @@ def _contract(
     from_delta = delta + u[:, None] * delta_u + k_wide[None, :] * delta_d
     from_grad = grad + v[None, :] * grad_v + k_wide[:, None] * grad_d
     total = tl.zeros((ROWS, COLUMNS), partials.dtype.element_ty)
-    for step in range(first, last):
-        n = step // blocks
-        d = tl.cast(step - n * blocks, tl.int64) * INNER
-        if ORDERED:
-            n = tl.load(order + n)
-        n = tl.cast(n, tl.int64)
-        at_delta = from_delta + (n * delta_n + d * delta_d)
-        at_grad = from_grad + (n * grad_n + d * grad_d)
-        if EVEN:
-            x = tl.load(at_delta)
-            y = tl.load(at_grad)
-        else:
-            inside = k < features - d
-            x = tl.load(at_delta, mask=inside[None, :], other=0.0)
-            y = tl.load(at_grad, mask=inside[:, None], other=0.0)
-        total = tl.dot(x, y, total, input_precision=PRECISION, out_dtype=total.dtype)
+    for start in range(first, last, RUN):
+        run = tl.zeros((ROWS, COLUMNS), partials.dtype.element_ty)
+        for step in range(start, tl.minimum(start + RUN, last)):
+            n = step // blocks
+            d = tl.cast(step - n * blocks, tl.int64) * INNER
+            if ORDERED:
+                n = tl.load(order + n)
+            n = tl.cast(n, tl.int64)
+            at_delta = from_delta + (n * delta_n + d * delta_d)
+            at_grad = from_grad + (n * grad_n + d * grad_d)
+            if EVEN:
+                x = tl.load(at_delta)
+                y = tl.load(at_grad)
+            else:
+                inside = k < features - d
+                x = tl.load(at_delta, mask=inside[None, :], other=0.0)
+                y = tl.load(at_grad, mask=inside[:, None], other=0.0)
+            run = tl.dot(x, y, run, input_precision=PRECISION, out_dtype=run.dtype)
+        total += run
     to = partials + program.to(tl.int64) * (ROWS * COLUMNS)
     to += tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     tl.store(to, total)

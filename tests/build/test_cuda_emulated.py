@@ -52,7 +52,7 @@ def built(nvcc, tmp_path_factory) -> Path:
     for header in ("ptx.h", "ptx_sm90.h"):
         shutil.copy(EMULATOR / header, folder / "csrc/cuda")
     # Sums are handed over after so many products: few enough that small cases do it several times.
-    replace(folder / "csrc/cuda/edge_scores.h", "kRun = 32768;", "kRun = 128;")
+    replace(folder / "csrc/cuda/edge_scores.h", "kRun = 4096;", "kRun = 128;")
     compile_all(nvcc, folder, [folder / "csrc/cuda" / name for name in KERNELS] + sorted(EMULATOR.glob("*.cpp")))
     link(nvcc, folder)
     return folder

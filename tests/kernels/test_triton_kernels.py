@@ -70,6 +70,18 @@ def test_every_tile_of_edge_scores(memory, kind, tile, use, on, generator):
         testing.assert_close(scores, reference, testing.edge_scores_oracle(delta, grad, reach), eps(kind))
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_long_sums_are_as_exact_as_short_ones(kind, on, monkeypatch, generator):
+    """All of it in one chunk. Matrix units round each step towards zero: in one run, a sum of 2^20 products would be
+    far outside the tolerance."""
+    monkeypatch.setattr(configs, "PROCESSORS", 1)
+    tokens, rows = (256, 64) if on == "cuda" else (2, 5)
+    delta, grad = (testing.random_tensor((rows, tokens, 4096), kind, generator, device=on) for _ in range(2))
+    reach = torch.full((rows,), rows, device="cpu")
+    scores, reference = (ek.edge_scores(delta, grad, reach, impl=impl) for impl in ("triton", "reference"))
+    testing.assert_close(scores, reference, testing.edge_scores_oracle(delta, grad, reach))
+
+
 @pytest.mark.parametrize(("memory", "kind", "tile"), tiles(configs.MASKED_READ))
 def test_every_tile_of_masked_read(memory, kind, tile, use, on, monkeypatch, generator):
     use(configs.MASKED_READ, memory, kind, tile)

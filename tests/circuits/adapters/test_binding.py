@@ -47,6 +47,14 @@ def test_weights_in_canonical_layout(family, make_model):
         torch.testing.assert_close(found, right * layer.scale)
 
 
+def test_norms_compute_where_their_layers_do(family, make_model):
+    """Those without parameters, too. "meta" stands for any device that is not the CPU."""
+    arch = bind(make_model(family))
+    arch.model.to("meta")
+    norms = [arch.final_norm, *(norm for layer in arch.layers for norm in (layer.attention_norm, layer.mlp_norm))]
+    assert {norm.device.type for norm in norms} == {"meta"}
+
+
 def test_norm_statistics_are_the_norms(family, make_model):
     arch = bind(make_model(family, dtype=torch.float32))
     for norm in arch.norms:

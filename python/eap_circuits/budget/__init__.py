@@ -1,6 +1,6 @@
 """How much memory a run takes, and how many tokens a pass may have within a budget."""
 
-from .fitting import Cost, budget, bytes_without_gradient, measure_cost, numbers_per_token, tokens_within
+from .fitting import Cost, budget, bytes_without_gradient, measure_cost, numbers_per_token, tokens_in_all, tokens_within
 from .memory import PeakBytes, end_of_phase, free_bytes, in_memory, most_tokens
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "measure_cost",
     "most_tokens",
     "numbers_per_token",
+    "tokens_in_all",
     "tokens_within",
 ]

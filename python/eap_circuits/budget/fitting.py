@@ -10,8 +10,9 @@ from ..request import Request
 from ..tasks import PairedDataset
 from .memory import SHARE_OF_FREE, PeakBytes, free_bytes
 
-# Below this share of the budget a rough estimate is enough.
+# Below this share of a user's budget a rough estimate is enough. The default leaves the other half of what is free.
 _NEGLIGIBLE = 0.25
+_FUSED = ("sdpa", "flash_attention_2", "flash_attention_3")
 Measured = Callable[[Batch, int], object]  # runs a batch with this many copies of it in a pass
 
 
@@ -22,8 +23,22 @@ def budget(request: Request) -> int:
 
 
 def numbers_per_token(request: Request) -> int:
-    """Roughly how many numbers all layers output for a token: the number of weights divided by the width."""
-    return sum(p.numel() for p in request.arch.model.parameters()) // request.arch.d_model
+    """Roughly how many numbers all layers output for a token: the number of weights divided by the width.
+
+    Attention that is not fused adds its weights over all earlier tokens, before and after the softmax.
+    """
+    arch, model = request.arch, request.arch.model
+    outputs = sum(p.numel() for p in model.parameters()) // arch.d_model
+    if getattr(model.config, "_attn_implementation", None) in _FUSED:
+        return outputs
+    return outputs + 2 * int(request.data.longer_lengths.max()) * sum(layer.q.n_heads for layer in arch.layers)
+
+
+def tokens_in_all(request: Request, copies: int) -> int:
+    """How many tokens a pass would have with all examples, each as long as the longest, and this many copies of each."""
+    data = request.data
+    first = data.first_difference if request.reuse_prefix else 0
+    return len(data) * int((data.longer_lengths - first).max()) * copies
 
 
 def bytes_without_gradient(request: Request, kept: int, at_once: int, more: int = 0) -> int:
@@ -49,7 +64,7 @@ def tokens_within(
     how many bytes are taken by something else throughout.
     """
     allowed = budget(request) - beside
-    if rough <= _NEGLIGIBLE * allowed:
+    if rough <= allowed * (1 if request.memory is None else _NEGLIGIBLE):
         return most
     batch = next(request.batches(min(most, per_batch)))
     measured, suffix = cost(batch), batch.shape[1]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eap_kernels import explain
 
-from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, most_tokens, tokens_within
+from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, most_tokens, tokens_in_all, tokens_within
 from ..checkpoint import Checkpoint, Where, opened, remaining, settings_of
 from ..errors import known_arguments, warn
 from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, one_want_of_memory, zeros
@@ -253,11 +253,9 @@ def _tokens_together(request: Request, circuits: Sequence[Circuit]) -> int:
         rows_computed(graph, [item.mask for item in circuits if item.graph.heads == heads], device)
         for heads, graph in {item.graph.heads: item.graph for item in circuits}.items()
     )
-    first = request.data.first_difference if request.reuse_prefix else 0
-    there_are = int((request.data.longer_lengths - first).sum())
-    most = max(TOKENS_TOGETHER, most_tokens(device))
-    kept, at_once = min(there_are, TOKENS_PER_BATCH), min(there_are * len(circuits), most)
-    rough = bytes_without_gradient(request, kept, at_once, rows * request.arch.d_model)
+    most = min(max(TOKENS_TOGETHER, most_tokens(device)), tokens_in_all(request, len(circuits)))
+    kept = min(tokens_in_all(request, 1), TOKENS_PER_BATCH)
+    rough = bytes_without_gradient(request, kept, most, rows * request.arch.d_model)
 
     def measured(few: Batch, copies: int) -> None:
         _values(request, [largest] * copies, few, copies * few.clean.numel())

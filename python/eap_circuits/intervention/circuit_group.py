@@ -27,16 +27,20 @@ def circuits_in_group(device: torch.device, circuits: int) -> int:
 
 
 def rows_computed(graph: Graph, masks: Sequence[Tensor], device: torch.device) -> int:
-    """How many rows of tokens × features a circuit takes at most: receivers that have to be computed and senders they
-    read. Circuits of one group take those of all."""
+    """How many rows of tokens × features a circuit holds at most: the senders that are read, and three for each
+    receiver of a layer that has to be computed. Circuits of one group hold what any of them needs."""
     asked = [asked_of(graph, mask[None]) for mask in masks]
     size = circuits_in_group(device, len(asked))
     groups = [asked[start : start + size] for start in range(0, len(asked), size)]
 
-    def any_of(group: list[Asked], name: str) -> int:
-        return int(torch.cat([getattr(one, name) for one in group]).any(0).sum())
+    def any_of(group: list[Asked], name: str) -> Tensor:
+        return torch.cat([getattr(one, name) for one in group]).any(0)
 
-    return max(any_of(group, "partial") + any_of(group, "stored") for group in groups)
+    def at_once(computed: Tensor) -> int:
+        ends = ((graph.receivers_at(i, "q").start, graph.receivers_at(i, "mlp").stop) for i in range(graph.n_layers))
+        return max(1, *(int(computed[first:last].sum()) for first, last in ends))
+
+    return max(3 * at_once(any_of(group, "partial")) + int(any_of(group, "stored").sum()) for group in groups)
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,17 @@ def test_what_attribution_takes_is_predicted(settings, make_model, monkeypatch):
     assert sum(examples for examples, _, _ in plan.batches) == len(data)
 
 
+def test_where_memory_is_plenty_nothing_runs_only_to_be_measured(make_model, monkeypatch):
+    def refuse(count):
+        raise AssertionError("a run was measured")
+
+    monkeypatch.setattr(PeakBytes, "__enter__", refuse)
+    model, data = make_model("llama"), longer_pairs()
+    scores = eap.attribute(model, data)
+    eap.evaluate(model, [scores.select(n) for n in (10, 60)], data)
+    eap.attribute(model, data[:2], method="exact", edges=scores.select(5))
+
+
 @pytest.mark.parametrize("reuse_prefix", [True, False])
 def test_a_budget_is_kept_and_changes_no_score(reuse_prefix, make_model, relative):
     model, data = make_model("llama"), longer_pairs()

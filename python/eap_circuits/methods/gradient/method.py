@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ...budget import Cost, budget, end_of_phase, measure_cost, most_tokens, numbers_per_token, tokens_within
+from ...budget import Cost, budget, end_of_phase, measure_cost, most_tokens, numbers_per_token, tokens_in_all, tokens_within
 from ...checkpoint import Checkpoint
 from ...forward import Batch
 from ...recording import ReceiverGradients
@@ -114,7 +114,7 @@ class GradientMethod(Method):
 
     def _tokens(self, request: AttributionRequest) -> int:
         """The most tokens of a pass within the budget."""
-        most = most_tokens(request.arch.device)
+        most = min(most_tokens(request.arch.device), tokens_in_all(request, len(self.repeated(request))))
         rough = _NUMBERS_PER_WEIGHT * most * numbers_per_token(request) * request.arch.accumulate.itemsize
         rough += batch_bytes(request, request.batch_size or most)
         return tokens_within(request, most, rough, partial(self._cost, request), per_batch=most)

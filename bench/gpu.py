@@ -47,6 +47,8 @@ LOGGED = 400_000
 # Print each test's name as it begins: if a kernel hangs, the log ends with its test.
 PYTEST = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--show-capture=stdout", "-p", "no:cacheprovider"]
 TEST = [*PYTEST, "--maxfail=10", "-m", "not slow"]
+# The longest files, in several processes.
+SPREAD = ["-n", "4"]
 JOBS = max(1, (os.cpu_count() or 2) // 2)
 FIRST = "bfloat16 and (llama-3.1-8b or gpt2)"
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -55,6 +57,8 @@ SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sa
 NOT_PRETENDED = "not opcheck and not eap_ig_circuit and not llama4 and not olmo-query and not sparse_path"
 # A call of the driver that finds nothing is not an error: torch tries which functions exist.
 TOOLS = {"memcheck": ["--tool", "memcheck", "--report-api-errors", "no"], "racecheck": ["--tool", "racecheck"]}
+# Watching every access to shared memory takes long: on an H100 all cases took more than 40 s.
+FEWER = {"memcheck": [], "racecheck": ["--few"]}
 
 
 class Stage(NamedTuple):
@@ -74,11 +78,16 @@ def kernel_tests() -> dict[str, list[str]]:
 
     def of(impl: str) -> dict[str, list[str]]:
         command = [*(quick if impl == "triton" else []), *TEST, "-k", f"{impl}-cuda"]
-        return {f"{impl} {op}": [*command, f"tests/kernels/test_{op}.py"] for op in OPERATORS}
+        return {
+            f"{impl} {op}": [*command, *(SPREAD if op == "masked_read" else []), f"tests/kernels/test_{op}.py"]
+            for op in OPERATORS
+        }
 
     return {
         **{label: command for impl in KERNELS for label, command in of(impl).items()},
-        "models": [*TEST, "tests/circuits/forward/test_on_gpu.py"],
+        "models": [*TEST, *SPREAD, "tests/circuits/forward/test_on_gpu.py"],
+        # As the sanitizer runs it: Triton's kernels are compiled before, which under it would take minutes.
+        **{f"{impl} odd shapes": [sys.executable, "bench/sanitize.py", impl] for impl in KERNELS},
         "triton tiles": [*quick, *TEST, "tests/kernels/test_triton_kernels.py"],
         **of("reference"),
         "integrations": [
@@ -124,7 +133,7 @@ STAGES = {
         Stage(
             "build", 3.0, {"build": [sys.executable, "setup.py", "build_ext", "--inplace"]}, {"EAP_REQUIRE_EXT": "1"}
         ),
-        Stage("info", 0.5, {"info": [sys.executable, "-m", "eap_kernels.info"]}),
+        Stage("info", 1.5, {"info": [sys.executable, "-m", "eap_kernels.info"]}),
         Stage("kernels", 6.0, kernel_tests(), {"EAP_REQUIRE": "cpu,triton,cuda", "OMP_NUM_THREADS": "2"}, JOBS),
         Stage(
             "sanitize",
@@ -138,6 +147,7 @@ STAGES = {
                     sys.executable,
                     "bench/sanitize.py",
                     impl,
+                    *FEWER[tool],
                 ]
                 for tool, options in TOOLS.items()
                 for impl in KERNELS

@@ -100,6 +100,10 @@ class Nodes:
     normalised: Tensor | None = None
 
 
+def _workspace(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory // 16 if device.type == "cuda" else 2**28
+
+
 @_dispatch.in_memory
 def head_space_scores(
     senders: Sequence[Nodes],
@@ -107,7 +111,7 @@ def head_space_scores(
     reach: Tensor,
     out: Tensor | None = None,
     impl: str = "auto",
-    workspace: int = 2**28,
+    workspace: int | None = None,
 ) -> Tensor:
     """`edge_scores` of nodes kept in head space, without ever holding [S, N, D] or [R, N, D].
 
@@ -120,7 +124,8 @@ def head_space_scores(
         reach: int64 [R], 0 <= reach <= S: how many senders each receiver sees.
         out: [S, R], added to in place; fp64 for fp64 inputs, else fp32. Allocated with zeros when absent.
         impl: "auto", which follows a measured rule, or a name in `backends()`.
-        workspace: bytes of expanded rows held at once; at least one token's.
+        workspace: bytes of expanded rows held at once, but at least one token's; by default 2^28, or on a GPU a
+            sixteenth of its memory, as there each tile costs launches and reads all weights.
 
     Returns:
         `out`. Not differentiable: the inputs are detached.
@@ -150,6 +155,8 @@ def head_space_scores(
         _check_nodes(group, first.values, tokens, features)
     n_senders, n_receivers = (sum(group.values.shape[1] for group in side) for side in (senders, receivers))
     _check_index(op, "reach", reach, n_receivers)
+    if workspace is None:
+        workspace = _workspace(first.values.device)
     if isinstance(workspace, bool) or not isinstance(workspace, Integral) or not 1 <= workspace < 2**63:
         _fail(op, "a workspace of 1 to 2**63 - 1 bytes", repr(workspace))
     wide = accumulation_dtype(first.values.dtype)

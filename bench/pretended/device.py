@@ -115,17 +115,22 @@ def pretending(shapes: bool = False, native: bool = False) -> Iterator[None]:
 def _pretend_native(stack: contextlib.ExitStack) -> None:
     """The CPU's kernels stand for CUDA's, the reference for Triton's: all around a kernel runs, but no kernel."""
     from eap_kernels import _auto, cuda
-    from eap_kernels.reference import edge_scores, masked_read
+    from eap_kernels.reference import edge_scores, head_space_scores, masked_read
     from eap_kernels.triton import edge_scores as triton_edge_scores
+    from eap_kernels.triton import head_space_scores as triton_head_space_scores
     from eap_kernels.triton import masked_read as triton_masked_read
 
     def reads(*args: Any) -> torch.Tensor:
         return masked_read.masked_read(*args[:3])
 
+    def expand(groups: Any, start: int, tokens: int, features: int, tf32: bool) -> torch.Tensor:
+        return head_space_scores.expand(groups, slice(start, start + tokens), features, groups[0].values.dtype)
+
     for module, name, stand_in in (
         (cuda, "not_built", lambda: None),
         (_auto, "ranking", lambda *_: ["cuda"]),
         (triton_edge_scores, "edge_scores", edge_scores.edge_scores),
+        (triton_head_space_scores, "expand", expand),
         (triton_masked_read, "masked_read", reads),
     ):
         stack.enter_context(mock.patch.object(module, name, stand_in))

@@ -36,11 +36,11 @@ def head_space_scores(
     tile = max(1, workspace // max(1, (out.shape[0] + out.shape[1]) * features * dtype.itemsize))
     for start in range(0, tokens, tile):
         rows = slice(start, start + tile)
-        delta, grad = (_expand(side, rows, features, dtype) for side in (senders, receivers))
+        delta, grad = (expand(side, rows, features, dtype) for side in (senders, receivers))
         contract(delta, grad, reach, out, None)
 
 
-def _expand(
+def expand(
     groups: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], rows: slice, features: int, dtype: torch.dtype
 ) -> Tensor:
     """Residual-space rows of some tokens: [nodes, n, D]."""

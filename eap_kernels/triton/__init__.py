@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,3 +36,8 @@ class Triton(Backend):
         from eap_kernels.triton.masked_read import masked_read
 
         return masked_read(base, delta, mask, tf32())
+
+    def head_space_scores(self, *args: Any) -> None:
+        from eap_kernels.triton.head_space_scores import head_space_scores
+
+        partial(head_space_scores, contract=partial(self.edge_scores, tf32=tf32()), tf32=tf32())(*args)

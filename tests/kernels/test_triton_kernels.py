@@ -4,6 +4,7 @@ Runs on a GPU, or on CPU tensors with TRITON_INTERPRET=1: test_triton_interprete
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 import eap_kernels as ek
 from eap_kernels import testing
 from eap_kernels.triton import configs
+from eap_kernels.triton.head_space_scores import Group, expand
 
 DEVICES = [device for impl, device in testing.backends_on_devices() if impl == "triton"]
 pytestmark = pytest.mark.skipif(not DEVICES, reason=str(ek.backends()["triton"]))
@@ -80,6 +82,47 @@ def test_long_sums_are_as_exact_as_short_ones(kind, on, monkeypatch, generator):
     reach = torch.full((rows,), rows, device="cpu")
     scores, reference = (ek.edge_scores(delta, grad, reach, impl=impl) for impl in ("triton", "reference"))
     testing.assert_close(scores, reference, testing.edge_scores_oracle(delta, grad, reach))
+
+
+@pytest.mark.parametrize("features", [48, 37])
+@pytest.mark.parametrize("kind", DTYPES)
+def test_expanded_rows(kind, features, on, fp32_precision):
+    """In pieces of 16 bytes and element by element; weights as they are, transposed, shared and absent. A row is
+    rounded once, whatever its terms."""
+    fp32_precision("tf32" if kind == "tf32" else "ieee")
+    tokens, inner, points = 35, 24, 3
+    for dtype in DTYPES[kind]:
+        normal = partial(torch.randn, dtype=dtype)
+        x, transposed = normal(points, tokens, features), normal(2, features, inner).mT
+        nodes = [
+            ek.Nodes(normal(tokens, 4, inner), normal(2, inner, features), normal(4, points, tokens), x),
+            ek.Nodes(normal(tokens, 1, features)),
+            ek.Nodes(normal(tokens, 2, inner), transposed, normal(2, points, tokens), x),
+        ]
+        none = torch.empty(0, dtype=dtype)
+        parts = ((g.values, g.weight, g.coefficients, g.normalised) for g in nodes)
+        groups = [Group(*(none if part is None else part for part in each)) for each in parts]
+        assert all(group.aligned() for group in groups) == (features == 48)
+        rows, size = testing.expanded(nodes)
+        parts = [expand(groups, start, count, features, kind == "tf32") for start, count in ((0, 20), (20, 15))]
+        found = torch.cat(parts, 1)
+        assert found.dtype == dtype
+        # Each sum of the terms costs half an eps, and so does the one rounding to the rows' dtype.
+        sums = (inner + points + 1) * torch.finfo(torch.float64 if kind == "fp64" else torch.float32).eps / 2
+        once = eps(kind) or torch.finfo(dtype).eps / 2
+        assert ((found.double().cpu() - rows).abs() <= (once + sums) * size).all()
+
+
+def test_head_space_scores_tile_by_tile(on):
+    """Twenty tokens in tiles of seven; test_head_space_scores.py has more where there is a GPU."""
+    x = torch.randn(2, 20, 16)
+    senders = [ek.Nodes(torch.randn(20, 1, 16)), ek.Nodes(torch.randn(20, 2, 8), torch.randn(2, 8, 16))]
+    receivers = [ek.Nodes(torch.randn(20, 2, 8), torch.randn(1, 8, 16), torch.randn(2, 2, 20), x)]
+    reach = torch.tensor([1, 3], device="cpu")
+    workspace = 7 * (3 + 2) * 16 * 4
+    scores = ek.head_space_scores(senders, receivers, reach, impl="triton", workspace=workspace)
+    reference = ek.head_space_scores(senders, receivers, reach, impl="reference")
+    testing.assert_close(scores, reference, testing.head_space_scores_oracle(senders, receivers, reach))
 
 
 @pytest.mark.parametrize(("memory", "kind", "tile"), tiles(configs.MASKED_READ))

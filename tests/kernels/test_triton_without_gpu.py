@@ -110,6 +110,8 @@ def check(kernels, capability, memory):
 def test_every_configuration_compiles_without_spills(capability, memory, even):
     kernels = even[capability, memory]
     check(kernels, capability, memory)
+    dtypes = {(k["dtype"], k["kind"]) for k in kernels}
+    assert {(k["dtype"], k["kind"]) for k in kernels if k["kernel"] == "_expand"} == dtypes
     for name, table in (("_contract", configs.EDGE_SCORES), ("_dense", configs.MASKED_READ)):
         found = {(k["dtype"], k["kind"], tuple(k["tile"])) for k in kernels if k["kernel"] == name}
         dtypes = {"half": ("torch.bfloat16", "torch.float16"), "fp64": ("torch.float64",)}

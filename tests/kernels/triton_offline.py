@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -20,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from eap_kernels.triton import configs, edge_scores, masked_read
+from eap_kernels.triton import configs, edge_scores, head_space_scores, masked_read
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -76,9 +77,10 @@ class Recorder:
 def record():
     """Every launch of the operators from now on ends in the list returned."""
     compiled = []
-    for module in (edge_scores, masked_read):
+    for module in (edge_scores, head_space_scores, masked_read):
         for name, value in list(vars(module).items()):
-            if isinstance(value, triton.runtime.jit.JITFunction):
+            # Functions with a result are called by kernels, not launched.
+            if isinstance(value, triton.runtime.jit.JITFunction) and value.fn.__annotations__["return"] == "None":
                 setattr(module, name, Recorder(value, compiled))
     return compiled
 
@@ -140,11 +142,29 @@ def calls(name, shape, dtype, tf32):
             masked_read.masked_read(grad[0], delta, torch.ones(64, 256, dtype=mask_dtype), tf32)
 
 
+def expand(features, dtype, tf32):
+    """One side with every kind of group."""
+    Group, new = head_space_scores.Group, partial(torch.empty, dtype=dtype)
+    values, none = new(64, 4, 128), new(0)
+    weights = new(2, 128, features), new(2, features, 128).mT
+    groups = [Group(values, weight, new(4, 5, 64), new(5, 64, features)) for weight in weights]
+    head_space_scores.expand([*groups, Group(new(64, 1, features), none, none, none)], 0, 64, features, tf32)
+
+
 def main(capability, memory, shapes):
     triton.runtime.driver.set_active(NoDevice(capability))
     compiled = record()
     configs.memory = lambda device: memory
     seen = set()
+
+    def say(**about):
+        for name, kernel in compiled:
+            if kernel.hash not in seen:
+                told = {"kernel": name, **about, "narrow": narrow_strides(kernel), **resources(kernel)}
+                sys.stdout.write(json.dumps(told) + "\n")
+            seen.add(kernel.hash)
+        compiled.clear()
+
     for kind, dtypes in DTYPES.items():
         torch.backends.cuda.matmul.fp32_precision = "tf32" if kind == "tf32" else "ieee"
         for name, table in (("edge_scores", configs.EDGE_SCORES), ("masked_read", configs.MASKED_READ)):
@@ -154,14 +174,11 @@ def main(capability, memory, shapes):
                     continue
                 table[memory][kind] = (tile,)
                 calls(name, shape, dtype, kind == "tf32")
-                for kernel_name, kernel in compiled:
-                    if kernel.hash not in seen:
-                        about = {"kernel": kernel_name, "dtype": str(dtype), "kind": kind, "shape": shape, "tile": tile}
-                        about["narrow"] = narrow_strides(kernel)
-                        sys.stdout.write(json.dumps({**about, **resources(kernel)}) + "\n")
-                    seen.add(kernel.hash)
-                compiled.clear()
+                say(dtype=str(dtype), kind=kind, shape=shape, tile=tile)
             table[memory][kind] = tiles
+        for dtype, shape in itertools.product(dtypes, {"even", "odd"} & set(shapes)):
+            expand({"even": 1024, "odd": 1001}[shape], dtype, kind == "tf32")
+            say(dtype=str(dtype), kind=kind, shape=shape, tile=None)
 
 
 if __name__ == "__main__":

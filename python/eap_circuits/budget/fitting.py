@@ -35,7 +35,7 @@ def numbers_per_token(request: Request) -> int:
 
 
 def tokens_in_all(request: Request, copies: int) -> int:
-    """How many tokens a pass would have with all examples, each as long as the longest, and this many copies of each."""
+    """How many tokens a pass has with this many copies of all examples, each as long as the longest."""
     data = request.data
     first = data.first_difference if request.reuse_prefix else 0
     return len(data) * int((data.longer_lengths - first).max()) * copies

@@ -40,7 +40,7 @@ def contract(
                 seen = (reach[read] - written.start).clamp(0, written.stop - written.start)
                 if seen.any():
                     near = [_to(group, device) for group in own]
-                    found = head_space_scores(near, theirs, seen, workspace=_workspace(device))
+                    found = head_space_scores(near, theirs, seen)
                     scores[written, read] = found.to(arch.device)
         return scores
 
@@ -69,13 +69,6 @@ def contract_neurons(senders: list[Nodes], receivers: list[Nodes], reach: Tensor
 def lowered(arch: Architecture, nodes: Iterable[Nodes]) -> list[Nodes]:
     """Nodes in the dtype in which senders meet receivers, converted one at a time."""
     return [_to(group, arch.contraction_dtype) for group in nodes]
-
-
-def _workspace(device: torch.device) -> int:
-    """Bytes of expanded rows held at once: on a GPU more than on a processor, or it would wait for launches."""
-    if device.type != "cuda":
-        return 2**28
-    return torch.cuda.get_device_properties(device).total_memory // 16
 
 
 def _to(group: Nodes, where: torch.dtype | torch.device) -> Nodes:

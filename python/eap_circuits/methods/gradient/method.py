@@ -15,7 +15,16 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ...budget import Cost, budget, end_of_phase, measure_cost, most_tokens, numbers_per_token, tokens_in_all, tokens_within
+from ...budget import (
+    Cost,
+    budget,
+    end_of_phase,
+    measure_cost,
+    most_tokens,
+    numbers_per_token,
+    tokens_in_all,
+    tokens_within,
+)
 from ...checkpoint import Checkpoint
 from ...forward import Batch
 from ...recording import ReceiverGradients

@@ -195,9 +195,20 @@ def integrations(results: Results) -> str:
 def model_shapes(results: Results) -> str:
     def row(info: dict, ratios: dict[str, float]) -> list[str]:
         memory = f"{1 / ratios['memory']:.2f}" if "memory" in ratios else ""
-        return [info["model"], f"{info['examples']} × {info['tokens']}", f"{1 / ratios['speedup']:.2f}", memory]
+        call = info.get("call", "attribute, M = 5")
+        times = [f"{1e3 * seconds:.0f} ms" for seconds in info["seconds"].values()]
+        size = f"{info['examples']} × {info['tokens']}"
+        return [info["model"], call, size, *times, f"{1 / ratios['speedup']:.2f}", memory]
 
-    columns = ["shape", "prompts × tokens", "time over the floor's", "peak memory over 24 GB"]
+    columns = [
+        "shape",
+        "call",
+        "prompts × tokens",
+        "time",
+        "the floor's",
+        "time over the floor's",
+        "peak memory over 24 GB",
+    ]
     return measured(results, "test_shape_over_floor", columns, row)
 
 

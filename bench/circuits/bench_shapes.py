@@ -1,4 +1,4 @@
-"""Attribution of random models of well-known shapes against their own passes; needs no weights from a file.
+"""Attribution and evaluation of random models of well-known shapes against their own passes; needs no weights.
 
 Prompts differ from their first token on, so there is no prefix to reuse. The large model runs only on a GPU.
 """
@@ -33,12 +33,16 @@ SHAPES = {
         torch.bfloat16,
     ),
 }
+# As many circuits as a curve has, from one edge in a hundred to nine in ten.
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9)
 # shape, prompts, tokens each, the most bytes in all, and the least ratio of the floor's time to ours
 CASES = {"gpt2": ("gpt2", 64 if DEVICE == "cuda" else 16, 20, None, 1 / 1.2)}
 if DEVICE == "cuda":
     # What was measured fastest, and what runs without a measurement; the large shape first.
     large = ("llama-3.1-8b", 16, 128, 24 * GB, 1 / 1.1)
-    CASES = {"llama-3.1-8b": large, "llama-3.1-8b-reference": large, **CASES, "gpt2-reference": CASES["gpt2"]}
+    short = ("llama-3.1-8b", 16, 20, None, 1 / 1.2)
+    CASES = {"llama-3.1-8b": large, "llama-3.1-8b-reference": large, "llama-3.1-8b-short": short, **CASES}
+    CASES["gpt2-reference"] = CASES["gpt2"]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +97,43 @@ def test_shape_over_floor(in_turns, random_model, monkeypatch, case):
 
     bars = {"speedup": at_least} if most is None else {"speedup": at_least, "memory": 1.0}
     runs = {"attribute": attribute, "floor": lambda: passes.floor(model, data, STEPS)}
-    in_turns(runs, ratios, bars, timing={"rounds": 3}, model=case, examples=examples, tokens=tokens)
+    in_turns(
+        runs,
+        ratios,
+        bars,
+        timing={"rounds": 3},
+        model=case,
+        call=f"attribute, M = {STEPS}",
+        examples=examples,
+        tokens=tokens,
+    )
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="bench_attribute.py evaluates a curve on a CPU")
+@pytest.mark.parametrize("shape", ["gpt2", "llama-3.1-8b"])
+def test_shape_over_floor_of_evaluation(in_turns, random_model, shape):
+    """Ten circuits; the floor is a forward over the corrupted prompts, and one over all circuits and the clean run."""
+    model = random_model(shape)
+    data = random_pairs(model, 16, 20)
+    scores = eap.attribute(model, data, method="eap", reuse_prefix=False)
+    circuits = [scores.select(int(share * scores.graph.n_edges)) for share in SHARES]
+    copies = data[list(range(len(data))) * (1 + len(circuits))]
+
+    def own_passes():
+        passes.forward(model, data)
+        passes.forward(model, copies)
+
+    runs = {"evaluate": lambda: eap.evaluate(model, circuits, data, reuse_prefix=False), "floor": own_passes}
+    in_turns(
+        runs,
+        lambda seconds: {"speedup": seconds["floor"] / seconds["evaluate"]},
+        {"speedup": 1 / 3},
+        timing={"rounds": 3},
+        model=shape,
+        call=f"evaluate, {len(circuits)} circuits",
+        examples=16,
+        tokens=20,
+    )
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="a model of 16 GB in one batch of 16k tokens")

@@ -113,7 +113,7 @@ def test_first_lines_and_failures(tmp_path, monkeypatch):
     (tmp_path / "build").mkdir()
     times = {"seconds": {"cuda": 1e-3, "triton": 2e-3, "reference": 3e-3}}
     reads = {"seconds": {"cuda@0.01": 5e-3, "cuda@1.0": 1.0, "reference@0.01": 4e-3, "reference@1.0": 1.0}}
-    floors = {"model": "llama-3.1-8b", "ratios": {"speedup": 0.5}}
+    floors = {"model": "llama-3.1-8b", "call": "attribute", "ratios": {"speedup": 0.5}}
     infos = {
         "test_edge_scores[llama-3.1-8b-bfloat16-contiguous]": times,
         "test_masked_read[llama-3.1-8b-bfloat16-layer]": reads,
@@ -135,7 +135,7 @@ def test_first_lines_and_failures(tmp_path, monkeypatch):
         "sanitizer: right",
         "edge_scores, llama-3.1-8b bf16: cuda 1.00 ms, triton 2.00 ms, reference 3.00 ms",
         "masked_read, llama-3.1-8b bf16: reference 4.00 ms, cuda 5.00 ms",
-        "attribute over its floor: llama-3.1-8b 2.00",
+        "over the model's own passes: attribute llama-3.1-8b 2.00",
     ]
     assert "kernels: cuda edge_scores: 1 failures\nFAILED tests/a.py::test_x" in gpu_report.failures(results)
     assert "triton" not in gpu_report.failures(results)

@@ -1,17 +1,22 @@
 """The compiled library's CUDA kernels: csrc/cuda, registered in csrc/register_cuda.cpp."""
 
 import functools
+from typing import Any
 
 import torch
 
 from eap_kernels import _native
 from eap_kernels.reference import Backend
+from eap_kernels.triton import INSTALLED, scores_of_expanded
 
 
 class Cuda(Backend):
     name = device = "cuda"
     edge_scores = staticmethod(torch.ops.eap_kernels.edge_scores.default)
     masked_read = staticmethod(torch.ops.eap_kernels.masked_read.default)
+
+    def head_space_scores(self, *args: Any) -> None:
+        scores_of_expanded(self, *args) if INSTALLED else super().head_space_scores(*args)
 
     def missing(self) -> str | None:
         return not_built() or (trial() if torch.cuda.is_available() else "torch sees no CUDA device")

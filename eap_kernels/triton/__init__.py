@@ -38,6 +38,11 @@ class Triton(Backend):
         return masked_read(base, delta, mask, tf32())
 
     def head_space_scores(self, *args: Any) -> None:
-        from eap_kernels.triton.head_space_scores import head_space_scores
+        scores_of_expanded(self, *args)
 
-        partial(head_space_scores, contract=partial(self.edge_scores, tf32=tf32()), tf32=tf32())(*args)
+
+def scores_of_expanded(backend: Backend, *args: Any) -> None:
+    """head_space_scores: rows are expanded by Triton, and contracted by the backend's own edge_scores."""
+    from eap_kernels.triton.head_space_scores import head_space_scores
+
+    partial(head_space_scores, contract=partial(backend.edge_scores, tf32=tf32()), tf32=tf32())(*args)

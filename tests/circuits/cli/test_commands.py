@@ -148,7 +148,7 @@ def test_tasks_lists_every_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     shown = run("tasks").stdout
     assert all(name in shown for name in TASKS)
 
-    monkeypatch.setattr("eap_circuits.adapters.loading.pretrained.load_tokenizer", lambda name: None)
+    monkeypatch.setattr("eap_circuits.adapters.pretrained.load_tokenizer", lambda name: None)
     monkeypatch.setattr(session.Prompts, "load", lambda self, tokenizer: make_pairs(n=self.n))
     run("tasks", "ioi", "-n", 3, "-o", tmp_path / "t.safetensors")
     assert len(eap.PairedDataset.from_file(tmp_path / "t.safetensors", None)) == 3
@@ -156,7 +156,7 @@ def test_tasks_lists_every_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 
     words = ["<unk>", " Ann", " Bob", " Cy", "Dan", " Eve"]
     monkeypatch.setattr(
-        "eap_circuits.adapters.loading.pretrained.load_tokenizer",
+        "eap_circuits.adapters.pretrained.load_tokenizer",
         lambda name: SimpleNamespace(decode=lambda ids: words[ids[0]]),
     )
     ids, answers = torch.ones(2, 3, dtype=torch.int64), torch.tensor([[[1, 2, 3, 5], [4, -1, -1, -1]]] * 2)
@@ -193,7 +193,7 @@ def test_info_tells_versions_and_backends() -> None:
 
 @pytest.mark.parametrize("trusted", [False, True])
 def test_code_that_comes_with_a_model_is_trusted_only_on_request(trusted, pairs, make_model, monkeypatch):
-    from eap_circuits.adapters.loading import pretrained
+    from eap_circuits.adapters import pretrained
 
     given = []
 

@@ -54,9 +54,9 @@ def shown(value: object) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Another library's error as a clause of a sentence: the first line of its message, or the name of its type."""
+    """Another library's error as a clause of a sentence: its message's first sentence, or the name of its type."""
     lines = str(error).splitlines()
-    return (lines[0][:200] if lines else "") or type(error).__name__
+    return (lines[0].partition(". ")[0][:200] if lines else "") or type(error).__name__
 
 
 def refuse_default_device() -> None:
@@ -97,13 +97,18 @@ def _near(value: object, names: list[str]) -> list[str]:
 
 
 def known_arguments(call: Callable[P, T]) -> Callable[P, T]:
-    """`call`, which refuses arguments that it does not have, and says the right spelling."""
-    names = list(inspect.signature(call).parameters)
+    """`call`, which refuses arguments that it does not have, and says the right spelling; too many by position, too."""
+    signature = inspect.signature(call)
+    names = list(signature.parameters)
+    by_position = [each.name for each in signature.parameters.values() if each.kind is each.POSITIONAL_OR_KEYWORD]
 
     @wraps(call)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
         for name in kwargs:
             one_of(f"{call.__name__}(), argument", name, names)
+        if len(args) > len(by_position):
+            wanted = f"at most {', '.join(by_position)} by position, and the others by name"
+            raise expected(f"{call.__name__}()", wanted, f"{len(args)} by position")
         return call(*args, **kwargs)
 
     return checked

@@ -112,6 +112,9 @@ def test_every_function_names_its_arguments(model, data):
         "compare": (partial(eap.compare, model, circuit, circuit, data, data), "batchsize", "batch_size"),
         "optimal_constants": (partial(eap.optimal_constants, model, circuit, data), "lr_rate", "rate"),
         "select": (scores.select, "num_edges", "n_edges"),
+        "summarise": (partial(eap.summarise, model, data), "batchsize", "batch_size"),
+        "check_model": (partial(eap.check_model, model), "edges", "n_edges"),
+        "discover": (partial(eap.discover), "modle", "model"),
         "load_task": (partial(eap.load_task, "ioi", None), "prepend_BOS", "prepend_bos"),
     }
     for name, (call, given, meant) in calls.items():
@@ -119,6 +122,9 @@ def test_every_function_names_its_arguments(model, data):
             call(**{given: 1})
     with pytest.raises(eap.InputError, match=r"found 'zzz'\.$"):
         eap.evaluate(model, circuit, data, zzz=1)
+    said = r"^attribute\(\): expected at most model, data, metric by position, and the others by name, found 4 by"
+    with pytest.raises(eap.InputError, match=said):
+        eap.attribute(model, data, "logit_diff", "eap")
 
 
 def test_other_names_of_methods(model, data):
@@ -164,6 +170,8 @@ def test_numpy_numbers_wherever_a_number_is_taken(model, data):
     assert nodes.select(number(3)) == nodes.select(3)
     assert nodes.top_nodes(number(3)) == nodes.top_nodes(3) and nodes.top_neurons(number(3)) == nodes.top_neurons(3)
     assert len(data[number(1)]) == 1
+    for many in (numpy.array([2, 0]), [number(2), number(0)], numpy.arange(len(data)) == 2):
+        assert torch.equal(data[many].clean[0], data.clean[2])
     eap.optimal_constants(model, circuit, data, steps=number(1), rate=numpy.float32(0.1))
     eap.faithfulness_curve(model, scores, data, (0.5,), baselines=("random",), seeds=numpy.arange(2))
     kept = torch.rand(3, 4, 5)
@@ -197,6 +205,7 @@ def test_progress_true_shows_a_bar(model, data):
         partial(eap.evaluate, model, circuit, data),
         partial(eap.faithfulness_curve, model, scores, data, (0.5,)),
         partial(eap.optimal_constants, model, circuit, data, steps=2),
+        partial(eap.summarise, model, data),
     ):
         with redirect_stderr(io.StringIO()) as shown:
             call(progress=True)

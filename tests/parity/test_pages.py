@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import eap_circuits as eap
-from eap_circuits.adapters.loading.pretrained import load_tokenizer
+from eap_circuits.adapters.pretrained import load_tokenizer
 from eap_circuits.errors import InputWarning
 from eap_circuits.tasks import TASKS
 

@@ -20,6 +20,7 @@ from .wrappers import unwrapped
 
 # Attributes in which attention modules keep the query heads per key/value head, and the number of key/value heads.
 _GROUPS, _KV_HEADS = ("num_key_value_groups",), ("num_key_value_heads", "num_kv_heads")
+_CAUSAL = "a causal language model with its head, as AutoModelForCausalLM loads it"
 _HEAD_DIM = ("head_dim", "head_size")
 
 
@@ -41,11 +42,9 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
         raise expected("model", "a Hugging Face causal language model", type(model).__name__)
     family = family or family_of(model_type)
     if family is None:
-        raise expected(
-            "model",
-            f"an architecture among {', '.join(sorted(FAMILIES))}, or a table of its own (eap_circuits.discover)",
-            f"{model_type!r} ({type(model).__name__})",
-        )
+        known = f"an architecture among {', '.join(sorted(FAMILIES))}, or a table of its own (eap_circuits.discover)"
+        wanted = known if _may_be_causal(model) else _CAUSAL
+        raise expected("model", wanted, f"{model_type!r} ({type(model).__name__})")
     if Version(transformers.__version__) < Version(family.since):
         wanted = f"transformers {family.since} or later for {type(model).__name__}"
         raise expected("model", wanted, transformers.__version__)
@@ -58,9 +57,17 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
         raise expected("model", "weights made outside of torch.inference_mode", "inference tensors")
     # Other packages' models may keep their head elsewhere; what they give is checked in their first run.
     if type(model).__module__.startswith("transformers.") and _head(model) is None:
-        wanted = "a causal language model with its head, as AutoModelForCausalLM loads it"
-        raise expected(type(model).__name__, wanted, "a model without one")
+        raise expected(type(model).__name__, _CAUSAL, "a model without one")
     return _Binder(model, config, family).architecture()
+
+
+def _may_be_causal(model: Any) -> bool:
+    """Is it another package's, or one that transformers generates text with, one token after the other?"""
+    if not type(model).__module__.startswith("transformers."):
+        return True
+    config = model.config
+    both = getattr(config, "is_encoder_decoder", False) or not getattr(config, "is_decoder", True)
+    return bool(model.can_generate()) and not both
 
 
 def _head(model: Any) -> nn.Module | None:

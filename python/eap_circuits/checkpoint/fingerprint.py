@@ -7,6 +7,8 @@ import json
 import site
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import suppress
 from enum import Enum
 from functools import cache, cached_property
 from pathlib import Path
@@ -79,7 +81,7 @@ class Reader:
         if type(x) in (set, frozenset):
             return ["set", *_sorted(map(self.read, x))]
         if isinstance(x, ModuleType):
-            return ["module", x.__name__]
+            return self._module(x, None)
         if isinstance(x, MethodType):
             return ["method", self.read(x.__func__), self.read(x.__self__)]
         if isinstance(x, BuiltinFunctionType):
@@ -103,29 +105,47 @@ class Reader:
         if is_installed(f):
             # What a package's function was given may still be the user's, as by a decorator.
             module = str(f.__globals__.get("__name__"))
-            return ["function", *_version(module), f.__code__.co_name, *map(self._cell, f.__closure__ or ())]
-        used = [[name, self._global(f, name, names)] for name, names in _globals(f.__code__) if name in f.__globals__]
+            held = [self._cell(cell, None) for cell in f.__closure__ or ()]
+            return ["function", *_version(module), f.__code__.co_name, *held]
+        names = _names(f.__code__)
+        used = [
+            [name, self._taken(f.__globals__[name], names)]
+            for name in sorted(_looked_up(f.__code__, "LOAD_GLOBAL", "LOAD_NAME"))
+            if name in f.__globals__
+        ]
+        imported = [[module.__name__, self._taken(module, names)] for module in _imported(f)]
         given = f.__defaults__, f.__kwdefaults__, vars(f)
-        return ["code", self.read(f.__code__), used, *map(self.read, given), *map(self._cell, f.__closure__ or ())]
+        cells = [self._cell(cell, names) for cell in f.__closure__ or ()]
+        return ["code", self.read(f.__code__), used, imported, *map(self.read, given), *cells]
 
-    def _cell(self, cell: Any) -> Any:
+    def _cell(self, cell: Any, names: frozenset[str] | None) -> Any:
         try:
             value = cell.cell_contents
         except ValueError:
             return "empty"
-        return self.read(value)
+        return self._taken(value, names)
 
     def _code(self, code: CodeType) -> Any:
         names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
         return [code.co_code.hex(), *map(self.read, code.co_consts), *map(list, names), code.co_flags]
 
-    def _global(self, f: FunctionType, name: str, attributes: tuple[str, ...]) -> Any:
-        value = f.__globals__[name]
-        if not isinstance(value, ModuleType) or _installed_file(getattr(value, "__file__", None)):
-            return self.read(value)
-        # Of a module of the user's: what the function may take from it.
-        taken = [each for each in attributes if each in vars(value)]
-        return ["module", value.__name__, [[each, self.read(vars(value)[each])] for each in taken]]
+    def _taken(self, value: Any, names: frozenset[str] | None) -> Any:
+        """What code that mentions these names uses of a value that it looks up."""
+        return self._module(value, names) if isinstance(value, ModuleType) else self.read(value)
+
+    def _module(self, module: ModuleType, names: frozenset[str] | None, inside: tuple[ModuleType, ...] = ()) -> Any:
+        """A module; of the user's, what may be taken from it by these names, and from the modules inside it."""
+        if module in inside or _is_installed_module(module):
+            return ["module", module.__name__]
+        if names is None:
+            wanted = "only values whose code and settings can be read, where there is a checkpoint"
+            raise expected(self._name, wanted, f"the module {module.__name__}, of which anything may be used")
+        taken = []
+        for name in sorted(names & vars(module).keys()):
+            value = vars(module)[name]
+            within = isinstance(value, ModuleType)
+            taken.append([name, self._module(value, names, (*inside, module)) if within else self.read(value)])
+        return ["module", module.__name__, taken]
 
     def _class(self, kind: type) -> Any:
         if is_installed(kind):
@@ -142,16 +162,15 @@ class Reader:
         except Exception as error:
             wanted = "only values whose code and settings can be read, where there is a checkpoint"
             raise expected(self._name, wanted, f"{type(x).__name__} ({error})") from error
-        if isinstance(parts, str):
-            return ["global", type(x).__module__, parts]
+        if isinstance(parts, str):  # a function in a wrapper of C's, such as functools.lru_cache, is the user's
+            return ["global", type(x).__module__, parts, self.read(getattr(x, "__wrapped__", None))]
         made, given, *rest = parts
-        if rest and isinstance(rest[0], dict):  # without what is only remembered
-            rest[0] = {
-                k: v for k, v in rest[0].items() if not isinstance(getattr(type(x), str(k), None), cached_property)
-            }
         state, items, pairs = (*rest[:3], None, None, None)[:3]
+        # The user's own pickling may leave out what counts.
+        held = {} if is_installed(type(x)) else getattr(x, "__dict__", {})
+        read = [_without_remembered(x, each) for each in (state, held)]
         more = [None if each is None else list(each) for each in (items, pairs)]
-        return ["object", self.read(type(x)), self.read(made), self.read(given), self.read(state), self.read(more)]
+        return ["object", *map(self.read, (type(x), made, given, *read, more))]
 
 
 def is_installed(x: Any) -> bool:
@@ -162,6 +181,13 @@ def is_installed(x: Any) -> bool:
     if module is None or module.__name__ == "__main__":
         return False
     return _installed_file(getattr(module, "__file__", None) or "<frozen builtins>")
+
+
+def _is_installed_module(module: ModuleType) -> bool:
+    # Some modules inside packages, such as torch.ops, name no file that there is.
+    package = sys.modules.get(module.__name__.partition(".")[0], module)
+    files = (getattr(each, "__file__", None) for each in (module, package))
+    return module.__name__ in sys.builtin_module_names or any(map(_installed_file, files))
 
 
 def _version(module: str) -> list[Any]:
@@ -182,14 +208,45 @@ def _installed_file(name: str | None) -> bool:
     return any(Path(name).resolve().is_relative_to(Path(folder).resolve()) for folder in folders if folder)
 
 
-def _globals(code: CodeType) -> list[tuple[str, tuple[str, ...]]]:
-    """The global names that code and the functions inside it look up, each with all names that the code mentions."""
-    found = {i.argval: code.co_names for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+def _without_remembered(x: Any, state: Any) -> Any:
+    """An object's state without its cached properties."""
+    if not isinstance(state, dict):
+        return state
+    return {k: v for k, v in state.items() if not isinstance(getattr(type(x), str(k), None), cached_property)}
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """A function's code and that of the functions inside it."""
+    yield code
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            for name, names in _globals(inner):
-                found[name] = (*found.get(name, ()), *names)
-    return sorted((name, tuple(sorted(set(names)))) for name, names in found.items())
+            yield from _codes(inner)
+
+
+def _names(code: CodeType) -> frozenset[str]:
+    """All names that code mentions."""
+    return frozenset(name for each in _codes(code) for name in each.co_names)
+
+
+def _looked_up(code: CodeType, *operations: str) -> set[str]:
+    return {i.argval for each in _codes(code) for i in dis.get_instructions(each) if i.opname in operations}
+
+
+def _imported(f: FunctionType) -> list[ModuleType]:
+    """The modules that a function imports as it runs, and those that contain them; it would fail without them."""
+    found = {}
+    for each in _codes(f.__code__):
+        instructions = list(dis.get_instructions(each))
+        for level, _, i in zip(instructions, instructions[1:], instructions[2:], strict=False):
+            if i.opname != "IMPORT_NAME":
+                continue
+            names = {"__package__": f.__globals__.get("__package__"), "__name__": f.__globals__.get("__name__")}
+            with suppress(ImportError):
+                module = __import__(i.argval, names, None, ["*none*"], level.argval)
+                found[module.__name__] = module
+                top = module.__name__.partition(".")[0]
+                found[top] = sys.modules[top]
+    return [found[name] for name in sorted(found)]
 
 
 def _sorted(values: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from importlib import metadata
 from types import FunctionType
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -207,12 +208,20 @@ def _changed_code(model: nn.Module, configs: Iterable[Any]) -> Iterator[Any]:
             yield kind
             continue
         for place in (kind, sys.modules[kind.__module__]):
-            held = sorted(vars(place).items())
-            yield from ([name, f] for name, f in held if isinstance(f, FunctionType) and not is_installed(f))
+            yield from _replaced(place)
+    for module in (torch, nn.functional):
+        yield from _replaced(module)
     for config in configs:
         attention = ALL_ATTENTION_FUNCTIONS.get(getattr(config, "_attn_implementation", None))
         if not isinstance(attention, FunctionType) or not is_installed(attention):
             yield attention
+
+
+def _replaced(place: Any) -> Iterator[Any]:
+    """The user's functions among those of a package's class or module."""
+    for name, f in sorted(vars(place).items()):
+        if isinstance(f, FunctionType) and not is_installed(f):
+            yield [name, f]
 
 
 def model_name(model: Any) -> str:

@@ -98,7 +98,7 @@ def load_model(
     with working(f"Loading {name} …"):
         from transformers.utils import logging
 
-        from ..adapters.loading import pretrained
+        from ..adapters import pretrained
 
         logging.disable_progress_bar()
         number = getattr(torch, dtype) if dtype else None

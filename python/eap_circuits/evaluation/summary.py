@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..budget import in_memory
-from ..errors import warn
+from ..errors import known_arguments, warn
 from ..forward import TOKENS_PER_BATCH, Batch, Runner, borrowed, one_want_of_memory
 from ..loans import gives_back
 from ..metrics import at_least_float32, of_answers
-from ..request import Progress, prepare
+from ..request import Progress, prepare, watched
 from ..tasks import MANY, PairedDataset, Summary
 
 _ALIKE = math.log(1.1)  # odds that differ by less than a tenth
@@ -22,13 +22,14 @@ _ALIKE = math.log(1.1)  # odds that differ by less than a tenth
 
 @gives_back
 @one_want_of_memory
+@known_arguments
 def summarise(
     model: nn.Module,
     data: PairedDataset,
     *,
     batch_size: int | None = None,
     memory: int | str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Summary:
     """`data.summary()` with the probabilities that the model gives to the answers; both prompts of each pair run once.
 
@@ -44,7 +45,7 @@ def summarise(
         InputError: anything that `evaluate` refuses.
     """
     request = prepare(model, data, "prob_diff", batch_size=batch_size, memory=memory)
-    graph, done = request.arch.graph("kv"), 0
+    graph, done, progress = request.arch.graph("kv"), 0, watched(progress)
 
     def run(batch: Batch, tokens: int) -> Tensor:
         runner = Runner(request.arch, graph, batch)

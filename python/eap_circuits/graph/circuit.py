@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import expected, instance
+from ..errors import expected, instance, warn
 from . import formats
 from .checks import edge_flags, numbers
 from .layout import Graph
@@ -93,10 +93,15 @@ class Circuit:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Circuit:
-        """Read what `save` or EAP-IG wrote; nothing is unpickled. Raises `InputError` for anything else."""
+        """Read what `save` or EAP-IG wrote; nothing is unpickled. Raises `InputError` for anything else.
+
+        Warns of a file with scores and no edge: EAP-IG's formats do not tell scores from an empty circuit.
+        """
         graph, tensors, info = formats.load(path)
         if "mask" not in tensors:
             raise expected(str(path), "a circuit", "edge scores only; choose a circuit with EdgeScores.select")
+        if "values" in tensors and "selection" not in info and tensors["values"].any() and not tensors["mask"].any():
+            warn(f"{path}: a circuit without edges, but with scores; EdgeScores.load(...).select chooses one.")
         return cls(graph, tensors["mask"], tensors.get("values"), info)
 
     def __eq__(self, other: object) -> bool:

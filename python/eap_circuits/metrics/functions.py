@@ -206,7 +206,11 @@ def check_metric_values(values: Tensor, batch: MetricBatch, logits: Tensor | Non
     bad = ~values.detach().isfinite()
     if bad.any():
         first = int(bad.nonzero()[0])
-        raise expected(f"metric value of example {int(batch.index[first])}", "a finite number", values[first].item())
+        found = str(values[first].item())
+        if logits is not None and not logits[first].isfinite().all():
+            cure = "; load the model in bfloat16 or float32" if logits.dtype == torch.float16 else ""
+            found += f", of logits that are not finite{cure}"
+        raise expected(f"metric value of example {int(batch.index[first])}", "a finite number", found)
     if torch.is_grad_enabled() and logits is not None and logits.requires_grad and not values.requires_grad:
         raise expected(
             "metric",

@@ -17,7 +17,7 @@ from ..errors import expected, flag, listed
 from .alignment import aligned
 from .loading import Records, own_records, read_csv, read_rows, read_tokens, reading, suffix_of, write_tokens
 from .mib import is_mib, mib_records
-from .padding import integers, unpadded
+from .padding import check_shared_mask, integers, unpadded
 from .summary import Summary, summary_of
 from .texts.records import tokenised
 
@@ -147,14 +147,17 @@ class PairedDataset:
             corrupted_attention_mask: that of the corrupted prompts, if theirs is another one.
 
         Raises:
-            InputError: as `PairedDataset`; a mask with gaps or of another shape; or, without a mask, rows whose padding
-                is visibly on the left.
+            InputError: as `PairedDataset`; a mask with gaps or of another shape; corrupted prompts of which the clean
+                ones' mask would cut off tokens; or, without a mask, rows whose padding is visibly on the left.
         """
-        if corrupted_attention_mask is None and corrupted_lengths is None:
+        shared = attention_mask is not None and corrupted_attention_mask is None and corrupted_lengths is None
+        if shared:
             corrupted_attention_mask = attention_mask
         other = lengths if corrupted_lengths is None else corrupted_lengths
         clean, lengths = unpadded("clean", clean, lengths, attention_mask)
         corrupted, other = unpadded("corrupted", corrupted, other, corrupted_attention_mask)
+        if shared:
+            check_shared_mask(clean, corrupted, lengths)
         wider = corrupted_attention_mask is not None and corrupted.shape != clean.shape
         if corrupted_lengths is not None or wider or not torch.equal(lengths, other):
             corrupted_lengths = other
@@ -261,7 +264,8 @@ class PairedDataset:
         if isinstance(index, Integral):
             index = int(index)
         if not isinstance(index, (int, Tensor)):
-            index = torch.as_tensor(list(index), dtype=None if index else torch.int64)
+            members = list(index)
+            index = torch.as_tensor(members, dtype=None if members else torch.int64)
         chosen = torch.arange(len(self))[index].reshape(-1)
         prompts = None
         if self.prompts is not None:

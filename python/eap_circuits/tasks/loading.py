@@ -7,7 +7,7 @@ import csv
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,21 @@ def _record(row: Any, label: str) -> Any:
         return row
     member = int if columns in _IDS else str
     answers = [_answer(row[column], member, f"{label}, {column}") for column in columns]
-    return {**{name: row[name] for name in ("clean", "corrupted") if name in row}, "answers": answers}
+    return {**{name: _prompt(row[name]) for name in ("clean", "corrupted") if name in row}, "answers": answers}
+
+
+def _prompt(cell: Any) -> Any:
+    """A prompt; a cell of a table may hold messages as text."""
+    value = _list(cell)
+    return value if value and all(isinstance(each, dict) and "role" in each for each in value) else cell
+
+
+def _list(cell: Any) -> list[Any] | None:
+    """The list that a cell holds as text: Python writes lists into tables as often as JSON does."""
+    for read in (json.loads, ast.literal_eval) if isinstance(cell, str) and cell[:1] == "[" else ():
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return list(read(cell))
+    return None
 
 
 def _answer_columns(names: Collection[str]) -> tuple[str, str] | None:
@@ -147,13 +161,10 @@ def _answer_columns(names: Collection[str]) -> tuple[str, str] | None:
 
 def _answer(cell: Any, member: type, label: str) -> Any:
     """An id or a text, or a list of them; a cell of a table may hold the list as text."""
-    value = cell
-    if isinstance(cell, str):
-        try:
-            # Python writes lists of texts into tables as often as JSON does; literal_eval reads both.
-            value = json.loads(cell) if member is int else ast.literal_eval(cell) if cell[:1] == "[" else cell
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            value = cell
+    value = _list(cell) or cell
+    if isinstance(value, str) and member is int:
+        with suppress(ValueError):
+            value = json.loads(value)
     members = value if isinstance(value, list) else [value]
     if not members or not all(type(x) is member for x in members):
         raise expected(label, ("a text" if member is str else "a token id") + " or a list of them", repr(cell))

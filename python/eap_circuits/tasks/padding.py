@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import expected, refuse_default_device
+from ..errors import expected, refuse_default_device, warn
 
 
 def integers(name: str, values: Any, flags: bool = False) -> Tensor:
@@ -61,6 +61,33 @@ def unpadded(name: str, ids: Any, lengths: Any, mask: Any) -> tuple[Tensor, Tens
     if lengths is not None and not torch.equal(integers(f"{label}lengths", lengths), count):
         raise expected(f"{label}lengths", f"those of the mask, {count.tolist()[:8]}", lengths)
     return ids.gather(1, (position + first[:, None]) % ids.shape[1]), count
+
+
+def check_shared_mask(clean: Tensor, corrupted: Tensor, lengths: Tensor) -> None:
+    """Look whether corrupted prompts, read by the clean ones' mask, are visibly padded otherwise; [E, T], unpadded.
+
+    Raises:
+        InputError: tokens of theirs would be cut off: not the padding, which is one token in all the clean prompts.
+
+    Warns if a corrupted prompt begins or ends with the padding and the clean ones do not.
+    """
+    behind = torch.arange(clean.shape[1]) >= lengths[:, None]
+    padding = clean[behind].unique()
+    if clean.shape != corrupted.shape or len(padding) != 1:
+        return
+    cut = (behind & (corrupted != padding)).any(1)
+    if cut.any():
+        row = int(cut.nonzero()[0])
+        wanted = "padding where the clean prompt has it, or corrupted_attention_mask"
+        raise expected(f"corrupted[{row}]", wanted, f"tokens there ({corrupted[row][behind[row]].tolist()})")
+    last = (lengths[:, None] - 1).clamp(min=0)
+    ends = [(ids[:, :1] == padding) | (ids.gather(1, last) == padding) for ids in (clean, corrupted)]
+    if ends[1].any() and not ends[0].any():
+        row = int(ends[1][:, 0].nonzero()[0])
+        warn(
+            f"corrupted[{row}] begins or ends with the padding, {int(padding)}, as the mask is the clean prompt's; "
+            "corrupted_attention_mask gives it its own."
+        )
 
 
 def _left_padded(ids: Tensor, lengths: Tensor) -> Tensor:

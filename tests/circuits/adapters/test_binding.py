@@ -11,12 +11,17 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
-    BertForMaskedLM,
     LlamaConfig,
+    T5Config,
+    ViTConfig,
 )
 
 import eap_circuits as eap
@@ -25,6 +30,8 @@ from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward.prefixes import prefix
 from eap_circuits.graph import Graph
 from tests.circuits.conftest import CONFIGS
+
+TINY = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
 
 
 def test_weights_in_canonical_layout(family, make_model):
@@ -81,9 +88,24 @@ def refused(model):
 
 
 def test_unsupported_architecture_names_what_is_and_what_was_found():
-    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    text = refused(BertForMaskedLM(config))
-    assert "gpt2" in text and "llama" in text and "'bert'" in text and "BertForMaskedLM" in text
+    text = refused(AutoModelForCausalLM.from_config(BertConfig(**TINY, is_decoder=True)))
+    assert "gpt2" in text and "llama" in text and "'bert'" in text and "BertLMHeadModel" in text
+
+
+@pytest.mark.parametrize(
+    ("auto", "config"),
+    [
+        (AutoModelForMaskedLM, BertConfig(**TINY)),
+        (AutoModelForCausalLM, BertConfig(**TINY)),  # without is_decoder tokens see later ones
+        (AutoModelForMultipleChoice, BertConfig(**TINY)),
+        (AutoModelForSeq2SeqLM, T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)),
+        (AutoModelForImageClassification, ViTConfig(**TINY, image_size=4, patch_size=2)),
+    ],
+)
+def test_models_that_do_not_write_from_left_to_right(auto, config):
+    model = auto.from_config(config)
+    said = "model: expected a causal language model with its head, as AutoModelForCausalLM loads it, found"
+    assert refused(model) == f"{said} {config.model_type!r} ({type(model).__name__})."
 
 
 @pytest.mark.parametrize(
@@ -96,8 +118,7 @@ def test_unsupported_architecture_names_what_is_and_what_was_found():
     ],
 )
 def test_models_without_a_language_models_head(auto):
-    config = LlamaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    model = auto.from_config(config)
+    model = auto.from_config(LlamaConfig(**TINY))
     said = f"{type(model).__name__}: expected a causal language model with its head, as AutoModelForCausalLM loads it"
     assert refused(model) == f"{said}, found a model without one."
 
@@ -323,8 +344,7 @@ def test_self_check_sees_labels_that_only_the_function_contradicts(name, table, 
 def test_self_check_of_an_unsupported_model_says_so():
     from eap_circuits.evaluation import check_model
 
-    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    (check,) = check_model(BertForMaskedLM(config))
+    (check,) = check_model(AutoModelForMaskedLM.from_config(BertConfig(**TINY)))
     assert not check.passed and "bert" in check.detail
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -77,6 +78,11 @@ def replace_forward(model):
     mlp.forward = lambda x, mlp=mlp: type(mlp).forward(mlp, x) * 0
 
 
+def replace_activation(model):
+    silu = torch.nn.functional.silu
+    torch.nn.functional.silu = lambda x, inplace=False: silu(x) * 0
+
+
 def hook(model):
     model.model.layers[0].mlp.register_forward_hook(scaled)
 
@@ -93,13 +99,15 @@ CHANGES = {
     edit_epsilon: r"modules\.model\.norm",
     edit_rope: r"configuration\[0\]\.rope_parameters\.rope_theta \(.*, here 7\.0\)",
     replace_forward: r"modules\.model\.layers\.0\.mlp",
+    replace_activation: "code",
     hook: r"hooks\.model\.layers\.0\.mlp",
     hook_before: r"hooks\.model\.layers\.0\.mlp",
 }
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_changed_model_is_another(change, given):
+def test_a_changed_model_is_another(change, given, monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "silu", torch.nn.functional.silu)
     eap.attribute(**vars(given))
     change(given.model)
     refused(given, CHANGES[change])
@@ -219,6 +227,11 @@ class Metric:
         return -logits[:, self.token]
 
 
+class Forgetful(Metric):
+    def __getstate__(self):
+        return {"more": self.more}
+
+
 class Slotted:
     __slots__ = ("token",)
 
@@ -256,6 +269,8 @@ METRICS = {
     "inner": [closure(1.0, lambda x: x[:, 1]), closure(1.0, lambda x: x[:, 2])],
     "partial": [functools.partial(plain, token=5), functools.partial(plain, token=6), functools.partial(plain, sign=2)],
     "object": [Metric(5), Metric(6), Metric(5, more={"a": [1]}), Metric(5, more={"a": [2]}), Slotted(5), Slotted(6)],
+    "forgetful": [Forgetful(5), Forgetful(6)],
+    "cached": [functools.lru_cache(closure(1.0)), functools.lru_cache(closure(2.0)), functools.cache(plain)],
     "method": [Metric(5).method, Metric(6).method],
     "module": [Learned(1.0), Learned(2.0)],
     "compiled": [functools.wraps(plain)(closure(1.0)), functools.wraps(plain)(closure(3.0)), plain],
@@ -278,6 +293,50 @@ def test_what_a_function_looks_up_counts(metric, monkeypatch):
     assert Reader("metric").digest(metric) != before
     monkeypatch.undo()
     assert Reader("metric").digest(metric) == before
+
+
+users = None  # a package of the user's
+
+
+def through_package(logits, batch):
+    return users.inner.metric(logits)
+
+
+def through_import(logits, batch):
+    import users.inner
+
+    return users.inner.metric(logits)
+
+
+def through_names(logits, batch):
+    from users.inner import metric as found
+
+    return found(logits)
+
+
+def through_closure(module):
+    return lambda logits, batch: module.metric(logits)
+
+
+@pytest.mark.parametrize("kind", ["package", "import", "names", "closure"])
+def test_what_a_function_takes_from_modules_counts(kind, tmp_path, monkeypatch):
+    (tmp_path / "users").mkdir()
+    (tmp_path / "users" / "__init__.py").write_text("from . import inner")
+    text = "import users\nTIMES = 1.0\ndef metric(x):\n    return users.inner.TIMES * x[:, 5]\n"
+    (tmp_path / "users" / "inner.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("users", "users.inner"):
+        monkeypatch.setitem(sys.modules, name, None)
+        del sys.modules[name]
+    users = importlib.import_module("users")
+    monkeypatch.setitem(globals(), "users", users)
+    metric = through_closure(users.inner) if kind == "closure" else globals()[f"through_{kind}"]
+    before = Reader("metric").digest(metric)
+    assert Reader("metric").digest(metric) == before
+    users.inner.TIMES = 2.0
+    assert Reader("metric").digest(metric) != before
+    with pytest.raises(eap.InputError, match=r"metric: expected only values whose code .* found the module users"):
+        Reader("metric").digest(functools.partial(metric, [users]))
 
 
 def test_a_metric_is_part_of_a_request(given):

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eap_circuits import Circuit, EdgeScores, Graph, InputError
+from eap_circuits.errors import InputWarning
 from eap_circuits.files import write_whole
 
 SUFFIXES = [".safetensors", ".json", ".pt"]
@@ -114,10 +115,15 @@ def test_layers_that_differ_in_heads_have_no_place_in_eap_ig_formats(tmp_path: P
 
 
 def test_scores_and_circuits_are_not_confused(tmp_path: Path) -> None:
-    EdgeScores(GRAPHS["kv"], values_of(GRAPHS["kv"])).save(tmp_path / "scores.safetensors")
+    scores = EdgeScores(GRAPHS["kv"], values_of(GRAPHS["kv"]))
+    scores.save(tmp_path / "scores.safetensors")
     Circuit.from_mask(GRAPHS["kv"], GRAPHS["kv"].edge_mask).save(tmp_path / "circuit.safetensors")
     with pytest.raises(InputError, match=r"expected a circuit, found edge scores only"):
         Circuit.load(tmp_path / "scores.safetensors")
+    for suffix in (".json", ".pt"):
+        scores.save(tmp_path / f"scores{suffix}")
+        with pytest.warns(InputWarning, match=r"a circuit without edges, but with scores; EdgeScores\.load"):
+            assert Circuit.load(tmp_path / f"scores{suffix}").n_edges == 0
     with pytest.raises(InputError, match=r"expected a file with edge scores, found a circuit without scores\.$"):
         EdgeScores.load(tmp_path / "circuit.safetensors")
 

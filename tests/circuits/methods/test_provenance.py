@@ -138,7 +138,7 @@ def test_a_task_s_seed_is_passed_on(make_pairs: Any, tmp_path: Path) -> None:
 
 
 def test_the_demo_s_model_is_named_as_what_it_is(monkeypatch: pytest.MonkeyPatch, make_model: Any) -> None:
-    from eap_circuits.adapters.loading import pretrained
+    from eap_circuits.adapters import pretrained
 
     monkeypatch.setattr(pretrained, "_pretrained", lambda *_, **__: make_model("llama", torch.float32))
     model, _ = pretrained.load_model("smollm2", device="cpu")

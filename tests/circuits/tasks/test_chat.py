@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,19 @@ def test_messages_in_files_beside_texts(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     data = PairedDataset.from_file(tmp_path / "a.jsonl", tokenizer())
     assert data.corrupted[0].tolist() == ids("<s> user hello Mary </s> assistant")
+
+
+@pytest.mark.parametrize("write", [json.dumps, repr])
+def test_messages_in_cells_of_a_table(write: Any, tmp_path: Path) -> None:
+    cells = [write(messages(name)) for name in ("Mary", "John")]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerows(
+            [["clean", "corrupted", "good", "bad"], [*cells, "hello", "world"], ["[", "]", "hello", "world"]]
+        )
+    data = PairedDataset.from_file(tmp_path / "a.csv", tokenizer())
+    alone = PairedDataset.from_records([record(messages("Mary"), messages("John"))], tokenizer())
+    assert data.prompts == (*(alone.prompts or ()), ("[", "]"))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eap_circuits import InputError, PairedDataset
+from eap_circuits.errors import InputWarning
 
 Rows = list[list[int]]
 
@@ -58,6 +59,22 @@ def test_one_mask_for_both_prompts_and_lengths_that_agree() -> None:
         assert data.lengths.tolist() == [3, 2] and data.corrupted_lengths is None
     with pytest.raises(InputError, match=r"^lengths: expected those of the mask, \[3, 2\], found \[3, 3\]"):
         PairedDataset.from_tokens(clean, corrupted, [3, 3], **given)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_one_mask_for_prompts_that_are_padded_otherwise(left: bool) -> None:
+    clean, mask = padded([[1, 2, 3], [1, 4]], left, 0, 4)
+    longer, own = padded([[1, 5, 3, 2], [1, 6]], left, 0, 4)
+    given: dict[str, Any] = {"answers": [[7, 8]] * 2, "attention_mask": mask}
+    with pytest.raises(
+        InputError, match=r"^corrupted\[0\]: expected padding .* corrupted_attention_mask, found tokens"
+    ):
+        PairedDataset.from_tokens(clean, longer, **given)
+    data = PairedDataset.from_tokens(clean, longer, **given, corrupted_attention_mask=own)
+    assert data.corrupted_lengths is not None and data.corrupted_lengths.tolist() == [4, 2]
+    shorter, _ = padded([[1, 5, 3], [6]], left, 0, 4)
+    with pytest.warns(InputWarning, match=r"^corrupted\[1\] begins or ends with the padding, 0, as the mask"):
+        PairedDataset.from_tokens(clean, shorter, **given)
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Models as they come: from the hub, a folder or a wheel, with weights or only their shapes."""
+"""Models of which only the shapes are there."""

@@ -51,7 +51,7 @@ def tasks(
         table = Table("Tasks", columns, rows)
     else:
         one_of("task", name, TASKS)
-        from ...adapters.loading import pretrained
+        from ...adapters import pretrained
 
         loaded = pretrained.load_tokenizer(tokenizer)
         pairs = session.Prompts(name, None, n, seed).load(loaded)

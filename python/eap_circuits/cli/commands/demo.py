@@ -43,7 +43,7 @@ def demo(
     """
     import eap_circuits as eap
 
-    from ...adapters.loading.pretrained import DEMO_NAME
+    from ...adapters.pretrained import DEMO_NAME
     from ...errors import InputError
     from ...report import smallest_faithful, write_report
     from ...report.tables import curve_table, edge_table, number

@@ -6,13 +6,14 @@ import torch
 from torch import nn
 
 from ...adapters import Family, propose
-from ...errors import expected
+from ...errors import expected, known_arguments
 from ...forward import borrowed, trace
 from ...loans import gives_back
 from .model import Check, check_model, exact_copy
 
 
 @gives_back
+@known_arguments
 def discover(model: nn.Module) -> tuple[Family, list[Check]]:
     """Find a model's sites by what its modules compute.
 

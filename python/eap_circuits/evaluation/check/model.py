@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...adapters import Architecture, Family, bind, linear_weight, receiver_sites, sender_sites
-from ...errors import InputError
+from ...errors import InputError, known_arguments
 from ...errors import whole as whole_number
 from ...forward import Batch, Hooks, Runner, borrowed, make_batches, why_not_reused
 from ...graph import Graph, Heads
@@ -53,6 +53,7 @@ class StayDouble(TorchFunctionMode):
 
 
 @gives_back
+@known_arguments
 def check_model(model: nn.Module, *, n_edges: int = 8, seed: int = 0, family: Family | None = None) -> list[Check]:
     """Check a model against first principles; the model itself is only read and comes back as it was.
 

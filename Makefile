@@ -99,7 +99,7 @@ record: $(VENV)/.test
 
 # For a machine with a GPU; needs only its Python. bench/gpu.py explains the stages, STAGES="bench record" picks some.
 gpu:
-	$(PYTHON) bench/gpu.py $(STAGES)
+	$(PYTHON) bench/gpu.py $(STAGES) $(if $(filter command line,$(origin SECONDS)),--seconds=$(SECONDS))
 
 # Runs all stages of `make gpu` on a pretended GPU, in a copy of the tree; the kernels themselves do not run.
 gpu-rehearsal: $(VENV)/.test

@@ -9,6 +9,8 @@ make gpu STAGES=first      # kernels, sanitizer, the benches of llama-3.1-8b and
 make gpu STAGES=rest       # the other benches, models against their own passes
 make gpu STAGES=compiled   # edge_scores against torch.compile, which compiles for minutes
 
+SECONDS=300 gives other stages than a part's, or a shorter call, their time.
+
 $OUT, or build/gpu, has the log of all stages (gpu.log) and the results. Elsewhere `python -m bench.record FILE` merges
 these results into bench/results and writes the tables made from them: those of the docs, and what `auto` takes on such
 a card. If the sources come without git history, EAP_COMMIT names the commit.
@@ -240,6 +242,18 @@ def need_a_gpu() -> None:
         sys.exit(f"gpu: expected a GPU, but torch {torch.__version__} of {sys.executable} sees none")
 
 
+def seconds_of(words: Sequence[str]) -> float:
+    """The time of all stages: what --seconds says, or what these words have."""
+    said = [word.removeprefix("--seconds=") for word in sys.argv if word.startswith("--seconds=")]
+    if said and not said[-1].isdigit():
+        sys.exit(f"gpu: expected a whole number of seconds, got {said[-1]}")
+    if said:
+        return float(said[-1])
+    if "--rehearse" in sys.argv:
+        return REHEARSAL_SECONDS
+    return TOTAL_SECONDS.get(words[0] if len(words) == 1 else "all", TOTAL_SECONDS["all"])
+
+
 def chosen(words: Sequence[str]) -> list[str]:
     """Names of stages, for names of parts and stages."""
     known = [*PARTS, *STAGES]
@@ -251,7 +265,7 @@ def chosen(words: Sequence[str]) -> list[str]:
 
 
 def main() -> int:
-    words = [word for word in sys.argv[1:] if word != "--rehearse"]
+    words = [word for word in sys.argv[1:] if not word.startswith("--")]
     stages = [STAGES[name] for name in chosen(words)]
     if "--rehearse" in sys.argv:
         stages = [rehearsed(stage) for stage in stages]
@@ -265,9 +279,7 @@ def main() -> int:
         for label in stage.commands:
             (ROOT / json_of(stage.name, label)).unlink(missing_ok=True)
     folder = Path(os.environ.get("OUT") or ROOT / "build" / "gpu")
-    total = TOTAL_SECONDS.get(words[0] if len(words) == 1 else "all", TOTAL_SECONDS["all"])
-    total = REHEARSAL_SECONDS if "--rehearse" in sys.argv else total
-    results = run_stages(stages, folder, total)
+    results = run_stages(stages, folder, seconds_of(words))
     if "--rehearse" in sys.argv:
         print("\nRehearsed on a device that does not exist: no time below means anything.")
     print(gpu_report.first_lines(results))

@@ -93,8 +93,10 @@ BASELINES: dict[str, OtherCircuits] = {
 
 
 def cpr(fractions: Sequence[float], faithfulness: Sequence[float]) -> float:
-    """∫ f(C_k) dk by the trapezoid rule over the measured fractions k; see `Curve.cpr`."""
+    """∫ f(C_k) dk by the trapezoid rule over the measured fractions k, NaN for a single one; see `Curve.cpr`."""
     points = list(zip(fractions, faithfulness, strict=True))
+    if len(points) < 2:
+        return float("nan")
     return sum((b - a) * (p + q) / 2 for (a, p), (b, q) in pairwise(points))
 
 

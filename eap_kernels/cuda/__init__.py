@@ -10,8 +10,8 @@ from eap_kernels import _native
 from eap_kernels.reference import Backend
 from eap_kernels.triton import INSTALLED, scores_of_expanded
 
-# The largest share of kept edges that the kernel for masked reads adds up; where more are kept, the library's product is
-# faster. Measured on an H100 in bf16, for one layer's receivers of an 8B model.
+# The largest share of kept edges at which a masked read adds them up one by one; where more are kept, the library's
+# product is faster. Measured on an H100 in bf16, for one layer's receivers of an 8B model.
 SPARSE = 0.1
 
 

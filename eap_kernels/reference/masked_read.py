@@ -17,7 +17,8 @@ def masked_read(base: Tensor, delta: Tensor, mask: Tensor) -> Tensor:
     base [N, D] or [R, N, D], delta [S, N, D], mask [S, R] bool or floating -> [R, N, D]. Senders that no
     receiver keeps are not read: their delta may hold anything.
 
-    With a leading dimension of circuits on all three, [C, R, N, D]: one product, in which every sender is read.
+    With a leading dimension of circuits on all three, [C, R, N, D]: one product, in which every sender is read and must
+    be finite.
     """
     wide = torch.float64 if delta.dtype == torch.float64 else torch.float32
     if delta.dim() == 4:

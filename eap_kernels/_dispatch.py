@@ -122,7 +122,7 @@ def _masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str) -> Tensor
     # Off the CPU all circuits are one product of the library's, in which every sender is read: one launch.
     if impl in ("auto", "reference") and not delta.is_cpu:
         return BACKENDS["reference"].masked_read(base, delta, mask)
-    return torch.stack([_masked_read(*each, impl) for each in zip(base, delta, mask, strict=True)])
+    return torch.stack([_masked_read(*each, impl) for each in zip(base, delta, mask, strict=True)], 1).transpose(0, 1)
 
 
 SELECT: dict[str, Callable[..., Any]] = {

@@ -183,7 +183,7 @@ def masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str = "auto") -
     `edge_scores`. Senders whose mask row is zero are not read: their delta may hold anything.
 
     A mask with a leading dimension of circuits reads them all. Where they share delta, that is one read. Where each has
-    its own, the reference reads every sender on a GPU, so that it is one product: there delta must be finite.
+    its own, it is one product of the reference's on a GPU, which `auto` takes: every sender is read and must be finite.
 
     Args:
         base: [N, D], shared by all receivers, [R, N, D] or [C, R, N, D]; delta's dtype and device, any strides.

@@ -44,7 +44,7 @@ struct MaskedRead {
   void* out;  // [R, N, D] contiguous
   int device;
 
-  void plan() const {}        // only the device knows how many edges are kept
+  void plan() const {}        // only the device knows which edges are kept
   int64_t workspace() const;  // bytes
   void run(void* workspace, CUstream_st* stream) const;
 };

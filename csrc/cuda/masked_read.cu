@@ -1,6 +1,5 @@
-// Masked read. `list` lists the senders that each receiver keeps; then one of two kernels does the sums. `sparse` adds
-// up the senders of a receiver, so that cost follows the kept edges; `dense` is a matrix product over all senders. Only
-// the device knows how many edges are kept, so both are launched, and the one that is not needed returns at once.
+// Masked read. `list` lists the senders that each receiver keeps, then `add_up` does the sums, so that cost follows the
+// kept edges. Where many are kept, the library's matrix product is faster (eap_kernels/cuda).
 #include <algorithm>
 
 #include "launch.h"
@@ -11,7 +10,6 @@ namespace {
 
 constexpr const char* kOp = "masked_read";
 constexpr int kThreads = 256;
-constexpr int64_t kDense = 8;  // dense where at least one edge in kDense is kept; not yet measured
 
 // A pointer-and-strides copy of MaskedRead, with what the first kernel finds.
 template <class T> struct Call {
@@ -22,13 +20,9 @@ template <class T> struct Call {
   int32_t senders, receivers;
   int64_t tokens, features;
   int64_t delta_stride[3], base_stride[3], mask_stride[2];
-  unsigned long long* kept;  // edges in all
-  uint8_t* used;             // [S, padded with zeros to 16]: whether any receiver keeps this sender
-  int32_t* count;            // [R]
-  int32_t* sender;           // [R, S]: the first count[v] of row v are filled, in order
-  acc_t<T>* weight;          // like sender
-
-  __device__ bool dense() const { return *kept * kDense >= uint64_t(senders) * receivers; }
+  int32_t* count;    // [R]
+  int32_t* sender;   // [R, S]: the first count[v] of row v are filled, in order
+  acc_t<T>* weight;  // like sender
 
   __device__ acc_t<T> mask_at(int64_t u, int64_t v) const {
     using A = acc_t<T>;
@@ -59,14 +53,10 @@ template <class T> __global__ void __launch_bounds__(kThreads) list(const __grid
       const int at = count + __popc(keep & ((1u << lane) - 1));
       sender[at] = u;
       weight[at] = w;
-      call.used[u] = 1;  // whoever writes it writes the same
     }
     count += __popc(keep);
   }
-  if (lane == 0) {
-    call.count[v] = count;
-    atomicAdd(call.kept, static_cast<unsigned long long>(count));
-  }
+  if (lane == 0) call.count[v] = count;
 }
 
 template <class T, int kWidth> struct alignas(sizeof(T) * kWidth) Piece { T x[kWidth]; };
@@ -74,9 +64,8 @@ template <class T, int kWidth> struct alignas(sizeof(T) * kWidth) Piece { T x[kW
 // A block makes kThreads pieces of one receiver's row; neighbouring blocks the same pieces of the next receivers, which
 // find most senders in the L2 cache.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) sparse(const __grid_constant__ Call<T> call) {
+__global__ void __launch_bounds__(kThreads) add_up(const __grid_constant__ Call<T> call) {
   using A = acc_t<T>;
-  if (call.dense()) return;
   const int64_t pieces = call.tokens * call.features / kWidth, row = call.features / kWidth;
   const int64_t jobs = (pieces + kThreads - 1) / kThreads * call.receivers;
   for (int64_t job = blockIdx.x; job < jobs; job += gridDim.x) {
@@ -109,77 +98,13 @@ __global__ void __launch_bounds__(kThreads) sparse(const __grid_constant__ Call<
   }
 }
 
-constexpr int kSide = 128;  // receivers of a job of `dense`, and elements of a row
-constexpr int kDepth = 16;  // senders at once
-
-// 128 x 128 results, 8 x 8 a thread: four and four, 64 apart, so that a warp reads shared memory without conflicts.
-template <class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) dense(const __grid_constant__ Call<T> call) {
-  using A = acc_t<T>;
-  using Four = Piece<A, 4>;
-  __shared__ __align__(32) A weights[kDepth][kSide], values[kDepth][kSide];
-  if (!call.dense()) return;
-  const int tx = threadIdx.x % 16, ty = threadIdx.x / 16, mine = threadIdx.x % kSide;
-  const int64_t width = call.tokens * call.features, rows = (call.receivers + kSide - 1) / kSide;
-  const int64_t jobs = (width + kSide - 1) / kSide * rows;
-  for (int64_t job = blockIdx.x; job < jobs; job += gridDim.x) {
-    const int64_t first_v = job % rows * kSide, first_x = job / rows * kSide;
-    const int64_t v = first_v + mine, x = first_x + mine;
-    const T* const column = call.delta + x / call.features * call.delta_stride[1] +
-                            x % call.features * call.delta_stride[2];
-    A sum[8][8] = {};
-    for (int first = 0; first < call.senders; first += kDepth) {
-      const uint4 flags = *reinterpret_cast<const uint4*>(call.used + first);
-      if ((flags.x | flags.y | flags.z | flags.w) == 0) continue;
-      // Load: weights and values of kDepth senders into shared memory.
-      __syncthreads();  // everybody has used the values before
-#pragma unroll
-      for (int k = threadIdx.x / kSide; k < kDepth; k += kThreads / kSide) {
-        const int u = first + k;
-        const bool used = u < call.senders && call.used[u];  // others are never read
-        weights[k][mine] = used && v < call.receivers ? call.mask_at(u, v) : A(0);
-        values[k][mine] = used && x < width ? load(column[u * call.delta_stride[0]]) : A(0);
-      }
-      __syncthreads();
-      // Multiply.
-#pragma unroll 4
-      for (int k = 0; k < kDepth; ++k) {
-        Four a[2], b[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          a[half] = *reinterpret_cast<const Four*>(&weights[k][half * 64 + ty * 4]);
-          b[half] = *reinterpret_cast<const Four*>(&values[k][half * 64 + tx * 4]);
-        }
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-#pragma unroll
-          for (int j = 0; j < 8; ++j) sum[i][j] += a[i / 4].x[i % 4] * b[j / 4].x[j % 4];
-      }
-    }
-    // Store: plus the base.
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int64_t at = first_x + j / 4 * 64 + tx * 4 + j % 4;
-      if (at >= width) continue;
-      const T* const base = call.base + at / call.features * call.base_stride[1] +
-                            at % call.features * call.base_stride[2];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int64_t to = first_v + i / 4 * 64 + ty * 4 + i % 4;
-        if (to < call.receivers) store(call.out[to * width + at], sum[i][j] + load(base[to * call.base_stride[0]]));
-      }
-    }
-  }
-}
-
 int64_t padded(int64_t bytes) { return divide_up(bytes, 256) * 256; }
 
-// What the first kernel writes: [edges kept, senders used], counts, senders, weights.
+// What the first kernel writes.
 struct Workspace {
-  int64_t flags, counts, senders, weights;
+  int64_t counts, senders, weights;
   explicit Workspace(const MaskedRead& call) {
     const int64_t S = call.delta.size[0], R = call.base.size[0];
-    flags = padded(16 + divide_up(S, 16) * 16);
     counts = padded(R * 4);
     senders = padded(R * S * 4);
     weights = padded(R * S * (call.dtype == Dtype::f64 ? 8 : 4));
@@ -200,12 +125,9 @@ template <class T> void run_typed(const MaskedRead& m, char* memory, CUstream_st
                {m.delta.stride[0], m.delta.stride[1], m.delta.stride[2]},
                {m.base.stride[0], m.base.stride[1], m.base.stride[2]},
                {m.mask_stride[0], m.mask_stride[1]},
-               reinterpret_cast<unsigned long long*>(memory),
-               reinterpret_cast<uint8_t*>(memory + 16),
-               reinterpret_cast<int32_t*>(memory + space.flags),
-               reinterpret_cast<int32_t*>(memory + space.flags + space.counts),
-               reinterpret_cast<acc_t<T>*>(memory + space.flags + space.counts + space.senders)};
-  check(kOp, cudaMemsetAsync(memory, 0, space.flags, stream));
+               reinterpret_cast<int32_t*>(memory),
+               reinterpret_cast<int32_t*>(memory + space.counts),
+               reinterpret_cast<acc_t<T>*>(memory + space.counts + space.senders)};
   launch(kOp, list<T>, dim3(uint32_t(divide_up(call.receivers, kThreads / 32))), kThreads, 0, stream, call);
 
   const int64_t processors = device_attribute(kOp, cudaDevAttrMultiProcessorCount, m.device);
@@ -213,17 +135,15 @@ template <class T> void run_typed(const MaskedRead& m, char* memory, CUstream_st
   constexpr int kWidth = 16 / sizeof(T);
   const bool pieces = in_pieces(m.delta, sizeof(T)) && in_pieces(m.base, sizeof(T)) && call.features % kWidth == 0;
   const int64_t jobs = divide_up(width / (pieces ? kWidth : 1), kThreads) * call.receivers;
-  launch(kOp, pieces ? sparse<T, kWidth> : sparse<T, 1>, dim3(uint32_t(std::min(jobs, processors * 8))), kThreads, 0,
+  launch(kOp, pieces ? add_up<T, kWidth> : add_up<T, 1>, dim3(uint32_t(std::min(jobs, processors * 8))), kThreads, 0,
          stream, call);
-  const int64_t squares = divide_up(width, kSide) * divide_up(call.receivers, kSide);
-  launch(kOp, dense<T>, dim3(uint32_t(std::min(squares, processors * 2))), kThreads, 0, stream, call);
 }
 
 }  // namespace
 
 int64_t MaskedRead::workspace() const {
   const Workspace space(*this);
-  return space.flags + space.counts + space.senders + space.weights;
+  return space.counts + space.senders + space.weights;
 }
 
 void MaskedRead::run(void* workspace, CUstream_st* stream) const {

@@ -4,22 +4,33 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from eap_kernels import _native
 from eap_kernels.reference import Backend
 from eap_kernels.triton import INSTALLED, scores_of_expanded
 
+# The largest share of kept edges at which a masked read adds them up one by one; where more are kept, the library's
+# product is faster. Measured on an H100 in bf16, for one layer's receivers of an 8B model.
+SPARSE = 0.1
+
 
 class Cuda(Backend):
     name = device = "cuda"
     edge_scores = staticmethod(torch.ops.eap_kernels.edge_scores.default)
-    masked_read = staticmethod(torch.ops.eap_kernels.masked_read.default)
 
     def head_space_scores(self, *args: Any) -> None:
         scores_of_expanded(self, *args) if INSTALLED else super().head_space_scores(*args)
 
     def missing(self) -> str | None:
         return not_built() or (trial() if torch.cuda.is_available() else "torch sees no CUDA device")
+
+    def masked_read(self, base: Tensor, delta: Tensor, mask: Tensor) -> Tensor:
+        """Waits for the device, which alone knows how many edges are kept."""
+        if int(torch.count_nonzero(mask)) > SPARSE * mask.numel():
+            return super().masked_read(base, delta, mask)
+        read: Tensor = torch.ops.eap_kernels.masked_read.default(base, delta, mask)
+        return read
 
 
 def not_built() -> str | None:

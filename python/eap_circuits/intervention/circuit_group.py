@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eap_kernels import masked_read
 
+from ..adapters import Architecture
 from ..forward import Runner, upload
 from ..graph import Graph
 
@@ -92,11 +93,15 @@ class CircuitGroup:
 
     def __init__(self, runner: Runner, members: slice, masks: Tensor, asked: Asked) -> None:
         self.members, self.asked, masks = members, asked.of(members), masks[members]
-        self.dtype = runner.arch.accumulate
-        stored = self.asked.stored.any(0)
+        self.dtype = self._dtype(runner.arch)
+        stored, computed = self.asked.stored.any(0), self.asked.partial.any(0)
         self.stored = stored.tolist()  # [S]
-        self._before = [0, *stored.cumsum(0).tolist()]  # how many of the senders before one are stored
-        self.mask = masks[:, stored].to(self.dtype)  # [C, stored, R]
+        # How many of the senders before one are stored, and of the receivers before one computed.
+        self._before, self._computed = ([0, *some.cumsum(0).tolist()] for some in (stored, computed))
+        masks = masks[:, stored][:, :, computed]
+        self.mask = masks.to(self.dtype)  # [C, stored, computed]
+        if not torch.equal(self.mask.to(masks.dtype), masks):
+            self.mask = masks.to(runner.arch.accumulate)
         self._shape = (int(stored.sum()), len(masks), runner.batch.clean.numel(), runner.arch.d_model)
         self.differences = torch.empty(0)
 
@@ -104,6 +109,14 @@ class CircuitGroup:
     def size(self) -> int:
         """How many circuits they are."""
         return len(self.mask)
+
+    def _dtype(self, arch: Architecture) -> torch.dtype:
+        """Of the differences.
+
+        Off the CPU that of the model, to which it rounds its own residual stream in every layer: half the memory, and
+        tensor cores multiply it.
+        """
+        return arch.accumulate if arch.device.type == "cpu" else arch.dtype
 
     def wanted(self, receivers: slice) -> list[int]:
         """Those of some receivers that have to be computed for any of the circuits."""
@@ -133,24 +146,33 @@ class CircuitGroup:
         start = self._before[sender]
         torch.bmm(difference, weight, out=self.differences[start : start + len(difference)].flatten(1, 2))
 
-    def read(self, base: Tensor, receivers: Tensor, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
-        """base [n, D] or [C, n, D] and what some receivers keep there of the senders from start to stop.
+    def read(self, base: Tensor, receivers: slice, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
+        """base [n, D] or [C, n, D] and what receivers keep there of the senders from start to stop, [r, C, n, D].
 
-        [r, C, n, D].
+        Of the receivers those that are `wanted`.
         """
         self.follow(base.device)
-        rows = slice(self._before[start], self._before[stop])
-        mask, differences = self.mask[:, rows].index_select(2, receivers), self.differences[rows][:, :, at]
+        mask, differences = self._weights(receivers, start, stop), self.differences[self._rows(start, stop)][:, :, at]
         if self.size == 1:
             one = base if base.dim() == 2 else base[0]
-            return masked_read(one, differences[:, 0], mask[0])[:, None]
+            return masked_read(one, differences[:, 0], mask[0].contiguous())[:, None]
         if base.dim() == 3:
-            base = base[:, None].expand(-1, len(receivers), -1, -1)
+            base = base[:, None].expand(-1, mask.shape[2], -1, -1)
         return masked_read(base, differences.transpose(0, 1), mask).transpose(0, 1)
+
+    def _rows(self, start: int, stop: int) -> slice:
+        return slice(self._before[start], self._before[stop])
+
+    def _weights(self, receivers: slice, start: int, stop: int) -> Tensor:
+        columns = slice(self._computed[receivers.start], self._computed[receivers.stop])
+        return self.mask[:, self._rows(start, stop), columns]
 
 
 class LearningGroup(CircuitGroup):
     """One circuit with nothing written in place, so that what is read has a gradient; the mask has none."""
+
+    def _dtype(self, arch: Architecture) -> torch.dtype:
+        return arch.accumulate
 
     def allocate(self, device: torch.device) -> None:
         self._stored: list[Tensor] = []  # [N, D] each, in order of their rows
@@ -161,13 +183,12 @@ class LearningGroup(CircuitGroup):
     def store_heads(self, sender: int, difference: Tensor, weight: Tensor) -> None:
         self._stored += torch.bmm(difference, weight).unbind()
 
-    def read(self, base: Tensor, receivers: Tensor, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
-        first = self._before[start]
-        weights = self.mask[0, first : self._before[stop]].to(base.device)[:, receivers]
+    def read(self, base: Tensor, receivers: slice, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
+        first, weights = self._before[start], self._weights(receivers, start, stop)[0].to(base.device)
         used = weights.any(1).nonzero()[:, 0]
         base = base if base.dim() == 2 else base[0]
         if not len(used):
-            return base.expand(len(receivers), 1, -1, -1)
+            return base.expand(weights.shape[1], 1, -1, -1)
         # A product keeps for its gradient what multiplies the differences, not these.
         read = torch.stack([self._stored[first + row].to(base.device)[at] for row in used.tolist()])
         return (base + torch.tensordot(weights[used].T, read, 1))[:, None]

@@ -61,7 +61,7 @@ class _CircuitsRun:
         self, runner: Runner, graph: Graph, corrupted: ReferenceRun, asked: Asked, groups: Sequence[CircuitGroup]
     ) -> None:
         self.runner, self.graph, self.corrupted, self.groups = runner, graph, corrupted, groups
-        self.dtype = runner.arch.accumulate
+        self.dtype = groups[0].dtype
         self.asked, self.count = asked, len(asked)
         self.sites: list[Sites] = [{} for _ in range(graph.n_layers + 1)]  # the logits' last
         for site in receiver_sites(runner.arch, graph):
@@ -134,8 +134,10 @@ class _CircuitsRun:
     def _write_heads(self, site: SenderSite, own: list[int], z: Tensor) -> Tensor:
         first, weight = site.senders.start, site.weight(self.dtype)
         assert weight is not None
-        corrupted = self.corrupted.written[site.index].to(self.dtype)
-        difference = self._split(site.written(z)).to(self.dtype) - corrupted  # [C, E, T, H·K]
+        current, corrupted = self._split(site.written(z)), self.corrupted.written[site.index]
+        # Values that carry a norm's scale are in float32 whatever the model's dtype.
+        wide = torch.promote_types(current.dtype, self.dtype)
+        difference = (current.to(wide) - corrupted.to(wide)).to(self.dtype)  # [C, E, T, H·K]
         for group in self.groups:
             heads = [head for head in range(len(weight)) if group.stored[first + head]]
             if heads:
@@ -190,19 +192,14 @@ class _CircuitsRun:
             circuits += members
             if group in begun:
                 more = begun[group] + (base - self._tokens(attention.norm))
-                reads.append(self._read(group, more, group.wanted(site.receivers), site.reach, attention.reach)[0])
+                reads.append(group.read(more, site.receivers, site.reach, attention.reach)[0])
             else:
-                reads.append(self._read(group, base, group.wanted(site.receivers), site.reach, at=at)[0])
+                reads.append(group.read(base, site.receivers, site.reach, at=at)[0])
         if partial:
             y = self._normalised(site.norm, reads[0] if len(reads) == 1 else torch.cat(reads))  # [c, n, D]
             y = self._some(y, [circuits.index(c) for c in partial])
             self._put(x.flatten(1, 2), [run.index(c) for c in partial], at, y)
         return x.flatten(0, 1)
-
-    def _read(
-        self, group: CircuitGroup, base: Tensor, readers: list[int], stop: int, start: int = 0, at: Places = EVERYWHERE
-    ) -> Tensor:
-        return group.read(base, self.indices.on(base.device, readers), stop, start, at)
 
     def _put(self, x: Tensor, circuits: list[int], at: Places, y: Tensor) -> None:
         """x [c, N, D] of some circuits at some tokens becomes y."""
@@ -222,9 +219,9 @@ class _CircuitsRun:
         x = self._split(own).clone(memory_format=torch.contiguous_format)
         rows, scored = x.flatten(1, 2), self.runner.batch.places_on(site.norm.device)
         for group in self.groups:
-            readers, start = group.wanted(site.receivers), group.members.start
-            if readers:
-                y = self._read(group, self._tokens(site.norm, scored), readers, site.reach, at=scored)[0]
+            start = group.members.start
+            if group.wanted(site.receivers):
+                y = group.read(self._tokens(site.norm, scored), site.receivers, site.reach, at=scored)[0]
                 partial = numbers(group.asked.partial[:, site.receivers.start])
                 self._put(rows, [start + c for c in partial], scored, self._some(y, partial).to(x.dtype))
         closed = numbers(self.asked.closed[:, site.receivers.start])
@@ -268,47 +265,24 @@ class _CircuitsRun:
             if not wanted:
                 continue
             # What the MLP reads of the same senders comes along: they are read from memory once.
-            begins = group.wanted(mlp.receivers) if not self.graph.parallel and self._read_at(mlp) is EVERYWHERE else []
-            y = self._read(group, self._tokens(norm), wanted + begins, reach)
+            begins = not self.graph.parallel and self._read_at(mlp) is EVERYWHERE and bool(group.wanted(mlp.receivers))
+            readers = slice(attention.start, mlp.receivers.stop) if begins else attention
+            y = group.read(self._tokens(norm), readers, reach)
             if begins:
                 self.begun[group] = y[-1].clone()
-            needs = group.asked.partial[:, wanted].T  # [r, C]
-            x, pairs = self._normalised(norm, self._at_pairs(y, needs)), needs.nonzero()
+            x = self._normalised(norm, y[: len(wanted)])  # [r, C, N, D]
             for letter, (weight, bias) in weights.items():
                 start, stop = sites[letter].receivers.start, sites[letter].receivers.stop
                 here = [place for place, r in enumerate(wanted) if start <= r < stop]
                 if not here:
                     continue
-                # A site's receivers follow one another, and so do their pairs.
-                mine = numbers((pairs[:, 0] >= here[0]) & (pairs[:, 0] <= here[-1]))
-                heads = torch.tensor(wanted) - start
-                slots = (heads[here] // sites[letter].repeat_kv).tolist()
-                given, counts = x[mine[0] : mine[-1] + 1], needs[here].sum(1)
-                y = self._by_head(
-                    given, counts, self._some(weight, slots), bias if bias is None else self._some(bias, slots)
-                )
+                heads = torch.tensor(wanted[here[0] : here[-1] + 1]) - start
+                slots = (heads // sites[letter].repeat_kv).tolist()
+                # A site's receivers follow one another. To pick the circuits that need it would take longer.
+                y = torch.bmm(x[here[0] : here[-1] + 1].flatten(1, 2), self._some(weight, slots).mT)  # [h, C·N, K]
+                y = y if bias is None else y + self._some(bias, slots)[:, None]
                 by_head = found[letter][group.members].flatten(1, 2).transpose(1, 2)  # [C, heads, N, K]
-                which = pairs[mine, 1], heads[pairs[mine, 0]]
-                by_head[tuple(self.indices.on(y.device, index) for index in which)] = y
+                place, circuit = group.asked.partial[:, heads + start].T.nonzero().unbind(1)
+                given = self.indices.on(y.device, place), self.indices.on(y.device, circuit)
+                by_head[given[1], self.indices.on(y.device, heads[place])] = y.unflatten(1, (group.size, -1))[given]
         return found
-
-    def _at_pairs(self, y: Tensor, needs: Tensor) -> Tensor:
-        """y [R, C, N, D] where its first r receivers need it in a circuit, bool [r, C]: [pairs, N, D]."""
-        receivers, circuits = needs.shape
-        if circuits == 1:
-            return y[:receivers, 0]
-        places = torch.arange(circuits * len(y)).view(circuits, -1).T[:receivers][needs]  # circuits lead in memory
-        return y.transpose(0, 1).flatten(0, 1).index_select(0, self.indices.on(y.device, places))
-
-    def _by_head(self, x: Tensor, counts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x [n, N, D], `counts` of each head one after another, times its weight [h, K, D]: [n, N, K].
-
-        One product, for which heads are padded to as many circuits as the one with the most has.
-        """
-        most, first = int(counts.max()), counts.cumsum(0) - counts
-        place = torch.arange(most)
-        padded = first[:, None] + place.minimum(counts[:, None] - 1)  # [h, most]
-        given = self._some(x, padded.flatten().tolist())
-        y = torch.bmm(given.view(len(weight), -1, x.shape[-1]), weight.mT)  # [h, most·N, K]
-        y = y if bias is None else y + bias[:, None]
-        return self._some(y.view(-1, x.shape[1], y.shape[-1]), numbers((place < counts[:, None]).flatten()))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
+from bench.pretended import pretending
 from eap_circuits.adapters import bind
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Runner, make_batches
@@ -45,3 +48,28 @@ def test_any_masks_give_their_definition(grouped, kind, make_model, make_pairs, 
             for logits, mask in zip(found, masks):
                 right = plain_run(decoder, clean, of_circuit(mask, ablated)).logits
                 torch.testing.assert_close(logits[0], right, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("family", "soft"), [("gpt2", False), ("gemma2", True)])
+def test_low_precision_on_a_gpu_is_as_near_to_the_truth_as_on_the_cpu(soft, family, make_model, make_pairs, relative):
+    """Differences are kept in bfloat16 there, and in float32 on the CPU: the model's own rounding hides it."""
+    model, data, generator = make_model(family).bfloat16(), make_pairs(seed=4, n=8), torch.Generator().manual_seed(0)
+    graph = bind(model).graph("kv")
+    masks = [mixed_mask(graph, generator) for _ in range(6)]
+    if soft:
+        masks = [mask * torch.rand(mask.shape, generator=generator) for mask in masks]
+
+    def found(model):
+        logits = []
+        with torch.no_grad():
+            for batch in make_batches(data, None, True, bind(model).device):
+                runner = Runner(bind(model), graph, batch)
+                logits += run_circuits(runner, graph, record_run(runner, True), masks)
+        return torch.cat(logits).cpu()
+
+    with StayDouble():
+        right = found(copy.deepcopy(model).double())
+    on_cpu = found(model)
+    with pretending():
+        on_gpu = found(model.to("cuda"))
+    assert relative(on_gpu, right) <= 1.2 * relative(on_cpu, right)

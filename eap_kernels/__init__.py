@@ -1,11 +1,23 @@
 """Operators for edge attribution in transformers: tensors in, tensors out.
 
 `edge_scores` scores every edge from a sender to a receiver, `head_space_scores` does the same from head space, and
-`masked_read` gives the inputs of receivers in a circuit. The gradient of its mask is `edge_scores`. Importing this
-package loads no accelerator runtime and no model library.
+`masked_read` gives the inputs of receivers in a circuit. The gradient of its mask is `edge_scores`.
+`normalise_rows` and `collapse` take what a pass has at norms and their readers into head space. Importing this package
+loads no accelerator runtime and no model library.
 """
 
+from eap_kernels.capture import collapse, normalise_rows
 from eap_kernels.ops import Nodes, backends, edge_scores, explain, head_space_scores, masked_read
 
 __version__ = "0.1.0"
-__all__ = ["Nodes", "__version__", "backends", "edge_scores", "explain", "head_space_scores", "masked_read"]
+__all__ = [
+    "Nodes",
+    "__version__",
+    "backends",
+    "collapse",
+    "edge_scores",
+    "explain",
+    "head_space_scores",
+    "masked_read",
+    "normalise_rows",
+]

@@ -30,6 +30,11 @@ SPARSE = 150
 FEW_READERS = 8
 
 
+# Each is one kernel of Triton's on a GPU, where the reference launches up to a dozen. The launches are the time, so
+# nothing need be measured.
+ONE_LAUNCH = ("normalise_rows", "collapse")
+
+
 class Choice(NamedTuple):
     """A backend's name, and the measured rule behind it."""
 
@@ -39,8 +44,10 @@ class Choice(NamedTuple):
 
 def choose(op: str, *args: Any) -> Choice:
     """What `auto` runs for an operator's arguments; trailing ones that its rule does not look at may be left out."""
-    on_gpu, on_cpu = RULES[op]
     x = args[0][0] if isinstance(args[0], Sequence) else args[0]
+    if op in ONE_LAUNCH:
+        return _one_launch(x)
+    on_gpu, on_cpu = RULES[op]
     if x.is_cuda:
         card = "{}.{}".format(*torch.cuda.get_device_capability(x.device))
         if op not in MEASURED.get(card, {}):
@@ -54,6 +61,13 @@ def choose(op: str, *args: Any) -> Choice:
         return Choice("reference", f"nothing faster has been measured on {x.device.type}")
     reason = BACKENDS["cpu"].missing()
     return Choice("reference", reason) if reason else on_cpu(*args)
+
+
+def _one_launch(x: Tensor) -> Choice:
+    if not x.is_cuda:
+        return Choice("reference", f"no kernel is built for {x.device.type}")
+    reason = BACKENDS["triton"].missing()
+    return Choice("reference", reason) if reason else Choice("triton", "it is one kernel where others launch a dozen")
 
 
 def ranking(capability: str, op: str, case: str) -> list[str]:

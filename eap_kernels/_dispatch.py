@@ -60,13 +60,13 @@ def _byte_range(x: Tensor) -> tuple[int, int]:
     """First and one-past-last byte that a tensor's elements occupy."""
     if x.numel() == 0:
         return 0, 0
-    steps = [(size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)]
-    start, end = sum(min(s, 0) for s in steps), sum(max(s, 0) for s in steps)
-    return x.data_ptr() + start * x.element_size(), x.data_ptr() + (end + 1) * x.element_size()
+    last = sum([(size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)])  # no stride is negative
+    start = x.data_ptr()
+    return start, start + (last + 1) * x.element_size()
 
 
 def _check_memory(op: str, out: Tensor, operands: Iterable[tuple[str, Tensor]]) -> None:
-    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
+    if 0 in out.stride() and any(s == 0 and n > 1 for n, s in zip(out.shape, out.stride(), strict=True)):
         raise ValueError(f"{op}: expected every entry of out to have its own memory, got an expanded out")
     first, last = _byte_range(out)
     for name, x in operands:
@@ -82,6 +82,12 @@ def _check_range(op: str, name: str, values: Tensor, high: int) -> None:
     if lowest < 0 or highest > high:
         got = lowest if lowest < 0 else highest
         raise ValueError(f"{op}: expected {name} within [0, {high}], got {got}")
+
+
+def _check_rows(op: str, rows: Tensor | None, x: Tensor) -> None:
+    # On a GPU the host would have to wait for the answer: kernels give NaN there.
+    if rows is not None and rows.is_cpu:
+        _check_range(op, "rows", rows, x.shape[1] - 1)
 
 
 def _chosen(op: str, impl: str, device: torch.device, *args: Any) -> Backend:
@@ -125,10 +131,29 @@ def _masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str) -> Tensor
     return torch.stack([_masked_read(*each, impl) for each in zip(base, delta, mask, strict=True)], 1).transpose(0, 1)
 
 
+def _normalise_rows(x: Tensor, eps: float, centred: bool, rows: Tensor | None, out: Tensor | None, impl: str) -> Tensor:
+    _check_rows("normalise_rows", rows, x)
+    if out is not None:
+        _check_memory("normalise_rows", out, (("x", x),))
+    backend = _chosen("normalise_rows", impl, x.device, x)
+    return backend.normalise_rows(x, eps, centred, rows, out)
+
+
+def _collapse(*args: Any) -> None:
+    gradient, values, r, weights, out, coefficients, _features, _gathered, rows, *_, impl = args
+    _check_rows("collapse", rows, gradient)
+    operands = (("gradient", gradient), ("values", values), ("r", r), ("weights", weights))
+    _check_memory("collapse", out, operands)
+    _check_memory("collapse", coefficients, (*operands, ("out", out)))
+    _chosen("collapse", impl, out.device, gradient).collapse(*args[:-1])
+
+
 SELECT: dict[str, Callable[..., Any]] = {
     "edge_scores": _edge_scores,
     "head_space_scores": _head_space_scores,
     "masked_read": _masked_read,
+    "normalise_rows": _normalise_rows,
+    "collapse": _collapse,
 }
 for _op, _select in SELECT.items():
     lib.impl(_op, getattr(BACKENDS["reference"], _op), "CompositeExplicitAutograd")

@@ -27,7 +27,7 @@ def tf32() -> bool:
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
-def _scores_fake(*args: Any, **kwargs: Any) -> None:
+def _in_place_fake(*args: Any, **kwargs: Any) -> None:
     return None
 
 
@@ -35,6 +35,12 @@ def _masked_read_fake(base: Tensor, delta: Tensor, mask: Tensor, impl: str = "au
     # Of many circuits receivers lead in memory.
     y = delta.new_empty((mask.shape[-1], *mask.shape[:-2], *delta.shape[-2:]))
     return y if mask.dim() == 2 else y.transpose(0, 1)
+
+
+def _normalise_rows_fake(
+    x: Tensor, eps: float, centred: bool, rows: Tensor | None, out: Tensor | None, impl: str = "auto"
+) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1] if rows is None else len(rows)), dtype=accumulation_dtype(x.dtype))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -73,7 +79,7 @@ OPERATORS: dict[str, tuple[str, str, str, Callable[..., Tensor | None]]] = {
         "Tensor delta, Tensor grad, Tensor reach, Tensor(a!) out, Tensor? segments",
         ", bool tf32=False",
         "()",
-        _scores_fake,
+        _in_place_fake,
     ),
     # Groups of nodes, senders first; an absent operand is an empty tensor.
     "head_space_scores": (
@@ -81,9 +87,22 @@ OPERATORS: dict[str, tuple[str, str, str, Callable[..., Tensor | None]]] = {
         "int sender_groups, int features, Tensor reach, Tensor(a!) out, int workspace",
         "",
         "()",
-        _scores_fake,
+        _in_place_fake,
     ),
     "masked_read": ("Tensor base, Tensor delta, Tensor mask", "", "Tensor", _masked_read_fake),
+    "normalise_rows": (
+        "Tensor x, float eps, bool centred, Tensor? rows, Tensor(a!)? out",
+        "",
+        "Tensor",
+        _normalise_rows_fake,
+    ),
+    "collapse": (
+        "Tensor gradient, Tensor values, Tensor r, Tensor weights, Tensor(a!) out, Tensor(b!) coefficients, "
+        "int features, bool gathered, Tensor? rows, Tensor? constant, Tensor? gain",
+        "",
+        "()",
+        _in_place_fake,
+    ),
 }
 for _op, (_arguments, _plain, _result, _fake) in OPERATORS.items():
     for _overload, _last in ((_op, _plain), (f"{_op}.select", ", str impl")):

@@ -231,8 +231,9 @@ def explain(op: str, *args: object) -> str:
         op: the operator's name.
         args: the operator's own arguments, in its own order; those after the required ones may be left out.
     """
-    if op not in _auto.RULES:
-        _fail("explain", f"one of {', '.join(_auto.RULES)}", repr(op))
+    known = (*_auto.RULES, *_auto.ONE_LAUNCH)
+    if op not in known:
+        _fail("explain", f"one of {', '.join(known)}", repr(op))
     if op == "masked_read" and len(args) > 1 and isinstance(args[1], Tensor) and args[1].dim() == 4:
         _fail("explain", "one circuit's delta, since each circuit is read by itself", list(args[1].shape))
     try:

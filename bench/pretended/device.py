@@ -13,6 +13,7 @@ the answer is True or 1, and "no" to a question about NaN. Compilation and fake 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -101,6 +102,7 @@ def pretending(shapes: bool = False, native: bool = False) -> Iterator[None]:
         for name, answer in _answers().items():
             if hasattr(torch.cuda, name):
                 stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        _pretend_triton(stack)
         if native:
             _pretend_native(stack)
         stack.enter_context(Functions())
@@ -110,6 +112,15 @@ def pretending(shapes: bool = False, native: bool = False) -> Iterator[None]:
         finally:
             state["shapes"] = before
             bases.clear()
+
+
+def _pretend_triton(stack: contextlib.ExitStack) -> None:
+    """What `auto` runs unmeasured counts as the one kernel that it is."""
+    from eap_kernels import _auto, triton
+
+    for name in _auto.ONE_LAUNCH if triton.INSTALLED else ():
+        module = importlib.import_module(f"eap_kernels.triton.{name}")
+        stack.enter_context(mock.patch.object(module, name, getattr(torch.ops.eap_kernels, name).default))
 
 
 def _pretend_native(stack: contextlib.ExitStack) -> None:

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from eap_kernels._schemas import tf32
-from eap_kernels.reference import edge_scores, head_space_scores, masked_read
+from eap_kernels.reference import collapse, edge_scores, head_space_scores, masked_read, normalise_rows
 
 
 class Backend:
@@ -18,6 +18,8 @@ class Backend:
     name = "reference"
     edge_scores = staticmethod(edge_scores.edge_scores)
     masked_read = staticmethod(masked_read.masked_read)
+    normalise_rows = staticmethod(normalise_rows.normalise_rows)
+    collapse = staticmethod(collapse.collapse)
 
     @property
     def device(self) -> str | None:

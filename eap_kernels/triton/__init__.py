@@ -40,6 +40,16 @@ class Triton(Backend):
     def head_space_scores(self, *args: Any) -> None:
         scores_of_expanded(self, *args)
 
+    def normalise_rows(self, *args: Any) -> Tensor:
+        from eap_kernels.triton.normalise_rows import normalise_rows
+
+        return normalise_rows(*args)
+
+    def collapse(self, *args: Any) -> None:
+        from eap_kernels.triton.collapse import collapse
+
+        collapse(*args)
+
 
 def scores_of_expanded(backend: Backend, *args: Any) -> None:
     """head_space_scores: rows are expanded by Triton, and contracted by the backend's own edge_scores."""

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,6 +197,15 @@ print(json.dumps([ok, build and build.instruction_set()]))
     assert used in (None, level, info.facts()["instruction set in use"])
 
 
+@pytest.mark.parametrize(("missing", "chosen"), [(None, "triton"), ("triton is not installed", "reference")])
+def test_one_kernel_is_taken_without_a_measurement_wherever_it_can_run(missing, chosen, monkeypatch):
+    monkeypatch.setattr(type(BACKENDS["triton"]), "missing", lambda self: missing)
+    on_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
+    for op in _auto.ONE_LAUNCH:
+        assert _auto.choose(op, on_gpu).impl == chosen
+        assert _auto.choose(op, torch.zeros(1)).impl == "reference"
+
+
 def test_auto_follows_its_rule(randn):
     if "cpu" not in testing.available_backends():
         return
@@ -214,9 +224,8 @@ def test_auto_follows_its_rule(randn):
     assert "auto runs cpu" in ek.explain("masked_read", delta[0], delta, torch.stack([mask, mask, mask]))
     with pytest.raises(ValueError, match="explain: expected one circuit's delta"):
         ek.explain("masked_read", delta[0], delta[None], mask[None])
-    with pytest.raises(
-        ValueError, match="explain: expected one of edge_scores, head_space_scores, masked_read, got 'scores'"
-    ):
+    known = "edge_scores, head_space_scores, masked_read, normalise_rows, collapse"
+    with pytest.raises(ValueError, match=f"explain: expected one of {known}, got 'scores'"):
         ek.explain("scores", delta, grad, reach)
     with pytest.raises(TypeError, match="explain: expected the tensors of masked_read, got 2 arguments"):
         ek.explain("masked_read", delta, mask)

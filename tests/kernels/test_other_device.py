@@ -7,7 +7,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
-TESTS = [str(FOLDER / f"test_{op}.py") for op in ("edge_scores", "masked_read", "head_space_scores")]
+OPERATORS = ("edge_scores", "masked_read", "head_space_scores", "normalise_rows", "collapse")
+TESTS = [str(FOLDER / f"test_{op}.py") for op in OPERATORS]
 
 
 def test_the_operators_tests_pass_on_a_pretended_device():

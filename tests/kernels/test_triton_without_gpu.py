@@ -19,7 +19,8 @@ from eap_kernels.triton import configs
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
-TESTS = [str(FOLDER / name) for name in ("test_edge_scores.py", "test_masked_read.py", "test_triton_kernels.py")]
+NAMES = ("edge_scores", "masked_read", "normalise_rows", "collapse", "triton_kernels")
+TESTS = [str(FOLDER / f"test_{name}.py") for name in NAMES]
 TARGETS = ((80, "small"), (90, "large"), (100, "large"))
 MATRIX_UNIT = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 # Bytes that a program may take: of every card since sm_80, and of sm_90 and sm_100.
@@ -110,6 +111,7 @@ def check(kernels, capability, memory):
 def test_every_configuration_compiles_without_spills(capability, memory, even):
     kernels = even[capability, memory]
     check(kernels, capability, memory)
+    assert {"_normalise", "_collapse"} <= {kernel["kernel"] for kernel in kernels}
     dtypes = {(k["dtype"], k["kind"]) for k in kernels}
     assert {(k["dtype"], k["kind"]) for k in kernels if k["kernel"] == "_expand"} == dtypes
     for name, table in (("_contract", configs.EDGE_SCORES), ("_dense", configs.MASKED_READ)):

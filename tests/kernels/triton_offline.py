@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from eap_kernels.triton import configs, edge_scores, head_space_scores, masked_read
+from eap_kernels.triton import collapse, configs, edge_scores, head_space_scores, masked_read, normalise_rows
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -77,7 +77,7 @@ class Recorder:
 def record():
     """Every launch of the operators from now on ends in the list returned."""
     compiled = []
-    for module in (edge_scores, head_space_scores, masked_read):
+    for module in (edge_scores, head_space_scores, masked_read, normalise_rows, collapse):
         for name, value in list(vars(module).items()):
             # Functions with a result are called by kernels, not launched.
             if isinstance(value, triton.runtime.jit.JITFunction) and value.fn.__annotations__["return"] == "None":
@@ -106,7 +106,7 @@ def resources(kernel):
 def narrow_strides(kernel):
     """Strides used in 32-bit arithmetic: each has to be widened before it meets an index."""
     head, body = kernel.asm["ttir"].split(" attributes ", 1)
-    strides = re.findall(r"(%(?:base|delta|grad|out|weights|y)_[a-z]): i32", head)
+    strides = re.findall(r"(%(?:base|delta|grad|out|weights|y|x|values|r|coefficients|constant|gain)_[a-z]): i32", head)
     return [line for line in body.splitlines() if "extsi" not in line for x in strides if re.search(rf"{x}\b", line)]
 
 
@@ -151,6 +151,24 @@ def expand(features, dtype, tf32):
     head_space_scores.expand([*groups, Group(new(64, 1, features), none, none, none)], 0, 64, features, tf32)
 
 
+def captures(shape, dtype):
+    """Calls the operators of one launch as models do, in every way that takes another number of registers."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x = SHAPES[shape](2, dtype)
+    points, tokens, features = x.shape
+    rows = torch.zeros(tokens, dtype=torch.int64)
+    normalise_rows.normalise_rows(x, 1e-5, False, None, None)
+    # Only the shape and strides of out matter.
+    normalise_rows.normalise_rows(x, 1e-5, True, rows, x if shape == "huge" else x.to(wide))
+    # A projection's heads, a reader of the norm itself, and more points than one launch takes.
+    for points, heads, gathered in ((5, 4, False), (5, 1, True), (300, 4, False)) if shape != "huge" else ():
+        g = x[:1].expand(points, -1, -1)[..., : features // heads * heads].unflatten(-1, (heads, -1))
+        r, c = torch.zeros(points, tokens, dtype=wide), torch.zeros(heads, points, tokens, dtype=wide)
+        like = torch.zeros(g.shape[1:], dtype=wide)
+        fixed = (None, like[0, 0]) if gathered else (like[0], None)
+        collapse.collapse(g, g.to(wide) if gathered else g, r, r[:, 0], like, c, 64, gathered, rows, *fixed)
+
+
 def main(capability, memory, shapes):
     triton.runtime.driver.set_active(NoDevice(capability))
     compiled = record()
@@ -178,6 +196,10 @@ def main(capability, memory, shapes):
             table[memory][kind] = tiles
         for dtype, shape in itertools.product(dtypes, {"even", "odd"} & set(shapes)):
             expand({"even": 1024, "odd": 1001}[shape], dtype, kind == "tf32")
+            say(dtype=str(dtype), kind=kind, shape=shape, tile=None)
+        # fp16 and tf32 are bf16 and fp32 here.
+        for dtype, shape in itertools.product(dtypes[:1] if kind != "tf32" else (), shapes):
+            captures(shape, dtype)
             say(dtype=str(dtype), kind=kind, shape=shape, tile=None)
 
 

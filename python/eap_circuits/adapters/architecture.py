@@ -76,8 +76,7 @@ class Layer:
         """
         if self.post_norm is None:
             return z
-        raw = (z @ self._out_weight.T.to(z.dtype)).to(torch.promote_types(z.dtype, torch.float32))
-        return z * self.post_norm.statistics(raw)[1][..., None]
+        return z * self.post_norm.scale(z @ self._out_weight.T.to(z.dtype))[..., None]
 
     def out_weight(self, dtype: torch.dtype) -> Tensor:
         """Each head's linear map from `written` to the residual stream, [H, K, D]."""

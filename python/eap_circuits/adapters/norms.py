@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from eap_kernels import normalise_rows
+
 from ..errors import expected
 from .offloading import device_of, read
 
@@ -47,7 +49,9 @@ class Norm:
     def gain(self, like: Tensor) -> Tensor | float:
         """γ, [D], in the dtype of `like`; 1 if there is none."""
         weight = read(self.module, "weight") if self.kind else None
-        return 1.0 if self.kind is None or weight is None else weight.to(like.dtype) + self.kind.offset
+        if self.kind is None or weight is None:
+            return 1.0
+        return weight.to(like.dtype) + self.kind.offset if self.kind.offset else weight.to(like.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -55,12 +59,26 @@ class Norm:
         return read(self.module, "bias") if self.kind else None
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(x̂, r) of x [..., D]: the normalised input without gain, and 1/rms or 1/std [...]."""
+        """(x̂, r) of x [..., D], differentiable: the normalised input without gain, and 1/rms or 1/std [...]."""
         if self.kind is None:
             return x, torch.ones_like(x[..., 0])
         x = self._centre(x)
         r = torch.rsqrt(x.square().mean(-1) + self.kind.eps)
         return x * r[..., None], r
+
+    def scale(self, x: Tensor) -> Tensor:
+        """r of x [..., N, D], [..., N], in fp32, or fp64; in one launch where no gradient is wanted."""
+        if self.kind is None or (x.requires_grad and torch.is_grad_enabled()):
+            return self.statistics(x.to(torch.promote_types(x.dtype, torch.float32)))[1]
+        rows = x.reshape(-1, *x.shape[-2:])
+        return normalise_rows(rows, self.kind.eps, self.kind.centred).view(x.shape[:-1])
+
+    def capture(self, x: Tensor, rows: Tensor | None, normalised: Tensor) -> Tensor:
+        """r [M, n] of rows [n], or all, of x [M, N, D], without gradient; x̂ is written into `normalised` [M, n, D]."""
+        if self.kind is None:
+            normalised.copy_(x if rows is None else x[:, rows])
+            return torch.ones_like(normalised[..., 0])
+        return normalise_rows(x, self.kind.eps, self.kind.centred, rows, normalised)
 
     def forwards(self, rows: Tensor) -> Tensor:
         """γ ⊙ P y of rows y [..., D]: what the norm does to a part of its input, except r; P subtracts the mean."""

@@ -235,7 +235,7 @@ def _normalise(norm: Norm, forward: Callable[[Tensor], Tensor], x: Tensor) -> Te
     x = as_given(norm.module, x)
 
     def rule(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-        scale = norm.statistics(x.to(torch.promote_types(x.dtype, torch.float32)))[1][..., None]
+        scale = norm.scale(x)[..., None]
         return lambda gradient: (norm.backwards(gradient.to(scale.dtype)) * scale).to(gradient.dtype)
 
     y: Tensor = _Changed.apply(x, forward, rule)

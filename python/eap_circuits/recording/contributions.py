@@ -114,7 +114,7 @@ def less_clean(side: CorruptedSide, batch: Batch, run: Pass[T]) -> tuple[Contrib
     def subtract(site: SenderSite, x: Tensor) -> Tensor:
         clean = batch.active(site.written(x[: batch.n_examples].detach()))[0]
         ablated = side.senders.values[site.index]
-        return ablated.sub_(clean.to(ablated.dtype), alpha=site.factor)
+        return ablated.sub_(clean, alpha=site.factor)
 
     embedding = subtract(side.senders.sites[0], side.clean_embeddings)
     values, result = record_senders(side.senders.sites, run, subtract)
@@ -127,7 +127,7 @@ def record_contributions(runner: Runner, embeddings: Tensor, run: Pass[object]) 
     def rows(site: SenderSite, x: Tensor) -> Tensor:
         # A copy: some models add to the MLP's output in place.
         written = runner.batch.active(site.written(x.detach()))[0]
-        return written.to(runner.arch.accumulate, copy=True).mul_(site.factor)
+        return _times(written.to(runner.arch.accumulate, copy=True), site.factor)
 
     sites = sender_sites(runner.arch)
     embedding = rows(sites[0], embeddings)
@@ -144,15 +144,15 @@ def _record(
     clean, own = runner.embed(batch.clean), runner.embed(batch.corrupted)
     aligned = own
 
-    def rows(x: Tensor) -> Tensor:
+    def rows(x: Tensor, copy: bool = False) -> Tensor:
         """[E, T, X] -> [n, X] at the batch's rows; may share memory with x."""
-        return batch.active(x)[0].to(arch.accumulate)
+        return batch.active(x)[0].to(arch.accumulate, copy=copy)
 
     def ablated(site: SenderSite, corrupted: Tensor, clean: Tensor) -> Tensor:
         if constants is not None:
             corrupted = at_tokens(constants.tensors[site.index], batch)
         # A copy, which `less_clean` changes in place.
-        return (rows(corrupted) - rows(clean) if both else rows(corrupted).clone()).mul_(site.factor)
+        return _times(rows(corrupted) - rows(clean) if both else rows(corrupted, copy=True), site.factor)
 
     def keep(site: SenderSite, x: Tensor) -> Tensor:
         written = site.written(x)
@@ -169,3 +169,8 @@ def _record(
     values, (corrupted_logits, *clean_logits) = record_senders(sites, run, keep)
     embedding = ablated(sites[0], aligned, clean)
     return CorruptedSide(Contributions(sites, [embedding, *values]), clean, aligned, corrupted_logits), clean_logits
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    """x changed in place; a model's usual factor of 1 is no launch."""
+    return x if factor == 1 else x.mul_(factor)

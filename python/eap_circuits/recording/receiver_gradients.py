@@ -14,14 +14,15 @@ second term. tests/circuits/plain_runs.py specifies a receiver's gradient by pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from eap_kernels import Nodes
+from eap_kernels import Nodes, collapse
 
 from ..adapters import Norm, Projection, ReceiverSite, receiver_sites
 from ..errors import expected
@@ -37,7 +38,7 @@ class _Reads:
 
     norm: Norm
     normalised: Tensor  # x̂ of the points held, [p, n, D]
-    scale: Tensor | None = None  # w_k r_k of the latest pass, [m, n]
+    scale: Tensor | None = None  # r_k of the latest pass, [m, n]
 
 
 @dataclass
@@ -49,6 +50,7 @@ class _Held:
     gradient: Tensor  # ĝ, [n, heads, K], or [n, 1, D]
     coefficients: Tensor  # c, [heads, p, n]
     constant: Tensor | None  # the part of a projection's output that does not depend on x̂, [heads, K]
+    gain: Tensor | None  # γ of a site that reads the norm's own output, [D]
 
 
 class ReceiverGradients:
@@ -73,20 +75,28 @@ class ReceiverGradients:
         self._filled = slice(0, 0)
         self._weights: dict[torch.device, Tensor] = {}  # of the latest pass, [m]
         sites = [site for site in receiver_sites(arch, graph) if site.reach > since]
-        shape = points, n, arch.d_model
-        self._reads = {  # most of what is held
-            norm: _Reads(norm, torch.zeros(shape, dtype=arch.contraction_dtype, device=norm.device))
-            for norm in dict.fromkeys(site.norm for site in sites)
-        }
+        norms = list(dict.fromkeys(site.norm for site in sites))
+        # Most of what is held.
+        normalised, _ = _zeros([(norm, (points, n, arch.d_model)) for norm in norms], arch.contraction_dtype)
+        self._reads = {norm: _Reads(norm, x) for norm, x in zip(norms, normalised, strict=True)}
+        widths = [site.projection.head_dim if site.projection else arch.d_model for site in sites]
+        shapes = [(site.norm, (n, site.count, width)) for site, width in zip(sites, widths, strict=True)]
+        gradients, self._sums = _zeros(shapes, arch.accumulate)
+        coefficients, _ = _zeros([(site.norm, (site.count, points, n)) for site in sites], arch.accumulate)
 
-        def hold(site: ReceiverSite) -> _Held:
+        def hold(site: ReceiverSite, gradient: Tensor, coefficients: Tensor) -> _Held:
             projection, norm = site.projection, site.norm
-            width = projection.head_dim if projection else arch.d_model
-            new = partial(torch.zeros, dtype=arch.accumulate, device=norm.device)
-            constant = None if projection is None else _constant(norm, projection, site.repeat_kv, arch.accumulate)
-            return _Held(site, self._reads[norm], new(n, site.count, width), new(site.count, points, n), constant)
+            constant = gain = None
+            if projection is not None:
+                constant = _constant(norm, projection, site.repeat_kv, arch.accumulate)
+            elif isinstance(found := norm.gain(gradient), Tensor):
+                gain = found.detach()
+            return _Held(site, self._reads[norm], gradient, coefficients, constant, gain)
 
-        self._held = {(site.layer, site.name): hold(site) for site in sites}  # in the graph's order
+        # In the graph's order.
+        self._held = {
+            (each[0].layer, each[0].name): hold(*each) for each in zip(sites, gradients, coefficients, strict=True)
+        }
 
     def run(
         self,
@@ -120,8 +130,8 @@ class ReceiverGradients:
     def clear(self) -> None:
         """Forget what has been accumulated."""
         self._filled = slice(0, 0)
-        for held in self._held.values():
-            held.gradient.zero_()
+        for piece in self._sums:
+            piece.zero_()
 
     def nodes(self) -> Iterator[Nodes]:
         """Σ_k w_k ∂loss/∂x_v of what has been accumulated, in the graph's order, each made when it is asked for."""
@@ -151,49 +161,62 @@ class ReceiverGradients:
         logits = self._held[len(self._arch.layers), "logits"]
         hooks.on_output(self._arch.final_norm.module, partial(self._tap, logits))
 
-    def _rows(self, x: Tensor) -> Tensor:
-        """[m·E, T, X] -> [m, n, X] at the batch's rows, in the accumulation dtype."""
-        return self._runner.batch.active(x).to(self._arch.accumulate)
-
     def _read(self, reads: _Reads, x: Tensor) -> None:
-        normalised, scale = reads.norm.statistics(self._rows(x))
-        reads.normalised[self._filled] = normalised
-        reads.scale = scale * self._weights[scale.device][:, None]
+        reads.scale = reads.norm.capture(*self._runner.batch.copies(x), reads.normalised[self._filled])
 
     def _tap(self, held: _Held, x: Tensor) -> Tensor:
         """Take the gradient at x, the norm's output, that comes from this one of its readers."""
         x = x.view_as(x)
-        normalised, scale = held.reads.normalised[self._filled], held.reads.scale
-        assert scale is not None
-        gain = held.site.norm.gain(scale)
-
-        def take(gradient: Tensor | None) -> None:
-            g = self._rows(_given(gradient)) * scale[..., None]  # [m, n, D]
-            self._add(held, g[:, :, None], (g * normalised * gain).sum(-1, keepdim=True))
-
-        x.register_hook(take)
+        values = held.reads.normalised[self._filled, :, None]
+        x.register_hook(partial(self._add, held, values=values, gathered=True))
         return x
 
     def _tap_projection(self, index: int, features: dict[str, slice], y: Tensor) -> None:
         """Take the gradient at a projection's output y, [m·E, T, features], with the features of each site."""
-        sites = [(self._held[index, letter], which) for letter, which in features.items()]
-        kept, scale = y.detach(), sites[0][0].reads.scale
-        assert scale is not None
+        kept = y.detach()
 
         def take(gradient: Tensor | None) -> None:
-            both = _given(gradient), kept
-            for held, which in sites:
-                g, value = (self._rows(t[..., which]).unflatten(-1, (held.site.count, -1)) for t in both)
-                value = value if held.constant is None else value - held.constant
-                g = g * scale[..., None, None]  # [m, n, heads, K]
-                self._add(held, g, (g * value).sum(-1))
+            for letter, which in features.items():
+                held = self._held[index, letter]
+                value, _ = self._runner.batch.copies(kept[..., which])
+                self._add(held, _given(gradient)[..., which], value.unflatten(-1, (held.site.count, -1)))
 
         y.register_hook(take)
 
-    def _add(self, held: _Held, gradient: Tensor, products: Tensor) -> None:
-        """Add w_k r_k g, [m, n, heads, K], and w_k r_k ⟨x̂, γ ⊙ Wᵀ g⟩, [m, n, heads], of a pass."""
-        held.gradient += gradient.sum(0)
-        held.coefficients[:, self._filled] = products.permute(2, 0, 1) / self._arch.d_model
+    def _add(self, held: _Held, gradient: Tensor | None, values: Tensor, gathered: bool = False) -> None:
+        """Add to ĝ and c of a site from its gradient in a pass, [m·E, T, heads·K], and what it reads or gives there."""
+        g, rows = self._runner.batch.copies(_given(gradient))
+        assert held.reads.scale is not None
+        collapse(
+            g.unflatten(-1, (held.site.count, -1)),
+            values,
+            held.reads.scale,
+            self._weights[g.device],
+            held.gradient,
+            held.coefficients[:, self._filled],
+            self._arch.d_model,
+            gathered,
+            rows,
+            held.constant,
+            held.gain,
+        )
+
+
+def _zeros(shapes: Sequence[tuple[Norm, tuple[int, ...]]], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors of these shapes where their norms compute, and the memory that they lie in, one piece for each device:
+    what is allocated and zeroed at once is one launch."""
+    sizes: dict[torch.device, int] = {}
+    starts = []
+    for norm, shape in shapes:
+        starts.append(sizes.get(norm.device, 0))
+        # Each starts at a multiple of 128 bytes or more, as kernels want it.
+        sizes[norm.device] = starts[-1] + -(-math.prod(shape) // 64) * 64
+    pieces = {device: torch.zeros(size, dtype=dtype, device=device) for device, size in sizes.items()}
+    parts = [
+        pieces[norm.device][start : start + math.prod(shape)].view(shape)
+        for (norm, shape), start in zip(shapes, starts, strict=True)
+    ]
+    return parts, list(pieces.values())
 
 
 def _constant(norm: Norm, projection: Projection, repeat_kv: int, dtype: torch.dtype) -> Tensor | None:

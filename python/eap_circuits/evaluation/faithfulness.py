@@ -253,9 +253,10 @@ def _tokens_together(request: Request, circuits: Sequence[Circuit]) -> int:
         rows_computed(graph, [item.mask for item in circuits if item.graph.heads == heads], device)
         for heads, graph in {item.graph.heads: item.graph for item in circuits}.items()
     )
-    most = min(max(TOKENS_TOGETHER, most_tokens(device)), tokens_in_all(request, len(circuits)))
+    most = max(TOKENS_TOGETHER, most_tokens(device))
     kept = min(tokens_in_all(request, 1), TOKENS_PER_BATCH)
-    rough = bytes_without_gradient(request, kept, most, rows * request.arch.d_model)
+    at_once = min(tokens_in_all(request, len(circuits) + 1), most)  # beside the clean run
+    rough = bytes_without_gradient(request, kept, at_once, rows * request.arch.d_model)
 
     def measured(few: Batch, copies: int) -> None:
         _values(request, [largest] * copies, few, copies * few.clean.numel())

@@ -123,8 +123,9 @@ class GradientMethod(Method):
 
     def _tokens(self, request: AttributionRequest) -> int:
         """The most tokens of a pass within the budget."""
-        most = min(most_tokens(request.arch.device), tokens_in_all(request, len(self.repeated(request))))
-        rough = _NUMBERS_PER_WEIGHT * most * numbers_per_token(request) * request.arch.accumulate.itemsize
+        most = most_tokens(request.arch.device)
+        at_once = min(most, tokens_in_all(request, len(self.repeated(request))))
+        rough = _NUMBERS_PER_WEIGHT * at_once * numbers_per_token(request) * request.arch.accumulate.itemsize
         rough += batch_bytes(request, request.batch_size or most)
         return tokens_within(request, most, rough, partial(self._cost, request), per_batch=most)
 

@@ -1,5 +1,6 @@
-"""A pretended H100, for running what surrounds GPU kernels on a machine without a GPU."""
+"""A pretended H100: what surrounds GPU kernels runs, and is counted, on a machine without a GPU."""
 
+from bench.pretended.counting import Counts, counting
 from bench.pretended.device import pretending
 
-__all__ = ["pretending"]
+__all__ = ["Counts", "counting", "pretending"]

@@ -157,7 +157,7 @@ class Functions(TorchFunctionMode):
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     kwargs = dict(kwargs)
-    tensors = _tensors([*args, *kwargs.values()])
+    tensors = tensors_of([*args, *kwargs.values()])
     if _is_cuda(kwargs.get("device")):
         kwargs["device"] = CUDA
     device = kwargs.get("device") or _common(func, tensors)
@@ -203,7 +203,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
             taken[1] = [n for x in args[1] for n in _numbers(x)]
         made = func(*tree_map(give, taken), **given)
         out = tree_map(lambda y: _on(y, device, back), made)
-    if any(isinstance(x, Pretend) for x in (*tensors, *_tensors([out]))):
+    if any(isinstance(x, Pretend) for x in (*tensors, *tensors_of([out]))):
         tell("op", func, args, kwargs, out)
     return out
 
@@ -244,7 +244,7 @@ def _on(y: Any, device: torch.device, back: dict[int, Tensor]) -> Any:
     return Pretend(y)
 
 
-def _tensors(values: Any) -> list[Tensor]:
+def tensors_of(values: Any) -> list[Tensor]:
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):

@@ -21,7 +21,7 @@ from ..intervention import TOKENS_TOGETHER, rows_computed, run_circuits
 from ..loans import gives_back
 from ..provenance import called, provenance
 from ..recording import ablation_of, record_run
-from ..request import Progress, Request, prepare, watched
+from ..request import DRAWS, Measurement, Progress, Request, fetch, prepare, variance_by_rounding, watched
 from ..tasks import PairedDataset
 from .optimal_ablation import as_circuits, check_circuit, optimal_constants
 
@@ -214,35 +214,45 @@ def _operator(request: Request, circuits: Sequence[Circuit]) -> str:
 def _values(request: Request, circuits: Sequence[Circuit], batch: Batch, tokens: int) -> Tensor:
     """The metric of the clean run, the fully ablated run and each circuit; last, the variance of the first two by
     rounding. float64 [3 + C, E]."""
-    found = torch.empty(3 + len(circuits), batch.n_examples, dtype=torch.float64)
-    clean = corrupted = None
+    measured: list[Measurement] = []
+    ran: list[int] = []  # the rows of the circuits that ran, in order
     for heads, graph in {item.graph.heads: item.graph for item in circuits}.items():
         runner = request.runner(graph, batch)
         record = record_run(runner, True, request.constants)
-        mine = {row: item for row, item in enumerate(circuits, 2) if item.graph.heads == heads}
-        rows = [row for row, item in mine.items() if 0 < item.n_edges < graph.n_edges]
+        rows = [row for row, item in enumerate(circuits, 2) if item.graph.heads == heads and _runs(item)]
         masks = [circuits[row - 2].mask for row in rows]
         # The circuit of all edges is the clean run, the circuit without edges the fully ablated run.
-        outputs = run_circuits(runner, graph, record, [graph.edge_mask, *masks] if clean is None else masks, tokens)
-        if clean is None or corrupted is None:
+        outputs = run_circuits(runner, graph, record, masks if measured else [graph.edge_mask, *masks], tokens)
+        if not measured:
             clean = next(outputs)
             # Whatever the ablation, metrics get the logits of the corrupted run.
             patched = request.constants is None
             corrupted = record.logits if patched else runner.logits(runner.embed(batch.corrupted), None, 1)
-            found[-1] = 0
-            for row, logits in enumerate((clean, record.logits)):
-                values = request.values(logits, batch, clean, corrupted)
-                found[row] = values
-                found[-1] += request.rounding(values, logits, batch, clean, corrupted)
-            if patched and batch.alignment is None:
-                # If both prompts are equal, so are their values, even if the two runs round differently.
-                equal = (batch.clean == batch.corrupted).all(1).cpu()
-                found[1, equal] = found[0, equal]
-        for row in mine.keys() - set(rows):
-            found[row] = found[0 if mine[row].n_edges else 1]
-        for row, logits in zip(rows, outputs, strict=True):
-            found[row] = request.values(logits, batch, clean, corrupted)
+            measured.append(Measurement(request, batch, clean, corrupted))
+            for logits in (clean, record.logits):
+                measured[0].values(logits)
+                measured[0].moved(logits)
+        for logits in outputs:
+            measured[0].values(logits)
+        ran += rows
+    values, (equal,) = fetch(measured, (batch.clean == batch.corrupted).all(1))
+    found = torch.empty(3 + len(circuits), batch.n_examples, dtype=torch.float64)
+    sides, own = values[: 2 * (1 + DRAWS)], values[2 * (1 + DRAWS) :]
+    (found[0], *near_clean), (found[1], *near_ablated) = sides[: 1 + DRAWS], sides[1 + DRAWS :]
+    found[-1] = variance_by_rounding(sides[0], near_clean) + variance_by_rounding(sides[1 + DRAWS], near_ablated)
+    if request.constants is None and batch.alignment is None:
+        # If both prompts are equal, so are their values, even if the two runs round differently.
+        found[1, equal] = found[0, equal]
+    for row, item in enumerate(circuits, 2):
+        if not _runs(item):
+            found[row] = found[0 if item.n_edges else 1]
+    for row, value in zip(ran, own, strict=True):
+        found[row] = value
     return found
+
+
+def _runs(circuit: Circuit) -> bool:
+    return 0 < circuit.n_edges < circuit.graph.n_edges
 
 
 def _tokens_together(request: Request, circuits: Sequence[Circuit]) -> int:

@@ -18,7 +18,7 @@ from ..graph import Circuit, EdgeScores, NodeScores
 from ..intervention import learning_run
 from ..loans import gives_back
 from ..recording import means, record_run
-from ..request import Progress, Request, prepare, watched
+from ..request import Measurement, Progress, Request, fetch, prepare, watched
 from ..tasks import PairedDataset
 
 TOKENS_PER_LESSON = 256  # per batch, as the backward pass keeps every receiver's input at each token
@@ -186,10 +186,11 @@ def _learn(
             return [runner.logits(runner.embed(side), None, i) for i, side in enumerate((batch.clean, batch.corrupted))]
 
     def lesson(batch: Batch, _: int) -> tuple[float, tuple[Tensor | None, ...]]:
-        value = _value(request, circuit, batch, moved(), *sides[:, batch.index.to(sides.device)])
+        measured = Measurement(request, batch, *sides[:, batch.index.to(sides.device)])
+        value = _value(measured, circuit, moved())
         # If nothing reads the ablated edges, there is nothing to learn.
         slopes = torch.autograd.grad(-value, lessons.moves, allow_unused=True) if value.requires_grad else ()
-        return float(value.detach()), slopes
+        return float(fetch([measured], value.detach())[1][0]), slopes
 
     sides = torch.empty(0)  # clean and corrupted logits, [2, n, V]
     for batch, logits in in_memory(data, batches, tokens, plain):
@@ -211,13 +212,11 @@ def _learn(
     return lessons.learned
 
 
-def _value(
-    request: Request, circuit: Circuit, batch: Batch, constants: Constants, clean: Tensor, corrupted: Tensor
-) -> Tensor:
+def _value(measured: Measurement, circuit: Circuit, constants: Constants) -> Tensor:
     """The circuit's metric, summed over the batch."""
-    runner = Runner(request.arch, circuit.graph, batch)
+    runner = Runner(measured.request.arch, circuit.graph, measured.batch)
     ablated = record_run(runner, False, constants)
-    return request.values(learning_run(runner, circuit.graph, ablated, circuit.mask), batch, clean, corrupted).sum()
+    return measured.values(learning_run(runner, circuit.graph, ablated, circuit.mask)).sum()
 
 
 def _tokens_together(request: Request, circuit: Circuit) -> int:
@@ -239,7 +238,7 @@ def _tokens_together(request: Request, circuit: Circuit) -> int:
         learned = constants.map(lambda x: x.clone().requires_grad_())
         runner = Runner(request.arch, graph, few)
         logits = runner.logits(runner.embed(few.clean)).detach()
-        value = _value(request, circuit, few, learned, logits, logits)
+        value = _value(Measurement(request, few, logits, logits), circuit, learned)
         if value.requires_grad:
             torch.autograd.grad(value, learned.tensors, allow_unused=True)
 

@@ -14,7 +14,7 @@ from ..errors import known_arguments, warn
 from ..forward import TOKENS_PER_BATCH, Batch, Runner, borrowed, one_want_of_memory
 from ..loans import gives_back
 from ..metrics import at_least_float32, of_answers
-from ..request import Progress, prepare, watched
+from ..request import Measurement, Progress, fetch, prepare, watched
 from ..tasks import MANY, PairedDataset, Summary
 
 _ALIKE = math.log(1.1)  # odds that differ by less than a tenth
@@ -50,10 +50,13 @@ def summarise(
     def run(batch: Batch, tokens: int) -> Tensor:
         runner = Runner(request.arch, graph, batch)
         sides = [runner.logits(runner.embed(batch.clean)), runner.logits(runner.embed(batch.corrupted), corrupted=1)]
+        measured = Measurement(request, batch, *sides)
         for logits in sides:
-            request.values(logits, batch, *sides)  # refuses what is not finite, and looks at the answers' spelling
+            measured.values(logits)
         logs = (at_least_float32(logits).log_softmax(-1) for logits in sides)
-        return torch.stack([of_answers(log, batch.answers, -torch.inf).logsumexp(2) for log in logs]).double().cpu()
+        found = torch.stack([of_answers(log, batch.answers, -torch.inf).logsumexp(2) for log in logs])
+        # Refuses what is not finite, and looks at the answers' spelling.
+        return fetch([measured], found.double())[1][0]
 
     with borrowed(request.arch.model), torch.no_grad():
         request = request.verified("kv")

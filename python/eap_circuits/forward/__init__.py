@@ -7,7 +7,7 @@ from .prefixes.reuse import why_not_reused
 from .resume import LayerInputs
 from .runner import Register, Runner, each
 from .tracing import trace
-from .uploading import Indices, upload
+from .uploading import Indices, download, upload
 from .want_of_memory import give_back_memory, one_want_of_memory, out_of_memory
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Runner",
     "at_tokens",
     "borrowed",
+    "download",
     "each",
     "give_back_memory",
     "halves",

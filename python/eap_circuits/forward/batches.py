@@ -34,8 +34,10 @@ class Batch:
     `scored` int64 [E]: the scored position within the suffix. `index` int64 [E]: positions in the dataset. `answers`
     and `lengths` are the dataset's. `corrupted_scored` int64 [E]: the corrupted prompt's scored position.
     `alignment` int64 [E, T]: the corrupted prompt's position that each clean one is compared with; None: the same.
-    `answer_tokens` int64 [U]: the tokens that are an answer of any example, or a variant of one, in order. `variants`
-    are the dataset's. `places`: the scored positions in [E·T], a slice if possible.
+    `answer_tokens` int64 [U]: the tokens that are an answer of any example, or a variant of one, in order;
+    `answer_columns`: where the answers are among them, -1 as in `answers`. `variants` are the dataset's, and
+    `variant_columns` likewise. `places`: the scored positions in [E·T], a slice if possible. `host`: these tensors on
+    the CPU, by name, so that what depends on their values need not wait for a device.
     """
 
     index: Tensor
@@ -49,19 +51,18 @@ class Batch:
     answers: Tensor
     lengths: Tensor
     corrupted_scored: Tensor
-    alignment: Tensor | None
     answer_tokens: Tensor
+    answer_columns: Tensor
     places: slice | Tensor
+    host: dict[str, Tensor] = field(repr=False)
+    alignment: Tensor | None = None
     variants: Tensor | None = None
+    variant_columns: Tensor | None = None
     _moved: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def n_examples(self) -> int:
         return len(self.index)
-
-    def columns(self, ids: Tensor) -> Tensor:
-        """Where answers, or variants, are among `answer_tokens`; -1 stays."""
-        return torch.searchsorted(self.answer_tokens, ids.clamp(min=0)).where(ids >= 0, -1)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -142,7 +143,7 @@ def halves(data: PairedDataset, batch: Batch) -> list[Batch]:
 def some_of(data: PairedDataset, batch: Batch, which: Tensor) -> Batch:
     """Some of the batch's examples, by their places in it."""
     index = batch.index[which]
-    return _batch(data, index, data.first_difference[index], batch.start.cpu()[which], batch.clean.device)
+    return _batch(data, index, data.first_difference[index], batch.host["start"][which], batch.clean.device)
 
 
 def _groups(tokens: list[int], lengths: list[int]) -> list[list[int]]:
@@ -181,14 +182,15 @@ def _batch(data: PairedDataset, index: Tensor, first: Tensor, start: Tensor, dev
     if data.alignment is not None and data.corrupted_lengths is not None:
         found = (data.alignment[index].gather(1, taken) - start[:, None]).clamp(min=0)
         if (found != offset)[position < lengths[:, None]].any():
-            corrupted_scored, alignment = data.corrupted_lengths[index] - 1 - start, found.to(device)
+            corrupted_scored, alignment = data.corrupted_lengths[index] - 1 - start, found
     if len(before):
         prefix, prefix_of = prefix.unique(dim=0, return_inverse=True)
     else:
         prefix_of = torch.arange(len(index))
     answers, scored = data.answers[index], lengths - 1 - start
-    variants = {} if data.variants is None else {"variants": data.variants[index]}
-    every = torch.stack([answers, *variants.values()])
+    every = answers[None] if data.variants is None else torch.stack([answers, data.variants[index]])
+    answer_tokens = every[every >= 0].unique()
+    columns = torch.searchsorted(answer_tokens, every.clamp(min=0)).where(every >= 0, -1)
     host = {
         "clean": data.clean[index].gather(1, taken),
         "corrupted": data.corrupted[index].gather(1, taken),
@@ -198,13 +200,17 @@ def _batch(data: PairedDataset, index: Tensor, first: Tensor, start: Tensor, dev
         "rows": active.flatten().nonzero()[:, 0],
         "scored": scored,
         "answers": answers,
-        "answer_tokens": every[every >= 0].unique(),
+        "answer_tokens": answer_tokens,
+        "answer_columns": columns[0],
         "lengths": lengths,
         "corrupted_scored": corrupted_scored,
         "places": torch.arange(len(index)) * len(offset) + scored,
-        **variants,
     }
+    if data.variants is not None:
+        host |= {"variants": every[1], "variant_columns": columns[1]}
+    if alignment is not None:
+        host["alignment"] = alignment
     there: dict[str, Any] = dict(zip(host, upload(device, *host.values()), strict=True))
     if (scored == scored[0]).all():
         there["places"] = slice(int(scored[0]), None, len(offset))  # picks without a copy
-    return Batch(index=index, alignment=alignment, **there)
+    return Batch(index=index, host=host, **there)

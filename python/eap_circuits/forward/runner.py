@@ -16,7 +16,7 @@ from ..graph import Graph
 from .batches import Batch
 from .hooks import Hooks
 from .last_mlp import ScoredMLP, at_scored
-from .prefixes.prefix import Prefix, WholePrompts, beginning, behind, parameters, run_prefixes
+from .prefixes.prefix import Prefix, WholePrompts, beginning, behind, parameters, run_prefixes, shared_tokens
 
 Register = Callable[[Hooks], None]
 
@@ -86,7 +86,7 @@ class Runner:
             if self._prefix is None:
                 once = [1] * len(self.repeat_kv)
                 with torch.no_grad(), self._for_cache():
-                    ran = run_prefixes(self._model, batch.prefix, once)
+                    ran = run_prefixes(self._model, batch.prefix, shared_tokens(batch), once)
                 self._prefix = Prefix(batch, ran, batch.prefix_of, once)
             given = self._prefix.arguments(self._model, suffix, copies)
             if self._place:
@@ -109,7 +109,7 @@ class Runner:
                 return self.logits(embeddings, register, corrupted)
             prefixes = batch.prefix[batch.prefix_of]
             with self._for_cache():
-                cache, shared = beginning(self._model, prefixes, self.repeat_kv)
+                cache, shared = beginning(self._model, prefixes, shared_tokens(batch), self.repeat_kv)
             whole = WholePrompts(batch, shared)
             joined = whole.join(self.embed(prefixes[:, shared:]), embeddings)
             scored = batch.start - shared + (batch.corrupted_scored if corrupted else batch.scored)
@@ -173,7 +173,7 @@ class Runner:
     def _for_cache(self) -> Iterator[None]:
         """For passes that only fill the key/value cache."""
         with Hooks(tokens=1) as hooks:
-            last = ScoredMLP(self.arch.layers[-1], lambda rows: torch.zeros(rows, dtype=torch.long))
+            last = ScoredMLP(self.arch.layers[-1], self.batch.scored.new_zeros)
             last.put(hooks)
             last.take(hooks)
             self._score(lambda x: x[:, :1], hooks)

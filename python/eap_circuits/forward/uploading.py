@@ -1,4 +1,4 @@
-"""Tensors made on the host go to a device in one piece, and nothing waits for it."""
+"""Tensors go to a device in one piece, for which nothing waits, and come back in one, for which the host waits once."""
 
 from __future__ import annotations
 
@@ -29,6 +29,25 @@ def upload(device: torch.device, *tensors: Tensor) -> list[Tensor]:
         there[start : start + size].view(x.dtype).view(x.shape)
         for x, start, size in zip(tensors, starts, sizes, strict=False)
     ]
+
+
+def download(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one device on the CPU, in order: one copy for all of them, for which the host waits once.
+
+    Those of the CPU are returned as they are.
+    """
+    if all(x.device.type == "cpu" for x in tensors):
+        return list(tensors)
+    # Those of the widest dtypes come first, so that each begins at a multiple of its own width.
+    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
+    together = torch.cat([tensors[i].contiguous().view(-1).view(torch.uint8) for i in order]).cpu()
+    found, start = list(tensors), 0
+    for i in order:
+        x = tensors[i]
+        stop = start + x.numel() * x.element_size()
+        found[i] = together[start:stop].view(x.dtype).view(x.shape)
+        start = stop
+    return found
 
 
 class Indices:

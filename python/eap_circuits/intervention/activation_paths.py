@@ -6,6 +6,7 @@ stop at the group, because none is wanted before it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import SenderSite
-from ..forward import Constants, Hooks, LayerInputs, Register, Runner, each
+from ..forward import Constants, Hooks, LayerInputs, Register, Runner, each, upload
 from ..recording import BothSides, less_clean, record_corrupted_side
 
 _ROUNDING = 2**-6  # relative; of embeddings scaled in bfloat16, with room
@@ -41,26 +42,27 @@ class GroupPaths:
         clean = self.sides.clean_embeddings
         return bool((self.layers.first.to(clean.device) - clean).norm() < _ROUNDING * clean.norm())
 
-    def embeddings(self, group: SenderSite, alphas: Tensor) -> Tensor:
+    def embeddings(self, group: SenderSite, alphas: Sequence[float]) -> Tensor:
         """What the runs at these points start with, [m·E, T, D]."""
         clean = self.sides.clean_embeddings
         if group.module is not None:
             return clean.repeat(len(alphas), 1, 1)
         towards = self._towards(group)
-        return torch.cat([clean + (1 - float(alpha)) * towards for alpha in alphas])
+        return torch.cat([clean + (1 - alpha) * towards for alpha in alphas])
 
-    def watch(self, group: SenderSite, alphas: Tensor) -> Register:
+    def watch(self, group: SenderSite, alphas: Sequence[float]) -> Register:
         """What puts the group's contribution at these points, for a pass of `embeddings`."""
         return partial(self._register, group, alphas)
 
-    def _register(self, group: SenderSite, alphas: Tensor, hooks: Hooks) -> None:
+    def _register(self, group: SenderSite, alphas: Sequence[float], hooks: Hooks) -> None:
         if group.module is None:
             return
         if not self.through:
             self.layers.start_at(group.layer, len(alphas), hooks)
         # Before the group all is the clean run's, so the module gives the clean contribution itself.
         towards = self._towards(group)
-        moved = ((1 - alphas).to(towards)[:, None, None, None] * towards).flatten(0, 1).requires_grad_()
+        (left,) = upload(towards.device, (1 - torch.tensor(alphas, dtype=torch.float64)).to(towards.dtype))
+        moved = (left[:, None, None, None] * towards).flatten(0, 1).requires_grad_()
         hooks.on_output(group.module, lambda y: y.detach() + moved)
 
     def _towards(self, group: SenderSite) -> Tensor:

@@ -15,7 +15,7 @@ from ..errors import expected
 from ..forward import TOKENS_PER_BATCH, Batch
 from ..graph import Circuit, Graph
 from ..intervention import TOKENS_TOGETHER, PatchedEdges, prepare_patching
-from ..request import Progress
+from ..request import Measurement, Progress, fetch
 from .edges_measured import EdgesMeasured
 from .spec import AttributionRequest, Method
 from .statistics import Statistics
@@ -53,11 +53,14 @@ class ExactMethod(Method):
             measured.begin(batch)
             patched = prepare_patching(request.runner(graph, batch), graph, request.constants)
             ends = patched.sides.clean_logits, patched.sides.corrupted_logits
-            clean = request.values(ends[0], batch, *ends)
+            metric = Measurement(request, batch, *ends)
+            metric.values(ends[0])
+            (clean,), _ = fetch([metric])
             together = max(1, tokens // batch.clean.numel())
             for edges in _passes(patched, mask & ~measured.done, together):
-                values = [request.values(logits, batch, *ends) for logits in patched.logits(edges)]
-                measured.put(edges, batch, (clean - torch.stack(values)).double().cpu())
+                for logits in patched.logits(edges):
+                    metric.values(logits)
+                measured.put(edges, batch, (clean - torch.stack(fetch([metric])[0])).double())
                 if progress is not None:
                     examples = n_edges * int(measured.finished.sum()) + int(measured.done.sum()) * batch.n_examples
                     progress(examples // len(request.data), n_edges)

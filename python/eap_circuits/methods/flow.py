@@ -22,7 +22,7 @@ from torch import Tensor
 from ..adapters import Norm, receiver_sites, sender_sites
 from ..budget import most_tokens
 from ..checkpoint import Checkpoint
-from ..forward import Batch, Runner
+from ..forward import Batch, Runner, upload
 from ..graph import Graph
 from ..recording import ReferenceRun, record_run
 from ..request import Progress
@@ -51,17 +51,20 @@ def score_batch(request: AttributionRequest, batch: Batch, tokens: int) -> Batch
     """Scores of the batch's examples, whose prompts run whole."""
     graph = request.graph
     record = record_run(Runner(request.arch, graph, batch, every_mlp=True), corrupted=False)
-    real = torch.arange(batch.clean.shape[1], device=batch.clean.device) < batch.lengths[:, None]  # [E, T]
+    lengths = batch.host["lengths"][:, None]
+    real = torch.arange(batch.shape[1]) < lengths  # [E, T]
     rows = real.flatten().nonzero()[:, 0]
-    weights = (real.to(request.arch.accumulate) / batch.lengths[:, None]).flatten()[rows]  # [n]
+    weights = (real.to(request.arch.accumulate) / lengths).flatten()[rows]  # [n]
     sites = _sites(request, graph)
     tile = max(1, WORKSPACE // (_per_token(graph, len(sites)) * request.arch.accumulate.itemsize))
     scores = BatchScores(request, batch)
+    site_of = torch.empty(graph.n_receivers, dtype=torch.int64)
+    for site, (_, receivers) in enumerate(sites):
+        site_of[receivers] = site
+    rows, weights, site_of = upload(batch.rows.device, rows, weights, site_of)
     for some, weight in zip(rows.split(tile), weights.split(tile), strict=True):
         importance = _importance(request, graph, record, sites, some)  # [n, sites, S]
-        shares = torch.einsum("n,nvu->uv", weight, importance).double().cpu()
-        for site, (_, receivers) in enumerate(sites):
-            scores.sums["total"][:, receivers] += shares[:, site, None]
+        scores.sums["total"] += torch.einsum("n,nvu->uv", weight, importance).double()[:, site_of]
     return scores
 
 

@@ -18,10 +18,10 @@ from eap_kernels import Nodes
 from ..budget import free_bytes, in_memory
 from ..checkpoint import Checkpoint, remaining
 from ..errors import expected, listed, one_of
-from ..forward import Batch
+from ..forward import Batch, upload
 from ..graph import EdgeScores
 from ..recording import contract, contract_neurons, lowered
-from ..request import Progress
+from ..request import Measurement, Progress, fetch
 from .spec import KEEP, AttributionRequest, Method
 
 _EXAMPLES, _POSITIONS = {"variance", "examples"}, {"positions", "positions-from-end"}
@@ -55,43 +55,59 @@ def batch_bytes(request: AttributionRequest, examples: int) -> int:
 class BatchScores:
     """Scores of one batch, added up as its path points are contracted.
 
-    `sums` holds "total" float64 [S, R] on the CPU, or, where asked for, float32 (or float64) "examples" [E, S, R] and
-    "positions" [P, S, R] instead; "neurons" float64 [S, D]. `places` int64 [P]: the places in the result of the
-    positions.
+    `sums` holds "total" float64 [S, R], or, where asked for, float32 (or float64) "examples" [E, S, R] and "positions"
+    [P, S, R] instead; "neurons" float64 [S, D]; all on the model's device until `fetch`. `places` int64 [P]: the places
+    in the result of the positions.
     """
 
     def __init__(self, request: AttributionRequest, batch: Batch) -> None:
         keep, graph = request.keep, request.graph
-        self.batch, self._arch, self._graph = batch, request.arch, graph
+        self.batch, self._arch, self._graph, self._request = batch, request.arch, graph, request
+        self._measured: list[Measurement] = []
         self.sums: dict[str, Tensor] = {}
         self._parts: dict[str, list[Tensor | slice]] = {}
         self._neurons = "neurons" in keep
         shape = graph.n_senders, graph.n_receivers
-        examples, tokens = batch.shape
+        (examples, tokens), rows, device = batch.shape, batch.host["rows"], batch.rows.device
         if keep & _EXAMPLES:
-            ends = torch.searchsorted(batch.rows, torch.arange(examples + 1, device=batch.rows.device) * tokens)
+            ends = torch.searchsorted(rows, torch.arange(examples + 1) * tokens)
             self._parts["examples"] = [slice(*both) for both in pairwise(ends.tolist())]
         if keep & _POSITIONS:
-            before = batch.start
+            before = batch.host["start"]
             if "positions-from-end" in keep:
-                before = before + int(request.data.lengths.max()) - batch.lengths
-            place = before[batch.rows // tokens] + batch.rows % tokens
-            places, which = place.unique(return_inverse=True)
-            self.places = places.cpu()
-            self._parts["positions"] = [(which == i).nonzero()[:, 0] for i in range(len(places))]
+                before = before + int(request.data.lengths.max()) - batch.host["lengths"]
+            place = before[rows // tokens] + rows % tokens
+            self.places, which = place.unique(return_inverse=True)
+            found = ((which == i).nonzero()[:, 0] for i in range(len(self.places)))
+            self._parts["positions"] = [*upload(device, *found)]
         for name, parts in self._parts.items():
-            self.sums[name] = torch.zeros(len(parts), *shape, dtype=request.arch.accumulate, device=batch.rows.device)
+            self.sums[name] = torch.zeros(len(parts), *shape, dtype=request.arch.accumulate, device=device)
         if not self._parts:
-            self.sums["total"] = torch.zeros(shape, dtype=torch.float64)
+            self.sums["total"] = torch.zeros(shape, dtype=torch.float64, device=device)
         if self._neurons:
-            self.sums["neurons"] = torch.zeros(graph.n_senders, graph.d_model, dtype=torch.float64)
+            shape = graph.n_senders, graph.d_model
+            self.sums["neurons"] = torch.zeros(shape, dtype=torch.float64, device=device)
+
+    def measurement(self, clean: Tensor, corrupted: Tensor) -> Measurement:
+        """What measures the metric of the batch's passes, given logits [E, V] of both prompts."""
+        self._measured.append(Measurement(self._request, self.batch, clean, corrupted))
+        return self._measured[-1]
+
+    def fetch(self) -> None:
+        """Bring the sums to the host, and check what was measured there; raises InputError if it is not finite."""
+        every = [name for name in self.sums if name not in self._parts]
+        _, arrived = fetch(self._measured, *(self.sums[name] for name in every))
+        self._measured.clear()  # which hold logits
+        self.sums |= zip(every, arrived, strict=True)
+        # Apart, as these may be as large as what else is on the device.
+        self.sums |= {name: self.sums[name].cpu() for name in self._parts}
 
     def add(
         self,
         senders: Iterable[Nodes],
         receivers: Iterable[Nodes],
         reach: Tensor | None = None,
-        of: tuple[slice, Tensor | slice] = (slice(None), slice(None)),
+        of: tuple[slice, slice] = (slice(None), slice(None)),
         times: float = 1.0,
     ) -> None:
         """Contract differences of senders with gradients at receivers.
@@ -99,17 +115,17 @@ class BatchScores:
         Args:
             senders, receivers: those of the whole graph, or of a part of it.
             reach: int64 [receivers], how many of these senders each receiver sees; by default the graph's.
-            of: which senders and receivers of the graph these are; receivers as a slice or a bool mask [R].
+            of: which senders and receivers of the graph these are.
             times: a factor.
         """
         reach = self._graph.reach if reach is None else reach
         if self._neurons:
             senders, receivers = list(senders), list(receivers)
-            neurons = contract_neurons(senders, receivers, reach).double().cpu()
-            self.sums["neurons"][of[0]] += times * neurons
+            neurons = contract_neurons(senders, receivers, reach).double()
+            self.sums["neurons"][of[0]] += times * neurons.to(self.batch.rows.device)
         delta, grad = lowered(self._arch, senders), lowered(self._arch, receivers)
         if not self._parts:
-            self.sums["total"][of] += times * contract(self._arch, delta, grad, reach).double().cpu()
+            self.sums["total"][of] += times * contract(self._arch, delta, grad, reach).double()
         for name, parts in self._parts.items():
             for scores, rows in zip(self.sums[name], parts, strict=True):
                 scores[of] += times * contract(self._arch, delta, grad, reach, rows)
@@ -153,14 +169,14 @@ class Statistics:
         # One example at a time: a float64 copy of a whole batch would take twice as much memory as the batch.
         if "examples" in found:
             for example, part in zip(scores.batch.index, found["examples"], strict=True):
-                values = part.double().cpu()
+                values = part.double()
                 sums["total"] += values
                 sums["squares"] += values.square()
                 if "examples" in sums:
                     sums["examples"][example] = values.float()
         if "positions" in found:
             for place, part in zip(scores.places, found["positions"], strict=True):
-                values = part.double().cpu()
+                values = part.double()
                 sums["positions"][place] += values
                 if "examples" not in found:
                     sums["total"] += values
@@ -205,7 +221,13 @@ def score_batches(
     checkpoint.keep({**statistics.sums, "finished": finished})
     tokens = checkpoint.tokens(tokens)
     batches = remaining(request.data, request.batches(tokens), finished)
-    for batch, scores in in_memory(request.data, batches, tokens, score):
+
+    def fetched(batch: Batch, tokens: int) -> BatchScores:
+        scores = score(batch, tokens)
+        scores.fetch()
+        return scores
+
+    for batch, scores in in_memory(request.data, batches, tokens, fetched):
         with checkpoint.changing():
             statistics.add(scores)
             finished[batch.index] = True

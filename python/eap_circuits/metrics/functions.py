@@ -66,7 +66,9 @@ class Metric:
 
 def logit_diff(logits: Tensor, batch: MetricBatch) -> Tensor:
     """Good logit less bad logit; of sets, logsumexp(good) - logsumexp(bad). [E, V] -> [E], in logits."""
-    good, bad = of_answers(at_least_float32(logits), batch.answers, -torch.inf).logsumexp(2).unbind(1)
+    picked = of_answers(at_least_float32(logits), batch.answers, -torch.inf)
+    # Of one logit alone it is that logit.
+    good, bad = (picked[..., 0] if picked.shape[2] == 1 else picked.logsumexp(2)).unbind(1)
     return good - bad
 
 
@@ -187,12 +189,12 @@ def check_metric_values(values: Tensor, batch: MetricBatch, logits: Tensor | Non
     """Refuse what a metric must not return.
 
     Args:
-        values: what the metric returned; must be a floating tensor [E] of finite values.
+        values: what the metric returned; must be a floating tensor [E].
         batch: what the metric was given; `batch.index` names the examples.
         logits: [E, V] what the metric was given; where they require grad, so must the values.
 
     Raises:
-        InputError: not such a tensor, not finite (names the example), or cut off from the logits' gradient.
+        InputError: not such a tensor, or cut off from the logits' gradient.
     """
     shape = [len(batch.index)]
     if not isinstance(values, Tensor):
@@ -203,20 +205,29 @@ def check_metric_values(values: Tensor, batch: MetricBatch, logits: Tensor | Non
             f"a floating-point tensor of shape {shape}, one value per example",
             f"{values.dtype} of shape {list(values.shape)}" + ("" if values.dim() else ", such as a mean"),
         )
-    bad = ~values.detach().isfinite()
-    if bad.any():
-        first = int(bad.nonzero()[0])
-        found = str(values[first].item())
-        if logits is not None and not logits[first].isfinite().all():
-            cure = "; load the model in bfloat16 or float32" if logits.dtype == torch.float16 else ""
-            found += f", of logits that are not finite{cure}"
-        raise expected(f"metric value of example {int(batch.index[first])}", "a finite number", found)
     if torch.is_grad_enabled() and logits is not None and logits.requires_grad and not values.requires_grad:
         raise expected(
             "metric",
             "values that depend differentiably on the logits",
             "values without a gradient (a detached tensor, argmax, or torch.no_grad in the metric)",
         )
+
+
+def check_finite(values: Tensor, index: Tensor, sums: Tensor, dtype: torch.dtype) -> None:
+    """Refuse values [E] that are not finite; all tensors are on the CPU.
+
+    Args:
+        index: int64 [E], which names the examples.
+        sums: [E], sums of each example's logits, which are finite if these are; `dtype` is the logits'.
+    """
+    bad = ~values.isfinite()
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        found = str(values[first].item())
+        if not sums[first].isfinite():
+            cure = "; load the model in bfloat16 or float32" if dtype == torch.float16 else ""
+            found += f", of logits that are not finite{cure}"
+        raise expected(f"metric value of example {int(index[first])}", "a finite number", found)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

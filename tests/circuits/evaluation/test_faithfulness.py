@@ -12,7 +12,7 @@ from eap_circuits.adapters import bind
 from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Runner, borrowed, make_batches
 from eap_circuits.graph import Graph
-from eap_circuits.request import prepare
+from eap_circuits.request import Measurement, prepare
 from tests.circuits.conftest import logit_difference, prompts, random_circuit
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import of_circuit, plain_run
@@ -244,7 +244,7 @@ def test_only_the_answers_logits_are_computed_for_what_looks_at_no_others(family
             right, found = (runner.logits(runner.embed(batch.clean)) for runner in (every, few))
             assert found.shape == (batch.n_examples, len(batch.answer_tokens))
             torch.testing.assert_close(found, right[:, batch.answer_tokens])
-            values = [run.values(logits, batch, logits, logits) for logits in (right, found)]
+            values = [Measurement(run, batch, logits, logits).values(logits) for logits in (right, found)]
             torch.testing.assert_close(*values)
 
 

@@ -16,7 +16,7 @@ from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Constants, Runner, borrowed, make_batches
 from eap_circuits.intervention import learning_run
 from eap_circuits.recording import ABLATIONS, record_run
-from eap_circuits.request import prepare
+from eap_circuits.request import Measurement, prepare
 from tests.circuits.budget.test_memory import longer_pairs
 from tests.circuits.conftest import random_circuit
 
@@ -39,7 +39,7 @@ def test_what_is_followed_is_the_gradient_of_what_evaluate_measures(kind, heads,
             for batch in make_batches(run.data, 2, False, run.arch.device):
                 runner = Runner(run.arch, circuit.graph, batch)
                 logits = learning_run(runner, circuit.graph, record_run(runner, False, constants), circuit.mask)
-                run.values(logits, batch, logits, logits).sum().backward()
+                Measurement(run, batch, logits, logits).values(logits).sum().backward()
         for _ in range(2):
             moves = constants.map(lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype))
             slope = sum(

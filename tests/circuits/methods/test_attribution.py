@@ -13,7 +13,7 @@ from eap_circuits.intervention import run_circuits
 from eap_circuits.methods.quadrature import QUADRATURES
 from eap_circuits.metrics import get_metric
 from eap_circuits.recording import record_run
-from eap_circuits.request import prepare
+from eap_circuits.request import Measurement, prepare
 from tests.circuits.conftest import prompts, random_edges
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import differences, plain_run, scores
@@ -29,7 +29,7 @@ def losses(model, graph, data, masks, metric="logit_diff"):
             clean = runner.logits(runner.embed(batch.clean))
             record = record_run(runner, corrupted=True)
             for i, logits in enumerate(run_circuits(runner, graph, record, masks)):
-                total[i] -= run.values(logits, batch, clean, record.logits).sum()
+                total[i] -= Measurement(run, batch, clean, record.logits).values(logits).sum()
     return total
 
 
@@ -69,7 +69,7 @@ def test_path_scores_are_their_definition(metric, make_model, make_pairs, relati
             (batch,) = make_batches(data[[e]], None, False, request.arch.device)
 
             def loss(logits, request=request, batch=batch, ends=(clean.logits, corrupted.logits)):
-                return -request.values(logits[None], batch, *(x.detach()[None] for x in ends)).sum()
+                return -Measurement(request, batch, *(x.detach()[None] for x in ends)).values(logits[None]).sum()
 
             points = [(1 / steps, plain_run(decoder, torch.lerp(y, x, (k + 0.5) / steps))) for k in range(steps)]
             total += scores(differences(clean, corrupted), points, loss) / len(data)

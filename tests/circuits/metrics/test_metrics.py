@@ -18,6 +18,7 @@ from eap_circuits.errors import InputError
 from eap_circuits.metrics import (
     METRICS,
     MetricBatch,
+    check_finite,
     check_metric_values,
     get_metric,
     js_divergence,
@@ -244,11 +245,11 @@ def test_values_of_the_wrong_kind(values: object, found: str) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_names_the_example_in_the_dataset(value: float) -> None:
     with pytest.raises(InputError, match=rf"^metric value of example 41: expected a finite number, found {value}\.$"):
-        check_metric_values(torch.tensor([0.0, value]), batch_of(PAIRS, index=[40, 41]))
+        check_finite(torch.tensor([0.0, value]), torch.tensor([40, 41]), torch.ones(2), torch.float16)
     for dtype, cure in ((torch.float16, "; load the model in bfloat16 or float32"), (torch.float32, "")):
-        logits = torch.tensor([[0.0, 1.0], [value, 1.0]], dtype=dtype)
+        sums = torch.tensor([1.0, value])
         with pytest.raises(InputError, match=rf"found {value}, of logits that are not finite{cure}\.$"):
-            check_metric_values(torch.tensor([0.0, value]), batch_of(PAIRS, index=[40, 41]), logits)
+            check_finite(torch.tensor([0.0, value]), torch.tensor([40, 41]), sums, dtype)
 
 
 def test_values_cut_off_from_the_logits() -> None:

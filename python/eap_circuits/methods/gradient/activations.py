@@ -21,7 +21,7 @@ from ..quadrature import Path
 from ..spec import AttributionRequest
 from ..statistics import BatchScores
 from .inputs import score_along_inputs
-from .method import GradientMethod, Passes, chunks, contraction, loss_of
+from .method import GradientMethod, Passes, chunks, contraction, loss_of, weights_of
 
 
 class ActivationsMethod(GradientMethod):
@@ -56,8 +56,10 @@ def _add_groups(request: AttributionRequest, batch: Batch, passes: Passes, score
     paths = record_paths(runner, request.constants, through=every_edge)
     sides, groups = paths.sides, paths.sides.senders.sites
 
+    measured = scores.measurement(sides.clean_logits, sides.corrupted_logits)
+
     def loss(logits: Tensor) -> Tensor:
-        return loss_of(request, batch, logits.split(batch.n_examples), sides.clean_logits, sides.corrupted_logits)
+        return loss_of(measured, logits.split(batch.n_examples))
 
     for group in groups:
         since = group.senders.start
@@ -65,11 +67,12 @@ def _add_groups(request: AttributionRequest, batch: Batch, passes: Passes, score
             # In the package input embeddings are constants on their own path: what reads only them has no gradient.
             since = 1 if group.module is None and paths.only_tokens else 0
         receivers = ReceiverGradients(runner, graph, passes.held, request.rules, since)
-        readers = graph.reach > since  # the last ones of the graph
+        readers = slice(int((graph.reach <= since).sum()), None)  # the last ones of the graph
         for held in chunks(passes.path, passes.held):
             for part in chunks(held, passes.together):
-                alphas, weights = torch.tensor(part, dtype=torch.float64).T
-                receivers.run(paths.embeddings(group, alphas), weights, loss, paths.watch(group, alphas))
+                alphas = [alpha for alpha, _ in part]
+                start, watch = paths.embeddings(group, alphas), paths.watch(group, alphas)
+                receivers.run(start, weights_of(request, part), loss, watch)
             with contraction(receivers):
                 reach = graph.reach[readers]
                 if every_edge:

@@ -22,7 +22,7 @@ from ...forward import Batch
 from ...recording import ReceiverGradients, record_both_sides, record_contributions
 from ..spec import AttributionRequest
 from ..statistics import BatchScores
-from .method import GradientMethod, Passes, loss_of
+from .method import GradientMethod, Passes, loss_of, weights_of
 
 
 class ConductanceMethod(GradientMethod):
@@ -42,16 +42,19 @@ class ConductanceMethod(GradientMethod):
         sides = record_both_sides(runner)
         clean, corrupted = sides.clean_embeddings, sides.corrupted_embeddings
 
-        def loss(x: Tensor) -> Tensor:
-            return loss_of(request, batch, [x], sides.clean_logits, sides.corrupted_logits)
-
         scores = BatchScores(request, batch)
+        measured = scores.measurement(sides.clean_logits, sides.corrupted_logits)
+
+        def loss(x: Tensor) -> Tensor:
+            return loss_of(measured, [x])
+
+        weights = weights_of(request, [(1.0, 1.0)])
         spare, latest = (ReceiverGradients(runner, graph, 1, request.rules) for _ in range(2))
         before = here = None  # what senders write at the point before the latest, and there
         for alpha in (0.0, *(alpha for alpha, _ in passes.path)):
             point = torch.lerp(corrupted, clean, alpha)
             spare.clear()
-            following = record_contributions(runner, point, partial(spare.run, point, torch.ones(1), loss))
+            following = record_contributions(runner, point, partial(spare.run, point, weights, loss))
             if here is not None:
                 scores.add((before or here).minus(following).nodes(), latest.nodes(), times=0.5)
             before, here = here, following

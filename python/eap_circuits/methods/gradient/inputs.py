@@ -15,7 +15,7 @@ from ...forward import Batch
 from ...recording import BothSides, ReceiverGradients, less_clean, record_both_sides, record_corrupted_side
 from ..spec import AttributionRequest
 from ..statistics import BatchScores
-from .method import GradientMethod, Passes, chunks, contraction, loss_of
+from .method import GradientMethod, Passes, chunks, contraction, loss_of, weights_of
 
 
 class InputsMethod(GradientMethod):
@@ -32,23 +32,22 @@ def score_along_inputs(request: AttributionRequest, batch: Batch, passes: Passes
     path = sorted(passes.path, reverse=True)
     shared = path[0][0] == 1.0
     side = (record_corrupted_side if shared else record_both_sides)(runner, request.constants)
-    senders, clean_logits = side.senders, side.clean_logits if isinstance(side, BothSides) else None
+    scores, senders = BatchScores(request, batch), side.senders
+    measured = scores.measurement(side.clean_logits, side.corrupted_logits) if isinstance(side, BothSides) else None
     receivers = ReceiverGradients(runner, request.graph, passes.held, request.rules)
 
     def loss(logits: Tensor) -> Tensor:
-        nonlocal clean_logits
+        nonlocal measured
         points = logits.split(batch.n_examples)
-        if clean_logits is None:
-            clean_logits = points[0].detach()
-        return loss_of(request, batch, points, clean_logits, side.corrupted_logits)
+        if measured is None:
+            measured = scores.measurement(points[0], side.corrupted_logits)
+        return loss_of(measured, points)
 
-    scores = BatchScores(request, batch)
     for held in chunks(path, passes.held):
         for part in chunks(held, passes.together):
             points = torch.cat([torch.lerp(side.corrupted_embeddings, side.clean_embeddings, a) for a, _ in part])
-            weights = torch.tensor([weight for _, weight in part], dtype=torch.float64)
-            run_pass = partial(receivers.run, points, weights, loss)
-            if clean_logits is None:
+            run_pass = partial(receivers.run, points, weights_of(request, part), loss)
+            if measured is None:
                 senders, _ = less_clean(side, batch, run_pass)
             else:
                 run_pass()

@@ -26,9 +26,9 @@ from ...budget import (
     tokens_within,
 )
 from ...checkpoint import Checkpoint
-from ...forward import Batch
+from ...forward import Batch, upload
 from ...recording import ReceiverGradients
-from ...request import Progress
+from ...request import Measurement, Progress
 from ..planning import Plan
 from ..quadrature import Path, Quadrature
 from ..spec import KEEP, AttributionRequest, Method
@@ -147,11 +147,14 @@ def contraction(receivers: ReceiverGradients) -> Iterator[None]:
     end_of_phase()
 
 
-def loss_of(
-    request: AttributionRequest, batch: Batch, points: Iterable[Tensor], clean: Tensor, corrupted: Tensor
-) -> Tensor:
+def loss_of(measured: Measurement, points: Iterable[Tensor]) -> Tensor:
     """−metric summed over the batch's examples and path points, each point's logits being [E, V]."""
-    return -torch.stack([request.values(point, batch, clean, corrupted).sum() for point in points]).sum()
+    return -torch.stack([measured.values(point).sum() for point in points]).sum()
+
+
+def weights_of(request: AttributionRequest, part: Path) -> Tensor:
+    """The weights of some points of the path, float64, on the model's device."""
+    return upload(request.arch.device, torch.tensor([weight for _, weight in part], dtype=torch.float64))[0]
 
 
 def chunks(path: Path, most: int) -> list[Path]:

@@ -1,0 +1,123 @@
+"""What host code asks of the pretended device: kernels launched, and moments in which the host waits.
+
+    with pretending(), counting() as counts:
+        eap.attribute(model, data)
+    print(counts.launches.total(), counts.waits.total(), counts.waits.most_common(5))
+
+A kernel is an operator on the device that is no view, allocates nothing alone, and has elements; some count more than
+once (`_MORE`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.pretended.tensors import Pretend, attention_backward, attention_forward, observers, tensors_of
+
+Site = tuple[str, str]  # (operator or reason, file:line of the package)
+_PACKAGES = ("eap_circuits", "eap_kernels")
+_FREE = {"_unsafe_view", "_reshape_alias", "detach", "alias", "lift_fresh", "empty", "empty_like", "empty_strided",
+         "new_empty", "new_empty_strided", "view_as", "resize_", "set_"}  # fmt: skip
+_MORE = {"nonzero": 3, "_unique2": 8, "unique_dim": 10, "unique_consecutive": 6, "sort": 3, "topk": 2, "cumsum": 2,
+         "attention_backward": 3, "masked_select": 4}  # fmt: skip
+_WAITING = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "_unique2", "unique_dim", "unique_consecutive",
+            "masked_select")  # fmt: skip
+_INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
+
+
+@dataclass
+class Counts:
+    """Kernels launched and waits, by operator or reason and by line of the package.
+
+    What a model's own code does is of the line that called the model, with " (model)".
+    """
+
+    launches: Counter[Site] = field(default_factory=Counter)
+    waits: Counter[Site] = field(default_factory=Counter)
+
+    @property
+    def own_waits(self) -> int:
+        """Those that are not a model's own."""
+        return sum(n for (_, site), n in self.waits.items() if not site.endswith("(model)"))
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Counts]:
+    """What runs inside, on the pretended device."""
+    counts = Counts()
+
+    def observe(event: str, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        if event == "wait":
+            counts.waits[func, _site()] += 1
+        else:
+            _count(counts, func, args, kwargs, out)
+
+    observers.append(observe)
+    try:
+        yield counts
+    finally:
+        observers.remove(observe)
+
+
+def _count(counts: Counts, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    attention = func in (attention_forward, attention_backward)
+    name = func.__name__ if attention else func._schema.name.split("::")[-1]
+    given, made = tensors_of([*args, *kwargs.values()]), tensors_of([out])
+    site = _site()
+    indices = [x for x in args[1] if isinstance(x, Tensor)] if name in _INDEXING else []
+    for why in _waits(name, args, kwargs, made, indices):
+        counts.waits[why, site] += 1
+    view = not attention and (func.is_view or name in _FREE)
+    if view or name in ("_local_scalar_dense", "is_nonzero") or not any(x.numel() for x in made or given):
+        return
+    masks = sum(isinstance(x, Pretend) and x.dtype == torch.bool for x in indices)
+    counts.launches[name, site] += _MORE.get(name, 1) + 3 * masks
+
+
+def _waits(name: str, args: Any, kwargs: Any, made: list[Tensor], indices: list[Tensor]) -> Iterator[str]:
+    if name in _WAITING:
+        yield name
+    if name in ("_to_copy", "copy_"):
+        source, target = (args[1], args[0]) if name == "copy_" else (args[0], made[0])
+        blocking = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
+        if isinstance(source, Pretend) != isinstance(target, Pretend) and blocking and source.numel():
+            yield "copy to the host" if isinstance(source, Pretend) else "copy to the device"
+    for index in indices:
+        if not isinstance(index, Pretend):
+            yield "index from the host"
+        elif index.dtype == torch.bool:
+            yield "index by a mask"
+
+
+def _site() -> str:
+    """file:line of the innermost frame of the packages; of a model's code, or "backward", if there is none."""
+    frame: Any = sys._getframe(1)
+    model = ""
+    while frame is not None:
+        package, file = _origin(frame.f_code.co_filename)
+        if package in _PACKAGES:
+            return f"{file}:{frame.f_lineno}" + (" (model)" if model else "")
+        if package and not model:
+            model = f"{file}:{frame.f_lineno}"
+        frame = frame.f_back
+    return f"{model} (model)" if model else "backward"
+
+
+@functools.cache
+def _origin(filename: str) -> tuple[str, str]:
+    """The package that a file is of, if any that matters, and its path from there."""
+    parts = Path(filename).parts
+    for package in (*_PACKAGES, "transformers"):
+        if package in parts[:-1]:
+            return package, "/".join(parts[len(parts) - 1 - parts[::-1].index(package) :])
+    return "", ""

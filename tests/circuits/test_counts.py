@@ -1,0 +1,152 @@
+"""Kernels launched, and moments in which the host waits for a device: counted on a pretended one, without values.
+
+A wait for each circuit or layer, or a launch for each circuit and layer, shows in the differences between two runs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import eap_circuits as eap
+from bench.pretended import Counts, counting, pretending
+from eap_circuits.adapters import bind
+from eap_circuits.errors import InputWarning
+
+EXAMPLES, TOKENS, POINTS, VOCABULARY = 8, 6, 3, 59
+SMALL = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None}
+LLAMA = {
+    **SMALL,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 48,
+}
+GPT2 = {**SMALL, "n_embd": 24, "n_head": 3, "n_positions": 48}
+MAKE: dict[str, Callable[[int], Any]] = {
+    "llama": lambda layers: LlamaForCausalLM(LlamaConfig(**LLAMA, num_hidden_layers=layers)),
+    "gpt2": lambda layers: GPT2LMHeadModel(GPT2Config(**GPT2, n_layer=layers)),
+}
+# Launches beyond the model's own passes: of a layer, and of the rest of a batch.
+OF_ATTRIBUTE = {"llama": (95, 125), "gpt2": (120, 130)}
+OF_EVALUATE = {"llama": (70, 110), "gpt2": (65, 110)}
+OF_A_METRIC = 7  # at one circuit's logits
+
+
+def pairs(shared: int = 0) -> eap.PairedDataset:
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randint(3, VOCABULARY, (EXAMPLES, TOKENS), generator=generator)
+    clean[:, :shared] = clean[:1, :shared]
+    corrupted = clean.clone()
+    corrupted[:, shared] = (clean[:, shared] + 1) % VOCABULARY
+    answers = torch.tensor([[5, 6]] * EXAMPLES)
+    return eap.PairedDataset.from_tokens(clean, corrupted, torch.full((EXAMPLES,), TOKENS), answers)
+
+
+def on_device(name: str, layers: int) -> Any:
+    with torch.device("meta"):
+        model = MAKE[name](layers)
+    return model.eval().requires_grad_(False).to("cuda")
+
+
+def counted(call: Callable[[], object]) -> Counts:
+    with warnings.catch_warnings(), counting() as found:
+        warnings.simplefilter("ignore", InputWarning)  # without values there is no faithfulness
+        call()
+    return found
+
+
+@cache
+def attributed(name: str, layers: int, **settings: Any) -> Counts:
+    with pretending(shapes=True):
+        model, data = on_device(name, layers), pairs()
+        return counted(lambda: eap.attribute(model, data, steps=POINTS, memory="1TB", **settings))
+
+
+@cache
+def evaluated(name: str, layers: int, copies: int = 1, **settings: Any) -> Counts:
+    """Of three circuits, so many times."""
+    with pretending(shapes=True):
+        model, data = on_device(name, layers), pairs()
+        graph = bind(model).graph("kv")
+        values = torch.randn(graph.edge_mask.shape, generator=torch.Generator().manual_seed(1)) * graph.edge_mask
+        scores = eap.EdgeScores(graph, values, {})
+        circuits = [scores.select(int(share * graph.n_edges)) for share in (0.3, 0.5, 0.9)]
+        return counted(lambda: eap.evaluate(model, circuits * copies, data, memory="1TB", **settings))
+
+
+@cache
+def own_passes(name: str, layers: int, backward: bool) -> int:
+    """Launches of two passes of the model itself, one of them with a gradient if asked for."""
+
+    def run() -> None:
+        ids = torch.zeros(EXAMPLES, TOKENS, dtype=torch.int64, device="cuda")
+        for gradient in (False, backward):
+            embeddings = model.get_input_embeddings()(ids).requires_grad_(gradient)
+            logits = model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=1).logits
+            if gradient:
+                logits.backward(torch.empty_like(logits))
+
+    with pretending(shapes=True):
+        model = on_device(name, layers)
+        return counted(run).launches.total()
+
+
+def beyond(name: str, few: Counts, more: Counts, backward: bool) -> tuple[int, int]:
+    """Launches beyond the model's own passes, of a layer and of the rest of a batch, from runs of two and three."""
+    two, three = (
+        counts.launches.total() - own_passes(name, layers, backward) for layers, counts in ((2, few), (3, more))
+    )
+    return three - two, 3 * two - 2 * three
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_attribution_waits_once_a_batch(name: str) -> None:
+    for layers in (2, 3):
+        assert attributed(name, layers).own_waits == 1
+    assert attributed(name, 2, batch_size=EXAMPLES // 2).own_waits == 2
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_evaluation_waits_once_a_batch(name: str) -> None:
+    for layers, copies in ((2, 1), (3, 1), (2, 2)):
+        assert evaluated(name, layers, copies).own_waits == 1
+    assert evaluated(name, 2, batch_size=EXAMPLES // 2).own_waits == 2
+
+
+@pytest.mark.parametrize("settings", [{"method": "eap-ig-activations"}, {"method": "information-flow-routes"}])
+def test_other_methods_wait_once_a_batch(settings: dict[str, str]) -> None:
+    assert attributed("gpt2", 2, **settings).own_waits == 1
+
+
+@pytest.mark.parametrize("keep", ["examples", "positions-from-end", "neurons"])
+def test_what_is_kept_waits_once_more_at_most(keep: str) -> None:
+    assert attributed("gpt2", 2, method="eap", keep=keep).own_waits == 1 + (keep != "neurons")
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_launches_of_attribution(name: str) -> None:
+    layer, batch = beyond(name, attributed(name, 2), attributed(name, 3), True)
+    assert 0 < layer <= OF_ATTRIBUTE[name][0]
+    assert batch <= OF_ATTRIBUTE[name][1]
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_launches_of_evaluation(name: str) -> None:
+    layer, batch = beyond(name, evaluated(name, 2), evaluated(name, 3), False)
+    assert 0 < layer <= OF_EVALUATE[name][0]
+    assert batch <= OF_EVALUATE[name][1]
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_circuits_are_launched_together(name: str) -> None:
+    """What further circuits like the others add is the same at any depth: their metric."""
+    two, three = (evaluated(name, n, 3).launches.total() - evaluated(name, n, 2).launches.total() for n in (2, 3))
+    assert two == three <= 3 * OF_A_METRIC

@@ -49,6 +49,8 @@ LOGGED = 400_000
 # Print each test's name as it begins: if a kernel hangs, the log ends with its test.
 PYTEST = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--show-capture=stdout", "-p", "no:cacheprovider"]
 TEST = [*PYTEST, "--maxfail=10", "-m", "not slow"]
+# Those without a bench of their own are measured with models.
+TESTED = (*OPERATORS, "normalise_rows", "collapse")
 # The longest files, in several processes.
 SPREAD = ["-n", "4"]
 JOBS = max(1, (os.cpu_count() or 2) // 2)
@@ -84,7 +86,7 @@ def kernel_tests() -> dict[str, list[str]]:
         command = [*(quick if impl == "triton" else []), *TEST, "-k", f"{impl}-cuda"]
         return {
             f"{impl} {op}": [*command, *(SPREAD if op == "masked_read" else []), f"tests/kernels/test_{op}.py"]
-            for op in OPERATORS
+            for op in TESTED
         }
 
     return {

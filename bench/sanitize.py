@@ -81,7 +81,29 @@ def head_space_scores(impl, device, shape, dtype, layout, generator):
     testing.assert_close(ek.head_space_scores(*given, impl=impl, workspace=5000), reference, oracle)
 
 
-OPERATORS = (edge_scores, masked_read, head_space_scores)
+def capture(impl, device, shape, dtype, layout, generator):
+    """normalise_rows and collapse, with rows gathered and without."""
+    points, _, tokens, width = shape
+    x, g = (testing.random_tensor((points, tokens, width), dtype, generator, layout) for _ in range(2))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for rows in (None, torch.randint(0, tokens, (3,), generator=generator)):
+        count = tokens if rows is None else len(rows)
+        results = []
+        for where, name in (("cpu", "reference"), (device, impl)):
+            chosen = None if rows is None else rows.to(where)
+            normalised = torch.full((points, count, width), torch.nan, dtype=dtype, device=where)
+            r = ek.normalise_rows(x.to(where), 1e-5, True, chosen, normalised, name)
+            out = torch.zeros(count, 1, width, dtype=wide, device=where)
+            along = torch.full((1, points, count), torch.nan, dtype=wide, device=where)
+            weights = torch.ones(points, dtype=wide, device=where)
+            four = (y.to(where).unsqueeze(2) for y in (g, x))
+            ek.collapse(*four, r, weights, out, along, width, rows=chosen, impl=name)
+            results.append([y.cpu().to(wide) for y in (r, normalised, out, along)])
+        for expected, found in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+
+
+OPERATORS = (edge_scores, masked_read, head_space_scores, capture)
 
 
 def main() -> None:

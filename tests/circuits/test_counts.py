@@ -35,8 +35,8 @@ MAKE: dict[str, Callable[[int], Any]] = {
     "gpt2": lambda layers: GPT2LMHeadModel(GPT2Config(**GPT2, n_layer=layers)),
 }
 # Launches beyond the model's own passes: of a layer, and of the rest of a batch.
-OF_ATTRIBUTE = {"llama": (95, 125), "gpt2": (120, 130)}
-OF_EVALUATE = {"llama": (70, 110), "gpt2": (65, 110)}
+OF_ATTRIBUTE = {"llama": (37, 105), "gpt2": (54, 107)}
+OF_EVALUATE = {"llama": (60, 111), "gpt2": (58, 104)}
 OF_A_METRIC = 7  # at one circuit's logits
 
 

@@ -68,13 +68,15 @@ FEWER = {"memcheck": [], "racecheck": ["--few"]}
 
 
 class Stage(NamedTuple):
-    """Commands by name, how many of them run at once, and the share of the time that they have together."""
+    """Commands by name, how many of them run at once, the share of the time that they have together, and the seconds
+    that they have even if that share is less."""
 
     name: str
     share: float
     commands: Mapping[str, Sequence[str]]
     environment: Mapping[str, str] = {}
     at_once: int = 1
+    least: float = 0.0
 
 
 def kernel_tests() -> dict[str, list[str]]:
@@ -137,9 +139,13 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage(
-            "build", 3.0, {"build": [sys.executable, "setup.py", "build_ext", "--inplace"]}, {"EAP_REQUIRE_EXT": "1"}
+            "build",
+            3.0,
+            {"build": [sys.executable, "setup.py", "build_ext", "--inplace"]},
+            {"EAP_REQUIRE_EXT": "1"},
+            least=90.0,
         ),
-        Stage("info", 1.5, {"info": [sys.executable, "-m", "eap_kernels.info"]}),
+        Stage("info", 0.5, {"info": [sys.executable, "-m", "eap_kernels.info"]}, least=20.0),
         Stage("kernels", 6.0, kernel_tests(), {"EAP_REQUIRE": "cpu,triton,cuda", "OMP_NUM_THREADS": "2"}, JOBS),
         Stage(
             "sanitize",
@@ -161,13 +167,13 @@ STAGES = {
             at_once=4,
         ),
         BENCH_FIRST,
-        Stage("record-first", 0.3, recording(BENCH_FIRST)),
+        Stage("record-first", 0.3, recording(BENCH_FIRST), least=25.0),
         BENCH_REST,
-        Stage("record-rest", 0.3, recording(BENCH_REST)),
+        Stage("record-rest", 0.3, recording(BENCH_REST), least=25.0),
         MODELS,
-        Stage("record-models", 0.3, recording(MODELS)),
+        Stage("record-models", 0.3, recording(MODELS), least=25.0),
         COMPILED,
-        Stage("record-compiled", 0.3, recording(COMPILED)),
+        Stage("record-compiled", 0.3, recording(COMPILED), least=25.0),
     )
 }
 PARTS = {
@@ -232,7 +238,7 @@ def run_stages(stages: Sequence[Stage], folder: Path, total: float) -> list[Resu
     for index, stage in enumerate(stages):
         begin = time.monotonic()
         share = stage.share / sum(later.share for later in stages[index:])
-        results += run_stage(stage, log, begin + share * (end - begin))
+        results += run_stage(stage, log, begin + max(stage.least, share * (end - begin)))
         print(f"{stage.name}: {time.monotonic() - begin:.0f} s", flush=True)
     return results
 

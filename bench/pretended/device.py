@@ -115,21 +115,9 @@ def pretending(shapes: bool = False, native: bool = False) -> Iterator[None]:
 
 
 def _pretend_triton(stack: contextlib.ExitStack) -> None:
-    """What `auto` runs unmeasured counts as the one kernel that it is."""
+    """The reference stands for Triton's kernels; what is one launch whatever was measured counts as one."""
     from eap_kernels import _auto, triton
-
-    for name in _auto.ONE_LAUNCH if triton.INSTALLED else ():
-        module = importlib.import_module(f"eap_kernels.triton.{name}")
-        stack.enter_context(mock.patch.object(module, name, getattr(torch.ops.eap_kernels, name).default))
-
-
-def _pretend_native(stack: contextlib.ExitStack) -> None:
-    """The CPU's kernels stand for CUDA's, the reference for Triton's: all around a kernel runs, but no kernel."""
-    from eap_kernels import _auto, cuda
     from eap_kernels.reference import edge_scores, head_space_scores, masked_read
-    from eap_kernels.triton import edge_scores as triton_edge_scores
-    from eap_kernels.triton import head_space_scores as triton_head_space_scores
-    from eap_kernels.triton import masked_read as triton_masked_read
 
     def reads(*args: Any) -> torch.Tensor:
         return masked_read.masked_read(*args[:3])
@@ -137,13 +125,22 @@ def _pretend_native(stack: contextlib.ExitStack) -> None:
     def expand(groups: Any, start: int, tokens: int, features: int, tf32: bool) -> torch.Tensor:
         return head_space_scores.expand(groups, slice(start, start + tokens), features, groups[0].values.dtype)
 
-    for module, name, stand_in in (
-        (cuda, "not_built", lambda: None),
-        (_auto, "ranking", lambda *_: ["cuda"]),
-        (triton_edge_scores, "edge_scores", edge_scores.edge_scores),
-        (triton_head_space_scores, "expand", expand),
-        (triton_masked_read, "masked_read", reads),
-    ):
+    stand_ins = [
+        ("edge_scores", "edge_scores", edge_scores.edge_scores),
+        ("head_space_scores", "expand", expand),
+        ("masked_read", "masked_read", reads),
+        *((name, name, getattr(torch.ops.eap_kernels, name).default) for name in _auto.ONE_LAUNCH),
+    ]
+    for file, name, stand_in in stand_ins if triton.INSTALLED else ():
+        module = importlib.import_module(f"eap_kernels.triton.{file}")
         stack.enter_context(mock.patch.object(module, name, stand_in))
+
+
+def _pretend_native(stack: contextlib.ExitStack) -> None:
+    """The CPU's kernels stand for CUDA's: all around a kernel runs, but no kernel."""
+    from eap_kernels import _auto, cuda
+
+    stack.enter_context(mock.patch.object(cuda, "not_built", return_value=None))
+    stack.enter_context(mock.patch.object(_auto, "ranking", return_value=["cuda"]))
     cuda.trial.cache_clear()
     stack.callback(cuda.trial.cache_clear)

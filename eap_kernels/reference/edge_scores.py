@@ -11,6 +11,8 @@ from torch import Tensor
 # Elements of delta copied at once if a copy is needed (strides that do not flatten, low precision): as many as a
 # processor's cache holds, and enough that a GPU does not wait for launches.
 _CHUNK, _CHUNK_CUDA = 1 << 20, 1 << 26
+# On tensor cores: products of a run, and the most sums of runs that are held at once.
+_RUN, _SUMS = 1 << 15, 1 << 28
 # Share of a block's products that may lie outside the staircase: wider products are worth that much.
 _WASTE = 0.125
 
@@ -85,13 +87,31 @@ def _product(delta: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     if flattens(delta) and flattens(grad):
         if delta.dtype == dtype:
             return delta.flatten(1) @ grad.flatten(1).T
-        if delta.is_cuda:  # tensor cores: low precision in, fp32 sums out
-            return torch.mm(delta.flatten(1), grad.flatten(1).T, out_dtype=dtype)
+        if delta.is_cuda:
+            return _on_tensor_cores(delta.flatten(1), grad.flatten(1), dtype)
     scores = delta.new_zeros((delta.shape[0], grad.shape[0]), dtype=dtype)
     step = max(1, (_CHUNK_CUDA if delta.is_cuda else _CHUNK) // max(1, delta.shape[0] * delta.shape[2]))
     for a in range(0, delta.shape[1], step):
         d, g = (x[:, a : a + step].to(dtype).flatten(1) for x in (delta, grad))
         scores.addmm_(d, g.T)
+    return scores
+
+
+def _on_tensor_cores(delta: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """[s, K] x [r, K] -> [s, r]: low precision in, sums in `dtype` out, of runs of K that are added up by themselves.
+
+    Tensor cores round each step of a sum towards zero: on an H100, one run of 1.6 million products was off by 0.3
+    where 0.12 is right.
+    """
+    inner = delta.shape[1]
+    size = _RUN * max(1, -(-delta.shape[0] * grad.shape[0] * inner // (_SUMS * _RUN)))
+    if inner <= size:
+        return torch.mm(delta, grad.T, out_dtype=dtype)
+    whole = inner // size * size
+    d, g = (x[:, :whole].unflatten(1, (-1, size)).transpose(0, 1) for x in (delta, grad))
+    scores = torch.bmm(d, g.mT, out_dtype=dtype).sum(0)
+    if whole < inner:
+        scores += torch.mm(delta[:, whole:], grad[:, whole:].T, out_dtype=dtype)
     return scores
 
 

@@ -55,6 +55,15 @@ def written(suffix: str, folder: Path, change: Callable[[dict[str, Any]], Any], 
 # Numbers that are none, and values where no edge is.
 
 
+def test_a_negative_variance_is_neither_written_nor_read(tmp_path: Path) -> None:
+    variance = GRAPH.edge_mask.float()
+    variance[0, 1] = -1
+    with pytest.raises(
+        InputError, match=r"variance: expected numbers of at least 0, found 1 below, the first at input"
+    ):
+        EdgeScores(GRAPH, values_of(GRAPH), variance=variance).save(tmp_path / "r.safetensors")
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_numbers_that_are_not_finite_are_neither_written_nor_read(suffix: str, wrong: float, tmp_path: Path) -> None:

@@ -99,6 +99,8 @@ def checked(content: Content, nodes: bool = False) -> Content:
         edges = name != "neurons" and not nodes
         for part in x if x.dim() == 3 else [x]:  # one at a time: each comparison takes as much memory again
             _none(graph, edges, name, "finite numbers", "that are not", ~part.isfinite())
+        if name == "variance":
+            _none(graph, edges, name, "numbers of at least 0", "below", x < 0)
         if edges and name in ("values", "mask"):
             beyond = (x != 0) & ~graph.edge_mask
             _none(graph, edges, name, "zeros where there is no edge", "other values there", beyond)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
-from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from .errors import expected
 
@@ -86,6 +86,14 @@ def _restore_stacks(functions: list[Any], operators: int) -> None:
             torch._C._push_on_torch_function_stack(mode)
     while torch._C._len_torch_dispatch_stack() > operators:
         torch._C._pop_torch_dispatch_stack(None)
+
+
+class FunctionMode(TorchFunctionMode):
+    """A mode whose exit stands an interruption of torch's own dispatch, which takes the mode off and puts it back."""
+
+    def __exit__(self, *error: Any) -> None:
+        if self in _get_current_function_mode_stack():
+            super().__exit__(*error)
 
 
 class SharedChange:

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from ..adapters import Architecture, Kinds, Norm, as_given, nonlinear_parts
 from ..errors import expected
 from ..forward import Hooks
+from ..loans import FunctionMode
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class BackwardRules:
         return pattern.detach() + (soft - soft.detach())
 
 
-class _Products(TorchFunctionMode):
+class _Products(FunctionMode):
     def __init__(self, rules: BackwardRules) -> None:
         super().__init__()
         self._rules = rules
@@ -184,7 +184,7 @@ class _Products(TorchFunctionMode):
         return out
 
 
-class _Patterns(TorchFunctionMode):
+class _Patterns(FunctionMode):
     def __init__(self, rules: BackwardRules) -> None:
         super().__init__()
         self._rules = rules

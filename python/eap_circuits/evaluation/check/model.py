@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ...adapters import Architecture, Family, bind, linear_weight, receiver_sites, sender_sites
 from ...errors import InputError, known_arguments
@@ -21,7 +20,7 @@ from ...errors import whole as whole_number
 from ...forward import Batch, Hooks, Runner, borrowed, make_batches, why_not_reused
 from ...graph import Graph, Heads
 from ...intervention import run_circuits
-from ...loans import gives_back
+from ...loans import FunctionMode, gives_back
 from ...recording import ReceiverGradients, contract, record_both_sides, record_run
 from ...tasks import PairedDataset
 
@@ -38,7 +37,7 @@ class Check:
     detail: str
 
 
-class StayDouble(TorchFunctionMode):
+class StayDouble(FunctionMode):
     """Inside, float64 stays float64, although many models cast to float32 in norms, softmaxes and rotations."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

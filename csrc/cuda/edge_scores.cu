@@ -151,8 +151,9 @@ template <class T> struct TensorCore {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int start = (slab * kSlab + 16 * i + c_row(lane, 0)) * kColumns + columns + c_column(lane, 0);
-      target.put<16>(start, [&](int n) { return c[i][n / 4][n % 4]; },
-                     [](int n) { return c_row(0, n % 4) * kColumns + 8 * (n / 4) + c_column(0, n % 4); }, first);
+      target.put<16>(
+          start, [&](int n) { return c[i][n / 4][n % 4]; },
+          [](int n) { return c_row(0, n % 4) * kColumns + 8 * (n / 4) + c_column(0, n % 4); }, first);
 #pragma unroll
       for (int n = 0; n < 16; ++n) c[i][n / 4][n % 4] = 0;
     }

@@ -53,8 +53,8 @@ template <class A> struct Target {
     results = scores_.tile(chunk.slot == kDirect ? int64_t(plan_.slots) * plan_.tiles + blockIdx.x
                                                  : int64_t(chunk.slot) * plan_.tiles + unit % plan_.tiles);
   }
-  // Adds value(e) to the tile's entry `start` + at(e), e < kCount. `first`: of the unit's runs, which finds nothing there
-  // yet. All loads come before the first store, or each would wait for the store before it.
+  // Adds value(e) to the tile's entry `start` + at(e), e < kCount. `first`: of the unit's runs, which finds nothing
+  // there yet. All loads come before the first store, or each would wait for the store before it.
   template <int kCount, class Value, class At>
   __device__ void put(int start, const Value& value, const At& at, bool first) const {
     A* const to = results + start;

@@ -94,11 +94,12 @@ def uneven(tmp_path_factory):
 def check(kernels, capability, memory):
     for kernel in kernels:
         assert kernel["LOCAL"] == 0, kernel
-        # The largest tile keeps some sums of runs on the stack, which it reads once for thousands of products.
-        if kernel["kernel"] != "_contract" or kernel["tile"][:2] != [128, 256]:
-            assert kernel["STACK"] == 0, kernel
-            assert not {"LDL", "STL"} & set(kernel["opcodes"]), kernel
-        assert kernel["STACK"] <= 512, kernel
+        # Some sums of runs may wait on the stack, which is read once for thousands of products: the largest tile's, and
+        # a few where addresses of single elements take the registers.
+        sums = kernel["kernel"] == "_contract"
+        most = 512 if sums and kernel["tile"][:2] == [128, 256] else 32 if sums and kernel["shape"] == "odd" else 0
+        assert kernel["STACK"] <= most, kernel
+        assert most or not {"LDL", "STL"} & set(kernel["opcodes"]), kernel
         assert kernel["shared"] <= SHARED[memory], kernel
         assert not kernel["narrow"], kernel
         for rows, dtype in kernel["dots"]:

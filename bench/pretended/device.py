@@ -122,8 +122,8 @@ def _pretend_triton(stack: contextlib.ExitStack) -> None:
     def reads(*args: Any) -> torch.Tensor:
         return masked_read.masked_read(*args[:3])
 
-    def expand(groups: Any, start: int, tokens: int, features: int, tf32: bool) -> torch.Tensor:
-        return head_space_scores.expand(groups, slice(start, start + tokens), features, groups[0].values.dtype)
+    def expand(*args: Any, tf32: bool) -> torch.Tensor:
+        return head_space_scores.expanded(*args)
 
     stand_ins = [
         ("edge_scores", "edge_scores", edge_scores.edge_scores),

@@ -10,37 +10,7 @@ from torch import Tensor
 from eap_kernels.reference.edge_scores import edge_scores
 
 
-def head_space_scores(
-    values: list[Tensor],
-    weights: list[Tensor],
-    coefficients: list[Tensor],
-    normalised: list[Tensor],
-    sender_groups: int,
-    features: int,
-    reach: Tensor,
-    out: Tensor,
-    workspace: int,
-    contract: Callable[..., None] = edge_scores,
-    rounded: bool = False,
-) -> None:
-    """Add the scores to out [S, R]; each list holds one tensor a group, the first `sender_groups` are senders.
-
-    values [N, h, K], weights [g, K, D] or empty, coefficients [h, M, N] and normalised [M, N, D] or empty. At most
-    `workspace` bytes are expanded at once, but at least one token. `contract` multiplies a tile; its rows are in the
-    accumulation dtype, or in the values' dtype if `rounded`.
-    """
-    groups = list(zip(values, weights, coefficients, normalised, strict=True))
-    senders, receivers = groups[:sender_groups], groups[sender_groups:]
-    tokens = values[0].shape[0]
-    dtype = values[0].dtype if rounded else out.dtype
-    tile = max(1, workspace // max(1, (out.shape[0] + out.shape[1]) * features * dtype.itemsize))
-    for start in range(0, tokens, tile):
-        rows = slice(start, start + tile)
-        delta, grad = (expand(side, rows, features, dtype) for side in (senders, receivers))
-        contract(delta, grad, reach, out, None)
-
-
-def expand(
+def expanded(
     groups: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], rows: slice, features: int, dtype: torch.dtype
 ) -> Tensor:
     """Residual-space rows of some tokens: [nodes, n, D]."""
@@ -60,3 +30,34 @@ def expand(
             along = coefficients[:, :, rows].to(dtype).permute(2, 0, 1)  # [n, h, M]
             to.transpose(0, 1).sub_(along @ normalised[:, rows].to(dtype).transpose(0, 1))
     return out
+
+
+def head_space_scores(
+    values: list[Tensor],
+    weights: list[Tensor],
+    coefficients: list[Tensor],
+    normalised: list[Tensor],
+    sender_groups: int,
+    features: int,
+    reach: Tensor,
+    out: Tensor,
+    workspace: int,
+    contract: Callable[..., None] = edge_scores,
+    rounded: bool = False,
+    expand: Callable[..., Tensor] = expanded,
+) -> None:
+    """Add the scores to out [S, R]; each list holds one tensor a group, the first `sender_groups` are senders.
+
+    values [N, h, K], weights [g, K, D] or empty, coefficients [h, M, N] and normalised [M, N, D] or empty. At most
+    `workspace` bytes are expanded at once, but at least one token. `contract` multiplies a tile; its rows are in the
+    accumulation dtype, or in the values' dtype if `rounded`. `expand` makes the rows of a tile.
+    """
+    groups = list(zip(values, weights, coefficients, normalised, strict=True))
+    senders, receivers = groups[:sender_groups], groups[sender_groups:]
+    tokens = values[0].shape[0]
+    dtype = values[0].dtype if rounded else out.dtype
+    tile = max(1, workspace // max(1, (out.shape[0] + out.shape[1]) * features * dtype.itemsize))
+    for start in range(0, tokens, tile):
+        rows = slice(start, start + tile)
+        delta, grad = (expand(side, rows, features, dtype) for side in (senders, receivers))
+        contract(delta, grad, reach, out, None)

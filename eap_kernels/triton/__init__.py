@@ -53,6 +53,8 @@ class Triton(Backend):
 
 def scores_of_expanded(backend: Backend, *args: Any) -> None:
     """head_space_scores: rows are expanded by Triton, and contracted by the backend's own edge_scores."""
-    from eap_kernels.triton.head_space_scores import head_space_scores
+    from eap_kernels.reference.head_space_scores import head_space_scores
+    from eap_kernels.triton.head_space_scores import expand
 
-    partial(head_space_scores, contract=partial(backend.edge_scores, tf32=tf32()), tf32=tf32())(*args)
+    contract, rows = partial(backend.edge_scores, tf32=tf32()), partial(expand, tf32=tf32())
+    partial(head_space_scores, contract=contract, rounded=True, expand=rows)(*args)

@@ -1,4 +1,4 @@
-"""Head-space scores in Triton: all groups of one side are expanded by one launch, then contracted.
+"""Rows of head-space scores in Triton: all groups of one side are expanded by one launch.
 
 A program writes one tile, tokens x features, of one node's rows. It adds the product with the node's weight and the
 norm's term in the accumulation dtype and rounds once. Nodes that share a weight read it where it is.
@@ -6,7 +6,7 @@ norm's term in the accumulation dtype and rounds once. Nodes that share a weight
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -65,37 +65,17 @@ def _in_pieces(x: Tensor) -> bool:
     return x.stride(2) == 1 and all(step % 16 == 0 for step in steps)
 
 
-def head_space_scores(
-    values: list[Tensor],
-    weights: list[Tensor],
-    coefficients: list[Tensor],
-    normalised: list[Tensor],
-    sender_groups: int,
-    features: int,
-    reach: Tensor,
-    out: Tensor,
-    workspace: int,
-    contract: Callable[..., None],
-    tf32: bool,
-) -> None:
-    """Add the scores to out [S, R], as the reference's function of this name does; expanded rows have the values'
-    dtype."""
-    groups = [Group(*each) for each in zip(values, weights, coefficients, normalised, strict=True)]
-    senders, receivers = groups[:sender_groups], groups[sender_groups:]
-    tokens, dtype = values[0].shape[0], values[0].dtype
-    tile = max(1, workspace // max(1, (out.shape[0] + out.shape[1]) * features * dtype.itemsize))
-    for start in range(0, tokens, tile):
-        part = min(tile, tokens - start)
-        delta, grad = (expand(side, start, part, features, tf32) for side in (senders, receivers))
-        contract(delta, grad, reach, out, None)
-
-
-def expand(groups: Sequence[Group], start: int, tokens: int, features: int, tf32: bool) -> Tensor:
-    """Residual-space rows of some tokens: [nodes, tokens, D]."""
+def expand(
+    sides: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], rows: slice, features: int, dtype: torch.dtype, tf32: bool
+) -> Tensor:
+    """The reference's function of this name, for rows of the values' dtype: [nodes, n, D]."""
+    groups = [Group(*side) for side in sides]
     values = groups[0].values
+    start, stop, _ = rows.indices(len(values))
+    tokens = stop - start
     counts = [group.values.shape[1] for group in groups]
-    rows = sum(counts)
-    out = values.new_empty((rows, tokens, features))
+    nodes = sum(counts)
+    out = values.new_empty((nodes, tokens, features), dtype=dtype)
     if out.numel() == 0:
         return out
     table, owners, first = [], [], 0
@@ -109,11 +89,11 @@ def expand(groups: Sequence[Group], start: int, tokens: int, features: int, tf32
     at_once, columns, inner = _TILES[out.element_size()] if aligned else _UNALIGNED
     blocks = triton.cdiv(tokens, at_once), triton.cdiv(features, columns)
     with torch.cuda.device_of(out):
-        _expand[(triton.cdiv(rows, _TOGETHER) * _TOGETHER * blocks[0] * blocks[1],)](
+        _expand[(triton.cdiv(nodes, _TOGETHER) * _TOGETHER * blocks[0] * blocks[1],)](
             out,
             lists,
             lists[len(table) :],
-            rows,
+            nodes,
             tokens,
             features,
             *blocks,

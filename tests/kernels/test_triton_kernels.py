@@ -104,7 +104,7 @@ def test_expanded_rows(kind, features, on, fp32_precision):
         groups = [Group(*(none if part is None else part for part in each)) for each in parts]
         assert all(group.aligned() for group in groups) == (features == 48)
         rows, size = testing.expanded(nodes)
-        parts = [expand(groups, start, count, features, kind == "tf32") for start, count in ((0, 20), (20, 15))]
+        parts = [expand(groups, some, features, dtype, kind == "tf32") for some in (slice(20), slice(20, None))]
         found = torch.cat(parts, 1)
         assert found.dtype == dtype
         # Each sum of the terms costs half an eps, and so does the one rounding to the rows' dtype.

@@ -148,7 +148,8 @@ def expand(features, dtype, tf32):
     values, none = new(64, 4, 128), new(0)
     weights = new(2, 128, features), new(2, features, 128).mT
     groups = [Group(values, weight, new(4, 5, 64), new(5, 64, features)) for weight in weights]
-    head_space_scores.expand([*groups, Group(new(64, 1, features), none, none, none)], 0, 64, features, tf32)
+    groups.append(Group(new(64, 1, features), none, none, none))
+    head_space_scores.expand(groups, slice(64), features, dtype, tf32)
 
 
 def captures(shape, dtype):

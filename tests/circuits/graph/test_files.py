@@ -138,7 +138,8 @@ def test_file_and_folder_are_synced_in_order(tmp_path: Path, monkeypatch: pytest
 def test_tensors_that_share_memory_are_saved(tmp_path: Path) -> None:
     both = torch.stack([VALUES, VALUES.square()])
     EdgeScores(GRAPH, both[0], variance=both[1]).save(tmp_path / "r.safetensors")
-    EdgeScores(GRAPH, VALUES, variance=VALUES).save(tmp_path / "s.safetensors")
+    squares = VALUES.square()
+    EdgeScores(GRAPH, squares, variance=squares).save(tmp_path / "s.safetensors")
     found = EdgeScores.load(tmp_path / "r.safetensors")
     assert torch.equal(found.values, VALUES) and torch.equal(found.variance, both[1])  # type: ignore[arg-type]
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+from weakref import ref
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+from transformers.integrations import sdpa_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import eap_circuits as eap
+from eap_circuits.forward.prefixes import reuse
 from eap_circuits.methods import METHODS
 
 NOT_REUSED = "prefixes are not reused, as its cache cannot serve"
@@ -128,7 +132,7 @@ def test_a_forward_that_ignores_the_cache(method, dtype, make_model, make_pairs,
     torch.testing.assert_close(found.values, eap.evaluate(model, circuit, data, reuse_prefix=False).values)
 
 
-@pytest.mark.parametrize(("prefixes", "rows"), [("alike", [2, 1, 2]), ("mixed", [2, 1, 2, 4, 2, 4])])
+@pytest.mark.parametrize(("prefixes", "rows"), [("alike", [2, 1, 2]), ("mixed", [4, 1, 2, 2, 4])])
 def test_one_or_two_pairs_are_tried(prefixes, rows, make_model, make_pairs):
     data = make_pairs(n=40) if prefixes == "mixed" else one_prefix(make_pairs)
     model, seen = make_model("llama"), []
@@ -160,3 +164,101 @@ def test_memory_that_runs_out_once_while_reuse_is_tried_changes_nothing(error, m
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert relative(eap.attribute(model, data, method="eap").values, right) < 1e-6
+
+
+# A trial that succeeded is not made again while the model is what it was.
+
+
+@pytest.fixture
+def trials(monkeypatch):
+    """The numbers of pairs in each trial."""
+    found, trial = [], reuse._trial
+    monkeypatch.setattr(
+        reuse, "_trial", lambda arch, heads, data, *more: (found.append(len(data)), trial(arch, heads, data, *more))[1]
+    )
+    return found
+
+
+def test_a_success_is_remembered_by_all_calls(trials, make_model, make_pairs):
+    model, data = make_model("llama"), make_pairs(n=4)
+    scores = eap.attribute(model, data, method="eap")
+    eap.evaluate(model, scores.select(n_edges=40), data)
+    eap.attribute(model, data, steps=2)
+    eap.faithfulness_curve(model, scores, data, [0.1, 0.3])
+    assert trials == [2]
+    other = make_model("llama")
+    for heads in ("query", "kv", "query"):
+        eap.attribute(other, data, method="eap", heads=heads)
+    assert trials == [2] * 3
+
+
+def test_what_was_not_tried_is(trials, make_model, make_pairs):
+    """Longer prompts, padded prefixes, and masks that a single token behind the cache does not need."""
+    model, data = make_model("llama"), one_prefix(make_pairs)
+    short = eap.PairedDataset.from_tokens(data.clean[:, :3], data.corrupted[:, :3], torch.full((4,), 3), data.answers)
+    for each, tried in ((short, [1]), (data, [1]), (data, []), (make_pairs(n=4), [2]), (short, []), (data, [])):
+        trials.clear()
+        eap.attribute(model, each, method="eap")
+        assert trials == tried
+
+
+def changed_modules():
+    def another(f):
+        return lambda *args, **kwargs: f(*args, **kwargs)
+
+    attention = "model.layers.1.self_attn"
+    return {
+        "a hook": lambda m, patch: m.get_submodule(attention).register_forward_hook(lambda *_: None),
+        "a hook before": lambda m, patch: m.register_forward_pre_hook(lambda *_: None),
+        "a forward": lambda m, patch: patch.setattr(
+            m.get_submodule(attention), "forward", another(m.get_submodule(attention).forward), raising=False
+        ),
+        "a class": lambda m, patch: patch.setattr(
+            m.get_submodule(attention), "__class__", type("Other", (type(m.get_submodule(attention)),), {})
+        ),
+        "a class's forward": lambda m, patch: patch.setattr(
+            type(m.get_submodule(attention)), "forward", another(type(m.get_submodule(attention)).forward)
+        ),
+        "a function of the library": lambda m, patch: patch.setattr(
+            sdpa_attention, "repeat_kv", another(sdpa_attention.repeat_kv)
+        ),
+        "the attention function": lambda m, patch: patch.setitem(
+            AttentionInterface._global_mapping, "sdpa", another(sdpa_attention_forward)
+        ),
+        "its name": lambda m, patch: m.set_attn_implementation("eager"),
+        "a module": lambda m, patch: patch.setattr(m.model.layers[1].mlp, "act_fn", torch.nn.GELU()),
+        "a setting": lambda m, patch: patch.setattr(m.get_submodule(attention), "layer_type", "other", raising=False),
+        "the configuration": lambda m, patch: patch.setattr(m.config, "sliding_window", 3, raising=False),
+        "a dtype": lambda m, patch: m.float(),
+    }
+
+
+@pytest.mark.parametrize("what", changed_modules())
+def test_a_changed_model_is_tried_again(what, trials, monkeypatch, make_model, make_pairs):
+    model, data = make_model("llama"), make_pairs(n=4)
+    eap.attribute(model, data, method="eap")
+    eap.attribute(model, data, method="eap")
+    assert trials == [2]
+    changed_modules()[what](model, monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        eap.attribute(model, data, method="eap")
+        assert trials == [2, 2]
+
+
+def test_a_failure_is_said_by_every_call(trials, attention, make_pairs):
+    (model, _), data = attention(passes_on), make_pairs(n=4)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=NOT_REUSED):
+            eap.attribute(model, data, method="eap")
+    assert trials == [2, 2]
+
+
+def test_no_model_is_kept_alive(make_model, make_pairs):
+    model = make_model("llama")
+    model.model.layers[0].mlp.register_forward_hook(lambda *_, whole=model: None)
+    eap.attribute(model, make_pairs(n=4), method="eap")
+    gone = ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

@@ -19,6 +19,7 @@ from ...tasks import PairedDataset
 from ..batches import Batch, batch_of
 from ..runner import Runner
 from ..want_of_memory import out_of_memory, tried_twice
+from .remembered import once
 
 # Plain runs differ by rounding. It grows with depth, and GPUs may round float32 to a few digits in products (TF32).
 _LEAST_EPS = 2.0**-20
@@ -27,35 +28,26 @@ _LEAST_EPS = 2.0**-20
 def why_not_reused(arch: Architecture, heads: Heads, data: PairedDataset, reuse_prefix: bool = True) -> str | None:
     """Why runs behind the model's own cache cannot serve, as a clause of a sentence; None: they can.
 
-    The model must be borrowed. It takes three passes of one pair, and three of two pairs if prefixes differ in length;
-    without prefixes none, or two for heads="query".
+    The model must be borrowed. It takes three passes of one pair, and two of two pairs more if prefixes differ in
+    length; without prefixes none, or two for heads="query"; none at all where a trial has succeeded before.
 
     Raises:
         InputError: tokens see later ones, or attention does not take a key and a value for each query head.
     """
-    graph, plain_graph = arch.graph(heads), arch.graph("kv")
-    tried = _tried(data) if reuse_prefix else []
-    if not tried and graph.n_receivers != plain_graph.n_receivers:
-        tried = [data.longer_lengths.argmax()[None]]
-    for index in tried:
-        whole, behind = (batch_of(data, index, reuse, arch.device) for reuse in (False, reuse_prefix))
-        plain = _logits(arch, plain_graph, whole)
-        found = _tried_run(lambda behind=behind: _logits(arch, graph, behind), plain, arch)  # type: ignore[misc]
-        if found is None:
-            continue
-        if _tried_run(lambda whole=whole: _logits(arch, graph, whole), plain, arch) is not None:  # type: ignore[misc]
-            name = type(arch.layers[0].attention).__name__
-            raise expected("heads", f"'kv', as {name} does not take a key and a value for each query head", repr(heads))
-        _check_causal(arch, whole, data.first_difference[index])
-        return found
-    return None
+    pairs = _tried(data) if reuse_prefix else []
+    if not pairs and arch.graph(heads).n_receivers != arch.graph("kv").n_receivers:
+        pairs = [int(data.longer_lengths.argmax())]
+    if not pairs:
+        return None
+    index = torch.tensor(pairs)
+    lengths, prefixes = (int(x[index].max()) for x in (data.longer_lengths, data.first_difference))
+    masked = lengths - int(data.first_difference[pairs[0]]) > 1
+    way = (repr(arch.family), heads, reuse_prefix, len(pairs), masked)
+    return once(arch.model, way, [lengths, prefixes], lambda: _trial(arch, heads, data[index], reuse_prefix))
 
 
-def _tried(data: PairedDataset) -> list[Tensor]:
-    """Pairs to try: the longest with a prefix, by itself, and together with the one that has the shortest prefix.
-
-    Alone no place of the cache is empty, and no mask is given; together the shorter prefix is padded.
-    """
+def _tried(data: PairedDataset) -> list[int]:
+    """The longest pair with a prefix and, if another one is shorter, the pair that has the shortest prefix."""
     start, lengths = data.first_difference, data.longer_lengths
     fit = start > 0
     if not fit.any():
@@ -63,8 +55,28 @@ def _tried(data: PairedDataset) -> list[Tensor]:
     # A single token behind the cache sees all of it, whatever the mask.
     fit = fit & (lengths - start > 1) if (fit & (lengths - start > 1)).any() else fit
     longest, least = int(torch.where(fit, lengths, 0).argmax()), int(start.argmin())
-    alone = torch.tensor([longest])
-    return [alone] if start[least] == start[longest] else [alone, torch.tensor([longest, least])]
+    return [longest] if start[least] == start[longest] else [longest, least]
+
+
+def _trial(arch: Architecture, heads: Heads, data: PairedDataset, reuse_prefix: bool) -> str | None:
+    """The first pair by itself, then all together.
+
+    Alone no place of the cache is empty, and no mask is given; together the shorter prefix is padded.
+    """
+    graph, plain_graph, every = arch.graph(heads), arch.graph("kv"), torch.arange(len(data))
+    plain = _logits(arch, plain_graph, batch_of(data, every, False, arch.device))
+    for n in range(1, len(data) + 1):
+        whole, behind = (batch_of(data, every[:n], reuse, arch.device) for reuse in (False, reuse_prefix))
+        right = plain.unflatten(0, (2, -1))[:, :n].flatten(0, 1)
+        found = _tried_run(lambda behind=behind: _logits(arch, graph, behind), right, arch)  # type: ignore[misc]
+        if found is None:
+            continue
+        if _tried_run(lambda whole=whole: _logits(arch, graph, whole), right, arch) is not None:  # type: ignore[misc]
+            name = type(arch.layers[0].attention).__name__
+            raise expected("heads", f"'kv', as {name} does not take a key and a value for each query head", repr(heads))
+        _check_causal(arch, whole, data.first_difference[:n])
+        return found
+    return None
 
 
 def _logits(arch: Architecture, graph: Graph, batch: Batch) -> Tensor:

@@ -21,11 +21,13 @@ from torch import Tensor
 
 import eap_kernels
 
-from ..errors import expected
+from ..errors import InputError, expected
 from .digest import tensor_digest, text_digest
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, bytearray, range, slice, type(...), type(NotImplemented))
 _OURS = [str(Path(__file__).parents[1]), str(Path(eap_kernels.__file__).parent)]
+# Where code gets other code by name, out of sight.
+_BY_NAME = {"eval", "exec", "globals", "__import__"}
 # Of a class, what says nothing about what it computes, or only how Python stores it.
 _BOOKKEEPING = {
     "__module__", "__dict__", "__weakref__", "__doc__", "__annotations__", "__firstlineno__", "__static_attributes__",
@@ -77,7 +79,7 @@ class Reader:
         if type(x) in (list, tuple):
             return [type(x).__name__, *map(self.read, x)]
         if type(x) is dict:
-            return ["dict", *_sorted([self.read(key), self.read(value)] for key, value in x.items())]
+            return ["dict", *([self.read(key), self.read(value)] for key, value in x.items())]
         if type(x) in (set, frozenset):
             return ["set", *_sorted(map(self.read, x))]
         if isinstance(x, ModuleType):
@@ -107,14 +109,15 @@ class Reader:
             module = str(f.__globals__.get("__name__"))
             held = [self._cell(cell, None) for cell in f.__closure__ or ()]
             return ["function", *_version(module), f.__code__.co_name, *held]
-        names = _names(f.__code__)
-        used = [
-            [name, self._taken(f.__globals__[name], names)]
-            for name in sorted(_looked_up(f.__code__, "LOAD_GLOBAL", "LOAD_NAME"))
-            if name in f.__globals__
-        ]
+        names, looked_up = _names(f.__code__), _looked_up(f.__code__, "LOAD_GLOBAL", "LOAD_NAME")
+        by_name = (looked_up & _BY_NAME) | (names & {"import_module"})
+        if {"sys", "modules"} <= names:
+            by_name.add("sys.modules")
+        if by_name:
+            raise self._unreadable(f"{f.__name__}, which finds code by {min(by_name)}")
+        used = [[name, self._taken(f.__globals__[name], names)] for name in sorted(looked_up) if name in f.__globals__]
         imported = [[module.__name__, self._taken(module, names)] for module in _imported(f)]
-        given = f.__defaults__, f.__kwdefaults__, vars(f)
+        given = f.__defaults__, f.__kwdefaults__, _attributes(vars(f))
         cells = [self._cell(cell, names) for cell in f.__closure__ or ()]
         return ["code", self.read(f.__code__), used, imported, *map(self.read, given), *cells]
 
@@ -138,8 +141,7 @@ class Reader:
         if module in inside or _is_installed_module(module):
             return ["module", module.__name__]
         if names is None:
-            wanted = "only values whose code and settings can be read, where there is a checkpoint"
-            raise expected(self._name, wanted, f"the module {module.__name__}, of which anything may be used")
+            raise self._unreadable(f"the module {module.__name__}, of which anything may be used")
         taken = []
         for name in sorted(names & vars(module).keys()):
             value = vars(module)[name]
@@ -160,17 +162,20 @@ class Reader:
         try:
             parts = x.__reduce_ex__(4)
         except Exception as error:
-            wanted = "only values whose code and settings can be read, where there is a checkpoint"
-            raise expected(self._name, wanted, f"{type(x).__name__} ({error})") from error
+            raise self._unreadable(f"{type(x).__name__} ({error})") from error
         if isinstance(parts, str):  # a function in a wrapper of C's, such as functools.lru_cache, is the user's
             return ["global", type(x).__module__, parts, self.read(getattr(x, "__wrapped__", None))]
         made, given, *rest = parts
         state, items, pairs = (*rest[:3], None, None, None)[:3]
         # The user's own pickling may leave out what counts.
         held = {} if is_installed(type(x)) else getattr(x, "__dict__", {})
-        read = [_without_remembered(x, each) for each in (state, held)]
+        read = [_attributes(_without_remembered(x, each)) for each in (state, held)]
         more = [None if each is None else list(each) for each in (items, pairs)]
         return ["object", *map(self.read, (type(x), made, given, *read, more))]
+
+    def _unreadable(self, found: str) -> InputError:
+        wanted = "only values whose code and settings can be read, where there is a checkpoint"
+        return expected(self._name, wanted, found)
 
 
 def is_installed(x: Any) -> bool:
@@ -213,6 +218,11 @@ def _without_remembered(x: Any, state: Any) -> Any:
     if not isinstance(state, dict):
         return state
     return {k: v for k, v in state.items() if not isinstance(getattr(type(x), str(k), None), cached_property)}
+
+
+def _attributes(state: Any) -> Any:
+    """An object's attributes in an order of their own, as that in which they were set means nothing."""
+    return dict(sorted(state.items(), key=str)) if isinstance(state, dict) else state
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

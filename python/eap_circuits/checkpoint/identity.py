@@ -178,7 +178,7 @@ def _module(name: str, module: nn.Module, known: dict[int, Any]) -> str:
     kind = type(module)
     package = kind.__module__.partition(".")[0]
     left_out = _TORCHS | _NOTES | (_ACCELERATES if "_hf_hook" in vars(module) else set())
-    own = {} if package == "bitsandbytes" else {k: v for k, v in vars(module).items() if k not in left_out}
+    own = {} if package == "bitsandbytes" else {k: v for k, v in sorted(vars(module).items()) if k not in left_out}
     held = {k: v for k, v in own.items() if not _is_note(package, k) and not _is_packages(v)}
     return Reader(f"module {name}", known).digest([f"{kind.__module__}.{kind.__qualname__}", held])
 

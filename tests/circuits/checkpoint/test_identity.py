@@ -266,6 +266,7 @@ def by_helper(logits, batch):
 METRICS = {
     "lambda": [lambda x, _: x[:, 5], lambda x, _: x[:, 6], lambda x, _: -x[:, 5], lambda x, _: x[:, 5].exp()],
     "closure": [closure(1.0), closure(2.0), closure(torch.ones(1)), closure(1.0, lambda x: x[:, 5])],
+    "order": [closure({"a": 1, "b": 2}), closure({"b": 2, "a": 1})],
     "inner": [closure(1.0, lambda x: x[:, 1]), closure(1.0, lambda x: x[:, 2])],
     "partial": [functools.partial(plain, token=5), functools.partial(plain, token=6), functools.partial(plain, sign=2)],
     "object": [Metric(5), Metric(6), Metric(5, more={"a": [1]}), Metric(5, more={"a": [2]}), Slotted(5), Slotted(6)],
@@ -337,6 +338,22 @@ def test_what_a_function_takes_from_modules_counts(kind, tmp_path, monkeypatch):
     assert Reader("metric").digest(metric) != before
     with pytest.raises(eap.InputError, match=r"metric: expected only values whose code .* found the module users"):
         Reader("metric").digest(functools.partial(metric, [users]))
+
+
+BY_NAME = {
+    "sys.modules": lambda x, _: sys.modules["users"].metric(x),
+    "import_module": lambda x, _: importlib.import_module("users").metric(x),
+    "__import__": lambda x, _: __import__("users").metric(x),
+    "eval": lambda x, _: eval("users.metric")(x),
+    "globals": lambda x, _: globals().get("users").metric(x),
+}
+
+
+@pytest.mark.parametrize("how", BY_NAME)
+def test_code_that_is_found_by_name_is_refused(how):
+    with pytest.raises(eap.InputError, match=rf"found <lambda>, which finds code by {how}\."):
+        Reader("metric").digest(BY_NAME[how])
+    assert Reader("metric").digest(lambda x, _: [part.eval() for part in x.modules()])
 
 
 def test_a_metric_is_part_of_a_request(given):

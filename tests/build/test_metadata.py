@@ -26,8 +26,9 @@ def test_metadata():
     assert metadata.version("eap-kernels") == eap_kernels.__version__
     requires = metadata.requires("eap-kernels")
     assert [r for r in requires if "extra ==" not in r] == ["torch>=2.10"], "the operators need torch alone"
-    for extra in ("demo", "optimal", "parquet", "test"):
-        assert any(r.startswith("eap-kernels[circuits]") and f'"{extra}"' in r for r in requires)
+    for extra in ("demo", "notebook", "optimal", "parquet", "test"):
+        wanted = "eap-kernels[notebook]" if extra == "test" else "eap-kernels[circuits]"
+        assert any(r.startswith(wanted) and f'"{extra}"' in r for r in requires)
     from eap_circuits import _NEEDED
 
     assert all(any(r.startswith(name) and '"circuits"' in r for r in requires) for name in _NEEDED)

@@ -11,7 +11,7 @@ from ..graph import Circuit, random_circuit
 from .faithfulness import EvaluationResult
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Baseline:
     """Other circuits at each of a curve's sizes: `circuits[draw][size]` and `results[draw][size]`.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..display import Result
 from ..errors import known_arguments
 from ..graph import Circuit, Overlap, edge_overlap, node_overlap
 from ..tasks import PairedDataset
@@ -15,7 +16,7 @@ from .optimal_ablation import check_kind
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class Comparison(Result):
     """Overlap of two circuits and their results on both tasks.
 
     `results[i][j]` is circuit i on task j. The paper (arXiv 2403.17806, §5) argues that the off-diagonal faithfulness,
@@ -30,6 +31,11 @@ class Comparison:
     def faithfulness(self) -> list[list[float]]:
         """[circuit][task]"""
         return [[result.faithfulness for result in row] for row in self.results]
+
+    def __repr__(self) -> str:
+        shared = f"{self.edges.n_shared} edges and {self.nodes.n_shared} nodes shared"
+        rows = "; ".join(", ".join(f"{each:.3g}" for each in row) for row in self.faithfulness)
+        return f"Comparison({shared}, faithfulness [circuit][task] = [{rows}])"
 
 
 @known_arguments

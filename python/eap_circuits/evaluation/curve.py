@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..checkpoint import Where
+from ..display import Result, drawn, library
 from ..errors import SEEDS, expected, flag, instance, known_arguments, listed, number, one_of, whole
 from ..forward import Constants, one_want_of_memory
 from ..graph import Circuit, EdgeScores
@@ -19,11 +20,14 @@ from ..tasks import PairedDataset
 from .baselines import BASELINES, Baseline, cmd, cpr
 from .faithfulness import EvaluationResult, evaluate
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
+class Curve(Result):
     """Circuits of growing size by the same scores, and their faithfulness.
 
     `fractions` are the shares of all edges asked for, `n_edges` the numbers left after pruning; `baselines` holds the
@@ -76,6 +80,18 @@ class Curve:
             "baselines": {name: baseline.to_dict() for name, baseline in self.baselines.items()},
             "info": self.info,
         }
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame with a row for each size: fraction, n_edges, faithfulness, mean, and a column with each
+        baseline's faithfulness."""
+        columns = {"fraction": self.fractions, "n_edges": self.n_edges, "faithfulness": self.faithfulness}
+        columns["mean"] = tuple(result.mean for result in self.results)
+        others = {name: baseline.faithfulness for name, baseline in self.baselines.items()}
+        return library("pandas", "to_pandas()").DataFrame({**columns, **others})
+
+    def plot(self) -> Figure:
+        """Faithfulness against the number of edges kept. See `report.draw_curve`."""
+        return drawn("draw_curve", self)
 
     def __repr__(self) -> str:
         return f"Curve({len(self.fractions)} circuits, cpr={self.cpr:.4g}, cmd={self.cmd:.4g})"

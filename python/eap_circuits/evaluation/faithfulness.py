@@ -14,6 +14,7 @@ from eap_kernels import explain
 
 from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, most_tokens, tokens_in_all, tokens_within
 from ..checkpoint import Checkpoint, Where, opened, remaining, settings_of
+from ..display import Result, library
 from ..errors import known_arguments, warn
 from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, one_want_of_memory, zeros
 from ..graph import Circuit
@@ -27,7 +28,7 @@ from .optimal_ablation import as_circuits, check_circuit, optimal_constants
 
 
 @dataclass(frozen=True, eq=False)
-class EvaluationResult:
+class EvaluationResult(Result):
     """A metric of a circuit, of the whole model and of the fully ablated run, per example: float64 [E] each.
 
     The fully ablated run is that of the circuit without edges; under patching it is the model's run on the corrupted
@@ -61,6 +62,12 @@ class EvaluationResult:
         """(m(circuit) − m(corrupted)) / (m(model) − m(corrupted)); NaN if the two differ by no more than rounding."""
         span = self.clean - self.corrupted
         return (self.mean - self.corrupted) / span if abs(span) > self.rounding else float("nan")
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame of the metric of each example: circuit, model, ablated."""
+        columns = {"circuit": self.values, "model": self.clean_values, "ablated": self.corrupted_values}
+        values = {name: x.tolist() for name, x in columns.items()}
+        return library("pandas", "to_pandas()").DataFrame(values)
 
     def __repr__(self) -> str:
         return (

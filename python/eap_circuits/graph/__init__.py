@@ -1,6 +1,6 @@
 """Graphs, scores, circuits, selection and files: pure data, without transformers."""
 
-from .agreement import Agreement, Overlap, edge_auroc, edge_overlap, node_overlap, score_agreement
+from .agreement import Agreement, Overlap, diff, edge_auroc, edge_overlap, node_overlap, score_agreement
 from .circuit import Circuit, prune
 from .confidence import bootstrap_confidence, normal_confidence
 from .layout import Graph, Heads
@@ -19,6 +19,7 @@ __all__ = [
     "Overlap",
     "Selection",
     "bootstrap_confidence",
+    "diff",
     "edge_auroc",
     "edge_overlap",
     "node_overlap",

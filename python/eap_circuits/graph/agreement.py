@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -99,10 +100,7 @@ def score_agreement(first: EdgeScores, second: EdgeScores, *, among: Tensor | No
     Raises:
         InputError: different graphs, scores that are not finite, or a mask of another shape.
     """
-    instance("first scores", first, EdgeScores)
-    instance("second scores", second, EdgeScores)
-    if first.graph != second.graph:
-        raise expected("second scores", f"those of {first.graph!r}", f"those of {second.graph!r}")
+    _check_scores(first, second)
     edges = first.graph.edge_mask
     if among is not None:
         edges = edges & edge_flags("among", among, first.graph)
@@ -110,6 +108,48 @@ def score_agreement(first: EdgeScores, second: EdgeScores, *, among: Tensor | No
     if not (a.isfinite().all() and b.isfinite().all()):
         raise expected("scores", "finite values", "some that are not")
     return Agreement(_correlation(a, b), _correlation(_ranks(a), _ranks(b)))
+
+
+def diff(first: EdgeScores, second: EdgeScores) -> EdgeScores:
+    """How much each edge's score grows from the first scores to the second: base model and tuned one, two checkpoints,
+    two kinds of prompts, two methods.
+
+    The result is scores: `top_edges`, `select`, `plot` and `confidence` serve as they do for others.
+
+    Args:
+        first, second: scores of the same graph. With `keep="variance"` or `"examples"` the difference has error bars:
+            from the pairs' own differences if both have `per_example` of the same data, else as of independent data.
+
+    Raises:
+        InputError: different graphs.
+
+    Example:
+        >>> change = eap.diff(eap.attribute(base, data, keep="examples"), eap.attribute(tuned, data, keep="examples"))
+        >>> change.select(200, among=change.confidence() >= 0.95).plot()
+    """
+    _check_scores(first, second)
+    infos = [first.info, second.info]
+    methods = sorted({str(info.get("method")) for info in infos})
+    info: dict[str, Any] = {"method": " and ".join(methods), "difference": infos}
+    counts = [info["n_examples"] for info in infos if "n_examples" in info]
+    examples = variance = None
+    one, other = (info.get("data_sha256") for info in infos)
+    if one is not None and one == other and first.per_example is not None and second.per_example is not None:
+        examples = second.per_example - first.per_example
+        variance = examples.var(0, correction=0)
+    elif first.variance is not None and second.variance is not None and len(counts) == 2:
+        # That of the mean over the smaller number of examples.
+        variance = min(counts) * (first.variance / counts[0] + second.variance / counts[1])
+    if variance is not None:
+        info["n_examples"] = min(counts)
+    return EdgeScores(first.graph, second.values - first.values, info, variance, examples)
+
+
+def _check_scores(first: EdgeScores, second: EdgeScores) -> None:
+    instance("first scores", first, EdgeScores)
+    instance("second scores", second, EdgeScores)
+    if first.graph != second.graph:
+        raise expected("second scores", f"those of {first.graph!r}", f"those of {second.graph!r}")
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..display import Result, drawn
 from ..errors import expected, instance, warn
-from . import formats
+from . import exports, formats
 from .checks import edge_flags, numbers
 from .layout import Graph
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 @dataclass(frozen=True, eq=False)
-class Circuit:
+class Circuit(Result):
     """Edges kept, of one graph.
 
     Args:
@@ -86,6 +90,31 @@ class Circuit:
         values = None if self.values is None else self.graph.to_query(self.values)
         return Circuit(self.graph.with_heads("query"), self.mask[:, self.graph.kv_receiver], values, self.info)
 
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame of the kept edges: sender, receiver and, if the circuit has scores, score."""
+        scores = {} if self.values is None else {"score": self.values}
+        return exports.to_frame(self.graph, self.mask, scores)
+
+    def to_networkx(self) -> Any:
+        """A networkx MultiDiGraph, in which paths lead through heads: an edge into a head's query, key or value enters
+        the head itself, and each of the heads that share a key or value.
+
+        An edge's key is "q", "k", "v", "mlp" or "logits"; it has the attribute `score` if the circuit has scores.
+
+        Example:
+            >>> graph = circuit.to_networkx()
+            >>> networkx.has_path(graph, "input", "logits")
+        """
+        return exports.to_networkx(self)
+
+    def to_dot(self) -> str:
+        """The same graph in Graphviz's language."""
+        return exports.to_dot(self)
+
+    def plot(self, max_edges: int = 300) -> Figure:
+        """The circuit's picture; of more edges only the strongest are drawn. See `report.draw_circuit`."""
+        return drawn("draw_circuit", self, max_edges)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `.safetensors`, or EAP-IG's `.json` or `.pt`; whole or not at all."""
         values = {} if self.values is None else {"values": self.values}
@@ -106,8 +135,6 @@ class Circuit:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Circuit) and self.graph == other.graph and bool((self.mask == other.mask).all())
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         asked = self.info.get("selection", {}).get("n_edges") or 0

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..display import Result, drawn, library
 from ..errors import expected, flag, instance, whole
 from . import formats
 from .checks import numbers
 from .circuit import Circuit
 from .layout import Graph
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 @dataclass(frozen=True, eq=False)
-class NodeScores:
+class NodeScores(Result):
     """Scores of every node that writes to the residual stream: positive if corrupting its contribution hurts.
 
     A node's score is Σ_t ⟨Δ_u(t), ∂loss/∂c_u(t)⟩, with the gradient at what the node writes. Every receiver after the
@@ -82,6 +86,14 @@ class NodeScores:
         order = self.neurons.abs().flatten().argsort(descending=True, stable=True)[: whole("n", n, 0)]
         found = zip(*(t.tolist() for t in (order // self.graph.d_model, order % self.graph.d_model)), strict=True)
         return [(self.graph.senders[u], d, float(self.neurons[u, d])) for u, d in found]
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame: node and score."""
+        return library("pandas", "to_pandas()").DataFrame({"node": self.graph.senders, "score": self.values.tolist()})
+
+    def plot(self) -> Figure:
+        """Layers × heads and MLPs."""
+        return drawn("draw_heatmap", self.graph, self.values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `.safetensors`, whole or not at all."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..display import Result, drawn
 from ..errors import expected, flag, instance, known_arguments, number, warn, whole
-from . import formats
+from . import exports, formats
 from .checks import numbers
 from .circuit import Circuit
 from .confidence import bootstrap_confidence, normal_confidence
@@ -17,13 +18,16 @@ from .layout import Graph
 from .nodes import NodeScores
 from .selection import select_edges
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 STATISTICS = ("variance", "per_example", "per_position", "neurons")
 # Methods whose edge scores do not add up to node scores.
 _NOT_ADDITIVE = ("exact", "information-flow-routes")
 
 
 @dataclass(frozen=True, eq=False)
-class EdgeScores:
+class EdgeScores(Result):
     """Scores of every edge: S[u, v] > 0 means that corrupting the edge hurts the metric.
 
     Args:
@@ -156,8 +160,9 @@ class EdgeScores:
         Raises:
             InputError: a method whose edge scores do not add up to node scores.
         """
-        if self.info.get("method") in _NOT_ADDITIVE:
-            raise expected("node_scores()", "scores of a gradient method", repr(self.info["method"]))
+        method = self.info.get("method")
+        if set(str(method).split(" and ")) & set(_NOT_ADDITIVE):  # a difference has two
+            raise expected("node_scores()", "scores of a gradient method", repr(method))
         return NodeScores(self.graph, self.values.double().sum(1).float(), self.neurons, self.info)
 
     def to_kv(self) -> EdgeScores:
@@ -171,6 +176,21 @@ class EdgeScores:
         examples, positions = (None if x is None else summed(x) for x in (self.per_example, self.per_position))
         variance = None if self.variance is None or examples is None else examples.var(0, correction=0)
         return EdgeScores(kv, summed(self.values), self.info, variance, examples, positions, self.neurons)
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame of all edges: sender, receiver, score and, if the variance was kept, standard_error."""
+        error = {}
+        if self.variance is not None and "n_examples" in self.info:
+            error["standard_error"] = (self.variance / self.info["n_examples"]).sqrt()
+        return exports.to_frame(self.graph, self.graph.edge_mask, {"score": self.values, **error})
+
+    def plot(self, n_edges: int = 100) -> Figure:
+        """A picture of the strongest edges, pruned as a circuit."""
+        return self.select(n_edges=min(whole("n_edges", n_edges, 0), self.graph.n_edges)).plot(n_edges)
+
+    def heatmap(self) -> Figure:
+        """Layers × heads and MLPs: the sum of the scores of each node's outgoing edges."""
+        return drawn("draw_heatmap", self.graph, self.values.double().sum(1))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `.safetensors`, or EAP-IG's `.json` or `.pt`; whole or not at all."""

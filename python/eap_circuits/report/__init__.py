@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .curves import SavedCurve, load_curve, save_curve, smallest_faithful
-    from .figures import draw_circuit, draw_curve
+    from .figures import draw_circuit, draw_curve, draw_heatmap
     from .html import write_report
 
 # Loaded on first use: tables need neither matplotlib nor jinja2.
@@ -18,6 +18,7 @@ _HOME = {
     "smallest_faithful": "curves",
     "draw_circuit": "figures",
     "draw_curve": "figures",
+    "draw_heatmap": "figures",
     "write_report": "html",
 }
 __all__ = sorted(_HOME)

@@ -5,22 +5,33 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.path import Path
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from ..graph import Circuit
+from ..graph import Circuit, Graph
 from .curves import BaselineLike, CurveLike
 from .placement import HEIGHT, WIDTH, Line, Placement, place
 from .style import FAINT, INK, LETTERS, MUTED, NEGATIVE, NODE, PAPER, POSITIVE, RC
+from .svg import to_svg
 from .tables import BASELINE_NAMES, count, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch import Tensor
 
 _UNIT = (0.66, 0.46)  # inches of one column and one layer
+_DIVERGING = LinearSegmentedColormap.from_list("scores", [NEGATIVE, PAPER, POSITIVE])
+
+
+class _Picture(Figure):
+    """A figure that a notebook shows, whatever backend matplotlib has."""
+
+    def _repr_html_(self) -> str:
+        return to_svg(self, str(self.get_label()))
 
 
 def draw_curve(curve: CurveLike, ax: Axes | None = None) -> Figure:
@@ -35,7 +46,7 @@ def draw_curve(curve: CurveLike, ax: Axes | None = None) -> Figure:
     """
     with matplotlib.rc_context(RC):
         if ax is None:
-            figure = Figure(figsize=(6.8, 4.0), layout="constrained")
+            figure = _Picture(figsize=(6.8, 4.0), layout="constrained", label="faithfulness by circuit size")
             ax = figure.add_subplot()
         order = sorted(range(len(curve.n_edges)), key=lambda i: curve.n_edges[i])
         sizes = [curve.n_edges[i] for i in order]
@@ -138,7 +149,7 @@ def draw_circuit(circuit: Circuit, max_edges: int = 300) -> Figure:
         placement = place(circuit, max_edges)
         left, right, bottom, top = -1.0, placement.right + 0.15, -1.3, placement.height + 0.45
         size = ((right - left) * _UNIT[0], (top - bottom) * _UNIT[1])
-        figure = Figure(figsize=(max(size[0], 6.4), max(size[1], 2.6)))
+        figure = _Picture(figsize=(max(size[0], 6.4), max(size[1], 2.6)), label="the circuit")
         ax = figure.add_axes((0.0, 0.0, 1.0, 1.0))
         ax.set_axis_off()
         ax.set_xlim(left, right)
@@ -157,6 +168,40 @@ def draw_circuit(circuit: Circuit, max_edges: int = 300) -> Figure:
             color=MUTED,
             fontsize=8,
         )
+        return figure
+
+
+def draw_heatmap(graph: Graph, values: Tensor) -> Figure:
+    """Scores of nodes, by layer and head, with the MLPs at the right; blue raises the metric, orange lowers it.
+
+    Args:
+        graph: the graph whose nodes these are.
+        values: [S], in the order of `graph.senders`; that of `input` is said above.
+    """
+    with matplotlib.rc_context(RC):
+        columns = max(graph.n_heads)
+        # An empty column sets the MLPs apart.
+        grid = [[float("nan")] * (columns + 2) for _ in graph.n_heads]
+        for layer, row in enumerate(grid):
+            heads = values[graph.head_senders(layer)].tolist()
+            row[: len(heads)] = heads
+            row[-1] = float(values[graph.mlp_sender(layer)])
+        largest = max((abs(x) for row in grid for x in row if x == x), default=0.0) or 1.0
+        size = (1.9 + 0.28 * (columns + 2), 1.1 + 0.2 * len(grid))
+        figure = _Picture(figsize=(max(size[0], 4.0), max(size[1], 2.0)), layout="constrained", label="nodes' scores")
+        ax = figure.add_subplot()
+        image = ax.imshow(grid, _DIVERGING, vmin=-largest, vmax=largest, origin="lower", aspect="auto")
+        ax.set_xticks([*range(columns), columns + 1], [*map(str, range(columns)), "MLP"])
+        ax.set_xlabel("head", color=INK)
+        ax.set_ylabel("layer", color=INK)
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_title(f"input: {float(values[0]):+.4g}", loc="left", color=MUTED, fontsize=8)
+        ax.tick_params(colors=MUTED, labelcolor=INK, length=0)
+        ax.set_facecolor("none")
+        ax.spines[:].set_visible(False)
+        bar = figure.colorbar(image, ax=ax, label="score", fraction=0.05)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(colors=MUTED, labelcolor=INK)
         return figure
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..display import Result, library
 from ..errors import expected, flag, listed
 from .alignment import aligned
 from .loading import Records, own_records, read_csv, read_rows, read_tokens, reading, suffix_of, write_tokens
@@ -25,7 +26,7 @@ _OF_PAIRS = ("clean", "corrupted", "lengths", "answers", "corrupted_lengths", "a
 
 
 @dataclass(frozen=True, eq=False)
-class PairedDataset:
+class PairedDataset(Result):
     """Clean and corrupted prompts, and the answers that a metric compares.
 
     The tensors are copied to the CPU and their padding is set to 0; prompts of unequal lengths are padded to the same
@@ -305,8 +306,31 @@ class PairedDataset:
         """Real tokens of the longer prompt of each pair. int64 [E]."""
         return self.lengths if self.corrupted_lengths is None else self.lengths.maximum(self.corrupted_lengths)
 
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame of the pairs: clean and corrupted, as texts or else as token ids; good and bad answers'
+        ids, lists of them for sets; and the number of tokens of the clean prompt."""
+        own = self.lengths if self.corrupted_lengths is None else self.corrupted_lengths
+        clean: Iterable[Any] = (ids[:n].tolist() for ids, n in zip(self.clean, self.lengths, strict=True))
+        corrupted: Iterable[Any] = (ids[:n].tolist() for ids, n in zip(self.corrupted, own, strict=True))
+        if self.prompts is not None:
+            clean, corrupted = zip(*self.prompts, strict=True)
+        good, bad = ([_ids(ids) for ids in side] for side in self.answers.transpose(0, 1).tolist())
+        columns = {
+            "clean": list(clean),
+            "corrupted": list(corrupted),
+            "good": good,
+            "bad": bad,
+            "tokens": self.lengths.tolist(),
+        }
+        return library("pandas", "to_pandas()").DataFrame(columns)
+
     def __repr__(self) -> str:
         return f"PairedDataset({self.name!r}, {len(self)} pairs, {self.n_tokens} tokens, {self.metric})"
+
+
+def _ids(answer: int | list[int]) -> int | list[int]:
+    """An answer's token, or the tokens of a set without its padding."""
+    return [token for token in answer if token >= 0] if isinstance(answer, list) else answer
 
 
 # Tensors.

@@ -1,0 +1,100 @@
+"""How results show themselves in a notebook: their line, a picture, and the first rows of a table."""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from html import escape
+from typing import Any
+
+from ..evaluation import Comparison, Curve, EvaluationResult
+from ..graph import Circuit, EdgeScores, NodeScores
+from ..tasks import PairedDataset
+from .figures import draw_circuit, draw_curve, draw_heatmap
+from .svg import to_svg
+from .tables import Column, Table, areas_line, count, curve_table, edge_table, number, percent
+
+_ROWS = 10
+_SCORE = Column("score", "score", lambda value: f"{value:+.4g}", numeric=True)
+_EDGES, _NODES = Column("edges", "edges", count, numeric=True), Column("nodes", "nodes", count, numeric=True)
+
+
+@singledispatch
+def html_of(result: Any) -> str:
+    """A result as HTML, in which all texts of data and files are escaped."""
+    raise TypeError(type(result))
+
+
+@html_of.register
+def _(scores: EdgeScores) -> str:
+    return _page(scores, to_svg(scores.heatmap(), "nodes' scores"), edge_table(scores, n=_ROWS))
+
+
+@html_of.register
+def _(scores: NodeScores) -> str:
+    table = Table("Strongest nodes", (Column("node", "node"), _SCORE), tuple(scores.top_nodes(_ROWS)))
+    return _page(scores, to_svg(draw_heatmap(scores.graph, scores.values), "nodes' scores"), table)
+
+
+@html_of.register
+def _(circuit: Circuit) -> str:
+    return _page(circuit, to_svg(draw_circuit(circuit), "the circuit"))
+
+
+@html_of.register
+def _(curve: Curve) -> str:
+    picture = to_svg(draw_curve(curve), "faithfulness by circuit size")
+    return _page(curve, picture, curve_table(curve), areas_line(curve))
+
+
+@html_of.register
+def _(result: EvaluationResult) -> str:
+    columns = (Column("run", "run"), Column("mean", "mean metric", number, numeric=True))
+    rows = (("whole model", result.clean), ("circuit", result.mean), ("all edges ablated", result.corrupted))
+    return _page(result, Table("", columns, rows), f"Faithfulness {number(result.faithfulness)}.")
+
+
+@html_of.register
+def _(comparison: Comparison) -> str:
+    nodes, edges = comparison.nodes, comparison.edges
+    overlap = (
+        ("first", edges.n_first, nodes.n_first),
+        ("second", edges.n_second, nodes.n_second),
+        ("both", edges.n_shared, nodes.n_shared),
+    )
+    tasks = tuple(Column(name, f"on the {name} task", number, numeric=True) for name in ("first", "second"))
+    rows = tuple(zip(("first", "second"), *zip(*comparison.faithfulness, strict=True), strict=True))
+    found = Table("Faithfulness", (Column("circuit", "circuit"), *tasks), rows)
+    shared = f"Shared: {percent(edges.iou)} of all their edges, {percent(nodes.iou)} of all their nodes."
+    return _page(comparison, Table("Overlap", (Column("circuit", "circuit"), _EDGES, _NODES), overlap), shared, found)
+
+
+@html_of.register
+def _(data: PairedDataset) -> str:
+    names = ("clean", "corrupted", "good", "bad")
+    frame = data[:_ROWS].to_pandas()
+    columns = tuple(Column(name, name) for name in names)
+    table = Table("", columns, tuple(zip(*(frame[name] for name in names), strict=True)))
+    more = len(data) - len(table.rows)
+    return _page(data, table, *([f"… and {count(more)} more"] if more else []))
+
+
+def _page(result: object, *parts: Table | str) -> str:
+    """The result's line, and below it pictures, tables and sentences."""
+    shown = [_table(part) if isinstance(part, Table) else _block(part) for part in parts]
+    return f"<div><p><code>{escape(repr(result))}</code></p>{''.join(shown)}</div>"
+
+
+def _block(text: str) -> str:
+    return text if text.startswith("<svg") else f"<p>{escape(text)}</p>"
+
+
+def _table(table: Table) -> str:
+    def row(cells: list[str], kind: str) -> str:
+        aligned = zip(cells, table.columns, strict=True)
+        sides = [(cell, "right" if column.numeric else "left") for cell, column in aligned]
+        found = "".join(f'<{kind} style="text-align: {side}">{escape(cell)}</{kind}>' for cell, side in sides)
+        return f"<tr>{found}</tr>"
+
+    head = row([column.title for column in table.columns], "th")
+    title = f"<caption>{escape(table.title)}</caption>" if table.title else ""
+    return f"<table>{title}<thead>{head}</thead><tbody>{''.join(row(c, 'td') for c in table.cells())}</tbody></table>"

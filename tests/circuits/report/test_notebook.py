@@ -1,0 +1,195 @@
+"""What results show of themselves, and what other libraries get of them."""
+
+from __future__ import annotations
+
+import copy
+import re
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import networkx
+import pytest
+import torch
+
+import eap_circuits as eap
+from tests.circuits.report.test_figures import GRAPHS, circuit_of
+
+HOSTILE = "<script>alert('x')</script>"
+
+
+@pytest.fixture
+def results(make_model, make_pairs) -> dict[str, Any]:
+    model, data = make_model("llama"), make_pairs(n=12)
+    texts = tuple((f"{HOSTILE} {i}", "corrupted") for i in range(12))
+    scores = eap.attribute(model, data, method="eap", keep="variance")
+    one, other = scores.select(n_edges=40), scores.select(n_edges=60)
+    return {
+        "scores": scores,
+        "nodes": scores.node_scores(),
+        "circuit": one,
+        "curve": eap.faithfulness_curve(model, scores, data, (0.1, 0.5, 1.0), baselines=["random"]),
+        "result": eap.evaluate(model, one, data),
+        "comparison": eap.compare(model, one, other, data, data),
+        "data": replace(data, prompts=texts),
+        "ids": data,
+    }
+
+
+class Tags(HTMLParser):
+    """Checks that what is opened is closed, and collects the cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.cells: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.open.append(tag)
+        self.seen.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells[-1] += data
+
+
+KINDS = ["scores", "nodes", "circuit", "curve", "result", "comparison", "data", "ids"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_show_themselves(kind, results):
+    page = results[kind]._repr_html_()
+    tags = Tags()
+    tags.feed(re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL))
+    assert not tags.open and "script" not in tags.seen
+    pictures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert len(pictures) == (kind in ("scores", "nodes", "circuit", "curve"))
+    for picture in pictures:
+        ElementTree.fromstring(picture)
+    if kind == "data":
+        assert f"{HOSTILE} 0" in tags.cells and "… and 2 more" in page
+    if kind == "result":
+        assert f"{results[kind].clean:.3f}" in tags.cells
+    if kind == "scores":
+        sender, receiver, score = results[kind].top_edges(1)[0]
+        assert tags.cells[3:5] == [sender, receiver] and float(tags.cells[5]) == pytest.approx(score, rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_of_the_same_numbers_are_equal(kind, results):
+    one = results[kind]
+    assert one == copy.deepcopy(one) and one != 1
+    if kind in ("scores", "nodes"):
+        assert one == replace(one, info={}) and one != replace(one, values=one.values + 1)
+    if kind == "ids":
+        assert one == replace(one) and one != one[:3] and one != replace(one, name="other")
+
+
+def test_frames_hold_the_numbers(results):
+    scores, circuit, curve = results["scores"], results["circuit"], results["curve"]
+    frame = scores.to_pandas()
+    assert len(frame) == scores.graph.n_edges and list(frame) == ["sender", "receiver", "score", "standard_error"]
+    at = {(u, v): i for i, (u, v) in enumerate(zip(frame["sender"], frame["receiver"], strict=True))}
+    for sender, receiver, score in scores.top_edges(5):
+        assert frame["score"][at[sender, receiver]] == score
+    total = float(scores.variance[scores.graph.edge_mask].double().sum()) / 12
+    assert (frame["standard_error"] ** 2).sum() == pytest.approx(total, rel=1e-5)
+    kept = circuit.to_pandas()
+    assert list(zip(kept["sender"], kept["receiver"], strict=True)) == circuit.edges
+    assert list(curve.to_pandas()) == ["fraction", "n_edges", "faithfulness", "mean", "random"]
+    assert tuple(curve.to_pandas()["faithfulness"]) == curve.faithfulness
+    assert results["nodes"].to_pandas()["score"].tolist() == results["nodes"].values.tolist()
+    assert results["result"].to_pandas().mean()["circuit"] == pytest.approx(results["result"].mean)
+    pairs, ids = results["data"].to_pandas(), results["ids"].to_pandas()
+    assert tuple(zip(pairs["clean"], pairs["corrupted"], strict=True)) == results["data"].prompts
+    data = results["ids"]
+    assert [len(tokens) for tokens in ids["clean"]] == ids["tokens"].tolist() == data.lengths.tolist()
+    assert ids[["good", "bad"]].to_numpy().tolist() == data.answers.tolist()
+
+
+def test_sets_of_answers_have_no_padding(make_pairs):
+    data = make_pairs(n=2)
+    sets = torch.tensor([[[1, 2], [3, -1]], [[4, -1], [5, 6]]])
+    frame = replace(data, answers=sets, variants=None).to_pandas()
+    assert frame["good"].tolist() == [[1, 2], [4]] and frame["bad"].tolist() == [[3], [5, 6]]
+
+
+def reachable(circuit: eap.Circuit) -> bool:
+    """Is there a path from input to logits? By the definition of pruning: an edge is left only on such a path."""
+    return circuit.pruned().n_edges > 0
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("n", [1, 5, 12, 40])
+def test_paths_of_a_networkx_graph_lead_through_heads(name, n):
+    circuit = circuit_of(GRAPHS[name], n, prune=False)
+    graph = circuit.to_networkx()
+    whole = graph.has_node("input") and graph.has_node("logits")
+    assert (whole and networkx.has_path(graph, "input", "logits")) == reachable(circuit)
+    assert set(graph.nodes) - {"logits"} == set(circuit.nodes) - ({"input"} - set(graph.nodes))
+    edges = {
+        (sender, receiver): circuit.values[circuit.graph.senders.index(sender), circuit.graph.receivers.index(receiver)]
+        for sender, receiver in circuit.edges
+    }
+    for (sender, receiver), score in edges.items():
+        node, _, letter = receiver.rstrip(">").partition("<")
+        kind = letter or ("logits" if node == "logits" else "mlp")
+        found = graph.get_edge_data(sender, node, kind)
+        # A key or value of a group bears the number of the group, and enters all of its heads.
+        assert found is not None or letter in ("k", "v")
+        if found is not None and letter not in ("k", "v"):
+            assert found["score"] == float(score)
+
+
+def test_a_shared_key_enters_each_head_of_its_group():
+    graph = GRAPHS["kv"]
+    mask = torch.zeros_like(graph.edge_mask)
+    mask[0, graph.receivers.index("a1.h1<k>")] = True
+    found = eap.Circuit(graph, mask).to_networkx()
+    assert sorted(found.edges(keys=True)) == [("input", "a1.h2", "k"), ("input", "a1.h3", "k")]
+
+
+def test_dot(results):
+    text = results["circuit"].to_dot()
+    assert text.startswith("digraph circuit {") and text.endswith("}\n") and text.count("{") == 1
+    found = re.findall(r'^  "([^"]+)" -> "([^"]+)" \[label="([^"]+)", weight=\S+, tooltip="([^"]+)"\];$', text, re.M)
+    graph = results["circuit"].to_networkx()
+    assert sorted(edge[:3] for edge in found) == sorted(graph.edges(keys=True))
+    for sender, node, kind, score in found:
+        assert float(score) == pytest.approx(graph.get_edge_data(sender, node, kind)["score"], rel=1e-5)
+
+
+def test_a_missing_library_is_named(monkeypatch, results):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(eap.InputError, match=r"to_pandas\(\): expected pandas \(pip install pandas\), found none"):
+        results["scores"].to_pandas()
+
+
+def test_figures_show_themselves(results):
+    for figure in (
+        results["scores"].plot(),
+        results["scores"].heatmap(),
+        results["nodes"].plot(),
+        results["circuit"].plot(),
+        results["curve"].plot(),
+    ):
+        ElementTree.fromstring(figure._repr_html_())
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_heatmap_has_every_node(name):
+    graph = GRAPHS[name]
+    values = torch.arange(1.0, graph.n_senders + 1)
+    (image,) = eap.NodeScores(graph, values).plot().axes[0].images
+    shown = image.get_array().compressed() if hasattr(image.get_array(), "compressed") else image.get_array()
+    assert sorted(x for x in shown.flatten().tolist() if x == x) == values[1:].tolist()
+    assert "input: +1" in eap.NodeScores(graph, values).plot().axes[0].get_title("left")

@@ -117,7 +117,8 @@ def known_arguments(call: Callable[P, T]) -> Callable[P, T]:
 def instance(name: str, value: object, kind: type[T], wanted: str | None = None) -> T:
     """The value, if it is of this type; `wanted`, or else the type's name, says in the error sentence what it is."""
     if not isinstance(value, kind):
-        raise expected(name, wanted or f"a {kind.__name__}", type(value).__name__)
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise expected(name, wanted or f"{article} {kind.__name__}", type(value).__name__)
     return value
 
 

@@ -3,6 +3,7 @@
 from .agreement import Agreement, Overlap, diff, edge_auroc, edge_overlap, node_overlap, score_agreement
 from .circuit import Circuit, prune
 from .confidence import bootstrap_confidence, normal_confidence
+from .ensembles import ensemble
 from .layout import Graph, Heads
 from .nodes import NodeScores
 from .scores import EdgeScores
@@ -22,6 +23,7 @@ __all__ = [
     "diff",
     "edge_auroc",
     "edge_overlap",
+    "ensemble",
     "node_overlap",
     "normal_confidence",
     "prune",

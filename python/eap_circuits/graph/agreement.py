@@ -78,8 +78,8 @@ def edge_auroc(scores: EdgeScores, circuit: Circuit, *, signed: bool = False) ->
     n_in, n_out = int(inside.sum()), int((~inside).sum())
     if not n_in or not n_out:
         raise expected("circuit", "edges inside and outside it", f"{n_in} inside, {n_out} outside")
-    ranks = _ranks(values if signed else values.abs())
-    return float((ranks[inside].sum() - n_in * (n_in + 1) / 2) / (n_in * n_out))
+    rank = ranks(values if signed else values.abs())
+    return float((rank[inside].sum() - n_in * (n_in + 1) / 2) / (n_in * n_out))
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def score_agreement(first: EdgeScores, second: EdgeScores, *, among: Tensor | No
     a, b = (scores.values[edges].double() for scores in (first, second))
     if not (a.isfinite().all() and b.isfinite().all()):
         raise expected("scores", "finite values", "some that are not")
-    return Agreement(_correlation(a, b), _correlation(_ranks(a), _ranks(b)))
+    return Agreement(_correlation(a, b), _correlation(ranks(a), ranks(b)))
 
 
 def diff(first: EdgeScores, second: EdgeScores) -> EdgeScores:
@@ -160,8 +160,8 @@ def _correlation(a: Tensor, b: Tensor) -> float:
     return float(a @ b / norm) if norm else float("nan")
 
 
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 1; equal values share their mean rank."""
+def ranks(values: Tensor) -> Tensor:
+    """Ranks from 1, float64 [n]; equal values share their mean rank."""
     _, place, count = values.unique(return_inverse=True, return_counts=True)
     ranks: Tensor = count.cumsum(0).double() - (count - 1) / 2
     return ranks[place]

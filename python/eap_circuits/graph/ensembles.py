@@ -1,0 +1,54 @@
+"""One scoring of the edges from several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import expected, instance, listed, one_of
+from .agreement import ranks
+from .scores import EdgeScores
+
+HOW = ("mean", "rank-mean")
+
+
+def ensemble(scores: Sequence[EdgeScores], *, how: str = "mean") -> EdgeScores:
+    """The mean of several scorings of the same edges: over seeds, prompt templates, models' checkpoints, or methods.
+
+    Args:
+        scores: at least one scoring, all of the same graph.
+        how: "mean" of the scores, for those in the same units; "rank-mean" of the ranks by absolute score, from 1/n for
+            the weakest edge to 1 for the strongest, for others, such as those of different methods. Equal scores share
+            their mean rank.
+
+    Returns:
+        EdgeScores whose `info` holds that of each scoring.
+
+    Raises:
+        InputError: no scores, different graphs, or scores that are not finite.
+
+    Example:
+        >>> both = eap.ensemble([eap.attribute(model, data), eap.attribute(model, data, method="eap")], how="rank-mean")
+    """
+    one_of("how", how, HOW)
+    scores = listed("scores", scores, "a list of EdgeScores")
+    if not scores:
+        raise expected("scores", "at least one scoring", "none")
+    for number, each in enumerate(scores):
+        name = f"scores[{number}]"
+        instance(name, each, EdgeScores)
+        if each.graph != scores[0].graph:
+            raise expected(name, f"those of {scores[0].graph!r}", f"those of {each.graph!r}")
+        if not each.values[each.graph.edge_mask].isfinite().all():
+            raise expected(name, "finite values", "some that are not")
+    graph = scores[0].graph
+    edges = graph.edge_mask
+    found = torch.stack([each.values[edges].double() for each in scores])
+    if how == "rank-mean":
+        found = torch.stack([ranks(each.abs()) / graph.n_edges for each in found])
+    values = torch.zeros(edges.shape)
+    values[edges] = found.mean(0).float()
+    methods = sorted({str(each.info.get("method")) for each in scores})
+    info = {"method": " and ".join(methods), "ensemble": how, "scores": [each.info for each in scores]}
+    return EdgeScores(graph, values, info)

@@ -3,173 +3,122 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from .choices import help_text
 
-MODEL_HELP = "A Hugging Face name or folder, or [bold]smollm2[/bold], the demo model."
 
-Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
-Device = Annotated[
-    str | None,
-    typer.Option(help="cpu, cuda, cuda:1 …  [dim]\\[default: CUDA if there is a GPU][/dim]", rich_help_panel="Model"),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        help="float32, bfloat16 or float16.  [dim]\\[default: as the model was saved][/dim]",
-        rich_help_panel="Model",
-    ),
-]
+def option(panel: str, text: str, *names: str, **limits: Any) -> Any:
+    """An option: the panel of the help page that it stands in, its help text, and its names if not the argument's."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, **limits)
+
+
+def default(text: str) -> str:
+    """What a help text says of a default that is not a plain value."""
+    return f"[dim]\\[default: {text}][/dim]"
+
+
+Model = Annotated[str, typer.Argument(help="A Hugging Face name or folder, or [bold]smollm2[/bold], the demo model.")]
+Device = Annotated[str | None, option("Model", "cpu, cuda, cuda:1 …  " + default("CUDA if there is a GPU"))]
+Dtype = Annotated[str | None, option("Model", "float32, bfloat16 or float16.  " + default("as the model was saved"))]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option(
+    option(
+        "Model",
+        "Run Python code that comes with the model; it can do anything that you can.",
         "--trust-remote-code",
-        help="Run Python code that comes with the model; it can do anything that you can.",
-        rich_help_panel="Model",
     ),
 ]
 
-Task = Annotated[
-    str | None, typer.Option(help="A task of [bold]eap tasks[/bold], such as ioi.", rich_help_panel="Prompts")
-]
+Task = Annotated[str | None, option("Prompts", "A task of [bold]eap tasks[/bold], such as ioi.")]
 Data = Annotated[
     Path | None,
-    typer.Option(
-        help="Take prompt pairs from a file instead: .csv, .json, .jsonl, .parquet (also rows of MIB's datasets), "
+    option(
+        "Prompts",
+        "Take prompt pairs from a file instead: .csv, .json, .jsonl, .parquet (also rows of MIB's datasets), "
         ".safetensors or .pt.",
-        rich_help_panel="Prompts",
     ),
 ]
 Align = Annotated[
     bool,
-    typer.Option(
+    option(
+        "Prompts",
+        "With --data: also take pairs with different numbers of tokens; the corrupted prompt is read at the positions "
+        "that match the clean prompt's.",
         "--align",
-        help="With --data: also take pairs with different numbers of tokens; the corrupted prompt is read at the "
-        "positions that match the clean prompt's.",
-        rich_help_panel="Prompts",
     ),
 ]
-Number = Annotated[int, typer.Option("-n", help="Prompt pairs of the task.", min=1, rich_help_panel="Prompts")]
-Seed = Annotated[int, typer.Option(help="Another seed gives other prompts of the task.", rich_help_panel="Prompts")]
+Number = Annotated[int, option("Prompts", "Prompt pairs of the task.", "-n", min=1)]
+Seed = Annotated[int, option("Prompts", "Another seed gives other prompts of the task.")]
 Metric = Annotated[
-    str | None,
-    typer.Option(
-        help=help_text("metrics", "What is measured.", "\n\n[dim]\\[default: the task's own][/dim]"),
-        rich_help_panel="Prompts",
-    ),
+    str | None, option("Prompts", help_text("metrics", "What is measured.", "\n\n" + default("the task's own")))
 ]
 
-Method = Annotated[
-    str,
-    typer.Option(
-        help=help_text("methods", "How edges are scored; docs/methods.md."),
-        rich_help_panel="Scoring",
-    ),
-]
-Steps = Annotated[int, typer.Option(help="Steps of integrated gradients.", min=1, rich_help_panel="Scoring")]
-Quadrature = Annotated[
-    str,
-    typer.Option(
-        help=help_text("quadratures", "The points of these M steps on the path."),
-        rich_help_panel="Scoring",
-    ),
-]
+Method = Annotated[str, option("Scoring", help_text("methods", "How edges are scored; docs/methods.md."))]
+Steps = Annotated[int, option("Scoring", "Steps of integrated gradients.", min=1)]
+Quadrature = Annotated[str, option("Scoring", help_text("quadratures", "The points of these M steps on the path."))]
 Heads = Annotated[
     str,
-    typer.Option(
-        help="Keys and values per key/value head (kv, as in the model) or per query head (query, as in EAP-IG).",
-        rich_help_panel="Scoring",
+    option(
+        "Scoring", "Keys and values per key/value head (kv, as in the model) or per query head (query, as in EAP-IG)."
     ),
 ]
 Keep = Annotated[
     str | None,
-    typer.Option(
-        help="What else to save with the scores, separated by commas: variance, examples, positions or "
-        "positions-from-end, neurons.",
-        rich_help_panel="Scoring",
+    option(
+        "Scoring",
+        "What else to save with the scores, separated by commas: variance, examples, positions or positions-from-end, "
+        "neurons.",
     ),
 ]
 Rules = Annotated[
     str | None,
-    typer.Option(
-        help=help_text("rules", "What takes the gradient's place.", "\n\n[dim]\\[default: nothing][/dim]"),
-        rich_help_panel="Scoring",
-    ),
+    option("Scoring", help_text("rules", "What takes the gradient's place.", "\n\n" + default("nothing"))),
 ]
-Ablation = Annotated[
-    str,
-    typer.Option(
-        help=help_text("ablations", "What an ablated edge carries."),
-        rich_help_panel="Ablation",
-    ),
-]
+Ablation = Annotated[str, option("Ablation", help_text("ablations", "What an ablated edge carries."))]
 AblationData = Annotated[
     Path | None,
-    typer.Option(
-        help="A file whose clean prompts are used to compute means or learn constants.  "
-        "[dim]\\[default: the same prompts][/dim]",
-        rich_help_panel="Ablation",
+    option(
+        "Ablation",
+        "A file whose clean prompts are used to compute means or learn constants.  " + default("the same prompts"),
     ),
 ]
 BatchSize = Annotated[
     int | None,
-    typer.Option(
-        help="Examples per batch; results do not depend on it.  [dim]\\[default: by tokens][/dim]",
-        min=1,
-        rich_help_panel="Model",
-    ),
+    option("Model", "Examples per batch; results do not depend on it.  " + default("by tokens"), min=1),
 ]
 Memory = Annotated[
     str | None,
-    typer.Option(
-        help="Memory for the run besides the model, such as 8GiB.  [dim]\\[default: half of what is free][/dim]",
-        rich_help_panel="Model",
-    ),
+    option("Model", "Memory for the run besides the model, such as 8GiB.  " + default("half of what is free")),
 ]
 Checkpoint = Annotated[
     Path | None,
-    typer.Option(
-        help="A .safetensors file that is written after every batch, from which the same command goes on after an "
+    option(
+        "Output",
+        "A .safetensors file that is written after every batch, from which the same command goes on after an "
         "interruption.",
-        rich_help_panel="Output",
     ),
 ]
 
-How = Annotated[
-    str,
-    typer.Option(
-        help=help_text("selections", "How the circuit's edges are chosen."),
-        rich_help_panel="Circuit",
-    ),
-]
-Signed = Annotated[
-    bool,
-    typer.Option("--signed", help="Rank by the score itself, not by its absolute value.", rich_help_panel="Circuit"),
-]
+How = Annotated[str, option("Circuit", help_text("selections", "How the circuit's edges are chosen."))]
+Signed = Annotated[bool, option("Circuit", "Rank by the score itself, not by its absolute value.", "--signed")]
 Confidence = Annotated[
     float | None,
-    typer.Option(
-        help="Keep only edges whose sign agrees in at least this share of resamples, such as 0.95; needs scores with "
+    option(
+        "Circuit",
+        "Keep only edges whose sign agrees in at least this share of resamples, such as 0.95; needs scores with "
         "--keep.",
         min=0.5,
         max=1.0,
-        rich_help_panel="Circuit",
     ),
 ]
-Json = Annotated[
-    bool,
-    typer.Option("--json", help="Print results as JSON instead of tables.", rich_help_panel="Output"),
-]
-Top = Annotated[int, typer.Option(help="Edges to show.", min=0, rich_help_panel="Output")]
-
 Baselines = Annotated[
     str,
-    typer.Option(
-        help=help_text("baselines", "What else to measure at each size, separated by commas; or none."),
-        rich_help_panel="Circuit",
-    ),
+    option("Circuit", help_text("baselines", "What else to measure at each size, separated by commas; or none.")),
 ]
-Draws = Annotated[int, typer.Option(help="Random circuits of each size.", min=1, rich_help_panel="Circuit")]
+Draws = Annotated[int, option("Circuit", "Random circuits of each size.", min=1)]
+
+Top = Annotated[int, option("Output", "Edges to show.", min=0)]
+Json = Annotated[bool, option("Output", "Print results as JSON instead of tables.", "--json")]

@@ -7,10 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import session
+from .. import options, session
 from ..choices import described, registries
 from ..console import check_outputs, check_suffix, say, show_json, show_table, working
-from ..options import Device, Dtype, Json, Model, TrustRemoteCode
 
 
 def tasks(
@@ -21,7 +20,7 @@ def tasks(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Save the prompt pairs as tokens (.safetensors).")
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """List the tasks that come with the package, or show and save the prompts of one task.
 
@@ -86,11 +85,11 @@ def _few(texts: list[str]) -> str:
 
 
 def check(
-    model: Model,
-    dtype: Dtype = None,
-    device: Device = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
+    model: options.Model,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
 ) -> None:
     """Check that the package reads a model correctly: contributions add up, and circuits agree with the model.
 

@@ -6,106 +6,54 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from .. import session
+from .. import options, session
 from ..console import check_outputs, check_suffix, keep_elsewhere, progress, say, show_json, show_table, write
-from ..options import (
-    Ablation,
-    AblationData,
-    Align,
-    BatchSize,
-    Checkpoint,
-    Confidence,
-    Data,
-    Device,
-    Dtype,
-    Heads,
-    How,
-    Json,
-    Keep,
-    Memory,
-    Method,
-    Metric,
-    Model,
-    Number,
-    Quadrature,
-    Rules,
-    Seed,
-    Signed,
-    Steps,
-    Task,
-    Top,
-    TrustRemoteCode,
-)
+from ..options import option
 
 
 def attribute(
-    model: Model,
-    task: Task = None,
-    data: Data = None,
-    align: Align = False,
-    n: Number = 64,
-    seed: Seed = 0,
-    metric: Metric = None,
-    method: Method = "eap-ig-inputs",
-    steps: Steps = 5,
-    quadrature: Quadrature = "right",
-    heads: Heads = "kv",
-    ablation: Ablation = "patching",
-    ablation_data: AblationData = None,
-    batch_size: BatchSize = None,
-    memory: Memory = None,
+    model: options.Model,
+    task: options.Task = None,
+    data: options.Data = None,
+    align: options.Align = False,
+    n: options.Number = 64,
+    seed: options.Seed = 0,
+    metric: options.Metric = None,
+    method: options.Method = "eap-ig-inputs",
+    steps: options.Steps = 5,
+    quadrature: options.Quadrature = "right",
+    heads: options.Heads = "kv",
+    ablation: options.Ablation = "patching",
+    ablation_data: options.AblationData = None,
+    batch_size: options.BatchSize = None,
+    memory: options.Memory = None,
     dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Only show the batches and the memory that the run would take.", rich_help_panel="Scoring"
-        ),
+        bool, option("Scoring", "Only show the batches and the memory that the run would take.", "--dry-run")
     ] = False,
     no_weights: Annotated[
         bool,
-        typer.Option(
-            "--no-weights",
-            help="With --dry-run: load only the model's configuration, whatever its size.",
-            rich_help_panel="Scoring",
-        ),
+        option("Scoring", "With --dry-run: load only the model's configuration, whatever its size.", "--no-weights"),
     ] = False,
-    only: Annotated[
-        Path | None,
-        typer.Option(help="With exact: measure only this circuit's edges.", rich_help_panel="Scoring"),
-    ] = None,
-    checkpoint: Checkpoint = None,
-    keep: Keep = None,
-    rules: Rules = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    trust_remote_code: TrustRemoteCode = False,
+    only: Annotated[Path | None, option("Scoring", "With exact: measure only this circuit's edges.")] = None,
+    checkpoint: options.Checkpoint = None,
+    keep: options.Keep = None,
+    rules: options.Rules = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            "-o",
-            help="Save the scores (.safetensors, or EAP-IG's .json, .pt).",
-            rich_help_panel="Output",
-        ),
+        Path | None, option("Output", "Save the scores (.safetensors, or EAP-IG's .json, .pt).", "--out", "-o")
     ] = None,
     edges: Annotated[
         int | None,
-        typer.Option(
-            help="Choose a circuit of exactly this many edges, all on paths from input to logits.",
-            min=1,
-            rich_help_panel="Circuit",
-        ),
+        option("Circuit", "Choose a circuit of exactly this many edges, all on paths from input to logits.", min=1),
     ] = None,
-    how: How = "top",
-    signed: Signed = False,
-    confidence: Confidence = None,
-    circuit: Annotated[
-        Path | None,
-        typer.Option(help="Save the circuit (.json, .pt or .safetensors).", rich_help_panel="Circuit"),
-    ] = None,
-    top: Top = 20,
-    as_json: Json = False,
+    how: options.How = "top",
+    signed: options.Signed = False,
+    confidence: options.Confidence = None,
+    circuit: Annotated[Path | None, option("Circuit", "Save the circuit (.json, .pt or .safetensors).")] = None,
+    top: options.Top = 20,
+    as_json: options.Json = False,
 ) -> None:
     """Score every edge of a model on a task, and choose a circuit by the scores.
 
@@ -146,7 +94,7 @@ def attribute(
         kept = [*(kept or ()), "variance"]
     measured = None if only is None else eap.Circuit.load(only)
     prompts = session.Prompts(task, data, n, seed, align, ablation_data)
-    prompts.check(metric, gradient=method != "exact", ablation=ablation)
+    prompts.check(metric, gradient=METHODS[method].backward, ablation=ablation)
 
     loaded, tokenizer = session.load_model(model, dtype, device, not no_weights, trust_remote_code)
     if not dry_run:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from .. import session
+from .. import options, session
 from ..console import progress, show_json, show_table
-from ..options import Align, BatchSize, Data, Device, Dtype, Json, Memory, Model, Number, Seed, Task
 
 
 def data(
-    model: Model,
-    task: Task = None,
-    data: Data = None,
-    align: Align = False,
-    n: Number = 64,
-    seed: Seed = 0,
-    batch_size: BatchSize = None,
-    memory: Memory = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    as_json: Json = False,
+    model: options.Model,
+    task: options.Task = None,
+    data: options.Data = None,
+    align: options.Align = False,
+    n: options.Number = 64,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = None,
+    memory: options.Memory = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    as_json: options.Json = False,
 ) -> None:
     """Show what prompt pairs hold: lengths, repeats, and the probabilities that the model gives to their answers.
 

@@ -3,55 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from .. import session
+from .. import options, session
 from ..console import check_outputs, check_suffix, keep_elsewhere, progress, say, show_json, show_table, write
-from ..options import (
-    Ablation,
-    AblationData,
-    Align,
-    Baselines,
-    BatchSize,
-    Checkpoint,
-    Confidence,
-    Data,
-    Device,
-    Draws,
-    Dtype,
-    How,
-    Json,
-    Memory,
-    Metric,
-    Model,
-    Number,
-    Seed,
-    Signed,
-    Task,
-    TrustRemoteCode,
-)
+from ..options import default, option
 
 
 def evaluate(
-    model: Model,
+    model: options.Model,
     circuit: Annotated[Path, typer.Argument(help="A circuit: .json, .pt or .safetensors.")],
-    task: Task = None,
-    data: Data = None,
-    align: Align = False,
-    n: Number = 64,
-    seed: Seed = 0,
-    metric: Metric = None,
-    ablation: Ablation = "patching",
-    ablation_data: AblationData = None,
-    batch_size: BatchSize = None,
-    memory: Memory = None,
-    checkpoint: Checkpoint = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
+    task: options.Task = None,
+    data: options.Data = None,
+    align: options.Align = False,
+    n: options.Number = 64,
+    seed: options.Seed = 0,
+    metric: options.Metric = None,
+    ablation: options.Ablation = "patching",
+    ablation_data: options.AblationData = None,
+    batch_size: options.BatchSize = None,
+    memory: options.Memory = None,
+    checkpoint: options.Checkpoint = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
 ) -> None:
     """Run a circuit with every other edge ablated, and measure how much of the model's behaviour it keeps.
 
@@ -98,39 +76,34 @@ def evaluate(
 
 
 def curve(
-    model: Model,
+    model: options.Model,
     scores: Annotated[Path, typer.Argument(help="Scores that eap attribute -o saved.")],
-    task: Task = None,
-    data: Data = None,
-    align: Align = False,
-    n: Number = 64,
-    seed: Seed = 0,
-    metric: Metric = None,
+    task: options.Task = None,
+    data: options.Data = None,
+    align: options.Align = False,
+    n: options.Number = 64,
+    seed: options.Seed = 0,
+    metric: options.Metric = None,
     fractions: Annotated[
         str | None,
-        typer.Option(
-            help="Shares of all edges, separated by commas.  [dim]\\[default: ten from 0.001 to 1][/dim]",
-            rich_help_panel="Circuit",
-        ),
+        option("Circuit", "Shares of all edges, separated by commas.  " + default("ten from 0.001 to 1")),
     ] = None,
-    how: How = "top",
-    signed: Signed = False,
-    confidence: Confidence = None,
-    baselines: Baselines = "random,complement",
-    draws: Draws = 3,
-    ablation: Ablation = "patching",
-    ablation_data: AblationData = None,
-    batch_size: BatchSize = None,
-    memory: Memory = None,
-    checkpoint: Checkpoint = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    trust_remote_code: TrustRemoteCode = False,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Save the curve (.json).", rich_help_panel="Output")
-    ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a report (.html).", rich_help_panel="Output")] = None,
-    as_json: Json = False,
+    how: options.How = "top",
+    signed: options.Signed = False,
+    confidence: options.Confidence = None,
+    baselines: options.Baselines = "random,complement",
+    draws: options.Draws = 3,
+    ablation: options.Ablation = "patching",
+    ablation_data: options.AblationData = None,
+    batch_size: options.BatchSize = None,
+    memory: options.Memory = None,
+    checkpoint: options.Checkpoint = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    out: Annotated[Path | None, option("Output", "Save the curve (.json).", "--out", "-o")] = None,
+    html: Annotated[Path | None, option("Output", "Write a report (.html).")] = None,
+    as_json: options.Json = False,
 ) -> None:
     """Measure faithfulness by circuit size.
 
@@ -147,6 +120,7 @@ def curve(
     import eap_circuits as eap
 
     from ...errors import InputError
+    from ...evaluation import FRACTIONS
     from ...report import save_curve, smallest_faithful
     from ...report.tables import areas_line, curve_table
 
@@ -163,12 +137,12 @@ def curve(
 
     loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     pairs = prompts.load(tokenizer)
-    options: dict[str, Any] = {} if sizes is None else {"fractions": sizes}
     with progress("Running circuits") as bar:
         measured = eap.faithfulness_curve(
             loaded,
             loaded_scores,
             pairs,
+            FRACTIONS if sizes is None else sizes,
             metric=metric,
             how=how,
             signed=signed,
@@ -181,7 +155,6 @@ def curve(
             baselines=beside,
             seeds=range(draws),
             among=among,
-            **options,
         )
     # What was measured is saved first, and shown before an error ends the command.
     files: dict[str, str] = {}

@@ -7,25 +7,20 @@ from typing import Annotated
 
 import typer
 
-from .. import session
+from .. import options, session
 from ..console import check_outputs, check_suffix, say
-from ..options import How, Signed
+from ..options import option
 
 
 def report(
     scores: Annotated[Path, typer.Argument(help="Scores that eap attribute -o saved.")],
-    circuit: Annotated[Path | None, typer.Option(help="The circuit to show.", rich_help_panel="Circuit")] = None,
-    edges: Annotated[
-        int,
-        typer.Option(help="Without --circuit: show one of exactly this many edges.", min=1, rich_help_panel="Circuit"),
-    ] = 200,
-    how: How = "top",
-    signed: Signed = False,
+    circuit: Annotated[Path | None, option("Circuit", "The circuit to show.")] = None,
+    edges: Annotated[int, option("Circuit", "Without --circuit: show one of exactly this many edges.", min=1)] = 200,
+    how: options.How = "top",
+    signed: options.Signed = False,
     curve: Annotated[Path | None, typer.Option(help="Faithfulness by size that eap curve -o saved (.json).")] = None,
     title: Annotated[str | None, typer.Option(help="The page's title.")] = None,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="The page to write (.html).", rich_help_panel="Output")
-    ] = Path("report.html"),
+    out: Annotated[Path, option("Output", "The page to write (.html).", "--out", "-o")] = Path("report.html"),
 ) -> None:
     """Write a report of saved scores as one HTML page, without the model.
 

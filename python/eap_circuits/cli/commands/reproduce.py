@@ -5,52 +5,36 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from .. import session
+from .. import options, session
 from ..console import check_outputs, progress, say
-from ..options import Align, Checkpoint, Device, Dtype, Seed, TrustRemoteCode
+from ..options import default, option
 
 
 def reproduce(
-    model: Annotated[
-        str, typer.Argument(help="A Hugging Face name or folder, or [bold]smollm2[/bold], the demo model.")
-    ] = "smollm2",
+    model: options.Model = "smollm2",
     tasks: Annotated[
         str | None,
-        typer.Option(
-            help="Tasks of [bold]eap tasks[/bold], separated by commas.  "
-            "[dim]\\[default: all, or none with --data][/dim]",
-            rich_help_panel="Prompts",
+        option(
+            "Prompts",
+            "Tasks of [bold]eap tasks[/bold], separated by commas.  " + default("all, or none with --data"),
         ),
     ] = None,
     data: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="A file of your own prompt pairs, as one more task; can be repeated.", rich_help_panel="Prompts"
-        ),
+        list[Path] | None, option("Prompts", "A file of your own prompt pairs, as one more task; can be repeated.")
     ] = None,
-    align: Align = False,
+    align: options.Align = False,
     scored: Annotated[
-        int,
-        typer.Option(
-            help="Pairs of each task to score edges on; the time grows with them.", min=1, rich_help_panel="Prompts"
-        ),
+        int, option("Prompts", "Pairs of each task to score edges on; the time grows with them.", min=1)
     ] = 4,
-    n: Annotated[
-        int, typer.Option("-n", help="Other pairs to run circuits on.", min=1, rich_help_panel="Prompts")
-    ] = 32,
-    seed: Seed = 0,
-    steps: Annotated[int, typer.Option(help="Steps of EAP-IG.", min=1, rich_help_panel="Scoring")] = 5,
-    draws: Annotated[int, typer.Option(help="Random circuits of each size.", min=1, rich_help_panel="Circuit")] = 3,
-    checkpoint: Checkpoint = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    trust_remote_code: TrustRemoteCode = False,
-    out: Annotated[
-        Path,
-        typer.Option(help="Where to write; made if missing.", metavar="DIR", rich_help_panel="Output"),
-    ] = Path("."),
+    n: Annotated[int, option("Prompts", "Other pairs to run circuits on.", "-n", min=1)] = 32,
+    seed: options.Seed = 0,
+    steps: Annotated[int, option("Scoring", "Steps of EAP-IG.", min=1)] = 5,
+    draws: options.Draws = 3,
+    checkpoint: options.Checkpoint = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    out: Annotated[Path, option("Output", "Where to write; made if missing.", metavar="DIR")] = Path("."),
 ) -> None:
     """Compare EAP, EAP-IG and exact patching on a model: agreement, faithfulness, steps, and circuits across tasks.
 

@@ -18,13 +18,14 @@ COMMAND: ContextVar[str | None] = ContextVar("command", default=None)
 _UNSAID = ("progress",)
 
 
-def provenance(request: Request, call: str, operator: str | None = None) -> dict[str, Any]:
+def provenance(request: Request, call: str, operator: str) -> dict[str, Any]:
     """What is known of a run as it starts, as plain JSON values.
 
     Args:
         request: what is run.
         call: the call, as `called` writes it.
-        operator: what `eap_kernels.explain` says of the operator that the run will spend its time in, if any.
+        operator: what `eap_kernels.explain` says of the operator that the run will spend its time in, or "none: " and
+            what computes without one.
     """
     from .checkpoint import data_identity, model_name, weights_digest
     from .files import digest

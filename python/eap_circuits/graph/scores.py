@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STATISTICS = ("variance", "per_example", "per_position", "neurons")
-# Methods whose edge scores do not add up to node scores.
-_NOT_ADDITIVE = ("exact", "information-flow-routes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,9 +158,8 @@ class EdgeScores(Result):
         Raises:
             InputError: a method whose edge scores do not add up to node scores.
         """
-        method = self.info.get("method")
-        if set(str(method).split(" and ")) & set(_NOT_ADDITIVE):  # a difference has two
-            raise expected("node_scores()", "scores of a gradient method", repr(method))
+        if not self.info.get("additive", True):
+            raise expected("node_scores()", "scores of a gradient method", repr(self.info.get("method")))
         return NodeScores(self.graph, self.values.double().sum(1).float(), self.neurons, self.info)
 
     def to_kv(self) -> EdgeScores:

@@ -7,10 +7,7 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-
-from eap_kernels import Nodes, explain
 
 from ..adapters import Weightless
 from ..checkpoint import Where, opened, settings_of
@@ -109,27 +106,12 @@ def attribute(
     Raises:
         InputError: see the message; raised before any work, except for a metric that is not finite.
     """
-    call = called(attribute, locals())
+    asked = dict(locals())
+    call = called(attribute, asked)
+    # How a call is watched and kept is no part of what is computed.
+    request = _request(**{name: x for name, x in asked.items() if name not in ("progress", "checkpoint")})
     progress = watched(progress)
-    request = _request(
-        model=model,
-        data=data,
-        metric=metric,
-        method=method,
-        steps=steps,
-        quadrature=quadrature,
-        heads=heads,
-        ablation=ablation,
-        ablation_data=ablation_data,
-        batch_size=batch_size,
-        reuse_prefix=reuse_prefix,
-        memory=memory,
-        compat=compat,
-        rules=rules,
-        keep=keep,
-        edges=edges,
-    )
-    origin = provenance(request, call, _operator(request))
+    origin = provenance(request, call, request.method.operator(request))
     settings = partial(settings_of, request, call="attribute")
     with opened(checkpoint, request.arch.model, settings) as kept, borrowed(request.arch.model):
         statistics = Statistics(request)
@@ -143,6 +125,8 @@ def attribute(
         "ablation": ablation_of(ablation).name,
         **origin,
     }
+    if not spec.backward:
+        info["additive"] = False
     if rules is not None:
         info["rules"] = rules
     if compat is not None:
@@ -152,14 +136,6 @@ def attribute(
     if ablation_data is not None:
         info["ablation_data"] = ablation_data.name
     return statistics.scores(info)
-
-
-def _operator(request: AttributionRequest) -> str | None:
-    """What contracts the gradients of the method, if it has any."""
-    if not isinstance(request.method, GradientMethod):
-        return None
-    nothing = torch.empty(0, 1, 1, dtype=request.arch.contraction_dtype, device=request.arch.device)
-    return explain("head_space_scores", [Nodes(nothing)])
 
 
 @gives_back
@@ -191,24 +167,9 @@ def plan(
     Raises:
         InputError: what `attribute` refuses, and methods of which only a pass takes memory, such as "exact".
     """
+    asked = dict(locals())
     with Weightless(model) as shapes:
-        request = _request(
-            model=model,
-            data=data,
-            metric=metric,
-            method=method,
-            steps=steps,
-            quadrature=quadrature,
-            heads=heads,
-            ablation=ablation,
-            ablation_data=ablation_data,
-            batch_size=batch_size,
-            reuse_prefix=reuse_prefix,
-            memory=memory,
-            compat=compat,
-            rules=rules,
-            keep=keep,
-        )
+        request = _request(**asked)
         spec = request.method
         if not isinstance(spec, GradientMethod) or not spec.planned:
             planned = (name for name, each in METHODS.items() if each.planned)

@@ -42,6 +42,9 @@ class ExactMethod(Method):
     selective: ClassVar[bool] = True
     keeps: ClassVar[tuple[str, ...]] = ("variance", "examples")
 
+    def operator(self, request: AttributionRequest) -> str:
+        return "none: each edge is measured by a run of the model"
+
     def run(
         self, request: AttributionRequest, statistics: Statistics, checkpoint: Checkpoint, progress: Progress | None
     ) -> None:

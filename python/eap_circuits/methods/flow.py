@@ -40,6 +40,9 @@ class FlowMethod(Method):
     measures: ClassVar[bool] = False
     reuses: ClassVar[bool] = False  # prompts run whole: nothing is compared with the corrupted ones
 
+    def operator(self, request: AttributionRequest) -> str:
+        return "none: torch.cdist measures how near contributions are to inputs"
+
     def run(
         self, request: AttributionRequest, statistics: Statistics, checkpoint: Checkpoint, progress: Progress | None
     ) -> None:

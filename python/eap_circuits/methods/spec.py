@@ -85,6 +85,10 @@ class Method(ABC):
         return False
 
     @abstractmethod
+    def operator(self, request: AttributionRequest) -> str:
+        """What computes scores from the model's passes, as results name it under "backend"."""
+
+    @abstractmethod
     def run(
         self, request: AttributionRequest, statistics: Statistics, checkpoint: Checkpoint, progress: Progress | None
     ) -> None:

@@ -14,7 +14,7 @@ def scores(n: int, seed: int, data: str, keep: bool = True, method: str = "eap")
     generator = torch.Generator().manual_seed(seed)
     shape = (n, GRAPH.n_senders, GRAPH.n_receivers)
     each = torch.randn(shape, generator=generator) * GRAPH.edge_mask
-    info = {"method": method, "n_examples": n, "data_sha256": data}
+    info = {"method": method, "n_examples": n, "data_sha256": data, "additive": method != "exact"}
     return eap.EdgeScores(GRAPH, each.mean(0), info, each.var(0, correction=0), each if keep else None)
 
 

@@ -50,6 +50,14 @@ def test_scores_say_where_they_are_from(model: Any, make_pairs: Any) -> None:
     assert json.loads(json.dumps(info)) == info
 
 
+@pytest.mark.parametrize("method", ["exact", "information-flow-routes"])
+def test_methods_without_an_operator_say_what_computes(model: Any, make_pairs: Any, method: str) -> None:
+    data = make_pairs(n=2)
+    edges = torch.zeros_like(eap.attribute(model, data, method="eap").graph.edge_mask)
+    info = eap.attribute(model, data, method=method, edges=edges if method == "exact" else None).info
+    assert info["backend"].startswith("none: ") and info["additive"] is False
+
+
 def test_hashes_follow_weights_tokens_and_texts(model: Any, make_pairs: Any) -> None:
     data = make_pairs()
 

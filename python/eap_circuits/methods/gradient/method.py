@@ -15,6 +15,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from eap_kernels import Nodes, explain
+
 from ...budget import (
     Cost,
     budget,
@@ -84,6 +86,10 @@ class GradientMethod(Method):
     def score(self, request: AttributionRequest, batch: Batch, passes: Passes) -> BatchScores:
         """Scores of the batch's examples. Calls `end_of_phase` where what is held changes, the same number of times
         for all numbers of examples and points."""
+
+    def operator(self, request: AttributionRequest) -> str:
+        nothing = torch.empty(0, 1, 1, dtype=request.arch.contraction_dtype, device=request.arch.device)
+        return explain("head_space_scores", [Nodes(nothing)])
 
     def run(
         self, request: AttributionRequest, statistics: Statistics, checkpoint: Checkpoint, progress: Progress | None

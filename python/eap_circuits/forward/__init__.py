@@ -4,7 +4,7 @@ from .batches import TOKENS_PER_BATCH, Batch, halves, make_batches, some_of
 from .constants import Constants, at_tokens, zeros
 from .hooks import Hooks, borrowed
 from .prefixes.reuse import why_not_reused
-from .resume import LayerInputs
+from .resume import LayerInputs, record_layer_inputs
 from .runner import Register, Runner, each
 from .tracing import trace
 from .uploading import Indices, download, upload
@@ -28,6 +28,7 @@ __all__ = [
     "make_batches",
     "one_want_of_memory",
     "out_of_memory",
+    "record_layer_inputs",
     "some_of",
     "trace",
     "upload",

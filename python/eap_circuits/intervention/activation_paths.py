@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import SenderSite
-from ..forward import Constants, Hooks, LayerInputs, Register, Runner, each, upload
+from ..forward import Constants, Hooks, LayerInputs, Register, Runner, each, record_layer_inputs, upload
 from ..recording import BothSides, less_clean, record_corrupted_side
 
 _ROUNDING = 2**-6  # relative; of embeddings scaled in bfloat16, with room
@@ -40,7 +40,7 @@ class GroupPaths:
     def only_tokens(self) -> bool:
         """Does the first layer read only the token embeddings, without position embeddings?"""
         clean = self.sides.clean_embeddings
-        return bool((self.layers.first.to(clean.device) - clean).norm() < _ROUNDING * clean.norm())
+        return bool((self.layers.inputs[0].to(clean.device) - clean).norm() < _ROUNDING * clean.norm())
 
     def embeddings(self, group: SenderSite, alphas: Sequence[float]) -> Tensor:
         """What the runs at these points start with, [m·E, T, D]."""
@@ -78,11 +78,13 @@ class GroupPaths:
 
 def record_paths(runner: Runner, constants: Constants | None = None, through: bool = False) -> GroupPaths:
     """Run the corrupted prompts of a batch and then the clean ones, for the paths between them; see `GroupPaths`."""
-    side, layers = record_corrupted_side(runner, constants), LayerInputs(runner.arch.layers)
+    side = record_corrupted_side(runner, constants)
 
-    def run(register: Register) -> Tensor:
-        return runner.record(side.clean_embeddings, each(register, layers.watch))
+    def run(layers: Register, senders: Register) -> Tensor:
+        return runner.record(side.clean_embeddings, each(senders, layers))
 
-    senders, logits = less_clean(side, runner.batch, run)
+    layers, (senders, logits) = record_layer_inputs(
+        runner.arch.layers, lambda layers: less_clean(side, runner.batch, partial(run, layers))
+    )
     sides = BothSides(senders, side.clean_embeddings, side.corrupted_embeddings, side.corrupted_logits, logits)
     return GroupPaths(runner, sides, layers, through)

@@ -16,9 +16,9 @@ from torch import Tensor
 from eap_kernels import Nodes
 
 from ..adapters import Norm, ReceiverSite, receiver_sites
-from ..forward import Constants, Hooks, LayerInputs, Runner
+from ..forward import Constants, Hooks, LayerInputs, Register, Runner, record_layer_inputs
 from ..graph import Graph
-from ..recording import BothSides, ReceiverInputs, record_both_sides
+from ..recording import BothSides, ReceiverInputs, record_both_sides, record_receiver_inputs
 
 Patched = list[tuple[int, int, int]]  # (copy, head, sender)
 Sites = dict[str, tuple[ReceiverSite, Patched]]  # of one layer, by name
@@ -117,8 +117,13 @@ class PatchedEdges:
 def prepare_patching(runner: Runner, graph: Graph, constants: Constants | None = None) -> PatchedEdges:
     """Run both sides of a batch, for runs of its clean side with edges patched; see `record_both_sides`."""
     examples = runner.batch.n_examples
-    clean, layers = ReceiverInputs(runner, lambda x: x[examples:]), LayerInputs(runner.arch.layers)
-    sides = record_both_sides(runner, constants, clean.watch, partial(layers.watch, rows=slice(examples, None)))
+
+    def run(layers: Register) -> tuple[ReceiverInputs, BothSides]:
+        return record_receiver_inputs(
+            runner, lambda x: x[examples:], lambda clean: record_both_sides(runner, constants, clean, layers)
+        )
+
+    layers, (clean, sides) = record_layer_inputs(runner.arch.layers, run, slice(examples, None))
     senders = [(group, index) for group in sides.senders.nodes() for index in range(group.values.shape[1])]
     receivers = [(site, head) for site in receiver_sites(runner.arch, graph) for head in range(site.count)]
     return PatchedEdges(runner, sides, senders, receivers, clean, layers)

@@ -5,7 +5,7 @@ from .backward_rules import RULES, Rules
 from .contraction import contract, contract_neurons, lowered
 from .contributions import BothSides, less_clean, record_both_sides, record_contributions, record_corrupted_side
 from .receiver_gradients import ReceiverGradients
-from .reference_run import ReceiverInputs, ReferenceRun, record_run
+from .reference_run import ReceiverInputs, ReferenceRun, record_receiver_inputs, record_run
 
 __all__ = [
     "ABLATIONS",
@@ -26,5 +26,6 @@ __all__ = [
     "record_both_sides",
     "record_contributions",
     "record_corrupted_side",
+    "record_receiver_inputs",
     "record_run",
 ]

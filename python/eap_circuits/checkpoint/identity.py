@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..adapters import is_offloaded, read
 from ..forward import Constants
 from ..metrics import METRICS, Metric
 from ..request import Request
 from ..tasks import PairedDataset
 from .digest import tensor_digest
 from .fingerprint import Reader, is_installed
+from .weights import weight_digests
 
 _CUTS = {"arch", "constants", "batch_size", "memory", "reuse_prefix"}
 _PLAIN = (type(None), bool, int, float, str)
@@ -109,7 +109,7 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     return {
         "versions": _versions(model),
         "configuration": [_configuration(each) for each in configs.values()],
-        "weights": dict(_weights(model)),
+        "weights": weight_digests(model),
         "modules": {name: _module(name, module, known) for name, module in model.named_modules()},
         "code": Reader("model", known).digest(list(_changed_code(model, configs.values()))),
         "hooks": {**hooks, **({"*": Reader("global hooks").digest(everywhere)} if everywhere else {})},
@@ -146,31 +146,6 @@ def _without_origin(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_origin(each) for each in value]
     return value if isinstance(value, _PLAIN) else str(value)
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[str, str]]:
-    seen: dict[int, str] = {}  # tied ones are read once
-    for prefix, module in model.named_modules():
-        for name, x in (*module._parameters.items(), *module._buffers.items()):
-            if x is None:
-                continue
-            if is_offloaded(module):
-                fetched = read(module, name)
-                assert fetched is not None
-                yield f"{prefix}.{name}".lstrip("."), tensor_digest(fetched)
-                continue
-            if id(x) not in seen:
-                seen[id(x)] = tensor_digest(x) + _stored_with(module, x)
-            yield f"{prefix}.{name}".lstrip("."), seen[id(x)]
-
-
-def _stored_with(module: nn.Module, x: Tensor) -> str:
-    """What bitsandbytes keeps beside a weight, which its first run moves from the weight to the module."""
-    if type(x).__module__.partition(".")[0] != "bitsandbytes":
-        return ""
-    kept = [getattr(place, "SCB", None) for place in (x, getattr(module, "state", None))]
-    beside = [*(each for each in kept if isinstance(each, Tensor)), getattr(x, "quant_state", None)]
-    return Reader("weights").digest(beside)
 
 
 def _module(name: str, module: nn.Module, known: dict[int, Any]) -> str:

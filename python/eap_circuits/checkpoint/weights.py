@@ -1,33 +1,74 @@
-"""One digest of all weights, read again only if they have changed."""
+"""Digests of a model's weights and buffers, read again only if they have changed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from ..adapters import is_offloaded, read
 from ..files import digest
 from .digest import tensor_digest
+from .fingerprint import Reader
 
-_known: WeakKeyDictionary[nn.Module, tuple[object, str]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, tuple[object, dict[str, str]]] = WeakKeyDictionary()
 
 
 def weights_digest(model: nn.Module) -> str:
-    """The SHA-256 of the digests of all weights and buffers; of quantised or offloaded ones, only of their names.
+    """The SHA-256 of the digests of all weights and buffers; of quantised or offloaded ones, only of their names."""
+    every = {name for name, _, _ in _held(model)}
+    kept = _kept(model)
+    return digest({"weights": kept, "others": sorted(every - kept.keys())})
 
-    A model's digest is kept, and used again while its weights are the same tensors with the same sums of their bits,
-    which are added up on their own device at the speed of its memory.
+
+def weight_digests(model: nn.Module) -> dict[str, str]:
+    """The digest of each weight and buffer, offloaded and quantised ones too; tied ones are read once."""
+    kept, seen, found = _kept(model), dict[int, str](), {}
+    for name, module, x in _held(model, tied=True):
+        if is_offloaded(module):
+            fetched = read(module, name.rpartition(".")[2])
+            assert fetched is not None
+            found[name] = tensor_digest(fetched)
+            continue
+        if id(x) not in seen:
+            seen[id(x)] = (kept.get(name) or tensor_digest(x)) + _stored_with(module, x)
+        found[name] = seen[id(x)]
+    return found
+
+
+def _held(model: nn.Module, tied: bool = False) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """(name, module, tensor) of each weight and buffer; where `tied`, a tensor comes under each of its names."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for name, x in (*module._parameters.items(), *module._buffers.items()):
+            if x is not None and (tied or id(x) not in seen):
+                seen.add(id(x))
+                yield f"{path}.{name}".lstrip("."), module, x
+
+
+def _kept(model: nn.Module) -> dict[str, str]:
+    """The digests of the weights that are plain tensors with numbers.
+
+    They are used again while the weights are the same tensors with the same sums of their bits, which are added up on
+    their own device at the speed of its memory.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    plain = {name: x.detach() for name, x in tensors.items() if type(x.data) is Tensor and not x.is_meta}
+    plain = {name: x.detach() for name, _, x in _held(model) if type(x.data) is Tensor and not x.is_meta}
     seen = [(name, x.data_ptr(), x._version, str(x.dtype), tuple(x.shape)) for name, x in plain.items()]
-    state = (seen, sorted(tensors.keys() - plain.keys()), _sums(plain))
+    state = (seen, _sums(plain))
     if model not in _known or _known[model][0] != state:
-        whole = {name: tensor_digest(x) for name, x in plain.items()}
-        _known[model] = state, digest({"weights": whole, "others": state[1]})
+        _known[model] = state, {name: tensor_digest(x) for name, x in plain.items()}
     return _known[model][1]
+
+
+def _stored_with(module: nn.Module, x: Tensor) -> str:
+    """What bitsandbytes keeps beside a weight, which its first run moves from the weight to the module."""
+    if type(x).__module__.partition(".")[0] != "bitsandbytes":
+        return ""
+    kept = [getattr(place, "SCB", None) for place in (x, getattr(module, "state", None))]
+    beside = [*(each for each in kept if isinstance(each, Tensor)), getattr(x, "quant_state", None)]
+    return Reader("weights").digest(beside)
 
 
 def _sums(tensors: Mapping[str, Tensor]) -> list[int]:

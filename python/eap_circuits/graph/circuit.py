@@ -149,17 +149,9 @@ def prune(graph: Graph, mask: Tensor) -> Tensor:
     node and its receiver's node do (EAP-IG's rule; a key/value head's input belongs to its whole group).
     """
     mask = mask & graph.edge_mask
-    receivers, senders = graph.inputs_of
     while True:
-        alive = mask.any(1)
-        fed = torch.zeros_like(alive)
-        fed[senders[mask.any(0)[receivers]]] = True
-        fed[0] = True
-        alive &= fed
-        read = torch.zeros(graph.n_receivers, dtype=torch.bool)
-        read[receivers[alive[senders]]] = True
-        read[graph.logits_receiver] = True
-        kept = mask & alive[:, None] & read
+        alive = mask.any(1) & graph.fed(mask)
+        kept = mask & alive[:, None] & graph.read(alive)
         if torch.equal(kept, mask):
             return kept
         mask = kept

@@ -181,6 +181,23 @@ class Graph:
             senders.append(torch.tensor([self.mlp_sender(layer)]))
         return torch.cat(receivers), torch.cat(senders)
 
+    @cached_property
+    def inputs(self) -> list[list[int]]:
+        """For each sender the receivers that are inputs of its node; none for `input`."""
+        found: list[list[int]] = [[] for _ in range(self.n_senders)]
+        for receiver, sender in zip(*(t.tolist() for t in self.inputs_of), strict=True):
+            found[sender].append(receiver)
+        return found
+
+    @cached_property
+    def owners(self) -> list[list[int]]:
+        """For each receiver the senders whose node it is an input of; none for `logits`."""
+        found: list[list[int]] = [[] for _ in range(self.n_receivers)]
+        for sender, receivers in enumerate(self.inputs):
+            for receiver in receivers:
+                found[receiver].append(sender)
+        return found
+
     def edge_name(self, sender: int, receiver: int) -> str:
         """`a0.h1->m0`, `input->a0.h0<q>`: EAP-IG's name of the edge."""
         return f"{self.senders[sender]}->{self.receivers[receiver]}"
@@ -213,12 +230,27 @@ class Graph:
         n = self.with_heads("kv").n_receivers
         return values.new_zeros(*values.shape[:-1], n).index_add(-1, self.kv_receiver, values)
 
+    def fed(self, mask: Tensor) -> Tensor:
+        """bool [S]: `input`, and the senders whose node has a kept edge coming in; mask bool [S, R]."""
+        receivers, senders = self.inputs_of
+        fed = torch.zeros(self.n_senders, dtype=torch.bool)
+        fed[senders[mask.any(0)[receivers]]] = True
+        fed[0] = True
+        return fed
+
+    def read(self, present: Tensor) -> Tensor:
+        """bool [R]: `logits`, and the inputs of the nodes of these senders, bool [S]."""
+        receivers, senders = self.inputs_of
+        read = torch.zeros(self.n_receivers, dtype=torch.bool)
+        read[receivers[present[senders]]] = True
+        read[self.logits_receiver] = True
+        return read
+
     def connected(self, mask: Tensor) -> Tensor:
         """bool [S]: senders with a kept edge going out or, except for `input`, coming in; mask bool [S, R]."""
-        present = mask.any(1)
-        receivers, senders = self.inputs_of
-        present[senders[mask.any(0)[receivers]]] = True
-        return present
+        present = self.fed(mask)
+        present[0] = False
+        return present | mask.any(1)
 
     # Storage.
 

@@ -67,12 +67,8 @@ class NodeScores(Result):
         kept = torch.zeros(self.graph.n_senders, dtype=torch.bool)
         kept[1 + rank[1:].argsort(descending=True, stable=True)[:n_nodes]] = True
         kept[0] = True
-        receivers, senders = self.graph.inputs_of
-        read = torch.zeros(self.graph.n_receivers, dtype=torch.bool)
-        read[receivers[kept[senders]]] = True
-        read[self.graph.logits_receiver] = True
         info = {**self.info, "selection": {"how": "nodes", "n_nodes": n_nodes, "signed": signed}}
-        return Circuit(self.graph, self.graph.edge_mask & kept[:, None] & read, info=info)
+        return Circuit(self.graph, self.graph.edge_mask & kept[:, None] & self.graph.read(kept), info=info)
 
     def top_nodes(self, n: int = 20) -> list[tuple[str, float]]:
         """The n nodes of largest absolute score: (sender, score)."""

@@ -83,9 +83,6 @@ def _top(rank: Tensor, n_edges: int) -> Tensor:
 
 def _greedy(graph: Graph, rank: Tensor, n_edges: int) -> Tensor:
     """From the logits up, take the best edge into a node already reached, n_edges times or until none is left."""
-    inputs: list[list[int]] = [[] for _ in range(graph.n_senders)]
-    for receiver, sender in zip(*(t.tolist() for t in graph.inputs_of), strict=True):
-        inputs[sender].append(receiver)
     reach = graph.reach.tolist()
     mask = torch.zeros_like(rank, dtype=torch.bool)
     candidates: dict[int, tuple[list[float], list[int]]] = {}  # receiver -> its edges' ranks and senders, best first
@@ -115,7 +112,7 @@ def _greedy(graph: Graph, rank: Tensor, n_edges: int) -> Tensor:
         push(receiver, position + 1)
         if not reached[sender]:
             reached[sender] = True
-            reach_inputs(inputs[sender])
+            reach_inputs(graph.inputs[sender])
     return mask
 
 

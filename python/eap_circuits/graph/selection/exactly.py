@@ -111,27 +111,23 @@ class _Connected:
         for u, v in edges:
             self._after[u].add(v)
             self._before[v].add(u)
-        self._inputs: list[list[int]] = [[] for _ in range(graph.n_senders)]
-        self._owners: list[list[int]] = [[] for _ in range(graph.n_receivers)]
-        for receiver, sender in zip(*(t.tolist() for t in graph.inputs_of), strict=True):
-            self._inputs[sender].append(receiver)
-            self._owners[receiver].append(sender)
 
     def __contains__(self, edge: Edge) -> bool:
         return edge[1] in self._after[edge[0]]
 
     def lost(self, edge: Edge, limit: int) -> set[Edge]:
         """The edge and those on no path without it; none if they are more than `limit`."""
+        inputs, owners = self._graph.inputs, self._graph.owners
         gone, left = {edge}, [edge]
         while left and len(gone) <= limit:
             u, v = left.pop()
             follow: list[Edge] = []
-            for owner in self._owners[v]:
-                if all((w, r) in gone for r in self._inputs[owner] for w in self._before[r]):
+            for owner in owners[v]:
+                if all((w, r) in gone for r in inputs[owner] for w in self._before[r]):
                     follow += [(owner, r) for r in self._after[owner]]
             if all((u, r) in gone for r in self._after[u]):
-                for r in self._inputs[u]:
-                    if all((owner, x) in gone for owner in self._owners[r] for x in self._after[owner]):
+                for r in inputs[u]:
+                    if all((owner, x) in gone for owner in owners[r] for x in self._after[owner]):
                         follow += [(w, r) for w in self._before[r]]
             fresh = set(follow) - gone
             gone |= fresh
@@ -154,14 +150,8 @@ class _Connected:
 def _filled(graph: Graph, rank: Tensor, mask: Tensor, n_edges: int) -> Tensor:
     """A connected circuit with more edges, at most n: the strongest that fit it; if these are too few, detours."""
     mask = mask.clone()
-    receivers, senders = graph.inputs_of
     while (missing := n_edges - int(mask.sum())) > 0:
-        fed = torch.zeros(graph.n_senders, dtype=torch.bool)
-        fed[senders[mask.any(0)[receivers]]] = True
-        fed[0] = True
-        read = torch.zeros(graph.n_receivers, dtype=torch.bool)
-        read[receivers[mask.any(1)[senders]]] = True
-        read[graph.logits_receiver] = True
+        fed, read = graph.fed(mask), graph.read(mask.any(1))
         fits = (~rank.isneginf() & ~mask & fed[:, None] & read).nonzero()
         if len(fits) < missing and (detour := _detour(graph, rank, fed, read, missing)):
             taken = torch.tensor(detour)
@@ -176,9 +166,6 @@ def _filled(graph: Graph, rank: Tensor, mask: Tensor, n_edges: int) -> Tensor:
 
 def _detour(graph: Graph, rank: Tensor, fed: Tensor, read: Tensor, longest: int) -> list[Edge]:
     """The shortest path of two edges or more through new nodes, of these the strongest; none if it is too long."""
-    inputs: list[list[int]] = [[] for _ in range(graph.n_senders)]
-    for receiver, sender in zip(*(t.tolist() for t in graph.inputs_of), strict=True):
-        inputs[sender].append(receiver)
     rank = rank.double()
     # From each receiver on: how many edges to one that is read, and their sum.
     length = torch.where(read, 0.0, torch.inf).double()
@@ -192,7 +179,7 @@ def _detour(graph: Graph, rank: Tensor, fed: Tensor, read: Tensor, longest: int)
 
     for sender in range(graph.n_senders - 1, 0, -1):
         steps, worth, receiver = best(sender, length)
-        for r in inputs[sender]:
+        for r in graph.inputs[sender]:
             if not read[r] and steps < torch.inf and (steps, -worth) < (float(length[r]), -float(total[r])):
                 length[r], total[r], onward[r] = steps, worth, (sender, receiver)
     new = length.masked_fill(read, torch.inf)

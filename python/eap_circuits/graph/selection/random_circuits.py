@@ -48,11 +48,7 @@ class _Growth:
         self.graph, self.rng = graph, rng
         self.mask = torch.zeros_like(graph.edge_mask)
         self.reach = graph.reach.tolist()
-        self.inputs: list[list[int]] = [[] for _ in range(graph.n_senders)]
-        self.owners: list[list[int]] = [[] for _ in range(graph.n_receivers)]
-        for receiver, sender in zip(*(t.tolist() for t in graph.inputs_of), strict=True):
-            self.inputs[sender].append(receiver)
-            self.owners[receiver].append(sender)
+        self.inputs, self.owners = graph.inputs, graph.owners
         # Receivers sorted by reach: sender u reaches those from `first[u]` on.
         order = graph.reach.argsort(stable=True)
         self.by_reach = order.tolist()

@@ -138,17 +138,9 @@ def evaluate(
             its mean at the same position; constants of `optimal_constants`; or "optimal", constants learned on the
             ablation data for each circuit. Faithfulness is 0 for the circuit without edges, which under "optimal" has
             its own constants. Except under "patching", prompts run from their first token on.
-        batch_size: examples per batch; by default about a thousand tokens.
-        reuse_prefix: run the tokens before the first difference once and keep their keys and values; this is exact. If
-            the model's cache does not support it, it is skipped with a warning.
-        progress: called with (examples done, examples in all) after each batch; True shows a bar.
         ablation_data: whose clean prompts are used to compute means or learn constants; by default the data
             themselves.
-        memory: what the run may take besides the model and the data, in bytes or as "8GiB"; by default half of what is
-            free. If a rough estimate comes near it, three runs of one or two examples measure how many circuits and
-            examples fit into a pass. If memory runs out all the same, the run goes on with smaller passes. Results do
-            not depend on it.
-        checkpoint: as in `attribute`.
+        batch_size, reuse_prefix, memory, progress, checkpoint: as in `attribute`; results do not depend on them.
 
     Returns:
         An EvaluationResult, or a list of them for a list of circuits. If model and ablated run differ by no more than

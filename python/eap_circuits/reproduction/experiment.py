@@ -145,7 +145,7 @@ def reproduce(
     (folder / "scores").mkdir(exist_ok=True)
     file = folder / "checkpoint.safetensors" if checkpoint is None else checkpoint
     with opened(file, model, lambda: {"call": "reproduce", "settings": request["settings"]}) as kept:
-        _measure(record, model, experiments, folder / "scores", settings, watch, kept)
+        _Stages(model, folder / "scores", settings, watch, kept).measure(record, experiments)
     if not isinstance(file, Checkpoint):
         Path(file).unlink(missing_ok=True)
     return {
@@ -153,27 +153,6 @@ def reproduce(
         "tasks": {name: record.content["tasks"][name] for name in names},
         "cross": {a: {b: record.content["cross"][a][b] for b in names} for a in names},
     }
-
-
-def _measure(
-    record: Record,
-    model: nn.Module,
-    experiments: Sequence[Experiment],
-    folder: Path,
-    settings: Settings,
-    watch: Watch,
-    checkpoint: Checkpoint,
-) -> None:
-    circuits = {}
-    for experiment in experiments:
-        entry = record.at("tasks", experiment.name)
-        ran = model, experiment, settings, watch, checkpoint
-        scores = {method: _scores(entry, folder, method, *ran) for method in METHODS}
-        _agree(entry, scores)
-        _integrate(entry, folder, scores["exact"], *ran)
-        _run(entry.at("curves"), scores, *ran)
-        circuits[experiment.name] = _circuit(entry, scores["eap-ig-inputs"], settings)
-    _cross(record, model, experiments, circuits, watch, checkpoint)
 
 
 def _identity(model: nn.Module) -> dict[str, Any]:
@@ -199,34 +178,114 @@ def environment(model: nn.Module) -> dict[str, Any]:
     return {"machine": machine, "versions": versions(), "date": date.today().isoformat()}
 
 
-def _kept(entry: Record, folder: Path, name: str, what: str, score: Callable[[], EdgeScores]) -> EdgeScores:
-    """Scores that are measured once, and then read from their file."""
-    path = folder / f"{name}-{what}.safetensors"
-    if what not in entry.at("scores").content or not path.is_file():
-        score().save(path)
-        entry.at("scores").get(what, lambda: path.name)
-    return EdgeScores.load(path)
+@dataclass(frozen=True)
+class _Stages:
+    """The stages of a comparison; each measures what the record does not have yet."""
 
+    model: nn.Module
+    folder: Path  # of the scores
+    settings: Settings
+    watch: Watch
+    checkpoint: Checkpoint
 
-def _scores(
-    entry: Record,
-    folder: Path,
-    method: str,
-    model: nn.Module,
-    experiment: Experiment,
-    settings: Settings,
-    watch: Watch,
-    checkpoint: Checkpoint,
-) -> EdgeScores:
-    data = experiment.scored
+    def measure(self, record: Record, experiments: Sequence[Experiment]) -> None:
+        circuits = {}
+        for experiment in experiments:
+            entry = record.at("tasks", experiment.name)
+            scores = {method: self._scores(entry, experiment, method) for method in METHODS}
+            _agree(entry, scores)
+            self._integrate(entry, experiment, scores["exact"])
+            self._run(entry.at("curves"), experiment, scores)
+            circuits[experiment.name] = self._circuit(entry, scores["eap-ig-inputs"])
+        self._cross(record, experiments, circuits)
 
-    def score() -> EdgeScores:
-        with watch(f"{experiment.name}: {method} scores") as bar:
-            return attribute(
-                model, data, data.metric, method=method, steps=settings.steps, progress=bar, checkpoint=checkpoint
-            )
+    def _kept(self, entry: Record, name: str, what: str, score: Callable[[], EdgeScores]) -> EdgeScores:
+        """Scores that are measured once, and then read from their file."""
+        path = self.folder / f"{name}-{what}.safetensors"
+        if what not in entry.at("scores").content or not path.is_file():
+            score().save(path)
+            entry.at("scores").get(what, lambda: path.name)
+        return EdgeScores.load(path)
 
-    return _kept(entry, folder, experiment.name, method, score)
+    def _attributed(self, experiment: Experiment, method: str, steps: int, **asked: Any) -> EdgeScores:
+        data = experiment.scored
+        return attribute(self.model, data, data.metric, method=method, steps=steps, checkpoint=self.checkpoint, **asked)
+
+    def _scores(self, entry: Record, experiment: Experiment, method: str) -> EdgeScores:
+        def score() -> EdgeScores:
+            with self.watch(f"{experiment.name}: {method} scores") as bar:
+                return self._attributed(experiment, method, self.settings.steps, progress=bar)
+
+        return self._kept(entry, experiment.name, method, score)
+
+    def _integrate(self, entry: Record, experiment: Experiment, exact: EdgeScores) -> None:
+        """Each quadrature's distance from the integral, relative to it, and its correlation with exact scores."""
+        grids, settings = entry.at("quadrature"), self.settings
+        wanted = [(q, m) for q in QUADRATURES for m in settings.grid if str(m) not in grids.at(q).content]
+        if not wanted:
+            return
+
+        def score(quadrature: str, steps: int) -> EdgeScores:
+            return self._attributed(experiment, "eap-ig-inputs", steps, quadrature=quadrature)
+
+        def compare(quadrature: str, steps: int) -> dict[str, float]:
+            found = score(quadrature, steps)
+            error = (found.values - integral.values).norm() / integral.values.norm()
+            return {"error": float(error), "pearson": score_agreement(found, exact).pearson}
+
+        with self.watch(f"{experiment.name}: steps of integration") as bar:
+            reference = partial(score, "gauss-legendre", settings.reference)
+            integral = self._kept(entry, experiment.name, "integral", reference)
+            for done, (quadrature, steps) in enumerate(wanted, 1):
+                grids.at(quadrature).get(str(steps), partial(compare, quadrature, steps))
+                bar(done, len(wanted))
+
+    def _run(self, entry: Record, experiment: Experiment, scores: dict[str, EdgeScores]) -> None:
+        data, settings = experiment.held_out, self.settings
+
+        def measure(method: str) -> dict[str, Any]:
+            # Random circuits depend only on their size, so they are measured only with EAP-IG's circuits.
+            baselines = ("random",) if method == "eap-ig-inputs" else ()
+            with self.watch(f"{experiment.name}: circuits of {method}") as bar:
+                curve = faithfulness_curve(
+                    self.model,
+                    scores[method],
+                    data,
+                    settings.fractions,
+                    metric=data.metric,
+                    how=HOW,
+                    progress=bar,
+                    baselines=baselines,
+                    seeds=range(settings.draws),
+                    checkpoint=self.checkpoint,
+                )
+            # What ran, and when, is in the record's own request and environment.
+            return {name: value for name, value in curve.to_dict().items() if name != "info"}
+
+        for method in METHODS:
+            entry.get(method, partial(measure, method))
+
+    def _circuit(self, entry: Record, scores: EdgeScores) -> Circuit:
+        """The task's circuit: the smallest one that is faithful."""
+        curve = saved_curve(entry.content["curves"]["eap-ig-inputs"])
+        index = smallest_faithful(curve, self.settings.faithful)
+        circuit = scores.select(int(curve.fractions[index] * scores.graph.n_edges), HOW)
+        entry.get("circuit", lambda: {"n_edges": circuit.n_edges, "n_nodes": len(circuit.nodes)})
+        return circuit
+
+    def _cross(self, record: Record, experiments: Sequence[Experiment], circuits: dict[str, Circuit]) -> None:
+        """What each task's circuit shares with the others, and how faithful it is on their prompts."""
+        for experiment in experiments:
+            entry, data = record.at("cross", experiment.name), experiment.held_out
+            names = [name for name in circuits if name not in entry.content]
+            if not names:
+                continue
+            with self.watch(f"{experiment.name}: the other tasks' circuits") as bar:
+                others = [circuits[name] for name in names]
+                results = evaluate(self.model, others, data, data.metric, progress=bar, checkpoint=self.checkpoint)
+            own = circuits[experiment.name]
+            for name, result in zip(names, results, strict=True):
+                entry.get(name, partial(_share, own, circuits[name], result))
 
 
 def _agree(entry: Record, scores: dict[str, EdgeScores]) -> None:
@@ -258,105 +317,6 @@ def _edges(scores: dict[str, EdgeScores]) -> list[dict[str, Any]]:
 
 def _agreement(first: EdgeScores, second: EdgeScores, among: Tensor | None = None) -> dict[str, float]:
     return asdict(score_agreement(first, second, among=among))
-
-
-def _integrate(
-    entry: Record,
-    folder: Path,
-    exact: EdgeScores,
-    model: nn.Module,
-    experiment: Experiment,
-    settings: Settings,
-    watch: Watch,
-    checkpoint: Checkpoint,
-) -> None:
-    """Each quadrature's distance from the integral, relative to it, and its correlation with exact scores."""
-    grids = entry.at("quadrature")
-    wanted = [(q, m) for q in QUADRATURES for m in settings.grid if str(m) not in grids.at(q).content]
-    if not wanted:
-        return
-    data = experiment.scored
-
-    def score(quadrature: str, steps: int) -> EdgeScores:
-        asked: dict[str, Any] = {"method": "eap-ig-inputs", "steps": steps, "quadrature": quadrature}
-        return attribute(model, data, data.metric, checkpoint=checkpoint, **asked)
-
-    def compare(quadrature: str, steps: int) -> dict[str, float]:
-        found = score(quadrature, steps)
-        error = (found.values - integral.values).norm() / integral.values.norm()
-        return {"error": float(error), "pearson": score_agreement(found, exact).pearson}
-
-    with watch(f"{experiment.name}: steps of integration") as bar:
-        reference = partial(score, "gauss-legendre", settings.reference)
-        integral = _kept(entry, folder, experiment.name, "integral", reference)
-        for done, (quadrature, steps) in enumerate(wanted, 1):
-            grids.at(quadrature).get(str(steps), partial(compare, quadrature, steps))
-            bar(done, len(wanted))
-
-
-def _run(
-    entry: Record,
-    scores: dict[str, EdgeScores],
-    model: nn.Module,
-    experiment: Experiment,
-    settings: Settings,
-    watch: Watch,
-    checkpoint: Checkpoint,
-) -> None:
-    data = experiment.held_out
-
-    def measure(method: str) -> dict[str, Any]:
-        # Random circuits depend only on their size, so they are measured only with EAP-IG's circuits.
-        baselines = ("random",) if method == "eap-ig-inputs" else ()
-        with watch(f"{experiment.name}: circuits of {method}") as bar:
-            curve = faithfulness_curve(
-                model,
-                scores[method],
-                data,
-                settings.fractions,
-                metric=data.metric,
-                how=HOW,
-                progress=bar,
-                baselines=baselines,
-                seeds=range(settings.draws),
-                checkpoint=checkpoint,
-            )
-        # What ran, and when, is in the record's own request and environment.
-        return {name: value for name, value in curve.to_dict().items() if name != "info"}
-
-    for method in METHODS:
-        entry.get(method, partial(measure, method))
-
-
-def _circuit(entry: Record, scores: EdgeScores, settings: Settings) -> Circuit:
-    """The task's circuit: the smallest one that is faithful."""
-    curve = saved_curve(entry.content["curves"]["eap-ig-inputs"])
-    index = smallest_faithful(curve, settings.faithful)
-    circuit = scores.select(int(curve.fractions[index] * scores.graph.n_edges), HOW)
-    entry.get("circuit", lambda: {"n_edges": circuit.n_edges, "n_nodes": len(circuit.nodes)})
-    return circuit
-
-
-def _cross(
-    record: Record,
-    model: nn.Module,
-    experiments: Sequence[Experiment],
-    circuits: dict[str, Circuit],
-    watch: Watch,
-    checkpoint: Checkpoint,
-) -> None:
-    """What each task's circuit shares with the others, and how faithful it is on their prompts."""
-    for experiment in experiments:
-        entry, data = record.at("cross", experiment.name), experiment.held_out
-        names = [name for name in circuits if name not in entry.content]
-        if not names:
-            continue
-        with watch(f"{experiment.name}: the other tasks' circuits") as bar:
-            others = [circuits[name] for name in names]
-            results = evaluate(model, others, data, data.metric, progress=bar, checkpoint=checkpoint)
-        own = circuits[experiment.name]
-        for name, result in zip(names, results, strict=True):
-            entry.get(name, partial(_share, own, circuits[name], result))
 
 
 def _share(own: Circuit, other: Circuit, result: EvaluationResult) -> dict[str, float]:

@@ -49,6 +49,21 @@ class Curve(Result):
         return tuple(result.faithfulness for result in self.results)
 
     @property
+    def mean(self) -> tuple[float, ...]:
+        """The mean of each circuit's metric."""
+        return tuple(result.mean for result in self.results)
+
+    @property
+    def clean(self) -> float:
+        """The mean of the whole model's metric."""
+        return self.results[0].clean
+
+    @property
+    def corrupted(self) -> float:
+        """The mean of the metric with every edge ablated."""
+        return self.results[0].corrupted
+
+    @property
     def cpr(self) -> float:
         """Integrated circuit performance ratio of MIB (arXiv 2504.13151, §3): ∫ f(C_k) dk, more is better.
 
@@ -72,9 +87,9 @@ class Curve(Result):
             "fractions": list(self.fractions),
             "n_edges": list(self.n_edges),
             "faithfulness": list(self.faithfulness),
-            "mean": [result.mean for result in self.results],
-            "clean": self.results[0].clean,
-            "corrupted": self.results[0].corrupted,
+            "mean": list(self.mean),
+            "clean": self.clean,
+            "corrupted": self.corrupted,
             "cpr": self.cpr,
             "cmd": self.cmd,
             "baselines": {name: baseline.to_dict() for name, baseline in self.baselines.items()},
@@ -85,7 +100,7 @@ class Curve(Result):
         """A pandas DataFrame with a row for each size: fraction, n_edges, faithfulness, mean, and a column with each
         baseline's faithfulness."""
         columns = {"fraction": self.fractions, "n_edges": self.n_edges, "faithfulness": self.faithfulness}
-        columns["mean"] = tuple(result.mean for result in self.results)
+        columns["mean"] = self.mean
         others = {name: baseline.faithfulness for name, baseline in self.baselines.items()}
         return library("pandas", "to_pandas()").DataFrame({**columns, **others})
 

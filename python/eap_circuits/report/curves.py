@@ -4,43 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Union
 
 from ..errors import InputError, expected, reason
 from ..files import DAMAGED, read_json, write_json
 
-
-class BaselineLike(Protocol):
-    """A baseline's faithfulness at a curve's sizes: `eap_circuits.evaluation.Baseline` or `SavedBaseline`."""
-
-    @property
-    def faithfulness(self) -> Sequence[float]: ...
-    @property
-    def draws(self) -> Sequence[Sequence[float]]: ...
-    @property
-    def cpr(self) -> float: ...
-    @property
-    def cmd(self) -> float: ...
-
-
-class CurveLike(Protocol):
-    """Faithfulness by circuit size: `eap_circuits.Curve` or `SavedCurve`."""
-
-    @property
-    def fractions(self) -> Sequence[float]: ...
-    @property
-    def n_edges(self) -> Sequence[int]: ...
-    @property
-    def faithfulness(self) -> Sequence[float]: ...
-    @property
-    def cpr(self) -> float: ...
-    @property
-    def cmd(self) -> float: ...
-    @property
-    def baselines(self) -> Mapping[str, BaselineLike]: ...
+if TYPE_CHECKING:
+    from ..evaluation import Baseline, Curve
 
 
 @dataclass(frozen=True)
@@ -82,7 +55,11 @@ class SavedCurve:
             raise expected("fractions", "growing numbers in (0, 1]", self.fractions)
 
 
-def save_curve(path: str | os.PathLike[str], curve: Any) -> None:
+BaselineLike = Union["Baseline", SavedBaseline]
+CurveLike = Union["Curve", SavedCurve]
+
+
+def save_curve(path: str | os.PathLike[str], curve: Curve) -> None:
     """Write an `eap_circuits.Curve` as JSON, for `load_curve`; whole or not at all."""
     write_json(path, jsonable(curve.to_dict()), indent=2)
 
@@ -124,14 +101,6 @@ def smallest_faithful(curve: CurveLike, at_least: float = 0.8) -> int:
     sizes = sorted(range(len(curve.n_edges)), key=lambda i: curve.n_edges[i])
     partial = [i for i in sizes if curve.fractions[i] < 1 and curve.n_edges[i] > 0] or sizes[-1:]
     return next((i for i in partial if curve.faithfulness[i] >= at_least), partial[-1])
-
-
-def curve_levels(curve: CurveLike) -> tuple[Sequence[float], float, float]:
-    """The mean of the metric for each circuit, for the whole model and for the run with all edges ablated."""
-    if isinstance(curve, SavedCurve):
-        return curve.mean, curve.clean, curve.corrupted
-    results = curve.results  # type: ignore[attr-defined]
-    return [result.mean for result in results], results[0].clean, results[0].corrupted
 
 
 def jsonable(value: Any) -> Any:

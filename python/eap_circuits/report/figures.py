@@ -17,7 +17,7 @@ from .curves import BaselineLike, CurveLike
 from .placement import HEIGHT, WIDTH, Line, Placement, place
 from .style import FAINT, INK, LETTERS, MUTED, NEGATIVE, NODE, PAPER, POSITIVE, RC
 from .svg import to_svg
-from .tables import BASELINE_NAMES, count, number
+from .tables import BASELINE_NAMES, count, drawn_baselines, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,8 +66,9 @@ def draw_curve(curve: CurveLike, ax: Axes | None = None) -> Figure:
                 color=MUTED,
                 fontsize=8,
             )
+        drawn = drawn_baselines(curve)
         for name, baseline in curve.baselines.items():
-            _draw_baseline(ax, name, baseline, sizes, order)
+            _draw_baseline(ax, name, baseline, name in drawn, sizes, order)
         ax.plot(
             sizes,
             [curve.faithfulness[i] for i in order],
@@ -116,9 +117,11 @@ def finish(ax: Axes, grid: Literal["x", "y"]) -> None:
         spine.set_color(MUTED)
 
 
-def _draw_baseline(ax: Axes, name: str, baseline: BaselineLike, sizes: list[int], order: list[int]) -> None:
+def _draw_baseline(
+    ax: Axes, name: str, baseline: BaselineLike, drawn: bool, sizes: list[int], order: list[int]
+) -> None:
     """Draw the mean of the draws, and the band that they span."""
-    colour, dashes = (MUTED, (0, (1, 1.2))) if name == "random" else (NEGATIVE, (0, (5, 2)))
+    colour, dashes = (MUTED, (0, (1, 1.2))) if drawn else (NEGATIVE, (0, (5, 2)))
     mean = [baseline.faithfulness[i] for i in order]
     if len(baseline.draws) > 1:
         columns = [[row[i] for row in baseline.draws] for i in order]

@@ -13,10 +13,10 @@ from markupsafe import Markup
 from ..errors import expected
 from ..files import write_whole
 from ..graph import Circuit, EdgeScores
-from .curves import CurveLike, curve_levels
+from .curves import CurveLike
 from .figures import draw_circuit, draw_curve
 from .svg import to_svg
-from .tables import count, curve_index, curve_table, edge_table, number, percent, settings, versions
+from .tables import count, curve_index, curve_table, drawn_baselines, edge_table, number, percent, settings, versions
 
 if TYPE_CHECKING:
     from ..tasks import PairedDataset
@@ -97,14 +97,13 @@ def _headline(circuit: Circuit, curve: CurveLike | None) -> list[tuple[str, str,
     if index is not None:
         faithfulness = number(curve.faithfulness[index])
         found.insert(0, (faithfulness, "faithfulness", "1 is the whole model, 0 all edges ablated"))
-    _, clean, corrupted = curve_levels(curve)
-    random = curve.baselines.get("random")
-    cpr, cmd = ("", "") if random is None else (f" (random {number(x)})" for x in (random.cpr, random.cmd))
+    drawn = drawn_baselines(curve).items()
+    cpr, cmd = ("".join(f" ({name} {number(getattr(x, area))})" for name, x in drawn) for area in ("cpr", "cmd"))
     return [
         *found,
         (number(curve.cpr), "CPR", "area under faithfulness; more is better" + cpr),
         (number(curve.cmd), "CMD", "area between it and 1; less is better" + cmd),
-        (f"{number(clean, 2)} / {number(corrupted, 2)}", "mean metric", "whole model / all edges ablated"),
+        (f"{number(curve.clean, 2)} / {number(curve.corrupted, 2)}", "mean metric", "whole model / all edges ablated"),
     ]
 
 

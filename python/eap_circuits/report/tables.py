@@ -12,7 +12,7 @@ from ..evaluation import BASELINES
 from ..graph import Circuit, EdgeScores
 from ..methods import Plan
 from ..provenance import without_folder
-from .curves import CurveLike, curve_levels, jsonable
+from .curves import BaselineLike, CurveLike, jsonable
 
 NONE = "–"
 BASELINE_NAMES = {baseline.name: baseline.title for baseline in BASELINES.values()}
@@ -104,19 +104,21 @@ def curve_table(curve: CurveLike, circuit: Circuit | None = None) -> Table:
         Column("mean", "mean metric", number, numeric=True),
     ]
     columns += [Column(name, BASELINE_NAMES.get(name, name), number, numeric=True) for name in curve.baselines]
-    means = curve_levels(curve)[0]
     others = [baseline.faithfulness for baseline in curve.baselines.values()]
-    rows = zip(curve.fractions, curve.n_edges, curve.faithfulness, means, *others, strict=True)
+    rows = zip(curve.fractions, curve.n_edges, curve.faithfulness, curve.mean, *others, strict=True)
     return Table("Faithfulness by circuit size", tuple(columns), tuple(rows), curve_index(curve, circuit))
 
 
 def areas_line(curve: CurveLike) -> str:
-    """CPR and CMD of the curve, and of random circuits if they were measured."""
-    line = f"CPR {number(curve.cpr)}, CMD {number(curve.cmd)}"
-    if "random" in curve.baselines:
-        random = curve.baselines["random"]
-        line += f"; random circuits {number(random.cpr)}, {number(random.cmd)}"
-    return line + "."
+    """CPR and CMD of the curve, and of circuits drawn at random if they were measured."""
+    areas = [f"CPR {number(curve.cpr)}, CMD {number(curve.cmd)}"]
+    areas += [f"{BASELINES[name].title} {number(x.cpr)}, {number(x.cmd)}" for name, x in drawn_baselines(curve).items()]
+    return "; ".join(areas) + "."
+
+
+def drawn_baselines(curve: CurveLike) -> dict[str, BaselineLike]:
+    """The curve's baselines whose circuits are drawn at random, by name."""
+    return {name: x for name, x in curve.baselines.items() if name in BASELINES and BASELINES[name].drawn}
 
 
 def result_table(result: Any, circuit: Circuit) -> Table:

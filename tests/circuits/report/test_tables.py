@@ -33,9 +33,8 @@ def scores() -> EdgeScores:
 
 
 def curve(faithfulness: tuple[float, ...], n_edges: tuple[int, ...], fractions: tuple[float, ...]) -> Any:
-    results = tuple(SimpleNamespace(mean=f, clean=1.0, corrupted=0.0) for f in faithfulness)
-    numbers = {"fractions": fractions, "n_edges": n_edges, "faithfulness": faithfulness, "cpr": 0.5, "cmd": 0.5}
-    return SimpleNamespace(**numbers, results=results, baselines={})
+    numbers = {"fractions": fractions, "n_edges": n_edges, "faithfulness": faithfulness, "mean": faithfulness}
+    return SimpleNamespace(**numbers, clean=1.0, corrupted=0.0, cpr=0.5, cmd=0.5, baselines={})
 
 
 def test_edges_come_strongest_first_and_know_their_circuit(scores: EdgeScores) -> None:

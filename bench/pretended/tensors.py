@@ -141,15 +141,18 @@ class Functions(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention and isinstance(args[0], Pretend):
             return _attention(*args, **kwargs)
         if func in (Tensor.__getitem__, Tensor.__setitem__):
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            index = tuple(
-                torch.tensor(part, dtype=None if part else torch.int64, device=CPU) if isinstance(part, list) else part
-                for part in index
-            )
-            return func(args[0], index, *args[2:])
+            return func(args[0], index_of(args[1]), *args[2:])
         if kwargs.get("pin_memory"):
             kwargs.pop("pin_memory")
         return func(*args, **kwargs)
+
+
+def index_of(given: Any) -> tuple[Any, ...]:
+    """What a tensor is indexed with, lists as tensors of the CPU: torch would make them on the tensor's device."""
+    return tuple(
+        torch.tensor(part, dtype=None if part else torch.int64, device=CPU) if isinstance(part, list) else part
+        for part in (given if isinstance(given, tuple) else (given,))
+    )
 
 
 # --- one operator
@@ -270,16 +273,22 @@ def _common(func: Any, tensors: list[Tensor]) -> torch.device:
     if tensors and func is _aten.copy_.default:
         return CUDA if isinstance(tensors[0], Pretend) else CPU
     here = [CUDA if isinstance(x, Pretend) else x.device for x in tensors]
-    bound = {d for i, (d, x) in enumerate(zip(here, tensors, strict=True)) if d == CUDA or not _free(func, i, x)}
+    return one_device(func, tensors, here) or (here[0] if here else CPU)
+
+
+def one_device(func: Any, tensors: list[Tensor], devices: list[torch.device]) -> torch.device | None:
+    """The device of those that may not be on the CPU by themselves, if there are any; raises if there are several."""
+    both = enumerate(zip(devices, tensors, strict=True))
+    bound = {device for place, (device, x) in both if device not in (CPU, META) or not _free(func, place, x)}
     if len(bound) > 1:
         raise RuntimeError(f"{func}: expected all tensors on one device, found {', '.join(sorted(map(str, bound)))}")
-    return bound.pop() if bound else (here[0] if here else CPU)
+    return bound.pop() if bound else None
 
 
 def _free(func: Any, place: int, x: Tensor) -> bool:
     """May it be on the CPU when others are not?"""
     if func.namespace == "eap_kernels":
-        return x.dtype == torch.int64
+        return x.dtype == torch.int64  # how far receivers see
     return x.dim() == 0 or (place > 0 and func in _INDEXING and x.dtype in (torch.int64, torch.bool))
 
 

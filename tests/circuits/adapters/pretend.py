@@ -1,7 +1,7 @@
 """Devices that do not exist: tensors that say they are on one of two devices, and compute on the CPU.
 
-An operator whose tensors are on different devices raises, as it does on GPUs: what is forgotten to be moved is found
-without any. As on GPUs, a number may come from the CPU, and so may what a tensor is indexed with.
+What may meet on them is what may on the one GPU of `bench/pretended`, which also has kernels, waits and addresses. Here
+the devices keep names that torch itself takes in a build for CPUs, so that other libraries can place models on them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from bench.pretended.tensors import CPU, index_of, one_device, tensors_of
+
 # "meta" is the one kind of device that a tensor may claim, with a number, in a build for CPUs.
 DEVICES = torch.device("meta", 0), torch.device("meta", 1)
-CPU = torch.device("cpu")
-_aten = torch.ops.aten
-_COPIES = (_aten.copy_.default,)
-# What they index with may be on the CPU.
-_INDEXING = (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default)
 
 
 class Pretend(Tensor):
@@ -75,12 +72,7 @@ class _FromData(TorchFunctionMode):
         if func is torch.tensor and kwargs.get("device") in DEVICES:
             return torch.tensor(*args, **{**kwargs, "device": CPU}).to(kwargs["device"])
         if func in (Tensor.__getitem__, Tensor.__setitem__):
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            index = tuple(
-                torch.tensor(part, dtype=None if part else torch.int64) if isinstance(part, list) else part
-                for part in index
-            )
-            return func(args[0], index, *args[2:])
+            return func(args[0], index_of(args[1]), *args[2:])
         return func(*args, **kwargs)
 
 
@@ -100,7 +92,7 @@ def pretending() -> Iterator[None]:
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    tensors = _tensors([*args, *kwargs.values()])
+    tensors = tensors_of([*args, *kwargs.values()])
     device = kwargs.get("device") or _common(func, tensors)
     given = tree_map(_held, kwargs)
     if "device" in given:
@@ -110,30 +102,15 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     return tree_map(lambda y: _on(y, device, changed), out)
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    lists = [value if isinstance(value, (list, tuple)) else [value] for value in values]
-    return [x for values in lists for x in values if isinstance(x, Tensor)]
-
-
 def _held(x: Any) -> Any:
     return x.held if isinstance(x, Pretend) else x
 
 
 def _common(func: Any, tensors: list[Tensor]) -> torch.device:
     """The device of all of them; raises where there are several."""
-    if tensors and func in _COPIES:
+    if tensors and func is torch.ops.aten.copy_.default:
         return tensors[0].device
-    bound = {x.device for place, x in enumerate(tensors) if x.device != CPU or not _free(func, place, x)}
-    if len(bound) > 1:
-        raise RuntimeError(f"{func}: expected all tensors on one device, found {', '.join(sorted(map(str, bound)))}")
-    return bound.pop() if bound else CPU
-
-
-def _free(func: Any, place: int, x: Tensor) -> bool:
-    """May it be on the CPU where others are not?"""
-    if func.namespace == "eap_kernels":
-        return x.dtype == torch.int64  # how far receivers see
-    return x.dim() == 0 or (place > 0 and func in _INDEXING and x.dtype in (torch.int64, torch.bool))
+    return one_device(func, tensors, [x.device for x in tensors]) or CPU
 
 
 def _on(y: Any, device: torch.device, changed: dict[int, Tensor]) -> Any:

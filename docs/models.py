@@ -122,7 +122,7 @@ def run() -> None:
     import transformers
 
     from eap_circuits.adapters import bind
-    from eap_circuits.evaluation import check_model
+    from eap_circuits.selfcheck import check_model
     from tests.circuits.conftest import CONFIGS, tiny_model
 
     outcomes = Outcomes()

@@ -39,9 +39,7 @@ if TYPE_CHECKING:
         Comparison,
         Curve,
         EvaluationResult,
-        check_model,
         compare,
-        discover,
         evaluate,
         faithfulness_curve,
         optimal_constants,
@@ -64,6 +62,7 @@ if TYPE_CHECKING:
     )
     from .methods import Plan, attribute, plan
     from .metrics import METRICS
+    from .selfcheck import check_model, discover
     from .tasks import PairedDataset, load_task
 
 # Public names are loaded on first use, so that graphs load without transformers.
@@ -74,9 +73,9 @@ _HOME = {
     "Comparison": "evaluation",
     "Curve": "evaluation",
     "EvaluationResult": "evaluation",
-    "check_model": "evaluation",
+    "check_model": "selfcheck",
     "compare": "evaluation",
-    "discover": "evaluation",
+    "discover": "selfcheck",
     "evaluate": "evaluation",
     "faithfulness_curve": "evaluation",
     "optimal_constants": "evaluation",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eap_circuits.adapters import bind
-from eap_circuits.evaluation.check import StayDouble
+from eap_circuits.selfcheck import StayDouble
 from tests.circuits.conftest import prompts
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import of_circuit, of_model, plain_run

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import eap_circuits as eap
-from eap_circuits.evaluation.check import StayDouble
+from eap_circuits.selfcheck import StayDouble
 from eap_kernels.testing import relative_error as relative
 from tests.circuits.conftest import logit_difference, prompts
 from tests.circuits.decoders import Decoder

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind
-from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Constants
+from eap_circuits.selfcheck import StayDouble
 from eap_kernels.testing import relative_error as relative
 from tests.circuits.conftest import loss_of, prompts
 from tests.circuits.decoders import Decoder

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eap_circuits as eap
-from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.graph import Graph
+from eap_circuits.selfcheck import StayDouble
 from tests.circuits.conftest import logit_difference, prompts, random_pairs, tiny_model
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import gradients, plain_run

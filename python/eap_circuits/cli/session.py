@@ -114,7 +114,7 @@ def load_model(
 def _adopt(model: Any) -> None:
     """Discover the sites of a model whose architecture has no table; the self-check must pass with them."""
     from ..adapters import family_of, register_family
-    from ..evaluation import discover
+    from ..selfcheck import discover
 
     if family_of(model.config.model_type) is None:
         with working(f"{type(model).__name__} is not known: looking for its parts …"):

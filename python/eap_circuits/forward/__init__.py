@@ -2,11 +2,10 @@
 
 from .batches import TOKENS_PER_BATCH, Batch, halves, make_batches, some_of
 from .constants import Constants, at_tokens, zeros
-from .hooks import Hooks, borrowed
+from .hooks import Hooks, borrowed, unhook
 from .prefixes.reuse import why_not_reused
 from .resume import LayerInputs, record_layer_inputs
 from .runner import Register, Runner, each
-from .tracing import trace
 from .uploading import Indices, download, upload
 from .want_of_memory import give_back_memory, one_want_of_memory, out_of_memory
 
@@ -30,7 +29,7 @@ __all__ = [
     "out_of_memory",
     "record_layer_inputs",
     "some_of",
-    "trace",
+    "unhook",
     "upload",
     "why_not_reused",
     "zeros",

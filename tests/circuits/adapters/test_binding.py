@@ -26,9 +26,9 @@ from transformers import (
 
 import eap_circuits as eap
 from eap_circuits.adapters import FAMILIES, bind, binding
-from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward.prefixes import prefix
 from eap_circuits.graph import Graph
+from eap_circuits.selfcheck import StayDouble
 from tests.circuits.conftest import CONFIGS
 
 TINY = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
@@ -242,7 +242,7 @@ def test_graph_of_a_model(make_model):
 
 
 def test_self_check_passes_on_every_family_and_fails_on_a_broken_site(family, make_model, monkeypatch):
-    from eap_circuits.evaluation import check_model
+    from eap_circuits.selfcheck import check_model
 
     checks = check_model(make_model(family, dtype=torch.float32), n_edges=3)
     assert all(check.passed for check in checks), [check for check in checks if not check.passed]
@@ -309,7 +309,7 @@ def test_other_errors_of_a_run_are_not_the_caches(make_model, make_pairs):
 
 def test_self_check_sees_the_wrong_norm(make_model, monkeypatch):
     from eap_circuits.adapters import binding
-    from eap_circuits.evaluation import check_model
+    from eap_circuits.selfcheck import check_model
 
     right = binding._Binder._layer
 
@@ -334,7 +334,7 @@ def test_self_check_sees_the_wrong_norm(make_model, monkeypatch):
 )
 def test_self_check_sees_labels_that_only_the_function_contradicts(name, table, make_model, monkeypatch):
     """Every sum is right with these tables; the heads are not."""
-    from eap_circuits.evaluation import check_model
+    from eap_circuits.selfcheck import check_model
 
     model = make_model(name)
     kind = model.config.model_type
@@ -346,7 +346,7 @@ def test_self_check_sees_labels_that_only_the_function_contradicts(name, table, 
 
 
 def test_self_check_of_an_unsupported_model_says_so():
-    from eap_circuits.evaluation import check_model
+    from eap_circuits.selfcheck import check_model
 
     (check,) = check_model(AutoModelForMaskedLM.from_config(BertConfig(**TINY)))
     assert not check.passed and "bert" in check.detail
@@ -360,7 +360,7 @@ def test_layers_with_different_head_counts(make_model):
     """Counts come from each layer's weights: another number of heads, another head size, another grouping."""
     from transformers.models.llama.modeling_llama import LlamaAttention
 
-    from eap_circuits.evaluation import check_model
+    from eap_circuits.selfcheck import check_model
 
     model = make_model("llama")
     config = LlamaConfig(hidden_size=24, num_attention_heads=4, num_key_value_heads=1, head_dim=4)

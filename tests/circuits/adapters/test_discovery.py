@@ -114,7 +114,7 @@ def test_what_discovery_cannot_serve_is_refused_in_one_sentence(kind, fields, wo
 
 
 def test_discovery_leaves_the_model_untouched(make_model, monkeypatch):
-    from eap_circuits.evaluation.check.model import _state
+    from eap_circuits.selfcheck.model import _state
 
     model = make_model("gemma2").train()
     monkeypatch.delitem(FAMILIES, "gemma2")

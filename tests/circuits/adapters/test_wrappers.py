@@ -10,7 +10,7 @@ from torch import nn
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind, linear_weight
-from eap_circuits.evaluation import check_model
+from eap_circuits.selfcheck import check_model
 
 
 def results(model, data):

@@ -13,7 +13,8 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.cli import session
-from eap_circuits.evaluation import Check, faithfulness
+from eap_circuits.evaluation import faithfulness
+from eap_circuits.selfcheck import Check
 from tests.circuits.cli.conftest import run
 
 
@@ -176,10 +177,10 @@ def test_tasks_lists_every_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 
 @pytest.mark.parametrize("passed", [True, False])
 def test_check_exits_1_when_a_check_fails(monkeypatch: pytest.MonkeyPatch, loads: list[str], passed: bool) -> None:
-    from eap_circuits import evaluation
+    from eap_circuits import selfcheck
 
     checks = [Check("first", True, "fine"), Check("second", passed, "error [0.5]")]
-    monkeypatch.setattr(evaluation, "check_model", lambda model: checks)
+    monkeypatch.setattr(selfcheck, "check_model", lambda model: checks)
     result = run("check", "tiny", code=0 if passed else 1)
     assert "error [0.5]" in result.stdout
     found = json.loads(run("check", "tiny", "--json", code=0 if passed else 1).stdout)

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind
-from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Runner, borrowed, make_batches
 from eap_circuits.graph import Graph
 from eap_circuits.request import Measurement, prepare
+from eap_circuits.selfcheck import StayDouble
 from tests.circuits.conftest import logit_difference, prompts, random_circuit
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import of_circuit, plain_run

@@ -12,11 +12,11 @@ import eap_circuits as eap
 from eap_circuits.adapters import bind
 from eap_circuits.budget import PeakBytes
 from eap_circuits.evaluation import faithfulness, optimal_ablation
-from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Constants, Runner, borrowed, make_batches
 from eap_circuits.intervention import learning_run
 from eap_circuits.recording import ABLATIONS, record_run
 from eap_circuits.request import Measurement, prepare
+from eap_circuits.selfcheck import StayDouble
 from tests.circuits.budget.test_memory import longer_pairs
 from tests.circuits.conftest import random_circuit
 

@@ -13,7 +13,7 @@ import torch
 from transformers import modeling_flash_attention_utils as flash
 
 import eap_circuits as eap
-from eap_circuits.evaluation import check_model
+from eap_circuits.selfcheck import check_model
 
 
 def attention(q, k, v, causal=False, softmax_scale=None, window_size=(-1, -1), softcap=0.0):

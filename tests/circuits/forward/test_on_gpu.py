@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits.evaluation.check import StayDouble
+from eap_circuits.selfcheck import StayDouble
 from eap_kernels.testing import relative_error
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward.prefixes import prefix
+from eap_circuits.selfcheck import StayDouble
 
 
 def pairs(beginning: int, prefixes: int) -> eap.PairedDataset:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import eap_circuits as eap
-from eap_circuits.evaluation.check import StayDouble
+from eap_circuits.selfcheck import StayDouble
 from tests.circuits.conftest import KINDS, logit_difference, prompts
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import differences, gradients, plain_run

@@ -7,8 +7,8 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.budget import PeakBytes
-from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.methods.gradient import method as gradient
+from eap_circuits.selfcheck import StayDouble
 from tests.circuits.budget.test_memory import longer_pairs
 from tests.circuits.conftest import FAMILIES, groups_of, loss_of, prompts, random_edges
 from tests.circuits.decoders import Decoder

@@ -9,10 +9,10 @@ import torch
 
 from bench.pretended import pretending
 from eap_circuits.adapters import bind
-from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Runner, make_batches
 from eap_circuits.intervention import circuit_run, run_circuits
 from eap_circuits.recording import record_run
+from eap_circuits.selfcheck import StayDouble
 from tests.circuits.conftest import prompts
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import of_circuit, plain_run

@@ -7,13 +7,13 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.adapters import Architecture
-from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Runner, borrowed, make_batches
 from eap_circuits.intervention import run_circuits
 from eap_circuits.methods.quadrature import QUADRATURES
 from eap_circuits.metrics import get_metric
 from eap_circuits.recording import record_run
 from eap_circuits.request import Measurement, prepare
+from eap_circuits.selfcheck import StayDouble
 from tests.circuits.conftest import prompts, random_edges
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import differences, plain_run, scores

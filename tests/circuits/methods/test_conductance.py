@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits.evaluation.check import StayDouble
+from eap_circuits.selfcheck import StayDouble
 from tests.circuits.conftest import KINDS, logit_difference, prompts
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import differences, gradients, plain_run

@@ -7,11 +7,11 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.budget import PeakBytes
-from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Runner, borrowed, make_batches
 from eap_circuits.methods import flow
 from eap_circuits.recording import record_run
 from eap_circuits.request import prepare
+from eap_circuits.selfcheck import StayDouble
 from tests.circuits.budget.test_memory import longer_pairs
 from tests.circuits.conftest import prompts
 from tests.circuits.decoders import Decoder

@@ -11,9 +11,9 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits import request
-from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.methods import exact
 from eap_circuits.methods.gradient import method as gradient
+from eap_circuits.selfcheck import StayDouble
 from tests.circuits.conftest import logit_difference, prompts
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import differences, gradients, plain_run

@@ -7,7 +7,7 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind
-from eap_circuits.evaluation.check import StayDouble
+from eap_circuits.selfcheck import StayDouble
 from tests.circuits.conftest import circuit_of, logit_difference, loss_of, prompts, random_circuit, random_edges
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import of_circuit, plain_run, scores

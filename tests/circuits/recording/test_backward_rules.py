@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional
 
 from eap_circuits.adapters import bind
-from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Hooks, borrowed
 from eap_circuits.recording import RULES, Rules
 from eap_circuits.recording.backward_rules import BackwardRules, _Attention
+from eap_circuits.selfcheck import StayDouble
 from tests.circuits.recording.rules_by_hand import SoftmaxAtTwo
 
 

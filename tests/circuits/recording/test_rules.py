@@ -10,10 +10,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind
-from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import borrowed
 from eap_circuits.methods.quadrature import QUADRATURES
 from eap_circuits.recording import ABLATIONS, RULES
+from eap_circuits.selfcheck import StayDouble
 from tests.circuits.conftest import groups_of
 from tests.circuits.recording.rules_by_hand import scores_by_hand
 

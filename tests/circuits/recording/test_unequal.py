@@ -9,10 +9,10 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind
-from eap_circuits.evaluation.check import StayDouble
 from eap_circuits.forward import Runner, make_batches
 from eap_circuits.intervention import run_circuits
 from eap_circuits.recording import record_both_sides, record_run
+from eap_circuits.selfcheck import StayDouble
 from eap_circuits.tasks.alignment import align
 from tests.circuits.conftest import logit_difference, prompts, random_circuit
 from tests.circuits.decoders import Decoder

@@ -101,8 +101,8 @@ def check(
 
       eap check meta-llama/Llama-3.2-1B --dtype bfloat16
     """
-    from ...evaluation import check_model
     from ...report.tables import Column, Table
+    from ...selfcheck import check_model
 
     loaded, _ = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     with working("Checking …"):

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...adapters import Architecture, Family, bind, linear_weight, receiver_sites, sender_sites
-from ...errors import InputError, known_arguments
-from ...errors import whole as whole_number
-from ...forward import Batch, Hooks, Runner, borrowed, make_batches, why_not_reused
-from ...graph import Graph, Heads
-from ...intervention import run_circuits
-from ...loans import FunctionMode, gives_back
-from ...recording import ReceiverGradients, contract, record_both_sides, record_run
-from ...tasks import PairedDataset
+from ..adapters import Architecture, Family, bind, linear_weight, receiver_sites, sender_sites
+from ..errors import InputError, known_arguments
+from ..errors import whole as whole_number
+from ..forward import Batch, Hooks, Runner, borrowed, make_batches, why_not_reused
+from ..graph import Graph, Heads
+from ..intervention import run_circuits
+from ..loans import FunctionMode, gives_back
+from ..recording import ReceiverGradients, contract, record_both_sides, record_run
+from ..tasks import PairedDataset
 
 EXACT = 1e-8  # relative error; rounding in a deep float64 model stays far below this
 _STEP = 1e-5  # change of a mask entry for finite differences; their error is of this order

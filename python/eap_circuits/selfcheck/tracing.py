@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Call
+from ..forward import unhook
 from ..loans import Changes
-from .hooks import unhook
 
 
 def trace(model: nn.Module, tokens: Tensor) -> list[Call]:

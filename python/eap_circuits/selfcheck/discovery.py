@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ...adapters import Family, propose
-from ...errors import expected, known_arguments
-from ...forward import borrowed, trace
-from ...loans import gives_back
+from ..adapters import Family, propose
+from ..errors import expected, known_arguments
+from ..forward import borrowed
+from ..loans import gives_back
 from .model import Check, check_model, exact_copy
+from .tracing import trace
 
 
 @gives_back

@@ -142,7 +142,7 @@ def suffix_of(path: str | os.PathLike[str], suffixes: Collection[str]) -> str:
 
 
 def read_whole(path: str | os.PathLike[str]) -> bytes:
-    """A file's bytes, all of one moment: what is made of them does not change with the file.
+    """A file's bytes, read at once, so that a later change of the file does not matter.
 
     Raises:
         InputError: no file, one that cannot be read, does not fit into memory, or changed while it was read.

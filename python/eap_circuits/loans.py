@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-# Of all threads, the latest last. There are no locks: one whose holder is interrupted as it lets go stays locked.
+# Of all threads, the latest last. There are no locks: one whose holder is interrupted as it lets go would stay locked.
 _open: list[Changes] = []
 _claims: list[Changes] = []
 
@@ -45,7 +45,7 @@ class Changes:
         self.close()
 
     def note(self, undo: Callable[[], object]) -> None:
-        """Undo on exit what comes next; `undo` may run twice, or with nothing to undo."""
+        """Note how to undo the next change on exit; `undo` may run twice, or when nothing was changed."""
         self._undo.append(undo)
 
     def keep_modes(self) -> None:
@@ -89,7 +89,7 @@ def _restore_stacks(functions: list[Any], operators: int) -> None:
 
 
 class FunctionMode(TorchFunctionMode):
-    """A mode whose exit stands an interruption of torch's own dispatch, which takes the mode off and puts it back."""
+    """A mode that can be left even after an interruption of torch's own dispatch, which takes modes off for a while."""
 
     def __exit__(self, *error: Any) -> None:
         if self in _get_current_function_mode_stack():
@@ -100,7 +100,7 @@ class SharedChange:
     """A change of what all threads share: made by its first user, undone after its last.
 
     Args:
-        prepare: gives (make, undo), both to be called with nothing; it changes nothing itself.
+        prepare: returns (make, undo), two functions without arguments, and changes nothing itself.
     """
 
     def __init__(self, prepare: Callable[[], tuple[Callable[[], object], Callable[[], object]]]) -> None:
@@ -141,7 +141,7 @@ class SharedChange:
 
 
 def _end_what_hangs(error: BaseException | None) -> None:
-    """End context managers that an interruption left in their middle, which else ends with the error's last mention."""
+    """End context managers that an interruption left halfway; they would live on as long as the error does."""
     chain = []
     while error is not None and error not in chain:
         chain.append(error)
@@ -152,7 +152,7 @@ def _end_what_hangs(error: BaseException | None) -> None:
 
 
 def gives_back(call: Callable[P, T]) -> Callable[P, T]:
-    """`call`, after which none of its changes is left, even if one's own exit was interrupted."""
+    """`call`, which leaves none of its changes behind, even if undoing one of them was interrupted."""
 
     @wraps(call)
     def made(*args: P.args, **kwargs: P.kwargs) -> T:

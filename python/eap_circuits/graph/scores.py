@@ -92,8 +92,8 @@ class EdgeScores(Result):
             among: bool [S, R], the only edges that may be taken, such as `scores.confidence() >= 0.95`.
             seconds: how long "optimal" may search.
             exactly: the circuit has exactly `n_edges` edges, all on paths from `input` to `logits`. The strongest edges
-                are taken until at least so many of them are on paths; the weakest that the others do not need are left
-                out again, and where that misses the number, the strongest that fit are put in. If no such circuit is
+                are taken until at least this many of them are on paths. Then the weakest that the others do not need
+                are left out again. If that misses the number, the strongest that fit are put in. If no such circuit is
                 found, the result has fewer edges, with a warning.
 
         Raises:
@@ -123,7 +123,7 @@ class EdgeScores(Result):
         circuit = Circuit(self.graph, mask, self.values, info)
         if exactly and circuit.n_edges != n_edges:
             warn(
-                f"select(n_edges={n_edges}, exactly=True): found no circuit of so many edges on paths from input to "
+                f"select(n_edges={n_edges}, exactly=True): found no circuit of this many edges on paths from input to "
                 f"logits; this one has {circuit.n_edges}."
             )
         return circuit.pruned() if prune else circuit

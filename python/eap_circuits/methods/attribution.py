@@ -66,7 +66,7 @@ def attribute(
             better. By default the data's own, `data.metric`, which is "logit_diff" unless they say otherwise.
         method: one of `METHODS` (docs/methods.md). Of "eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupted"
             and "eap-conductance" the formula above holds with their own points and differences; "exact" measures what
-            these approximate: S[u, v] = mean over examples of m(clean) − m(clean with this edge alone ablated);
+            these approximate: S[u, v] = mean over examples of m(clean) − m(clean with only this edge ablated);
             "information-flow-routes" gives shares of a receiver's input, whatever the metric and the corrupted prompts.
         steps: path points M of "eap-ig-inputs" and of each path of "eap-ig-activations"; segments of "eap-conductance".
         quadrature: the points of the first two: "right" (the paper), "left" (EAP-IG version 2), "midpoint",
@@ -165,7 +165,7 @@ def plan(
     counted.
 
     Raises:
-        InputError: what `attribute` refuses, and methods of which only a pass takes memory, such as "exact".
+        InputError: what `attribute` refuses, and methods that are not planned, such as "exact".
     """
     asked = dict(locals())
     with Weightless(model) as shapes:

@@ -1,4 +1,4 @@
-"""Exact edge scores: each edge alone carries its corrupted value, and the metric is measured."""
+"""Exact edge scores: one edge at a time carries its corrupted value, and the metric is measured."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def edges_to_score(graph: Graph, edges: object) -> Tensor:
 
 @dataclass(frozen=True)
 class ExactMethod(Method):
-    """Each edge in turn carries its corrupted value, alone."""
+    """One edge at a time carries its corrupted value."""
 
     selective: ClassVar[bool] = True
     keeps: ClassVar[tuple[str, ...]] = ("variance", "examples")

@@ -67,7 +67,7 @@ class Metric:
 def logit_diff(logits: Tensor, batch: MetricBatch) -> Tensor:
     """Good logit less bad logit; of sets, logsumexp(good) - logsumexp(bad). [E, V] -> [E], in logits."""
     picked = of_answers(at_least_float32(logits), batch.answers, -torch.inf)
-    # Of one logit alone it is that logit.
+    # The logsumexp of a single logit is that logit.
     good, bad = (picked[..., 0] if picked.shape[2] == 1 else picked.logsumexp(2)).unbind(1)
     return good - bad
 

@@ -1,4 +1,4 @@
-"""Does the model expect the answers as they are spelled, or with, or without, a leading space?"""
+"""Does the model expect the answers as they are spelled, or with their leading space added or left out?"""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .functions import at_least_float32, of_answers
 
-FAR = 10  # so many times likelier is far likelier
+FAR = 10  # this many times likelier counts as far likelier
 
 
 def misspelled(logits: Tensor, answers: Tensor, variants: Tensor) -> Tensor:
-    """Where the model finds an answer's variant far likelier than the answer, and not far less likely than all answers.
+    """How much likelier an answer's variant is, where it is far likelier and not far less likely than all answers.
 
     Args:
         logits: [E, V] of the clean prompts.

@@ -23,7 +23,7 @@ _WORTH = 0.7
 
 
 def skip_inactive(arch: Architecture, batch: Batch, copies: int, hooks: Hooks) -> None:
-    """Let the layers' linear modules compute gradients only at the active tokens of so many copies of the batch."""
+    """Let the layers' linear modules compute gradients only at the active tokens of this many copies of the batch."""
     tokens = batch.clean.numel()
     if len(batch.rows) > _WORTH * tokens:
         return

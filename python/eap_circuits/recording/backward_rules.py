@@ -255,7 +255,7 @@ def _halved_copy(z: Tensor) -> Tensor | None:
 
 
 class _Attention(torch.autograd.Function):
-    """scaled_dot_product_attention with the gradient of `pattern`; it is written out in the backward pass alone."""
+    """scaled_dot_product_attention with the gradient of `pattern`; only the backward pass writes it out."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], pattern: Any) -> Tensor:

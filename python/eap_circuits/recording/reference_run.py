@@ -31,7 +31,7 @@ class ReceiverInputs:
 
 
 def record_receiver_inputs(runner: Runner, keep: Callable[[Tensor], Tensor], run: Pass[T]) -> tuple[ReceiverInputs, T]:
-    """(What receivers read in a pass, of which `keep` takes what is wanted; what `run` returns)."""
+    """(What receivers read in a pass, as far as `keep` keeps it; what `run` returns)."""
     arch, norm_inputs = runner.arch, dict[Norm, Tensor]()
     projections: list[dict[str, Tensor]] = [{} for _ in arch.layers]
 

@@ -148,8 +148,8 @@ class PairedDataset(Result):
             corrupted_attention_mask: that of the corrupted prompts, if theirs is another one.
 
         Raises:
-            InputError: as `PairedDataset`; a mask with gaps or of another shape; corrupted prompts of which the clean
-                ones' mask would cut off tokens; or, without a mask, rows whose padding is visibly on the left.
+            InputError: as `PairedDataset`; a mask with gaps or of another shape; corrupted prompts that the clean
+                ones' mask would cut short; or, without a mask, rows whose padding is visibly on the left.
         """
         shared = attention_mask is not None and corrupted_attention_mask is None and corrupted_lengths is None
         if shared:

@@ -64,12 +64,12 @@ def unpadded(name: str, ids: Any, lengths: Any, mask: Any) -> tuple[Tensor, Tens
 
 
 def check_shared_mask(clean: Tensor, corrupted: Tensor, lengths: Tensor) -> None:
-    """Look whether corrupted prompts, read by the clean ones' mask, are visibly padded otherwise; [E, T], unpadded.
+    """Refuse corrupted prompts [E, T] that are visibly not padded like the clean ones, whose mask they share.
 
     Raises:
-        InputError: tokens of theirs would be cut off: not the padding, which is one token in all the clean prompts.
+        InputError: the mask would cut off tokens that are not padding; the clean prompts tell what padding is.
 
-    Warns if a corrupted prompt begins or ends with the padding and the clean ones do not.
+    Warns if a corrupted prompt begins or ends with padding and no clean one does.
     """
     behind = torch.arange(clean.shape[1]) >= lengths[:, None]
     padding = clean[behind].unique()
@@ -93,9 +93,9 @@ def check_shared_mask(clean: Tensor, corrupted: Tensor, lengths: Tensor) -> None
 def _left_padded(ids: Tensor, lengths: Tensor) -> Tensor:
     """Rows whose padding is visibly on the left: bool [E].
 
-    As many equal tokens as there is padding stand in front, and either the last tokens differ from each other, or the
-    row ends as one without padding does and begins as none. If some row has equal tokens on neither side, anything may
-    stand for padding, and nothing is visible.
+    Such a row begins with as many equal tokens as it has padding. Besides, either its last tokens differ, or it ends
+    like a row without padding and begins like none. If some row has equal tokens on neither side, padding can be any
+    tokens, and nothing is visible.
     """
     position, padding = torch.arange(ids.shape[1]), (ids.shape[1] - lengths)[:, None]
     in_front = ((ids == ids[:, :1]) | (position >= padding)).all(1)

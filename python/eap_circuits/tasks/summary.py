@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from .dataset import PairedDataset
 
 
-MANY = 0.25  # of so large a share of pairs it is worth a warning that they show no effect
+MANY = 0.25  # if this share of the pairs can show no effect, a warning says so
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a dataset holds; the fields from `good` on need the model (`eap.summarise`), and are None without it.
+    """What a dataset holds; the fields from `good` on need a model (`eap.summarise`) and are None without one.
 
     Args:
         name: the data's name.

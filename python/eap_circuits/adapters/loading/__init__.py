@@ -1,1 +1,1 @@
-"""Models of which only the shapes are there."""
+"""Models without weights: only the shapes are known."""

@@ -65,7 +65,7 @@ def read_info(text: object) -> dict[str, Any]:
 
 
 def cleared(content: Content) -> Content:
-    """The content as it is written: on the CPU, with zeros where there is no edge, which elsewhere is said."""
+    """The content as it is written: on the CPU, and zero where there is no edge; warns of other values there."""
     graph, info = content.graph, content.info
     tensors = {name: x.detach().cpu() for name, x in content.tensors.items()}
     if "values" in tensors:

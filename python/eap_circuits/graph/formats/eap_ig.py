@@ -199,7 +199,7 @@ def _check_tensor(name: str, x: object, shape: list[int], flags: bool) -> None:
 
 
 def _graph(cfg: Any, senders: int) -> Graph:
-    """The graph of a file with so many senders; no other is made, as it may be larger than any file."""
+    """The graph of a file with this many senders. No other is made: what cfg says may be larger than any file."""
     layers, heads = whole("n_layers", cfg["n_layers"]), whole("n_heads", cfg["n_heads"])
     kv_heads = heads if cfg.get("n_key_value_heads") is None else whole("n_key_value_heads", cfg["n_key_value_heads"])
     if 1 + layers * (heads + 1) != senders:

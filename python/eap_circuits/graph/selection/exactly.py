@@ -54,7 +54,7 @@ def counted_edges(graph: Graph, rank: Tensor, n_edges: int, seconds: float, star
 
 
 def _enough(graph: Graph, n_edges: int, take: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
-    """The fewest edges taken of which n or more are connected, pruned; and those of one edge less, pruned."""
+    """Pruned: the fewest edges taken that leave n or more, and those taken with one edge fewer."""
 
     def pruned(taken: int) -> Tensor:
         return prune(graph, take(taken))
@@ -102,7 +102,7 @@ def _trimmed(graph: Graph, rank: Tensor, mask: Tensor, n_edges: int) -> Iterator
 
 
 class _Connected:
-    """A connected circuit, of which edges are left out together with those that are on no path without them."""
+    """A connected circuit from which edges are removed, together with those that are on no path without them."""
 
     def __init__(self, graph: Graph, edges: list[Edge]) -> None:
         self._graph, self.size = graph, len(edges)

@@ -6,8 +6,8 @@ output's gradient with respect to it. Of an edge, with c_u(α) what the sender w
     S[u, v] = −Σ_t ∫ ⟨d c_u(t) / dα, ∂loss/∂x_v(t) at α⟩ dα,
 
 where EAP-IG takes the sender's whole difference Δ_u at every point. Over any set of edges that separates `input` from
-`logits` the scores add up to m(clean) − m(corrupted), but for the error of the sum over M segments, which is the
-trapezoid rule: the gradients of a segment's two ends are averaged. The error falls with M².
+`logits` the scores add up to m(clean) − m(corrupted), except for the error of the sum over M segments. That sum is
+the trapezoid rule: the gradients of a segment's two ends are averaged. The error falls with M².
 """
 
 from __future__ import annotations

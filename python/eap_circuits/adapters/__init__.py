@@ -3,7 +3,6 @@
 from .architecture import Architecture, Layer
 from .binding import bind
 from .families import FAMILIES, Call, Family, family_of, propose, register_family
-from .loading.shapes import Weightless
 from .nonlinear import nonlinear_parts
 from .norms import Kinds, Norm
 from .offloading import as_given, is_offloaded, read
@@ -23,7 +22,6 @@ __all__ = [
     "Projection",
     "ReceiverSite",
     "SenderSite",
-    "Weightless",
     "as_given",
     "bind",
     "concatenate",

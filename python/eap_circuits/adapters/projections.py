@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .loading.shapes import Shape
+from ..shapes import Shape
 from .offloading import device_of, read
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

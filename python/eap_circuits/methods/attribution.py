@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapters import Weightless
 from ..checkpoint import Where, opened, settings_of
 from ..errors import expected, flag, known_arguments, one_of, shown, whole
 from ..forward import Constants, borrowed, one_want_of_memory
@@ -18,6 +17,7 @@ from ..loans import gives_back
 from ..provenance import called, provenance
 from ..recording import RULES, ablation_of
 from ..request import Progress, prepare, watched
+from ..shapes import Weightless
 from ..tasks import PairedDataset
 from .exact import edges_to_score
 from .gradient import GradientMethod

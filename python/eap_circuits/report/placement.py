@@ -106,14 +106,11 @@ def place(circuit: Circuit, max_edges: int) -> Placement:
 def _owners(circuit: Circuit, edges: list[tuple[int, int]]) -> dict[int, list[int]]:
     """For each receiver drawn, the senders whose input it is: those drawn, or else those in the circuit."""
     graph = circuit.graph
-    inputs = defaultdict(list)
-    for receiver, sender in zip(*(index.tolist() for index in graph.inputs_of), strict=True):
-        inputs[receiver].append(sender)
     drawn = {u for u, _ in edges}
     kept = set(circuit.nodes)
     owners = {}
     for receiver in {v for _, v in edges}:
-        nodes = inputs[receiver]
+        nodes = graph.owners[receiver]
         owners[receiver] = [u for u in nodes if u in drawn] or [u for u in nodes if graph.senders[u] in kept] or nodes
     return owners
 

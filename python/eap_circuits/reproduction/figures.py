@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from ..methods import QUADRATURES
 from ..report.curves import saved_curve
 from ..report.figures import finish
 from ..report.style import FAINT, INK, LETTERS, MUTED, NEGATIVE, PAPER, POSITIVE, RC
@@ -21,9 +22,7 @@ if TYPE_CHECKING:
 
 NAMES = {"eap": "EAP", "eap-ig-inputs": "EAP-IG", "exact": "exact patching"}
 COLOURS = {"eap": NEGATIVE, "eap-ig-inputs": POSITIVE, "exact": INK}
-_GRIDS = dict(
-    zip(("right", "left", "midpoint", "gauss-legendre"), (POSITIVE, NEGATIVE, *LETTERS.values()), strict=False)
-)
+_GRIDS = dict(zip(QUADRATURES, (POSITIVE, NEGATIVE, *LETTERS.values()), strict=False))
 _COLUMNS = 3
 _DARKEST = 1.4  # faithfulness may exceed 1; shares may not
 # The paper's Pearson correlations of EAP and of EAP-IG with exact patching, on GPT-2 (arXiv 2403.17806, §4).

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from ...errors import expected
-from ...loans import Changes
+from .errors import expected
+from .loans import Changes
 
 if TYPE_CHECKING:
     from typing_extensions import Self

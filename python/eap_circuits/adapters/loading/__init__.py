@@ -1,1 +1,0 @@
-"""Models without weights: only the shapes are known."""

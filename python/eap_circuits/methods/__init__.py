@@ -2,7 +2,7 @@
 
 from ..recording import RULES
 from .attribution import attribute, plan
-from .planning import Plan
+from .gradient import Plan
 from .quadrature import QUADRATURES
 from .registry import METHODS
 from .spec import Method

@@ -20,8 +20,7 @@ from ..request import Progress, prepare, watched
 from ..shapes import Weightless
 from ..tasks import PairedDataset
 from .exact import edges_to_score
-from .gradient import GradientMethod
-from .planning import Plan
+from .gradient import GradientMethod, Plan
 from .quadrature import QUADRATURES
 from .registry import METHODS
 from .spec import AttributionRequest

@@ -3,4 +3,4 @@
 from .activations import ActivationsMethod
 from .conductance import ConductanceMethod
 from .inputs import InputsMethod
-from .method import GradientMethod
+from .method import GradientMethod, Plan

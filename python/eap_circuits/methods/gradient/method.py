@@ -31,7 +31,6 @@ from ...checkpoint import Checkpoint
 from ...forward import Batch, upload
 from ...recording import ReceiverGradients
 from ...request import Measurement, Progress
-from ..planning import Plan
 from ..quadrature import Path, Quadrature
 from ..spec import KEEP, AttributionRequest, Method
 from ..statistics import BatchScores, Statistics, batch_bytes, score_batches
@@ -42,6 +41,24 @@ HELD_POINTS = 5
 HELD_BYTES = 128 * 2**20
 # For each token a pass keeps about this many numbers for the backward for every weight, divided by the width.
 _NUMBERS_PER_WEIGHT = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a gradient method runs.
+
+    Args:
+        tokens: the most tokens in a pass with gradients.
+        batches: (examples, suffix tokens, path points per pass) of each batch.
+        bytes: the most memory that tensors will take besides the model's weights and the data; an allocator may hold
+            on to more, which tensors have given back.
+        budget: the most they may take.
+    """
+
+    tokens: int
+    batches: tuple[tuple[int, int, int], ...]
+    bytes: int
+    budget: int
 
 
 class Passes(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 import eap_kernels as ek
 from eap_kernels import _auto, info, testing
 from eap_kernels._registry import BACKENDS
+from eap_kernels._schemas import OPERATORS
 from eap_kernels.reference import Backend
 
 BLOCK = """
@@ -224,7 +225,7 @@ def test_auto_follows_its_rule(randn):
     assert "auto runs cpu" in ek.explain("masked_read", delta[0], delta, torch.stack([mask, mask, mask]))
     with pytest.raises(ValueError, match="explain: expected one circuit's delta"):
         ek.explain("masked_read", delta[0], delta[None], mask[None])
-    known = "edge_scores, head_space_scores, masked_read, normalise_rows, collapse"
+    known = ", ".join(OPERATORS)
     with pytest.raises(ValueError, match=f"explain: expected one of {known}, got 'scores'"):
         ek.explain("scores", delta, grad, reach)
     with pytest.raises(TypeError, match="explain: expected the tensors of masked_read, got 2 arguments"):

@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from eap_kernels._schemas import OPERATORS
+
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
-OPERATORS = ("edge_scores", "masked_read", "head_space_scores", "normalise_rows", "collapse")
 TESTS = [str(FOLDER / f"test_{op}.py") for op in OPERATORS]
 
 

@@ -2,18 +2,3 @@
 
 from .fitting import Cost, budget, bytes_without_gradient, measure_cost, numbers_per_token, tokens_in_all, tokens_within
 from .memory import PeakBytes, end_of_phase, free_bytes, in_memory, most_tokens
-
-__all__ = [
-    "Cost",
-    "PeakBytes",
-    "budget",
-    "bytes_without_gradient",
-    "end_of_phase",
-    "free_bytes",
-    "in_memory",
-    "measure_cost",
-    "most_tokens",
-    "numbers_per_token",
-    "tokens_in_all",
-    "tokens_within",
-]

@@ -3,15 +3,3 @@
 from .file import Checkpoint, Where, opened, remaining
 from .identity import data_identity, model_identity, model_name, settings_of
 from .weights import weights_digest
-
-__all__ = [
-    "Checkpoint",
-    "Where",
-    "data_identity",
-    "model_identity",
-    "model_name",
-    "opened",
-    "remaining",
-    "settings_of",
-    "weights_digest",
-]

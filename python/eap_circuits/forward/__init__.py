@@ -8,29 +8,3 @@ from .resume import LayerInputs, record_layer_inputs
 from .runner import Register, Runner, each
 from .uploading import Indices, download, upload
 from .want_of_memory import give_back_memory, one_want_of_memory, out_of_memory
-
-__all__ = [
-    "TOKENS_PER_BATCH",
-    "Batch",
-    "Constants",
-    "Hooks",
-    "Indices",
-    "LayerInputs",
-    "Register",
-    "Runner",
-    "at_tokens",
-    "borrowed",
-    "download",
-    "each",
-    "give_back_memory",
-    "halves",
-    "make_batches",
-    "one_want_of_memory",
-    "out_of_memory",
-    "record_layer_inputs",
-    "some_of",
-    "unhook",
-    "upload",
-    "why_not_reused",
-    "zeros",
-]

@@ -4,13 +4,3 @@ from .activation_paths import record_paths
 from .circuit_group import rows_computed
 from .circuit_run import TOKENS_TOGETHER, learning_run, run_circuits
 from .edge_patching import PatchedEdges, prepare_patching
-
-__all__ = [
-    "TOKENS_TOGETHER",
-    "PatchedEdges",
-    "learning_run",
-    "prepare_patching",
-    "record_paths",
-    "rows_computed",
-    "run_circuits",
-]

@@ -6,26 +6,3 @@ from .contraction import contract, contract_neurons, lowered
 from .contributions import BothSides, less_clean, record_both_sides, record_contributions, record_corrupted_side
 from .receiver_gradients import ReceiverGradients
 from .reference_run import ReceiverInputs, ReferenceRun, record_receiver_inputs, record_run
-
-__all__ = [
-    "ABLATIONS",
-    "RULES",
-    "Ablation",
-    "BothSides",
-    "ReceiverGradients",
-    "ReceiverInputs",
-    "ReferenceRun",
-    "Rules",
-    "ablation_of",
-    "contract",
-    "contract_neurons",
-    "different_throughout",
-    "less_clean",
-    "lowered",
-    "means",
-    "record_both_sides",
-    "record_contributions",
-    "record_corrupted_side",
-    "record_receiver_inputs",
-    "record_run",
-]

@@ -70,7 +70,7 @@ def test_curve_rows_and_the_marked_one(scores: EdgeScores) -> None:
     measured = curve((0.25, math.nan), (5, 9), (0.1, 0.2))
     table = curve_table(measured, circuit)
     assert table.marked == 0
-    assert table.rows == ((0.1, 5, 0.25, 0.25), (0.2, 9, measured.faithfulness[1], measured.results[1].mean))
+    assert table.rows == ((0.1, 5, 0.25, 0.25), (0.2, 9, measured.faithfulness[1], measured.mean[1]))
     assert table.cells()[1][2] == number(math.nan)
     assert table.records()[1]["faithfulness"] is None
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ..display import Result, library
 from ..errors import expected, flag, listed
+from ..texts.records import tokenised
 from .alignment import aligned
 from .loading import Records, own_records, read_csv, read_rows, read_tokens, reading, suffix_of, write_tokens
 from .mib import is_mib, mib_records
 from .padding import check_shared_mask, integers, unpadded
 from .summary import Summary, summary_of
-from .texts.records import tokenised
 
 _OF_PAIRS = ("clean", "corrupted", "lengths", "answers", "corrupted_lengths", "alignment", "variants")
 

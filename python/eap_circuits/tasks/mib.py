@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import expected
-from .texts.encoding import check_text, check_tokenizer, encode_many, encode_plain
+from ..texts.encoding import check_text, check_tokenizer, encode_many, encode_plain
 
 
 @dataclass(frozen=True)

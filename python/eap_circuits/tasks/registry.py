@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import SEEDS, flag, known_arguments, one_of, whole
+from ..generated import capital_country, gender_bias, greater_than, hypernymy, ioi, subject_verb_agreement
+from ..texts.encoding import check_tokenizer
 from .dataset import PairedDataset
-from .generated import capital_country, gender_bias, greater_than, hypernymy, ioi, subject_verb_agreement
-from .texts.encoding import check_tokenizer
 
 Generator = Callable[[Any, int, random.Random], "list[dict[str, Any]]"]
 

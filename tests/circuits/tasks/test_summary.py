@@ -9,7 +9,7 @@ import torch
 
 from eap_circuits import PairedDataset, load_task
 from eap_circuits.errors import InputWarning
-from tests.circuits.tasks.generated_tasks import TOKENIZERS
+from tests.circuits.generated.generated_tasks import TOKENIZERS
 
 
 def test_repeats_and_lengths() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import expected, warn
+from ..errors import expected, warn
 from .encoding import answer_id, chat_text, check_text, check_tokenizer, encode_prompts, respelled
 
 _SIDES = ("clean", "corrupted")

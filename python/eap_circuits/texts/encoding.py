@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ...errors import expected, reason
+from ..errors import expected, reason
 
 # Marks that a space follows; a number that may go on; scripts without spaces between words (Thai to Khmer, kana, Han);
 # how byte-level BPE and SentencePiece write a token's leading space.

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from eap_circuits import InputError, load_task
+from eap_circuits.generated.sampling import sample_combinations
 from eap_circuits.tasks import TASKS
-from eap_circuits.tasks.generated.sampling import sample_combinations
-from tests.circuits.tasks.generated_tasks import TOKENIZERS
+from tests.circuits.generated.generated_tasks import TOKENIZERS
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import expected
+from ..errors import expected
 from ..texts.encoding import encode_plain, next_token
 from .sampling import sample_combinations
 

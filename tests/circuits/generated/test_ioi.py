@@ -7,7 +7,7 @@ import re
 import pytest
 
 from eap_circuits import InputError, load_task
-from tests.circuits.tasks.generated_tasks import (
+from tests.circuits.generated.generated_tasks import (
     NAMES,
     TOKENIZERS,
     answer_texts,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from ...errors import expected
+from ..errors import expected
 from ..texts.encoding import equally_long, next_token
 from .sampling import sample_records
 

@@ -7,9 +7,9 @@ import re
 import pytest
 
 from eap_circuits import InputError, PairedDataset, load_task
+from eap_circuits.generated import capital_country, gender_bias, hypernymy, subject_verb_agreement
 from eap_circuits.tasks import TASKS
-from eap_circuits.tasks.generated import capital_country, gender_bias, hypernymy, subject_verb_agreement
-from tests.circuits.tasks.generated_tasks import (
+from tests.circuits.generated.generated_tasks import (
     GENERATED,
     TOKENIZERS,
     WORDS,

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from eap_circuits import InputError, load_task
-from tests.circuits.tasks.generated_tasks import (
+from tests.circuits.generated.generated_tasks import (
     DIGITS,
     NUMBERS,
     TOKENIZERS,

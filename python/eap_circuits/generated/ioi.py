@@ -10,7 +10,7 @@ import itertools
 import random
 from typing import Any
 
-from ...errors import expected
+from ..errors import expected
 from ..texts.encoding import single_tokens
 from .sampling import sample_combinations
 

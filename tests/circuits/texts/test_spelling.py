@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eap_circuits import InputError, PairedDataset
 from eap_circuits.errors import InputWarning
-from eap_circuits.tasks.texts.encoding import continuation
+from eap_circuits.texts.encoding import continuation
 
 WORDS = ("Mary", "John", "Tom", "gave", "it", "to", "Answer", "year", "the", "17", "人", "的")
 CLEAN, CORRUPTED = "John gave it to", "Tom gave it to"

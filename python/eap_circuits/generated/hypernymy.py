@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from ...errors import expected
+from ..errors import expected
 from ..texts.encoding import equally_long, single_tokens
 from .sampling import sample_records
 

@@ -9,8 +9,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import PreTrainedTokenizerFast
 
 from eap_circuits import PairedDataset
+from eap_circuits.generated import capital_country, gender_bias, hypernymy, subject_verb_agreement
 from eap_circuits.tasks import TASKS
-from eap_circuits.tasks.generated import capital_country, gender_bias, hypernymy, subject_verb_agreement
 
 NAMES = ("Mary", "John", "Tom", "James", "Sarah", "Anna")
 DIGITS = "0123456789"

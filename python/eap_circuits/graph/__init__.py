@@ -1,13 +1,14 @@
-"""Graphs, scores, circuits, selection and files: pure data, without transformers."""
+"""Scores and circuits of a model's edges: pure data, without transformers."""
 
+from ..edges import Graph, Heads, prune
+from ..selection import SELECTIONS, Selection
 from .agreement import Agreement, Overlap, diff, edge_auroc, edge_overlap, node_overlap, score_agreement
-from .circuit import Circuit, prune
+from .circuit import Circuit
 from .confidence import bootstrap_confidence, normal_confidence
 from .ensembles import ensemble
-from .layout import Graph, Heads
 from .nodes import NodeScores
+from .random_circuits import random_circuit
 from .scores import EdgeScores
-from .selection import SELECTIONS, Selection, random_circuit
 
 __all__ = [
     "SELECTIONS",

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..edges import edge_flags
 from ..errors import expected, flag, instance
-from .checks import edge_flags
 from .circuit import Circuit
 from .scores import EdgeScores
 

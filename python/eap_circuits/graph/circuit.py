@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import formats
 from ..display import Result, drawn
+from ..edges import Graph, edge_flags, numbers, prune
 from ..errors import expected, instance, warn
-from . import exports, formats
-from .checks import edge_flags, numbers
-from .layout import Graph
+from . import exports
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -140,18 +140,3 @@ class Circuit(Result):
         asked = self.info.get("selection", {}).get("n_edges") or 0
         taken = f"; {asked} were asked for" if self.n_edges < asked else ""
         return f"Circuit({self.n_edges} of {self.graph.n_edges} edges{taken}, {self.graph!r})"
-
-
-def prune(graph: Graph, mask: Tensor) -> Tensor:
-    """Remove all edges that are on no path from `input` to `logits`. bool [S, R] -> bool [S, R].
-
-    A node stays if it has a kept edge going out and, except for `input`, one coming in; an edge stays if its sender's
-    node and its receiver's node do (EAP-IG's rule; a key/value head's input belongs to its whole group).
-    """
-    mask = mask & graph.edge_mask
-    while True:
-        alive = mask.any(1) & graph.fed(mask)
-        kept = mask & alive[:, None] & graph.read(alive)
-        if torch.equal(kept, mask):
-            return kept
-        mask = kept

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..edges import numbers
 from ..errors import SEEDS, expected, whole
-from .checks import numbers
 
 _MOST_DRAWS = 10**6
 _CHUNK = 2**22  # entries of the resampled means held at once

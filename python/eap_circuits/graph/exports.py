@@ -10,8 +10,8 @@ from torch import Tensor
 from ..display import library
 
 if TYPE_CHECKING:
+    from ..edges import Graph
     from .circuit import Circuit
-    from .layout import Graph
 
 
 def to_frame(graph: Graph, mask: Tensor, columns: dict[str, Tensor]) -> Any:

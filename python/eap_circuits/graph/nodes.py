@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import formats
 from ..display import Result, drawn, library
+from ..edges import Graph, numbers
 from ..errors import expected, flag, instance, whole
-from . import formats
-from .checks import numbers
 from .circuit import Circuit
-from .layout import Graph
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .. import formats
 from ..display import Result, drawn
+from ..edges import Graph, numbers
 from ..errors import expected, flag, instance, known_arguments, number, warn, whole
-from . import exports, formats
-from .checks import numbers
+from ..selection import select_edges
+from . import exports
 from .circuit import Circuit
 from .confidence import bootstrap_confidence, normal_confidence
-from .layout import Graph
 from .nodes import NodeScores
-from .selection import select_edges
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

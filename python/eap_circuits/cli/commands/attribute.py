@@ -70,7 +70,7 @@ def attribute(
 
     from ...adapters import bind
     from ...errors import InputError, expected, one_of
-    from ...graph.formats import SUFFIXES, check_savable
+    from ...formats import SUFFIXES, check_savable
     from ...methods import METHODS, QUADRATURES, RULES
     from ...report.tables import edge_table, plan_table
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import expected, reason
-from ...files import parse_json
-from ..layout import Graph
+from ..edges import Graph
+from ..errors import expected, reason
+from ..files import parse_json
 
 _TENSORS = ("values", "mask", "variance", "per_example", "per_position", "neurons")
 _WIDEST = 2**31

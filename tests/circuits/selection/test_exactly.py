@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import eap_circuits as eap
-from eap_circuits.graph.circuit import prune
+from eap_circuits.graph import prune
 
 GRAPHS = {
     "one layer": eap.Graph((2,), (1,), 8),

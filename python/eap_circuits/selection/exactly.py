@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..circuit import prune
-from ..layout import Graph
+from ..edges import Graph, prune
 from .optimal import optimal_edges
 
 _TRIES = 20

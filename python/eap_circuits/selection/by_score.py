@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...errors import expected, one_of, whole
-from ..checks import edge_flags
-from ..layout import Graph
+from ..edges import Graph, edge_flags
+from ..errors import expected, one_of, whole
 from .exactly import counted_edges, exact_edges
 from .optimal import optimal_edges
 

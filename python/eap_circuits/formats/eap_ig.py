@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import expected
-from ...files import CHECKSUM, check_digest, digest, json_object, parse_json, write_whole
-from ..layout import Graph
+from ..edges import Graph
+from ..errors import expected
+from ..files import CHECKSUM, check_digest, digest, json_object, parse_json, write_whole
 from .content import Content, checked, flag, head_kind, info_text, read_info, shown, whole
 
 _FLAGS = ("edges_in_graph", "nodes_in_graph")

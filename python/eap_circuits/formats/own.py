@@ -9,9 +9,9 @@ from typing import Any
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from ...errors import expected
-from ...files import CHECKSUM, check_digest, digest, parse_json, write_whole
-from ..layout import Graph
+from ..edges import Graph
+from ..errors import expected
+from ..files import CHECKSUM, check_digest, digest, parse_json, write_whole
 from .content import Content, checked, flag, head_kind, info_text, read_info, shown, whole
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eap_circuits import Circuit, EdgeScores, Graph, InputError
-from tests.circuits.graph.test_strict_formats import GRAPH, values_of
+from tests.circuits.formats.test_strict_formats import GRAPH, values_of
 
 
 def version_0_2(scored: bool = True) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import random
 
 import torch
 
-from ...errors import SEEDS, expected, instance, whole
-from ..circuit import Circuit
-from ..layout import Graph
+from ..edges import Graph
+from ..errors import SEEDS, expected, instance, whole
+from .circuit import Circuit
 
 _TRIES = 20
 

@@ -10,9 +10,9 @@ import os
 from collections.abc import Callable
 from functools import partial
 
-from ...errors import InputError, expected, reason
-from ...files import DAMAGED, read_whole, suffix_of
-from ..layout import Graph
+from ..edges import Graph
+from ..errors import InputError, expected, reason
+from ..files import DAMAGED, read_whole, suffix_of
 from . import eap_ig, own
 from .content import Content, checked, cleared
 

@@ -22,9 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import InputError
-from ..circuit import prune
-from ..layout import Graph
+from ..edges import Graph, prune
+from ..errors import InputError
 
 _TOLERANCE = 1e-7  # relative to the largest score; the solver's own tolerance
 _EAGER = 5000  # up to this many columns all their rules are in, so that one search is enough

@@ -199,7 +199,7 @@ def _said(results: list[EvaluationResult]) -> list[EvaluationResult]:
         span = abs(undefined.clean - undefined.corrupted)
         warn(
             f"Faithfulness is undefined (nan): the mean metrics of the whole model and of the ablated run differ by "
-            f"{span:.2g}, no more than by rounding ({undefined.rounding:.2g})."
+            f"{span:.2g}, which rounding alone can explain ({undefined.rounding:.2g})."
         )
     return results
 

@@ -131,8 +131,7 @@ def diff(first: EdgeScores, second: EdgeScores) -> EdgeScores:
     infos = [first.info, second.info]
     methods = sorted({str(info.get("method")) for info in infos})
     info: dict[str, Any] = {"method": " and ".join(methods), "difference": infos}
-    if not all(each.get("additive", True) for each in infos):
-        info["additive"] = False
+    info["additive"] = all(each.get("additive", True) for each in infos)
     counts = [info["n_examples"] for info in infos if "n_examples" in info]
     examples = variance = None
     one, other = (info.get("data_sha256") for info in infos)

@@ -50,5 +50,6 @@ def ensemble(scores: Sequence[EdgeScores], *, how: str = "mean") -> EdgeScores:
     values = torch.zeros(edges.shape)
     values[edges] = found.mean(0).float()
     methods = sorted({str(each.info.get("method")) for each in scores})
-    info = {"method": " and ".join(methods), "ensemble": how, "scores": [each.info for each in scores]}
-    return EdgeScores(graph, values, info)
+    additive = how == "mean" and all(each.info.get("additive", True) for each in scores)
+    info = {"method": " and ".join(methods), "additive": additive, "ensemble": how}
+    return EdgeScores(graph, values, {**info, "scores": [each.info for each in scores]})

@@ -1,4 +1,4 @@
-"""Make eap_kernels/measured.json of the results: the backends by speed, for each GPU generation, operator and case."""
+"""Make eap_kernels/measured.json of the results: the backends by speed, for each GPU, operator and case."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cases(name: str, info: Mapping) -> Iterator[tuple[str, str, Times]]:
 
 
 def table(results: Mapping[str, Mapping]) -> dict[str, dict[str, dict[str, list[str]]]]:
-    """{compute capability: {operator: {case: backends}}} of the GPUs' results.
+    """{GPU: {operator: {case: backends}}} of the GPUs' results.
 
     A backend's figure is the mean, over a case's benches, of the logarithm of its time. A backend that did not run in
     all of them is left out.
@@ -39,10 +39,10 @@ def table(results: Mapping[str, Mapping]) -> dict[str, dict[str, dict[str, list[
             for name, info in result.get("benches", {}).items():
                 for op, case, seconds in cases(name, info):
                     times = {impl: seconds[impl] for impl in BACKENDS if impl in seconds}
-                    found[result["machine"]["capability"]][op][case].append(times)
+                    found[result["machine"]["gpu"]][op][case].append(times)
     return {
-        capability: {op: {case: ranked(runs) for case, runs in of.items()} for op, of in ops.items()}
-        for capability, ops in found.items()
+        gpu: {op: {case: ranked(runs) for case, runs in of.items()} for op, of in ops.items()}
+        for gpu, ops in found.items()
     }
 
 

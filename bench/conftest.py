@@ -1,9 +1,12 @@
 """Ratios of runs timed in alternation, the only figures that hold on a shared machine."""
 
+import contextlib
+
 import pytest
 import torch
 
 from bench import measure, regressions
+from eap_kernels.testing import odd_shapes
 
 
 def pytest_configure(config):
@@ -38,6 +41,15 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture(scope="session")
 def stored(pytestconfig):
     return stored_ratios(pytestconfig) or {}
+
+
+@pytest.fixture(autouse=True)
+def precision(request):
+    """A bench with a dtype runs with torch's switch for fp32 products on a GPU as the dtype's name says."""
+    callspec = getattr(request.node, "callspec", None)
+    names = [value for value in callspec.params.values() if value in odd_shapes.ARITHMETICS] if callspec else []
+    with odd_shapes.arithmetic(names[0]) if names else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture

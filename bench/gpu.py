@@ -6,7 +6,7 @@ Every stage runs even if an earlier one failed, and is stopped at its share of t
 minutes, or every call gets a bare machine, run it in two parts of five and a half minutes:
 
 make gpu STAGES=first      # kernels, sanitizer, the benches of llama-3.1-8b and gpt2 in bfloat16
-make gpu STAGES=rest       # the other benches, models against their own passes
+make gpu STAGES=rest       # the other benches, the tuner of `auto`, models against their own passes
 make gpu STAGES=compiled   # edge_scores against torch.compile, which compiles for minutes
 
 SECONDS=300 gives other stages than a part's, or a shorter call, their time.
@@ -132,7 +132,7 @@ BENCH_REST = Stage(
     9.0,
     benches("bench-rest", {op: (path, f"not ({FIRST})") for op, path in KERNEL_BENCHES.items()}, "--without-compiled"),
 )
-# After `record`, by which `auto` takes what was measured fastest.
+# After `tune`, by which `auto` takes what is fastest on this card.
 MODELS = Stage("models", 5.0, benches("models", {"shapes": ("bench/circuits/bench_shapes.py", "shape or fits")}))
 COMPILED = Stage("compiled", 9.0, benches("compiled", {"edge_scores": (KERNEL_BENCHES["edge_scores"], "contiguous")}))
 STAGES = {
@@ -166,6 +166,8 @@ STAGES = {
             },
             at_once=4,
         ),
+        # By which `auto` takes, in the models' benches, what is fastest on this very card.
+        Stage("tune", 4.0, {"tune": [sys.executable, "-m", "eap_kernels.tune"]}, least=100.0),
         BENCH_FIRST,
         Stage("record-first", 0.3, recording(BENCH_FIRST), least=25.0),
         BENCH_REST,
@@ -178,7 +180,7 @@ STAGES = {
 }
 PARTS = {
     "first": ("build", "info", "kernels", "sanitize", "bench-first", "record-first"),
-    "rest": ("build", "info", "bench-rest", "record-rest", "models", "record-models"),
+    "rest": ("build", "info", "bench-rest", "record-rest", "tune", "models", "record-models"),
     "compiled": ("build", "compiled", "record-compiled"),
 }
 PARTS["all"] = (*PARTS["first"], *PARTS["rest"][2:])
@@ -193,6 +195,7 @@ def rehearsed(stage: Stage) -> Stage:
         "EAP_PRETEND": "shapes" if stage.name == "models" else "values",
         "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("bench/pretended/site", "", "python")),
         "EAP_QUICK": "1",
+        "EAP_CACHE": str(ROOT / "build/rehearsal-cache"),
     }
 
     def command(words: Sequence[str]) -> list[str]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import platform
 import re
 import subprocess
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -19,37 +17,16 @@ from unittest import mock
 import torch
 
 from eap_kernels.info import processor
+from eap_kernels.testing import timing
+from eap_kernels.testing.timing import PRETENDED, Run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# On the pretended device of `make gpu-rehearsal` everything is small, and times mean nothing.
-PRETENDED = bool(os.environ.get("EAP_PRETEND"))
-Run = Callable[[], object]
 # Seconds for all rounds of a bench, and how often a ratio below its bar is measured again; nobody shares the GPU.
 BUDGET, TRIES = (3.0, 3) if DEVICE == "cpu" else (0.0 if PRETENDED else 1.0, 1)
-# Larger than any GPU's L2 cache; written before each timed call, so that its operands come from memory.
-FLUSHED_BYTES = (1 if PRETENDED else 256) * 2**20
-
-
-@functools.cache
-def _flushed() -> torch.Tensor:
-    return torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
 
 
 def seconds(run: Run, count: int, device: str = DEVICE) -> float:
-    """Mean seconds of a call; on a GPU between events, with the L2 cache flushed before each call."""
-    if device == "cpu":
-        start = time.perf_counter()
-        for _ in range(count):
-            run()
-        return (time.perf_counter() - start) / count
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    for before, after in events:
-        _flushed().zero_()
-        before.record()
-        run()
-        after.record()
-    torch.cuda.synchronize()
-    return sum(before.elapsed_time(after) for before, after in events) / 1e3 / count
+    return timing.seconds(run, count, device)
 
 
 def in_turns(
@@ -59,27 +36,7 @@ def in_turns(
     budget: float = BUDGET,
     device: str = DEVICE,
 ) -> dict[str, float]:
-    """Seconds per call of each run, in the order A B C C B A in one process. Noise only adds time, so minima count.
-
-    Without `rounds`, it takes as many as fit in `budget` seconds, from 2 to 7.
-    """
-    once = {}
-    for name, run in runs.items():
-        once[name] = seconds(run, 1, device)
-        # The first call also loads and allocates, and on a GPU it may compile. If it tells little, time another.
-        if once[name] < min_seconds or device != "cpu":
-            once[name] = seconds(run, 1, device)
-    most = 1 if PRETENDED else 100
-    counts = {name: min(most, max(1, int(min_seconds / max(each, 1e-7)))) for name, each in once.items()}
-    if PRETENDED:
-        rounds = 1
-    if rounds is None:
-        rounds = min(7, max(2, int(budget / (2 * sum(counts[name] * once[name] for name in runs)))))
-    best = dict.fromkeys(runs, float("inf"))
-    for _ in range(rounds):
-        for name in (*runs, *reversed(runs)):
-            best[name] = min(best[name], seconds(runs[name], counts[name], device))
-    return best
+    return timing.in_turns(runs, device, rounds, min_seconds, budget)
 
 
 def matmul(dtype: torch.dtype) -> tuple[Run, float]:

@@ -125,7 +125,7 @@ def _masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str) -> Tensor
         return _chosen("masked_read", impl, delta.device, base, delta, mask).masked_read(base, delta, mask)
     if not len(mask):
         return torch.empty_like(base)
-    # Off the CPU all circuits are one product of the library's, in which every sender is read: one launch.
+    # Off the CPU all circuits are one product of the library's (`_auto`), in which every sender is read: one launch.
     if impl in ("auto", "reference") and not delta.is_cpu:
         return BACKENDS["reference"].masked_read(base, delta, mask)
     return torch.stack([_masked_read(*each, impl) for each in zip(base, delta, mask, strict=True)], 1).transpose(0, 1)

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import platform
-import re
-from pathlib import Path
 
 import torch
 
 import eap_kernels
-from eap_kernels import _native
-
-
-def processor() -> str:
-    """The processor's name if the system tells it, else its architecture."""
-    listed = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.+)$", listed.read_text() if listed.is_file() else "", re.MULTILINE)
-    return names[0] if names else platform.machine()
+from eap_kernels import _auto, _native
+from eap_kernels.tune import choices
+from eap_kernels.tune.choices import cache_folder as cache_folder
+from eap_kernels.tune.choices import processor as processor
 
 
 def facts() -> dict[str, str]:
@@ -37,6 +31,19 @@ def facts() -> dict[str, str]:
         lines["instruction sets"] = ", ".join(build.instruction_sets)
         lines["instruction set in use"] = build.instruction_set()
         lines["cuda architectures"] = ", ".join(build.cuda_architectures) or f"none: {build.cuda_failure}"
+    return lines | _choices()
+
+
+def _choices() -> dict[str, str]:
+    """What `auto` takes on each kind of device here, as far as it was measured on this machine."""
+    lines: dict[str, str] = {}
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for device in [torch.device("cuda", index) for index in range(count)] + [torch.device("cpu")]:
+        name = choices.name_of(device)
+        told = [_auto.told(device, arithmetic) for arithmetic in choices.ARITHMETICS[device.type]]
+        lines |= {f"{name}, {what}": line for each in told for what, line in each.items()}
+        if device.type == "cuda" and not any(told):
+            lines[f"{name}, auto"] = "not measured yet; a first call does it, or `python -m eap_kernels.tune`"
     return lines
 
 

@@ -225,7 +225,7 @@ def backends() -> dict[str, str | None]:
 
 
 def explain(op: str, *args: object) -> str:
-    """One sentence on what `impl="auto"` runs for these arguments, and why.
+    """One sentence on what `impl="auto"` runs for these arguments, and why. It measures first where a call would.
 
     Args:
         op: the operator's name.
@@ -234,7 +234,7 @@ def explain(op: str, *args: object) -> str:
     known = (*_auto.RULES, *_auto.ONE_LAUNCH)
     if op not in known:
         _fail("explain", f"one of {', '.join(known)}", repr(op))
-    if op == "masked_read" and len(args) > 1 and isinstance(args[1], Tensor) and args[1].dim() == 4:
+    if op == "masked_read" and len(args) > 1 and isinstance(args[1], Tensor) and args[1].dim() == 4 and args[1].is_cpu:
         _fail("explain", "one circuit's delta, since each circuit is read by itself", list(args[1].shape))
     try:
         # A rule looks only at the nodes' values.

@@ -19,7 +19,7 @@ def check(model, dtype, tokens):
     oracle = testing.head_space_scores_oracle(*given)
     reference = ek.head_space_scores(*given, impl="reference")
     for impl in shapes.IMPLS:
-        testing.assert_close(ek.head_space_scores(*given, impl=impl), reference, oracle)
+        testing.assert_close(ek.head_space_scores(*given, impl=impl), reference, oracle, shapes.eps(dtype))
 
 
 # With the few tokens that a CPU gets, the largest models only read their weights, for half a minute each.

@@ -10,46 +10,13 @@ from torch import Tensor
 import eap_kernels as ek
 from bench import measure
 from bench.kernels import shapes
+from eap_kernels.testing.shapes import head_space
 
-POINTS = 5
 # Bytes of rows that are held at once where memory is measured: the default of a GPU holds as many as it has room for.
 WORKSPACE = 2**28
-# Further layers reuse the weights of these, which are enough not to stay in a cache.
-WEIGHT_BYTES = 2**29
 
 
-def inputs(model: shapes.Model, tokens: int, dtype: torch.dtype) -> tuple[list, list, Tensor]:
-    """Senders and receivers of every layer, as attribution keeps them, and reach."""
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, device=measure.DEVICE, dtype=dtype)
-
-    groups = (model.heads, model.kv_heads, model.kv_heads, model.heads)  # q, k, v, o
-    layer_bytes = sum(groups) * model.head_dim * model.width * dtype.itemsize
-    distinct = min(model.layers, max(1, WEIGHT_BYTES // layer_bytes))
-    weights = [[normal(g, model.head_dim, model.width) / model.width**0.5 for g in groups] for _ in range(distinct)]
-
-    def residual() -> ek.Nodes:
-        return ek.Nodes(normal(tokens, 1, model.width))
-
-    def statistics(count: int) -> Tensor:
-        return normal(count, POINTS, tokens) / POINTS
-
-    def read() -> Tensor:
-        return normal(POINTS, tokens, model.width)
-
-    senders, receivers = [residual()], []
-    for layer in range(model.layers):
-        *qkv, out = weights[layer % distinct]
-        senders += [ek.Nodes(normal(tokens, model.heads, model.head_dim), out), residual()]
-        normalised = read()
-        for weight in qkv:
-            count = len(weight)
-            values = normal(tokens, count, model.head_dim)
-            receivers.append(ek.Nodes(values, weight, statistics(count), normalised))
-        receivers.append(ek.Nodes(normal(tokens, 1, model.width), None, statistics(1), read()))
-    receivers.append(ek.Nodes(normal(tokens, 1, model.width), None, statistics(1), read()))
-    return senders, receivers, model.reach
+inputs = partial(head_space, device=measure.DEVICE)
 
 
 def expand(nodes: list) -> Tensor:

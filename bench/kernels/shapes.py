@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from bench.measure import DEVICE, PRETENDED
 from eap_kernels import testing
+from eap_kernels._schemas import tf32
+from eap_kernels.testing import shapes
+from eap_kernels.testing.shapes import LAYOUTS as LAYOUTS
+from eap_kernels.testing.shapes import MODELS
+from eap_kernels.testing.shapes import Model as Model
 
 # fp16 is not measured: its range does not suit gradients, and processors compute it at a hundredth of the speed.
+# On a GPU fp32 has a second arithmetic, in which a bench runs if its name says so (bench/conftest.py).
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+if DEVICE == "cuda":
+    DTYPES["tf32"] = torch.float32
 BACKENDS = tuple(impl for impl, device in testing.backends_on_devices() if device == DEVICE)
 # What is run. On a GPU `auto` is one of the backends, by a table written from these very runs.
 IMPLS = BACKENDS if DEVICE == "cuda" else ("auto", *BACKENDS)
-LAYOUTS = ("contiguous", "tokens_first")
+normal = partial(shapes.normal, device=DEVICE)
+
+
+def eps(dtype: torch.dtype) -> float | None:
+    """For `testing.assert_close`."""
+    return testing.TF32_EPS if dtype == torch.float32 and tf32() else None
 
 
 def best(seconds: Mapping[str, float], suffix: str = "") -> float:
@@ -27,58 +39,6 @@ def best(seconds: Mapping[str, float], suffix: str = "") -> float:
 def auto(seconds: Mapping[str, float], suffix: str = "") -> float:
     """The time of the backend that `auto` takes; on a GPU, of the fastest one."""
     return seconds.get(f"auto{suffix}", best(seconds, suffix))
-
-
-class Model(NamedTuple):
-    """Layers, heads, key/value heads, d_model, head dimension, and whether attention and MLP read the same residual."""
-
-    layers: int
-    heads: int
-    kv_heads: int
-    width: int
-    head_dim: int
-    parallel: bool = False
-
-    def groups(self) -> Iterator[tuple[int, int]]:
-        """(reach, receivers) of every q, k, v and m and of the logits, in the order of the receivers."""
-        for layer in range(self.layers):
-            seen = 1 + layer * (self.heads + 1)
-            for count in (self.heads, self.kv_heads, self.kv_heads):
-                yield seen, count
-            yield (seen if self.parallel else seen + self.heads), 1
-        yield self.senders, 1
-
-    @property
-    def senders(self) -> int:
-        return 1 + self.layers * (self.heads + 1)
-
-    @property
-    def reach(self) -> Tensor:
-        """int64 [R]."""
-        return torch.tensor([reach for reach, count in self.groups() for _ in range(count)])
-
-    @property
-    def receivers(self) -> int:
-        return sum(count for _, count in self.groups())
-
-    @property
-    def layer_receivers(self) -> int:
-        return self.heads + 2 * self.kv_heads + 1
-
-    def flops(self, tokens: int) -> float:
-        """The useful operations: those of the staircase."""
-        return 2.0 * sum(reach * count for reach, count in self.groups()) * tokens * self.width
-
-
-MODELS = {
-    "gpt2": Model(12, 12, 12, 768, 64),
-    "qwen2.5-0.5b": Model(24, 14, 2, 896, 64),
-    "pythia-2.8b": Model(32, 32, 32, 2560, 80, parallel=True),
-    "gemma-2-2b": Model(26, 8, 4, 2304, 256),
-    "llama-3.1-8b": Model(32, 32, 8, 4096, 128),
-}
-if PRETENDED:
-    MODELS = {name: model._replace(layers=2) for name, model in MODELS.items()}
 
 
 # bf16 matters on GPUs; on a CPU one model stands for all. On a GPU two shapes come first, in bf16: time is short.
@@ -95,10 +55,3 @@ def tokens_for(rows: int, width: int, dtype: torch.dtype, cpu_bytes: int = 2**26
         return 2
     room = cpu_bytes if DEVICE == "cpu" else min(2**33, torch.cuda.get_device_properties(0).total_memory // 5)
     return min(2048, max(2, room // (rows * width * dtype.itemsize) // 2 * 2))
-
-
-def normal(rows: int, tokens: int, width: int, dtype: torch.dtype, layout: str = "contiguous") -> Tensor:
-    """Normal values [rows, tokens, width], made on the device in one of LAYOUTS."""
-    if layout == "tokens_first":
-        return torch.randn(tokens, rows, width, device=DEVICE, dtype=dtype).transpose(0, 1)
-    return torch.randn(rows, tokens, width, device=DEVICE, dtype=dtype)

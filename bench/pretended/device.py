@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -102,6 +103,8 @@ def pretending(shapes: bool = False, native: bool = False) -> Iterator[None]:
         for name, answer in _answers().items():
             if hasattr(torch.cuda, name):
                 stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        # Nothing can be measured on it.
+        stack.enter_context(mock.patch.dict(os.environ, EAP_TUNE="0"))
         _pretend_triton(stack)
         if native:
             _pretend_native(stack)

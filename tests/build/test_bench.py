@@ -11,6 +11,7 @@ from bench import choices, measure, record, regressions, tables
 from docs import documents
 from bench.kernels import bench_edge_scores, head_space, shapes
 from eap_circuits.graph import Graph
+from eap_kernels.testing import timing
 
 ROOT = record.ROOT
 STORED = {"test_a[x]": {"speedup": 4.0, "of_floor": 0.5}, "test_b": {"memory": 2.0}}
@@ -71,7 +72,7 @@ def test_turns_go_back_and_forth_and_keep_the_least(monkeypatch):
         called.append(run())
         return 1.0 + len(called) % 3 if called[-1] == "a" else 7.0 - 0.1 * len(called)
 
-    monkeypatch.setattr(measure, "seconds", seconds)
+    monkeypatch.setattr(timing, "seconds", seconds)
     found = measure.in_turns({"a": lambda: "a", "b": lambda: "b"}, rounds=2, device="cpu")
     assert "".join(called) == "ab" + "abba" * 2
     assert found == {"a": 1.0, "b": pytest.approx(7.0 - 0.1 * 9)}
@@ -115,7 +116,7 @@ def test_record_writes_result_ratios_and_tables(elsewhere):
     assert (elsewhere / "README.md").read_text() == (ROOT / "README.md").read_text()
     ranking = ["cuda", "triton", "reference"]
     chosen = json.loads((elsewhere / "measured.json").read_text())
-    assert chosen == {"9.0": {"edge_scores": {"bfloat16, flat": ranking}}}
+    assert chosen == {"NVIDIA H200": {"edge_scores": {"bfloat16, flat": ranking}}}
     brought_back = sorted(path.name for path in (elsewhere / "out").iterdir())
     assert brought_back == ["measured.json", "nvidia-h200-ratios.json", "nvidia-h200.json"]
 
@@ -199,7 +200,7 @@ def test_the_fastest_backend_of_a_case_is_that_of_all_its_shapes():
     }
     results = {"h200": {"machine": GPU_FACTS, "benches": benches}, "cpu": {"machine": {}, "benches": benches}}
     assert choices.table(results) == {
-        "9.0": {
+        "NVIDIA H200": {
             "head_space_scores": {"float32": ["cuda", "reference"], "bfloat16": ["reference", "cuda"]},
             "masked_read": {
                 "float32, up to 3% kept": ["cuda", "reference"],

@@ -102,7 +102,7 @@ def test_what_matters_most_comes_first():
     assert gpu.PARTS["all"][: len(first)] == first
     assert first.index("kernels") < first.index("sanitize") < first.index("bench-first") < first.index("record-first")
     rest = gpu.PARTS["rest"]
-    assert rest.index("record-rest") < rest.index("models"), "`auto` takes what was recorded"
+    assert rest.index("tune") < rest.index("models"), "`auto` takes what was measured on the card"
     assert "compiled" not in gpu.PARTS["all"]
     assert all(name in gpu.STAGES for part in gpu.PARTS.values() for name in part)
 

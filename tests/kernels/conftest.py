@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from eap_kernels import testing
+from eap_kernels.tune import choices
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -18,6 +19,14 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_measured_here(monkeypatch, tmp_path_factory):
+    """`auto` follows its rules, whatever the user's cache holds."""
+    monkeypatch.setenv("EAP_CACHE", str(tmp_path_factory.getbasetemp() / "no-cache"))
+    monkeypatch.setenv("EAP_TUNE", "0")
+    monkeypatch.setattr(choices, "_known", {})
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,7 +55,8 @@ def test_torch_is_all_that_the_operators_and_drop_ins_need():
         "transformers",
         "typer",
     ]
-    code = f"from eap_kernels import info, integrations; print(json.dumps({SCORES.format('')}.tolist()))"
+    imports = "from eap_kernels import info, integrations; from eap_kernels.tune import child, devices"
+    code = f"{imports}; print(json.dumps({SCORES.format('')}.tolist()))"
     assert python(code, blocked=[*others, "eap_circuits"]) == [[3], [3]]
 
 
@@ -199,9 +199,10 @@ print(json.dumps([ok, build and build.instruction_set()]))
 
 
 @pytest.mark.parametrize(("missing", "chosen"), [(None, "triton"), ("triton is not installed", "reference")])
-def test_one_kernel_is_taken_without_a_measurement_wherever_it_can_run(missing, chosen, monkeypatch):
+def test_one_kernel_is_taken_without_a_measurement_on_a_device_where_it_was_tested(missing, chosen, monkeypatch):
     monkeypatch.setattr(type(BACKENDS["triton"]), "missing", lambda self: missing)
-    on_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    on_gpu = OnGpu(torch.zeros(1))
     for op in _auto.ONE_LAUNCH:
         assert _auto.choose(op, on_gpu).impl == chosen
         assert _auto.choose(op, torch.zeros(1)).impl == "reference"
@@ -262,7 +263,7 @@ def test_a_backend_is_an_entry_and_what_it_lacks_is_shared(monkeypatch):
 class OnGpu:
     """As much of a CUDA tensor as the choice looks at: its values lie on the CPU."""
 
-    is_cuda, device = True, torch.device("cuda", 0)
+    is_cuda, is_cpu, device = True, False, torch.device("cuda", 0)
 
     def __init__(self, tensor):
         self.tensor = tensor
@@ -296,8 +297,8 @@ def test_on_a_gpu_auto_takes_what_was_measured_fastest_there_and_runs(monkeypatc
         "masked_read": {"bfloat16, up to 3% kept": ["cuda"], "bfloat16, up to 30% kept": ["triton", "reference"]},
         "head_space_scores": {"bfloat16": ["cuda"]},
     }
-    monkeypatch.setattr(_auto, "MEASURED", {"9.0": table})
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_auto, "MEASURED", {"NVIDIA H100": table})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(BACKENDS["cuda"], "missing", lambda: None)
     monkeypatch.setattr(BACKENDS["triton"], "missing", lambda: "not here")
     fp32_precision("ieee")
@@ -308,7 +309,7 @@ def test_on_a_gpu_auto_takes_what_was_measured_fastest_there_and_runs(monkeypatc
     assert choices(torch.float32) == (["cuda", *nothing], nothing, "reference")
     fp32_precision("tf32")
     assert choices(torch.float32) == (["reference"] * 4, nothing, "reference"), "tf32 was not measured"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L40S")
     assert choices(torch.bfloat16) == (["reference"] * 4, nothing, "reference")
 
 

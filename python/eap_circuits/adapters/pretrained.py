@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from eap_kernels.info import cache_folder
 
 from ..errors import InputError, expected
 
@@ -81,13 +82,6 @@ def _pretrained(what: str, name: str, load: Callable[..., Any], **settings: Any)
             raise expected(f"{what} {name!r}", wanted, "False") from error
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{what} {name!r}: cannot be loaded ({reason}).") from error
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $EAP_CACHE, or eap-circuits in the user's cache folder."""
-    if os.environ.get("EAP_CACHE"):
-        return Path(os.environ["EAP_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eap-circuits"
 
 
 def demo_model_folder() -> Path:

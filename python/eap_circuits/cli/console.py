@@ -95,6 +95,7 @@ def quiet() -> None:
 
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("always", category=InputWarning)
+    warnings.filterwarnings("always", category=UserWarning, module="eap_kernels")
     said: set[str] = set()
 
     def show(message: object) -> None:

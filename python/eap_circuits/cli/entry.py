@@ -126,6 +126,7 @@ def _register() -> None:
         reproduce.reproduce,
         about.tasks,
         about.check,
+        about.tune,
         about.info,
     )
     for command in commands:

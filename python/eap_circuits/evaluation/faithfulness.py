@@ -206,7 +206,9 @@ def _said(results: list[EvaluationResult]) -> list[EvaluationResult]:
 
 def _operator(request: Request, circuits: Sequence[Circuit]) -> str:
     """What adds up the contributions that the largest circuit's receivers read."""
-    nothing = torch.empty(0, dtype=request.arch.contraction_dtype, device=request.arch.device)
+    # Off the CPU all circuits are read together.
+    shape = (0,) if request.arch.device.type == "cpu" else (len(circuits), 0, 0, 0)
+    nothing = torch.empty(shape, dtype=request.arch.contraction_dtype, device=request.arch.device)
     return explain("masked_read", nothing, nothing, max(circuits, key=lambda circuit: circuit.n_edges).mask)
 
 

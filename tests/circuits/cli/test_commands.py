@@ -1,9 +1,10 @@
-"""The commands after `eap attribute` and beside it: evaluate, curve, report, demo, tasks, check, info."""
+"""The commands after `eap attribute` and beside it: evaluate, curve, report, demo, tasks, check, tune, info."""
 
 from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -195,6 +196,24 @@ def test_info_tells_versions_and_backends() -> None:
     assert torch.__version__ in shown
     assert all(backend in shown for backend in eap_kernels.backends())
     assert "eap-conductance (experimental)" in shown and all(name in shown for name in METHODS)
+
+
+def test_tune_says_what_was_found_or_in_one_sentence_why_nothing_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    from eap_kernels.tune import devices
+
+    asked = []
+    monkeypatch.setattr(devices, "tune", lambda named, again: asked.append((named, again)) or iter(["a [b]", "stored"]))
+    assert run("tune").stdout.splitlines() == ["a [b]", "stored"]
+    run("tune", "--device", "cpu", "--again")
+    assert asked == [([], False), (["cpu"], True)]
+
+    def fails(named: list[str], again: bool) -> None:
+        warnings.warn_explicit("left out", UserWarning, "choices.py", 1, module="eap_kernels.tune.choices")
+        raise RuntimeError("the folder cannot be written")
+
+    monkeypatch.setattr(devices, "tune", fails)
+    said = run("tune", code=2).stderr
+    assert "eap: warning: left out" in said and "eap: error: the folder cannot be written" in said
 
 
 @pytest.mark.parametrize("trusted", [False, True])

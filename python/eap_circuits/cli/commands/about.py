@@ -1,4 +1,4 @@
-"""The commands that show what is there: tasks, check, info."""
+"""The commands that show what is there, and what it can do: tasks, check, tune, info."""
 
 from __future__ import annotations
 
@@ -121,6 +121,35 @@ def check(
         say(f"{failed} of {len(checks)} checks failed." if failed else f"All {len(checks)} checks passed.")
     if failed:
         raise typer.Exit(1)
+
+
+def tune(
+    device: options.Device = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure anew what is stored.")] = False,
+) -> None:
+    """Measure which kernels are right and fastest on this machine, and store the choice for all later runs.
+
+    On a GPU the first run does the same for its own dtype. By default every kind of GPU is measured, or the CPU where
+    there is none; on a CPU only bfloat16, since the choice in float32 is known. Kernels run in a process of their own,
+    and one that is wrong, hangs or crashes is left out. EAP_CACHE names another folder for the choice.
+
+    Examples:
+
+      eap tune
+
+      EAP_CACHE=/shared/cache eap tune --device cuda:0
+    """
+    from eap_kernels.tune.devices import tune as measured
+
+    from ...errors import InputError
+
+    try:
+        with working("Measuring …"):
+            lines = list(measured([] if device is None else [device], again))
+    except RuntimeError as error:
+        raise InputError(str(error)) from error
+    for line in lines:
+        say(line)
 
 
 def info() -> None:

@@ -2,6 +2,9 @@
 // and fp32 where tf32 is allowed, use the tensor cores; the others use the plain units, exactly. All load their
 // operands through one pipeline of asynchronous copies into shared memory. Receivers are gathered in the order of their
 // reach.
+#include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstring>
 
 #include "edge_scores.h"
@@ -279,11 +282,16 @@ template <class Visit> auto with_type(const EdgeScores& call, const Visit& visit
   }
 }
 
-template <class T> int blocks_per_processor() {
+template <class T> int blocks_per_processor(int device) {
+  // Asked once for each card: the driver takes longer to answer than to launch.
+  static std::array<std::atomic<int>, 64> known;
+  if (size_t(device) < known.size() && known[device] > 0) return known[device];
   int blocks = 0;
   check(kOp, cudaFuncSetAttribute(portable<T, true>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   check(kOp, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, portable<T, true>, kThreads, kSharedBytes));
-  return blocks > 0 ? blocks : 1;
+  blocks = std::max(blocks, 1);
+  if (size_t(device) < known.size()) known[device] = blocks;
+  return blocks;
 }
 
 }  // namespace
@@ -295,8 +303,8 @@ void EdgeScores::plan() {
       if (size > INT32_MAX) throw std::runtime_error("edge_scores: expected sizes below 2^31, got a larger one");
   tensor_memory = hopper_can_run(*this);
   const int64_t workers = int64_t(device_attribute(kOp, cudaDevAttrMultiProcessorCount, device)) *
-                          (tensor_memory ? 1 : with_type(*this, [](auto x) {
-                            return blocks_per_processor<decltype(x)>();
+                          (tensor_memory ? 1 : with_type(*this, [&](auto x) {
+                            return blocks_per_processor<decltype(x)>(device);
                           }));
   const int64_t step = (tensor_memory ? 128 : 64) / bytes_of(dtype), steps = divide_up(delta.size[2], step);
   // TMA copies consecutive rows, so its receivers keep their order: models list them by depth anyway.

@@ -147,6 +147,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     else if (mine == 1) consume<T, 1>(target, steps, ring);
     else consume<T, 0>(target, steps, ring);
   }
+#else
+  __trap();  // an empty kernel would leave scores as they are
 #endif
 }
 
@@ -161,8 +163,8 @@ bool fits(const View& x, int bytes) {
   return x.stride[2] == 1 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
 }
 
-// The driver's encoder, found at run time: the library must load where there is no driver.
-auto encoder() {
+// The driver's encoder, found by the first call: the library must load where there is no driver.
+auto find_encoder() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
 #if CUDART_VERSION >= 12050
@@ -185,9 +187,10 @@ CUtensorMap tensor_map(const View& x, Dtype dtype, uint32_t rows) {
   const cuuint64_t size[3] = {cuuint64_t(x.size[2]), cuuint64_t(x.size[1]), cuuint64_t(x.size[0])};
   const cuuint64_t stride[2] = {cuuint64_t(byte_stride(x, 1, bytes)), cuuint64_t(byte_stride(x, 0, bytes))};
   const cuuint32_t box[3] = {cuuint32_t(kRowBytes / bytes), 1, rows}, step[3] = {1, 1, 1};
-  const CUresult result = encoder()(&map, type, 3, const_cast<void*>(x.data), size, stride, box, step,
-                                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  static const auto encode = find_encoder();
+  const CUresult result = encode(&map, type, 3, const_cast<void*>(x.data), size, stride, box, step,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("edge_scores: expected the driver to encode a tensor map, got error " +
                              std::to_string(result));

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bench import tables
-from docs import models, registries
+from docs import learning, models, registries
 
 BEGIN, END = "<!-- python -m docs.documents writes this from {} -->\n", "<!-- end -->"
 MEASURED, PERFORMANCE, MODELS = "bench/results", "docs/results/performance.json", "docs/results/models.json"
-FUZZ = "docs/results/fuzz.json"
+FUZZ, LEARNING = "docs/results/fuzz.json", "docs/results/learning.json"
 # What stands between the markers, by document and source.
 TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("README.md", MEASURED): tables.readme,
@@ -28,6 +28,7 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("docs/ops/head_space_scores.md", MEASURED): tables.head_space_scores,
     ("docs/integrations.md", MEASURED): tables.integrations,
     ("docs/reliability.md", FUZZ): tables.fuzzing,
+    ("docs/learning.md", LEARNING): learning.table,
     ("docs/models.md", f"{MODELS}, checks"): lambda _: models.checks(),
     ("docs/models.md", f"{MODELS}, tests"): lambda _: models.tests(),
     ("docs/methods.md", "METHODS"): lambda _: registries.methods(),

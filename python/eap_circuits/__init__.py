@@ -60,6 +60,7 @@ if TYPE_CHECKING:
         random_circuit,
         score_agreement,
     )
+    from .learning import learn_mask
     from .methods import Plan, attribute, plan
     from .metrics import METRICS
     from .selfcheck import check_model, discover
@@ -93,6 +94,7 @@ _HOME = {
     "normal_confidence": "graph",
     "random_circuit": "graph",
     "score_agreement": "graph",
+    "learn_mask": "learning",
     "Plan": "methods",
     "attribute": "methods",
     "plan": "methods",

@@ -114,12 +114,13 @@ def _help(command: Callable[..., None]) -> str:
 
 
 def _register() -> None:
-    from .commands import about, attribute, data, demo, evaluate, report, reproduce
+    from .commands import about, attribute, data, demo, evaluate, learn, report, reproduce
 
     commands: tuple[Callable[..., None], ...] = (
         demo.demo,
         data.data,
         attribute.attribute,
+        learn.learn,
         evaluate.evaluate,
         evaluate.curve,
         report.report,

@@ -216,7 +216,7 @@ def _value(measured: Measurement, circuit: Circuit, constants: Constants) -> Ten
     """The circuit's metric, summed over the batch."""
     runner = Runner(measured.request.arch, circuit.graph, measured.batch)
     ablated = record_run(runner, False, constants)
-    return measured.values(learning_run(runner, circuit.graph, ablated, circuit.mask)).sum()
+    return measured.values(learning_run(runner, circuit.graph, ablated, circuit.mask[None].cpu())[0]).sum()
 
 
 def _tokens_together(request: Request, circuit: Circuit) -> int:

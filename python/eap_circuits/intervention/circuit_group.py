@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from eap_kernels import masked_read
+from eap_kernels import MaskedReads, masked_read
 
 from ..adapters import Architecture
 from ..forward import Runner, upload
@@ -169,29 +169,36 @@ class CircuitGroup:
 
 
 class LearningGroup(CircuitGroup):
-    """One circuit with nothing written in place, so that what is read has a gradient; the mask has none."""
+    """Circuits with nothing written in place, so that what is read has a gradient: in what senders write, in what they
+    are ablated to, and in the masks."""
 
     def _dtype(self, arch: Architecture) -> torch.dtype:
         return arch.accumulate
 
     def allocate(self, device: torch.device) -> None:
-        self._stored: list[Tensor] = []  # [N, D] each, in order of their rows
+        mask = self.mask.to(device)
+        self._one = self.size == 1
+        self._reads = MaskedReads(mask[0] if self._one else mask, *self._shape[2:])
+        self._device = device
 
     def store(self, sender: int, current: Tensor, corrupted: Tensor, scale: float) -> None:
-        self._stored.append(((current - corrupted) * scale).reshape(-1, current.shape[-1]))
+        difference = ((current - corrupted) * scale).to(self._device)
+        self._write(sender, difference.expand(self._shape[1:])[:, None])
 
     def store_heads(self, sender: int, difference: Tensor, weight: Tensor) -> None:
-        self._stored += torch.bmm(difference, weight).unbind()
+        written = torch.bmm(difference, weight).to(self._device)
+        self._write(sender, written.unflatten(1, (self.size, -1)).transpose(0, 1))
+
+    def _write(self, sender: int, written: Tensor) -> None:
+        self._reads.write(self._before[sender], written[0] if self._one else written)
 
     def read(self, base: Tensor, receivers: slice, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
-        first, weights = self._before[start], self._weights(receivers, start, stop)[0].to(base.device)
-        used = weights.any(1).nonzero()[:, 0]
-        base = base if base.dim() == 2 else base[0]
-        if not len(used):
-            return base.expand(weights.shape[1], 1, -1, -1)
-        # A product keeps for its gradient what multiplies the differences, not these.
-        read = torch.stack([self._stored[first + row].to(base.device)[at] for row in used.tolist()])
-        return (base + torch.tensordot(weights[used].T, read, 1))[:, None]
+        columns = slice(self._computed[receivers.start], self._computed[receivers.stop])
+        if base.dim() == 3:
+            base = base[0] if self._one else base[:, None].expand(-1, columns.stop - columns.start, -1, -1)
+        where = None if at is EVERYWHERE else at if isinstance(at, slice) else at.to(self._device)
+        y = self._reads.read(base.to(self._device), columns, self._rows(start, stop), where).to(base.device)
+        return y[:, None] if self._one else y.transpose(0, 1)
 
 
 def numbers(chosen: Tensor) -> list[int]:

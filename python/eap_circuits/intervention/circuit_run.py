@@ -47,11 +47,15 @@ def run_circuits(
         yield from logits  # outside of no_grad, which would otherwise last until the next one is asked for
 
 
-def learning_run(runner: Runner, graph: Graph, ablated: ReferenceRun, mask: Tensor) -> Tensor:
-    """Logits [E, V] of one circuit, differentiable with respect to the constants that the ablated run was made of."""
-    masks = mask[None].cpu()
-    asked = asked_of(graph, masks)
-    return _CircuitsRun(runner, graph, ablated, asked, [LearningGroup(runner, slice(0, 1), masks, asked)]).logits()[0]
+def learning_run(runner: Runner, graph: Graph, ablated: ReferenceRun, masks: Tensor) -> Tensor:
+    """Logits [C, E, V] of circuits, with a gradient.
+
+    They are differentiable in the constants that the ablated run was made of, and in masks [C, S, R] of the CPU, except
+    where a mask keeps nothing or everything of what a receiver could read: such a receiver is not computed.
+    """
+    asked, size = asked_of(graph, masks.detach()), circuits_in_group(runner.arch.device, len(masks))
+    groups = [LearningGroup(runner, slice(c, c + size), masks, asked) for c in range(0, len(masks), size)]
+    return _CircuitsRun(runner, graph, ablated, asked, groups).logits()
 
 
 class _CircuitsRun:

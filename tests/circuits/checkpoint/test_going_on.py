@@ -20,7 +20,7 @@ from tests.circuits.checkpoint.calls import long_calls, numbers
 
 NAMES = (
     "eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupted", "eap-conductance", "information-flow-routes",
-    "exact", "evaluate", "evaluate-mean", "curve", "optimal_constants",
+    "exact", "evaluate", "evaluate-mean", "curve", "learn_mask", "optimal_constants",
 )  # fmt: skip
 
 

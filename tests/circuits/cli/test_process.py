@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("demo", "data", "attribute", "evaluate", "curve", "report", "tasks", "check", "info")
+COMMANDS = ("demo", "data", "attribute", "learn", "evaluate", "curve", "report", "tasks", "check", "info")
 SOURCES = [str(folder) for folder in (Path(__file__).parents[3] / "python", Path(__file__).parents[3])]
 
 

@@ -38,7 +38,8 @@ def test_what_is_followed_is_the_gradient_of_what_evaluate_measures(kind, heads,
             constants = run.with_constants().constants.map(lambda x: x.clone().requires_grad_(True))
             for batch in make_batches(run.data, 2, False, run.arch.device):
                 runner = Runner(run.arch, circuit.graph, batch)
-                logits = learning_run(runner, circuit.graph, record_run(runner, False, constants), circuit.mask)
+                ablated = record_run(runner, False, constants)
+                (logits,) = learning_run(runner, circuit.graph, ablated, circuit.mask[None])
                 Measurement(run, batch, logits, logits).values(logits).sum().backward()
         for _ in range(2):
             moves = constants.map(lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype))

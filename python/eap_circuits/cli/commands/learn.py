@@ -1,0 +1,138 @@
+"""eap learn: learn one ranking of edges for circuits of every size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import session
+from ..choices import help_text
+from ..console import check_outputs, check_suffix, progress, say, show_json, show_table, write
+from ..options import (
+    Ablation,
+    AblationData,
+    Align,
+    Checkpoint,
+    Data,
+    Device,
+    Dtype,
+    Json,
+    Memory,
+    Model,
+    Number,
+    Seed,
+    Task,
+    Top,
+    TrustRemoteCode,
+)
+
+_PANEL = "Learning"
+
+
+def learn(
+    model: Model,
+    scores: Annotated[Path, typer.Argument(help="Scores to start from, such as eap attribute -o saved.")],
+    task: Task = None,
+    data: Data = None,
+    align: Align = False,
+    n: Number = 64,
+    seed: Seed = 0,
+    objective: Annotated[
+        str, typer.Option(help=help_text("metrics", "What circuits learn to maximise."), rich_help_panel=_PANEL)
+    ] = "kl_divergence",
+    steps: Annotated[int, typer.Option(help="Steps of learning.", min=1, rich_help_panel=_PANEL)] = 200,
+    rate: Annotated[float, typer.Option(help="Adam's learning rate.", rich_help_panel=_PANEL)] = 0.08,
+    circuits: Annotated[
+        int, typer.Option(help="Circuits of different sizes in each step.", min=1, rich_help_panel=_PANEL)
+    ] = 2,
+    examples: Annotated[int, typer.Option(help="Prompt pairs in each step.", min=1, rich_help_panel=_PANEL)] = 8,
+    smallest: Annotated[
+        int | None,
+        typer.Option(
+            help="The fewest edges a circuit has.  [dim]\\[default: 0.1 % of all][/dim]", min=1, rich_help_panel=_PANEL
+        ),
+    ] = None,
+    largest: Annotated[
+        int | None,
+        typer.Option(help="The most.  [dim]\\[default: 20 % of all][/dim]", min=1, rich_help_panel=_PANEL),
+    ] = None,
+    draw: Annotated[
+        int, typer.Option(help="Another number draws other sizes and gates.", min=0, rich_help_panel=_PANEL)
+    ] = 0,
+    ablation: Ablation = "patching",
+    ablation_data: AblationData = None,
+    memory: Memory = None,
+    checkpoint: Checkpoint = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Save the ranking (.safetensors, or EAP-IG's .json, .pt).", rich_help_panel="Output"
+        ),
+    ] = None,
+    top: Top = 20,
+    as_json: Json = False,
+) -> None:
+    """Learn one ranking of all edges such that its circuits of every size do best.
+
+    Learning starts from scores. Each step runs circuits of random sizes and moves edges along the gradient of their
+    masks. By default circuits learn to predict what the whole model predicts. -o saves the ranking; eap curve measures
+    it, best on other prompts than it was learned from.
+
+    Examples:
+
+      eap learn smollm2 scores.safetensors --task ioi -n 16 -o learned.safetensors
+
+      eap learn gpt2 scores.safetensors --data pairs.csv --steps 400 --checkpoint learning.safetensors
+    """
+    import eap_circuits as eap
+
+    from ...errors import InputError, expected
+    from ...graph.formats import SUFFIXES, check_savable
+    from ...report.tables import edge_table
+
+    check_outputs(out, checkpoint)
+    check_suffix(out, *SUFFIXES)
+    prompts = session.Prompts(task, data, n, seed, align, ablation_data)
+    prompts.check(objective, gradient=True, ablation=ablation)
+    if (smallest is None) != (largest is None):
+        raise expected("--smallest, --largest", "both or neither", "one of them")
+    start = eap.EdgeScores.load(scores)
+    if out is not None:
+        check_savable(out, start.graph)
+
+    loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
+    pairs = prompts.load(tokenizer)
+    with progress("Learning") as bar:
+        learned = eap.learn_mask(
+            loaded,
+            start,
+            pairs,
+            objective,
+            steps=steps,
+            rate=rate,
+            circuits=circuits,
+            examples=examples,
+            sizes=None if smallest is None or largest is None else (smallest, largest),
+            seed=draw,
+            ablation=ablation,
+            ablation_data=prompts.load_ablation(tokenizer),
+            memory=memory,
+            progress=bar,
+            checkpoint=checkpoint,
+        )
+    files: dict[str, str] = {}
+    wrong = write(files, "scores", learned.save, out)
+    table = edge_table(learned, None, top)
+    if as_json:
+        show_json({"info": learned.info, "graph": learned.graph.to_dict(), "edges": table.records(), "files": files})
+    else:
+        show_table(table)
+        for file in files.values():
+            say(f"Wrote {file}.")
+    if wrong:
+        raise InputError(" ".join(wrong))

@@ -1,0 +1,124 @@
+"""Prompts of which circuits are run again and again, and what the gradient of a mask is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..budget import Cost, budget, measure_cost, numbers_per_token, tokens_within
+from ..forward import Batch, Runner, batch_of, halves
+from ..graph import Graph
+from ..intervention import learning_run
+from ..recording import ReferenceRun, record_run
+from ..request import Measurement, Request, fetch
+
+TOKENS_PER_PASS = 512  # of circuits that run together with a gradient
+_SHARE_KEPT = 0.25  # of the budget, for runs that every step needs again
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """A batch of prompts that has run: the model on it, its ablated run, and the logits on both of its sides [E, V]."""
+
+    runner: Runner
+    ablated: ReferenceRun
+    clean: Tensor
+    corrupted: Tensor
+
+    def gradient(self, request: Request, graph: Graph, masks: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """The metric of circuits on the examples, float64 [C, E], and the gradient of its sum in masks [C, S, R]."""
+        batch = self.runner.batch
+        together = max(1, tokens // batch.clean.numel())
+        values, slopes = [], []
+        for some in masks.split(together):
+            leaf = some.detach().requires_grad_()
+            measured = Measurement(request, batch, self.clean, self.corrupted)
+            logits = learning_run(self.runner, graph, self.ablated, leaf)
+            total = torch.stack([measured.values(each) for each in logits]).sum()
+            # Circuits of nothing or of everything that receivers read have no gradient.
+            (slope,) = torch.autograd.grad(total, leaf) if total.requires_grad else (torch.zeros_like(leaf),)
+            values += fetch([measured])[0]
+            slopes.append(slope)
+        return torch.stack(values).double(), torch.cat(slopes)
+
+
+class Lessons:
+    """All prompts in groups of so many, the same in every epoch; what fits into a share of the budget runs once.
+
+    Args:
+        request: verified, with constants.
+        examples: how many prompts a group has.
+        seed: of which prompts of about equal length come together.
+        tokens: the most that a pass has.
+    """
+
+    def __init__(self, request: Request, graph: Graph, examples: int, seed: int, tokens: int) -> None:
+        self.request, self.graph = request, graph
+        data = request.data
+        length = data.longer_lengths - data.first_difference
+        mixed = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+        self.groups = mixed[length[mixed].argsort(stable=True)].split(examples)
+        self._tokens = tokens
+        self._room = int(budget(request) * _SHARE_KEPT)
+        self._kept: dict[bytes, Lesson] = {}
+
+    def batches(self, group: int) -> Iterator[Batch]:
+        """Of a group, each small enough for a pass."""
+        request = self.request
+        waiting = [batch_of(request.data, self.groups[group], request.reuse_prefix, request.arch.device)]
+        while waiting:
+            batch = waiting.pop()
+            if batch.n_examples > 1 and batch.clean.numel() > self._tokens:
+                waiting += reversed(halves(request.data, batch))
+            else:
+                yield batch
+
+    def lesson(self, batch: Batch) -> Lesson:
+        """Of a batch; the model must be borrowed."""
+        key = batch.index.numpy().tobytes()
+        if key in self._kept:
+            return self._kept[key]
+        made = prepare_lesson(self.request, self.graph, batch)
+        size = sum(x.nbytes for x in _tensors(made))
+        if size <= self._room:
+            self._room -= size
+            self._kept[key] = made
+        return made
+
+
+def prepare_lesson(request: Request, graph: Graph, batch: Batch) -> Lesson:
+    """Run a batch's two sides."""
+    runner = request.runner(graph, batch)
+    with torch.no_grad():
+        ablated = record_run(runner, True, request.constants)
+        clean = runner.logits(runner.embed(batch.clean))
+        patched = request.constants is None
+        corrupted = ablated.logits if patched else runner.logits(runner.embed(batch.corrupted), None, 1)
+    return Lesson(runner, ablated, clean, corrupted)
+
+
+def _tensors(lesson: Lesson) -> Iterator[Tensor]:
+    run = lesson.ablated
+    yield from (*run.written, *run.norm_inputs.values(), lesson.clean, lesson.corrupted)
+    for layer in run.projections:
+        yield from layer.values()
+
+
+def tokens_together(request: Request, graph: Graph, masks: Tensor) -> int:
+    """How many tokens a pass of these circuits may have within the budget."""
+    # Of each sender its difference, of each receiver its input, the norm's steps, and its gradient are kept.
+    kept = (5 * graph.n_receivers + graph.n_senders) * request.arch.d_model + 2 * numbers_per_token(request)
+    rough = TOKENS_PER_PASS * kept * request.arch.accumulate.itemsize
+
+    def measured(few: Batch, copies: int) -> None:
+        largest = masks[-1:].expand(copies, -1, -1)
+        prepare_lesson(request, graph, few).gradient(request, graph, largest, copies * few.clean.numel())
+
+    def cost(batch: Batch) -> Cost:
+        return measure_cost(request.data, batch, measured)
+
+    beside = int(budget(request) * _SHARE_KEPT)
+    return tokens_within(request, TOKENS_PER_PASS, rough, cost, TOKENS_PER_PASS, beside)

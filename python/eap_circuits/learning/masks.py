@@ -1,0 +1,201 @@
+"""One ranking of edges, learned for circuits of every size at once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eap_kernels import explain
+
+from ..budget import in_memory
+from ..checkpoint import Checkpoint, Where, opened, settings_of
+from ..errors import expected, flag, instance, known_arguments, number, one_of, whole
+from ..forward import Batch, Constants, borrowed, one_want_of_memory
+from ..graph import EdgeScores
+from ..loans import gives_back
+from ..metrics import METRICS
+from ..provenance import called, provenance
+from ..recording import ablation_of
+from ..request import Progress, Request, prepare, watched
+from ..tasks import PairedDataset
+from .gates import draw_sizes, open_gates, starting_places
+from .lessons import Lessons, tokens_together
+
+WARM_UP, LAST_RATE = 10, 0.1  # steps until the full rate, and what share of it is left at the end
+LAST_SHARPNESS = 1.0
+_SMALLEST, _LARGEST = 0.001, 0.2  # shares of all edges, between which sizes are drawn
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """How to learn, as `learn_mask` takes it; `smallest` and `largest` are the sizes."""
+
+    steps: int
+    rate: float
+    circuits: int
+    examples: int
+    seed: int
+    smallest: int
+    largest: int
+
+
+@gives_back
+@one_want_of_memory
+@known_arguments
+def learn_mask(
+    model: nn.Module,
+    scores: EdgeScores,
+    data: PairedDataset,
+    objective: Any = "kl_divergence",
+    *,
+    steps: int = 200,
+    rate: float = 0.08,
+    circuits: int = 2,
+    examples: int = 8,
+    sizes: tuple[int, int] | None = None,
+    seed: int = 0,
+    ablation: str | Constants = "patching",
+    ablation_data: PairedDataset | None = None,
+    reuse_prefix: bool = True,
+    memory: int | str | None = None,
+    progress: Progress | bool | None = None,
+    checkpoint: Where = None,
+) -> EdgeScores:
+    """Learn one ranking of all edges such that its circuits of every size do best.
+
+    Each step draws sizes, opens every edge's gate according to how far it stands above or below the place at which
+    circuits of that size end, runs these circuits and moves the edges along the objective's gradient; docs/learning.md.
+
+    Args:
+        model: a Hugging Face causal language model; it comes back as it was.
+        scores: the ranking to start from, by absolute score, such as those of `attribute`; on its graph masks are
+            learned.
+        data: prompt pairs to learn from. Measure what was learned on others.
+        objective: the differentiable metric to maximise, a name in `METRICS` or a callable as in `attribute`; by
+            default minus the divergence from the whole model. One without a bound, such as "logit_diff", is driven
+            beyond the model's own value.
+        steps: how many steps.
+        rate: Adam's learning rate, in units of the logarithm of a circuit's size.
+        circuits: how many circuits run in a step, one from each of so many equal parts of the sizes' logarithms.
+        examples: how many pairs each step runs them on.
+        sizes: the smallest and the largest number of edges drawn; by default 0.1 % and 20 % of all. Equal numbers learn
+            a mask for one size.
+        seed: of the sizes, the noise of gates, and the order of pairs.
+        ablation, ablation_data: what edges outside the circuit carry, as in `evaluate`; not "optimal".
+        reuse_prefix: as in `attribute`.
+        memory: what learning may take besides the model and the data, in bytes or as "8GiB"; by default half of what is
+            free. A step's circuits and pairs run in as many passes as fit into it.
+        progress: called with (steps done, steps in all); True shows a bar.
+        checkpoint: as in `attribute`; written after a step.
+
+    Returns:
+        EdgeScores whose values are ranks: the weakest edge has 1/n, the strongest 1.
+
+    Raises:
+        InputError: scores of another graph, numbers out of range, or anything that `attribute` refuses.
+    """
+    call = called(learn_mask, locals())
+    instance("scores", scores, EdgeScores)
+    steps, rate = whole("steps", steps, 1), number("rate", rate, "a positive number", 5e-324, 1e308)
+    circuits, examples, seed = whole("circuits", circuits, 1), whole("examples", examples, 1), whole("seed", seed, 0)
+    progress, reuse_prefix = watched(progress), flag("reuse_prefix", reuse_prefix)
+    request = prepare(model, data, objective, ablation, None, ablation_data, reuse_prefix, memory)
+    if not request.metric.differentiable:
+        one_of("objective", objective, [each.name for each in METRICS.values() if each.differentiable])
+    graph = scores.graph
+    if graph != request.arch.graph(graph.heads):
+        raise expected("scores", f"those of {request.arch.graph(graph.heads)!r}", f"those of {graph!r}")
+    if not scores.values[graph.edge_mask].isfinite().all():
+        raise expected("scores", "finite values", "some that are not")
+    if ablation_of(ablation).learned:
+        raise expected("ablation", "constants from eap.optimal_constants", repr(ablation))
+    smallest, largest = _sizes(sizes, graph.n_edges)
+    asked = _Asked(steps, rate, circuits, examples, seed, smallest, largest)
+    nothing = torch.empty(0, dtype=request.arch.accumulate, device=request.arch.device)
+    info = {
+        "method": "learned",
+        "additive": False,
+        "metric": request.metric.name,
+        "ablation": ablation_of(ablation).name,
+        "learning": {**asdict(asked), "start": scores.info.get("method")},
+        **provenance(request, call, explain("masked_read", nothing, nothing, graph.edge_mask)),
+    }
+    if ablation_data is not None:
+        info["ablation_data"] = ablation_data.name
+    settings = partial(settings_of, request, call="learn_mask", start=scores.values, heads=graph.heads, **asdict(asked))
+    with opened(checkpoint, request.arch.model, settings) as kept, borrowed(request.arch.model):
+        request = request.verified(graph.heads).with_constants()
+        places = _learn(request, scores, asked, kept, progress)
+    values = torch.zeros(graph.edge_mask.shape)
+    rank = places.argsort(stable=True).argsort()
+    values[graph.edge_mask] = ((rank + 1).double() / graph.n_edges).float()
+    return EdgeScores(graph, values, info)
+
+
+def _sizes(sizes: object, n: int) -> tuple[int, int]:
+    if sizes is None:
+        return max(1, round(_SMALLEST * n)), max(1, round(_LARGEST * n))
+    if not isinstance(sizes, (tuple, list)) or len(sizes) != 2:
+        raise expected("sizes", "the smallest and the largest number of edges", repr(sizes))
+    smallest, largest = (whole("sizes", each, 1, n) for each in sizes)
+    if smallest > largest:
+        raise expected("sizes", "the smaller number first", repr(sizes))
+    return smallest, largest
+
+
+def _learn(
+    request: Request, scores: EdgeScores, asked: _Asked, checkpoint: Checkpoint, progress: Progress | None
+) -> Tensor:
+    """The places of the edges, [n]."""
+    graph, edges = scores.graph, scores.graph.edge_mask
+    places = starting_places(scores.values[edges]).requires_grad_()
+    adam = torch.optim.Adam([places], lr=asked.rate)
+    moments = {name: torch.zeros_like(places, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+    adam.state[places] = {"step": torch.tensor(0.0), **moments}
+    done = torch.tensor(0)
+    checkpoint.keep({"places": places, "done": done, **adam.state[places]})
+
+    def masks_of(gates: Tensor) -> Tensor:
+        masks = torch.zeros(len(gates), *edges.shape, dtype=request.arch.accumulate)
+        masks[:, edges] = gates.detach().to(masks.dtype)
+        return masks
+
+    widest = masks_of(open_gates(places, [asked.largest], None))
+    tokens = checkpoint.tokens(tokens_together(request, graph, widest))
+    lessons = Lessons(request, graph, asked.examples, asked.seed, tokens)
+
+    def slope(gates: Tensor, group: int) -> Tensor:
+        """The gradient of the objective's mean over circuits and pairs in their gates [C, n]."""
+        masks, total = masks_of(gates), torch.zeros_like(gates)
+
+        def run(batch: Batch, tokens: int) -> Tensor:
+            return lessons.lesson(batch).gradient(request, graph, masks, tokens)[1]
+
+        for _, found in in_memory(request.data, lessons.batches(group), tokens, run):
+            total += found[:, edges].to(total.dtype)
+        return total / (len(gates) * len(lessons.groups[group]))
+
+    while done < asked.steps:
+        step = int(done)
+        generator = _generator(asked.seed, step)
+        epoch, place = divmod(step, len(lessons.groups))
+        order = torch.randperm(len(lessons.groups), generator=_generator(asked.seed, epoch)).tolist()
+        sizes = draw_sizes(asked.circuits, asked.smallest, asked.largest, generator)
+        gates = open_gates(places, sizes, generator, LAST_SHARPNESS ** (step / asked.steps))
+        (places.grad,) = torch.autograd.grad(gates, places, -slope(gates, order[place]))
+        falling = 1 - (1 - LAST_RATE) * step / asked.steps
+        adam.param_groups[0]["lr"] = asked.rate * falling * min(1, (step + 1) / WARM_UP)
+        with checkpoint.changing():
+            adam.step()
+            done += 1
+        if progress is not None:
+            progress(int(done), asked.steps)
+    return places.detach()
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + number)

@@ -1,0 +1,173 @@
+"""Rankings that are learned: against all circuits of a tiny model, seeds, memory, and what is refused."""
+
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import eap_circuits as eap
+from eap_circuits import learning
+from eap_circuits.budget import PeakBytes
+from eap_circuits.forward import batch_of, borrowed
+from eap_circuits.learning.lessons import prepare_lesson, tokens_together
+from eap_circuits.request import prepare
+from tests.circuits.conftest import VOCABULARY
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model("llama", torch.float32)
+
+
+@pytest.fixture
+def data(make_pairs):
+    return make_pairs(seed=3, n=6)
+
+
+@pytest.fixture
+def scores(model, data):
+    return eap.attribute(model, data, method="eap")
+
+
+def divergence(model, circuits, data):
+    """Of each circuit from the model, in nats."""
+    return torch.tensor([-result.mean for result in eap.evaluate(model, circuits, data, "kl_divergence")])
+
+
+def test_the_best_of_all_circuits_is_found(make_pairs):
+    """A layer of one head has 10 edges: every circuit of 4 edges that lie on paths is run."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, initializer_range=0.5,
+    )  # fmt: skip
+    model, data = LlamaForCausalLM(config).eval(), make_pairs(seed=1, n=8)
+    graph = eap.attribute(model, data, method="eap").graph
+    edges = graph.edge_mask.nonzero().tolist()
+    for size in (3, 4, 5):
+        tried = {}
+        for chosen in combinations(edges, size):
+            mask = torch.zeros_like(graph.edge_mask)
+            mask[tuple(torch.tensor(chosen).T)] = True
+            circuit = eap.Circuit.from_mask(graph, mask)
+            if circuit.pruned().n_edges == size:
+                tried[chosen] = circuit
+        apart = divergence(model, list(tried.values()), data)
+        # From a start that knows nothing.
+        start = eap.EdgeScores(graph, torch.zeros(graph.edge_mask.shape))
+        learned = eap.learn_mask(model, start, data, steps=120, sizes=(2, 8), rate=0.1)
+        found = divergence(model, [learned.select(size, exactly=True)], data)[0]
+        better = int((apart < found - 1e-6).sum())
+        assert better <= max(1, len(tried) // 20), (size, better, len(tried))
+
+
+def test_what_is_learned_is_better_than_where_it_started(model, data, scores):
+    learned = eap.learn_mask(model, scores, data, steps=30)
+    sizes = [20, 40, 80]
+    before, after = (
+        divergence(model, [each.select(n, exactly=True) for n in sizes], data) for each in (scores, learned)
+    )
+    assert after.mean() < 0.9 * before.mean()
+
+
+def test_values_are_ranks_of_the_graph_s_edges(model, data, scores):
+    learned = eap.learn_mask(model, scores, data, steps=2)
+    edges, n = scores.graph.edge_mask, scores.graph.n_edges
+    assert torch.allclose(learned.values[edges].sort().values, torch.arange(1, n + 1) / n)
+    assert not learned.values[~edges].any()
+    assert learned.info["method"] == "learned" and learned.info["learning"]["steps"] == 2
+    with pytest.raises(eap.InputError, match="node_scores"):
+        learned.node_scores()
+
+
+def test_a_seed_gives_the_same_bits_and_another_one_others(model, data, scores):
+    learn = [eap.learn_mask(model, scores, data, steps=3, seed=seed).values for seed in (1, 1, 2)]
+    assert torch.equal(learn[0], learn[1]) and not torch.equal(learn[0], learn[2])
+
+
+@pytest.mark.parametrize("objective", ["logit_diff", "prob_diff", "js_divergence"])
+def test_other_objectives_grow(objective, model, data, scores):
+    learned = eap.learn_mask(model, scores, data, objective, steps=30, sizes=(40, 40))
+    start, end = (
+        eap.evaluate(model, each.select(40, exactly=True), data, objective).mean for each in (scores, learned)
+    )
+    assert end > start
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean", "constants"])
+def test_other_ablations(ablation, model, data, scores):
+    if ablation == "constants":
+        ablation = eap.optimal_constants(model, scores.select(40), data, "kl_divergence", steps=2)
+    learned = eap.learn_mask(model, scores, data, steps=30, sizes=(40, 40), ablation=ablation)
+    start, end = (
+        eap.evaluate(model, each.select(40, exactly=True), data, "kl_divergence", ablation=ablation).mean
+        for each in (scores, learned)
+    )
+    assert end > start
+
+
+def test_the_cut_into_passes_changes_only_rounding(model, data, scores):
+    whole = eap.learn_mask(model, scores, data, steps=1, circuits=3)
+    cut = eap.learn_mask(model, scores, data, steps=1, circuits=3, memory=0)
+    agree = torch.corrcoef(torch.stack([whole.values.flatten(), cut.values.flatten()]))[0, 1]
+    assert agree > 1 - 1e-6
+
+
+def test_passes_keep_to_the_budget(model, data, scores):
+    """The largest pass that is said to fit takes no more than that when it is counted."""
+    request = prepare(model, data, "kl_divergence")
+    graph, mask = scores.graph, 0.5 * scores.graph.edge_mask.float()[None]
+    with borrowed(model):
+        for allowed in (4_000_000, 16_000_000):
+            tokens = tokens_together(replace(request, memory=allowed), graph, mask)
+            batch = batch_of(data, torch.arange(len(data)), True, request.arch.device)
+            copies = tokens // batch.clean.numel()
+            if copies == 0:
+                continue
+            with PeakBytes() as count:
+                prepare_lesson(request, graph, batch).gradient(request, graph, mask.expand(copies, -1, -1), tokens)
+            assert count.peak <= 1.1 * allowed, (tokens, copies)
+
+
+def test_learning_goes_on_with_smaller_passes(model, data, scores, monkeypatch):
+    right, real = eap.learn_mask(model, scores, data, steps=2), learning.lessons.learning_run
+
+    def run(runner, graph, ablated, masks):
+        if len(masks) * runner.batch.n_examples > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore lines")
+        return real(runner, graph, ablated, masks)
+
+    monkeypatch.setattr(learning.lessons, "learning_run", run)
+    found = eap.learn_mask(model, scores, data, steps=2)
+    agree = torch.corrcoef(torch.stack([right.values.flatten(), found.values.flatten()]))[0, 1]
+    assert agree > 1 - 1e-5
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"objective": "rank"}, "objective: .*kl_divergence"),
+        ({"sizes": (5, 2)}, "sizes"),
+        ({"sizes": (0, 2)}, "sizes"),
+        ({"sizes": 7}, "sizes"),
+        ({"steps": 0}, "steps"),
+        ({"rate": -1}, "rate"),
+        ({"circuits": 0}, "circuits"),
+        ({"examples": 0}, "examples"),
+        ({"seed": -1}, "seed"),
+        ({"ablation": "optimal"}, "ablation: .*optimal_constants"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused(given, said, model, data, scores):
+    with pytest.raises(eap.InputError, match=said):
+        eap.learn_mask(model, scores, data, **given)
+
+
+def test_scores_of_another_model_are_refused(model, data, scores, make_model, make_pairs):
+    other = eap.attribute(make_model("gpt2", torch.float32), data, method="eap")
+    with pytest.raises(eap.InputError, match="scores: expected those of"):
+        eap.learn_mask(model, other, data)
+    with pytest.raises(eap.InputError, match="scores"):
+        eap.learn_mask(model, scores.select(10), data)

@@ -61,7 +61,7 @@ class Lessons:
         length = data.longer_lengths - data.first_difference
         mixed = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
         self.groups = mixed[length[mixed].argsort(stable=True)].split(examples)
-        self._tokens = tokens
+        self.tokens = tokens
         self._room = int(budget(request) * _SHARE_KEPT)
         self._kept: dict[bytes, Lesson] = {}
 
@@ -71,7 +71,7 @@ class Lessons:
         waiting = [batch_of(request.data, self.groups[group], request.reuse_prefix, request.arch.device)]
         while waiting:
             batch = waiting.pop()
-            if batch.n_examples > 1 and batch.clean.numel() > self._tokens:
+            if batch.n_examples > 1 and batch.clean.numel() > self.tokens:
                 waiting += reversed(halves(request.data, batch))
             else:
                 yield batch

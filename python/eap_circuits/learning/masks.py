@@ -26,7 +26,7 @@ from .gates import draw_sizes, open_gates, starting_places
 from .lessons import Lessons, tokens_together
 
 WARM_UP, LAST_RATE = 10, 0.1  # steps until the full rate, and what share of it is left at the end
-LAST_SHARPNESS = 1.0
+LAST_SHARPNESS = 2.0  # of gates at the end; they begin with 1
 _SMALLEST, _LARGEST = 0.001, 0.2  # shares of all edges, between which sizes are drawn
 
 
@@ -55,7 +55,7 @@ def learn_mask(
     steps: int = 200,
     rate: float = 0.08,
     circuits: int = 2,
-    examples: int = 8,
+    examples: int = 4,
     sizes: tuple[int, int] | None = None,
     seed: int = 0,
     ablation: str | Constants = "patching",
@@ -165,17 +165,18 @@ def _learn(
         return masks
 
     widest = masks_of(open_gates(places, [asked.largest], None))
-    tokens = checkpoint.tokens(tokens_together(request, graph, widest))
-    lessons = Lessons(request, graph, asked.examples, asked.seed, tokens)
+    fitting = checkpoint.tokens(tokens_together(request, graph, widest))
+    lessons = Lessons(request, graph, asked.examples, asked.seed, fitting)
 
     def slope(gates: Tensor, group: int) -> Tensor:
         """The gradient of the objective's mean over circuits and pairs in their gates [C, n]."""
         masks, total = masks_of(gates), torch.zeros_like(gates)
 
         def run(batch: Batch, tokens: int) -> Tensor:
+            lessons.tokens = tokens  # fewer than before if memory ran out: later steps begin with as many
             return lessons.lesson(batch).gradient(request, graph, masks, tokens)[1]
 
-        for _, found in in_memory(request.data, lessons.batches(group), tokens, run):
+        for _, found in in_memory(request.data, lessons.batches(group), lessons.tokens, run):
             total += found[:, edges].to(total.dtype)
         return total / (len(gates) * len(lessons.groups[group]))
 

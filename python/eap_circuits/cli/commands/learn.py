@@ -47,7 +47,7 @@ def learn(
     circuits: Annotated[
         int, typer.Option(help="Circuits of different sizes in each step.", min=1, rich_help_panel=_PANEL)
     ] = 2,
-    examples: Annotated[int, typer.Option(help="Prompt pairs in each step.", min=1, rich_help_panel=_PANEL)] = 8,
+    examples: Annotated[int, typer.Option(help="Prompt pairs in each step.", min=1, rich_help_panel=_PANEL)] = 4,
     smallest: Annotated[
         int | None,
         typer.Option(

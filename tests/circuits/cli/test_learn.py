@@ -1,0 +1,38 @@
+"""eap learn: it saves and shows what the library learns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import eap_circuits as eap
+
+from .conftest import run
+
+
+def test_it_learns_what_the_library_learns(tmp_path: Path, saved: Path, pairs: Path, make_model: Any) -> None:
+    out, asked = tmp_path / "learned.safetensors", ("--steps", 2, "--circuits", 1, "--examples", 3, "--draw", 4)
+    found = run("learn", "tiny", saved, "--data", pairs, "-o", out, *asked, "--smallest", 5, "--largest", 50, "--json")
+    right = eap.learn_mask(
+        make_model("llama", torch.float32),
+        eap.EdgeScores.load(saved),
+        eap.PairedDataset.from_file(pairs),
+        steps=2,
+        circuits=1,
+        examples=3,
+        seed=4,
+        sizes=(5, 50),
+    )
+    learned = eap.EdgeScores.load(out)
+    assert torch.equal(learned.values, right.values)
+    assert json.loads(found.stdout)["info"]["learning"] == right.info["learning"]
+    assert "eap learn" in learned.info["call"]
+
+
+def test_half_a_range_of_sizes_is_refused_before_any_model(saved: Path, pairs: Path, loads: list[str]) -> None:
+    result = run("learn", "tiny", saved, "--data", pairs, "--smallest", 5, code=2)
+    assert "--smallest, --largest: expected both or neither, found one of them." in result.stderr
+    assert not loads

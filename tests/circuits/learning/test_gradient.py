@@ -5,14 +5,18 @@ import torch
 
 from eap_circuits.evaluation.check.model import StayDouble
 from eap_circuits.forward import borrowed, make_batches
-from eap_circuits.intervention import run_circuits
+from eap_circuits.intervention import circuit_run, run_circuits
 from eap_circuits.learning.lessons import prepare_lesson
 from eap_circuits.recording import record_run
 from eap_circuits.request import Measurement, prepare
 
 
 @pytest.mark.parametrize(("heads", "reuse", "ablation"), [("kv", True, "patching"), ("query", False, "mean")])
-def test_it_is_the_slope_of_the_metric_of_soft_circuits(kind, heads, reuse, ablation, make_model, make_pairs):
+def test_it_is_the_slope_of_the_metric_of_soft_circuits(
+    kind, heads, reuse, ablation, make_model, make_pairs, monkeypatch
+):
+    if not reuse:  # as off the CPU
+        monkeypatch.setattr(circuit_run, "circuits_in_group", lambda device, circuits: circuits)
     model, data = make_model(kind), make_pairs(seed=3, n=3)
     with StayDouble(), borrowed(model):
         run = prepare(model, data, "logit_diff", ablation, None, reuse_prefix=reuse).with_constants()

@@ -29,6 +29,8 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("docs/integrations.md", MEASURED): tables.integrations,
     ("docs/reliability.md", FUZZ): tables.fuzzing,
     ("docs/learning.md", LEARNING): learning.table,
+    ("docs/learning.md", f"{LEARNING}, divergence"): learning.divergences,
+    ("docs/learning.md", f"{LEARNING}, cost"): learning.costs,
     ("docs/models.md", f"{MODELS}, checks"): lambda _: models.checks(),
     ("docs/models.md", f"{MODELS}, tests"): lambda _: models.tests(),
     ("docs/methods.md", "METHODS"): lambda _: registries.methods(),

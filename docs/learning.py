@@ -1,6 +1,6 @@
 """Measure how faithful circuits of learned rankings are, beside those of EAP-IG, on prompts that neither has seen.
 
-python -m docs.learning [TASK SEED ...]     # adds to docs/results/learning.json; about five minutes each on 2 cores
+python -m docs.learning [NAME ...]     # such as cost, divergence or "ioi 0"; adds to docs/results/learning.json
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 RESULT = Path(__file__).with_name("results") / "learning.json"
 TASKS, SEEDS = ("ioi", "subject-verb-agreement"), (0, 1, 2)
 SIZES = (45, 95, 185, 380, 710, 1550)
+LARGER = (*SIZES, 3200, 7000)
 LEARNED_FROM, PAIRS = 16, 40
+CIRCUITS, EXAMPLES, ROUNDS = 2, 4, 16  # of the measured step, as by default
 
 
 def faithfulness(model: Any, scores: Any, data: Any) -> list[float]:
@@ -29,8 +31,6 @@ def faithfulness(model: Any, scores: Any, data: Any) -> list[float]:
 
 def run(task: str, seed: int) -> dict[str, Any]:
     """One seed: of the prompts, and of what learning draws."""
-    import torch
-
     import eap_circuits as eap
     from bench import measure
     from bench.processes import commit
@@ -40,30 +40,106 @@ def run(task: str, seed: int) -> dict[str, Any]:
     data = eap.load_task(task, tokenizer, n=PAIRS, seed=seed)
     few, others = data[:LEARNED_FROM], data[LEARNED_FROM:]
     scores = eap.attribute(model, few)
-    steps: list[float] = []
-    learned = eap.learn_mask(model, scores, few, seed=seed, progress=lambda *_: steps.append(time.perf_counter()))
-    settings = learned.info["learning"]
-    # What a step's circuits take without a gradient; one size stands for all that steps draw.
-    share = (settings["smallest"] * settings["largest"]) ** 0.5
-    circuit = learned.select(n_edges=round(share), how="top", prune=False)
-    group = few[: settings["examples"]]
-
-    def forwards() -> None:
-        eap.evaluate(model, [circuit] * settings["circuits"], group, "kl_divergence")
-
+    learned = eap.learn_mask(model, scores, few, seed=seed)
     return {
         "eap-ig": faithfulness(model, scores, others),
         "learned": faithfulness(model, learned, others),
         "learned, on the prompts it was learned from": faithfulness(model, learned, few),
-        "seconds": steps[-1] - steps[0],
-        "seconds of a step": (steps[-1] - steps[0]) / (len(steps) - 1),
-        "seconds of evaluating its circuits": measure.seconds(forwards, 1, "cpu"),
-        "settings": settings,
-        "threads": torch.get_num_threads(),
+        "settings": learned.info["learning"],
         "machine": measure.machine(),
         "versions": measure.versions(),
         "commit": commit(),
     }
+
+
+def divergence() -> dict[str, Any]:
+    """Beside faithfulness in the logit difference, what was learned: how far circuits are from the model, in nats."""
+    import eap_circuits as eap
+    from bench.processes import commit
+    from eap_circuits.adapters.pretrained import load_model
+
+    model, tokenizer = load_model("smollm2")
+    data = eap.load_task("ioi", tokenizer, n=PAIRS, seed=77)
+    few, others = data[:LEARNED_FROM], data[LEARNED_FROM:]
+    scores = eap.attribute(model, few)
+    found: dict[str, Any] = {"sizes": LARGER, "commit": commit()}
+    for name, each in {"eap-ig": scores, "learned": eap.learn_mask(model, scores, few)}.items():
+        circuits = [each.select(n_edges=size, how="greedy", exactly=True) for size in LARGER]
+        found[name] = {
+            "faithfulness": [result.faithfulness for result in eap.evaluate(model, circuits, others)],
+            "divergence": [-result.mean for result in eap.evaluate(model, circuits, others, "kl_divergence")],
+        }
+    return found
+
+
+def divergences(_: Results) -> str:
+    found = committed()["divergence"]
+    lines = [f"| scores | | {' | '.join(map(str, found['sizes']))} |", "|" + "---|" * (2 + len(found["sizes"]))]
+    for scores in ("eap-ig", "learned"):
+        for measured, values in found[scores].items():
+            lines.append(f"| {scores} | {measured} | {' | '.join(f'{x:.2f}' for x in values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cost() -> dict[str, Any]:
+    """The processor seconds of a step, of its circuits' forward passes, and of the model's on as many prompts, on one
+    thread and in alternation; means over the sizes that steps draw, with the gates that they begin with."""
+    import torch
+
+    import eap_circuits as eap
+    from bench import measure
+    from bench.processes import commit
+    from eap_circuits.adapters.pretrained import load_model
+    from eap_circuits.forward import batch_of, borrowed
+    from eap_circuits.intervention import run_circuits
+    from eap_circuits.learning.gates import draw_sizes, open_gates, starting_places
+    from eap_circuits.learning.lessons import prepare_lesson
+    from eap_circuits.request import prepare
+
+    torch.set_num_threads(1)
+    model, tokenizer = load_model("smollm2")
+    data = eap.load_task("ioi", tokenizer, n=EXAMPLES, seed=0)
+    scores = eap.attribute(model, data, method="eap")
+    graph, edges = scores.graph, scores.graph.edge_mask
+    places = starting_places(scores.values[edges])
+    request = prepare(model, data, "kl_divergence")
+    times: dict[str, list[float]] = {"step": [], "its circuits": [], "the model": []}
+    with borrowed(model):
+        lesson = prepare_lesson(request, graph, batch_of(data, torch.arange(EXAMPLES), True, request.arch.device))
+        embeddings = lesson.runner.embed(lesson.runner.batch.clean).repeat(CIRCUITS, 1, 1)
+        for number in range(ROUNDS):
+            generator = torch.Generator().manual_seed(number)
+            sizes = draw_sizes(CIRCUITS, graph.n_edges // 1000, graph.n_edges // 5, generator)
+            masks = torch.zeros(CIRCUITS, *edges.shape)
+            masks[:, edges] = open_gates(places, sizes, generator)
+
+            def forward() -> None:
+                list(run_circuits(lesson.runner, graph, lesson.ablated, list(masks)))  # noqa: B023
+
+            def plain() -> None:
+                with torch.no_grad():
+                    lesson.runner.logits(embeddings)
+
+            def step() -> None:
+                lesson.gradient(request, graph, masks, 10**6)  # noqa: B023
+
+            for name, call in zip(times, (step, forward, plain), strict=True):
+                began = time.process_time()
+                call()
+                times[name].append(time.process_time() - began)
+    means = {name: sum(found[1:]) / (ROUNDS - 1) for name, found in times.items()}  # the first round warms up
+    return {**means, "machine": measure.machine(), "versions": measure.versions(), "commit": commit()}
+
+
+def costs(_: Results) -> str:
+    """A step in forward passes."""
+    found = committed()["cost"]
+    step = found["step"]
+    return (
+        f"| a step | {step:.2f} s |\n|---|---|\n"
+        f"| in forward passes of its circuits | {step / found['its circuits']:.1f} |\n"
+        f"| in forward passes of the model on as many prompts | {step / found['the model']:.1f} |\n"
+    )
 
 
 def committed() -> dict[str, dict[str, Any]]:
@@ -76,7 +152,7 @@ def table(_: Results) -> str:
     found = committed()
     lines = [f"| task | scores | {' | '.join(map(str, SIZES))} |", "|" + "---|" * (2 + len(SIZES))]
     for task in TASKS:
-        runs = [one for name, one in sorted(found.items()) if name.startswith(f"{task} ")]
+        runs = [found[f"{task} {seed}"] for seed in SEEDS]
         for scores in ("eap-ig", "learned", "learned, on the prompts it was learned from"):
             columns = zip(*(one[scores] for one in runs), strict=True)
             cells = [f"{sum(x) / len(x):.2f} ({min(x):.2f}–{max(x):.2f})" for x in columns]
@@ -85,7 +161,8 @@ def table(_: Results) -> str:
 
 
 if __name__ == "__main__":
-    asked = list(zip(sys.argv[1::2], map(int, sys.argv[2::2]), strict=True))
-    for task, seed in asked or [(task, seed) for task in TASKS for seed in SEEDS]:
-        result = run(task, seed)
-        RESULT.write_text(json.dumps({**committed(), f"{task} {seed}": result}, indent=1) + "\n")
+    every = ["cost", "divergence", *(f"{task} {seed}" for task in TASKS for seed in SEEDS)]
+    for name in sys.argv[1:] or every:
+        task, _, seed = name.partition(" ")
+        result = {"cost": cost, "divergence": divergence}[name]() if not seed else run(task, int(seed))
+        RESULT.write_text(json.dumps(dict(sorted({**committed(), name: result}.items())), indent=1) + "\n")

@@ -61,6 +61,7 @@ def write_report(
         picture=Markup(to_svg(draw_circuit(circuit), "the circuit")),
         chart=Markup(to_svg(draw_curve(curve), "faithfulness by circuit size")) if curve else None,
         sizes=curve_table(curve, circuit) if curve else None,
+        meaning=_RANK if info.get("method") == "learned" else _FALL,
         edges=edge_table(scores, circuit, N_EDGES),
         prompts=_prompts(data),
         settings=run,
@@ -70,6 +71,10 @@ def write_report(
         code=_code(circuit, files or {"scores": "scores.safetensors", "circuit": "circuit.json"}),
     )
     write_whole(path, lambda file: file.write_text(page, "utf-8", "backslashreplace"))
+
+
+_FALL = "how much the metric is expected to fall when the edge is ablated"
+_RANK = "its rank among all edges in a ranking that was learned: 1 is the strongest"
 
 
 def _title(run: Mapping[str, str]) -> str:

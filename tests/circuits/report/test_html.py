@@ -187,3 +187,11 @@ def test_wrong_circuit_and_unwritable_path_are_refused(tmp_path: Path, scores: E
     with pytest.raises(InputError, match="folder"):
         write_report(tmp_path / "none" / "r.html", scores, scores.select(n_edges=20))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_learned_rank_is_not_called_a_fall_of_the_metric(scores: EdgeScores, tmp_path: Path) -> None:
+    for method, said in (("eap", "expected to fall"), ("learned", "its rank among all edges")):
+        each = EdgeScores(scores.graph, scores.values, {**scores.info, "method": method})
+        write_report(tmp_path / "page.html", each, each.select(10))
+        text = " ".join(Page((tmp_path / "page.html").read_text()).text.split())
+        assert (said in text) and ("expected to fall" in text) == (method == "eap")

@@ -56,6 +56,10 @@ class MaskedReads:
         wanted[-3] = delta.shape[-3] if delta.dim() == len(wanted) else 0
         if list(delta.shape) != wanted or not 0 <= sender <= stored.delta.shape[-3] - wanted[-3]:
             _fail(f"contributions within {list(stored.delta.shape)}", f"{list(delta.shape)} from sender {sender} on")
+        rows = slice(sender, sender + wanted[-3])
+        if any(stored.written[rows]):
+            _fail("each sender to be written once", f"one of {rows.start} to {rows.stop - 1} again")
+        stored.written[rows] = [True] * wanted[-3]
         self._written = _write(self._written, delta, sender, stored)
 
     def read(self, base: Tensor, receivers: slice, senders: slice, at: slice | Tensor | None = None) -> Tensor:
@@ -67,6 +71,8 @@ class MaskedReads:
             receivers, senders: which of the mask's columns and rows; with start and stop.
             at: which n of the N tokens; None: all.
         """
+        if not all(self._stored.written[senders]):
+            _fail("a read of senders that have been written", f"{senders} with {sum(self._stored.written)} of them")
         return _read(self._written, base, receivers, senders, at, self._stored)
 
 
@@ -77,6 +83,7 @@ class _Stored:
         *lead, senders, receivers = mask.shape
         self.mask = mask
         self.delta = mask.new_empty(*lead, senders, tokens, features)
+        self.written = [False] * senders
         self.reach = [0] * receivers
         self._gradients: Tensor | None = None
 

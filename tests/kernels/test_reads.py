@@ -55,3 +55,8 @@ def test_what_does_not_fit_is_refused():
     for sender, shape in ((0, (3, 1, 2)), (2, (1, 1, 2)), (0, (1, 2, 2)), (0, (1, 2))):
         with pytest.raises(ValueError, match="MaskedReads: expected contributions within"):
             reads.write(sender, torch.ones(shape))
+    with pytest.raises(ValueError, match="expected a read of senders that have been written"):
+        reads.read(torch.zeros(1, 2), slice(0, 1), slice(0, 1))
+    reads.write(0, torch.ones(1, 1, 2))
+    with pytest.raises(ValueError, match="expected each sender to be written once"):
+        reads.write(0, torch.ones(1, 1, 2))

@@ -136,7 +136,7 @@ def costs(_: Results) -> str:
     found = committed()["cost"]
     step = found["step"]
     return (
-        f"| a step | {step:.2f} s |\n|---|---|\n"
+        f"| a step | {step:.2f} s |\n|---|---|\n| 200 steps | {200 * step:.0f} s |\n"
         f"| in forward passes of its circuits | {step / found['its circuits']:.1f} |\n"
         f"| in forward passes of the model on as many prompts | {step / found['the model']:.1f} |\n"
     )
@@ -150,13 +150,15 @@ def committed() -> dict[str, dict[str, Any]]:
 def table(_: Results) -> str:
     """Mean and range over seeds of the faithfulness at each size."""
     found = committed()
-    lines = [f"| task | scores | {' | '.join(map(str, SIZES))} |", "|" + "---|" * (2 + len(SIZES))]
+    lines = [f"| task | seeds | scores | {' | '.join(map(str, SIZES))} |", "|" + "---|" * (3 + len(SIZES))]
     for task in TASKS:
-        runs = [found[f"{task} {seed}"] for seed in SEEDS]
+        runs = [found[f"{task} {seed}"] for seed in SEEDS if f"{task} {seed}" in found]
+        if not runs:
+            continue
         for scores in ("eap-ig", "learned", "learned, on the prompts it was learned from"):
             columns = zip(*(one[scores] for one in runs), strict=True)
             cells = [f"{sum(x) / len(x):.2f} ({min(x):.2f}–{max(x):.2f})" for x in columns]
-            lines.append(f"| {task} | {scores} | {' | '.join(cells)} |")
+            lines.append(f"| {task} | {len(runs)} | {scores} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -84,7 +84,14 @@ def test_a_seed_gives_the_same_bits_and_another_one_others(model, data, scores):
     assert torch.equal(learn[0], learn[1]) and not torch.equal(learn[0], learn[2])
 
 
-@pytest.mark.parametrize("objective", ["logit_diff", "prob_diff", "js_divergence"])
+def keep(logits, batch):
+    """The objective of docs/learning.md."""
+    good, bad = batch.answers[:, :1], batch.answers[:, 1:]
+    here, there = ((x.gather(1, good) - x.gather(1, bad))[:, 0] for x in (logits, batch.clean_logits))
+    return -(here - there).square()
+
+
+@pytest.mark.parametrize("objective", ["logit_diff", "prob_diff", "js_divergence", keep])
 def test_other_objectives_grow(objective, model, data, scores):
     learned = eap.learn_mask(model, scores, data, objective, steps=30, sizes=(40, 40))
     start, end = (

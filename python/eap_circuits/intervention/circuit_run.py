@@ -50,8 +50,9 @@ def run_circuits(
 def learning_run(runner: Runner, graph: Graph, ablated: ReferenceRun, masks: Tensor) -> Tensor:
     """Logits [C, E, V] of circuits, with a gradient.
 
-    They are differentiable in the constants that the ablated run was made of, and in masks [C, S, R] of the CPU, except
-    where a mask keeps nothing or everything of what a receiver could read: such a receiver is not computed.
+    They are differentiable in the constants that the ablated run was made of, and in masks [C, S, R] of the CPU: at the
+    edges that these keep in part. Of others the gradient may be missing, as receivers that read nothing or everything
+    are not computed.
     """
     asked, size = asked_of(graph, masks.detach()), circuits_in_group(runner.arch.device, len(masks))
     groups = [LearningGroup(runner, slice(c, c + size), masks, asked) for c in range(0, len(masks), size)]

@@ -29,7 +29,8 @@ class Lesson:
     corrupted: Tensor
 
     def gradient(self, request: Request, graph: Graph, masks: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """The metric of circuits on the examples, float64 [C, E], and the gradient of its sum in masks [C, S, R]."""
+        """The metric of circuits on the examples, float64 [C, E], and the gradient of its sum in masks [C, S, R], right
+        at the edges that they keep in part."""
         batch = self.runner.batch
         together = max(1, tokens // batch.clean.numel())
         values, slopes = [], []

@@ -43,6 +43,6 @@ def test_it_is_the_slope_of_the_metric_of_soft_circuits(
             right = (high - low) / (2 * step)
             # Terms of a sum may nearly cancel.
             assert ((slope * moves).sum((1, 2)) - right).abs().max() < 1e-6 * (slope * moves).abs().sum()
-            # Cut into passes of one circuit each, it is the same.
+            # Cut into passes of one circuit each, it is the same where edges are kept: only there have gates a slope.
             _, apart = lesson.gradient(run, graph, masks, 1)
-            assert torch.allclose(apart, slope, rtol=1e-10, atol=1e-14)
+            assert torch.allclose(apart[masks > 0], slope[masks > 0], rtol=1e-10, atol=1e-12)

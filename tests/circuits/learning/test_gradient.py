@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from eap_circuits.evaluation.check.model import StayDouble
 from eap_circuits.forward import borrowed, make_batches
 from eap_circuits.intervention import circuit_run, run_circuits
 from eap_circuits.learning.lessons import prepare_lesson
 from eap_circuits.recording import record_run
 from eap_circuits.request import Measurement, prepare
+from eap_circuits.selfcheck import StayDouble
 
 
 @pytest.mark.parametrize(("heads", "reuse", "ablation"), [("kv", True, "patching"), ("query", False, "mean")])

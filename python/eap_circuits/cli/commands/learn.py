@@ -92,7 +92,7 @@ def learn(
     import eap_circuits as eap
 
     from ...errors import InputError, expected
-    from ...graph.formats import SUFFIXES, check_savable
+    from ...formats import SUFFIXES, check_savable
     from ...report.tables import edge_table
 
     check_outputs(out, checkpoint)

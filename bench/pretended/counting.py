@@ -22,7 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.pretended.tensors import Pretend, attention_backward, attention_forward, observers, tensors_of
+from bench.pretended.tensors import (
+    Pretend,
+    attention_backward,
+    attention_forward,
+    expanded,
+    observers,
+    rms_norm,
+    tensors_of,
+)
 
 Site = tuple[str, str]  # (operator or reason, file:line of the package)
 _PACKAGES = ("eap_circuits", "eap_kernels")
@@ -70,14 +78,14 @@ def counting() -> Iterator[Counts]:
 
 
 def _count(counts: Counts, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    attention = func in (attention_forward, attention_backward)
-    name = func.__name__ if attention else func._schema.name.split("::")[-1]
+    whole = func in (attention_forward, attention_backward, expanded, rms_norm)  # kernels that are no operator of torch's
+    name = func.__name__ if whole else func._schema.name.split("::")[-1]
     given, made = tensors_of([*args, *kwargs.values()]), tensors_of([out])
     site = _site()
     indices = [x for x in args[1] if isinstance(x, Tensor)] if name in _INDEXING else []
     for why in _waits(name, args, kwargs, made, indices):
         counts.waits[why, site] += 1
-    view = not attention and (func.is_view or name in _FREE)
+    view = not whole and (func.is_view or name in _FREE)
     if view or name in ("_local_scalar_dense", "is_nonzero") or not any(x.numel() for x in made or given):
         return
     masks = sum(isinstance(x, Pretend) and x.dtype == torch.bool for x in indices)

@@ -22,7 +22,7 @@ from unittest import mock
 
 import torch
 
-from bench.pretended.tensors import Dispatch, Functions, bases, state, tell
+from bench.pretended.tensors import Dispatch, Functions, bases, expanded, state, tell, untold
 
 NAME, MEMORY = "NVIDIA H100 80GB HBM3", 85_028_962_304
 
@@ -125,8 +125,11 @@ def _pretend_triton(stack: contextlib.ExitStack) -> None:
     def reads(*args: Any) -> torch.Tensor:
         return masked_read.masked_read(*args[:3])
 
-    def expand(*args: Any, tf32: bool) -> torch.Tensor:
-        return head_space_scores.expanded(*args)
+    def expand(groups: Any, *args: Any, tf32: bool) -> torch.Tensor:
+        with untold():
+            out = head_space_scores.expanded(groups, *args)
+        tell("op", expanded, [x for group in groups for x in group], None, out)
+        return out
 
     stand_ins = [
         ("edge_scores", "edge_scores", edge_scores.edge_scores),

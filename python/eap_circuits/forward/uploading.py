@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _ALIGNED = 16  # bytes; every dtype may begin there
+_Key = tuple[torch.device, torch.dtype, bytes]  # where a list is sent, and what it holds
 
 
 def upload(device: torch.device, *tensors: Tensor) -> list[Tensor]:
@@ -54,12 +55,24 @@ class Indices:
     """Lists of the host as tensors of a device, each sent once."""
 
     def __init__(self) -> None:
-        self._there: dict[tuple[torch.device, torch.dtype, bytes], Tensor] = {}
+        self._there: dict[_Key, Tensor] = {}
 
     def on(self, device: torch.device, values: Sequence[int] | Tensor) -> Tensor:
         """A list, or an integer or bool tensor of the CPU, on a device."""
-        host = torch.as_tensor(values)
-        key = (device, host.dtype, host.numpy().tobytes())
+        key, host = _keyed(device, values)
         if key not in self._there:
-            (self._there[key],) = upload(device, host.flatten())
+            self.send(device, [host])
         return self._there[key].view(host.shape)
+
+    def send(self, device: torch.device, lists: Sequence[Sequence[int] | Tensor], *others: Tensor) -> list[Tensor]:
+        """Send lists that are wanted later in one piece with other tensors, which are returned."""
+        new = dict(_keyed(device, values) for values in lists)
+        new = {key: host.flatten() for key, host in new.items() if key not in self._there}
+        there = upload(device, *new.values(), *others)
+        self._there |= zip(new, there, strict=False)
+        return there[len(new) :]
+
+
+def _keyed(device: torch.device, values: Sequence[int] | Tensor) -> tuple[_Key, Tensor]:
+    host = torch.as_tensor(values)
+    return (device, host.dtype, host.numpy().tobytes()), host

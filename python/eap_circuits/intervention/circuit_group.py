@@ -6,32 +6,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
+from numpy import packbits
 from torch import Tensor
+from torch.nn.functional import pad
 
 from eap_kernels import MaskedReads, masked_read
 
 from ..adapters import Architecture
-from ..forward import Runner, upload
+from ..forward import Runner
 from ..graph import Graph
 
+_ANOTHER_GROUP = 1 << 28  # bytes that a GPU moves while the host launches another group's kernels of a layer
 Places = slice | Tensor  # some of a batch's [E·T] tokens
 EVERYWHERE = slice(None)
 
 
-def circuits_in_group(device: torch.device, circuits: int) -> int:
-    """How many of the circuits that run together are stored and read together.
+def shared(device: torch.device) -> bool:
+    """Are circuits that run together also stored and read together?
 
-    On a CPU a circuit alone stores and reads only what it needs. Elsewhere a read of all is one launch: each stores
-    what any of them needs.
+    On a CPU a circuit alone stores and reads only what it needs. Elsewhere a read of several is one launch.
     """
-    return 1 if device.type == "cpu" else circuits
+    return device.type != "cpu"
 
 
 def rows_computed(graph: Graph, masks: Sequence[Tensor], device: torch.device) -> int:
     """How many rows of tokens × features a circuit holds at most: the senders that are read, and three for each
     receiver of a layer that has to be computed. Circuits of one group hold what any of them needs."""
     asked = [asked_of(graph, mask[None]) for mask in masks]
-    size = circuits_in_group(device, len(asked))
+    size, beside = (len(asked), 1) if shared(device) else (1, 0)
     groups = [asked[start : start + size] for start in range(0, len(asked), size)]
 
     def any_of(group: list[Asked], name: str) -> Tensor:
@@ -41,7 +43,7 @@ def rows_computed(graph: Graph, masks: Sequence[Tensor], device: torch.device) -
         ends = ((graph.receivers_at(i, "q").start, graph.receivers_at(i, "mlp").stop) for i in range(graph.n_layers))
         return max(1, *(int(computed[first:last].sum()) for first, last in ends))
 
-    return max(3 * at_once(any_of(group, "partial")) + int(any_of(group, "stored").sum()) for group in groups)
+    return beside + max(3 * at_once(any_of(group, "partial")) + int(any_of(group, "stored").sum()) for group in groups)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Asked:
     def __len__(self) -> int:
         return len(self.closed)
 
-    def of(self, members: slice) -> Asked:
+    def of(self, members: slice | list[int]) -> Asked:
         """What some of the masks ask for."""
         return Asked(*(getattr(self, field.name)[members] for field in fields(self)))
 
@@ -83,8 +85,49 @@ def asked_of(graph: Graph, masks: Tensor) -> Asked:
     return Asked(closed, whole, partial, kept.any(2), stored)
 
 
+def arrange(asked: Asked, together: bool, row: int, layers: int) -> tuple[list[int], list[slice]]:
+    """(An order of circuits, which of them in this order are groups); circuits of which nothing is computed are in none.
+
+    A group computes for each of its circuits what any of them needs, so that it is of circuits alike. Another one pays
+    where it saves the device more than it takes the host to launch.
+
+    Args:
+        together: make groups of several circuits; else each is one, in the order in which they are.
+        row: bytes of what one receiver of a circuit reads.
+        layers: of the model.
+    """
+    if not together:
+        return list(range(len(asked))), [slice(c, c + 1) for c in range(len(asked))]
+    # From the smallest to the largest circuit.
+    size = (asked.whole.sum(1) - asked.closed.sum(1)).tolist()
+    order = sorted(range(len(asked)), key=size.__getitem__)
+    partial, stored = (_bits(x[order]) for x in (asked.partial, asked.stored))
+    costs, cuts = [0], [0]  # of the first circuits: the least bytes, and where their last group begins
+    for stop in range(1, len(order) + 1):
+        computed = kept = 0
+        found = []
+        for start in reversed(range(stop)):
+            computed, kept = computed | partial[start], kept | stored[start]
+            # What is read is written, normalised and projected; what is stored is written and read twice.
+            moved = (stop - start) * (4 * computed.bit_count() + 3 * kept.bit_count()) * row
+            found.append((costs[start] + (layers * _ANOTHER_GROUP + moved if computed else 0), start))
+        cost, cut = min(found)
+        costs.append(cost)
+        cuts.append(cut)
+    groups, stop = [], len(order)
+    while stop:
+        groups.insert(0, slice(cuts[stop], stop))
+        stop = cuts[stop]
+    return order, [group for group in groups if any(partial[group])]
+
+
+def _bits(rows: Tensor) -> list[int]:
+    """Bool [n, X] as n numbers, whose unions and sizes take no time."""
+    return [int.from_bytes(row.tobytes(), "big") for row in packbits(rows.numpy(), 1)]
+
+
 class CircuitGroup:
-    """Circuits whose differences are stored and read together: each circuit's of what any of them needs.
+    """A circuit whose differences are stored and read, or several: each one's of what any of them needs.
 
     Args:
         members: which of the circuits that run together.
@@ -122,15 +165,18 @@ class CircuitGroup:
         """Those of some receivers that have to be computed for any of the circuits."""
         return [receivers.start + number for number in numbers(self.asked.partial[:, receivers].any(0))]
 
+    def places(self, receivers: slice) -> slice:
+        """Those of some receivers that are `wanted`, among all of the graph that are."""
+        return slice(self._computed[receivers.start], self._computed[receivers.stop])
+
     def allocate(self, device: torch.device) -> None:
         """Make room for the differences, cur − corr, [stored, C, N, D]."""
         self.differences = torch.empty(self._shape, dtype=self.dtype, device=device)
-        (self.mask,) = upload(device, self.mask)
 
     def follow(self, device: torch.device) -> None:
         """What is stored goes with the run to the next of several devices: once, whatever reads it there."""
         if self.differences.device != device:
-            self.differences, self.mask = self.differences.to(device), self.mask.to(device)
+            self.differences = self.differences.to(device)
 
     def store(self, sender: int, current: Tensor, corrupted: Tensor, scale: float) -> None:
         """Keep a sender's scale · (cur − corr), [C, N, D] or one for all, and [N, D]."""
@@ -152,20 +198,55 @@ class CircuitGroup:
         Of the receivers those that are `wanted`.
         """
         self.follow(base.device)
-        mask, differences = self._weights(receivers, start, stop), self.differences[self._rows(start, stop)][:, :, at]
-        if self.size == 1:
-            one = base if base.dim() == 2 else base[0]
-            return masked_read(one, differences[:, 0], mask[0].contiguous())[:, None]
-        if base.dim() == 3:
-            base = base[:, None].expand(-1, mask.shape[2], -1, -1)
-        return masked_read(base, differences.transpose(0, 1), mask).transpose(0, 1)
+        mask, differences = self._weights(receivers, start, stop)[0], self.differences[self._rows(start, stop), 0]
+        return masked_read(base if base.dim() == 2 else base[0], differences[:, at], mask.contiguous())[:, None]
 
     def _rows(self, start: int, stop: int) -> slice:
         return slice(self._before[start], self._before[stop])
 
     def _weights(self, receivers: slice, start: int, stop: int) -> Tensor:
-        columns = slice(self._computed[receivers.start], self._computed[receivers.stop])
-        return self.mask[:, self._rows(start, stop), columns]
+        return self.mask[:, self._rows(start, stop), self.places(receivers)]
+
+
+class SharedGroup(CircuitGroup):
+    """Circuits that one product of the library reads, for all of a layer's receivers.
+
+    What receivers read in the corrupted run is the product's last row, of weight 1. It is put where the next sender is
+    stored later.
+    """
+
+    def __init__(self, runner: Runner, members: slice, masks: Tensor, asked: Asked) -> None:
+        super().__init__(runner, members, masks, asked)
+        self._shape = (self._shape[0] + 1, *self._shape[1:])
+        self._ready: dict[tuple[int, int], Tensor] = {}  # by the first receiver and sender: weights on a device
+
+    def weights(self, receivers: slice, stop: int, start: int = 0) -> Tensor:
+        """What `read` multiplies, on the host: [C, rows, columns], or the mask [C, rows, r] if its dtype is wider."""
+        mask = self._weights(receivers, start, stop)
+        if self.mask.dtype != self.dtype:
+            return mask
+        # Columns of a whole number of 16 bytes, without which tensor cores multiply at a fraction of their rate.
+        return pad(mask, (0, -mask.shape[2] % 8, 0, 1), value=1)
+
+    def ready(self, receivers: slice, start: int, weights: Tensor) -> None:
+        """Take the weights of a read, where its layer computes."""
+        self._ready[receivers.start, start] = weights
+
+    def read(self, base: Tensor, receivers: slice, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
+        self.follow(base.device)
+        weights, rows, count = self._ready[receivers.start, start], self._rows(start, stop), len(self.wanted(receivers))
+        if weights.dtype != self.dtype:
+            delta = self.differences[rows][:, :, at].transpose(0, 1)
+            base = base[None, None] if base.dim() == 2 else base[:, None]
+            return masked_read(base.expand(self.size, count, -1, -1), delta, weights).transpose(0, 1)
+        delta = self.differences[rows.start : rows.stop + 1]
+        if at is not EVERYWHERE:  # a copy, that a row which is stored already is not lost
+            delta = delta[:, :, at].clone(memory_format=torch.contiguous_format)
+        delta[-1].copy_(base)
+        # Receivers lead in memory: what projects one of them for all circuits needs no copy.
+        y = delta.new_empty((count, *delta.shape[1:]))
+        torch.bmm(weights[..., :count].mT, delta.transpose(0, 1).flatten(2), out=y.transpose(0, 1).flatten(2))
+        return y
 
 
 class LearningGroup(CircuitGroup):

@@ -11,7 +11,8 @@ Masks are read on the host; what indexes the device is made there, too, so that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,7 +22,18 @@ from ..adapters import Norm, ReceiverSite, SenderSite, receiver_sites, sender_si
 from ..forward import Hooks, Indices, Runner
 from ..graph import Graph
 from ..recording import ReferenceRun
-from .circuit_group import EVERYWHERE, Asked, CircuitGroup, LearningGroup, Places, asked_of, circuits_in_group, numbers
+from .circuit_group import (
+    EVERYWHERE,
+    Asked,
+    CircuitGroup,
+    LearningGroup,
+    Places,
+    SharedGroup,
+    arrange,
+    asked_of,
+    numbers,
+    shared,
+)
 
 TOKENS_TOGETHER = 2048  # of circuits that run together
 
@@ -37,14 +49,19 @@ def run_circuits(
         masks: bool or floating [S, R] each; values between 0 and 1 keep an edge in part.
         tokens: the most that circuits which run together have.
     """
+    arch, at_once = runner.arch, shared(runner.arch.device)
     together = max(1, tokens // runner.batch.clean.numel())
+    row = runner.batch.clean.numel() * arch.d_model * arch.dtype.itemsize
     for start in range(0, len(masks), together):
         some = torch.stack(list(masks[start : start + together])).cpu()
-        asked, size = asked_of(graph, some), circuits_in_group(runner.arch.device, len(some))
-        groups = [CircuitGroup(runner, slice(c, c + size), some, asked) for c in range(0, len(some), size)]
+        order, groups = arrange(asked_of(graph, some), at_once, row, graph.n_layers)
+        some = some[order]
+        asked, kind = asked_of(graph, some), SharedGroup if at_once else CircuitGroup
         with torch.no_grad():
-            logits = _CircuitsRun(runner, graph, corrupted, asked, groups).logits()
-        yield from logits  # outside of no_grad, which would otherwise last until the next one is asked for
+            stored = [kind(runner, members, some, asked) for members in groups]
+            logits = _CircuitsRun(runner, graph, corrupted, asked, stored).logits()
+        # Outside of no_grad, which would otherwise last until the next one is asked for.
+        yield from (logits[order.index(circuit)] for circuit in range(len(order)))
 
 
 def learning_run(runner: Runner, graph: Graph, ablated: ReferenceRun, masks: Tensor) -> Tensor:
@@ -66,19 +83,25 @@ class _CircuitsRun:
         self, runner: Runner, graph: Graph, corrupted: ReferenceRun, asked: Asked, groups: Sequence[CircuitGroup]
     ) -> None:
         self.runner, self.graph, self.corrupted, self.groups = runner, graph, corrupted, groups
-        self.dtype = groups[0].dtype
         self.asked, self.count = asked, len(asked)
+        self.dtype = groups[0].dtype if groups else runner.arch.accumulate
         self.sites: list[Sites] = [{} for _ in range(graph.n_layers + 1)]  # the logits' last
         for site in receiver_sites(runner.arch, graph):
             self.sites[site.layer][site.name] = site
         self.ready: dict[str, Tensor] = {}  # the current layer's projections, made when the first is asked for
-        self.begun: dict[CircuitGroup, Tensor] = {}  # what the current layer's MLP reads from the layers before
+        self.begun: dict[tuple[CircuitGroup, int], Tensor] = {}  # what a layer's MLP reads from the layers before
         self.indices = Indices()
+        # What each group computes of each layer's projections, by letter.
+        self.heads = [
+            {group: {letter: _heads(group, sites, letter) for letter in sites.keys() & {"q", "k", "v"}} for group in groups}
+            for sites in self.sites
+        ]
 
     def logits(self) -> Tensor:
         """[C, E, V]"""
         embeddings = self.runner.embed(self.runner.batch.clean)
         site = sender_sites(self.runner.arch)[0]
+        self._send()
         for group in self.groups:
             group.allocate(embeddings.device)
             self._store(group, site, embeddings.flatten(0, 1))
@@ -89,7 +112,7 @@ class _CircuitsRun:
         senders, asked = sender_sites(self.runner.arch), self.asked
         for index, layer in enumerate(self.runner.arch.layers):
             sites, (heads, mlp) = self.sites[index], senders[2 * index + 1 : 2 * index + 3]
-            attention = slice(sites["q"].receivers.start, sites["v"].receivers.stop)
+            attention = _attention(sites)
             receiver = sites["mlp"].receivers.start
             whole = numbers(asked.whole[:, attention].any(1))
             # A norm, and what heads write, are for circuits that read their own residual stream from there on.
@@ -117,16 +140,16 @@ class _CircuitsRun:
         """The rows of some circuits, so that a module runs for no others."""
         if len(circuits) == self.count:
             return x
-        return self._split(x)[self.indices.on(x.device, circuits)].flatten(0, 1) if circuits else x[:0]
+        return self._some(self._split(x), circuits).flatten(0, 1) if circuits else x[:0]
 
     def _fill(self, circuits: list[int], y: Tensor) -> Tensor:
         """Put the rows of some circuits back in place; what the others hold there is read by nothing."""
         if len(circuits) == self.count:
             return y
-        full = y.new_zeros(self.count, self.runner.batch.n_examples, *y.shape[1:])
-        if circuits:
-            full[self.indices.on(y.device, circuits)] = self._split(y)
-        return full.flatten(0, 1)
+        if not circuits:
+            return y.new_zeros(self.count * self.runner.batch.n_examples, *y.shape[1:])
+        rows = self._split(y)
+        return _join((rows, circuits.index(c) if c in circuits else 0) for c in range(self.count)).flatten(0, 1)
 
     # Senders.
 
@@ -137,34 +160,41 @@ class _CircuitsRun:
             group.store(site.senders.start, current.to(self.dtype), corrupted, site.scale)
 
     def _write_heads(self, site: SenderSite, own: list[int], z: Tensor) -> Tensor:
+        stored = {group: heads for group in self.groups if (heads := self._stored(group, site))}
+        if not stored:
+            return self._keep(own, z)
         first, weight = site.senders.start, site.weight(self.dtype)
         assert weight is not None
         current, corrupted = self._split(site.written(z)), self.corrupted.written[site.index]
         # Values that carry a norm's scale are in float32 whatever the model's dtype.
         wide = torch.promote_types(current.dtype, self.dtype)
         difference = (current.to(wide) - corrupted.to(wide)).to(self.dtype)  # [C, E, T, H·K]
-        for group in self.groups:
-            heads = [head for head in range(len(weight)) if group.stored[first + head]]
-            if heads:
-                by_head = difference[group.members].flatten(0, 2).unflatten(1, weight.shape[:2]).transpose(0, 1)
-                group.store_heads(first + heads[0], self._some(by_head, heads), self._some(weight, heads))
+        for group, heads in stored.items():
+            by_head = difference[group.members].flatten(0, 2).unflatten(1, weight.shape[:2]).transpose(0, 1)
+            group.store_heads(first + heads[0], self._some(by_head, heads), self._some(weight, heads))
         return self._keep(own, z)
 
+    def _stored(self, group: CircuitGroup, site: SenderSite) -> list[int]:
+        """Which of a layer's heads a group stores."""
+        return [head for head, stored in enumerate(group.stored[site.senders]) if stored]
+
     def _write_mlp(self, site: SenderSite, run: list[int], y: Tensor) -> Tensor:
-        full = self._split(y)
+        full, corrupted = self._split(y), self.corrupted.written[site.index][None]
         if len(run) < self.count:
-            full = self.corrupted.written[site.index].repeat(self.count, 1, 1, 1)
-            if run:
-                full[self.indices.on(y.device, run)] = self._split(y)
+            full = _join((full, run.index(c)) if c in run else (corrupted, 0) for c in range(self.count))
         for group in self.groups:
             self._store(group, site, full[group.members].flatten(1, 2))
         return full.flatten(0, 1)
 
     def _some(self, x: Tensor, chosen: list[int]) -> Tensor:
         """x [n, ...] at some of its places; without a copy where these follow one another."""
-        if chosen == list(range(chosen[0], chosen[0] + len(chosen))):
-            return x[chosen[0] : chosen[0] + len(chosen)]
-        return x.index_select(0, self.indices.on(x.device, chosen))
+        places = self._places(x.device, chosen)
+        return x[places] if isinstance(places, slice) else x.index_select(0, places)
+
+    def _places(self, device: torch.device, chosen: list[int]) -> Places:
+        if _consecutive(chosen):
+            return slice(chosen[0], chosen[0] + len(chosen))
+        return self.indices.on(device, chosen)
 
     # Receivers.
 
@@ -184,10 +214,8 @@ class _CircuitsRun:
     def _read_mlp(self, sites: Sites, run: list[int], own: Tensor) -> Tensor:
         site, attention = sites["mlp"], sites["q"]
         at = self._read_at(site)
-        x = self._split(self._keep(run, own)).clone(memory_format=torch.contiguous_format)
-        base = self._tokens(site.norm, at)
-        begun, self.begun = self.begun, {}
         partial = [c for c in run if self.asked.partial[c, site.receivers.start]]
+        begun, self.begun = self.begun, {}
         reads: list[Tensor] = []
         circuits: list[int] = []
         for group in self.groups:
@@ -195,15 +223,22 @@ class _CircuitsRun:
             if not set(members) & set(partial):
                 continue
             circuits += members
-            if group in begun:
-                more = begun[group] + (base - self._tokens(attention.norm))
-                reads.append(group.read(more, site.receivers, site.reach, attention.reach)[0])
+            base = begun.get((group, site.layer))
+            if base is None:
+                reads.append(group.read(self._tokens(site.norm, at), site.receivers, site.reach, at=at)[0])
+            elif self.graph.parallel:
+                reads.append(base)
             else:
-                reads.append(group.read(base, site.receivers, site.reach, at=at)[0])
-        if partial:
-            y = self._normalised(site.norm, reads[0] if len(reads) == 1 else torch.cat(reads))  # [c, n, D]
-            y = self._some(y, [circuits.index(c) for c in partial])
-            self._put(x.flatten(1, 2), [run.index(c) for c in partial], at, y)
+                reads.append(group.read(base, site.receivers, site.reach, attention.reach)[0])
+        if not partial:
+            return self._keep(run, own)
+        y = self._normalised(site.norm, reads[0] if len(reads) == 1 else torch.cat(reads))  # [c, n, D]
+        if at is EVERYWHERE:
+            computed, rest = self._split(y.flatten(0, 1).view(-1, *own.shape[1:])), self._split(own)
+            return _join((computed, circuits.index(c)) if c in partial else (rest, c) for c in run).flatten(0, 1)
+        x = self._split(self._keep(run, own)).clone(memory_format=torch.contiguous_format)
+        y = self._some(y, [circuits.index(c) for c in partial])
+        self._put(x.flatten(1, 2), [run.index(c) for c in partial], at, y)
         return x.flatten(0, 1)
 
     def _put(self, x: Tensor, circuits: list[int], at: Places, y: Tensor) -> None:
@@ -238,56 +273,137 @@ class _CircuitsRun:
         """A projection's output with every head's own input: [C·E, T, features]."""
         if not self.ready:
             self.ready = self._projections(sites)
-        parts = []
-        for letter, features in columns.items():
-            part, site = self.ready.pop(letter), sites[letter]  # [C, E, T, heads, K]
-            if whole:
-                chosen = self.asked.whole[whole][:, site.receivers]
-                there = self.indices.on(own.device, chosen)[:, None, None, :, None]
-                current = self._split(own)[..., features].unflatten(-1, (site.count, -1))
-                if len(whole) == self.count:
-                    part = torch.where(there, current, part)
-                else:
-                    which = self.indices.on(own.device, whole)
-                    part[which] = torch.where(there, current, part[which])
-            parts.append(part.flatten(-2))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).flatten(0, 1)
+        every, self.ready = self.ready[next(iter(columns))], {k: x for k, x in self.ready.items() if k not in columns}
+        for letter, features in columns.items() if whole else ():
+            site = sites[letter]
+            there = self.indices.on(own.device, self.asked.whole[whole][:, site.receivers])[:, None, None, :, None]
+            heads = every[..., features].unflatten(-1, (site.count, -1))
+            current = self._split(own)[..., features].unflatten(-1, (site.count, -1))
+            which = self._places(own.device, whole)
+            rows = heads[which]
+            if isinstance(which, slice) and not torch.is_grad_enabled():
+                torch.where(there, current, rows, out=rows)
+            else:
+                heads[which] = torch.where(there, current, rows)
+        return every.flatten(0, 1)
 
     def _projections(self, sites: Sites) -> dict[str, Tensor]:
-        """The layer's "q", "k" and "v", [C, E, T, heads, K] each; those of whole receivers are filled in later."""
+        """What the layer's "q", "k" and "v" are features of, [C, E, T, features]; whole receivers are filled in later."""
+        made: dict[str, Tensor] = {}
         found: dict[str, Tensor] = {}
-        weights: dict[str, tuple[Tensor, Tensor | None]] = {}
-        for letter, site in sites.items():
-            if site.projection is not None:
-                corrupted = self.corrupted.projections[site.layer][letter].unflatten(-1, (site.count, -1))
-                found[letter] = corrupted.repeat(self.count, 1, 1, 1, 1)
-                dtype = self.runner.arch.dtype
-                weights[letter] = site.projection.weight(dtype), site.projection.bias(dtype)
-        norm, reach, mlp = sites["q"].norm, sites["q"].reach, sites["mlp"]
-        attention = slice(sites["q"].receivers.start, sites["v"].receivers.stop)
+        corrupted = self.corrupted.projections[sites["q"].layer]
+        for _, columns in self.runner.projection_sites(sites["q"].layer):
+            every = torch.cat([corrupted[letter].expand(self.count, -1, -1, -1) for letter in columns], -1)
+            for letter, features in columns.items():
+                made[letter], found[letter] = every, every[..., features].unflatten(-1, (sites[letter].count, -1))
+        dtype = self.runner.arch.dtype
+        projections = {letter: site.projection for letter, site in sites.items() if site.projection is not None}
+        weights = {letter: (each.weight(dtype), each.bias(dtype)) for letter, each in projections.items()}
+        norm, mlp = sites["q"].norm, sites["mlp"]
         for group in self.groups:
-            wanted = group.wanted(attention)
+            wanted = group.wanted(_attention(sites))
             if not wanted:
                 continue
-            # What the MLP reads of the same senders comes along: they are read from memory once.
-            begins = not self.graph.parallel and self._read_at(mlp) is EVERYWHERE and bool(group.wanted(mlp.receivers))
-            readers = slice(attention.start, mlp.receivers.stop) if begins else attention
+            begins, (readers, reach, _) = self._begins(group, sites), self._reads(group, sites)[0]
             y = group.read(self._tokens(norm), readers, reach)
             if begins:
-                self.begun[group] = y[-1].clone()
+                self.begun[group, mlp.layer] = y[-1] + (self._tokens(mlp.norm) - self._tokens(norm))
             x = self._normalised(norm, y[: len(wanted)])  # [r, C, N, D]
             for letter, (weight, bias) in weights.items():
-                start, stop = sites[letter].receivers.start, sites[letter].receivers.stop
-                here = [place for place, r in enumerate(wanted) if start <= r < stop]
-                if not here:
+                heads = self.heads[sites[letter].layer][group][letter]
+                if not heads.slots:
                     continue
-                heads = torch.tensor(wanted[here[0] : here[-1] + 1]) - start
-                slots = (heads // sites[letter].repeat_kv).tolist()
                 # A site's receivers follow one another. To pick the circuits that need it would take longer.
-                y = torch.bmm(x[here[0] : here[-1] + 1].flatten(1, 2), self._some(weight, slots).mT)  # [h, C·N, K]
-                y = y if bias is None else y + self._some(bias, slots)[:, None]
+                y = torch.bmm(x[heads.places].flatten(1, 2), self._some(weight, heads.slots).mT)  # [h, C·N, K]
+                y = y if bias is None else y + self._some(bias, heads.slots)[:, None]
+                y = y.unflatten(1, (group.size, -1))
                 by_head = found[letter][group.members].flatten(1, 2).transpose(1, 2)  # [C, heads, N, K]
-                place, circuit = group.asked.partial[:, heads + start].T.nonzero().unbind(1)
-                given = self.indices.on(y.device, place), self.indices.on(y.device, circuit)
-                by_head[given[1], self.indices.on(y.device, heads[place])] = y.unflatten(1, (group.size, -1))[given]
-        return found
+                place, circuit, head = (self.indices.on(y.device, each) for each in heads.partial)
+                every = len(place) == len(heads.slots) * group.size
+                by_head[circuit, head] = y.flatten(0, 1) if every else y[place, circuit]
+        return made
+
+    # What is known before the run.
+
+    def _begins(self, group: CircuitGroup, sites: Sites) -> bool:
+        """What the MLP reads of the senders before attention comes along: they are read from memory once."""
+        attention, mlp = _attention(sites), sites["mlp"]
+        apart = self.graph.parallel and not isinstance(group, SharedGroup)
+        apart = apart or self._read_at(mlp) is not EVERYWHERE
+        return not apart and bool(group.wanted(attention)) and bool(group.wanted(mlp.receivers))
+
+    def _reads(self, group: CircuitGroup, sites: Sites) -> list[tuple[slice, int, int]]:
+        """(receivers, one past the last sender, the first) of each read of a layer."""
+        if "logits" in sites:
+            return [(sites["logits"].receivers, sites["logits"].reach, 0)]
+        attention, mlp = _attention(sites), sites["mlp"]
+        if self._begins(group, sites):
+            both = slice(attention.start, mlp.receivers.stop)
+            rest = 0 if self.graph.parallel else sites["q"].reach  # where the MLP may run first
+            return [(both, sites["q"].reach, 0), (mlp.receivers, mlp.reach, rest)]
+        return [(attention, sites["q"].reach, 0), (mlp.receivers, mlp.reach, 0)]
+
+    def _send(self) -> None:
+        """Send what indexes and weights anything to each device in one piece: one launch, not one for each."""
+        senders = sender_sites(self.runner.arch)
+        wanted: dict[torch.device, tuple[list[Sequence[int] | Tensor], list[tuple[SharedGroup, slice, int, Tensor]]]]
+        wanted = {}
+        for index, sites in enumerate(self.sites):
+            lists, weights = wanted.setdefault(next(iter(sites.values())).norm.device, ([], []))
+            for group in self.groups:
+                if isinstance(group, SharedGroup):
+                    reads = [read for read in self._reads(group, sites) if group.wanted(read[0])]
+                    weights += [(group, to, start, group.weights(to, stop, start)) for to, stop, start in reads]
+                for heads in self.heads[index][group].values():
+                    lists += [*heads.partial, *([] if _consecutive(heads.slots) else [heads.slots])]
+                if "q" in sites and not _consecutive(stored := self._stored(group, senders[2 * index + 1])):
+                    lists.append(stored)
+            if "q" in sites and (whole := numbers(self.asked.whole[:, _attention(sites)].any(1))):
+                lists += [self.asked.whole[whole][:, sites[letter].receivers] for letter in ("q", "k", "v")]
+        for device, (lists, weights) in wanted.items():
+            there = self.indices.send(device, lists, *(each for *_, each in weights))
+            for (group, to, start, _), each in zip(weights, there, strict=True):
+                group.ready(to, start, each)
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """What a group computes of a projection.
+
+    `places` of what it reads of the layer, with the `slots` of the projection's weight that they take; `partial`: (place
+    among these, circuit of the group, head of the site) of each that is read by a circuit.
+    """
+
+    places: slice
+    slots: list[int]
+    partial: tuple[Tensor, Tensor, Tensor]
+
+
+def _heads(group: CircuitGroup, sites: Sites, letter: str) -> _Heads:
+    site = sites[letter]
+    start, places = site.receivers.start, group.places(site.receivers)
+    first = group.places(_attention(sites)).start
+    heads = torch.tensor(group.wanted(site.receivers), dtype=torch.int64) - start
+    place, circuit = group.asked.partial[:, heads + start].T.nonzero().unbind(1)
+    slots = (heads // site.repeat_kv).tolist()
+    return _Heads(slice(places.start - first, places.stop - first), slots, (place, circuit, heads[place]))
+
+
+def _attention(sites: Sites) -> slice:
+    """A layer's receivers of attention."""
+    return slice(sites["q"].receivers.start, sites["v"].receivers.stop)
+
+
+def _join(rows: Iterable[tuple[Tensor, int]]) -> Tensor:
+    """Some rows of several tensors, one after another, in one copy."""
+    parts: list[tuple[Tensor, int, int]] = []
+    for x, row in rows:
+        if parts and parts[-1][0] is x and parts[-1][2] == row:
+            parts[-1] = x, parts[-1][1], row + 1
+        else:
+            parts.append((x, row, row + 1))
+    return torch.cat([x[start:stop] for x, start, stop in parts])
+
+
+def _consecutive(chosen: list[int]) -> bool:
+    return not chosen or chosen == list(range(chosen[0], chosen[0] + len(chosen)))

@@ -33,7 +33,7 @@ def mixed_mask(graph, generator):
 @pytest.mark.parametrize("grouped", [False, True], ids=["apart", "grouped"])
 def test_any_masks_give_their_definition(grouped, kind, make_model, make_pairs, monkeypatch):
     if grouped:  # as on a GPU
-        monkeypatch.setattr(circuit_run, "circuits_in_group", lambda device, circuits: circuits)
+        monkeypatch.setattr(circuit_run, "shared", lambda device: True)
     model, data = make_model(kind), make_pairs(seed=4, n=1)
     generator = torch.Generator().manual_seed(0)
     with StayDouble(), torch.no_grad():

@@ -40,6 +40,7 @@ _MORE = {"nonzero": 3, "_unique2": 8, "unique_dim": 10, "unique_consecutive": 6,
          "attention_backward": 3, "masked_select": 4}  # fmt: skip
 _WAITING = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "_unique2", "unique_dim", "unique_consecutive",
             "masked_select")  # fmt: skip
+_WHOLE = (attention_forward, attention_backward, expanded, rms_norm)  # kernels that are no operators of torch's
 _INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
 
 
@@ -78,7 +79,7 @@ def counting() -> Iterator[Counts]:
 
 
 def _count(counts: Counts, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    whole = func in (attention_forward, attention_backward, expanded, rms_norm)  # kernels that are no operator of torch's
+    whole = func in _WHOLE
     name = func.__name__ if whole else func._schema.name.split("::")[-1]
     given, made = tensors_of([*args, *kwargs.values()]), tensors_of([out])
     site = _site()

@@ -77,7 +77,7 @@ def _add(delta: Tensor, grad: Tensor, reach: list[int], out: Tensor) -> None:
             column += len(receivers)
             to = _index(receivers)
             if isinstance(to, slice):
-                out[:depth, to] += part
+                out[:depth, to].add_(part)
             else:
                 out[:depth].index_add_(1, torch.tensor(to, device=out.device), part)
 

@@ -23,12 +23,14 @@ def expanded(
         to = out[start : start + len(x)]
         start += len(x)
         if weight.dim() == 3:
-            torch.bmm(x, weight.to(dtype).repeat_interleave(len(x) // max(len(weight), 1), 0), out=to)
+            # Nodes that share a weight are one product with it.
+            alike = len(weight), len(x) // max(len(weight), 1) * tokens
+            torch.bmm(x.reshape(*alike, x.shape[2]), weight.to(dtype), out=to.view(*alike, features))
         else:
             to.copy_(x)
         if normalised.dim() == 3:
             along = coefficients[:, :, rows].to(dtype).permute(2, 0, 1)  # [n, h, M]
-            to.transpose(0, 1).sub_(along @ normalised[:, rows].to(dtype).transpose(0, 1))
+            to.transpose(0, 1).baddbmm_(along, normalised[:, rows].to(dtype).transpose(0, 1), alpha=-1)
     return out
 
 

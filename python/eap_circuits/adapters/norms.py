@@ -88,6 +88,18 @@ class Norm:
         """P(γ ⊙ y) of rows y [..., D]: the transpose of `forwards`."""
         return self._centre(rows * self.gain(rows))
 
+    def lowered_backwards(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same of rows in any dtype, in a low `dtype`: rounded once, and nothing is widened before."""
+        centred, offset = (self.kind.centred, self.kind.offset) if self.kind else (False, 0)
+        # Of two numbers in low precision the product is exact before it is rounded.
+        exact = rows.dtype == dtype and not offset and not centred
+        gain = self.gain(rows if exact else rows.new_empty(0, dtype=torch.float32))
+        out = torch.empty_like(rows, dtype=dtype)
+        if not centred:
+            return torch.mul(rows, gain, out=out)
+        y = rows * gain
+        return torch.sub(y, y.mean(-1, keepdim=True, dtype=torch.float32), out=out)
+
     def _centre(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.kind and self.kind.centred else x
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from numpy import packbits
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -16,34 +14,8 @@ from ..adapters import Architecture
 from ..forward import Runner
 from ..graph import Graph
 
-_ANOTHER_GROUP = 1 << 28  # bytes that a GPU moves while the host launches another group's kernels of a layer
 Places = slice | Tensor  # some of a batch's [E·T] tokens
 EVERYWHERE = slice(None)
-
-
-def shared(device: torch.device) -> bool:
-    """Are circuits that run together also stored and read together?
-
-    On a CPU a circuit alone stores and reads only what it needs. Elsewhere a read of several is one launch.
-    """
-    return device.type != "cpu"
-
-
-def rows_computed(graph: Graph, masks: Sequence[Tensor], device: torch.device) -> int:
-    """How many rows of tokens × features a circuit holds at most: the senders that are read, and three for each
-    receiver of a layer that has to be computed. Circuits of one group hold what any of them needs."""
-    asked = [asked_of(graph, mask[None]) for mask in masks]
-    size, beside = (len(asked), 1) if shared(device) else (1, 0)
-    groups = [asked[start : start + size] for start in range(0, len(asked), size)]
-
-    def any_of(group: list[Asked], name: str) -> Tensor:
-        return torch.cat([getattr(one, name) for one in group]).any(0)
-
-    def at_once(computed: Tensor) -> int:
-        ends = ((graph.receivers_at(i, "q").start, graph.receivers_at(i, "mlp").stop) for i in range(graph.n_layers))
-        return max(1, *(int(computed[first:last].sum()) for first, last in ends))
-
-    return beside + max(3 * at_once(any_of(group, "partial")) + int(any_of(group, "stored").sum()) for group in groups)
 
 
 @dataclass(frozen=True)
@@ -83,47 +55,6 @@ def asked_of(graph: Graph, masks: Tensor) -> Asked:
         # An MLP that reads the corrupted run alone gives what it gave there.
         stored[:, graph.mlp_sender(index)] &= ~closed[:, graph.receivers_at(index, "mlp")][:, 0]
     return Asked(closed, whole, partial, kept.any(2), stored)
-
-
-def arrange(asked: Asked, together: bool, row: int, layers: int) -> tuple[list[int], list[slice]]:
-    """(An order of circuits, which of them in this order are groups); circuits of which nothing is computed are in none.
-
-    A group computes for each of its circuits what any of them needs, so that it is of circuits alike. Another one pays
-    where it saves the device more than it takes the host to launch.
-
-    Args:
-        together: make groups of several circuits; else each is one, in the order in which they are.
-        row: bytes of what one receiver of a circuit reads.
-        layers: of the model.
-    """
-    if not together:
-        return list(range(len(asked))), [slice(c, c + 1) for c in range(len(asked))]
-    # From the smallest to the largest circuit.
-    size = (asked.whole.sum(1) - asked.closed.sum(1)).tolist()
-    order = sorted(range(len(asked)), key=size.__getitem__)
-    partial, stored = (_bits(x[order]) for x in (asked.partial, asked.stored))
-    costs, cuts = [0], [0]  # of the first circuits: the least bytes, and where their last group begins
-    for stop in range(1, len(order) + 1):
-        computed = kept = 0
-        found = []
-        for start in reversed(range(stop)):
-            computed, kept = computed | partial[start], kept | stored[start]
-            # What is read is written, normalised and projected; what is stored is written and read twice.
-            moved = (stop - start) * (4 * computed.bit_count() + 3 * kept.bit_count()) * row
-            found.append((costs[start] + (layers * _ANOTHER_GROUP + moved if computed else 0), start))
-        cost, cut = min(found)
-        costs.append(cost)
-        cuts.append(cut)
-    groups, stop = [], len(order)
-    while stop:
-        groups.insert(0, slice(cuts[stop], stop))
-        stop = cuts[stop]
-    return order, [group for group in groups if any(partial[group])]
-
-
-def _bits(rows: Tensor) -> list[int]:
-    """Bool [n, X] as n numbers, whose unions and sizes take no time."""
-    return [int.from_bytes(row.tobytes(), "big") for row in packbits(rows.numpy(), 1)]
 
 
 class CircuitGroup:

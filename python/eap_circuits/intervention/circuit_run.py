@@ -11,8 +11,7 @@ Masks are read on the host; what indexes the device is made there, too, so that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -22,22 +21,10 @@ from ..adapters import Norm, ReceiverSite, SenderSite, receiver_sites, sender_si
 from ..forward import Hooks, Indices, Runner
 from ..graph import Graph
 from ..recording import ReferenceRun
-from .circuit_group import (
-    EVERYWHERE,
-    Asked,
-    CircuitGroup,
-    LearningGroup,
-    Places,
-    SharedGroup,
-    arrange,
-    asked_of,
-    numbers,
-    shared,
-)
+from .circuit_group import EVERYWHERE, Asked, CircuitGroup, LearningGroup, Places, SharedGroup, asked_of, numbers
+from .grouping import Sites, arrange, attention_of, consecutive, heads_of, join, shared
 
 TOKENS_TOGETHER = 2048  # of circuits that run together
-
-Sites = dict[str, ReceiverSite]  # a layer's, by name
 
 
 def run_circuits(
@@ -92,10 +79,7 @@ class _CircuitsRun:
         self.begun: dict[tuple[CircuitGroup, int], Tensor] = {}  # what a layer's MLP reads from the layers before
         self.indices = Indices()
         # What each group computes of each layer's projections, by letter.
-        self.heads = [
-            {group: {letter: _heads(group, sites, letter) for letter in sites.keys() & {"q", "k", "v"}} for group in groups}
-            for sites in self.sites
-        ]
+        self.heads = [{group: heads_of(group, sites) for group in groups} for sites in self.sites]
 
     def logits(self) -> Tensor:
         """[C, E, V]"""
@@ -112,7 +96,7 @@ class _CircuitsRun:
         senders, asked = sender_sites(self.runner.arch), self.asked
         for index, layer in enumerate(self.runner.arch.layers):
             sites, (heads, mlp) = self.sites[index], senders[2 * index + 1 : 2 * index + 3]
-            attention = _attention(sites)
+            attention = attention_of(sites)
             receiver = sites["mlp"].receivers.start
             whole = numbers(asked.whole[:, attention].any(1))
             # A norm, and what heads write, are for circuits that read their own residual stream from there on.
@@ -149,7 +133,7 @@ class _CircuitsRun:
         if not circuits:
             return y.new_zeros(self.count * self.runner.batch.n_examples, *y.shape[1:])
         rows = self._split(y)
-        return _join((rows, circuits.index(c) if c in circuits else 0) for c in range(self.count)).flatten(0, 1)
+        return join((rows, circuits.index(c) if c in circuits else 0) for c in range(self.count)).flatten(0, 1)
 
     # Senders.
 
@@ -181,7 +165,7 @@ class _CircuitsRun:
     def _write_mlp(self, site: SenderSite, run: list[int], y: Tensor) -> Tensor:
         full, corrupted = self._split(y), self.corrupted.written[site.index][None]
         if len(run) < self.count:
-            full = _join((full, run.index(c)) if c in run else (corrupted, 0) for c in range(self.count))
+            full = join((full, run.index(c)) if c in run else (corrupted, 0) for c in range(self.count))
         for group in self.groups:
             self._store(group, site, full[group.members].flatten(1, 2))
         return full.flatten(0, 1)
@@ -192,7 +176,7 @@ class _CircuitsRun:
         return x[places] if isinstance(places, slice) else x.index_select(0, places)
 
     def _places(self, device: torch.device, chosen: list[int]) -> Places:
-        if _consecutive(chosen):
+        if consecutive(chosen):
             return slice(chosen[0], chosen[0] + len(chosen))
         return self.indices.on(device, chosen)
 
@@ -235,7 +219,7 @@ class _CircuitsRun:
         y = self._normalised(site.norm, reads[0] if len(reads) == 1 else torch.cat(reads))  # [c, n, D]
         if at is EVERYWHERE:
             computed, rest = self._split(y.flatten(0, 1).view(-1, *own.shape[1:])), self._split(own)
-            return _join((computed, circuits.index(c)) if c in partial else (rest, c) for c in run).flatten(0, 1)
+            return join((computed, circuits.index(c)) if c in partial else (rest, c) for c in run).flatten(0, 1)
         x = self._split(self._keep(run, own)).clone(memory_format=torch.contiguous_format)
         y = self._some(y, [circuits.index(c) for c in partial])
         self._put(x.flatten(1, 2), [run.index(c) for c in partial], at, y)
@@ -288,7 +272,7 @@ class _CircuitsRun:
         return every.flatten(0, 1)
 
     def _projections(self, sites: Sites) -> dict[str, Tensor]:
-        """What the layer's "q", "k" and "v" are features of, [C, E, T, features]; whole receivers are filled in later."""
+        """Of what each of "q", "k" and "v" is features, [C, E, T, features]; whole receivers are filled in later."""
         made: dict[str, Tensor] = {}
         found: dict[str, Tensor] = {}
         corrupted = self.corrupted.projections[sites["q"].layer]
@@ -301,7 +285,7 @@ class _CircuitsRun:
         weights = {letter: (each.weight(dtype), each.bias(dtype)) for letter, each in projections.items()}
         norm, mlp = sites["q"].norm, sites["mlp"]
         for group in self.groups:
-            wanted = group.wanted(_attention(sites))
+            wanted = group.wanted(attention_of(sites))
             if not wanted:
                 continue
             begins, (readers, reach, _) = self._begins(group, sites), self._reads(group, sites)[0]
@@ -319,15 +303,15 @@ class _CircuitsRun:
                 y = y.unflatten(1, (group.size, -1))
                 by_head = found[letter][group.members].flatten(1, 2).transpose(1, 2)  # [C, heads, N, K]
                 place, circuit, head = (self.indices.on(y.device, each) for each in heads.partial)
-                every = len(place) == len(heads.slots) * group.size
-                by_head[circuit, head] = y.flatten(0, 1) if every else y[place, circuit]
+                all_needed = len(place) == len(heads.slots) * group.size
+                by_head[circuit, head] = y.flatten(0, 1) if all_needed else y[place, circuit]
         return made
 
     # What is known before the run.
 
     def _begins(self, group: CircuitGroup, sites: Sites) -> bool:
         """What the MLP reads of the senders before attention comes along: they are read from memory once."""
-        attention, mlp = _attention(sites), sites["mlp"]
+        attention, mlp = attention_of(sites), sites["mlp"]
         apart = self.graph.parallel and not isinstance(group, SharedGroup)
         apart = apart or self._read_at(mlp) is not EVERYWHERE
         return not apart and bool(group.wanted(attention)) and bool(group.wanted(mlp.receivers))
@@ -336,7 +320,7 @@ class _CircuitsRun:
         """(receivers, one past the last sender, the first) of each read of a layer."""
         if "logits" in sites:
             return [(sites["logits"].receivers, sites["logits"].reach, 0)]
-        attention, mlp = _attention(sites), sites["mlp"]
+        attention, mlp = attention_of(sites), sites["mlp"]
         if self._begins(group, sites):
             both = slice(attention.start, mlp.receivers.stop)
             rest = 0 if self.graph.parallel else sites["q"].reach  # where the MLP may run first
@@ -355,55 +339,12 @@ class _CircuitsRun:
                     reads = [read for read in self._reads(group, sites) if group.wanted(read[0])]
                     weights += [(group, to, start, group.weights(to, stop, start)) for to, stop, start in reads]
                 for heads in self.heads[index][group].values():
-                    lists += [*heads.partial, *([] if _consecutive(heads.slots) else [heads.slots])]
-                if "q" in sites and not _consecutive(stored := self._stored(group, senders[2 * index + 1])):
+                    lists += [*heads.partial, *([] if consecutive(heads.slots) else [heads.slots])]
+                if "q" in sites and not consecutive(stored := self._stored(group, senders[2 * index + 1])):
                     lists.append(stored)
-            if "q" in sites and (whole := numbers(self.asked.whole[:, _attention(sites)].any(1))):
+            if "q" in sites and (whole := numbers(self.asked.whole[:, attention_of(sites)].any(1))):
                 lists += [self.asked.whole[whole][:, sites[letter].receivers] for letter in ("q", "k", "v")]
         for device, (lists, weights) in wanted.items():
             there = self.indices.send(device, lists, *(each for *_, each in weights))
             for (group, to, start, _), each in zip(weights, there, strict=True):
                 group.ready(to, start, each)
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """What a group computes of a projection.
-
-    `places` of what it reads of the layer, with the `slots` of the projection's weight that they take; `partial`: (place
-    among these, circuit of the group, head of the site) of each that is read by a circuit.
-    """
-
-    places: slice
-    slots: list[int]
-    partial: tuple[Tensor, Tensor, Tensor]
-
-
-def _heads(group: CircuitGroup, sites: Sites, letter: str) -> _Heads:
-    site = sites[letter]
-    start, places = site.receivers.start, group.places(site.receivers)
-    first = group.places(_attention(sites)).start
-    heads = torch.tensor(group.wanted(site.receivers), dtype=torch.int64) - start
-    place, circuit = group.asked.partial[:, heads + start].T.nonzero().unbind(1)
-    slots = (heads // site.repeat_kv).tolist()
-    return _Heads(slice(places.start - first, places.stop - first), slots, (place, circuit, heads[place]))
-
-
-def _attention(sites: Sites) -> slice:
-    """A layer's receivers of attention."""
-    return slice(sites["q"].receivers.start, sites["v"].receivers.stop)
-
-
-def _join(rows: Iterable[tuple[Tensor, int]]) -> Tensor:
-    """Some rows of several tensors, one after another, in one copy."""
-    parts: list[tuple[Tensor, int, int]] = []
-    for x, row in rows:
-        if parts and parts[-1][0] is x and parts[-1][2] == row:
-            parts[-1] = x, parts[-1][1], row + 1
-        else:
-            parts.append((x, row, row + 1))
-    return torch.cat([x[start:stop] for x, start, stop in parts])
-
-
-def _consecutive(chosen: list[int]) -> bool:
-    return not chosen or chosen == list(range(chosen[0], chosen[0] + len(chosen)))

@@ -88,6 +88,11 @@ class BatchScores:
             shape = graph.n_senders, graph.d_model
             self.sums["neurons"] = torch.zeros(shape, dtype=torch.float64, device=device)
 
+    @property
+    def receivers_dtype(self) -> torch.dtype:
+        """Of what `add` takes of receivers, without converting it."""
+        return self._arch.accumulate if self._neurons else self._arch.contraction_dtype
+
     def measurement(self, clean: Tensor, corrupted: Tensor) -> Measurement:
         """What measures the metric of the batch's passes, given logits [E, V] of both prompts."""
         self._measured.append(Measurement(self._request, self.batch, clean, corrupted))

@@ -72,7 +72,7 @@ class ReceiverGradients:
         self._arch = arch = runner.arch
         self._rules = None if rules is None else BackwardRules(rules, arch)
         n = len(runner.batch.rows)
-        self._filled = slice(0, 0)
+        self._filled, self._cleared = slice(0, 0), False
         self._weights: dict[torch.device, Tensor] = {}  # of the latest pass, [m]
         sites = [site for site in receiver_sites(arch, graph) if site.reach > since]
         norms = list(dict.fromkeys(site.norm for site in sites))
@@ -82,7 +82,8 @@ class ReceiverGradients:
         widths = [site.projection.head_dim if site.projection else arch.d_model for site in sites]
         shapes = [(site.norm, (n, site.count, width)) for site, width in zip(sites, widths, strict=True)]
         gradients, self._sums = _zeros(shapes, arch.accumulate)
-        coefficients, _ = _zeros([(site.norm, (site.count, points, n)) for site in sites], arch.accumulate)
+        shapes = [(site.norm, (site.count, points, n)) for site in sites]
+        coefficients, self._coefficients = _zeros(shapes, arch.accumulate)
 
         def hold(site: ReceiverSite, gradient: Tensor, coefficients: Tensor) -> _Held:
             projection, norm = site.projection, site.norm
@@ -113,6 +114,10 @@ class ReceiverGradients:
             loss: logits [m·E, V] -> scalar, summed over examples and path points.
             watch: adds hooks of others to this pass.
         """
+        if self._cleared:
+            for piece in self._sums.values():
+                piece.zero_()
+        self._cleared = False
         self._filled = slice(self._filled.stop, self._filled.stop + len(weights))
         self._weights = {device: weights.to(device, self._arch.accumulate) for device in self._arch.devices}
 
@@ -129,24 +134,37 @@ class ReceiverGradients:
 
     def clear(self) -> None:
         """Forget what has been accumulated."""
-        self._filled = slice(0, 0)
-        for piece in self._sums:
-            piece.zero_()
+        self._filled, self._cleared = slice(0, 0), True
 
-    def nodes(self) -> Iterator[Nodes]:
-        """Σ_k w_k ∂loss/∂x_v of what has been accumulated, in the graph's order, each made when it is asked for."""
-        return map(self._node, self._held.values())
+    def nodes(self, dtype: torch.dtype | None = None) -> Iterator[Nodes]:
+        """Σ_k w_k ∂loss/∂x_v of what has been accumulated, in the graph's order, each made when it is asked for.
 
-    def _node(self, held: _Held) -> Nodes:
-        norm, projection, values, weight = held.site.norm, held.site.projection, held.gradient, None
+        In the accumulation dtype, or in a low one: all sums are then rounded at once, and no weight is widened.
+        """
+        low = dtype is not None and dtype != self._arch.accumulate
+        sums, coefficients = (
+            {device: piece.to(dtype) if low else piece for device, piece in pieces.items()}
+            for pieces in (self._sums, self._coefficients)
+        )
+        for held in self._held.values():
+            device = held.site.norm.device
+            gradient, along = _like(held.gradient, sums[device]), _like(held.coefficients, coefficients[device])
+            yield self._node(held, gradient, along)
+
+    def _node(self, held: _Held, gradient: Tensor, coefficients: Tensor) -> Nodes:
+        """The receivers of a site, given ĝ and c in the dtype that is wanted."""
+        norm, projection, values, weight, dtype = held.site.norm, held.site.projection, gradient, None, gradient.dtype
+        low = dtype != held.gradient.dtype
         if projection is None:
-            values = norm.backwards(values)
+            values = norm.lowered_backwards(held.gradient, dtype) if low else norm.backwards(values)
+        elif low:
+            weight = norm.lowered_backwards(projection.weight(self._arch.dtype), dtype)  # [heads, K, D]
         else:
-            weight = norm.backwards(projection.weight(values.dtype))  # [heads, K, D]
+            weight = norm.backwards(projection.weight(dtype))
         if norm.kind is None or self._rules is not None:
             return Nodes(values, weight)
         filled = self._filled.stop
-        return Nodes(values, weight, held.coefficients[:, :filled], held.reads.normalised[:filled])
+        return Nodes(values, weight, coefficients[:, :filled], held.reads.normalised[:filled])
 
     def _register(self, hooks: Hooks) -> None:
         for reads in self._reads.values():
@@ -202,9 +220,11 @@ class ReceiverGradients:
         )
 
 
-def _zeros(shapes: Sequence[tuple[Norm, tuple[int, ...]]], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def _zeros(
+    shapes: Sequence[tuple[Norm, tuple[int, ...]]], dtype: torch.dtype
+) -> tuple[list[Tensor], dict[torch.device, Tensor]]:
     """Tensors of these shapes where their norms compute, and the memory that they lie in, one piece for each device:
-    what is allocated and zeroed at once is one launch."""
+    what is zeroed or converted at once is one launch."""
     sizes: dict[torch.device, int] = {}
     starts = []
     for norm, shape in shapes:
@@ -216,7 +236,12 @@ def _zeros(shapes: Sequence[tuple[Norm, tuple[int, ...]]], dtype: torch.dtype) -
         pieces[norm.device][start : start + math.prod(shape)].view(shape)
         for (norm, shape), start in zip(shapes, starts, strict=True)
     ]
-    return parts, list(pieces.values())
+    return parts, pieces
+
+
+def _like(part: Tensor, piece: Tensor) -> Tensor:
+    """What a copy of the piece that a part lies in has in its place."""
+    return piece.as_strided(part.shape, part.stride(), part.storage_offset())
 
 
 def _constant(norm: Norm, projection: Projection, repeat_kv: int, dtype: torch.dtype) -> Tensor | None:
@@ -225,7 +250,7 @@ def _constant(norm: Norm, projection: Projection, repeat_kv: int, dtype: torch.d
     if beta is not None:
         seen = projection.weight(dtype) @ beta.detach().to(dtype)
         constant = seen if constant is None else constant + seen
-    return constant if constant is None else constant.repeat_interleave(repeat_kv, 0)
+    return constant if constant is None or repeat_kv == 1 else constant.repeat_interleave(repeat_kv, 0)
 
 
 def _given(gradient: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from bench.pretended import pretending
 from eap_circuits.adapters import bind
 from eap_circuits.forward import Runner, make_batches
-from eap_circuits.intervention import circuit_run, run_circuits
+from eap_circuits.intervention import circuit_run, grouping, run_circuits
 from eap_circuits.recording import record_run
 from eap_circuits.selfcheck import StayDouble
 from tests.circuits.conftest import prompts
@@ -30,10 +31,12 @@ def mixed_mask(graph, generator):
     return mask & ~unread[:, None]
 
 
-@pytest.mark.parametrize("grouped", [False, True], ids=["apart", "grouped"])
-def test_any_masks_give_their_definition(grouped, kind, make_model, make_pairs, monkeypatch):
-    if grouped:  # as on a GPU
+@pytest.mark.parametrize("together", ["apart", "in one group", "in groups"])
+def test_any_masks_give_their_definition(together, kind, make_model, make_pairs, monkeypatch):
+    if together != "apart":  # as on a GPU
         monkeypatch.setattr(circuit_run, "shared", lambda device: True)
+    if together == "in groups":
+        monkeypatch.setattr(grouping, "_ANOTHER_GROUP", 0)
     model, data = make_model(kind), make_pairs(seed=4, n=1)
     generator = torch.Generator().manual_seed(0)
     with StayDouble(), torch.no_grad():
@@ -48,6 +51,29 @@ def test_any_masks_give_their_definition(grouped, kind, make_model, make_pairs, 
             for logits, mask in zip(found, masks):
                 right = plain_run(decoder, clean, of_circuit(mask, ablated)).logits
                 torch.testing.assert_close(logits[0], right, rtol=0, atol=1e-9)
+
+
+def test_groups_are_of_circuits_alike_and_the_cheapest(make_model, monkeypatch):
+    graph, generator = bind(make_model("gpt2")).graph("kv"), torch.Generator().manual_seed(0)
+    order = torch.rand(graph.edge_mask.shape, generator=generator)
+    masks = [graph.edge_mask & (order < share) for share in (0.9, 0, 0.03, 1, 0.5, 0.05, 0.2)]
+    asked = grouping.asked_of(graph, torch.stack(masks))
+
+    def cost(groups, another):
+        computed = [asked.of([order[c] for c in range(*group.indices(len(masks)))]) for group in groups]
+        moved = [4 * group.partial.any(0).sum() + 3 * group.stored.any(0).sum() for group in computed]
+        return sum(int(m) * len(group) + another for m, group in zip(moved, computed))
+
+    for another in (0, 40, 10**6):
+        monkeypatch.setattr(grouping, "_ANOTHER_GROUP", another)
+        order, groups = grouping.arrange(asked, True, 1, 1)
+        assert sorted(order) == list(range(len(masks)))
+        assert [int(masks[c].sum()) for c in order] == sorted(int(mask.sum()) for mask in masks)
+        # Nothing is computed of the circuit without edges and of the one with all.
+        cuts = [list(cut) for n in range(5) for cut in itertools.combinations(range(2, 6), n)]
+        every = [[slice(*ends) for ends in itertools.pairwise([1, *cut, 6])] for cut in cuts]
+        assert cost(groups, another) == min(cost(some, another) for some in every)
+    assert len(groups) == 1
 
 
 @pytest.mark.parametrize(("family", "soft"), [("gpt2", False), ("gemma2", True)])

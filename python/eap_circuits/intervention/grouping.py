@@ -1,0 +1,138 @@
+"""Which circuits are stored and read together, and which heads of a layer they compute: known before they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from numpy import packbits
+from torch import Tensor
+
+from ..adapters import ReceiverSite
+from ..graph import Graph
+from .circuit_group import Asked, CircuitGroup, asked_of
+
+_ANOTHER_GROUP = 1 << 28  # bytes that a GPU moves while the host launches another group's kernels of a layer
+Sites = dict[str, ReceiverSite]  # a layer's, by name
+
+
+def shared(device: torch.device) -> bool:
+    """Are circuits that run together also stored and read together?
+
+    On a CPU a circuit alone stores and reads only what it needs. Elsewhere a read of several is one launch.
+    """
+    return device.type != "cpu"
+
+
+def rows_computed(graph: Graph, masks: Sequence[Tensor], device: torch.device) -> int:
+    """How many rows of tokens × features a circuit holds at most: the senders that are read, and three for each
+    receiver of a layer that has to be computed. Circuits of one group hold what any of them needs."""
+    asked = [asked_of(graph, mask[None]) for mask in masks]
+    size, beside = (len(asked), 1) if shared(device) else (1, 0)
+    groups = [asked[start : start + size] for start in range(0, len(asked), size)]
+
+    def any_of(group: list[Asked], name: str) -> Tensor:
+        return torch.cat([getattr(one, name) for one in group]).any(0)
+
+    def at_once(computed: Tensor) -> int:
+        ends = ((graph.receivers_at(i, "q").start, graph.receivers_at(i, "mlp").stop) for i in range(graph.n_layers))
+        return max(1, *(int(computed[first:last].sum()) for first, last in ends))
+
+    return beside + max(3 * at_once(any_of(group, "partial")) + int(any_of(group, "stored").sum()) for group in groups)
+
+
+def arrange(asked: Asked, together: bool, row: int, layers: int) -> tuple[list[int], list[slice]]:
+    """(An order of circuits, which of them in this order are groups).
+
+    A group computes for each of its circuits what any of them needs, so that it is of circuits alike. Another one pays
+    where it saves the device more than it takes the host to launch. A circuit of which nothing is computed needs none.
+
+    Args:
+        together: make groups of several circuits; else each is one, in the order in which they are.
+        row: bytes of what one receiver of a circuit reads.
+        layers: of the model.
+    """
+    if not together:
+        return list(range(len(asked))), [slice(c, c + 1) for c in range(len(asked))]
+    # From the smallest to the largest circuit.
+    size = (asked.whole.sum(1) - asked.closed.sum(1)).tolist()
+    order = sorted(range(len(asked)), key=size.__getitem__)
+    partial, stored = (_bits(x[order]) for x in (asked.partial, asked.stored))
+    costs, cuts = [0], [0]  # of the first circuits: the least bytes, and where their last group begins
+    for stop in range(1, len(order) + 1):
+        computed, kept, found = 0, 0, []
+        for start in reversed(range(stop)):
+            computed, kept = computed | partial[start], kept | stored[start]
+            # What is read is written, normalised and projected; what is stored is written and read twice.
+            moved = (stop - start) * (4 * computed.bit_count() + 3 * kept.bit_count()) * row
+            found.append((costs[start] + (layers * _ANOTHER_GROUP + moved if computed else 0), start))
+        cost, cut = min(found)
+        costs.append(cost)
+        cuts.append(cut)
+    groups: list[slice] = []
+    stop = len(order)
+    while stop:
+        groups.insert(0, slice(cuts[stop], stop))
+        stop = cuts[stop]
+    return order, [group for group in groups if any(partial[group])]
+
+
+def _bits(rows: Tensor) -> list[int]:
+    """Bool [n, X] as n numbers, whose unions and sizes take no time."""
+    return [int.from_bytes(row.tobytes(), "big") for row in packbits(rows.numpy(), 1)]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a group computes of a projection.
+
+    Args:
+        places: where these heads are in what the group reads of the layer.
+        slots: which slots of the projection's weight they take.
+        partial: of each that a circuit needs: its place among these heads, the circuit's place in the group, and which
+            of the site's heads it is.
+    """
+
+    places: slice
+    slots: list[int]
+    partial: tuple[Tensor, Tensor, Tensor]
+
+
+def heads_of(group: CircuitGroup, sites: Sites) -> dict[str, Heads]:
+    """What a group computes of a layer's "q", "k" and "v"."""
+    found = {}
+    for letter, site in sites.items():
+        if site.projection is None:
+            continue
+        start, places, first = (
+            site.receivers.start,
+            group.places(site.receivers),
+            group.places(attention_of(sites)).start,
+        )
+        heads = torch.tensor(group.wanted(site.receivers), dtype=torch.int64) - start
+        place, circuit = group.asked.partial[:, heads + start].T.nonzero().unbind(1)
+        slots = (heads // site.repeat_kv).tolist()
+        found[letter] = Heads(slice(places.start - first, places.stop - first), slots, (place, circuit, heads[place]))
+    return found
+
+
+def attention_of(sites: Sites) -> slice:
+    """A layer's receivers of attention."""
+    return slice(sites["q"].receivers.start, sites["v"].receivers.stop)
+
+
+def join(rows: Iterable[tuple[Tensor, int]]) -> Tensor:
+    """Some rows of several tensors, one after another, in one copy."""
+    parts: list[tuple[Tensor, int, int]] = []
+    for x, row in rows:
+        if parts and parts[-1][0] is x and parts[-1][2] == row:
+            parts[-1] = x, parts[-1][1], row + 1
+        else:
+            parts.append((x, row, row + 1))
+    return torch.cat([x[start:stop] for x, start, stop in parts])
+
+
+def consecutive(chosen: list[int]) -> bool:
+    """Does each follow the one before?"""
+    return not chosen or chosen == list(range(chosen[0], chosen[0] + len(chosen)))

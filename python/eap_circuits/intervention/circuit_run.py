@@ -41,9 +41,9 @@ def run_circuits(
     row = runner.batch.clean.numel() * arch.d_model * arch.dtype.itemsize
     for start in range(0, len(masks), together):
         some = torch.stack(list(masks[start : start + together])).cpu()
-        order, groups = arrange(asked_of(graph, some), at_once, row, graph.n_layers)
-        some = some[order]
         asked, kind = asked_of(graph, some), SharedGroup if at_once else CircuitGroup
+        order, groups = arrange(asked, at_once, row, graph.n_layers)
+        some, asked = some[order], asked.of(order)
         with torch.no_grad():
             stored = [kind(runner, members, some, asked) for members in groups]
             logits = _CircuitsRun(runner, graph, corrupted, asked, stored).logits()

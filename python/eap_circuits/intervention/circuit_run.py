@@ -58,7 +58,7 @@ def learning_run(runner: Runner, graph: Graph, ablated: ReferenceRun, masks: Ten
     edges that these keep in part. Of others the gradient may be missing, as receivers that read nothing or everything
     are not computed.
     """
-    asked, size = asked_of(graph, masks.detach()), circuits_in_group(runner.arch.device, len(masks))
+    asked, size = asked_of(graph, masks.detach()), len(masks) if shared(runner.arch.device) else 1
     groups = [LearningGroup(runner, slice(c, c + size), masks, asked) for c in range(0, len(masks), size)]
     return _CircuitsRun(runner, graph, ablated, asked, groups).logits()
 

@@ -16,7 +16,7 @@ def test_it_is_the_slope_of_the_metric_of_soft_circuits(
     kind, heads, reuse, ablation, make_model, make_pairs, monkeypatch
 ):
     if not reuse:  # as off the CPU
-        monkeypatch.setattr(circuit_run, "circuits_in_group", lambda device, circuits: circuits)
+        monkeypatch.setattr(circuit_run, "shared", lambda device: True)
     model, data = make_model(kind), make_pairs(seed=3, n=3)
     with StayDouble(), borrowed(model):
         run = prepare(model, data, "logit_diff", ablation, None, reuse_prefix=reuse).with_constants()

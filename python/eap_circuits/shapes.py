@@ -7,13 +7,12 @@ them. Shapes do not depend on unknown floating-point values, except in mixtures 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from .errors import expected
 from .loans import Changes
@@ -25,6 +24,8 @@ _META = torch.device("meta")
 _aten = torch.ops.aten
 # Indices of these keep their values, as the shape depends on those that are bool.
 _INDEXING = (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default)
+# What operators have made, by what they were asked.
+_MADE: dict[Any, list[tuple[torch.Size, tuple[int, ...], torch.dtype]]] = {}
 
 
 class Shape(Tensor):
@@ -67,17 +68,67 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     if func is _aten._local_scalar_dense.default:
         return False if tensors[0].dtype == torch.bool else 0  # unknown values read as 0
+    asked = _asked(func, args, kwargs)
+    if asked in _MADE:
+        made = [Shape(torch.empty_strided(*layout, dtype=dtype, device=_META)) for *layout, dtype in _MADE[asked]]
+        return made[0] if len(made) == 1 else tuple(made)
     change = _held if func in _INDEXING else _meta
-    given = tree_map(change, kwargs)
+    given = {name: _each(change, value) for name, value in kwargs.items()}
     if not tensors or "device" in given:
         given["device"] = _META
     try:
-        out = func(*tree_map(change, args), **given)
+        out = func(*_each(change, args), **given)
     except RuntimeError as error:
         raise expected("model", f"weights, without which {func} does not run", "none") from error
     if not tensors and not out.is_floating_point():
         return func(*args, **kwargs)
-    return tree_map(lambda y: _shape(y, changed), out)
+    if asked is not None:
+        _remember(asked, tensors, [out] if isinstance(out, Tensor) else list(out))
+    return _each(lambda y: _shape(y, changed), out)
+
+
+def _asked(func: Any, args: Any, kwargs: Any) -> Any:
+    """All that the result depends on where it is nothing but new tensors' shapes; else None."""
+    if func in _INDEXING or not _makes_new(func):
+        return None
+    asked = func, _each(_told, args), tuple((name, _each(_told, value)) for name, value in kwargs.items())
+    try:
+        hash(asked)
+    except TypeError:
+        return None
+    return asked
+
+
+def _told(x: Any) -> Any:
+    # With its type: results for 1, 1.0 and True may have other dtypes.
+    return (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else (type(x), x)
+
+
+@cache
+def _makes_new(func: Any) -> bool:
+    schema = func._schema
+    new = [str(made.type) == "Tensor" and made.alias_info is None for made in schema.returns]
+    return bool(new) and all(new) and not schema.is_mutable
+
+
+def _remember(asked: Any, given: list[Tensor], made: list[Tensor]) -> None:
+    """Layers are alike, and an operator without numbers takes longer to look up its shapes than all else here."""
+    layouts = [(x.shape, x.stride(), x.dtype) for x in made]
+    storages = {x.untyped_storage()._cdata for x in map(_held, given)}
+    for x, (shape, stride, dtype) in zip(made, layouts, strict=True):
+        whole = torch.empty_strided(shape, stride, dtype=dtype, device=_META).untyped_storage().nbytes()
+        # Some share memory, whatever they declare.
+        if x.untyped_storage()._cdata in storages or x.untyped_storage().nbytes() != whole:
+            return
+        storages.add(x.untyped_storage()._cdata)
+    _MADE[asked] = layouts
+
+
+def _each(change: Any, value: Any) -> Any:
+    """Of an operator's arguments or results every one changed, also those inside lists."""
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        return tuple(_each(change, x) for x in value)
+    return change(value)
 
 
 def _makes_tensor(func: Any, kwargs: Any) -> bool:
@@ -134,6 +185,7 @@ class Weightless(Changes):
             return
         assert isinstance(model, nn.Module)
         self.claim(model)
+        self.note(_MADE.clear)
         shapes = {id(x): Shape(x.detach()) for _, _, x in absent}  # tied weights stay one
         for each, name, x in absent:
             self.note(partial(each.__setitem__, name, x))

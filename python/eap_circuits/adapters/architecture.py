@@ -78,11 +78,14 @@ class Layer:
             return z
         return z * self.post_norm.scale(z @ self._out_weight.T.to(z.dtype))[..., None]
 
-    def out_weight(self, dtype: torch.dtype) -> Tensor:
-        """Each head's linear map from `written` to the residual stream, [H, K, D]."""
-        weight = self._out_weight.to(dtype).T
-        if self.post_norm is not None:
-            weight = self.post_norm.forwards(weight)
+    def out_weight(self, dtype: torch.dtype, features: slice = slice(None)) -> Tensor:
+        """Each head's linear map from `written` to the residual stream, [H, K, D], or to some of its D features."""
+        norm = self.post_norm
+        if norm is not None and norm.centred:
+            weight = norm.forwards(self._out_weight.to(dtype).T)[:, features]
+        else:
+            weight = self._out_weight[features].to(dtype).T
+            weight = weight if norm is None else norm.forwards(weight, features)
         return (weight if self.scale == 1 else weight * self.scale).unflatten(0, (self.q.n_heads, -1))
 
     @cached_property

@@ -80,28 +80,56 @@ class Norm:
             return torch.ones_like(normalised[..., 0])
         return normalise_rows(x, self.kind.eps, self.kind.centred, rows, normalised)
 
-    def forwards(self, rows: Tensor) -> Tensor:
-        """γ ⊙ P y of rows y [..., D]: what the norm does to a part of its input, except r; P subtracts the mean."""
-        return self._centre(rows) * self.gain(rows)
+    @property
+    def centred(self) -> bool:
+        """Does it subtract the mean over the features?"""
+        return self.kind is not None and self.kind.centred
 
-    def backwards(self, rows: Tensor) -> Tensor:
-        """P(γ ⊙ y) of rows y [..., D]: the transpose of `forwards`."""
-        return self._centre(rows * self.gain(rows))
+    def forwards(self, rows: Tensor, features: slice = slice(None)) -> Tensor:
+        """γ ⊙ P y of rows y [..., D]: what the norm does to a part of its input, except r; P subtracts the mean.
 
-    def lowered_backwards(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """The same of rows in any dtype, in a low `dtype`: rounded once, and nothing is widened before."""
-        centred, offset = (self.kind.centred, self.kind.offset) if self.kind else (False, 0)
+        If it is not `centred`, rows may be only these features of y.
+        """
+        return self._centre(rows) * self._gain(rows, features)
+
+    def backwards(
+        self,
+        rows: Tensor,
+        features: slice = slice(None),
+        mean: Tensor | None = None,
+        low: torch.dtype | None = None,
+    ) -> Tensor:
+        """P(γ ⊙ y) of rows y [..., D]: the transpose of `forwards`.
+
+        Of rows that are only some features of y, those; `mean` is then `mean_backwards` of all. Rows in any dtype are
+        rounded once to a `low` one, and nothing is widened before.
+        """
+        if low is not None:
+            return self._lowered(rows, features, mean, low)
+        scaled = rows * self._gain(rows, features)
+        return self._centre(scaled) if mean is None else scaled - mean
+
+    def mean_backwards(self, rows: Tensor) -> Tensor | None:
+        """The mean of γ ⊙ y over all features, [..., 1], if P subtracts one."""
+        return (rows * self.gain(rows)).mean(-1, keepdim=True) if self.centred else None
+
+    def _gain(self, like: Tensor, features: slice) -> Tensor | float:
+        gain = self.gain(like)
+        return gain[features] if isinstance(gain, Tensor) else gain
+
+    def _lowered(self, rows: Tensor, features: slice, mean: Tensor | None, dtype: torch.dtype) -> Tensor:
+        offset = self.kind.offset if self.kind else 0
         # Of two numbers in low precision the product is exact before it is rounded.
-        exact = rows.dtype == dtype and not offset and not centred
-        gain = self.gain(rows if exact else rows.new_empty(0, dtype=torch.float32))
+        exact = rows.dtype == dtype and not offset and not self.centred
+        gain = self._gain(rows if exact else rows.new_empty(0, dtype=torch.float32), features)
         out = torch.empty_like(rows, dtype=dtype)
-        if not centred:
+        if not self.centred:
             return torch.mul(rows, gain, out=out)
         y = rows * gain
-        return torch.sub(y, y.mean(-1, keepdim=True, dtype=torch.float32), out=out)
+        return torch.sub(y, y.mean(-1, keepdim=True, dtype=torch.float32) if mean is None else mean, out=out)
 
     def _centre(self, x: Tensor) -> Tensor:
-        return x - x.mean(-1, keepdim=True) if self.kind and self.kind.centred else x
+        return x - x.mean(-1, keepdim=True) if self.centred else x
 
     def __call__(self, x: Tensor) -> Tensor:
         """The norm of x [..., D], without running hooks."""

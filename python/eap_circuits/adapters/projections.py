@@ -32,9 +32,9 @@ class Projection:
     def width(self) -> int:
         return self.n_heads * self.head_dim
 
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """[heads, K, D]"""
-        return self._weight[self.rows].to(dtype).unflatten(0, (self.n_heads, -1))
+    def weight(self, dtype: torch.dtype, features: slice = slice(None)) -> Tensor:
+        """[heads, K, D], or some of the D features."""
+        return self._weight[:, features][self.rows].to(dtype).unflatten(0, (self.n_heads, -1))
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """[heads, K] or None"""

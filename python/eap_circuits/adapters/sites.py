@@ -48,9 +48,9 @@ class SenderSite:
         """Heads' values as `weight` takes them; of other senders x itself."""
         return self.heads.written(x) if self.heads else x
 
-    def weight(self, dtype: torch.dtype) -> Tensor | None:
-        """Each head's way to the residual stream, [H, K, D]."""
-        return self.heads.out_weight(dtype) if self.heads else None
+    def weight(self, dtype: torch.dtype, features: slice = slice(None)) -> Tensor | None:
+        """Each head's way to the residual stream, [H, K, D], or to some of its D features."""
+        return self.heads.out_weight(dtype, features) if self.heads else None
 
 
 def sender_sites(arch: Architecture) -> list[SenderSite]:

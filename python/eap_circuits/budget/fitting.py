@@ -57,8 +57,10 @@ def tokens_within(
     cost: Callable[[Batch], Cost],
     per_batch: int = TOKENS_PER_BATCH,
     beside: int = 0,
+    together: int = 1,
 ) -> int:
-    """How many tokens a pass may have within the budget, at most `most`; a batch has at most `per_batch`.
+    """How many tokens a pass may have within the budget, at most `most`; a batch has at most `per_batch`, and no more
+    than `together` copies of it need.
 
     The memory is measured on one and two examples, but only if the `rough` estimate comes near the budget. `beside` is
     how many bytes are taken by something else throughout.
@@ -70,7 +72,7 @@ def tokens_within(
     measured, suffix = cost(batch), batch.shape[1]
     tokens = most
     while tokens > suffix:
-        examples = max(1, min(tokens, per_batch) // suffix)
+        examples = max(1, min(tokens // together, per_batch) // suffix)
         if measured.bytes(examples, max(1, tokens // (examples * suffix))) <= allowed:
             break
         tokens //= 2

@@ -102,11 +102,11 @@ class Checkpoint:
                 x.detach().copy_(found)
             self._file.tensors[self._prefix + name] = x
 
-    def tokens(self, fitting: int) -> int:
-        """The tokens of a pass: as many as before the interruption, so that batches and bits are the same, if as many
-        still fit."""
+    def tokens(self, fitting: int, of: str = "tokens") -> int:
+        """The tokens of a pass, or of a batch: as many as before the interruption, so that batches and bits are the
+        same, if as many still fit."""
         kept = torch.tensor(fitting)
-        self.keep({"tokens": kept})
+        self.keep({of: kept})
         return int(kept.clamp_(max=fitting))
 
     @contextmanager

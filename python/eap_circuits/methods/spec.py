@@ -36,6 +36,7 @@ class AttributionRequest(Request):
         rules: what takes the gradient's place in backward passes.
         keep: which of `KEEP`.
         edges: bool [S, R], those that "exact" measures.
+        only_memory: whether only the memory counts that a run takes: of steps that take alike, one is enough.
     """
 
     graph: Graph
@@ -45,6 +46,7 @@ class AttributionRequest(Request):
     rules: Rules | None
     keep: frozenset[str]
     edges: Tensor
+    only_memory: bool = False
 
 
 @dataclass(frozen=True)

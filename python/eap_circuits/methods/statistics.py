@@ -20,7 +20,7 @@ from ..checkpoint import Checkpoint, remaining
 from ..errors import expected, listed, one_of
 from ..forward import Batch, upload
 from ..graph import EdgeScores
-from ..recording import contract, contract_neurons, lowered
+from ..recording import contract, contract_neurons, feature_slices, lowered
 from ..request import Measurement, Progress, fetch
 from .spec import KEEP, AttributionRequest, Method
 
@@ -109,8 +109,8 @@ class BatchScores:
 
     def add(
         self,
-        senders: Iterable[Nodes],
-        receivers: Iterable[Nodes],
+        senders: Callable[[slice], Iterable[Nodes]],
+        receivers: Callable[[slice], Iterable[Nodes]],
         reach: Tensor | None = None,
         of: tuple[slice, slice] = (slice(None), slice(None)),
         times: float = 1.0,
@@ -118,16 +118,30 @@ class BatchScores:
         """Contract differences of senders with gradients at receivers.
 
         Args:
-            senders, receivers: those of the whole graph, or of a part of it.
+            senders, receivers: make those of the whole graph, or of a part of it, at some features.
             reach: int64 [receivers], how many of these senders each receiver sees; by default the graph's.
             of: which senders and receivers of the graph these are.
             times: a factor.
         """
         reach = self._graph.reach if reach is None else reach
+        slices = feature_slices(self._arch)
+        for features in slices[:1] if self._request.only_memory else slices:
+            # In a call, so that no slice is held while the next is made.
+            self._add(senders(features), receivers(features), reach, of, features, times)
+
+    def _add(
+        self,
+        senders: Iterable[Nodes],
+        receivers: Iterable[Nodes],
+        reach: Tensor,
+        of: tuple[slice, slice],
+        features: slice,
+        times: float,
+    ) -> None:
         if self._neurons:
             senders, receivers = list(senders), list(receivers)
             neurons = contract_neurons(senders, receivers, reach).double()
-            self.sums["neurons"][of[0]] += times * neurons.to(self.batch.rows.device)
+            self.sums["neurons"][of[0], features] += times * neurons.to(self.batch.rows.device)
         delta, grad = lowered(self._arch, senders), lowered(self._arch, receivers)
         if not self._parts:
             self.sums["total"][of] += times * contract(self._arch, delta, grad, reach).double()
@@ -220,12 +234,17 @@ def score_batches(
     statistics: Statistics,
     checkpoint: Checkpoint,
     progress: Progress | None,
+    per_batch: int | None = None,
 ) -> None:
-    """Add `score(batch, tokens of a pass)` of all batches that the checkpoint does not have."""
+    """Add `score(batch, tokens of a pass)` of all batches that the checkpoint does not have.
+
+    A batch has `per_batch` tokens, by default as many as a pass.
+    """
     finished = torch.zeros(len(request.data), dtype=torch.bool)
     checkpoint.keep({**statistics.sums, "finished": finished})
+    per_batch = checkpoint.tokens(tokens if per_batch is None else per_batch, "batch")
     tokens = checkpoint.tokens(tokens)
-    batches = remaining(request.data, request.batches(tokens), finished)
+    batches = remaining(request.data, request.batches(per_batch), finished)
 
     def fetched(batch: Batch, tokens: int) -> BatchScores:
         scores = score(batch, tokens)

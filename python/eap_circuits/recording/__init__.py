@@ -2,7 +2,7 @@
 
 from .ablations import ABLATIONS, Ablation, ablation_of, different_throughout, means
 from .backward_rules import RULES, Rules
-from .contraction import contract, contract_neurons, lowered
+from .contraction import contract, contract_neurons, feature_slices, lowered
 from .contributions import BothSides, less_clean, record_both_sides, record_contributions, record_corrupted_side
 from .receiver_gradients import ReceiverGradients
 from .reference_run import ReceiverInputs, ReferenceRun, record_receiver_inputs, record_run

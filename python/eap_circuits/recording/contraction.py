@@ -13,6 +13,10 @@ from eap_kernels import Nodes, head_space_scores
 
 from ..adapters import Architecture
 
+# Of attention's weights, copied for contraction at once; kernels take few features at a time anyway, but not too few.
+COPIED_BYTES = 2**28
+_NARROWEST = 64
+
 
 def contract(
     arch: Architecture,
@@ -64,6 +68,20 @@ def contract_neurons(senders: list[Nodes], receivers: list[Nodes], reach: Tensor
             gradient = gradient.to(group.values.device)
             scores.append(_elementwise(group, gradient))
         return torch.cat([part.to(gradient.device) for part in scores[::-1]])
+
+
+def feature_slices(arch: Architecture) -> list[slice]:
+    """The residual stream's features in slices, of which senders meet receivers one after another.
+
+    A slice needs only its part of the weights, so that copies of all attention weights are never held at once. All
+    slices together cost what the whole costs, as every weight is copied once.
+    """
+    heads = sum(2 * layer.q.width + layer.k.width + layer.v.width for layer in arch.layers)
+    most = COPIED_BYTES // (heads * arch.contraction_dtype.itemsize)
+    width = max(_NARROWEST, most // _NARROWEST * _NARROWEST)
+    if width >= arch.d_model:
+        return [slice(None)]
+    return [slice(start, min(start + width, arch.d_model)) for start in range(0, arch.d_model, width)]
 
 
 def lowered(arch: Architecture, nodes: Iterable[Nodes]) -> list[Nodes]:

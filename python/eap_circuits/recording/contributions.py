@@ -51,15 +51,20 @@ class Contributions:
     sites: Sequence[SenderSite]
     values: Sequence[Tensor]
 
-    def nodes(self) -> Iterator[Nodes]:
-        """The senders, in the graph's order, each site's made when it is asked for: its weights may be a copy."""
-        return map(self.at, self.sites)
+    def nodes(self, features: slice = slice(None)) -> Iterator[Nodes]:
+        """The senders, in the graph's order, or some features of what they write.
 
-    def at(self, site: SenderSite) -> Nodes:
+        Each site's are made when they are asked for: its weights may be a copy.
+        """
+        return (self.at(site, features) for site in self.sites)
+
+    def at(self, site: SenderSite, features: slice = slice(None)) -> Nodes:
         """The senders of one site."""
         values = self.values[site.index]
-        weight = site.weight(values.dtype)  # [H, K, D]
-        return Nodes(values[:, None]) if weight is None else Nodes(values.unflatten(1, weight.shape[:2]), weight)
+        weight = site.weight(values.dtype, features)  # [H, K, features]
+        if weight is None:
+            return Nodes(values[:, None, features])
+        return Nodes(values.unflatten(1, weight.shape[:2]), weight)
 
     def minus(self, other: Contributions) -> Contributions:
         pairs = zip(self.values, other.values, strict=True)

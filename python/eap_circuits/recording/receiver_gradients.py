@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -51,6 +51,13 @@ class _Held:
     coefficients: Tensor  # c, [heads, p, n]
     constant: Tensor | None  # the part of a projection's output that does not depend on x̂, [heads, K]
     gain: Tensor | None  # γ of a site that reads the norm's own output, [D]
+
+    @cached_property
+    def mean(self) -> Tensor | None:
+        """What a centred norm subtracts from each row of a projection's weight times its gain, [heads, K, 1]."""
+        assert self.site.projection is not None
+        norm, projection = self.site.norm, self.site.projection
+        return norm.mean_backwards(projection.weight(self.gradient.dtype)) if norm.centred else None
 
 
 class ReceiverGradients:
@@ -136,35 +143,43 @@ class ReceiverGradients:
         """Forget what has been accumulated."""
         self._filled, self._cleared = slice(0, 0), True
 
-    def nodes(self, dtype: torch.dtype | None = None) -> Iterator[Nodes]:
-        """Σ_k w_k ∂loss/∂x_v of what has been accumulated, in the graph's order, each made when it is asked for.
+    def nodes(self, features: slice = slice(None)) -> Iterator[Nodes]:
+        """Σ_k w_k ∂loss/∂x_v of what has been accumulated, or some features of it, in the graph's order.
 
-        In the accumulation dtype, or in a low one: all sums are then rounded at once, and no weight is widened.
+        Each site's are made when they are asked for: their weights are a copy.
         """
-        low = dtype is not None and dtype != self._arch.accumulate
+        return self.lowered(self._arch.accumulate)(features)
+
+    def lowered(self, dtype: torch.dtype) -> Callable[[slice], Iterator[Nodes]]:
+        """`nodes` in the accumulation dtype, or in a low one: all sums are rounded at once, and no weight is widened."""
+        low = dtype != self._arch.accumulate
         sums, coefficients = (
             {device: piece.to(dtype) if low else piece for device, piece in pieces.items()}
             for pieces in (self._sums, self._coefficients)
         )
-        for held in self._held.values():
-            device = held.site.norm.device
-            gradient, along = _like(held.gradient, sums[device]), _like(held.coefficients, coefficients[device])
-            yield self._node(held, gradient, along)
 
-    def _node(self, held: _Held, gradient: Tensor, coefficients: Tensor) -> Nodes:
-        """The receivers of a site, given ĝ and c in the dtype that is wanted."""
+        def nodes(features: slice) -> Iterator[Nodes]:
+            for held in self._held.values():
+                device = held.site.norm.device
+                gradient, along = _like(held.gradient, sums[device]), _like(held.coefficients, coefficients[device])
+                yield self._node(held, gradient, along, features)
+
+        return nodes
+
+    def _node(self, held: _Held, gradient: Tensor, coefficients: Tensor, features: slice) -> Nodes:
+        """Some features of a site's receivers, given ĝ and c in the dtype that is wanted."""
         norm, projection, values, weight, dtype = held.site.norm, held.site.projection, gradient, None, gradient.dtype
-        low = dtype != held.gradient.dtype
+        low, some = dtype != held.gradient.dtype, features != slice(None)
         if projection is None:
-            values = norm.lowered_backwards(held.gradient, dtype) if low else norm.backwards(values)
-        elif low:
-            weight = norm.lowered_backwards(projection.weight(self._arch.dtype), dtype)  # [heads, K, D]
+            rows, mean = held.gradient, norm.mean_backwards(held.gradient) if some else None
+            values = norm.backwards(rows[..., features], features, mean, dtype if low else None)
         else:
-            weight = norm.backwards(projection.weight(dtype))
+            rows = projection.weight(self._arch.dtype if low else dtype, features)  # [heads, K, features]
+            weight = norm.backwards(rows, features, held.mean if some else None, dtype if low else None)
         if norm.kind is None or self._rules is not None:
             return Nodes(values, weight)
         filled = self._filled.stop
-        return Nodes(values, weight, coefficients[:, :filled], held.reads.normalised[:filled])
+        return Nodes(values, weight, coefficients[:, :filled], held.reads.normalised[:filled, :, features])
 
     def _register(self, hooks: Hooks) -> None:
         for reads in self._reads.values():

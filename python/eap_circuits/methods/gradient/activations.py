@@ -11,6 +11,8 @@ The published package adds every path's gradients to every edge and divides by t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -77,8 +79,8 @@ def _add_groups(request: AttributionRequest, batch: Batch, passes: Passes, score
                 reach = graph.reach[readers]
                 if every_edge:
                     whole = slice(None), readers
-                    scores.add(sides.senders.nodes(), receivers.nodes(), reach, whole, 1 / len(groups))
+                    scores.add(sides.senders.nodes, receivers.nodes, reach, whole, 1 / len(groups))
                 else:
-                    own = sides.senders.at(group)
-                    seen = torch.full_like(reach, own.values.shape[1])
-                    scores.add([own], receivers.nodes(), seen, (group.senders, readers))
+                    own = replace(sides.senders, sites=[group])
+                    seen = torch.full_like(reach, group.senders.stop - group.senders.start)
+                    scores.add(own.nodes, receivers.nodes, seen, (group.senders, readers))

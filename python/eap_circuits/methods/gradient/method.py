@@ -9,7 +9,6 @@ import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -111,28 +110,24 @@ class GradientMethod(Method):
     def run(
         self, request: AttributionRequest, statistics: Statistics, checkpoint: Checkpoint, progress: Progress | None
     ) -> None:
-        tokens = self._tokens(request) if self.planned else most_tokens(request.arch.device)
+        most = most_tokens(request.arch.device)
+        tokens, per_batch = self._tokens(request, self._costs(request)) if self.planned else (most, most)
 
         def score(batch: Batch, tokens: int) -> BatchScores:
             return self.score(request, batch, self.cut(request, batch, tokens))
 
-        score_batches(request, tokens, score, statistics, checkpoint, progress)
+        score_batches(request, tokens, score, statistics, checkpoint, progress, per_batch)
 
     def plan(self, request: AttributionRequest) -> Plan:
         """How `run` will cut the data, and what it will take."""
         # Looked up once: what is free changes from one moment to the next.
         allowed = budget(request)
         request = replace(request, memory=allowed)
-        tokens = self._tokens(request)
-        batches = list(request.batches(tokens))
+        cost = self._costs(request)
+        tokens, per_batch = self._tokens(request, cost)
+        batches = list(request.batches(per_batch))
         shapes = [(*batch.shape, self.cut(request, batch, tokens).together) for batch in batches]
-        needed = 0
-        costs: dict[tuple[int, int], Cost] = {}  # batches with alike prompts cost alike
-        for batch, (examples, suffix, points) in zip(batches, shapes, strict=True):
-            alike = suffix, batch.prefix.shape[1]
-            if alike not in costs:
-                costs[alike] = self._cost(request, batch)
-            needed = max(needed, costs[alike].bytes(examples, points))
+        needed = max(cost(batch).bytes(shape[0], shape[2]) for batch, shape in zip(batches, shapes, strict=True))
         return Plan(tokens, tuple(shapes), needed, allowed)
 
     def cut(self, request: AttributionRequest, batch: Batch, tokens: int) -> Passes:
@@ -144,16 +139,39 @@ class GradientMethod(Method):
         held = min(points, max(HELD_POINTS, HELD_BYTES // max(per_point, 1)))
         return Passes(request.path, max(1, min(held, tokens // batch.clean.numel())), held)
 
-    def _tokens(self, request: AttributionRequest) -> int:
-        """The most tokens of a pass within the budget."""
-        most = most_tokens(request.arch.device)
-        at_once = min(most, tokens_in_all(request, len(self.repeated(request))))
+    def _tokens(self, request: AttributionRequest, cost: Callable[[Batch], Cost]) -> tuple[int, int]:
+        """The most tokens of a pass within the budget, and those of a batch.
+
+        Fewer examples with more of their points in a pass take less memory, as senders and receivers are held for each
+        example.
+        """
+        most, points = most_tokens(request.arch.device), len(self.repeated(request))
+        at_once = min(most, tokens_in_all(request, points))
         rough = _NUMBERS_PER_WEIGHT * at_once * numbers_per_token(request) * request.arch.accumulate.itemsize
         rough += batch_bytes(request, request.batch_size or most)
-        return tokens_within(request, most, rough, partial(self._cost, request), per_batch=most)
+        best = 0, 0
+        for together in range(1, min(points, HELD_POINTS) + 1):
+            tokens = tokens_within(request, most, rough, cost, per_batch=most, together=together)
+            best = max(best, (tokens, tokens // together), key=lambda pair: pair[0])
+            if tokens == most or request.batch_size is not None:
+                break
+        return best
+
+    def _costs(self, request: AttributionRequest) -> Callable[[Batch], Cost]:
+        """`_cost` of batches, measured once for those whose prompts are alike."""
+        costs: dict[tuple[int, int], Cost] = {}
+
+        def cost(batch: Batch) -> Cost:
+            alike = batch.shape[1], batch.prefix.shape[1]
+            if alike not in costs:
+                costs[alike] = self._cost(request, batch)
+            return costs[alike]
+
+        return cost
 
     def _cost(self, request: AttributionRequest, batch: Batch) -> Cost:
         path, held = self.repeated(request), self.cut(request, batch, 0).held
+        request = replace(request, only_memory=True)
 
         def measured(few: Batch, points: int) -> None:
             self.score(request, few, Passes(path[:points], points, held))

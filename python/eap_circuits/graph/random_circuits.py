@@ -11,6 +11,7 @@ from ..errors import SEEDS, expected, instance, whole
 from .circuit import Circuit
 
 _TRIES = 20
+_AT_ONCE = 2**16  # edges
 
 
 def random_circuit(graph: Graph, n_edges: int, *, seed: int = 0) -> Circuit:
@@ -60,10 +61,11 @@ class _Growth:
     def grow(self, n_edges: int) -> bool:
         """Add edges until there are `n_edges`; False if no remaining edge can be completed to a path within that."""
         generator = torch.Generator().manual_seed(self.rng.getrandbits(62))
-        order = self.graph.edge_mask.nonzero()
-        order = order[torch.randperm(len(order), generator=generator)]
+        edges = self.graph.edge_mask.nonzero()
+        # In parts: a circuit needs few of them, and a list of all edges of a large model would take gigabytes.
+        parts = torch.randperm(len(edges), generator=generator).split(_AT_ONCE)
         remaining = n_edges
-        for u, v in order.tolist():
+        for u, v in (edge for part in parts for edge in edges[part].tolist()):
             if not remaining or not self.missing:
                 break
             if not self.mask[u, v]:
@@ -71,12 +73,15 @@ class _Growth:
                 path = next((path for path in paths if len(path) <= remaining), set())
                 self._take(path)
                 remaining -= len(path)
-        if remaining:
-            # Any edge between nodes of the circuit is on a path already.
-            fits = torch.tensor(self.fed)[order[:, 0]] & torch.tensor(self.read)[order[:, 1]]
-            rest = order[fits & ~self.mask[order[:, 0], order[:, 1]]][:remaining]
-            self.mask[rest[:, 0], rest[:, 1]] = True
-            remaining -= len(rest)
+        # Any edge between nodes of the circuit is on a path already.
+        fits = torch.tensor(self.fed)[:, None] & torch.tensor(self.read) & ~self.mask
+        for part in parts:
+            if not remaining:
+                break
+            senders, receivers = edges[part].T
+            chosen = fits[senders, receivers].nonzero()[:remaining, 0]
+            self.mask[senders[chosen], receivers[chosen]] = True
+            remaining -= len(chosen)
         return not remaining
 
     def _completed(self, u: int, v: int, shortest: bool) -> set[tuple[int, int]]:

@@ -95,9 +95,8 @@ def _edge_tokens(request: AttributionRequest) -> int:
 
 def _passes(patched: PatchedEdges, mask: Tensor, size: int) -> Iterable[list[tuple[int, int]]]:
     """Edges that run together: from one layer, those of one sender beside each other."""
-    by_layer: dict[int, list[tuple[int, int]]] = {}
-    for u, v in mask.nonzero().tolist():
-        by_layer.setdefault(patched.layer(v), []).append((u, v))
-    for edges in by_layer.values():
-        for first in range(0, len(edges), size):
-            yield edges[first : first + size]
+    layers = torch.tensor([patched.layer(v) for v in range(mask.shape[1])])
+    for layer in layers.unique():
+        for edges in (mask & (layers == layer)).nonzero().split(size):
+            # The edges of a pass are made when it begins: lists of all of them would take gigabytes.
+            yield [(u, v) for u, v in edges.tolist()]

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eap_circuits import Circuit, EdgeScores, Graph, InputError, edge_auroc, random_circuit
+from eap_circuits.graph.selection import random_circuits
 
 
 @st.composite
@@ -95,3 +96,14 @@ def test_auroc_of_what_cannot_be_compared() -> None:
         edge_auroc(scores, random_circuit(Graph((1,), (1,), 16), 3))
     with pytest.raises(InputError, match="finite"):
         edge_auroc(EdgeScores(graph, torch.full((3, 5), math.nan)), random_circuit(graph, 3))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_edges_are_drawn_alike_however_many_are_looked_at_together(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = Graph((4,) * 5, (2,) * 5, 16)
+    n_edges = int(share * graph.n_edges)
+    whole = random_circuit(graph, n_edges, seed=3).mask
+    monkeypatch.setattr(random_circuits, "_AT_ONCE", 7)
+    assert torch.equal(random_circuit(graph, n_edges, seed=3).mask, whole)

@@ -15,9 +15,21 @@ def prune(graph: Graph, mask: Tensor) -> Tensor:
     node and its receiver's node do (EAP-IG's rule; a key/value head's input belongs to its whole group).
     """
     mask = mask & graph.edge_mask
-    while True:
-        alive = mask.any(1) & graph.fed(mask)
-        kept = mask & alive[:, None] & graph.read(alive)
-        if torch.equal(kept, mask):
-            return kept
-        mask = kept
+    receivers, senders = graph.inputs_of
+    steps = []  # (reach, the receivers that have it, and what node each of them feeds: receivers, senders), by depth
+    for reach in graph.reach.unique().tolist():
+        first, last = torch.searchsorted(graph.reach, torch.tensor([reach, reach + 1])).tolist()
+        here = (first <= receivers) & (receivers < last)
+        steps.append((reach, slice(first, last), receivers[here], senders[here]))
+    fed = torch.zeros(graph.n_senders, dtype=torch.bool)  # on a path from `input`
+    leads = torch.zeros_like(fed)  # on a path to `logits`
+    read = torch.zeros(graph.n_receivers, dtype=torch.bool)  # on a path to `logits`
+    fed[0] = read[graph.logits_receiver] = True
+    for reach, those, feeding, nodes in steps:
+        given = torch.zeros_like(read)
+        given[those] = mask[:reach, those][fed[:reach]].any(0)
+        fed[nodes[given[feeding]]] = True
+    for reach, those, feeding, nodes in reversed(steps):
+        read[feeding[leads[nodes]]] = True
+        leads[:reach] |= mask[:reach, those][:, read[those]].any(1)
+    return mask & (fed & leads)[:, None] & read

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eap_circuits import Circuit, EdgeScores, Graph, InputError, edge_overlap, node_overlap
+from eap_circuits.edges import Heads, prune
 
 GRAPH = Graph((2,), (1,), d_model=8)  # input, a0.h0, a0.h1, m0 -> q q k v m logits
 
@@ -38,6 +39,26 @@ def test_complement_is_every_other_edge() -> None:
 def test_pruned_drops_dead_ends() -> None:
     live = circuit_of(("input", "a0.h1<q>"), ("a0.h1", "logits"))
     assert circuit_of(("input", "a0.h1<q>"), ("a0.h1", "logits"), ("input", "m0")).pruned() == live
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("heads", ["kv", "query"])
+def test_pruning_leaves_what_its_rule_leaves(parallel: bool, heads: Heads) -> None:
+    """Until nothing changes: a sender stays if an edge leaves it and, except for `input`, one feeds it."""
+    graph = Graph((4,) * 4, (2,) * 4, 16, parallel, heads)
+    receivers, senders = graph.inputs_of
+    generator = torch.Generator().manual_seed(0)
+    for share in (0.01, 0.02, 0.04, 0.07, 0.1, 0.2, 0.5, 0.9) * 5:
+        mask = (torch.rand(graph.edge_mask.shape, generator=generator) < share) & graph.edge_mask
+        kept, before = mask, torch.zeros_like(mask)
+        while not torch.equal(kept, before):
+            before = kept
+            fed = {0, *(u for v, u in zip(receivers.tolist(), senders.tolist(), strict=True) if before[:, v].any())}
+            alive = [u in fed and bool(before[u].any()) for u in range(graph.n_senders)]
+            read = {v for v, u in zip(receivers.tolist(), senders.tolist(), strict=True) if alive[u]}
+            used = torch.tensor([v in read or v == graph.n_receivers - 1 for v in range(graph.n_receivers)])
+            kept = before & torch.tensor(alive)[:, None] & used
+        assert torch.equal(prune(graph, mask), kept)
 
 
 def test_circuits_of_the_same_edges_are_equal() -> None:

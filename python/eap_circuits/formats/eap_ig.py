@@ -12,6 +12,7 @@ import io
 import json
 import os
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,16 +40,20 @@ def write_json(path: str | os.PathLike[str], content: Content) -> None:
     flags = graph.connected(mask).tolist()
     nodes = {name: {"in_graph": flag} for name, flag in zip(graph.senders, flags, strict=True)}
     nodes["logits"] = {"in_graph": True}
-    scores, kept = values.tolist(), mask.tolist()
-    edges = {
-        graph.edge_name(u, v): {"score": scores[u][v], "in_graph": kept[u][v]}
-        for v, reach in enumerate(graph.reach.tolist())
-        for u in range(reach)
-    }
     head = {"cfg": _cfg(content.graph), "nodes": nodes, "info": parse_json(info_text(content.info))}
     read = {"scores": values.float().masked_fill(~graph.edge_mask, 0), "in_graph": mask}
-    text = json.dumps({**head, "edges": edges, CHECKSUM: digest(head, read)}) + "\n"
-    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+    def write(file: Path) -> None:
+        # One receiver's edges at a time: those of a large graph are millions of objects.
+        with file.open("w", encoding="utf-8") as text:
+            text.write(json.dumps(head)[:-1] + ', "edges": {')
+            for v, receiver in enumerate(graph.receivers):
+                column = zip(graph.senders, values[: graph.reach[v], v].tolist(), mask[:, v].tolist(), strict=False)
+                edges = {f"{sender}->{receiver}": {"score": x, "in_graph": kept} for sender, x, kept in column}
+                text.write(", " * (v > 0) + json.dumps(edges)[1:-1])
+            text.write("}, " + json.dumps({CHECKSUM: digest(head, read)})[1:] + "\n")
+
+    write_whole(path, write)
 
 
 def write_pt(path: str | os.PathLike[str], content: Content) -> None:

@@ -6,6 +6,7 @@ them. Shapes do not depend on unknown floating-point values, except in mixtures 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -70,8 +71,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         return False if tensors[0].dtype == torch.bool else 0  # unknown values read as 0
     asked = _asked(func, args, kwargs)
     if asked in _MADE:
-        made = [Shape(torch.empty_strided(*layout, dtype=dtype, device=_META)) for *layout, dtype in _MADE[asked]]
-        return made[0] if len(made) == 1 else tuple(made)
+        again = [Shape(torch.empty_strided(*layout, dtype=dtype, device=_META)) for *layout, dtype in _MADE[asked]]
+        return again[0] if len(again) == 1 else tuple(again)
     change = _held if func in _INDEXING else _meta
     given = {name: _each(change, value) for name, value in kwargs.items()}
     if not tensors or "device" in given:
@@ -82,8 +83,9 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         raise expected("model", f"weights, without which {func} does not run", "none") from error
     if not tensors and not out.is_floating_point():
         return func(*args, **kwargs)
-    if asked is not None:
-        _remember(asked, tensors, [out] if isinstance(out, Tensor) else list(out))
+    made = [out] if isinstance(out, Tensor) else out
+    if asked is not None and all(isinstance(x, Tensor) for x in made):  # an output that is not wanted is None
+        _remember(asked, tensors, made)
     return _each(lambda y: _shape(y, changed), out)
 
 
@@ -111,7 +113,7 @@ def _makes_new(func: Any) -> bool:
     return bool(new) and all(new) and not schema.is_mutable
 
 
-def _remember(asked: Any, given: list[Tensor], made: list[Tensor]) -> None:
+def _remember(asked: Any, given: list[Tensor], made: Sequence[Tensor]) -> None:
     """Layers are alike, and an operator without numbers takes longer to look up its shapes than all else here."""
     layouts = [(x.shape, x.stride(), x.dtype) for x in made]
     storages = {x.untyped_storage()._cdata for x in map(_held, given)}

@@ -96,7 +96,7 @@ def _edge_tokens(request: AttributionRequest) -> int:
 def _passes(patched: PatchedEdges, mask: Tensor, size: int) -> Iterable[list[tuple[int, int]]]:
     """Edges that run together: from one layer, those of one sender beside each other."""
     layers = torch.tensor([patched.layer(v) for v in range(mask.shape[1])])
-    for layer in layers.unique():
+    for layer in layers[mask.any(0)].unique():
         for edges in (mask & (layers == layer)).nonzero().split(size):
             # The edges of a pass are made when it begins: lists of all of them would take gigabytes.
             yield [(u, v) for u, v in edges.tolist()]

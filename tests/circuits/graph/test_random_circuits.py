@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eap_circuits import Circuit, EdgeScores, Graph, InputError, edge_auroc, random_circuit
-from eap_circuits.graph.selection import random_circuits
+from eap_circuits.graph import random_circuits
 
 
 @st.composite

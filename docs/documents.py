@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bench import tables
-from docs import learning, models, registries
+from docs import learning, models, registries, verdicts
 
 BEGIN, END = "<!-- python -m docs.documents writes this from {} -->\n", "<!-- end -->"
 MEASURED, PERFORMANCE, MODELS = "bench/results", "docs/results/performance.json", "docs/results/models.json"
+VERDICTS = "docs/results/verdicts.json"
 FUZZ, LEARNING = "docs/results/fuzz.json", "docs/results/learning.json"
 # What stands between the markers, by document and source.
 TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
@@ -33,6 +34,7 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("docs/learning.md", f"{LEARNING}, cost"): learning.costs,
     ("docs/models.md", f"{MODELS}, checks"): lambda _: models.checks(),
     ("docs/models.md", f"{MODELS}, tests"): lambda _: models.tests(),
+    ("docs/models.md", VERDICTS): lambda _: verdicts.table(),
     ("docs/methods.md", "METHODS"): lambda _: registries.methods(),
     ("docs/methods.md", "QUADRATURES"): lambda _: registries.quadratures(),
     ("docs/metrics.md", "METRICS"): lambda _: registries.metrics(),

@@ -59,19 +59,26 @@ TESTS = {
 
 def features(arch: Architecture) -> list[str]:
     """The last column: what is particular about a model, from its table, its modules and its configuration."""
-    layer, config = arch.layers[0], arch.model.config
+    layer = next((layer for layer in arch.layers if layer.reads is None), arch.layers[0])
+    others = dict.fromkeys(", ".join(each.projections) for each in arch.layers if each.reads is not None)
+    modules, config = list(layer.projection_modules), arch.model.config
     gated = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
     named: dict[str, Any] = {
         f"transformers {arch.family.since} or later": arch.family.since != "5",
-        "q, k, v in one projection, grouped by head": layer.grouped,
-        "q, k, v in one projection": layer.q.module is layer.k.module and not layer.grouped,
+        "q, k, v in one projection, grouped by head": layer.order == "grouped",
+        "q, k, v in one projection, in four parts": layer.order == "sharded",
+        "q, k, v in one projection": len(layer.projection_modules) == 1 < len(layer.projections)
+        and layer.order == "concatenated",
+        **{f"mixers that read {names}": True for names in others},
         f"{layer.groups} query heads per key": layer.groups > 1,
-        "biases": layer.q.module.bias is not None or layer.out.bias is not None,
+        "biases": getattr(modules[0], "bias", None) is not None or layer.out.bias is not None,
         "LayerNorm": arch.final_norm.kind is not None and arch.final_norm.kind.centred,
         "γ = 1 + weight": arch.final_norm.kind is not None and arch.final_norm.kind.offset,
         "parallel blocks": arch.parallel,
         "shared norm": layer.attention_norm.module is layer.mlp_norm.module,
         "no norm before blocks": layer.attention_norm.kind is None,
+        "an expert beside the MLP": arch.family.beside is not None,
+        "norm before the output projection": layer.inner_norm,
         "norms after blocks": layer.post_norm is not None,
         "norm of all keys": layer.mixes_heads,
         "norms of queries and keys": not layer.mixes_heads and _has(layer.attention, "k_norm", "k_layernorm"),

@@ -33,7 +33,7 @@ if _missing:
     raise ImportError(_problem)
 
 if TYPE_CHECKING:
-    from .adapters import Family, register_family
+    from .adapters import Family, Mixer, register_family
     from .errors import InputError
     from .evaluation import (
         Comparison,
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 # Public names are loaded on first use, so that graphs load without transformers.
 _HOME = {
     "Family": "adapters",
+    "Mixer": "adapters",
     "register_family": "adapters",
     "InputError": "errors",
     "Comparison": "evaluation",

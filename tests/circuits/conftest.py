@@ -37,6 +37,31 @@ _FALCON = {**_NARROW, "num_hidden_layers": 2, "num_attention_heads": 6}
 _SMALL_IMAGES = {"intermediate_size": 8, "image_size": 14, "patch_size": 14}
 _ROTARY = {"rope_type": "default", "rope_theta": 100.0}
 _EXPERTS = {**_GROUPED, "num_experts_per_tok": 2}
+_HYBRID = {**_GROUPED, "num_hidden_layers": 2}
+_LATENT = {
+    **_WIDE,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_routed_experts": 3,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 6,
+}
 # name: (model type, configuration). New ones come last: a model's weights are random by its place.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {**_NARROW, "n_layer": 2, "n_head": 3}),
@@ -204,6 +229,62 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "seed-oss": ("seed_oss", {**_GROUPED, "head_dim": 6}),
 }
 FAMILIES = list(CONFIGS)
+# What else a layer may be; tests/circuits/adapters/test_mixers.py runs them.
+MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bamba": (
+        "bamba",
+        {
+            **_HYBRID,
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 6,
+            "mamba_d_head": 8,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 8,
+        },
+    ),
+    "bitnet": ("bitnet", {**_GROUPED, "num_hidden_layers": 2}),
+    "codegen": ("codegen", {**_GPT2, "n_head": 4, "rotary_dim": 4, "n_inner": 40}),
+    "deepseek-v2": ("deepseek_v2", {**_LATENT, "q_lora_rank": None, "topk_method": "greedy", "norm_topk_prob": False}),
+    "deepseek-v3": ("deepseek_v3", {**_LATENT, "q_lora_rank": 10}),
+    "gpt-bigcode": ("gpt_bigcode", {**_GPT2, "n_inner": 40}),
+    "granitemoeshared": (
+        "granitemoeshared",
+        {**_EXPERTS, "num_local_experts": 3, "shared_intermediate_size": 16, "residual_multiplier": 0.4},
+    ),
+    "jamba": (
+        "jamba",
+        {
+            **_HYBRID,
+            "num_experts": 3,
+            "num_experts_per_tok": 2,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+        },
+    ),
+    "jetmoe": (
+        "jetmoe",
+        {**_WIDE, "num_hidden_layers": 2, "num_key_value_heads": 3, "kv_channels": 4, "num_local_experts": 3},
+    ),
+    "lfm2": ("lfm2", {**_HYBRID, "layer_types": ["conv", "full_attention"], "conv_L_cache": 3}),
+    "minicpm3": ("minicpm3", {**_LATENT, "q_lora_rank": 10, "scale_emb": 3, "scale_depth": 0.7, "dim_model_base": 12}),
+    "nanochat": ("nanochat", {**_GROUPED, "num_hidden_layers": 2}),
+    "qwen3-next": (
+        "qwen3_next",
+        {
+            **_HYBRID,
+            **_DELTA,
+            "num_experts": 3,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+    "qwen3-5": ("qwen3_5_text", {**_HYBRID, **_DELTA}),
+}
 # Of older transformers: what the model itself cannot do that tests need.
 SINCE = {
     "ministral3": ("5.4", "its attention heeds the positions that it is given"),
@@ -225,8 +306,9 @@ def need_transformers(name: str) -> None:
 def tiny_model(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
     """A random model whose every weight matters: gains and biases too are away from 1 and 0."""
     need_transformers(name)
-    torch.manual_seed(FAMILIES.index(name))
-    kind, fields = CONFIGS[name]
+    every = {**CONFIGS, **MIXERS}
+    torch.manual_seed(list(every).index(name))
+    kind, fields = every[name]
     if any("experts" in name for name in fields):  # grouped products of experts know no float64
         settings = {"experts_implementation": "eager", **settings}
     if "attn_logit_softcapping" in fields:  # which transformers 5.17 forgets in the attention that it takes by itself
@@ -340,7 +422,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def model_types() -> list[str]:
-    return [model_type for model_type, _ in CONFIGS.values()]
+    return [model_type for model_type, _ in (*CONFIGS.values(), *MIXERS.values())]
 
 
 @pytest.fixture

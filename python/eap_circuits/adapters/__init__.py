@@ -2,10 +2,10 @@
 
 from .architecture import Architecture, Layer
 from .binding import bind
-from .families import FAMILIES, Call, Family, family_of, propose, register_family
+from .families import FAMILIES, Call, Family, Mixer, family_of, propose, register_family
 from .nonlinear import nonlinear_parts
 from .norms import Kinds, Norm
 from .offloading import as_given, is_offloaded, read
 from .pretrained import DEMO_MODEL, load_model
-from .projections import Projection, concatenate, group, linear_shape, linear_weight
+from .projections import Place, Projection, Together, concatenate, linear_shape, linear_weight, restore
 from .sites import ReceiverSite, SenderSite, receiver_sites, sender_sites

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..edges import Reads
 from ..graph import Graph, Heads
 from .families import Family
 from .norms import Norm
 from .offloading import device_of, read
-from .projections import Projection, Projections, linear_shape, linear_weight
+from .projections import Order, Projections, linear_shape, linear_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,22 +29,19 @@ class Layer:
     module: nn.Module
     attention_norm: Norm
     mlp_norm: Norm
-    q: Projection
-    k: Projection
-    v: Projection
-    grouped: bool  # one module computes q, k and v; its features are grouped by key/value head
+    n_heads: int
+    projections: Projections  # what the heads read, by name: of attention "q", "k" and "v", and perhaps more
+    order: Order  # of the features of one module that computes several of them
+    query_order: Order  # the order in which attention takes them with a key and a value for each query head
     attention: nn.Module
-    out: nn.Module
+    out: nn.Module  # its input is the heads' values side by side
     post_norm: Norm | None  # between attention's output and the residual stream
     mlp_in: nn.Module
     mlp_out: nn.Module  # its output, times `scale`, is added to the residual stream
     scale: float
     k_norm: nn.Module | None  # a norm of the keys that has its own weights for each key/value head
+    inner_norm: bool  # of all heads' values together, before `out`
     ungrouped: tuple[tuple[str, object], ...]  # attributes of `attention` that make it take k and v per query head
-
-    @property
-    def projections(self) -> Projections:
-        return {"q": self.q, "k": self.k, "v": self.v}
 
     @property
     def projection_modules(self) -> dict[nn.Module, Projections]:
@@ -60,14 +58,23 @@ class Layer:
 
     @property
     def groups(self) -> int:
-        """Query heads per key/value head."""
-        return self.q.n_heads // self.k.n_heads
+        """Query heads per key/value head; 1 for heads without."""
+        return self.n_heads // self.projections["k"].n_heads if "k" in self.projections else 1
+
+    @property
+    def reads(self) -> Reads | None:
+        """The graph's `reads` of the layer."""
+        return (
+            None
+            if list(self.projections) == ["q", "k", "v"]
+            else tuple((name, p.n_heads) for name, p in self.projections.items())
+        )
 
     @property
     def mixes_heads(self) -> bool:
         """Does one norm of all heads' queries or keys together make the heads depend on each other?"""
         weight = getattr(self.k_norm, "weight", None)
-        return weight is not None and weight.dim() == 1 and weight.numel() == self.k.width
+        return weight is not None and weight.dim() == 1 and weight.numel() == self.projections["k"].width
 
     def written(self, z: Tensor) -> Tensor:
         """The heads' values [..., H·K] as `out_weight` expects them.
@@ -86,7 +93,7 @@ class Layer:
         else:
             weight = self._out_weight[features].to(dtype).T
             weight = weight if norm is None else norm.forwards(weight, features)
-        return (weight if self.scale == 1 else weight * self.scale).unflatten(0, (self.q.n_heads, -1))
+        return (weight if self.scale == 1 else weight * self.scale).unflatten(0, (self.n_heads, -1))
 
     @cached_property
     def _out_weight(self) -> Tensor:
@@ -102,21 +109,21 @@ class Layer:
 
     def _repeat_k_norm(self, norm: nn.Module) -> nn.Module:
         """A copy of a norm of the keys in which each query head has the weights of its key head."""
-        twin = copy.copy(norm)
+        twin, keys = copy.copy(norm), self.projections["k"]
         for name in ("_hf_hook", "forward"):  # they fetch offloaded weights
             vars(twin).pop(name, None)
         twin._parameters = dict(norm._parameters)
         for name, _ in norm.named_parameters(recurse=False):
             weight = read(norm, name)
             assert weight is not None
-            if weight.numel() == self.k.width:
-                shape = (self.q.n_heads, *weight.shape[1:]) if weight.dim() > 1 else (-1,)
-                weight = weight.view(self.k.n_heads, -1).repeat_interleave(self.groups, 0).reshape(shape)
+            if weight.numel() == keys.width:
+                shape = (self.n_heads, *weight.shape[1:]) if weight.dim() > 1 else (-1,)
+                weight = weight.view(keys.n_heads, -1).repeat_interleave(self.groups, 0).reshape(shape)
             twin._parameters[name] = nn.Parameter(weight, requires_grad=False)
         twin._modules = dict(norm._modules)
         for name, child in norm.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == self.k.n_heads:
-                twin._modules[name] = nn.ModuleList([child[head // self.groups] for head in range(self.q.n_heads)])
+            if isinstance(child, nn.ModuleList) and len(child) == keys.n_heads:
+                twin._modules[name] = nn.ModuleList([child[head // self.groups] for head in range(self.n_heads)])
         return twin
 
 
@@ -165,11 +172,12 @@ class Architecture:
 
     def graph(self, heads: Heads) -> Graph:
         return Graph(
-            tuple(layer.q.n_heads for layer in self.layers),
-            tuple(layer.k.n_heads for layer in self.layers),
+            tuple(layer.n_heads for layer in self.layers),
+            tuple(layer.n_heads // layer.groups for layer in self.layers),
             self.d_model,
             parallel=self.parallel,
             heads=heads,
+            reads=tuple(layer.reads for layer in self.layers),
         )
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import expected, refuse_default_device
 from .architecture import Architecture, Layer
-from .families import FAMILIES, Factor, Family, Paths, family_of
+from .families import FAMILIES, Factor, Family, Mixer, Paths, family_of
 from .norms import Kinds, Norm
 from .offloading import device_of, devices_of
-from .projections import Projection, grouped_rows, linear_shape
+from .projections import Place, Projection, Projections, Together, linear_shape, rows_of
 from .wrappers import unwrapped
 
 # Attributes in which attention modules keep the query heads per key/value head, and the number of key/value heads.
@@ -124,25 +124,24 @@ class _Binder:
         devices = devices_of(layer)
         if len(devices) > 1:
             raise expected(type(layer).__name__, "all of a layer on one device", ", ".join(sorted(map(str, devices))))
-        out = _linear(layer, family.out)
-        attention = _site(layer, family.out.rpartition(".")[0])
-        width, values = linear_shape(out)
-        q, k, v = self._projections(layer, attention, values)
-        first, last = (family.mlp, family.mlp) if isinstance(family.mlp, str) else family.mlp
-        mlp_in, mlp_out = _site(layer, first), _site(layer, family.mlp_post_norm or last)
-        counts = dict.fromkeys(_GROUPS, 1) | dict.fromkeys(_KV_HEADS, q.n_heads)
+        attention, out, n_heads, projections = self._mixer(layer)
+        width = linear_shape(out)[0]
+        fused = len({p.module for p in projections.values()}) == 1 < len(projections)
+        norm = self._reads(layer, family.attention_norm, next(iter(projections.values())).module, width)
+        mlp_norm, mlp_in, mlp_out = self._mlp(layer, width)
+        counts = dict.fromkeys(_GROUPS, 1) | dict.fromkeys(_KV_HEADS, n_heads)
         ungrouped = {name: value for name, value in counts.items() if hasattr(attention, name)}
         post = family.attention_post_norm
         if post is not None and getattr(out, "bias", None) is not None:
             raise expected(f"{type(layer).__name__}.{family.out}", "no bias, as a norm follows it", "a bias")
         return Layer(
             module=layer,
-            attention_norm=self._reads(layer, family.attention_norm, q.module, width),
-            mlp_norm=self._reads(layer, family.mlp_norm, mlp_in, width),
-            q=q,
-            k=k,
-            v=v,
-            grouped=not isinstance(q.rows, slice),
+            attention_norm=norm,
+            mlp_norm=mlp_norm,
+            n_heads=n_heads,
+            projections=projections,
+            order=family.fused if fused else "concatenated",
+            query_order=(family.fused_by_query or family.fused) if fused else "concatenated",
             attention=attention,
             out=out,
             post_norm=None if post is None else self._norm(layer, post, width, layer),
@@ -150,16 +149,89 @@ class _Binder:
             mlp_out=mlp_out,
             scale=self._factor(family.residual_multiplier),
             k_norm=_maybe(layer, family.k_norm),
-            ungrouped=tuple({**ungrouped, **family.ungrouped}.items()),
+            inner_norm=_maybe(layer, family.inner_norm) is not None,
+            ungrouped=tuple(
+                {**ungrouped, **{k: v(layer) if callable(v) else v for k, v in family.ungrouped.items()}}.items()
+            ),
         )
 
+    def _mlp(self, layer: nn.Module, width: int) -> tuple[Norm, nn.Module, nn.Module]:
+        """The MLP's norm, and the modules at whose input it reads and at whose output it writes."""
+        family = self.family
+        first, last = (family.mlp, family.mlp) if isinstance(family.mlp, str) else family.mlp
+        beside = _maybe(layer, family.beside)
+        if beside is None or family.mlp_post_norm is not None:
+            mlp_in = _site(layer, first)
+            norm = self._reads(layer, family.mlp_norm, mlp_in, width)
+            if beside is not None:
+                mlp_in = Place(norm.module, False, width)
+            return norm, mlp_in, _site(layer, family.mlp_post_norm or last)
+        parts = [part for part in (_maybe(layer, last), beside) if part is not None]
+        norm = self._reads(layer, family.mlp_norm, beside, width)
+        if len(parts) == 1:
+            return norm, beside, beside
+        return norm, Place(norm.module, False, width), Together(parts)
+
+    def _mixer(self, layer: nn.Module) -> tuple[nn.Module, Any, int, Projections]:
+        """The module that mixes tokens in a layer, its output projection, how many heads it has, and what they read."""
+        family = self.family
+        for mixer in sorted(family.mixers, key=lambda one: -_present(layer, one)):
+            first, last = (mixer.module, mixer.module) if isinstance(mixer.module, str) else mixer.module
+            if mixer.out is None and _maybe(layer, first) is not None:
+                return self._whole(_site(layer, first), _site(layer, last))
+            if mixer.out is not None and _maybe(layer, mixer.out) is not None and _present(layer, mixer):
+                return self._with_heads(layer, mixer)
+        out = _linear(layer, family.out)
+        attention = _site(layer, family.out.rpartition(".")[0])
+        projections = self._projections(layer, attention, linear_shape(out)[1])
+        heads = projections["q"].n_heads
+        for name, path in family.more.items():
+            if _maybe(layer, path) is not None:
+                projections[name] = self._evenly(layer, path, heads)
+        return attention, out, heads, projections
+
+    def _whole(self, first: nn.Module, last: nn.Module) -> tuple[nn.Module, Any, int, Projections]:
+        embed: Any = self.model.get_input_embeddings()
+        width = int(embed.weight.shape[1])
+        reads = Projection(Place(first, True, width), slice(0, width), 1, width)
+        return first, Place(last, False, width), 1, {"in": reads}
+
+    def _with_heads(self, layer: nn.Module, mixer: Mixer) -> tuple[nn.Module, Any, int, Projections]:
+        assert mixer.out is not None
+        out, module = _linear(layer, mixer.out), _site(layer, mixer.out.rpartition(".")[0])
+        found = [getattr(place, name, None) for name in mixer.heads for place in (module, self.config)]
+        heads = next((n for n in found if isinstance(n, int)), 1)
+        if linear_shape(out)[1] % heads:
+            raise expected(
+                f"{type(layer).__name__}.{mixer.out}", f"input features for {heads} heads", linear_shape(out)[1]
+            )
+        projections: Projections = {}
+        for (name, path), count in [
+            *((item, 1) for item in mixer.reads.items()),
+            *((item, heads) for item in mixer.by_head.items()),
+        ]:
+            if _maybe(layer, path) is not None:
+                projections[name] = self._evenly(layer, path, count)
+        return module, out, heads, projections
+
+    def _evenly(self, layer: nn.Module, path: str, heads: int) -> Projection:
+        """A projection whose features are divided evenly among the heads."""
+        module = _linear(layer, path)
+        features = linear_shape(module)[0]
+        if features % heads:
+            raise expected(f"{type(layer).__name__}.{path}", f"output features for {heads} heads", features)
+        return Projection(module, slice(0, features), heads, features // heads)
+
     def _reads(self, layer: nn.Module, norm: Paths | None, reader: nn.Module, width: int) -> Norm:
-        if norm is not None:
+        if norm is not None and not isinstance(_site(layer, norm), nn.Identity):
             return self._norm(layer, norm, width, layer)
         return self.norms.setdefault(reader, Norm(reader, None, layer))
 
-    def _projections(self, layer: nn.Module, attention: nn.Module, values: int) -> tuple[Projection, ...]:
-        """q, k and v of a layer; `values` is the number of features of all heads' values together."""
+    def _projections(self, layer: nn.Module, attention: nn.Module, values: int) -> Projections:
+        """q, k and v of a layer, where q may also give a gate for every query.
+
+        `values` is the number of features of all heads' values together.
+        """
         family, name = self.family, type(layer).__name__
         head_dim = self._head_dim(attention)
         heads = values // head_dim
@@ -170,7 +242,8 @@ class _Binder:
         fused = family.q == family.k == family.v
         kv_width = (features[0] - values) // 2 if fused else features[1]
         kv = kv_width // head_dim
-        right = [values + 2 * kv * head_dim] * 3 if fused else [values, kv * head_dim, kv * head_dim]
+        queries = 2 * values if not fused and features[0] == 2 * values else values
+        right = [values + 2 * kv * head_dim] * 3 if fused else [queries, kv * head_dim, kv * head_dim]
         fits = kv > 0 and heads % kv == 0
         for path, found, wanted in zip((family.q, family.k, family.v), features, right, strict=True):
             if found != wanted or (path == family.k and not fits):
@@ -179,15 +252,11 @@ class _Binder:
                     f"output features for {heads} query heads of {head_dim} and key/value heads that divide them",
                     found,
                 )
-        rows: list[slice | Tensor]
-        if fused and family.fused == "grouped":
-            rows = list(grouped_rows(heads, kv, head_dim).values())
-        else:
-            starts = [0, values, values + kv * head_dim] if fused else [0, 0, 0]
-            widths = (values, kv * head_dim, kv * head_dim)
-            rows = [slice(start, start + width) for start, width in zip(starts, widths, strict=True)]
-        counts = (heads, kv, kv)
-        return tuple(Projection(*site, head_dim) for site in zip(modules, rows, counts, strict=True))
+        rows = rows_of(family.fused, heads, kv, head_dim) if fused else {}
+        return {
+            name: Projection(module, rows.get(name, slice(0, width)), count, width // count if not fused else head_dim)
+            for name, module, width, count in zip("qkv", modules, features, (heads, kv, kv), strict=True)
+        }
 
     def _head_dim(self, attention: nn.Module) -> int:
         for name in _HEAD_DIM:
@@ -195,6 +264,11 @@ class _Binder:
                 return int(getattr(attention, name))
         config = self.config
         return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _present(layer: nn.Module, mixer: Mixer) -> int:
+    """How many of the mixer's projections the layer has."""
+    return sum(_maybe(layer, path) is not None for path in (*mixer.reads.values(), *mixer.by_head.values()))
 
 
 def _maybe(root: nn.Module, path: str | None) -> nn.Module | None:

@@ -19,7 +19,7 @@ def nonlinear_parts(layer: Layer, width: int, kinds: Kinds) -> tuple[list[Norm],
         InputError: a module with one weight per feature is not a norm.
     """
     norms, activations = [], []
-    per_head = {(heads, layer.q.head_dim) for heads in (layer.q.n_heads, layer.k.n_heads)}
+    per_head = {(p.n_heads, p.head_dim) for p in layer.projections.values()}
     for module in layer.module.modules():
         if next(module.children(), None) is not None:
             continue

@@ -187,8 +187,11 @@ def kind_of(module: nn.Module, width: int) -> Kind:
         * torch.tensor([1e-4, 2e-3, 0.03, 0.4, 6.0, 100.0], dtype=torch.float32).view(-1, *[1] * len(shape))
         + 1e-3
     )
-    with torch.no_grad():
-        y = type(module).forward(probe, x)
+    try:
+        with torch.no_grad():
+            y = type(module).forward(probe, x)
+    except TypeError as error:  # a norm that takes a gate, too
+        raise refusal from error
     for eps, centred, offset in product(said or _USUAL_EPS, (False, True), (0.0, 1.0)):
         kind = Kind(centred, offset, eps)
         norm = Norm(probe, kind)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from ..shapes import Shape
 from .offloading import device_of, read
 
+# Of a fused projection's features: "concatenated": all of q, then k, then v; "grouped": for each key/value head its
+# query heads, its key and its value; "sharded": in each of four equal parts, queries, then values, then keys.
+Order = Literal["concatenated", "grouped", "sharded"]
+_SHARDS = 4
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-Projections = dict[str, "Projection"]  # of one module, by letter: q, k, v
+Projections = dict[str, "Projection"]  # by name: usually q, k and v
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +52,32 @@ class Projection:
         return linear_weight(self.module)
 
 
+class Together(nn.Module):
+    """Modules that read the same and whose outputs are added up, in the order in which they run."""
+
+    parts: tuple[nn.Module, ...]
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.__dict__["parts"] = tuple(modules)  # not children: see `Place`
+
+
+class Place(nn.Module):
+    """The identity that stands where a module reads, or where it writes: for a mixer that is taken as a whole.
+
+    Hooks on its input or output (`forward/hooks.py`) are called there. It runs nothing, and is no part of the model.
+    """
+
+    at: nn.Module
+
+    def __init__(self, module: nn.Module, reads: bool, width: int) -> None:
+        super().__init__()
+        self.__dict__["at"] = module  # not a child, so that its weights stay the model's
+        self.reads = reads
+        self.in_features = self.out_features = width
+        self.bias = None
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(features out, features in) of a linear module."""
     if isinstance(module, Conv1D):
@@ -59,6 +91,9 @@ def linear_weight(module: nn.Module) -> Tensor:
     If the module keeps it in another form (quantised, or beside PEFT adapters), it is the module's output for unit
     vectors.
     """
+    if isinstance(module, Place):
+        like = next((p for p in module.at.parameters() if p.dtype in _FLOATS), torch.empty(0))
+        return torch.eye(module.in_features, dtype=like.dtype, device=device_of(module.at))
     weight = read(module, "weight")
     if isinstance(module, (nn.Linear, Conv1D)) and weight is not None and _plain(weight):
         return weight.T if isinstance(module, Conv1D) else weight
@@ -72,33 +107,48 @@ def _plain(weight: Tensor) -> bool:
     return type(weight) in (Tensor, nn.Parameter, Shape) and weight.dtype in _FLOATS
 
 
-def grouped_rows(q: int, kv: int, head_dim: int) -> dict[str, Tensor]:
-    """Features of "q", "k" and "v" if each key/value head comes with its query heads: int64 [heads·K] each."""
-    features = torch.arange((q + 2 * kv) * head_dim).view(kv, q // kv + 2, head_dim)
-    return {"q": features[:, :-2].flatten(), "k": features[:, -2].flatten(), "v": features[:, -1].flatten()}
+def rows_of(order: Order, q: int, kv: int, head_dim: int) -> dict[str, slice | Tensor]:
+    """Features of "q", "k" and "v" in a fused projection of q query heads and kv key/value heads."""
+    if order == "concatenated":
+        starts = {"q": (0, q), "k": (q, kv), "v": (q + kv, kv)}
+        return {name: slice(at * head_dim, (at + n) * head_dim) for name, (at, n) in starts.items()}
+    features = torch.arange((q + 2 * kv) * head_dim)
+    if order == "grouped":
+        features = features.view(kv, q // kv + 2, head_dim)
+        parts = {"q": features[:, :-2], "k": features[:, -2], "v": features[:, -1]}
+    else:
+        parts = dict(zip("qvk", features.view(_SHARDS, 3, -1).unbind(1), strict=True))
+    return {name: part.flatten() for name, part in parts.items()}
 
 
-def concatenate(projections: Projections, grouped: bool, repeat_kv: int, y: Tensor) -> Tensor:
+def concatenate(projections: Projections, order: Order, repeat_kv: int, y: Tensor) -> Tensor:
     """A projection's output [..., features] as all of q, then k, then v; each key and value `repeat_kv` times."""
-    if grouped:
+    if order == "grouped":
         heads = y.unflatten(-1, (projections["k"].n_heads, -1, projections["k"].head_dim))
         parts = [heads[..., :-2, :].flatten(-3, -2), heads[..., -2, :], heads[..., -1, :]]
+    elif order == "sharded":
+        shards = y.unflatten(-1, (_SHARDS, 3, -1))
+        parts = [
+            shards[..., at, :].flatten(-2).unflatten(-1, (p.n_heads, -1))
+            for at, p in zip((0, 2, 1), projections.values(), strict=True)
+        ]
     else:
         widths = [projection.width for projection in projections.values()]
         parts = [
             part.unflatten(-1, (projection.n_heads, -1))
             for part, projection in zip(y.split(widths, -1), projections.values(), strict=True)
         ]
-    letters = list(projections)
     parts = [
-        part.repeat_interleave(repeat_kv, -2) if repeat_kv > 1 and letter != "q" else part
-        for letter, part in zip(letters, parts, strict=True)
+        part.repeat_interleave(repeat_kv, -2) if repeat_kv > 1 and name in ("k", "v") else part
+        for name, part in zip(projections, parts, strict=True)
     ]
     return torch.cat([part.flatten(-2) for part in parts], -1)
 
 
-def group(projections: Projections, repeat_kv: int, y: Tensor) -> Tensor:
-    """The inverse of `concatenate` for grouped features; keys and values stay repeated."""
+def restore(projections: Projections, order: Order, repeat_kv: int, y: Tensor) -> Tensor:
+    """The inverse of `concatenate` for other orders; keys and values stay repeated."""
     kv, head_dim = projections["k"].n_heads * repeat_kv, projections["k"].head_dim
     q, k, v = y.split([projections["q"].width, kv * head_dim, kv * head_dim], -1)
+    if order == "sharded":
+        return torch.stack([x.unflatten(-1, (_SHARDS, -1)) for x in (q, v, k)], -2).flatten(-3)
     return torch.cat([x.unflatten(-1, (kv, -1)) for x in (q, k, v)], -1).flatten(-2)

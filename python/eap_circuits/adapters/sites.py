@@ -71,7 +71,7 @@ class ReceiverSite:
 
     Args:
         layer: the layer's index; for the logits, one past the last layer.
-        name: "q", "k", "v", "mlp" or "logits".
+        name: "mlp", "logits", or of a head's input, usually "q", "k" or "v".
         receivers: their indices in the graph.
         reach: how many senders they see.
         norm: the norm in front of them.
@@ -100,9 +100,9 @@ def receiver_sites(arch: Architecture, graph: Graph) -> list[ReceiverSite]:
     sites = []
     for index, layer in enumerate(arch.layers):
         reach = graph.attention_reach(index)
-        for letter in ("q", "k", "v"):
-            receivers = graph.receivers_at(index, letter)
-            sites.append(ReceiverSite(index, letter, receivers, reach, layer.attention_norm, layer.projections[letter]))
+        for name, projection in layer.projections.items():
+            receivers = graph.receivers_at(index, name)
+            sites.append(ReceiverSite(index, name, receivers, reach, layer.attention_norm, projection))
         sites.append(
             ReceiverSite(index, "mlp", graph.receivers_at(index, "mlp"), graph.mlp_reach(index), layer.mlp_norm)
         )

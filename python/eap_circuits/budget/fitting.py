@@ -31,7 +31,7 @@ def numbers_per_token(request: Request) -> int:
     outputs = sum(p.numel() for p in model.parameters()) // arch.d_model
     if getattr(model.config, "_attn_implementation", None) in _FUSED:
         return outputs
-    return outputs + 2 * int(request.data.longer_lengths.max()) * sum(layer.q.n_heads for layer in arch.layers)
+    return outputs + 2 * int(request.data.longer_lengths.max()) * sum(layer.n_heads for layer in arch.layers)
 
 
 def tokens_in_all(request: Request, copies: int) -> int:

@@ -3,12 +3,13 @@
 Names, order and index arithmetic are those of EAP-IG (Hanna et al. 2024, arXiv 2403.17806). Senders are ordered by
 depth: `input`, then for each layer its heads `a{l}.h{h}` and its MLP `m{l}`. Receivers are, for each layer, all `<q>`,
 all `<k>`, all `<v>` inputs and `m{l}`; the last one is `logits`. With `heads="kv"` a layer has one `<k>` and one `<v>`
-receiver per key/value head, with `heads="query"` one of each per query head.
+receiver per key/value head, with `heads="query"` one of each per query head. Layers that mix tokens otherwise have the
+inputs that `reads` names instead: `a{l}.h{h}<name>`, or `a{l}<name>` for one that all heads of the layer share.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ from torch import Tensor
 from ..errors import expected, flag, listed, one_of, refuse_default_device, whole
 
 Heads = Literal["kv", "query"]
+Reads = tuple[tuple[str, int], ...]  # the inputs of a layer's heads: (name, how many receivers), in order
+_OF_KEYS = ("k", "v")  # of which the query graph has one for each query head
 _PER_LAYER = "a list of whole numbers, one for each layer"
 
 
@@ -32,6 +35,8 @@ class Graph:
             equals those of any width.
         parallel: attention and MLP of a layer read the same residual (GPT-NeoX, Phi).
         heads: "kv" or "query": the kind of head that has its own `<k>` and `<v>` receivers.
+        reads: the inputs of each layer's heads in the kv graph, [L], None for a layer with the usual three; or None if
+            all layers have these.
     """
 
     n_heads: tuple[int, ...]
@@ -39,6 +44,7 @@ class Graph:
     d_model: int = field(compare=False)
     parallel: bool = False
     heads: Heads = "kv"
+    reads: tuple[Reads | None, ...] | None = None
 
     def __post_init__(self) -> None:
         refuse_default_device()
@@ -52,12 +58,29 @@ class Graph:
         for h, g in zip(self.n_heads, self.n_kv_heads, strict=True):
             if h < 1 or g < 1 or h % g:
                 raise expected("graph", "a number of query heads that key/value heads divide", f"{h} and {g}")
+        object.__setattr__(self, "reads", self._checked_reads())
+
+    def _checked_reads(self) -> tuple[Reads | None, ...] | None:
+        if self.reads is None:
+            return None
+        wanted = "for each layer none, or (name, number that divides its heads) of each input"
+        try:
+            reads = tuple(one and tuple((str(name), whole("reads", n, 1)) for name, n in one) for one in self.reads)
+        except (TypeError, ValueError) as error:
+            raise expected("reads", wanted, repr(self.reads)) from error
+        for h, one in zip(self.n_heads, reads, strict=False):
+            names = [name for name, _ in one or ()]
+            if "mlp" in names or len(set(names)) < len(names) or any(h % n for _, n in one or ()):
+                raise expected("reads", wanted, repr(one))
+        if len(reads) != len(self.n_heads):
+            raise expected("reads", wanted, f"{len(reads)} for {len(self.n_heads)} layers")
+        return reads if any(reads) else None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Graph):
             return NotImplemented
-        same = (self.n_heads, self.n_kv_heads, self.parallel, self.heads) == (
-            other.n_heads, other.n_kv_heads, other.parallel, other.heads
+        same = (self.n_heads, self.n_kv_heads, self.parallel, self.heads, self.reads) == (
+            other.n_heads, other.n_kv_heads, other.parallel, other.heads, other.reads
         )  # fmt: skip
         return same and (self.d_model == other.d_model or 0 in (self.d_model, other.d_model))
 
@@ -77,8 +100,8 @@ class Graph:
     @cached_property
     def _receiver_starts(self) -> tuple[int, ...]:
         starts = [0]
-        for layer, h in enumerate(self.n_heads):
-            starts.append(starts[-1] + h + 2 * self.n_kv_receivers(layer) + 1)
+        for layer in range(self.n_layers):
+            starts.append(starts[-1] + sum(n for _, n in self.head_inputs(layer)) + 1)
         return tuple(starts)
 
     def n_kv_receivers(self, layer: int) -> int:
@@ -102,20 +125,27 @@ class Graph:
         return self._sender_starts[layer + 1] - 1
 
     def receivers_at(self, layer: int, site: str) -> slice:
-        """Indices of the layer's receivers at `site`: "q", "k", "v" or "mlp"."""
-        h, g = self.n_heads[layer], self.n_kv_receivers(layer)
-        offset, count = {"q": (0, h), "k": (h, g), "v": (h + g, g), "mlp": (h + 2 * g, 1)}[site]
-        start = self._receiver_starts[layer] + offset
-        return slice(start, start + count)
+        """Indices of the layer's receivers at `site`: one of `head_inputs`, or "mlp"."""
+        start = self._receiver_starts[layer]
+        for name, count in (*self.head_inputs(layer), ("mlp", 1)):
+            if name == site:
+                return slice(start, start + count)
+            start += count
+        raise KeyError(site)
+
+    def head_receivers(self, layer: int) -> slice:
+        """Indices of the receivers of the layer's heads."""
+        return slice(self._receiver_starts[layer], self._receiver_starts[layer + 1] - 1)
 
     @property
     def logits_receiver(self) -> slice:
         return slice(self.n_receivers - 1, self.n_receivers)
 
-    def _attention_sites(self, layer: int) -> tuple[tuple[str, int], ...]:
-        """("q", "k" or "v", number of such receivers in the layer)."""
-        n = self.n_kv_receivers(layer)
-        return ("q", self.n_heads[layer]), ("k", n), ("v", n)
+    def head_inputs(self, layer: int) -> Reads:
+        """(name, number of such receivers) of each input of the layer's heads, in order; usually "q", "k" and "v"."""
+        n, h = self.n_kv_receivers(layer), self.n_heads[layer]
+        reads = self.reads[layer] if self.reads else None
+        return tuple((name, n if name in _OF_KEYS else m) for name, m in reads or (("q", h), ("k", n), ("v", n)))
 
     def attention_reach(self, layer: int) -> int:
         """How many senders the layer's attention inputs can see."""
@@ -140,8 +170,9 @@ class Graph:
         """Receiver names, [R]."""
         names = []
         for layer in range(self.n_layers):
-            for letter, n in self._attention_sites(layer):
-                names += [f"a{layer}.h{i}<{letter}>" for i in range(n)]
+            for name, n in self.head_inputs(layer):
+                shared = n == 1 < self.n_heads[layer] and name not in _OF_KEYS
+                names += [f"a{layer}<{name}>"] if shared else [f"a{layer}.h{i}<{name}>" for i in range(n)]
             names.append(f"m{layer}")
         return [*names, "logits"]
 
@@ -174,7 +205,7 @@ class Graph:
         for layer, h in enumerate(self.n_heads):
             heads = torch.arange(h)
             first = self.head_senders(layer).start
-            for site, n in self._attention_sites(layer):
+            for site, n in self.head_inputs(layer):
                 receivers.append(self.receivers_at(layer, site).start + heads // (h // n))
                 senders.append(first + heads)
             receivers.append(torch.tensor([self.receivers_at(layer, "mlp").start]))
@@ -206,7 +237,7 @@ class Graph:
 
     def with_heads(self, heads: Heads) -> Graph:
         """The same model's graph with `<k>` and `<v>` receivers of the given kind."""
-        return Graph(self.n_heads, self.n_kv_heads, self.d_model, self.parallel, heads)
+        return replace(self, heads=heads)
 
     @cached_property
     def kv_receiver(self) -> Tensor:
@@ -214,7 +245,7 @@ class Graph:
         query, kv = self.with_heads("query"), self.with_heads("kv")
         index = torch.empty(query.n_receivers, dtype=torch.int64)
         for layer in range(self.n_layers):
-            for site in ("q", "k", "v", "mlp"):
+            for site in (*(name for name, _ in self.head_inputs(layer)), "mlp"):
                 mine, theirs = query.receivers_at(layer, site), kv.receivers_at(layer, site)
                 n, m = mine.stop - mine.start, theirs.stop - theirs.start
                 index[mine] = theirs.start + torch.arange(n) // (n // m)
@@ -255,7 +286,8 @@ class Graph:
     # Storage.
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        fields = asdict(self)
+        return fields if self.reads else {name: value for name, value in fields.items() if name != "reads"}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Graph:

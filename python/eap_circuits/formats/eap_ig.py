@@ -33,6 +33,8 @@ def check_graph(graph: Graph) -> None:
     """Refuse a graph that EAP-IG has no place for."""
     if len(set(graph.n_heads)) > 1 or len(set(graph.n_kv_heads)) > 1:
         raise expected("EAP-IG's formats", "the same number of heads in every layer", graph.n_heads)
+    if graph.reads:
+        raise expected("EAP-IG's formats", "queries, keys and values in every layer", f"inputs {graph.reads}")
 
 
 def write_json(path: str | os.PathLike[str], content: Content) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..adapters import SenderSite, as_given
+from ..adapters import Place, SenderSite, Together, as_given
 from ..errors import expected
 from ..loans import Changes, SharedChange
 from .grouped_attention import SHARED_KEYS
@@ -116,6 +116,8 @@ class Hooks(Changes):
 
     def on_input(self, module: nn.Module, hook: _Hook) -> None:
         """Call `hook(x)` with the module's first input; what it returns, if anything, takes its place."""
+        if isinstance(module, Place):
+            return self._on_place(module, hook)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if args:
@@ -129,6 +131,10 @@ class Hooks(Changes):
 
     def on_output(self, module: nn.Module, hook: _Hook) -> None:
         """Call `hook(y)` with the module's (first) output; what it returns, if anything, takes its place."""
+        if isinstance(module, Place):
+            return self._on_place(module, hook)
+        if isinstance(module, Together):
+            return self._on_sum(module.parts, hook)
 
         def after(output: Any) -> Any:
             if isinstance(output, tuple):
@@ -137,6 +143,32 @@ class Hooks(Changes):
             return self._call(hook, output)
 
         self.on_result(module, after)
+
+    def _on_place(self, place: Place, hook: _Hook) -> None:
+        (self.on_input if place.reads else self.on_output)(place.at, hook)
+
+    def _on_sum(self, parts: Sequence[nn.Module], hook: _Hook) -> None:
+        """Call `hook` with the sum of outputs; what it returns comes out of the last part, and zeros of the others."""
+        seen: list[torch.Tensor] = []
+        reading = self._select is not None
+
+        def put(result: Any, y: torch.Tensor) -> Any:
+            return None if reading else (y, *result[1:]) if isinstance(result, tuple) else y
+
+        def keep(result: Any) -> Any:
+            seen.append(result[0] if isinstance(result, tuple) else result)
+            # One row, as the hook may give the sum another number of rows.
+            return put(result, seen[-1].new_zeros([1] * (seen[-1].dim() - 1) + [seen[-1].shape[-1]]))
+
+        def add(result: Any) -> Any:
+            both = sum(seen, result[0] if isinstance(result, tuple) else result)
+            seen.clear()
+            new = self._call(hook, both)
+            return put(result, both if new is None else new)
+
+        for part in parts[:-1]:
+            self.on_result(part, keep)
+        self.on_result(parts[-1], add)
 
     def on_result(self, module: nn.Module, hook: Callable[[Any], Any]) -> None:
         """Call `hook(result)` with all that the module returns; what it returns, if anything, takes its place."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Architecture, concatenate, group, is_offloaded
+from ..adapters import Architecture, concatenate, is_offloaded, restore
 from ..errors import expected
 from ..graph import Graph
 from .batches import Batch
@@ -29,6 +29,17 @@ def each(*registers: Register) -> Register:
             one(hooks)
 
     return register
+
+
+class _Given(nn.Module):
+    """Returns this, whatever its input."""
+
+    def __init__(self, given: Tensor) -> None:
+        super().__init__()
+        self._given = given
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self._given
 
 
 class Runner:
@@ -62,11 +73,11 @@ class Runner:
             return self.arch.embed(tokens).to(tokens.device)
 
     def projection_sites(self, index: int) -> Iterator[tuple[nn.Module, dict[str, slice]]]:
-        """Each projection module of a layer, with its features for "q", "k" or "v", concatenated and repeated."""
+        """Each projection module of a layer, with its features for each name, concatenated and repeated."""
         for module, sites in self.arch.layers[index].projection_modules.items():
             columns, start = {}, 0
             for letter, projection in sites.items():
-                stop = start + projection.width * (1 if letter == "q" else self.repeat_kv[index])
+                stop = start + projection.width * (self.repeat_kv[index] if letter in ("k", "v") else 1)
                 columns[letter] = slice(start, stop)
                 start = stop
             yield module, columns
@@ -138,9 +149,7 @@ class Runner:
         inputs = embeddings if self.arch.embedding_scale == 1 else embeddings / self.arch.embedding_scale
         last = ScoredMLP(self.arch.layers[-1], lambda rows: scored[:rows])
         with Hooks(tokens=1) as single:
-            # `embed` has already applied this norm. No other hook is on it, so the order does not matter.
-            if self.arch.embedding_norm is not None:
-                hooks.on_output(self.arch.embedding_norm, lambda _: embeddings)
+            self._skip_embedding_norm(embeddings, hooks)
             # Before the caller's hooks, which see queries, keys and values one after another, repeated.
             self._concatenate(hooks)
             # Before the caller's hooks, which see the last MLP's output in whole rows.
@@ -158,6 +167,21 @@ class Runner:
             result = self._model(inputs_embeds=inputs, **given)
         logits = self._checked(getattr(result, "logits", None), len(scored)).to(embeddings.device)
         return (logits if logits.shape[1] == 1 else at_scored(logits, scored)).squeeze(1)
+
+    def _skip_embedding_norm(self, embeddings: Tensor, hooks: Hooks) -> None:
+        """`embed` has already applied this norm."""
+        norm, path = self.arch.embedding_norm, self.arch.family.embedding_norm
+        if norm is None or path is None:
+            return
+        if norm is not self.arch.final_norm.module:
+            # No other hook is on it, so the order does not matter.
+            hooks.on_output(norm, lambda _: embeddings)
+            return
+        # The same module is the final norm, too: until the first layer runs, the model has another in its place.
+        parent, _, name = path.rpartition(".")
+        owner = self.arch.model.get_submodule(parent)
+        hooks.set_attribute(owner, name, _Given(embeddings))
+        hooks.on_input(self.arch.layers[0].module, lambda _: setattr(owner, name, norm))
 
     def _checked(self, logits: object, rows: int) -> Tensor:
         """Logits, if they are those of a language model."""
@@ -196,11 +220,14 @@ class Runner:
             for change in layer.per_query_head() if repeat_kv > 1 else ():
                 hooks.set_attribute(*change)
             for module, projections in layer.projection_modules.items():
-                if layer.grouped or repeat_kv > 1:
-                    hooks.on_output(module, partial(concatenate, projections, layer.grouped, repeat_kv))
+                repeated = repeat_kv > 1 and not {"k", "v"}.isdisjoint(projections)
+                if layer.order != "concatenated" or repeated:
+                    hooks.on_output(module, partial(concatenate, projections, layer.order, repeat_kv))
 
     def _restore_order(self, hooks: Hooks) -> None:
         """Let attention get them in the order that it expects."""
         for layer, repeat_kv in zip(self.arch.layers, self.repeat_kv, strict=True):
-            if layer.grouped:
-                hooks.on_output(layer.q.module, partial(group, layer.projections, repeat_kv))
+            order = layer.query_order if repeat_kv > 1 else layer.order
+            if order != "concatenated":
+                (module,) = layer.projection_modules
+                hooks.on_output(module, partial(restore, layer.projections, order, repeat_kv))

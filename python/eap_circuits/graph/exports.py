@@ -51,7 +51,7 @@ def _joined(circuit: Circuit) -> Iterator[tuple[str, str, str, dict[str, float]]
         nodes.setdefault(receiver, []).append(graph.senders[sender])
     for u, v in circuit.mask.nonzero().tolist():
         name = graph.receivers[v]
-        kind = name[-2] if name.endswith(">") else "logits" if name == "logits" else "mlp"
+        kind = name.partition("<")[2][:-1] if name.endswith(">") else "logits" if name == "logits" else "mlp"
         score = {} if circuit.values is None else {"score": float(circuit.values[u, v])}
         for node in nodes[v]:
             yield graph.senders[u], node, kind, score

@@ -22,7 +22,7 @@ from ..forward import Hooks, Indices, Runner
 from ..graph import Graph
 from ..recording import ReferenceRun
 from .circuit_group import EVERYWHERE, Asked, CircuitGroup, LearningGroup, Places, SharedGroup, asked_of, numbers
-from .grouping import Sites, arrange, attention_of, consecutive, heads_of, join, shared
+from .grouping import Sites, arrange, attention_of, consecutive, first_of, heads_of, join, shared
 
 TOKENS_TOGETHER = 2048  # of circuits that run together
 
@@ -196,7 +196,7 @@ class _CircuitsRun:
         return norm(y.to(dtype)) if y.is_cpu else norm.fused(y).to(dtype)
 
     def _read_mlp(self, sites: Sites, run: list[int], own: Tensor) -> Tensor:
-        site, attention = sites["mlp"], sites["q"]
+        site, attention = sites["mlp"], first_of(sites)
         at = self._read_at(site)
         partial = [c for c in run if self.asked.partial[c, site.receivers.start]]
         begun, self.begun = self.begun, {}
@@ -272,18 +272,18 @@ class _CircuitsRun:
         return every.flatten(0, 1)
 
     def _projections(self, sites: Sites) -> dict[str, Tensor]:
-        """Of what each of "q", "k" and "v" is features, [C, E, T, features]; whole receivers are filled in later."""
+        """Of what each input of the heads is features, [C, E, T, features]; whole receivers are filled in later."""
         made: dict[str, Tensor] = {}
         found: dict[str, Tensor] = {}
-        corrupted = self.corrupted.projections[sites["q"].layer]
-        for _, columns in self.runner.projection_sites(sites["q"].layer):
+        corrupted = self.corrupted.projections[first_of(sites).layer]
+        for _, columns in self.runner.projection_sites(first_of(sites).layer):
             every = torch.cat([corrupted[letter].expand(self.count, -1, -1, -1) for letter in columns], -1)
             for letter, features in columns.items():
                 made[letter], found[letter] = every, every[..., features].unflatten(-1, (sites[letter].count, -1))
         dtype = self.runner.arch.dtype
         projections = {letter: site.projection for letter, site in sites.items() if site.projection is not None}
         weights = {letter: (each.weight(dtype), each.bias(dtype)) for letter, each in projections.items()}
-        norm, mlp = sites["q"].norm, sites["mlp"]
+        norm, mlp = first_of(sites).norm, sites["mlp"]
         for group in self.groups:
             wanted = group.wanted(attention_of(sites))
             if not wanted:
@@ -323,9 +323,9 @@ class _CircuitsRun:
         attention, mlp = attention_of(sites), sites["mlp"]
         if self._begins(group, sites):
             both = slice(attention.start, mlp.receivers.stop)
-            rest = 0 if self.graph.parallel else sites["q"].reach  # where the MLP may run first
-            return [(both, sites["q"].reach, 0), (mlp.receivers, mlp.reach, rest)]
-        return [(attention, sites["q"].reach, 0), (mlp.receivers, mlp.reach, 0)]
+            rest = 0 if self.graph.parallel else first_of(sites).reach  # where the MLP may run first
+            return [(both, first_of(sites).reach, 0), (mlp.receivers, mlp.reach, rest)]
+        return [(attention, first_of(sites).reach, 0), (mlp.receivers, mlp.reach, 0)]
 
     def _send(self) -> None:
         """Send what indexes and weights anything to each device in one piece: one launch, not one for each."""
@@ -340,10 +340,11 @@ class _CircuitsRun:
                     weights += [(group, to, start, group.weights(to, stop, start)) for to, stop, start in reads]
                 for heads in self.heads[index][group].values():
                     lists += [*heads.partial, *([] if consecutive(heads.slots) else [heads.slots])]
-                if "q" in sites and not consecutive(stored := self._stored(group, senders[2 * index + 1])):
+                if "mlp" in sites and not consecutive(stored := self._stored(group, senders[2 * index + 1])):
                     lists.append(stored)
-            if "q" in sites and (whole := numbers(self.asked.whole[:, attention_of(sites)].any(1))):
-                lists += [self.asked.whole[whole][:, sites[letter].receivers] for letter in ("q", "k", "v")]
+            if "mlp" in sites and (whole := numbers(self.asked.whole[:, attention_of(sites)].any(1))):
+                heads = [site for site in sites.values() if site.projection is not None]
+                lists += [self.asked.whole[whole][:, site.receivers] for site in heads]
         for device, (lists, weights) in wanted.items():
             there = self.indices.send(device, lists, *(each for *_, each in weights))
             for (group, to, start, _), each in zip(weights, there, strict=True):

@@ -36,7 +36,7 @@ def rows_computed(graph: Graph, masks: Sequence[Tensor], device: torch.device) -
         return torch.cat([getattr(one, name) for one in group]).any(0)
 
     def at_once(computed: Tensor) -> int:
-        ends = ((graph.receivers_at(i, "q").start, graph.receivers_at(i, "mlp").stop) for i in range(graph.n_layers))
+        ends = ((graph.head_receivers(i).start, graph.receivers_at(i, "mlp").stop) for i in range(graph.n_layers))
         return max(1, *(int(computed[first:last].sum()) for first, last in ends))
 
     return beside + max(3 * at_once(any_of(group, "partial")) + int(any_of(group, "stored").sum()) for group in groups)
@@ -100,7 +100,7 @@ class Heads:
 
 
 def heads_of(group: CircuitGroup, sites: Sites) -> dict[str, Heads]:
-    """What a group computes of a layer's "q", "k" and "v"."""
+    """What a group computes of a layer's projections."""
     found = {}
     for letter, site in sites.items():
         if site.projection is None:
@@ -118,8 +118,13 @@ def heads_of(group: CircuitGroup, sites: Sites) -> dict[str, Heads]:
 
 
 def attention_of(sites: Sites) -> slice:
-    """A layer's receivers of attention."""
-    return slice(sites["q"].receivers.start, sites["v"].receivers.stop)
+    """The inputs of a layer's heads."""
+    return slice(first_of(sites).receivers.start, sites["mlp"].receivers.start)
+
+
+def first_of(sites: Sites) -> ReceiverSite:
+    """The first input of a layer's heads; all of them read through one norm."""
+    return next(iter(sites.values()))
 
 
 def join(rows: Iterable[tuple[Tensor, int]]) -> Tensor:

@@ -34,7 +34,7 @@ class Box:
 @dataclass(frozen=True)
 class Line:
     """An edge: its Bézier points (a start, then three for each curve), its score, and the letter of the head's input
-    that it enters ("q", "k", "v", or "" if it enters no head)."""
+    that it enters ("q", "k", "v", or "" for any other)."""
 
     sender: str
     receiver: str
@@ -127,7 +127,8 @@ def _place_lines(
     ports: dict[int, tuple[float, float, str]] = {}
     for v in dict.fromkeys(v for _, v in edges):
         name = graph.receivers[v]
-        letter = name[-2] if name.endswith(">") else ""
+        letter = name.partition("<")[2][:-1]
+        letter = letter if letter in PORTS else ""
         heads = [boxes[u] for u in owners[v]]
         if heads:
             x = sum(box.x for box in heads) / len(heads) + PORTS.get(letter, 0.0)

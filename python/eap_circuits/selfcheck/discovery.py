@@ -6,11 +6,14 @@ import torch
 from torch import nn
 
 from ..adapters import Family, propose
-from ..errors import expected, known_arguments
+from ..errors import InputError, expected, known_arguments
 from ..forward import borrowed
 from ..loans import gives_back
 from .model import Check, check_model, exact_copy
 from .tracing import trace
+
+# What models raise that cannot run as they are asked to.
+_OF_MODELS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
 @gives_back
@@ -37,20 +40,21 @@ def discover(model: nn.Module) -> tuple[Family, list[Check]]:
     try:
         with borrowed(exact), torch.no_grad():
             calls, embeddings = trace(exact, tokens), embed(tokens)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise expected(type(model).__name__, "a model that runs on token ids in float64", _line(error)) from error
+    except InputError:
+        raise
+    except _OF_MODELS as error:
+        wanted = "a model that runs on token ids alone, in float64, as Llama does"
+        raise expected(type(model).__name__, wanted, f"one that raises {type(error).__name__}") from error
     failed: list[Check] = []
     for family in propose(exact, calls, embeddings):
         try:
             checks = check_model(model, family=family)
-        except (RuntimeError, TypeError, ValueError) as error:
-            checks = [Check("self-check", False, _line(error))]
+        except InputError as error:
+            checks = [Check("self-check", False, str(error))]
+        except _OF_MODELS as error:
+            checks = [Check("its runs", False, f"{type(error).__name__}")]
         if all(check.passed for check in checks):
             return family, checks
         failed = failed or [check for check in checks if not check.passed]
     what = "; ".join(f"{check.name} ({check.detail})" for check in failed)
     raise expected(type(model).__name__, "an architecture whose self-check passes", f"failures: {what}")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".")

@@ -42,6 +42,8 @@ class StayDouble(FunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func is torch.full and "dtype" not in kwargs and isinstance(args[-1], float):
+            kwargs["dtype"] = torch.float64  # the least number of that dtype, say
         if args and isinstance(args[0], Tensor) and args[0].dtype in (torch.float64, torch.int64):
             if func is Tensor.float:
                 return args[0].double()
@@ -171,20 +173,26 @@ def _contributions(arch: Architecture, batch: Batch) -> Check:
 def _heads(arch: Architecture, data: PairedDataset) -> Check:
     """A query moves only its own head at its own token; a key and a value move their group from their token on.
 
-    The effect of a value is also linear, which is all that tells a value from a key.
+    The effect of a value is also linear, which is all that tells a value from a key. A gate is like a query. What other
+    mixers read moves nothing before its token.
     """
     graph = arch.graph("kv")
     (batch,) = make_batches(data[[0]], 1, False, arch.device)
     runner = Runner(arch, graph, batch)
     at = batch.shape[1] // 2
-    moves = [(i, *move) for i in range(len(arch.layers)) for move in (("q", 1), ("k", 1), ("v", 1), ("v", 2))]
+    moves = [
+        (index, name, size)
+        for index, layer in enumerate(arch.layers)
+        for name in layer.projections
+        for size in ((1, 2) if name == "v" and not layer.inner_norm else (1,))
+    ]
     seen: list[Tensor] = []  # the heads' values in each layer, [1 + moves, T, H·K]
 
     def add(index: int, columns: dict[str, slice], y: Tensor) -> Tensor:
         y = y.clone()
         for row, (layer, letter, size) in enumerate(moves, 1):
             if layer == index and letter in columns:
-                head = y[row, at, columns[letter]][-arch.layers[index].q.head_dim :]
+                head = y[row, at, columns[letter]][-arch.layers[index].projections[letter].head_dim :]
                 head += size * torch.linspace(-1, 1, len(head), dtype=y.dtype, device=y.device)
         return y
 
@@ -201,10 +209,11 @@ def _heads(arch: Architecture, data: PairedDataset) -> Check:
     wrong = []
     for row, (index, letter, size) in enumerate(moves, 1):
         layer, z = arch.layers[index], seen[index]
-        moved = (z[row] - z[0]).unflatten(-1, (layer.q.n_heads, -1))
-        elsewhere = moved.clone()
-        heads = slice(0 if layer.mixes_heads and letter in "qk" else -1 if letter == "q" else -layer.groups, None)
-        elsewhere[at : at + 1 if letter == "q" else None, heads] = 0
+        moved = (z[row] - z[0]).unflatten(-1, (layer.n_heads, -1))
+        elsewhere, of_query = moved.clone(), "v" in layer.projections and letter not in ("k", "v")
+        every = "v" not in layer.projections or layer.inner_norm or (layer.mixes_heads and letter in ("q", "k"))
+        heads = slice(0 if every else -1 if of_query else -layer.groups, None)
+        elsewhere[at : at + 1 if of_query else None, heads] = 0
         nonlinear = (z[row] + z[0] - 2 * z[row - 1]).abs().max() if size == 2 else 0.0
         if not max(elsewhere.abs().max(), nonlinear) < 1e-6 * moved.abs().max():
             wrong.append(f"{letter} of layer {index}")

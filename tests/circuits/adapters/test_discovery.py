@@ -95,14 +95,54 @@ def test_discovery_finds_what_the_tables_say(kind, make_model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields", "words"),
+    ("kind", "fields", "out", "reads"),
     [
         # Two softmax maps per value: a query's place among the outputs is not that of its head.
-        ("diffllama", {**_WIDE, "num_key_value_heads": 2}, "queries, keys and values"),
+        ("diffllama", {**_WIDE, "num_key_value_heads": 2}, "self_attn.o_proj", ["q_proj", "k_proj", "v_proj"]),
         # Keys and values from a latent vector.
-        ("deepseek_v3", {**_WIDE, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}, "projections"),
+        (
+            "deepseek_v3",
+            {
+                **_WIDE,
+                "n_routed_experts": 4,
+                "n_group": 1,
+                "topk_group": 1,
+                "q_lora_rank": 8,
+                "kv_lora_rank": 8,
+                "moe_intermediate_size": 8,
+            },
+            "self_attn.o_proj",
+            ["q_a_proj", "kv_a_proj_with_mqa"],
+        ),
+    ],
+)
+def test_mixers_without_queries_keys_and_values_are_discovered(kind, fields, out, reads, monkeypatch, make_pairs):
+    monkeypatch.delitem(FAMILIES, kind, raising=False)
+    model, data = random_model(kind, fields), make_pairs(n=3)
+    family, checks = eap.discover(model)
+    assert all(check.passed for check in checks)
+    (mixer,) = family.mixers
+    assert mixer.out == out and list(mixer.reads) == reads
+    eap.register_family(family)
+    scores = eap.attribute(model, data)
+    assert any(name.endswith(f"<{reads[-1]}>") for name in scores.graph.receivers)
+    full = eap.Circuit.from_mask(scores.graph, scores.graph.edge_mask)
+    assert eap.evaluate(model, full, data).faithfulness == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "words"),
+    [
         # The residual stream itself is normalised.
         ("openai-gpt", {"vocab_size": 59, "n_embd": 24, "n_layer": 2, "n_head": 3}, "decoder layers"),
+        ("bert", {**_WIDE, "is_decoder": True}, "post-norm"),
+        ("mamba", {"vocab_size": 59, "hidden_size": 24, "num_hidden_layers": 2, "state_size": 4}, "only one of them"),
+        # Embeddings of each layer.
+        (
+            "gemma4_text",
+            {**_WIDE, "num_key_value_heads": 2, "vocab_size_per_layer_input": 59, "hidden_size_per_layer_input": 4},
+            "token embeddings for each",
+        ),
     ],
 )
 def test_what_discovery_cannot_serve_is_refused_in_one_sentence(kind, fields, words):
@@ -163,7 +203,7 @@ def test_the_pages_example_works():
     """docs/adapters.md: the table and its check are run as they stand."""
     page = (ROOT / "docs" / "adapters.md").read_text()
     blocks = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "discover(model)" not in block]
-    assert len(blocks) == 2 and len(blocks[0].splitlines()) <= 20
+    assert len(blocks) == 3 and len(blocks[0].splitlines()) <= 20
     for block in blocks:
         exec(block, space := globals() | {"eap": eap})
     assert FAMILIES["nemotron"].name == "nemotron" and space

@@ -139,3 +139,30 @@ def test_a_graph_of_an_8b_model_is_arithmetic() -> None:
     assert graph.n_senders == 1 + 32 * 33
     assert graph.n_receivers == 32 * (32 + 8 + 8 + 1) + 1
     assert graph.n_edges == sum(48 * (1 + 33 * layer) + 1 + 33 * layer + 32 for layer in range(32)) + 1 + 32 * 33
+
+
+def test_layers_with_other_inputs():
+    """Latents shared by all heads, a gate for each, and layers with the usual three: names, reach and both graphs."""
+    reads = ((("q", 1), ("kv", 1)), None, (("q", 4), ("k", 2), ("v", 2), ("gate", 4)))
+    graph = Graph((4, 4, 4), (4, 2, 2), 8, reads=reads)
+    assert graph.receivers[:3] == ["a0<q>", "a0<kv>", "m0"]
+    assert graph.receivers[-6:] == ["a2.h0<gate>", "a2.h1<gate>", "a2.h2<gate>", "a2.h3<gate>", "m2", "logits"]
+    assert graph.n_receivers == 3 + 9 + 13 + 1 and graph.reach.tolist()[:3] == [1, 1, 5]
+    query = graph.with_heads("query")
+    assert query.n_receivers == 3 + 13 + 17 + 1 and query.receivers[:3] == graph.receivers[:3]
+    receivers, senders = graph.inputs_of
+    shared = graph.receivers.index("a0<kv>")
+    assert [graph.senders[u] for u in senders[receivers == shared]] == ["a0.h0", "a0.h1", "a0.h2", "a0.h3"]
+    values = torch.rand(graph.n_senders, graph.n_receivers)
+    torch.testing.assert_close(graph.to_kv(graph.to_query(values)), values)
+    assert Graph.from_dict(json.loads(json.dumps(graph.to_dict()))) == graph
+    assert graph != Graph((4, 4, 4), (4, 2, 2), 8)
+    assert Graph((4,), (2,), 8, reads=(None,)) == Graph((4,), (2,), 8)
+
+
+@pytest.mark.parametrize(
+    "reads", [5, "ab", ((("q", 3),),), ((("q", 1), ("q", 1)),), ((("mlp", 1),),), (None, None), ((("q", 0),),)]
+)
+def test_other_inputs_that_do_not_fit_are_refused(reads):
+    with pytest.raises(InputError, match="reads"):
+        Graph((4,), (2,), 8, reads=reads)

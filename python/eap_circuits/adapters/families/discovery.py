@@ -1,8 +1,9 @@
 """Propose tables for unknown architectures from what a forward pass computed.
 
-A layer is assumed to add two contributions to the residual stream, attention's and the MLP's. Whatever the modules are
-called, these are the two outputs that add up to what the layer added. A proposal may be wrong: it counts only once the
-self-check has passed with it.
+A layer is assumed to add two contributions to the residual stream, a mixer's and the MLP's. Whatever the modules are
+called, these are the two outputs that add up to what the layer added, or three if the MLP has a part beside it. A mixer
+is proposed as attention with queries, keys and values, then as one with inputs of any kind before an output projection,
+then as a whole. A proposal may be wrong: it counts only once the self-check has passed with it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, permutations
+from itertools import chain, combinations, permutations
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ...errors import InputError, expected
 from ..norms import kind_of
-from .family import Family
+from .family import Family, Mixer
+
+# Attributes in which mixers keep their number of heads.
+_HEADS = ("num_v_heads", "num_heads", "n_heads", "num_attention_heads")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,18 +47,22 @@ def propose(model: nn.Module, calls: Sequence[Call], embeddings: Tensor) -> list
     Raises:
         InputError: there are no decoder layers, or they do not add attention and an MLP to a residual stream.
     """
+    config: Any = model.config
+    if getattr(config.get_text_config(), "hidden_size_per_layer_input", 0):
+        raise _refusal(
+            model, "layers that read nothing but the residual stream, as Gemma 3's", "token embeddings for each"
+        )
     shape = embeddings.shape
     flat = [Call(c.path, c.module, _flat(c.input, shape), _flat(c.output, shape)) for c in calls]
     stack = _stack(model, flat, shape[-1])
     layers = [call for call in flat if call.path.rpartition(".")[0] == stack]
-    middle = layers[len(layers) // 2]
-    site = _LayerSites(model, middle, [call for call in flat if call.path.startswith(middle.path + ".")])
+    kinds = {tuple((name, type(part)) for name, part in layer.module.named_modules()): layer for layer in layers}
+    sites = [_LayerSites(model, one, [c for c in flat if _inside(c, one)]) for one in kinds.values()]
     outside = [call for call in flat if not call.path.startswith(stack + ".")]
     norm, multiplier = _embedding(model, outside, layers[0].input, embeddings.flatten(0, 1), shape[0])
     ends = [call for call in outside if _same(call.input, layers[-1].output) and _is_norm(call.module, shape[-1])]
     if not ends:
         raise _refusal(model, "a norm after the last decoder layer", "none")
-    config: Any = model.config
     table = Family(
         name=config.model_type,
         model_types=(config.model_type,),
@@ -62,12 +70,37 @@ def propose(model: nn.Module, calls: Sequence[Call], embeddings: Tensor) -> list
         final_norm=ends[0].path,
         embedding_norm=norm,
         embedding_multiplier=multiplier,
-        **site.table(),
+        **_merged(model, [site.common() for site in sites]),
     )
-    if table.q == table.k:
-        return [replace(table, fused=fused) for fused in ("concatenated", "grouped")]
-    orders = permutations((table.q, table.k, table.v))
-    return [replace(table, q=q, k=k, v=v, k_norm=site.k_norms.get(k)) for q, k, v in orders]
+    mixers = [site.mixers() for site in sites]
+    attention = next((site for site in sites if site.attention_fields() is not None), None)
+    proposals: list[Family] = []
+    if attention is not None:
+        fields = attention.attention_fields() or {}
+        others = [m[0] for site, m in zip(sites, mixers, strict=True) if site.attention_fields() != fields]
+        table_of = replace(table, mixers=tuple(others), **fields)
+        if table_of.q == table_of.k:
+            proposals += [replace(table_of, fused=fused) for fused in ("concatenated", "grouped", "sharded")]
+        else:
+            orders = permutations((table_of.q, table_of.k, table_of.v))
+            proposals += [replace(table_of, q=q, k=k, v=v, k_norm=attention.k_norms.get(k)) for q, k, v in orders]
+    for least in range(max(map(len, mixers))):
+        proposals.append(replace(table, mixers=tuple(each[min(least, len(each) - 1)] for each in mixers)))
+    return proposals
+
+
+def _merged(model: nn.Module, tables: list[dict[str, Any]]) -> dict[str, Any]:
+    """What layers of all kinds have; paths that differ are tried one after another."""
+    merged = {}
+    for name in tables[0]:
+        found = list(dict.fromkeys(table[name] for table in tables))
+        paths = all(isinstance(value, str) for value in found) and name.endswith("norm")
+        if name in ("attention_norm", "mlp_norm") and None in found and len(found) == 2:
+            found.remove(None)  # an identity may stand in its place
+        if len(found) > 1 and not paths:
+            raise _refusal(model, f"one {name.replace('_', ' ')} in all layers", " and ".join(map(repr, found)))
+        merged[name] = found[0] if len(found) == 1 else tuple(found)
+    return merged
 
 
 class _LayerSites:
@@ -76,20 +109,62 @@ class _LayerSites:
     def __init__(self, model: nn.Module, layer: Call, calls: list[Call]) -> None:
         self.model, self.layer, self.calls = model, layer, calls
         self.width = layer.output.shape[-1]
-        self.attention, self.mlp, self.scale = self._contributions()
+        self.attention, self.mlp, self.beside, self.scale = self._contributions()
         self.k_norms: dict[str, str] = {}  # by the path of the projection whose output they take
+        self.post, self.inner = self._before_post_norm(self.attention)
+        place = next(
+            (i for i, c in enumerate(self.calls) if _is_linear(c) and _same(c.output, self.inner.output)), None
+        )
+        self.out = None if place is None else self.calls[place]
+        before = self.calls[: self.calls.index(self.inner) if place is None else place]
+        self.norm, self.linears = self._read([c for c in before if _is_linear(c)], [layer.input])
+        if self.norm is None and not self.linears:
+            self.norm, _ = self._read([c for c in self.calls if not _is_norm(c.module, self.width)], [layer.input])
+        self._find_k_norms(self.linears)
 
-    def table(self) -> dict[str, Any]:
-        first, out, post = self._attention_output()
+    def attention_fields(self) -> dict[str, Any] | None:
+        """The table's fields on queries, keys and values; None if there are not as many projections."""
+        linears = self.linears
+        if self.out is None or len(linears) in (0, 2):
+            return None
+        q, k, v = self._letters(linears) if len(linears) > 2 else linears * 3
+        more = [self._short(c) for c in linears if c not in (q, k, v)]
+        return {
+            "q": self._short(q),
+            "k": self._short(k),
+            "v": self._short(v),
+            "out": self._short(self.out),
+            "more": {path.rpartition(".")[2]: path for path in more},
+        }
+
+    def mixers(self) -> list[Mixer]:
+        """What the mixer may be, if not attention with queries, keys and values."""
+        found = []
+        if self.out is not None and self.linears:
+            reads = {path.rpartition(".")[2]: path for path in map(self._short, self.linears)}
+            module = self.model.get_submodule(self.out.path.rpartition(".")[0])
+            width = self.out.input.shape[-1]
+            numbers = [
+                name for name in _HEADS if isinstance(n := getattr(module, name, 0), int) and n and not width % n
+            ]
+            found.append(Mixer(out=self._short(self.out), reads=reads, heads=tuple(numbers[:1])))
+        read = self.layer.input if self.norm is None else self.norm.output
+        readers = [c for c in self.calls if _same(c.input, read) and not _is_norm(c.module, self.width)]
+        if readers:
+            found.append(Mixer(module=(self._short(readers[0]), self._short(self.inner))))
+        if not found:
+            raise _refusal(self.model, "a mixer that reads the residual stream", f"{self.inner.path!r}, which does not")
+        return found
+
+    def common(self) -> dict[str, Any]:
+        """The table's fields that all layers share."""
         x = self.layer.input
-        entered = [c for c in self.calls[:first] if isinstance(c.module, (nn.Linear, Conv1D))]
-        norm, linears = self._read(entered, [x])
-        if len(linears) not in (1, 3):
-            raise _refusal(self.model, "one or three projections before attention", f"{len(linears)}")
-        q, k, v = self._letters(linears) if len(linears) == 3 else linears * 3
-        self._find_k_norms(linears)
+        out = self.inner if self.out is None else self.out
+        linears, norm, post = self.linears, self.norm, self.post
         mlp_post, last = self._before_post_norm(self.mlp)
-        after = x + self.scale * self.attention.output
+        after = self.layer.output - self.scale * self.mlp.output
+        if self.beside is not None:
+            after = after - self.scale * self.beside.output
         own = [c for c in self.calls if c not in linears and not _inside(c, out)]
         begins = [c for c in own if _inside(last, c) or c.path == last.path] or own
         mlp_norm, firsts = self._read(begins, [after, x])
@@ -102,10 +177,7 @@ class _LayerSites:
         return {
             "attention_norm": None if norm is None else self._short(norm),
             "mlp_norm": None if mlp_norm is None else self._short(mlp_norm),
-            "q": self._short(q),
-            "k": self._short(k),
-            "v": self._short(v),
-            "out": self._short(out),
+            "beside": None if self.beside is None else self._short(self.beside),
             "mlp": first_path if first_path == last_path else (first_path, last_path),
             "attention_post_norm": None if post is None else self._short(post),
             "mlp_post_norm": None if mlp_post is None else self._short(mlp_post),
@@ -116,21 +188,33 @@ class _LayerSites:
     def _short(self, call: Call) -> str:
         return call.path.removeprefix(self.layer.path + ".")
 
-    def _contributions(self) -> tuple[Call, Call, float]:
-        """The outermost two calls whose outputs add up to what the layer added, and the factor of their sum."""
-        added = self.layer.output - self.layer.input
+    def _contributions(self) -> tuple[Call, Call, Call | None, float]:
+        """The outermost two or three calls whose outputs add up to what the layer added, and the factor of the sum."""
+        added = _centred(self.layer.output - self.layer.input)
         candidates = [c for c in self.calls if c.output.shape == added.shape and not isinstance(c.module, nn.Dropout)]
-        found: list[tuple[int, int, Call, Call, float]] = []
-        for first, second in combinations(candidates, 2):
-            both = first.output + second.output
+        found: list[tuple[int, int, Call, Call, Call | None, float]] = []
+        outer = [c for c in candidates if "." not in self._short(c)]
+        for first, second, *third in chain(combinations(candidates, 2), combinations(outer, 3)):
+            # A bias may be added outside of any module.
+            both = _centred(sum((c.output for c in third), first.output + second.output))
             scale = float((added * both).sum() / both.square().sum().clamp(min=1e-30))
             scale = 1.0 if abs(scale - 1) < 1e-5 else scale
             if _same(both * scale, added) and not _same(first.output, second.output):
-                found.append((first.path.count(".") + second.path.count("."), len(found), first, second, scale))
+                depth = sum(c.path.count(".") for c in (first, second, *third))
+                found.append((depth, len(found), first, second, third[0] if third else None, scale))
         if not found:
-            raise _refusal(self.model, "layers that add attention and an MLP to the residual stream", "no such two")
-        *_, first, second, scale = min(found)
-        return first, second, scale
+            wanted = "layers that add a mixer's and an MLP's output to the residual stream, as Llama's and Jamba's do"
+            raise _refusal(self.model, wanted, self._instead(added))
+        return min(found, key=lambda one: one[:2])[2:]
+
+    def _instead(self, added: Tensor) -> str:
+        """What a layer does that adds no such contributions."""
+        norms = [c for c in self.calls if _is_norm(c.module, self.width)]
+        if any(_same(c.output, self.layer.output) for c in norms):
+            return "a norm of the residual stream itself at their end (post-norm)"
+        if any(_same(_centred(c.output), added) for c in self.calls if c.output.shape == added.shape):
+            return "layers with only one of them"
+        return "a residual stream that is also scaled, gated or normalised"
 
     def _before_post_norm(self, call: Call) -> tuple[Call | None, Call]:
         """(the norm, the outermost call before it) if a contribution comes out of a norm, else (None, the call)."""
@@ -140,14 +224,6 @@ class _LayerSites:
         if not before:
             raise _refusal(self.model, f"a module before the norm {call.path!r}", "none")
         return call, min(before, key=lambda c: c.path.count("."))
-
-    def _attention_output(self) -> tuple[int, Call, Call | None]:
-        """(the output projection's place among the calls, its call, the call of the norm after it)."""
-        post, inner = self._before_post_norm(self.attention)
-        for place, call in enumerate(self.calls):
-            if isinstance(call.module, (nn.Linear, Conv1D)) and _same(call.output, inner.output):
-                return place, call, post
-        raise _refusal(self.model, "an output projection of attention", f"{inner.path!r} without one")
 
     def _read(self, readers: list[Call], residuals: list[Tensor]) -> tuple[Call | None, list[Call]]:
         """(the norm they read through, the readers) for the first of the residuals that any reader reads."""
@@ -168,7 +244,7 @@ class _LayerSites:
             found = re.search(r"(?:^|_|w|to)([qkv])", call.path.rpartition(".")[2])
             if found:
                 named[found.group(1)] = call
-        return [named[letter] for letter in "qkv"] if len(named) == 3 else linears
+        return [named[letter] for letter in "qkv"] if len(named) == 3 else linears[:3]
 
     def _find_k_norms(self, linears: list[Call]) -> None:
         """Find modules with weights that take a projection's output, in any shape."""
@@ -185,8 +261,17 @@ def _flat(x: Tensor, shape: torch.Size) -> Tensor:
     return x.flatten(0, 1) if x.dim() == 3 and x.shape[:2] == shape[:2] else x
 
 
+def _centred(x: Tensor) -> Tensor:
+    """x [N, D] less its mean over the tokens."""
+    return x - x.mean(0)
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool((a - b).norm() <= 1e-4 * b.norm())
+
+
+def _is_linear(call: Call) -> bool:
+    return isinstance(call.module, (nn.Linear, Conv1D))
 
 
 def _inside(call: Call, other: Call) -> bool:
@@ -211,7 +296,10 @@ def _stack(model: nn.Module, calls: list[Call], width: int) -> str:
     lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     lengths = {path: len(x) for path, x in lists if all(f"{path}.{index}" in wide for index in range(len(x)))}
     if not any(lengths.values()):
-        raise _refusal(model, "a list of decoder layers", "none")
+        wanted = (
+            "a list of decoder layers that take and return one residual stream as wide as the embeddings, as Llama's"
+        )
+        raise _refusal(model, wanted, "none")
     return max(lengths, key=lengths.__getitem__)
 
 
@@ -235,4 +323,5 @@ def _embedding(
         factor = 1.0 if abs(factor - 1) < 1e-5 else factor
         if _same(apart(x) * factor, apart(entered)) and (call is None or factor == 1):
             return None if call is None else call.path, None if factor == 1 else factor
-    raise _refusal(model, "token embeddings that start the residual stream", "something else")
+    wanted = "token embeddings, perhaps scaled or normalised, that start the residual stream, as Llama's and BLOOM's do"
+    raise _refusal(model, wanted, "something else")

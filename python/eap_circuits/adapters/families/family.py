@@ -4,11 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
+
+from ..projections import Order
 
 Paths = str | tuple[str, ...]  # of several paths, the first that leads to a module
 Factor = str | float | Callable[[Any], float]
-Fused = Literal["concatenated", "grouped"]
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """What mixes tokens in layers that have no attention with queries, keys and values; paths start at the layer.
+
+    Args:
+        out: the output projection; its input is divided evenly among the heads. None: the heads are not told apart,
+            and what `module` reads and writes is the input and the output of one.
+        module: the whole mixer, if `out` is None, or the two modules (first, last).
+        reads: what reads the residual stream, a receiver each, by name; a path may be absent in some models.
+        by_head: likewise, but with a receiver for each head, among which its features are divided evenly.
+        heads: where their number is: attributes of the module that holds `out`, or configuration fields; without any
+            there is one.
+    """
+
+    out: str | None = None
+    module: str | tuple[str, str] = ""
+    reads: Mapping[str, str] = field(default_factory=dict)
+    by_head: Mapping[str, str] = field(default_factory=dict)
+    heads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -27,8 +49,15 @@ class Family:
         q, k, v: the projections; the same path for all three if they are one module.
         out: attention's output projection, whose input is the heads' values side by side.
         mlp: the module whose input and output are the MLP's, or the two modules (first, last).
+        more: further projections that the heads of attention read, by the names of their receivers, such as a gate;
+            their features are divided evenly among the heads.
+        mixers: what layers without `out` have instead.
+        beside: a module that reads what the MLP reads and runs after it; the outputs are added (shared experts).
+        inner_norm: attention has a norm of all heads' values together, so that heads depend on each other.
         fused: the order of a fused projection's features: "concatenated": all of q, then k, then v; "grouped": for each
-            key/value head its query heads, its key and its value.
+            key/value head its query heads, its key and its value; "sharded": in each of four equal parts, queries, then
+            values, then keys.
+        fused_by_query: the order in which attention takes them with a key and a value for each query head, if another.
         attention_post_norm, mlp_post_norm: norms between a block's output and the residual stream.
         k_norm: a norm of the keys that has its own weights for each key/value head; it may be absent.
         parallel: whether attention and MLP of a layer read the same residual stream; or names of configuration fields,
@@ -48,14 +77,19 @@ class Family:
     final_norm: str
     attention_norm: Paths | None
     mlp_norm: Paths | None
-    q: str
-    k: str
-    v: str
-    out: str
+    q: str = ""
+    k: str = ""
+    v: str = ""
+    out: str = ""
     mlp: str | tuple[str, str] = "mlp"
-    fused: Fused = "concatenated"
-    attention_post_norm: str | None = None
-    mlp_post_norm: str | None = None
+    more: Mapping[str, str] = field(default_factory=dict)
+    mixers: tuple[Mixer, ...] = ()
+    beside: str | None = None
+    inner_norm: str | None = None
+    fused: Order = "concatenated"
+    fused_by_query: Order | None = None
+    attention_post_norm: Paths | None = None
+    mlp_post_norm: Paths | None = None
     k_norm: str | None = None
     parallel: bool | tuple[str, ...] = False
     embedding_norm: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from .family import Family
+from .family import Family, Mixer
 
 LLAMA = Family(
     name="llama",
@@ -223,8 +223,114 @@ OPT = Family(
     requires={"do_layer_norm_before": True},
 )
 
+GPT_BIGCODE = replace(
+    GPT2,
+    name="gpt_bigcode",
+    model_types=("gpt_bigcode",),
+    fused_by_query="grouped",
+    ungrouped={"multi_query": False},
+    requires={"add_cross_attention": False, "multi_query": True},
+)
+CODEGEN = replace(
+    GPTJ,
+    name="codegen",
+    model_types=("codegen",),
+    q="attn.qkv_proj",
+    k="attn.qkv_proj",
+    v="attn.qkv_proj",
+    fused="sharded",
+)
+XGLM = replace(
+    OPT, name="xglm", model_types=("xglm",), layers="model.layers", final_norm="model.layer_norm", requires={}
+)
+BITNET = replace(LLAMA, name="bitnet", model_types=("bitnet",), inner_norm="self_attn.attn_sub_norm")
+GRANITE_MOE_SHARED = replace(
+    GRANITE_MOE, name="granite_moe_shared", model_types=("granitemoeshared",), beside="shared_mlp"
+)
+# The mixture of experts is no single linear map: its heads are not told apart.
+JETMOE = replace(
+    LLAMA,
+    name="jetmoe",
+    model_types=("jetmoe",),
+    mixers=(Mixer(module="self_attention"),),
+)
+# Multi-head latent attention: the residual stream is read by what makes the latents of queries (or the queries
+# themselves) and of keys and values.
+_LATENT = Mixer(
+    out="self_attn.o_proj",
+    reads={"q": "self_attn.q_a_proj", "kv": "self_attn.kv_a_proj_with_mqa"},
+    by_head={"q": "self_attn.q_proj"},
+    heads=("num_heads", "num_attention_heads"),
+)
+DEEPSEEK = replace(
+    LLAMA,
+    name="deepseek",
+    model_types=("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu", "sarvam_mla", "axk1"),
+    mixers=(_LATENT,),
+)
+MINICPM3 = replace(
+    DEEPSEEK,
+    name="minicpm3",
+    model_types=("minicpm3",),
+    residual_multiplier=lambda model: model.config.scale_depth / model.config.num_hidden_layers**0.5,
+)
+# Its one final norm is applied to the embeddings, too.
+NANOCHAT = replace(LLAMA, name="nanochat", model_types=("nanochat",), embedding_norm="model.norm")
+# A gated delta rule instead of attention in most layers.
+_DELTA = Mixer(
+    out="linear_attn.out_proj",
+    reads={
+        name.removeprefix("in_proj_"): f"linear_attn.{name}"
+        for name in ("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+    },
+    heads=("num_v_heads",),
+)
+QWEN3_NEXT = replace(
+    LLAMA, name="qwen3_next", model_types=("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), mixers=(_DELTA,)
+)
+LFM2 = replace(
+    LLAMA,
+    name="lfm2",
+    model_types=("lfm2", "lfm2_moe"),
+    final_norm="model.embedding_norm",
+    attention_norm="operator_norm",
+    mlp_norm="ffn_norm",
+    out="self_attn.out_proj",
+    mlp="feed_forward",
+    mixers=(Mixer(out="conv.out_proj", reads={"in": "conv.in_proj"}),),
+)
+JAMBA = replace(
+    LLAMA,
+    name="jamba",
+    model_types=("jamba",),
+    final_norm="model.final_layernorm",
+    mlp_norm="pre_ff_layernorm",
+    mlp="feed_forward",
+    mixers=(Mixer(out="mamba.out_proj", reads={"in": "mamba.in_proj"}, heads=("num_heads",)),),
+)
+BAMBA = replace(JAMBA, name="bamba", model_types=("bamba",))
+GRANITE_HYBRID = replace(
+    GRANITE_MOE_SHARED, name="granite_hybrid", model_types=("granitemoehybrid",), mixers=JAMBA.mixers
+)
+
 _TABLES = (
     *(LLAMA, MINISTRAL3, PHI3, GRANITE, GRANITE_MOE, LLAMA4, OLMOE, APERTUS, GLM4, STABLELM, COHERE, PHI, GEMMA),
     *(GEMMA2, GEMMA3, OLMO2, GPT2, GPT_NEO, GPTJ, GPT_NEOX, BLOOM, FALCON, MPT, OPT),
+    *(
+        GPT_BIGCODE,
+        CODEGEN,
+        XGLM,
+        BITNET,
+        NANOCHAT,
+        GRANITE_MOE_SHARED,
+        JETMOE,
+        DEEPSEEK,
+        MINICPM3,
+        QWEN3_NEXT,
+        LFM2,
+        JAMBA,
+        BAMBA,
+    ),
+    GRANITE_HYBRID,
 )
 FAMILIES: dict[str, Family] = {model_type: family for family in _TABLES for model_type in family.model_types}

@@ -34,6 +34,15 @@ def behind(model: Any, cache: Cache) -> dict[str, Any]:
     return {name: cache, "use_cache": True}
 
 
+def keeps_states(model: Any) -> bool:
+    """Is the cache that transformers makes for the model one of states, not of keys and values, in any layer?"""
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except Exception:  # of a configuration that says too little
+        return False
+    return any(not isinstance(layer, DynamicLayer) for layer in layers)
+
+
 class Prefix:
     """The prefixes of a batch.
 

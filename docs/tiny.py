@@ -1,0 +1,149 @@
+"""A tiny random model of any causal type that transformers knows, from its configuration class; everything offline.
+
+Fields that many configurations share are set by name; what a type needs besides is in `OWN`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from contextlib import suppress
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+VOCABULARY, MOST_WEIGHTS = 61, 15_000_000
+
+
+def _each(value: Any, *names: str) -> dict[str, Any]:
+    return dict.fromkeys(names, value)
+
+
+_SMALL = {
+    **_each(32, "hidden_size", "n_embd", "d_model", "dim", "dim_model", "embedding_size", "word_embed_proj_dim"),
+    **_each(32, "embed_dim", "lru_width", "emb_dim"),
+    **_each(48, "intermediate_size", "n_inner", "d_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "dim_ff"),
+    **_each(48, "d_ff", "ffn_hidden_size", "dff", "intermediate_size_mlp", "feed_forward_size"),
+    **_each(16, "moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"),
+    **_each(16, "shared_intermediate_size", "expert_intermediate_size"),
+    **_each(3, "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"),
+    **_each(3, "num_decoder_layers", "num_encoder_layers"),
+    **_each(4, "num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"),
+    **_each(4, "encoder_attention_heads", "linear_num_heads", "linear_num_value_heads", "mamba_n_heads"),
+    **_each(2, "num_key_value_heads", "num_kv_heads", "linear_num_key_heads"),
+    **_each(8, "head_dim", "dim_head", "attention_head_size", "kv_channels", "linear_head_dim", "v_head_dim"),
+    **_each(8, "linear_key_head_dim", "linear_value_head_dim", "mamba_d_head", "mamba_head_dim", "qk_head_dim"),
+    **_each(8, "mamba_d_state", "state_size", "ssm_state_size", "mamba_d_ssm", "mamba_chunk_size", "chunk_size"),
+    **_each(VOCABULARY, "vocab_size", "src_vocab_size", "tgt_vocab_size", "vocab_size_per_layer_input"),
+    **_each(64, "max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length"),
+    **_each(4, "num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "mamba_num_heads"),
+    **_each(2, "num_experts_per_tok", "moe_k", "top_k_experts", "moe_topk", "num_experts_per_token"),
+    **_each(1, "n_group", "topk_group", "first_k_dense_replace"),
+    **_each(12, "q_lora_rank", "kv_lora_rank"),
+    **_each(4, "qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim", "sliding_window"),
+    **_each(0.3, "initializer_range", "init_std"),
+    "original_max_position_embeddings": 64,
+    "hidden_size_per_layer_input": 8,
+}
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+_PICTURES = {
+    "image_size": 28,
+    "patch_size": 14,
+    "hidden_size": 16,
+    "head_dim": 8,
+    **_each(2, "num_heads", "num_attention_heads", "num_key_value_heads"),
+}
+_STATES = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_n_groups": 1}
+_KINDS = ["sliding_attention", "full_attention"]
+_DELTA = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+_SHARED_KEYS = {"layer_types": 2 * _KINDS, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
+_AS_DECODER = (
+    *("bert", "bert-generation", "big_bird", "electra", "ernie", "megatron-bert", "reformer", "rembert", "roc_bert"),
+    *("roformer", "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"),
+    "xmod",
+)
+_PADDED = ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod")
+OWN: dict[str, dict[str, Any]] = {
+    **{
+        kind: {"num_key_value_heads": 4}
+        for kind in (
+            *("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "youtu", "sarvam_mla", "axk1", "axk2"),
+            *("minicpm3", "kimi_linear", "bailing_hybrid", "glm_moe_dsa", "longcat_flash"),
+        )
+    },
+    **{kind: {"is_decoder": True} for kind in _AS_DECODER},
+    **{kind: {"is_decoder": True, "pad_token_id": 1} for kind in _PADDED},
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), _DELTA),
+    **dict.fromkeys(("gemma3n_text", "gemma4_text"), _SHARED_KEYS),
+    "bamba": {**_STATES, "attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": 50},
+    "cwm": {"bos_token_id": 1},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "falcon_h1": {**_STATES, "mamba_d_ssm": 64},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "granitemoehybrid": {**_STATES, "layer_types": ["mamba", "attention", "mamba"]},
+    "jamba": {"use_mamba_kernels": False},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "mamba2": {"num_heads": 8, "expand": 2, "n_groups": 1},
+    "modernbert-decoder": {"pad_token_id": 0},
+    "prophetnet": {"pad_token_id": 1},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": 3 * ["local"]},
+    "roc_bert": {"is_decoder": True, "enable_pronunciation": False, "enable_shape": False},
+    "xmod": {"is_decoder": True, "pad_token_id": 1, "languages": ["en"], "default_language": "en"},
+    "zamba2": {"layer_types": ["mamba", "hybrid", "mamba"]},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
+def tiny(kind: str) -> Any:
+    """A random float32 model of a type.
+
+    Raises:
+        ValueError: it cannot be made small.
+    """
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **copy.deepcopy(_fields(CONFIG_MAPPING[kind], kind)))
+    weights = 0
+    # Older ones have tensors with values, which cannot be made there.
+    with suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+        weights = sum(x.numel() for x in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
+    if weights > MOST_WEIGHTS:
+        raise ValueError(f"{weights:,} weights")
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and (parameter.dim() == 1 or not parameter.any()):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.float().eval()
+
+
+def _fields(config: type, kind: str = "") -> dict[str, Any]:
+    names, annotations = set(inspect.signature(config.__init__).parameters), {}
+    for base in config.__mro__:
+        annotations = {**getattr(base, "__annotations__", {}), **annotations}
+        if base.__name__.endswith("Config") and base.__name__ not in ("PreTrainedConfig", "PretrainedConfig"):
+            names |= set(getattr(base, "__annotations__", {}))
+    found: dict[str, Any] = {name: _SMALL[name] for name in sorted(names & set(_SMALL))}
+    if any(word in config.__name__ for word in ("Vision", "Audio")) or "image_size" in names:
+        found |= {name: value for name, value in _PICTURES.items() if name in names}
+    else:
+        needed = {name: i for i, name in enumerate(_SPECIAL) if "None" not in str(annotations.get(name, "None"))}
+        found |= dict.fromkeys(_SPECIAL) | needed
+    found |= OWN.get(kind, {})
+    parts = [name for name in getattr(config, "sub_configs", {}) if name not in found]
+    whole = config() if parts else None
+    for name in parts:
+        part = getattr(whole, name, None)
+        if part is not None and not isinstance(part, dict):
+            model_type = getattr(part, "model_type", "")
+            found[name] = {**_fields(type(part), model_type), "model_type": model_type}
+    return found

@@ -1,0 +1,138 @@
+"""What becomes of every causal type that transformers knows: has it a table, is it discovered, or why is it refused?
+
+python -m docs.verdicts [TYPE ...]     # all by default; writes docs/results/verdicts.json, says what changed
+
+Each type is tried on a tiny random model (docs/tiny.py), in a process of its own. The results of one version of
+transformers stand beside those of others.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "verdicts.json"
+SECONDS = 120
+Verdict = dict[str, str]  # "verdict": "table", "discovered", "refused" or "not tried"; "model": its class; "says"
+
+
+def causal_types() -> list[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def verdict_of(kind: str) -> Verdict:
+    """Try one type."""
+    import eap_circuits as eap
+    from docs.tiny import tiny
+    from eap_circuits.adapters import family_of
+
+    try:
+        model = tiny(kind)
+    except Exception as error:
+        return {"verdict": "not tried", "model": "", "says": f"no tiny model: {_line(error)}"}
+    found = {"model": type(model).__name__}
+    try:
+        if family_of(kind) is not None:
+            checks = eap.check_model(model, n_edges=3)
+            failed = [check for check in checks if not check.passed]
+            if failed and failed[0].name == "architecture":
+                return {**found, "verdict": "refused", "says": failed[0].detail}
+            if failed:
+                what = "; ".join(f"{check.name} ({check.detail})" for check in failed)
+                says = f"{found['model']}: expected a model that its table is right for, found failures: {what}."
+                return {**found, "verdict": "refused", "says": says}
+        else:
+            _, checks = eap.discover(model)
+    except eap.InputError as error:
+        return {**found, "verdict": "refused", "says": str(error)}
+    except Exception as error:  # a model's own
+        wanted = "a model whose passes run on a CPU"
+        says = f"{found['model']}: expected {wanted}, found one that raises {type(error).__name__}."
+        return {**found, "verdict": "refused", "says": says}
+    whole = any(check.detail.startswith("left out") for check in checks)
+    says = "prompts run whole" if whole else ""
+    return {**found, "verdict": "discovered" if family_of(kind) is None else "table", "says": says}
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:120]
+
+
+def _tried(kind: str, found: Any) -> None:
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    found.put(verdict_of(kind))
+
+
+def run(kinds: list[str]) -> None:
+    import transformers
+
+    import docs.tiny  # noqa: F401 - here, so that the processes of all types share them
+    import eap_circuits.selfcheck  # noqa: F401
+
+    version, known = transformers.__version__, read()
+    before = known.get(version) or known.get(newest(known), {})
+    now: dict[str, Verdict] = {}
+    context = multiprocessing.get_context("fork")
+    for kind in kinds:
+        queue = context.Queue()
+        process = context.Process(target=_tried, args=(kind, queue))
+        process.start()
+        try:
+            now[kind] = queue.get(timeout=SECONDS)
+        except Exception:
+            process.kill()
+            now[kind] = {"verdict": "not tried", "model": "", "says": f"no verdict within {SECONDS} s"}
+        process.join()
+        old, new = (f"{x['verdict']}: {x['says']}" if x else "unknown" for x in (before.get(kind), now[kind]))
+        print(f"{kind}: {new}" + ("" if old == new else f"   CHANGED, was {old}"), flush=True)
+    known = read()  # another run may have ended in the meantime
+    now = {**known.get(version, {}), **now}
+    known[version] = {kind: now[kind] for kind in sorted(now)}
+    RESULTS.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read() -> dict[str, dict[str, Verdict]]:
+    """The committed verdicts, by version of transformers and type."""
+    found: dict[str, dict[str, Verdict]] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    return found
+
+
+def newest(known: dict[str, Any]) -> str:
+    return max(known, key=lambda version: [int(part) for part in version.split(".")], default="")
+
+
+def table() -> str:
+    """All types and their verdicts under each version of transformers."""
+    known = read()
+    versions = sorted(known, key=lambda version: [int(part) for part in version.split(".")], reverse=True)
+    lines = []
+    for version in versions:
+        verdicts = [one["verdict"] for one in known[version].values()]
+        counts = ", ".join(f"{verdicts.count(name)} {name}" for name in ("table", "discovered", "refused", "not tried"))
+        lines.append(f"- transformers {version}: {len(verdicts)} types: {counts}.")
+    lines += ["", "| type | model | " + " | ".join(versions) + " | |", "|---" * (len(versions) + 3) + "|"]
+    for kind in sorted({kind for verdicts in known.values() for kind in verdicts}):
+        found = [known[version].get(kind) for version in versions]
+        newest_found = next(one for one in found if one is not None)
+        says = newest_found["says"].replace("|", "\\|").replace("<", "&lt;")
+        cells = ["–" if one is None else one["verdict"] for one in found]
+        lines.append("| " + " | ".join([kind, newest_found["model"] or "–", *cells, says]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:] or causal_types())
+    from docs import documents
+
+    documents.write(RESULTS.parents[2], ["docs/models.md"])

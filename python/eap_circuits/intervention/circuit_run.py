@@ -343,8 +343,8 @@ class _CircuitsRun:
                 if "mlp" in sites and not consecutive(stored := self._stored(group, senders[2 * index + 1])):
                     lists.append(stored)
             if "mlp" in sites and (whole := numbers(self.asked.whole[:, attention_of(sites)].any(1))):
-                heads = [site for site in sites.values() if site.projection is not None]
-                lists += [self.asked.whole[whole][:, site.receivers] for site in heads]
+                read = [site.receivers for site in sites.values() if site.projection is not None]
+                lists += [self.asked.whole[whole][:, receivers] for receivers in read]
         for device, (lists, weights) in wanted.items():
             there = self.indices.send(device, lists, *(each for *_, each in weights))
             for (group, to, start, _), each in zip(weights, there, strict=True):

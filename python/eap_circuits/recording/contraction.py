@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eap_kernels import Nodes, head_space_scores
 
-from ..adapters import Architecture
+from ..adapters import Architecture, linear_shape
 
 # Of attention's weights, copied for contraction at once; kernels take few features at a time anyway, but not too few.
 COPIED_BYTES = 2**28
@@ -76,7 +76,7 @@ def feature_slices(arch: Architecture) -> list[slice]:
     A slice needs only its part of the weights, so that copies of all attention weights are never held at once. All
     slices together cost what the whole costs, as every weight is copied once.
     """
-    heads = sum(2 * layer.q.width + layer.k.width + layer.v.width for layer in arch.layers)
+    heads = sum(linear_shape(layer.out)[1] + sum(p.width for p in layer.projections.values()) for layer in arch.layers)
     most = COPIED_BYTES // (heads * arch.contraction_dtype.itemsize)
     width = max(_NARROWEST, most // _NARROWEST * _NARROWEST)
     if width >= arch.d_model:

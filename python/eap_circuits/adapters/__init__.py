@@ -3,9 +3,9 @@
 from .architecture import Architecture, Layer
 from .binding import bind
 from .families import FAMILIES, Call, Family, Mixer, family_of, propose, register_family
+from .modules.norms import Kinds, Norm
+from .modules.offloading import as_given, is_offloaded, read
+from .modules.projections import Place, Projection, Together, concatenate, linear_shape, linear_weight, restore
 from .nonlinear import nonlinear_parts
-from .norms import Kinds, Norm
-from .offloading import as_given, is_offloaded, read
 from .pretrained import DEMO_MODEL, load_model
-from .projections import Place, Projection, Together, concatenate, linear_shape, linear_weight, restore
 from .sites import ReceiverSite, SenderSite, receiver_sites, sender_sites

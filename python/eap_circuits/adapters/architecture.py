@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..edges import Reads
 from ..graph import Graph, Heads
 from .families import Family
-from .norms import Norm
-from .offloading import device_of, read
-from .projections import Order, Projections, linear_shape, linear_weight
+from .modules.norms import Norm
+from .modules.offloading import device_of, read
+from .modules.projections import Order, Projections, linear_shape, linear_weight
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .architecture import Layer
-from .norms import Kinds, Norm
+from .modules.norms import Kinds, Norm
 
 
 def nonlinear_parts(layer: Layer, width: int, kinds: Kinds) -> tuple[list[Norm], list[nn.Module]]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..graph import Graph
 from .architecture import Architecture, Layer
-from .norms import Norm
-from .projections import Projection
+from .modules.norms import Norm
+from .modules.projections import Projection
 
 
 @dataclass(frozen=True, eq=False)

@@ -151,8 +151,7 @@ class ReceiverGradients:
         return self.lowered(self._arch.accumulate)(features)
 
     def lowered(self, dtype: torch.dtype) -> Callable[[slice], Iterator[Nodes]]:
-        """`nodes` in the accumulation dtype, or in a low one: all sums are rounded at once, and no weight is widened.
-        """
+        """`nodes` in the accumulation dtype, or in a low one: sums are rounded together, and no weight is widened."""
         low = dtype != self._arch.accumulate
         sums, coefficients = (
             {device: piece.to(dtype) if low else piece for device, piece in pieces.items()}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import InputError, expected
-from ..norms import kind_of
+from ..modules.norms import kind_of
 from .family import Family, Mixer
 
 # Attributes in which mixers keep their number of heads.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..projections import Order
+from ..modules.projections import Order
 
 Paths = str | tuple[str, ...]  # of several paths, the first that leads to a module
 Factor = str | float | Callable[[Any], float]

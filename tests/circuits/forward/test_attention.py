@@ -10,9 +10,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import eap_circuits as eap
-from eap_circuits import request
 from eap_circuits.forward.grouped_attention import SHARED_KEYS
 from eap_circuits.loans import Changes
+from eap_circuits.request import asked
 
 
 class SharedKeys(Changes):
@@ -99,7 +99,7 @@ def test_a_models_runs_use_it(make_model, make_pairs, monkeypatch):
         return sdpa_attention_forward(module, *args, **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attend)
-    monkeypatch.setattr(request, "why_not_reused", lambda *_: None)  # which also runs the model as it is
+    monkeypatch.setattr(asked, "why_not_reused", lambda *_: None)  # which also runs the model as it is
     model, data = make_model("llama"), make_pairs(n=3)
     eap.evaluate(model, eap.attribute(model, data, heads="query", method="eap").select(9), data, reuse_prefix=False)
     assert groups == {1}

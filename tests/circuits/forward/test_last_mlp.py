@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits import request
 from eap_circuits.adapters import bind
 from eap_circuits.forward import Runner
+from eap_circuits.request import asked
 
 # With a norm behind, flattened tokens, the residual stream in the module, and more than one output among them.
 KINDS = ["bloom", "falcon", "gemma2", "gpt2", "olmo2", "opt", "qwen3-moe"]
@@ -29,7 +29,7 @@ def test_scores_are_those_of_an_mlp_that_runs_everywhere(
         eap.attribute, model, data, method=method, steps=2, reuse_prefix=reuse_prefix, keep=("examples", "positions")
     )
     found = score()
-    monkeypatch.setattr(request, "Runner", partial(Runner, every_mlp=True))
+    monkeypatch.setattr(asked, "Runner", partial(Runner, every_mlp=True))
     right = score()
     torch.testing.assert_close(found.values, right.values, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(found.statistics(), right.statistics(), rtol=1e-10, atol=1e-12)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits import request
 from eap_circuits.methods import exact
 from eap_circuits.methods.gradient import method as gradient
+from eap_circuits.request import asked
 from eap_circuits.selfcheck import StayDouble
 from tests.circuits.conftest import logit_difference, prompts
 from tests.circuits.decoders import Decoder
@@ -241,7 +241,7 @@ def test_scores_beyond_memory_are_refused_with_their_bytes(method, make_model, m
     edges = 9 * 21  # senders × receivers of two layers of three heads
     needed = 7 * edges * 4 + 2 * edges * 8
     monkeypatch.setattr("eap_circuits.methods.statistics.free_bytes", lambda device: needed - 1)
-    monkeypatch.setattr(request, "make_batches", None)
+    monkeypatch.setattr(asked, "make_batches", None)
     with pytest.raises(eap.InputError, match=f"keep: expected scores that fit into the {needed - 1:,} bytes"):
         eap.attribute(model, data, method=method, keep="examples")
 

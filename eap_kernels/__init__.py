@@ -7,9 +7,9 @@ are all reads of one run, for learning masks.
 loads no accelerator runtime and no model library.
 """
 
-from eap_kernels.capture import collapse, normalise_rows
 from eap_kernels.ops import Nodes, backends, edge_scores, explain, head_space_scores, masked_read
-from eap_kernels.reads import MaskedReads
+from eap_kernels.passes.capture import collapse, normalise_rows
+from eap_kernels.passes.reads import MaskedReads
 
 __version__ = "0.1.0"
 __all__ = [

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from eap_kernels.info import cache_folder
+
 from ..adapters import is_offloaded, read
-from ..files import digest
+from ..errors import InputError
+from ..files import digest, write_whole
 from .digest import tensor_digest
 from .fingerprint import Reader
 
+_WORTH_A_FILE = 2**28  # bytes of weights that take longer to read than a file of digests
 _known: WeakKeyDictionary[nn.Module, tuple[object, dict[str, str]]] = WeakKeyDictionary()
 
 
@@ -52,14 +58,31 @@ def _kept(model: nn.Module) -> dict[str, str]:
     """The digests of the weights that are plain tensors with numbers.
 
     They are used again while the weights are the same tensors with the same sums of their bits, which are added up on
-    their own device at the speed of its memory.
+    their own device at the speed of its memory. Those of a large model are also kept in the user's cache, by the sums.
     """
     plain = {name: x.detach() for name, _, x in _held(model) if type(x.data) is Tensor and not x.is_meta}
     seen = [(name, x.data_ptr(), x._version, str(x.dtype), tuple(x.shape)) for name, x in plain.items()]
     state = (seen, _sums(plain))
     if model not in _known or _known[model][0] != state:
-        _known[model] = state, {name: tensor_digest(x) for name, x in plain.items()}
+        _known[model] = state, _from_cache(plain, state[1])
     return _known[model][1]
+
+
+def _from_cache(plain: Mapping[str, Tensor], sums: list[int]) -> dict[str, str]:
+    """Digests of tensors with these sums; a cache that cannot be read or written makes no difference."""
+    if sum(x.nbytes for x in plain.values()) < _WORTH_A_FILE:
+        return {name: tensor_digest(x) for name, x in plain.items()}
+    kinds = {name: [str(x.dtype), list(x.shape)] for name, x in plain.items()}
+    path = cache_folder() / "weights" / f"{digest({'kinds': kinds, 'sums': sums})}.json"
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and found.keys() == kinds.keys() and all(isinstance(x, str) for x in found.values()):
+            return found
+    made = {name: tensor_digest(x) for name, x in plain.items()}
+    with suppress(OSError, InputError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda file: file.write_text(json.dumps(made), encoding="utf-8"))
+    return made
 
 
 def _stored_with(module: nn.Module, x: Tensor) -> str:

@@ -48,3 +48,28 @@ def test_values_that_change_places_are_seen(make_model):
         x.copy_(change())
         found.add(weights_digest(model))
     assert len(found) == 1 + len(changes)
+
+
+def test_a_large_models_digests_are_kept_for_other_processes(make_model, monkeypatch, tmp_path):
+    model, read = make_model("llama", torch.float32), []
+    right = weights_digest(model)
+    monkeypatch.setattr(weights, "tensor_digest", lambda x, real=weights.tensor_digest: read.append(x) or real(x))
+    monkeypatch.setattr(weights, "_WORTH_A_FILE", 0)
+    monkeypatch.setenv("EAP_CACHE", str(tmp_path))
+
+    def anew():
+        """Of a model that this process has not seen, and how many tensors were read."""
+        read.clear()
+        return weights_digest(copy.deepcopy(model)), len(read)
+
+    every = len(list(model.parameters())) + len(list(model.buffers()))
+    assert anew() == (right, every) and anew() == (right, 0)
+    (file,) = (tmp_path / "weights").iterdir()
+    for damaged in (b"", b"{", b"[]", b"\xff", file.read_bytes().replace(b"embed", b"other")):
+        file.write_bytes(damaged)
+        assert anew() == (right, every)
+    model.lm_head.weight.data[0, 0] += 1
+    changed, count = anew()
+    assert changed != right and count == every
+    monkeypatch.setenv("EAP_CACHE", str(file))  # no folder
+    assert anew() == (changed, every)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import eap_circuits as eap
 
-from .common import Tally, circuit, difference, model, pairs, scores
+from .common import Tally, circuit, circuits, difference, model, pairs, scores
 
 ERRORS: tuple[Callable[[], Exception], ...] = (
     lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -42,7 +42,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attribute, activations": lambda: eap.attribute(model(), pairs(), method="eap-ig-activations", steps=1),
     "attribute, exact": lambda: eap.attribute(model(), pairs(), method="exact", edges=circuit()),
     "attribute, query heads": lambda: eap.attribute(model(), pairs(), method="eap", heads="query"),
-    "evaluate": lambda: eap.evaluate(model(), [circuit(), circuit().complement()], pairs()),
+    "evaluate": lambda: eap.evaluate(model(), circuits(), pairs()),
     "evaluate, mean": lambda: eap.evaluate(model(), circuit(), pairs(), ablation="mean"),
     "faithfulness_curve": lambda: eap.faithfulness_curve(model(), scores(), pairs(), (0.1, 0.5)),
 }

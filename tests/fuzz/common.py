@@ -78,6 +78,12 @@ def circuit() -> eap.Circuit:
     return scores().select(n_edges=30)
 
 
+@cache
+def circuits() -> list[eap.Circuit]:
+    """Made before what fails: a caller's own tensors are the caller's to care for."""
+    return [circuit(), circuit().complement()]
+
+
 def state() -> dict[str, Any]:
     """All of the model and of the process that a call must leave as it was."""
     found: dict[str, Any] = {}

@@ -64,11 +64,9 @@ class Layer:
     @property
     def reads(self) -> Reads | None:
         """The graph's `reads` of the layer."""
-        return (
-            None
-            if list(self.projections) == ["q", "k", "v"]
-            else tuple((name, p.n_heads) for name, p in self.projections.items())
-        )
+        if list(self.projections) == ["q", "k", "v"]:
+            return None
+        return tuple((name, projection.n_heads) for name, projection in self.projections.items())
 
     @property
     def mixes_heads(self) -> bool:

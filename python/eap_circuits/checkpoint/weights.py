@@ -71,18 +71,22 @@ def _kept(model: nn.Module) -> dict[str, str]:
 def _from_cache(plain: Mapping[str, Tensor], sums: list[int]) -> dict[str, str]:
     """Digests of tensors with these sums; a cache that cannot be read or written makes no difference."""
     if sum(x.nbytes for x in plain.values()) < _WORTH_A_FILE:
-        return {name: tensor_digest(x) for name, x in plain.items()}
+        return _digests(plain)
     kinds = {name: [str(x.dtype), list(x.shape)] for name, x in plain.items()}
     path = cache_folder() / "weights" / f"{digest({'kinds': kinds, 'sums': sums})}.json"
     with suppress(OSError, ValueError):
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict) and found.keys() == kinds.keys() and all(isinstance(x, str) for x in found.values()):
             return found
-    made = {name: tensor_digest(x) for name, x in plain.items()}
+    made = _digests(plain)
     with suppress(OSError, InputError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: file.write_text(json.dumps(made), encoding="utf-8"))
     return made
+
+
+def _digests(plain: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: tensor_digest(x) for name, x in plain.items()}
 
 
 def _stored_with(module: nn.Module, x: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,13 +40,13 @@ class Overlap:
 
 def edge_overlap(first: Circuit, second: Circuit) -> Overlap:
     """Edges in both circuits. Raises `InputError` if they are of different graphs."""
-    _same_graph(first, second)
+    of_one_graph(Circuit, {"first circuit": first, "second circuit": second})
     return Overlap(first.n_edges, second.n_edges, int((first.mask & second.mask).sum()))
 
 
 def node_overlap(first: Circuit, second: Circuit) -> Overlap:
     """Nodes in both circuits. Raises `InputError` if they are of different graphs."""
-    _same_graph(first, second)
+    of_one_graph(Circuit, {"first circuit": first, "second circuit": second})
     a, b = set(first.nodes), set(second.nodes)
     return Overlap(len(a), len(b), len(a & b))
 
@@ -100,7 +101,7 @@ def score_agreement(first: EdgeScores, second: EdgeScores, *, among: Tensor | No
     Raises:
         InputError: different graphs, scores that are not finite, or a mask of another shape.
     """
-    _check_scores(first, second)
+    of_one_graph(EdgeScores, {"first scores": first, "second scores": second})
     edges = first.graph.edge_mask
     if among is not None:
         edges = edges & edge_flags("among", among, first.graph)
@@ -127,7 +128,7 @@ def diff(first: EdgeScores, second: EdgeScores) -> EdgeScores:
         >>> change = eap.diff(eap.attribute(base, data, keep="examples"), eap.attribute(tuned, data, keep="examples"))
         >>> change.select(200, among=change.confidence() >= 0.95).plot()
     """
-    _check_scores(first, second)
+    of_one_graph(EdgeScores, {"first scores": first, "second scores": second})
     infos = [first.info, second.info]
     methods = sorted({str(info.get("method")) for info in infos})
     info: dict[str, Any] = {"method": " and ".join(methods), "difference": infos}
@@ -146,13 +147,6 @@ def diff(first: EdgeScores, second: EdgeScores) -> EdgeScores:
     return EdgeScores(first.graph, second.values - first.values, info, variance, examples)
 
 
-def _check_scores(first: EdgeScores, second: EdgeScores) -> None:
-    instance("first scores", first, EdgeScores)
-    instance("second scores", second, EdgeScores)
-    if first.graph != second.graph:
-        raise expected("second scores", f"those of {first.graph!r}", f"those of {second.graph!r}")
-
-
 def _correlation(a: Tensor, b: Tensor) -> float:
     if not len(a):
         return float("nan")
@@ -168,8 +162,12 @@ def ranks(values: Tensor) -> Tensor:
     return ranks[place]
 
 
-def _same_graph(first: Circuit, second: Circuit) -> None:
-    instance("first circuit", first, Circuit)
-    instance("second circuit", second, Circuit)
-    if first.graph != second.graph:
-        raise expected("second circuit", f"one of {first.graph!r}", f"one of {second.graph!r}")
+def of_one_graph(kind: type, named: Mapping[str, Any]) -> None:
+    """Refuse what is not of this kind, or of another graph than the first."""
+    graph = None
+    for name, each in named.items():
+        instance(name, each, kind)
+        graph = graph or each.graph
+        if each.graph != graph:
+            of = "one" if kind is Circuit else "those"
+            raise expected(name, f"{of} of {graph!r}", f"{of} of {each.graph!r}")

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..errors import expected, instance, listed, one_of
-from .agreement import ranks
+from ..errors import expected, listed, one_of
+from .agreement import of_one_graph, ranks
 from .scores import EdgeScores
 
 HOW = ("mean", "rank-mean")
@@ -35,11 +35,9 @@ def ensemble(scores: Sequence[EdgeScores], *, how: str = "mean") -> EdgeScores:
     scores = listed("scores", scores, "a list of EdgeScores")
     if not scores:
         raise expected("scores", "at least one scoring", "none")
-    for number, each in enumerate(scores):
-        name = f"scores[{number}]"
-        instance(name, each, EdgeScores)
-        if each.graph != scores[0].graph:
-            raise expected(name, f"those of {scores[0].graph!r}", f"those of {each.graph!r}")
+    named = {f"scores[{number}]": each for number, each in enumerate(scores)}
+    of_one_graph(EdgeScores, named)
+    for name, each in named.items():
         if not each.values[each.graph.edge_mask].isfinite().all():
             raise expected(name, "finite values", "some that are not")
     graph = scores[0].graph

@@ -27,7 +27,7 @@ def starting_places(scores: Tensor) -> Tensor:
 
 
 def thresholds(places: Tensor, sizes: Sequence[int]) -> Tensor:
-    """What so many of the places [n] exceed: halfway between those of the last edge inside and the first outside."""
+    """What this many of the places [n] exceed: halfway between those of the last edge inside and the first outside."""
     ordered = places.detach().sort(descending=True).values
     last = torch.tensor(sizes).clamp(1, len(places)) - 1
     return (ordered[last] + ordered[(last + 1).clamp(max=len(places) - 1)]) / 2

@@ -47,7 +47,7 @@ class Lesson:
 
 
 class Lessons:
-    """All prompts in groups of so many, the same in every epoch; what fits into a share of the budget runs once.
+    """All prompts in groups of equal size, the same in every epoch; what fits into a share of the budget runs once.
 
     Args:
         request: verified, with constants.

@@ -80,7 +80,7 @@ def learn_mask(
             beyond the model's own value.
         steps: how many steps.
         rate: Adam's learning rate, in units of the logarithm of a circuit's size.
-        circuits: how many circuits run in a step, one from each of so many equal parts of the sizes' logarithms.
+        circuits: how many circuits run in a step, one from each of as many equal parts of the sizes' logarithms.
         examples: how many pairs each step runs them on.
         sizes: the smallest and the largest number of edges drawn; by default 0.1 % and 20 % of all. Equal numbers learn
             a mask for one size.

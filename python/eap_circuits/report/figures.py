@@ -31,7 +31,7 @@ class _Picture(Figure):
     """A figure that a notebook shows, whatever backend matplotlib has."""
 
     def _repr_html_(self) -> str:
-        return to_svg(self, str(self.get_label()))
+        return to_svg(self)
 
 
 def draw_curve(curve: CurveLike, ax: Axes | None = None) -> Figure:

@@ -9,7 +9,6 @@ from typing import Any
 from ..evaluation import Comparison, Curve, EvaluationResult
 from ..graph import Circuit, EdgeScores, NodeScores
 from ..tasks import PairedDataset
-from .figures import draw_circuit, draw_curve, draw_heatmap
 from .svg import to_svg
 from .tables import Column, Table, areas_line, count, curve_table, edge_table, number, percent
 
@@ -26,24 +25,23 @@ def html_of(result: Any) -> str:
 
 @html_of.register
 def _(scores: EdgeScores) -> str:
-    return _page(scores, to_svg(scores.heatmap(), "nodes' scores"), edge_table(scores, n=_ROWS))
+    return _page(scores, to_svg(scores.heatmap()), edge_table(scores, n=_ROWS))
 
 
 @html_of.register
 def _(scores: NodeScores) -> str:
     table = Table("Strongest nodes", (Column("node", "node"), _SCORE), tuple(scores.top_nodes(_ROWS)))
-    return _page(scores, to_svg(draw_heatmap(scores.graph, scores.values), "nodes' scores"), table)
+    return _page(scores, to_svg(scores.plot()), table)
 
 
 @html_of.register
 def _(circuit: Circuit) -> str:
-    return _page(circuit, to_svg(draw_circuit(circuit), "the circuit"))
+    return _page(circuit, to_svg(circuit.plot()))
 
 
 @html_of.register
 def _(curve: Curve) -> str:
-    picture = to_svg(draw_curve(curve), "faithfulness by circuit size")
-    return _page(curve, picture, curve_table(curve), areas_line(curve))
+    return _page(curve, to_svg(curve.plot()), curve_table(curve), areas_line(curve))
 
 
 @html_of.register
@@ -71,9 +69,9 @@ def _(comparison: Comparison) -> str:
 @html_of.register
 def _(data: PairedDataset) -> str:
     names = ("clean", "corrupted", "good", "bad")
-    frame = data[:_ROWS].to_pandas()
+    held = data[:_ROWS].to_dict()
     columns = tuple(Column(name, name) for name in names)
-    table = Table("", columns, tuple(zip(*(frame[name] for name in names), strict=True)))
+    table = Table("", columns, tuple(zip(*(held[name] for name in names), strict=True)))
     more = len(data) - len(table.rows)
     return _page(data, table, *([f"… and {count(more)} more"] if more else []))
 

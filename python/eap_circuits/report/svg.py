@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from .style import PAGE_COLOURS, RC
 
 
-def to_svg(figure: Figure, label: str) -> str:
+def to_svg(figure: Figure, label: str | None = None) -> str:
     """The figure as one self-contained `<svg>` element.
 
     Its colours are the page's CSS variables, with the figure's own colours as the fallback. Its width follows the page,
@@ -20,8 +20,10 @@ def to_svg(figure: Figure, label: str) -> str:
 
     Args:
         figure: what `draw_circuit` or `draw_curve` returned.
-        label: a description for readers who cannot see the figure; each figure of a page needs its own.
+        label: a description for readers who cannot see the figure, by default its own label; each figure of a page
+            needs another.
     """
+    label = str(figure.get_label()) if label is None else label
     file = io.StringIO()
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
     with matplotlib.rc_context({**RC, "svg.hashsalt": label}):

@@ -306,23 +306,26 @@ class PairedDataset(Result):
         """Real tokens of the longer prompt of each pair. int64 [E]."""
         return self.lengths if self.corrupted_lengths is None else self.lengths.maximum(self.corrupted_lengths)
 
-    def to_pandas(self) -> Any:
-        """A pandas DataFrame of the pairs: clean and corrupted, as texts or else as token ids; good and bad answers'
-        ids, lists of them for sets; and the number of tokens of the clean prompt."""
+    def to_dict(self) -> dict[str, list[Any]]:
+        """The pairs by column: clean and corrupted, as texts or else as token ids; good and bad answers' ids, lists of
+        them for sets; and the number of tokens of the clean prompt."""
         own = self.lengths if self.corrupted_lengths is None else self.corrupted_lengths
         clean: Iterable[Any] = (ids[:n].tolist() for ids, n in zip(self.clean, self.lengths, strict=True))
         corrupted: Iterable[Any] = (ids[:n].tolist() for ids, n in zip(self.corrupted, own, strict=True))
         if self.prompts is not None:
             clean, corrupted = zip(*self.prompts, strict=True)
         good, bad = ([_ids(ids) for ids in side] for side in self.answers.transpose(0, 1).tolist())
-        columns = {
+        return {
             "clean": list(clean),
             "corrupted": list(corrupted),
             "good": good,
             "bad": bad,
             "tokens": self.lengths.tolist(),
         }
-        return library("pandas", "to_pandas()").DataFrame(columns)
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame of `to_dict`."""
+        return library("pandas", "to_pandas()").DataFrame(self.to_dict())
 
     def __repr__(self) -> str:
         return f"PairedDataset({self.name!r}, {len(self)} pairs, {self.n_tokens} tokens, {self.metric})"

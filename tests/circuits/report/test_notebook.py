@@ -172,6 +172,8 @@ def test_a_missing_library_is_named(monkeypatch, results):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(eap.InputError, match=r"to_pandas\(\): expected pandas \(pip install pandas\), found none"):
         results["scores"].to_pandas()
+    for each in results.values():  # to show them takes no more than the package itself
+        assert each._repr_html_().startswith("<div>")
 
 
 def test_figures_show_themselves(results):

@@ -7,75 +7,51 @@ from typing import Annotated
 
 import typer
 
-from .. import session
+from .. import options, session
 from ..choices import help_text
 from ..console import check_outputs, check_suffix, progress, say, show_json, show_table, write
-from ..options import (
-    Ablation,
-    AblationData,
-    Align,
-    Checkpoint,
-    Data,
-    Device,
-    Dtype,
-    Json,
-    Memory,
-    Model,
-    Number,
-    Seed,
-    Task,
-    Top,
-    TrustRemoteCode,
-)
+from ..options import default, option
 
 _PANEL = "Learning"
 
 
 def learn(
-    model: Model,
+    model: options.Model,
     scores: Annotated[Path, typer.Argument(help="Scores to start from, such as eap attribute -o saved.")],
-    task: Task = None,
-    data: Data = None,
-    align: Align = False,
-    n: Number = 64,
-    seed: Seed = 0,
+    task: options.Task = None,
+    data: options.Data = None,
+    align: options.Align = False,
+    n: options.Number = 64,
+    seed: options.Seed = 0,
     objective: Annotated[
-        str, typer.Option(help=help_text("metrics", "What circuits learn to maximise."), rich_help_panel=_PANEL)
+        str, option(_PANEL, help_text("metrics", "What circuits learn to maximise."))
     ] = "kl_divergence",
-    steps: Annotated[int, typer.Option(help="Steps of learning.", min=1, rich_help_panel=_PANEL)] = 200,
-    rate: Annotated[float, typer.Option(help="Adam's learning rate.", rich_help_panel=_PANEL)] = 0.08,
-    circuits: Annotated[
-        int, typer.Option(help="Circuits of different sizes in each step.", min=1, rich_help_panel=_PANEL)
-    ] = 2,
-    examples: Annotated[int, typer.Option(help="Prompt pairs in each step.", min=1, rich_help_panel=_PANEL)] = 4,
+    steps: Annotated[int, option(_PANEL, "Steps of learning.", min=1)] = 200,
+    rate: Annotated[float, option(_PANEL, "Adam's learning rate.")] = 0.08,
+    circuits: Annotated[int, option(_PANEL, "Circuits of different sizes in each step.", min=1)] = 2,
+    examples: Annotated[int, option(_PANEL, "Prompt pairs in each step.", min=1)] = 4,
     smallest: Annotated[
         int | None,
-        typer.Option(
-            help="The fewest edges a circuit has.  [dim]\\[default: 0.1 % of all][/dim]", min=1, rich_help_panel=_PANEL
-        ),
+        option(_PANEL, "The fewest edges a circuit has.  " + default("0.1 % of all"), min=1),
     ] = None,
     largest: Annotated[
         int | None,
-        typer.Option(help="The most.  [dim]\\[default: 20 % of all][/dim]", min=1, rich_help_panel=_PANEL),
+        option(_PANEL, "The most.  " + default("20 % of all"), min=1),
     ] = None,
-    draw: Annotated[
-        int, typer.Option(help="Another number draws other sizes and gates.", min=0, rich_help_panel=_PANEL)
-    ] = 0,
-    ablation: Ablation = "patching",
-    ablation_data: AblationData = None,
-    memory: Memory = None,
-    checkpoint: Checkpoint = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    trust_remote_code: TrustRemoteCode = False,
+    draw: Annotated[int, option(_PANEL, "Another number draws other sizes and gates.", min=0)] = 0,
+    ablation: options.Ablation = "patching",
+    ablation_data: options.AblationData = None,
+    memory: options.Memory = None,
+    checkpoint: options.Checkpoint = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", "-o", help="Save the ranking (.safetensors, or EAP-IG's .json, .pt).", rich_help_panel="Output"
-        ),
+        option("Output", "Save the ranking (.safetensors, or EAP-IG's .json, .pt).", "--out", "-o"),
     ] = None,
-    top: Top = 20,
-    as_json: Json = False,
+    top: options.Top = 20,
+    as_json: options.Json = False,
 ) -> None:
     """Learn one ranking of all edges such that its circuits of every size do best.
 

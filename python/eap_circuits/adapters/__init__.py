@@ -1,11 +1,11 @@
 """The only place that knows Hugging Face module names."""
 
+from ..families import FAMILIES, Call, Family, Mixer, family_of, propose, register_family
+from ..modules.norms import Kinds, Norm
+from ..modules.offloading import as_given, is_offloaded, read
+from ..modules.projections import Place, Projection, Together, concatenate, linear_shape, linear_weight, restore
 from .architecture import Architecture, Layer
 from .binding import bind
-from .families import FAMILIES, Call, Family, Mixer, family_of, propose, register_family
-from .modules.norms import Kinds, Norm
-from .modules.offloading import as_given, is_offloaded, read
-from .modules.projections import Place, Projection, Together, concatenate, linear_shape, linear_weight, restore
 from .nonlinear import nonlinear_parts
 from .pretrained import DEMO_MODEL, load_model
 from .sites import ReceiverSite, SenderSite, receiver_sites, sender_sites

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..edges import Reads
+from ..families import Family
 from ..graph import Graph, Heads
-from .families import Family
-from .modules.norms import Norm
-from .modules.offloading import device_of, read
-from .modules.projections import Order, Projections, linear_shape, linear_weight
+from ..modules.norms import Norm
+from ..modules.offloading import device_of, read
+from ..modules.projections import Order, Projections, linear_shape, linear_weight
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,11 +11,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import expected, refuse_default_device
+from ..families import FAMILIES, Factor, Family, Mixer, Paths, family_of
+from ..modules.norms import Kinds, Norm
+from ..modules.offloading import device_of, devices_of
+from ..modules.projections import Place, Projection, Projections, Together, linear_shape, rows_of
 from .architecture import Architecture, Layer
-from .families import FAMILIES, Factor, Family, Mixer, Paths, family_of
-from .modules.norms import Kinds, Norm
-from .modules.offloading import device_of, devices_of
-from .modules.projections import Place, Projection, Projections, Together, linear_shape, rows_of
 from .wrappers import unwrapped
 
 # Attributes in which attention modules keep the query heads per key/value head, and the number of key/value heads.

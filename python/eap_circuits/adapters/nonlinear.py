@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..modules.norms import Kinds, Norm
 from .architecture import Layer
-from .modules.norms import Kinds, Norm
 
 
 def nonlinear_parts(layer: Layer, width: int, kinds: Kinds) -> tuple[list[Norm], list[nn.Module]]:

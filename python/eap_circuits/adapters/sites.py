@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..graph import Graph
+from ..modules.norms import Norm
+from ..modules.projections import Projection
 from .architecture import Architecture, Layer
-from .modules.norms import Norm
-from .modules.projections import Projection
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...shapes import Shape
+from ..shapes import Shape
 from .offloading import device_of, read
 
 # Of a fused projection's features: "concatenated": all of q, then k, then v; "grouped": for each key/value head its

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import eap_circuits as eap
 from eap_circuits.adapters import FAMILIES
-from eap_circuits.adapters.families import registry
+from eap_circuits.families import registry
 from tests.circuits.conftest import need_transformers
 
 ROOT = Path(__file__).parents[3]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...errors import InputError, expected
+from ..errors import InputError, expected
 from ..modules.norms import kind_of
 from .family import Family, Mixer
 

@@ -6,7 +6,7 @@ import warnings
 from functools import cache
 from importlib.metadata import entry_points
 
-from ...errors import expected
+from ..errors import expected
 from .family import Family
 from .tables import FAMILIES
 

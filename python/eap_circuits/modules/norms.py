@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from eap_kernels import normalise_rows
 
-from ...errors import expected
+from ..errors import expected
 from .offloading import device_of, read
 
 _EPS = ("eps", "variance_epsilon", "epsilon")

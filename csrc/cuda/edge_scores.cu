@@ -19,12 +19,13 @@ constexpr const char* kOp = "edge_scores";
 constexpr int kThreads = 256;
 constexpr int kStages = 4;
 constexpr int kSlabs = 2;              // of a tile, at most
+constexpr int kColumns = 2 * kSlab;    // receivers of a tile
 constexpr int kRows = kSlabs * kSlab;  // of either operand in a stage; a row is 64 bytes
 constexpr int kSharedBytes = kStages * 2 * kRows * 64;
 static_assert(kRows == kColumns, "a stage holds as many rows of senders as of receivers");
 static_assert(kThreads == 2 * kRows, "a thread loads four of the 2 * kRows rows of four pieces in a stage");
 
-// Load: copies the next 64 bytes of every row of a unit into a stage, token after token. A thread copies one piece of
+// Load: copies the next 64 bytes of every row of a piece into a stage, step after step. A thread copies one piece of
 // four rows.
 template <class T, bool kPieces> struct Loader {
   static constexpr int kElements = 16 / sizeof(T);  // of a piece
@@ -33,26 +34,26 @@ template <class T, bool kPieces> struct Loader {
   const Plan& plan;
   const Operand& delta;
   const Operand& grad;
-  int32_t features, feature = 0, token = 0, next_token;
+  int32_t features;
+  Walk walk;
   const T* row[4];  // two of delta, two of grad; null beyond the tile
   uint32_t to;      // the first row's piece within a stage; the other rows lie a slab's bytes apart
 
   __device__ Loader(const Plan& plan_, const Operand& delta_, const Operand& grad_, int32_t senders, int32_t features_,
-                    const Tile& tile, const Chunk& chunk)
-      : plan(plan_), delta(delta_), grad(grad_), features(features_), next_token(chunk.first) {
+                    const Tile& tile, const Piece& piece)
+      : plan(plan_), delta(delta_), grad(grad_), features(features_), walk(piece, plan_.blocks) {
     to = row64(threadIdx.x / 4, threadIdx.x % 4);
     for (int i = 0; i < 2; ++i) {
-      const int r = threadIdx.x / 4 + kSlab * i, u = tile.sender + r, position = tile.column + r;
+      const int r = threadIdx.x / 4 + kSlab * i, u = tile.sender + r, v = plan.receiver[tile.column + r];
       row[i] = i < tile.slabs && u < senders ? static_cast<const T*>(delta.data) + u * delta.stride[0] : nullptr;
-      row[2 + i] = position < plan.positions
-                       ? static_cast<const T*>(grad.data) + plan.receiver[position] * grad.stride[0]
-                       : nullptr;
+      row[2 + i] = v >= 0 ? static_cast<const T*>(grad.data) + v * grad.stride[0] : nullptr;
     }
   }
 
   __device__ void load(uint32_t stage) {
-    if (feature == 0) token = plan.token_at(next_token++);
-    const int64_t d = feature + int64_t(threadIdx.x % 4) * kElements;
+    walk.next();
+    const int32_t token = plan.token_at(walk.piece.token + walk.token);
+    const int64_t d = int64_t(walk.block) * kStep + threadIdx.x % 4 * kElements;
     const int inside = int(max(int64_t(0), min(int64_t(kElements), features - d)));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -72,7 +73,6 @@ template <class T, bool kPieces> struct Loader {
         store_shared(at, bits);
       }
     }
-    feature = features - feature > kStep ? feature + kStep : 0;
   }
 };
 
@@ -83,7 +83,7 @@ template <class T> struct Core {
   struct alignas(16) Piece { T x[kElements]; };
   T c[8][8] = {};
 
-  __device__ void step(uint32_t stage, int) {
+  __device__ void step(uint32_t stage, const Tile&) {
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
 #pragma unroll 1  // more at once would not fit in registers
     for (int piece = 0; piece < 4; ++piece) {
@@ -102,7 +102,7 @@ template <class T> struct Core {
   }
 
   // Store: adds the sums to the target, for the first or the last time or between, and starts again from zero.
-  __device__ void drain(const Target<T>& target, bool first, bool last) {
+  __device__ void drain(const Target<T, kColumns>& target, bool first, bool last) {
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -117,8 +117,8 @@ template <class T> struct Core {
   }
 };
 
-// bf16, fp16 and tf32: eight warps of 64 x 32 results, a slab high each. An instruction multiplies two pieces of 16
-// bytes of each row, whatever the type.
+// bf16, fp16 and tf32: eight warps of 64 x 32 results, a slab high each, as far as their receivers see. An instruction
+// multiplies two pieces of 16 bytes of each row, whatever the type.
 template <class T> struct TensorCore {
   float c[4][4][4] = {};  // [16 rows][8 columns][fragment]
 
@@ -129,9 +129,9 @@ template <class T> struct TensorCore {
       for (int i = 0; i < 4; ++i) r[i] = rounded_to_tf32(r[i]);
   }
 
-  __device__ void step(uint32_t stage, int slabs) {
+  __device__ void step(uint32_t stage, const Tile& tile) {
     const int lane = threadIdx.x % 32, slab = threadIdx.x / 32 % 2, columns = int(threadIdx.x) / 64 * 32;
-    if (slab >= slabs) return;
+    if (slab >= tile.depth(columns / kSlab)) return;
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       uint32_t b[2][4];
@@ -148,9 +148,9 @@ template <class T> struct TensorCore {
     }
   }
 
-  __device__ void drain(const Target<float>& target, bool first, bool last) {
+  __device__ void drain(const Target<float, kColumns>& target, bool first, bool last) {
     const int lane = threadIdx.x % 32, slab = threadIdx.x / 32 % 2, columns = int(threadIdx.x) / 64 * 32;
-    if (slab >= target.tile.slabs) return;
+    if (slab >= target.tile.depth(columns / kSlab)) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int start = (slab * kSlab + 16 * i + c_row(lane, 0)) * kColumns + columns + c_column(lane, 0);
@@ -175,26 +175,26 @@ __global__ void __launch_bounds__(kThreads, kPieces && sizeof(T) < 8 ? 2 : 1)
   using Load = Loader<T, kPieces>;
   constexpr int kSteps = kRun / Load::kStep;
   const uint32_t shared = shared_memory();
-  const auto stage = [&](int64_t step) { return shared + uint32_t(step % kStages) * (2 * kRows * 64); };
+  const auto stage = [&](int32_t step) { return shared + uint32_t(step % kStages) * (2 * kRows * 64); };
   Core<T> core;
-  for (uint32_t unit = blockIdx.x; unit < plan.units(); unit += gridDim.x) {
-    const Target<acc_t<T>> target(plan, scores, unit);
-    const int64_t steps = int64_t(target.chunk.count) * ((features - 1) / Load::kStep + 1);
-    Load loader(plan, delta, grad, senders, features, target.tile, target.chunk);
-    __syncthreads();  // everybody has left the stages of the unit before
+  for (int32_t i = plan.begin[blockIdx.x]; i < plan.begin[blockIdx.x + 1]; ++i) {
+    const Target<acc_t<T>, kColumns> target(plan, scores, plan.piece[i], blockIdx.x);
+    const int32_t steps = target.piece.count;
+    Load loader(plan, delta, grad, senders, features, target.tile, target.piece);
+    __syncthreads();  // everybody has left the stages of the piece before
     // Load: fill all stages but one of the ring.
     for (int step = 0; step < kStages - 1; ++step) {
       if (step < steps) loader.load(stage(step));
       cp_async_commit();
     }
-    for (int64_t step = 0; step < steps; ++step) {
+    for (int32_t step = 0; step < steps; ++step) {
       // One group is committed per step: all but the last kStages - 2 being done means that this step's has arrived.
       cp_async_wait<kStages - 2>();
       __syncthreads();  // for everybody; and everybody has left the stage that is loaded next
       // Load the stage that has become free, and multiply this step's meanwhile.
       if (step + kStages - 1 < steps) loader.load(stage(step + kStages - 1));
       cp_async_commit();
-      core.step(stage(step), target.tile.slabs);
+      core.step(stage(step), target.tile);
       // Store: after every run of kRun products, and at the end.
       const bool last = step == steps - 1;
       if (last || step % kSteps == kSteps - 1) core.drain(target, step < kSteps, last);
@@ -202,21 +202,20 @@ __global__ void __launch_bounds__(kThreads, kPieces && sizeof(T) < 8 ? 2 : 1)
   }
 }
 
-// Adds the partial tiles of a segment to its scores, slot after slot. The grid: (16 rows of a tile each, splits).
+// Adds the partial tiles of a tile to the scores, slot after slot. The grid: (parts of a tile, splits).
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     reduce(const __grid_constant__ Plan plan, const __grid_constant__ Scores<A> scores) {
-  const int parts = scores.tile_rows / 16, index = blockIdx.x / parts, first_row = blockIdx.x % parts * 16;
-  const Tile tile = plan.tile[index];
-  if (first_row >= tile.slabs * kSlab) return;
   const Split split = plan.split[blockIdx.y];
-  for (int i = threadIdx.x; i < 16 * kColumns; i += kThreads) {
-    const int row = first_row + i / kColumns, column = i % kColumns;
-    A sum = 0;
-    for (int slot = split.first; slot < split.first + split.count; ++slot)
-      sum += scores.tile(int64_t(slot) * plan.tiles + index)[row * kColumns + column];
-    scores.add(plan, split.segment, int64_t(tile.sender) + row, tile.column + column, sum);
-  }
+  const Tile tile = plan.tile[split.tile];
+  const int entry = int(blockIdx.x * kThreads + threadIdx.x), position = tile.column + entry % scores.columns;
+  const int64_t u = int64_t(tile.sender) + entry / scores.columns;
+  if (entry / scores.columns >= tile.slabs * kSlab || u >= plan.reach[position]) return;
+  A sum = 0;
+#pragma unroll 8
+  for (int slot = split.first; slot < split.first + split.count; ++slot) sum += scores.tile(slot)[entry];
+  scores.out[split.segment * scores.stride[0] + u * scores.stride[1] + plan.receiver[position] * scores.stride[2]] +=
+      sum;
 }
 
 Operand operand(const View& x) { return {x.data, {x.stride[0], x.stride[1], x.stride[2]}}; }
@@ -224,20 +223,23 @@ Operand operand(const View& x) { return {x.data, {x.stride[0], x.stride[1], x.st
 template <class T>
 void run_portable(const EdgeScores& call, const Plan& plan, const Scores<acc_t<T>>& scores, CUstream_st* stream) {
   const bool pieces = in_pieces(call.delta, sizeof(T)) && in_pieces(call.grad, sizeof(T));
-  launch(kOp, pieces ? portable<T, true> : portable<T, false>, dim3(call.blocks), kThreads, kSharedBytes, stream, plan,
-         operand(call.delta), operand(call.grad), scores, int32_t(call.delta.size[0]), int32_t(call.delta.size[2]));
+  launch(kOp, pieces ? portable<T, true> : portable<T, false>, dim3(unsigned(call.schedule.workers())), kThreads,
+         kSharedBytes, stream, plan, operand(call.delta), operand(call.grad), scores, int32_t(call.delta.size[0]),
+         int32_t(call.delta.size[2]));
 }
 
 template <class A, class Run>
-void run_all(const EdgeScores& call, const Plan& plan, int slabs, void* partial, CUstream_st* stream, const Run& run) {
+void run_all(const EdgeScores& call, const Plan& plan, void* partial, CUstream_st* stream, const Run& run) {
   const int64_t* stride = call.out_stride;
-  const Scores<A> scores{static_cast<A*>(call.out),
-                         {stride[0], stride[1], stride[2]},
-                         static_cast<A*>(partial),
-                         slabs * kSlab};
+  const Kind kind = call.kind();
+  const int rows = int(kind.max_slabs) * kSlab, columns = int(kind.columns);
+  const Scores<A> scores{
+      static_cast<A*>(call.out), {stride[0], stride[1], stride[2]}, static_cast<A*>(partial), rows, columns};
   run(scores);
+  // A grid's second dimension has a limit, and splits, less than two a worker, are few.
   if (call.schedule.splits.empty()) return;
-  launch(kOp, reduce<A>, dim3(plan.tiles * (scores.tile_rows / 16), plan.splits), kThreads, 0, stream, plan, scores);
+  launch(kOp, reduce<A>, dim3(rows * columns / kThreads, unsigned(call.schedule.splits.size())), kThreads, 0, stream,
+         plan, scores);
 }
 
 int64_t padded(int64_t bytes) { return divide_up(bytes, 256) * 256; }
@@ -245,31 +247,26 @@ int64_t padded(int64_t bytes) { return divide_up(bytes, 256) * 256; }
 // The arrays of a schedule one after the other, in the order in which `plan_at` finds them.
 template <class Visit> void each_array(const Schedule& s, const Visit& visit) {
   visit(s.tiles);
-  visit(s.chunks);
+  visit(s.pieces);
+  visit(s.begin);
   visit(s.splits);
   visit(s.token);
   visit(s.receiver);
   visit(s.reach);
 }
 
-Plan plan_at(const Schedule& s, const char* memory) {
-  const void* array[6];
+Plan plan_at(const EdgeScores& call, const char* memory) {
+  const void* array[7];
   int i = 0;
-  each_array(s, [&](const auto& x) {
+  each_array(call.schedule, [&](const auto& x) {
     array[i++] = x.empty() ? nullptr : memory;
     memory += padded(int64_t(x.size() * sizeof(x[0])));
   });
-  return {static_cast<const Tile*>(array[0]),
-          static_cast<const Chunk*>(array[1]),
-          static_cast<const Split*>(array[2]),
-          static_cast<const int32_t*>(array[3]),
-          static_cast<const int32_t*>(array[4]),
-          static_cast<const int32_t*>(array[5]),
-          int32_t(s.tiles.size()),
-          int32_t(s.chunks.size()),
-          int32_t(s.splits.size()),
-          int32_t(s.slots),
-          int32_t(s.receiver.size())};
+  return {static_cast<const Tile*>(array[0]),    static_cast<const Piece*>(array[1]),
+          static_cast<const int32_t*>(array[2]), static_cast<const Split*>(array[3]),
+          static_cast<const int32_t*>(array[4]), static_cast<const int32_t*>(array[5]),
+          static_cast<const int32_t*>(array[6]), call.schedule.slots,
+          int32_t(call.steps_per_token())};
 }
 
 // Calls with a value of the type that the products are computed in.
@@ -296,21 +293,25 @@ template <class T> int blocks_per_processor(int device) {
 
 }  // namespace
 
+Kind EdgeScores::kind() const {
+  if (tensor_memory) return {kHopperColumns, kHopperSlabs, false, 128};
+  return {kColumns, kSlabs, true, 64};
+}
+
+int64_t EdgeScores::steps_per_token() const { return divide_up(delta.size[2], kind().row_bytes / bytes_of(dtype)); }
+
 void EdgeScores::plan() {
   check(kOp, cudaSetDevice(device));
   for (const View* x : {&delta, &grad})
     for (const int64_t size : x->size)
       if (size > INT32_MAX) throw std::runtime_error("edge_scores: expected sizes below 2^31, got a larger one");
   tensor_memory = hopper_can_run(*this);
-  const int64_t workers = int64_t(device_attribute(kOp, cudaDevAttrMultiProcessorCount, device)) *
-                          (tensor_memory ? 1 : with_type(*this, [&](auto x) {
-                            return blocks_per_processor<decltype(x)>(device);
-                          }));
-  const int64_t step = (tensor_memory ? 128 : 64) / bytes_of(dtype), steps = divide_up(delta.size[2], step);
-  // TMA copies consecutive rows, so its receivers keep their order: models list them by depth anyway.
-  schedule = cuda::schedule(reach, grad.size[0], segments, delta.size[1], tensor_memory ? kHopperSlabs : kSlabs,
-                            !tensor_memory, workers, steps);
-  blocks = int(std::min(workers, schedule.units()));
+  const int64_t processors = device_attribute(kOp, cudaDevAttrMultiProcessorCount, device);
+  const int64_t workers = tensor_memory
+                              ? std::max<int64_t>(1, processors / kHopperBlocks)
+                              : processors *
+                                    with_type(*this, [&](auto x) { return blocks_per_processor<decltype(x)>(device); });
+  schedule = cuda::schedule(reach, grad.size[0], segments, delta.size[1], kind(), workers, steps_per_token());
   each_array(schedule, [&](const auto& x) {
     const char* const bytes = reinterpret_cast<const char*>(x.data());
     header.insert(header.end(), bytes, bytes + x.size() * sizeof(x[0]));
@@ -319,13 +320,12 @@ void EdgeScores::plan() {
 }
 
 int64_t EdgeScores::workspace() const {
-  const int64_t tiles = schedule.slots * int64_t(schedule.tiles.size()) + blocks;
-  const int64_t rows = kSlab * (tensor_memory ? kHopperSlabs : kSlabs);
-  return int64_t(header.size()) + tiles * rows * kColumns * (dtype == Dtype::f64 ? 8 : 4);
+  const int64_t tiles = schedule.slots + schedule.workers(), entries = kind().max_slabs * kSlab * kind().columns;
+  return int64_t(header.size()) + tiles * entries * (dtype == Dtype::f64 ? 8 : 4);
 }
 
 void EdgeScores::run(void* workspace, CUstream_st* stream) const {
-  if (blocks == 0 || delta.size[2] == 0) return;
+  if (schedule.workers() == 0) return;
   check(kOp, cudaSetDevice(device));
   cudaStreamCaptureStatus capture;
   check(kOp, cudaStreamIsCapturing(stream, &capture));
@@ -333,14 +333,14 @@ void EdgeScores::run(void* workspace, CUstream_st* stream) const {
     throw std::runtime_error("edge_scores: expected a stream that runs its work, got one that is captured in a graph");
   // From pageable memory: the bytes have left `header` when the call returns.
   check(kOp, cudaMemcpyAsync(workspace, header.data(), header.size(), cudaMemcpyHostToDevice, stream));
-  const Plan plan = plan_at(schedule, static_cast<const char*>(workspace));
+  const Plan plan = plan_at(*this, static_cast<const char*>(workspace));
   void* const partial = static_cast<char*>(workspace) + header.size();
   if (tensor_memory)
-    return run_all<float>(*this, plan, kHopperSlabs, partial, stream,
+    return run_all<float>(*this, plan, partial, stream,
                           [&](const auto& scores) { hopper_run(*this, plan, scores, stream); });
   with_type(*this, [&](auto x) {
     using T = decltype(x);
-    run_all<acc_t<T>>(*this, plan, kSlabs, partial, stream,
+    run_all<acc_t<T>>(*this, plan, partial, stream,
                       [&](const auto& scores) { run_portable<T>(*this, plan, scores, stream); });
   });
 }

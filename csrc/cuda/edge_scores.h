@@ -11,13 +11,14 @@ constexpr int kRun = 4096;
 // The schedule in device memory.
 struct Plan {
   const Tile* tile;
-  const Chunk* chunk;
+  const Piece* piece;
+  const int32_t* begin;
   const Split* split;
   const int32_t* token;  // null: tokens in memory order
   const int32_t *receiver, *reach;
-  int32_t tiles, chunks, splits, slots, positions;
+  int32_t slots;
+  int32_t blocks;  // steps of a token
 
-  __device__ uint32_t units() const { return uint32_t(tiles) * chunks; }
   __device__ int32_t token_at(int32_t i) const { return token ? token[i] : i; }
 };
 
@@ -29,31 +30,27 @@ struct Operand {
 template <class A> struct Scores {
   A* out;
   int64_t stride[3];
-  A* partial;  // [slots x tiles, then one for every block][tile_rows][kColumns]
-  int32_t tile_rows;
+  A* partial;  // [slots, then one for every worker][rows][columns]
+  int32_t rows, columns;
 
-  __device__ A* tile(int64_t index) const { return partial + index * tile_rows * kColumns; }
-  __device__ void add(const Plan& plan, int64_t segment, int64_t u, int position, A value) const {
-    if (position < plan.positions && u < plan.reach[position])
-      out[segment * stride[0] + u * stride[1] + plan.receiver[position] * stride[2]] += value;
-  }
+  __device__ A* tile(int64_t index) const { return partial + index * rows * columns; }
 };
 
-// Where one unit of work leaves its results: in the partial tile of its slot or, where it is its segment's only one, in
-// the block's own tile and from there in the scores. Every entry belongs to one warp of one unit: nothing can race.
-template <class A> struct Target {
+// Where a worker's piece leaves its results: in the partial tile of its slot or, where it is a whole tile, in the
+// worker's own and from there in the scores. Every entry belongs to one warp of one worker: nothing can race.
+template <class A, int kColumns> struct Target {
   const Plan& plan;
   const Scores<A>& scores;
+  const Piece& piece;
   Tile tile;
-  Chunk chunk;
   A* results;
 
-  __device__ Target(const Plan& plan_, const Scores<A>& scores_, uint32_t unit)
-      : plan(plan_), scores(scores_), tile(plan_.tile[unit % plan_.tiles]), chunk(plan_.chunk[unit / plan_.tiles]) {
-    results = scores_.tile(chunk.slot == kDirect ? int64_t(plan_.slots) * plan_.tiles + blockIdx.x
-                                                 : int64_t(chunk.slot) * plan_.tiles + unit % plan_.tiles);
+  __device__ Target(const Plan& plan_, const Scores<A>& scores_, const Piece& piece_, uint32_t worker)
+      : plan(plan_), scores(scores_), piece(piece_), tile(plan_.tile[piece_.tile]) {
+    results = scores_.partial +
+              int64_t(piece.slot == kDirect ? plan_.slots + worker : piece.slot) * scores_.rows * kColumns;
   }
-  // Adds value(e) to the tile's entry `start` + at(e), e < kCount. `first`: of the unit's runs, which finds nothing
+  // Adds value(e) to the tile's entry `start` + at(e), e < kCount. `first`: of the piece's runs, which finds nothing
   // there yet. All loads come before the first store, or each would wait for the store before it.
   template <int kCount, class Value, class At>
   __device__ void put(int start, const Value& value, const At& at, bool first) const {
@@ -66,20 +63,25 @@ template <class A> struct Target {
   }
   // A warp has put its last results, those of this rectangle. A loop instead of registers: addresses are many here.
   __device__ void finish(int row, int rows, int column, int columns) const {
-    if (chunk.slot != kDirect) return;
+    if (piece.slot != kDirect) return;
     __syncwarp();
 #pragma unroll 2
     for (int i = threadIdx.x % 32; i < rows * columns; i += 32) {
-      const int r = row + i / columns, c = column + i % columns;
-      scores.add(plan, chunk.segment, int64_t(tile.sender) + r, tile.column + c, results[r * kColumns + c]);
+      const int r = row + i / columns, c = column + i % columns, position = tile.column + c;
+      const int64_t u = int64_t(tile.sender) + r;
+      if (u < plan.reach[position])
+        scores.out[piece.segment * scores.stride[0] + u * scores.stride[1] +
+                   plan.receiver[position] * scores.stride[2]] += results[r * kColumns + c];
     }
-    __syncwarp();  // the next unit writes to the same tile
+    __syncwarp();  // the next piece writes to the same tile
   }
 };
 
 // The TMA and wgmma kernel: whether it can run these operands here, and the run.
 bool hopper_can_run(const EdgeScores& call);
-constexpr int kHopperSlabs = 4;
+constexpr int kHopperSlabs = 4;      // of a tile, at most
+constexpr int kHopperBlocks = 2;     // of a cluster, which is one worker
+constexpr int kHopperColumns = 256;  // of a tile: half of them are each block's
 void hopper_run(const EdgeScores& call, const Plan& plan, const Scores<float>& scores, CUstream_st* stream);
 
 }  // namespace eap::cuda

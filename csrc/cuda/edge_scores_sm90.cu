@@ -1,9 +1,12 @@
-// Edge scores on compute capability 9.0: one block per processor walks over the units of the schedule. One thread loads
-// operands by TMA into a ring of stages (`produce`); two warpgroups multiply them from there with wgmma and store
-// the sums (`consume`). Barriers with phases tell when a stage is full and when it is empty again.
+// Edge scores on compute capability 9.0: clusters of two blocks, one a processor, walk over their pieces of the
+// schedule. In each block one thread loads operands by TMA into a ring of stages (`produce`); two warpgroups multiply
+// them from there with wgmma and store the sums (`consume`). Barriers with phases tell when a stage is full and when it
+// is empty again.
 //
-// A stage is 128 bytes of features of one token: up to four slabs of 64 senders and one block of 128 receivers,
-// swizzled. A three-dimensional tensor map (feature, token, row) with the tensor's own strides serves buffers with
+// A stage is 128 bytes of features of one token: up to four slabs of 64 senders, and 128 receivers of the tile's 256,
+// swizzled. Both blocks need the same senders: each loads half of every slab, into both. So a stage is loaded once the
+// consumers of both have left it. A warpgroup multiplies 64 receivers by as many slabs as they see, all slabs with one
+// instruction. A three-dimensional tensor map (feature, token, row) with the tensor's own strides serves buffers with
 // tokens first and gathers the tokens of a segment; beyond the tensor's sizes it delivers zeros.
 #include "edge_scores.h"
 #include "layout.h"
@@ -13,19 +16,22 @@ namespace eap::cuda {
 namespace {
 
 constexpr const char* kOp = "edge_scores";
-constexpr int kGroups = 2;  // consumer warpgroups; group g takes the slabs g, g + 2
+constexpr int kReceivers = kHopperColumns / kHopperBlocks;  // of a block
+constexpr int kGroups = kReceivers / kSlab;                 // consumer warpgroups, 64 receivers each
 constexpr int kConsumers = kGroups * 128;
 constexpr int kThreads = kConsumers + 128;  // registers are handed over by whole warpgroups
 constexpr int kStages = 4;
 constexpr int kRowBytes = 128;  // the width of the swizzle
 constexpr int kSlabBytes = kSlab * kRowBytes;
 constexpr int kSendersBytes = kHopperSlabs * kSlabBytes;
-constexpr int kReceiversBytes = kColumns * kRowBytes;
+constexpr int kReceiversBytes = kReceivers * kRowBytes;
+constexpr int kShare = kSlab / kHopperBlocks;  // of a slab's senders, which a block loads
 constexpr int kStageBytes = kSendersBytes + kReceiversBytes;
 constexpr int kAlignment = 1024;  // of what is swizzled: slabs of senders and blocks of receivers
 template <class T> constexpr int kFeatures = kRowBytes / int(sizeof(T));  // of a stage
 constexpr int kSharedBytes = kStages * kStageBytes + kAlignment + 2 * kStages * 8;
-static_assert(kHopperSlabs == 2 * kGroups, "a warpgroup keeps the sums of at most two slabs in its registers");
+static_assert(kHopperBlocks == 2 && kGroups == 2, "each block takes one group from either end of a tile");
+static_assert(kHopperSlabs <= 4, "a warpgroup keeps the sums of at most four slabs in its registers");
 static_assert(kSharedBytes <= 227 << 10, "the ring fits in the shared memory that a block can have");
 
 // Ring: a position in the stages between producer and consumers. A stage's n-th use ends with the barriers' phase of
@@ -47,72 +53,85 @@ struct Ring {
   }
 };
 
+// Which 64 of a tile's receivers a warpgroup multiplies. Those further on see more senders: a block takes some of the
+// first and some of the last, so that both blocks multiply about as much.
+constexpr __device__ int tile_group(int block, int group) {
+  return group == 0 ? block : kHopperBlocks * kGroups - 1 - block;
+}
+
 // Load: waits for an empty stage, then asks TMA to fill it. Unused on other architectures, where the kernel is empty.
-[[maybe_unused]] __device__ void produce(const Plan& plan, const CUtensorMap* delta, const CUtensorMap* grad,
-                                         int blocks, int features, Ring ring) {
-  for (uint32_t unit = blockIdx.x; unit < plan.units(); unit += gridDim.x) {
-    const Tile tile = plan.tile[unit % plan.tiles];
-    const Chunk chunk = plan.chunk[unit / plan.tiles];
-    for (int32_t i = 0; i < chunk.count; ++i) {
-      const int token = int(plan.token_at(chunk.first + i));
-      for (int block = 0; block < blocks; ++block) {
-        barrier_wait(ring.empty(), ring.parity ^ 1);
-        barrier_arrive_expect(ring.full(), tile.slabs * kSlabBytes + kReceiversBytes);
-        const int feature = block * features;
-        tma_load(ring.receivers(), grad, feature, token, tile.column, ring.full());
-        for (int slab = 0; slab < tile.slabs; ++slab)
-          tma_load(ring.senders() + slab * kSlabBytes, delta, feature, token, tile.sender + slab * kSlab, ring.full());
-        ring.next();
+[[maybe_unused]] __device__ void produce(const Plan& plan, const CUtensorMap* delta, const CUtensorMap* grad, int box,
+                                         int features, Ring ring) {
+  const int worker = blockIdx.x / kHopperBlocks, block = blockIdx.x % kHopperBlocks;
+  for (int32_t i = plan.begin[worker]; i < plan.begin[worker + 1]; ++i) {
+    const Piece piece = plan.piece[i];
+    const Tile tile = plan.tile[piece.tile];
+    Walk walk(piece, plan.blocks);
+    for (int32_t step = 0; step < piece.count; ++step) {
+      walk.next();
+      const int token = plan.token_at(piece.token + walk.token), feature = walk.block * features;
+      barrier_wait(ring.empty(), ring.parity ^ 1);
+      barrier_arrive_expect(ring.full(), tile.slabs * kSlabBytes + kReceiversBytes);
+      for (int row = 0; row < kReceivers; row += box) {
+        const int from = tile_group(block, row / kSlab) * kSlab + row % kSlab;
+        const int receiver = plan.receiver[tile.column + from];
+        // What fills up lies before the tensor: zeros.
+        tma_load(ring.receivers() + row * kRowBytes, grad, feature, token, receiver < 0 ? -kSlab : receiver,
+                 ring.full());
       }
+      for (int slab = 0; slab < tile.slabs; ++slab)
+        tma_load_in((1 << kHopperBlocks) - 1, ring.senders() + slab * kSlabBytes + block * kShare * kRowBytes, delta,
+                    feature, token, tile.sender + slab * kSlab + block * kShare, ring.full());
+      ring.next();
     }
   }
 }
 
-// Multiply and store: one unit's work of a warpgroup that owns kMine slabs.
-template <class T, int kMine>
-__device__ void consume(const Target<float>& target, int64_t steps, Ring& ring) {
-  const int thread = threadIdx.x % 128, group = threadIdx.x / 128, lane = threadIdx.x % 32;
+// Multiply and store: a warpgroup's share of a piece, 64 receivers by the slabs of senders that they see.
+template <class T, int kSlabs>
+__device__ void consume(const Target<float, kHopperColumns>& target, Ring& ring) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
+  const int column = tile_group(blockIdx.x % kHopperBlocks, group) * kSlab + warp % 4 * 16;  // of this warp's 16
   constexpr int kSteps = kRun / kFeatures<T>;
-  float c[kMine ? kMine : 1][64];
+  const int steps = target.piece.count;
+  float c[kSlabs ? kSlabs * 32 : 1];
 #pragma unroll 1
-  for (int64_t start = 0; start < steps; start += kSteps) {
-    const int count = int(min(int64_t(kSteps), steps - start));
+  for (int start = 0; start < steps; start += kSteps) {
+    const int count = min(kSteps, steps - start);
+    // From zero: sums that a product ignored would still take up registers, in every branch of the caller.
+#pragma unroll
+    for (float& sum : c) sum = 0;
     uint32_t used = 0;  // the stage before, whose products may still be running
 #pragma unroll 1
     for (int step = 0; step < count; ++step) {
       // Multiply: a full stage, while the products of the one before may still run.
       barrier_wait(ring.full(), ring.parity);
-      if constexpr (kMine > 0) {
+      if constexpr (kSlabs > 0) {
         wgmma_fence();
-        const uint64_t b = descriptor(ring.receivers());
+        const uint64_t a = descriptor(ring.receivers() + group * kSlabBytes), b = descriptor(ring.senders());
 #pragma unroll
-        for (int k = 0; k < kRowBytes / 32; ++k)
-#pragma unroll
-          for (int i = 0; i < kMine; ++i)
-            wgmma<T>(c[i], descriptor(ring.senders() + (group + kGroups * i) * kSlabBytes) + k * kDescriptorStep,
-                     b + k * kDescriptorStep, step > 0 || k > 0);
+        for (int k = 0; k < kRowBytes / 32; ++k) wgmma<T, kSlabs>(c, a + k * kDescriptorStep, b + k * kDescriptorStep);
         wgmma_commit();
         wgmma_wait<1>();
       }
       // Release: the stage before is empty once every warp has said that its own products are done.
       __syncwarp();
-      if (step > 0 && lane == 0) barrier_arrive(used);
+      if (step > 0 && lane < kHopperBlocks) barrier_arrive_in(lane, used);
       used = ring.empty();
       ring.next();
     }
-    if constexpr (kMine > 0) wgmma_wait<0>();
+    if constexpr (kSlabs > 0) wgmma_wait<0>();
     __syncwarp();
-    if (lane == 0) barrier_arrive(used);
-    // Store: the run's sums.
+    if (lane < kHopperBlocks) barrier_arrive_in(lane, used);
+    // Store: the run's sums. Rows of a product are receivers here, columns of a tile.
+    if constexpr (kSlabs > 0) {
+      wgmma_settle(c);
 #pragma unroll
-    for (int i = 0; i < kMine; ++i) {
-      wgmma_settle(c[i]);
-      const int row = (group + kGroups * i) * kSlab + thread / 32 * 16;
-#pragma unroll
-      for (int part = 0; part < 64; part += 16)
-        target.put<16>((row + c_row(lane, 0)) * kColumns + c_column(lane, 0), [&](int e) { return c[i][part + e]; },
-                       [&](int e) { return c_row(0, part + e) * kColumns + c_column(0, part + e); }, start == 0);
-      if (start + count == steps) target.finish(row, 16, 0, kColumns);
+      for (int part = 0; part < kSlabs * 32; part += 16)
+        target.template put<16>(
+            c_column(lane, part) * kHopperColumns + column + c_row(lane, 0), [&](int e) { return c[part + e]; },
+            [](int e) { return c_column(0, e) * kHopperColumns + c_row(0, e); }, start == 0);
+      if (start + count == steps) target.finish(0, kSlabs * kSlab, column, 16);
     }
   }
 }
@@ -120,33 +139,36 @@ __device__ void consume(const Target<float>& target, int64_t steps, Ring& ring) 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     hopper(const __grid_constant__ Plan plan, const __grid_constant__ CUtensorMap delta,
-           const __grid_constant__ CUtensorMap grad, const __grid_constant__ Scores<float> scores, int32_t features) {
+           const __grid_constant__ CUtensorMap grad, const __grid_constant__ Scores<float> scores, int32_t box) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC__)
   Ring ring{(shared_memory() + kAlignment - 1) / kAlignment * kAlignment};
   if (threadIdx.x == 0) {
     for (Ring r = ring; r.parity == 0; r.next()) {
-      barrier_init(r.full(), 1);                 // the producer
-      barrier_init(r.empty(), kConsumers / 32);  // the consumers' warps
+      barrier_init(r.full(), 1);                                 // the producer
+      barrier_init(r.empty(), kHopperBlocks * kConsumers / 32);  // both blocks' consumers' warps
     }
     barrier_init_fence();
   }
-  __syncthreads();
+  cluster_sync();
 
-  const int blocks = (features - 1) / kFeatures<T> + 1;
   if (threadIdx.x >= kConsumers) {
-    give_registers<24>();
-    if (threadIdx.x == kConsumers) produce(plan, &delta, &grad, blocks, kFeatures<T>, ring);
-    return;
+    give_registers<40>();
+    if (threadIdx.x == kConsumers) produce(plan, &delta, &grad, box, kFeatures<T>, ring);
+  } else {
+    take_registers<232>();  // 2 x 232 + 40 is three times the 168 that a thread starts with
+    const int worker = blockIdx.x / kHopperBlocks, group = tile_group(blockIdx.x % kHopperBlocks, threadIdx.x / 128);
+    for (int32_t i = plan.begin[worker]; i < plan.begin[worker + 1]; ++i) {
+      const Target<float, kHopperColumns> target(plan, scores, plan.piece[i], worker);
+      switch (target.tile.depth(group)) {
+        case 4: consume<T, 4>(target, ring); break;
+        case 3: consume<T, 3>(target, ring); break;
+        case 2: consume<T, 2>(target, ring); break;
+        case 1: consume<T, 1>(target, ring); break;
+        default: consume<T, 0>(target, ring);
+      }
+    }
   }
-  take_registers<240>();  // 2 x 240 + 24 is three times the 168 that a thread starts with
-  for (uint32_t unit = blockIdx.x; unit < plan.units(); unit += gridDim.x) {
-    const Target<float> target(plan, scores, unit);
-    const int64_t steps = int64_t(target.chunk.count) * blocks;
-    const int mine = (target.tile.slabs - int(threadIdx.x) / 128 + 1) / kGroups;
-    if (mine == 2) consume<T, 2>(target, steps, ring);
-    else if (mine == 1) consume<T, 1>(target, steps, ring);
-    else consume<T, 0>(target, steps, ring);
-  }
+  cluster_sync();  // the other block may still write to this one's shared memory
 #else
   __trap();  // an empty kernel would leave scores as they are
 #endif
@@ -213,9 +235,9 @@ void hopper_run(const EdgeScores& call, const Plan& plan, const Scores<float>& s
   const auto kernel = call.dtype == Dtype::f32    ? hopper<tf32>
                       : call.dtype == Dtype::bf16 ? hopper<__nv_bfloat16>
                                                   : hopper<__half>;
-  launch(kOp, kernel, dim3(call.blocks), kThreads, kSharedBytes, stream, plan,
-         tensor_map(call.delta, call.dtype, kSlab), tensor_map(call.grad, call.dtype, kColumns), scores,
-         int32_t(call.delta.size[2]));
+  launch_clusters(kOp, kHopperBlocks, kernel, dim3(unsigned(call.schedule.workers()) * kHopperBlocks), kThreads,
+                  kSharedBytes, stream, plan, tensor_map(call.delta, call.dtype, kShare),
+                  tensor_map(call.grad, call.dtype, uint32_t(call.schedule.box)), scores, int32_t(call.schedule.box));
 }
 
 }  // namespace eap::cuda

@@ -25,9 +25,10 @@ struct EdgeScores {
 
   bool tensor_memory = false;  // TMA and wgmma, else the portable kernel
   Schedule schedule{};
-  int blocks = 0;              // that walk over the schedule's units
   std::vector<char> header{};  // the schedule as the device reads it
 
+  Kind kind() const;
+  int64_t steps_per_token() const;
   void plan();
   int64_t workspace() const;  // bytes
   void run(void* workspace, CUstream_st* stream) const;

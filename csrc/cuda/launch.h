@@ -22,9 +22,10 @@ inline int device_attribute(const char* op, cudaDeviceAttr attribute, int device
   return value;
 }
 
+// `cluster`: of this many blocks, which run at the same time and reach each other's shared memory.
 template <class... Parameters, class... Arguments>
-void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
-            CUstream_st* stream, const Arguments&... arguments) {
+void launch_clusters(const char* op, int cluster, void (*kernel)(Parameters...), dim3 grid, int threads,
+                     int shared_bytes, CUstream_st* stream, const Arguments&... arguments) {
   if (shared_bytes > 48 << 10)
     check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   cudaLaunchConfig_t config{};
@@ -32,7 +33,19 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int thread
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = unsigned(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1;
   check(op, cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
+            CUstream_st* stream, const Arguments&... arguments) {
+  launch_clusters(op, 1, kernel, grid, threads, shared_bytes, stream, arguments...);
 }
 
 inline int bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }

@@ -16,7 +16,7 @@ from eap_kernels import testing
 from eap_kernels._schemas import accumulation_dtype
 
 # S, R, N, D: nothing a multiple of anything; more than one tile each way, where rows start at 16 bytes; one token.
-SHAPES = ((37, 21, 19, 67), (150, 140, 5, 64), (3, 1, 1, 130))
+SHAPES = ((37, 21, 19, 67), (300, 270, 5, 64), (3, 1, 1, 130))
 # More than 32,768 products of a pair, in several units of work.
 LONG = (150, 140, 521, 64)
 # Torch's dtype, and its switch for fp32 products on a GPU.

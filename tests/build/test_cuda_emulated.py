@@ -53,6 +53,8 @@ def built(nvcc, tmp_path_factory) -> Path:
         shutil.copy(EMULATOR / header, folder / "csrc/cuda")
     # Sums are handed over after so many products: few enough that small cases do it several times.
     replace(folder / "csrc/cuda/edge_scores.h", "kRun = 4096;", "kRun = 128;")
+    # And few enough bytes of a period that they have several.
+    replace(folder / "csrc/cuda/schedule.h", "kPeriodBytes = 8 << 20;", "kPeriodBytes = 1 << 16;")
     compile_all(nvcc, folder, [folder / "csrc/cuda" / name for name in KERNELS] + sorted(EMULATOR.glob("*.cpp")))
     link(nvcc, folder)
     return folder
@@ -64,7 +66,8 @@ def run(program: Path, operator: str, first: int, last: int) -> subprocess.Compl
 
 EXPECTED = {
     "scores": {
-        *("portable", "hopper", "tf32 portable", "tf32 hopper", "direct", "split", "blocks with several units"),
+        *("portable", "hopper", "tf32 portable", "tf32 hopper", "receivers out of order", "tiles with a lower half"),
+        *("whole", "cut", "cut in periods", "cut in periods by hopper", "workers with several pieces"),
         *(f"tiles of {slabs} slabs" for slabs in (1, 2, 3, 4)),
     },
     "reads": {"pieces of 16 bytes", "any layout"},
@@ -96,7 +99,7 @@ FAULTS = {
     ),
     "a stage is loaded while it is read": (
         "edge_scores.cu",
-        "__syncthreads();  // everybody has left the stages of the unit before",
+        "__syncthreads();  // everybody has left the stages of the piece before",
         "",
     ),
     "offsets in 32 bits": (
@@ -127,14 +130,39 @@ FAULTS = {
     ),
     "tokens of another segment": (
         "edge_scores_sm90.cu",
-        "plan.token_at(chunk.first + i)",
-        "(chunk.first + i)",
+        "plan.token_at(piece.token + walk.token)",
+        "(piece.token + walk.token)",
     ),
     "later runs overwrite": ("edge_scores_sm90.cu", "start == 0);", "true);"),
     "bytes that never arrive": (
         "edge_scores_sm90.cu",
         "tile.slabs * kSlabBytes + kReceiversBytes);",
         "kSendersBytes + kReceiversBytes);",
+    ),
+    "a stage is loaded while the other block multiplies": (
+        "edge_scores_sm90.cu",
+        "kHopperBlocks * kConsumers / 32);",
+        "kConsumers / 32);",
+    ),
+    "both blocks load the same half of the senders": (
+        "edge_scores_sm90.cu",
+        "tile.sender + slab * kSlab + block * kShare",
+        "tile.sender + slab * kSlab",
+    ),
+    "a block ends before the other has": (
+        "edge_scores_sm90.cu",
+        "cluster_sync();  // the other block may still write to this one's shared memory",
+        "",
+    ),
+    "receivers in the place of others": (
+        "edge_scores_sm90.cu",
+        "const int from = tile_group(block, row / kSlab) * kSlab + row % kSlab;",
+        "const int from = block * kReceivers + row;",
+    ),
+    "a period is left out": (
+        "schedule.h",
+        "if (period >= 0) start += piece.all.in(period);",
+        "if (period > 0) start += piece.all.in(period);",
     ),
     "unused senders are listed": (
         "masked_read.cu",
@@ -155,7 +183,8 @@ def test_a_fault_is_found(built, nvcc, tmp_path, source, old, new):
     shutil.copytree(built, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "csrc/cuda" / source
     replace(path, old, new)
-    compile_all(nvcc, tmp_path, [path])
+    # A header is part of both kernels.
+    compile_all(nvcc, tmp_path, [path] if path.suffix == ".cu" else sorted(path.parent.glob("edge_scores*.cu")))
     done = run(link(nvcc, tmp_path), "reads" if source == "masked_read.cu" else "scores", 0, 100)
     # Reading far outside of a tensor ends the program with a signal.
     assert done.returncode != 0

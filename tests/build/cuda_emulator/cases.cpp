@@ -124,9 +124,9 @@ void scores() {
   const bool hopper = draw(0, 2) == 0, aligned = hopper || coin(), segmented = coin();
   const Dtype dtype = Dtype(draw(hopper ? 1 : 0, 3)), wide = dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
   const bool tf32 = dtype == Dtype::f32 && (hopper || coin());
-  emulator::device = {hopper || coin() ? 90 : 80, int(draw(1, coin() ? 1 : 4)), false};
+  emulator::device = {hopper || coin() ? 90 : 80, int(hopper ? draw(1, 10) : draw(1, coin() ? 1 : 8)), false};
   const int64_t S = draw(1, coin() ? 20 : 450), R = draw(1, coin() ? 20 : 150);
-  const int64_t N = draw(1, coin() ? 6 : 20), E = draw(1, 3);
+  const int64_t N = draw(1, coin() ? 6 : S > 20 ? 20 : 40), E = draw(1, 3);
   const int64_t D = aligned ? draw(1, 12) * 8 : draw(1, N > 6 ? 30 : 100);
   Tensor delta(dtype, S, N, D, draw_layout(aligned)), grad(dtype, R, N, D, draw_layout(aligned));
   std::vector<int64_t> reach(R), segments(N, 0);
@@ -146,9 +146,17 @@ void scores() {
   call.plan();
   Workspace workspace(call.workspace());
   ++seen[(tf32 ? "tf32 " : "") + std::string(call.tensor_memory ? "hopper" : "portable")];
-  for (const auto& tile : call.schedule.tiles) ++seen["tiles of " + std::to_string(tile.slabs) + " slabs"];
-  for (const auto& chunk : call.schedule.chunks) ++seen[chunk.slot == cuda::kDirect ? "direct" : "split"];
-  seen["blocks with several units"] += call.blocks > 0 && call.schedule.units() > call.blocks;
+  for (const auto& tile : call.schedule.tiles) {
+    ++seen["tiles of " + std::to_string(tile.slabs) + " slabs"];
+    seen["tiles with a lower half"] += tile.depth(0) < tile.slabs;
+  }
+  for (const auto& piece : call.schedule.pieces) {
+    ++seen[piece.slot == cuda::kDirect ? "whole" : "cut"];
+    const bool periods = piece.slot != cuda::kDirect && piece.all.each < piece.count;
+    seen[call.tensor_memory ? "cut in periods by hopper" : "cut in periods"] += periods;
+  }
+  seen["workers with several pieces"] += call.schedule.workers() < int64_t(call.schedule.pieces.size());
+  if (call.tensor_memory) seen["receivers out of order"] += !std::is_sorted(reach.begin(), reach.end());
 
   // First what is added up ...
   std::vector<double> expected(E * S * R), allowed(E * S * R);
@@ -203,7 +211,7 @@ void scores() {
         check(additions[(e * S + u) * R + v] == (any && u < reach[v]), "blocks race for an entry, or none adds to it");
   }
 
-  if (call.blocks == 0) return;
+  if (call.schedule.workers() == 0) return;
   emulator::device.capturing = true;
   try {
     call.run(workspace.memory.get(), nullptr);

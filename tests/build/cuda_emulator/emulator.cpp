@@ -30,7 +30,7 @@ struct Copy { uint32_t to; const void* from; int bytes; };
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[64 << 10]};
-  unsigned id;
+  unsigned block, id;  // of the cluster's blocks; of the block's threads
   bool done = false;
   std::function<bool()> ready;
   std::vector<Copy> copies;  // not yet committed
@@ -41,16 +41,23 @@ struct Fiber {
 
 struct Meeting { std::vector<void*> brought; unsigned arrived = 0; int64_t round = 0; };
 struct Barrier { uint32_t arrivals, pending; int64_t bytes = 0, phase = 0; };
-struct Load { uint32_t to; CUtensorMap map; int x, y, z; uint32_t barrier; };
+struct Load { unsigned block; uint32_t to; CUtensorMap map; int x, y, z; uint32_t barrier; };
 // How the encoder below keeps a tensor map.
 struct Map { const char* data; uint64_t size[3], stride[2]; uint32_t box[3], bytes; };
 
 std::mt19937 random_numbers(1);
-std::vector<char> memory;
+// What the threads of a block share.
+struct Block {
+  std::vector<char> memory;
+  std::vector<Meeting> warps;
+  Meeting all;
+  std::map<uint32_t, Barrier> barriers;
+  unsigned left;  // threads that have not ended
+};
+std::vector<Block> blocks;  // of the cluster that runs
+Meeting cluster;
+unsigned at;  // the block whose shared memory is meant
 std::vector<std::unique_ptr<Fiber>> fibers;
-std::vector<Meeting> warps;
-Meeting block;
-std::map<uint32_t, Barrier> barriers;
 std::vector<Load> loads;
 ucontext_t scheduler;
 Fiber* now;
@@ -63,8 +70,9 @@ void begin_fiber() {
 }
 
 Barrier& barrier_at(uint32_t address) {
-  const auto found = barriers.find(address);
-  require(found != barriers.end(), "no barrier there");
+  require(blocks[at].left > 0, "a block of the cluster has ended");
+  const auto found = blocks[at].barriers.find(address);
+  require(found != blocks[at].barriers.end(), "no barrier there");
   return found->second;
 }
 
@@ -80,6 +88,7 @@ uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; 
 void finish_load(const Load& load) {
   Map map;
   memcpy(&map, &load.map, sizeof map);
+  at = load.block;
   for (uint32_t row = 0; row < map.box[2]; ++row)
     for (uint32_t i = 0; i < map.box[0]; ++i) {
       const uint64_t x = load.x + i, y = load.y, z = load.z + row;
@@ -113,50 +122,52 @@ struct Row {
 void finish_product(const Wgmma& p) {
   const int row = int(now->id) % 128 / 32 * 16 + int(now->id) % 32 / 4, pair = int(now->id) % 4 * 2;
   const Row a[2] = {{p.a, row, p}, {p.a, row + 8, p}};
-  for (int j = 0; j < 32; ++j) {
+  for (int j = 0; j < p.columns / 4; ++j) {
     const Row b(p.b, j / 2 * 8 + pair + j % 2, p);
     for (int half = 0; half < 2; ++half) {
       float& c = p.c[j / 2 * 4 + half * 2 + j % 2];
-      float sum = p.add ? c : 0;
-      for (int k = 0; k < 32 / p.bytes; ++k) sum += a[half].x[k] * b.x[k];
-      c = sum;
+      for (int k = 0; k < 32 / p.bytes; ++k) c += a[half].x[k] * b.x[k];
     }
   }
 }
 
-void run_block(unsigned threads) {
-  std::fill(memory.begin(), memory.end(), char(0xFF));
-  barriers.clear();
-  warps.assign(threads / 32, {});
-  block = {};
+void run_cluster(unsigned size, unsigned threads, size_t shared_bytes) {
+  const std::vector<char> memory(shared_bytes, char(0xFF));
+  blocks.assign(size, {memory, std::vector<Meeting>(threads / 32), {}, {}, threads});
+  cluster = {};
   fibers.clear();
-  for (unsigned i = 0; i < threads; ++i) {
+  for (unsigned i = 0; i < size * threads; ++i) {
     Fiber& fiber = *fibers.emplace_back(new Fiber);
-    fiber.id = i;
+    fiber.block = i / threads;
+    fiber.id = i % threads;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = 64 << 10;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, begin_fiber, 0);
   }
+  const unsigned first_block = blockIdx.x;
   std::vector<Fiber*> order;
   for (auto& fiber : fibers) order.push_back(fiber.get());
   std::shuffle(order.begin(), order.end(), random_numbers);
   // For a while one warp runs alone, as far as it can, and then another, or all: so they get far ahead of each other.
-  const unsigned all = threads / 32;
+  const unsigned all = size * threads / 32;
   unsigned alone = all;
-  for (unsigned left = threads; left > 0;) {
+  for (unsigned left = size * threads; left > 0;) {
     if (random_numbers() % 8 == 0) alone = unsigned(random_numbers() % (all + 1));
     bool progress = false;
     for (Fiber* fiber : order) {
-      if (alone != all && fiber->id / 32 != alone) continue;
+      if (alone != all && (fiber->block * threads + fiber->id) / 32 != alone) continue;
       if (fiber->done || (fiber->ready && !fiber->ready())) continue;
       progress = true;
       fiber->ready = nullptr;
       now = fiber;
       threadIdx = {fiber->id, 0, 0};
+      at = fiber->block;
+      blockIdx.x = first_block + at;
       swapcontext(&scheduler, &fiber->context);
       left -= fiber->done;
+      blocks[fiber->block].left -= fiber->done;
     }
     if (!loads.empty() && (random_numbers() % 3 == 0 || !progress)) {
       const size_t i = random_numbers() % loads.size();
@@ -167,7 +178,7 @@ void run_block(unsigned threads) {
     require(progress || alone != all, "threads wait for each other");
     if (!progress) alone = all;
   }
-  require(loads.empty(), "loads in flight when the block ends");
+  require(loads.empty(), "loads in flight when the blocks end");
   for (auto& fiber : fibers)
     require(fiber->product_groups.empty() && fiber->products.empty(), "products in flight when the block ends");
 }
@@ -175,10 +186,12 @@ void run_block(unsigned threads) {
 }  // namespace
 
 char* shared(uint32_t address, size_t bytes) {
-  require(address >= kBase && address + bytes <= kBase + memory.size(), "outside of the shared memory asked for");
-  const auto next = barriers.lower_bound(address - 7);
-  require(next == barriers.end() || next->first >= address + bytes, "a barrier is overwritten");
-  return memory.data() + (address - kBase);
+  Block& block = blocks[at];
+  require(block.left > 0, "a block of the cluster has ended");
+  require(address >= kBase && address + bytes <= kBase + block.memory.size(), "outside of the shared memory asked for");
+  const auto next = block.barriers.lower_bound(address - 7);
+  require(next == block.barriers.end() || next->first >= address + bytes, "a barrier is overwritten");
+  return block.memory.data() + (address - kBase);
 }
 
 void wait_until(std::function<bool()> ready) {
@@ -188,10 +201,12 @@ void wait_until(std::function<bool()> ready) {
 }
 
 void meet(Group group, void* mine, const std::function<void(void**)>& together) {
-  const unsigned size = group == kWarp ? 32 : unsigned(fibers.size());
-  Meeting& meeting = group == kWarp ? warps[now->id / 32] : block;
+  const unsigned all = unsigned(fibers.size()), threads = all / unsigned(blocks.size());
+  const unsigned size = group == kWarp ? 32 : group == kBlock ? threads : all;
+  Block& block = blocks[now->block];
+  Meeting& meeting = group == kWarp ? block.warps[now->id / 32] : group == kBlock ? block.all : cluster;
   meeting.brought.resize(size);
-  meeting.brought[now->id % size] = mine;
+  meeting.brought[(now->block * threads + now->id) % size] = mine;
   const int64_t round = meeting.round;
   if (++meeting.arrived < size) return wait_until([&meeting, round] { return meeting.round != round; });
   meeting.arrived = 0;
@@ -216,7 +231,7 @@ void wait_copies(int pending) {
 void barrier_init(uint32_t address, uint32_t arrivals) {
   require(address % 8 == 0, "a barrier is not aligned");
   shared(address, 8);
-  barriers[address] = {arrivals, arrivals};
+  blocks[at].barriers[address] = {arrivals, arrivals};
 }
 void barrier_arrive(uint32_t address, uint32_t expected_bytes) {
   Barrier& barrier = barrier_at(address);
@@ -225,14 +240,23 @@ void barrier_arrive(uint32_t address, uint32_t expected_bytes) {
   --barrier.pending;
   end_phase_if_complete(barrier);
 }
+void barrier_arrive_in(unsigned block, uint32_t address) {
+  require(block < blocks.size(), "no such block in the cluster");
+  at = block;
+  barrier_arrive(address, 0);
+  at = now->block;
+}
 void barrier_wait(uint32_t address, uint32_t parity) {
   const Barrier& barrier = barrier_at(address);
   const auto over = [&barrier, parity] { return (barrier.phase & 1) != parity; };
   if (!over() || random_numbers() % 4 == 0) wait_until(over);
 }
-void tma_load(uint32_t to, const CUtensorMap* map, int x, int y, int z, uint32_t barrier) {
+void tma_load(uint32_t to, const CUtensorMap* map, int x, int y, int z, uint32_t barrier, uint32_t in_blocks) {
   require(to % 1024 == 0, "a swizzled tile is not aligned");
-  loads.push_back({to, *map, x, y, z, barrier});
+  if (in_blocks == 0) in_blocks = 1u << now->block;
+  require(in_blocks >> blocks.size() == 0, "no such block in the cluster");
+  for (unsigned block = 0; block < blocks.size(); ++block)
+    if (in_blocks >> block & 1) loads.push_back({block, to, *map, x, y, z, barrier});
 }
 
 void wgmma(const Wgmma& product) { now->products.push_back(product); }
@@ -243,18 +267,18 @@ void wait_wgmma(int pending) {
     for (const Wgmma& product : now->product_groups.front()) finish_product(product);
 }
 
-void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
-  require(grid.x > 0 && grid.y > 0 && grid.y < 65536, "a grid of a wrong size");
+void run(dim3 grid, unsigned cluster_size, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  require(cluster_size == 1 || device.capability >= 90, "clusters need compute capability 9.0");
+  require(grid.x > 0 && grid.x % cluster_size == 0 && grid.y > 0 && grid.y < 65536, "a grid of a wrong size");
   // What a block may have on every card of the kind: 8.6 and 8.9 have least of 8.x.
   require(shared_bytes <= size_t(device.capability == 90 ? 227 : 99) << 10, "more shared memory than a block may have");
   hopper_launches += threads == 384;
   body = &kernel;
   gridDim = {grid.x, grid.y, 1};
-  memory.resize(shared_bytes);
   for (unsigned y = 0; y < grid.y; ++y)
-    for (unsigned x = 0; x < grid.x; ++x) {
+    for (unsigned x = 0; x < grid.x; x += cluster_size) {
       blockIdx = {x, y, 0};
-      run_block(unsigned(threads));
+      run_cluster(cluster_size, unsigned(threads), shared_bytes);
       if (after_block) after_block();
     }
 }

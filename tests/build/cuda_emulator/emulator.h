@@ -1,4 +1,4 @@
-// Runs the CUDA kernels on the CPU, one block after the other, every thread a fiber. Included before everything else:
+// Runs the CUDA kernels on the CPU, one block, or cluster of blocks, after the other, every thread a fiber. Included before everything else:
 // the words of CUDA C++ that the kernels use, and what ptx.h and ptx_sm90.h are replaced by.
 //
 // Fibers stop where threads meet or wait, and go on in random order. What a GPU does in the background happens as late
@@ -44,7 +44,7 @@ struct Index { unsigned x, y, z; };
 struct Device { int capability, processors; bool capturing; };
 extern Device device;
 extern int hopper_launches;
-// Called after each block, if set.
+// Called after each block or cluster, if set.
 extern std::function<void()> after_block;
 
 [[noreturn]] void fail(const char* what);
@@ -52,8 +52,8 @@ inline void require(bool condition, const char* what) { if (!condition) fail(wha
 
 // Lets other fibers run until the condition holds.
 void wait_until(std::function<bool()> ready);
-// Where all threads of a warp or of the block meet: the last one runs `together` on what each has brought.
-enum Group { kWarp, kBlock };
+// Where all threads of a warp, block or cluster meet: the last one runs `together` on what each has brought.
+enum Group { kWarp, kBlock, kCluster };
 void meet(Group group, void* mine, const std::function<void(void**)>& together);
 template <class V> void meet_warp(V& mine, void (*together)(V* const*)) {
   meet(kWarp, &mine, [&](void** all) { together(reinterpret_cast<V* const*>(all)); });
@@ -69,10 +69,12 @@ void wait_copies(int pending);
 
 void barrier_init(uint32_t address, uint32_t arrivals);
 void barrier_arrive(uint32_t address, uint32_t expected_bytes);
+void barrier_arrive_in(unsigned block, uint32_t address);
 void barrier_wait(uint32_t address, uint32_t parity);
-void tma_load(uint32_t to, const CUtensorMap* map, int x, int y, int z, uint32_t barrier);
+// Into the shared memory of each of these blocks of the cluster; 0: of the calling thread's.
+void tma_load(uint32_t to, const CUtensorMap* map, int x, int y, int z, uint32_t barrier, uint32_t in_blocks);
 
-struct Wgmma { float* c; uint64_t a, b; bool add; int bytes; float (*value)(uint32_t, int); };
+struct Wgmma { float* c; uint64_t a, b; int columns, bytes; float (*value)(uint32_t, int); };
 void wgmma(const Wgmma& product);
 void commit_wgmma();
 void wait_wgmma(int pending);
@@ -97,11 +99,15 @@ template <class T> float value(uint32_t bits, int i) {
   }
 }
 
-void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& kernel);
+void run(dim3 grid, unsigned cluster_size, int threads, size_t shared_bytes, const std::function<void()>& kernel);
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  run(config->gridDim, int(config->blockDim.x), config->dynamicSmemBytes, [&] { kernel(Parameters(arguments)...); });
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i)
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = config->attrs[i].val.clusterDim.x;
+  run(config->gridDim, cluster, int(config->blockDim.x), config->dynamicSmemBytes,
+      [&] { kernel(Parameters(arguments)...); });
   return cudaSuccess;
 }
 

@@ -20,7 +20,8 @@ FRAMES = """new Promise(done => { const times = []; let last = performance.now()
   requestAnimationFrame(now => { last = now; requestAnimationFrame(step); }); })"""
 WHEEL = """i => explorer.graph.element.dispatchEvent(new WheelEvent('wheel',
   {clientX: 400, clientY: 400, deltaY: i % 40 < 20 ? -20 : 20, bubbles: true, cancelable: true}))"""
-DRAG = """i => { const at = {clientX: 300 + 3 * (i % 60), clientY: 300 + i, bubbles: true, cancelable: true, view: window, button: 0};
+DRAG = """i => {
+  const at = {clientX: 300 + 3 * (i % 60), clientY: 300 + i, bubbles: true, cancelable: true, view: window};
   const to = i === 1 ? explorer.graph.element : window;
   to.dispatchEvent(new MouseEvent(i === 1 ? 'mousedown' : i === 90 ? 'mouseup' : 'mousemove', at)); }"""
 SLIDE = """i => { const s = explorer.sizes.slider; s.value = 300 + 7 * i; s.dispatchEvent(new Event('input')); }"""

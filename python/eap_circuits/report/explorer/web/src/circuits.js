@@ -61,6 +61,7 @@ export function strongest(data, order, n) {
 export function through(data, flags, node) {
   const before = upstream(data, downstream(data, flags, 0), node);
   const after = upstream(data, downstream(data, flags, node), null);
+  if (!after.includes(1) || (node && !before.includes(1))) return new Uint8Array(data.n);
   return before.map((x, e) => x | after[e]);
 }
 

@@ -55,7 +55,7 @@ export class Sizes {
     );
     if (data.curve) {
       onScheme(() => this.plot());
-      new ResizeObserver(() => this.plot()).observe(this.chart);
+      new ResizeObserver(() => this.chart.clientWidth !== this.width && this.plot()).observe(this.chart);
     }
   }
 
@@ -93,6 +93,7 @@ export class Sizes {
     const { curve } = this.data;
     const { clientWidth: width } = this.chart;
     if (!width) return;
+    this.width = width;
     this.drawn?.destroy();
     const order = curve.n_edges.map((_, i) => i).sort((a, b) => curve.n_edges[a] - curve.n_edges[b]);
     const sorted = (values) => order.map((i) => values[i]);

@@ -11,7 +11,7 @@ const FONT = 'system-ui, "Segoe UI", "DejaVu Sans", sans-serif';
 function marks(graph) {
   const { scene, store, focus } = graph;
   return graph.data.nodes.map((node, i) => ({
-    present: scene.present[i] || i === 0,
+    present: scene.present[i] || i === 0 || scene.litNodes?.[i],
     dim: scene.litNodes && !scene.litNodes[i],
     strong: store.state.node === i || focus === i || store.state.pins.includes(i),
     focused: focus === i || store.state.node === i,

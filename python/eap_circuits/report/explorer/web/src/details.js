@@ -2,7 +2,7 @@
 
 import { widestPath } from "./circuits.js";
 import { edgeName } from "./data.js";
-import { h, signed, whole } from "./dom.js";
+import { h, plain, signed, whole } from "./dom.js";
 
 const LISTED = 12;
 
@@ -140,7 +140,7 @@ export class Details {
   ofEdge(e) {
     const { data, scene } = this;
     const rows = [["score", signed(data.score[e])]];
-    if (data.error) rows.push(["standard error", signed(data.error[e])]);
+    if (data.error) rows.push(["standard error", plain(data.error[e])]);
     if (data.other?.score) rows.push([`score, ${data.other.second}`, signed(data.other.score[e])]);
     if (data.other)
       rows.push(

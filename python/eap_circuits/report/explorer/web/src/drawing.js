@@ -82,26 +82,23 @@ function drawPorts(context, { place, scene, data, transform }) {
 }
 
 function drawNode(context, node, mark, k) {
-  const { width, height, x, y } = node;
+  const { x, y } = node;
+  // What stands out can be read at any scale.
+  const width = mark.strong ? Math.max(node.width, (7 * mark.text.length + 10) / k) : node.width;
+  const height = mark.strong ? Math.max(node.height, 17 / k) : node.height;
   context.beginPath();
   context.roundRect(x - width / 2, y - height / 2, width, height, Math.min(5, height / 4));
   context.fillStyle = colour(mark.focused ? "chosen" : mark.mlp ? "node" : "paper");
   if (mark.present || mark.strong) context.fill();
   context.lineWidth = (mark.focused ? 2.5 : mark.strong ? 2 : mark.present ? 1 : 0.5) / k;
-  context.strokeStyle = colour(
-    mark.focused ? "accent" : mark.strong ? "ink" : mark.present && !mark.dim ? "muted" : "faint",
-  );
+  const line = mark.focused ? "accent" : mark.strong ? "ink" : mark.present && !mark.dim ? "muted" : "faint";
+  context.strokeStyle = colour(line);
   context.stroke();
   if (!mark.present && !mark.strong) return;
   const fits = Math.min(11, height * 0.68, (width / Math.max(mark.text.length, 4)) * 1.7);
   const size = mark.strong ? Math.max(fits, 11 / k) : fits;
   if (size * k < READABLE) return;
   context.font = `${mark.strong ? "600 " : ""}${size}px ${FONT}`;
-  if (size > fits) {
-    context.lineWidth = 3 / k;
-    context.strokeStyle = colour("paper");
-    context.strokeText(mark.text, x, y);
-  }
   context.fillStyle = colour(mark.dim && !mark.strong ? "muted" : "ink");
   context.fillText(mark.text, x, y);
 }
@@ -120,8 +117,8 @@ export function toSvg(graph, title) {
     );
   }
   parts.push(`<g fill="none" stroke-opacity="0.85">`);
-  for (let i = scene.shown.length - 1; i >= 0; i--) {
-    const e = scene.shown[i];
+  for (let i = scene.ordered.length - 1; i >= 0; i--) {
+    const e = scene.ordered[i];
     const line = svgPath(1); // rounded to tenths
     edgePath(line, place, data.u[e], data.v[e]);
     const faint = scene.lit && !scene.lit[e];

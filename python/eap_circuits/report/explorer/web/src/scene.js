@@ -73,10 +73,9 @@ export class Scene {
     this.litNodes = null;
     this.ordered = this.shown;
     if (!this.lit) return;
-    this.ordered = Uint32Array.from([
-      ...this.shown.filter((e) => this.lit[e]),
-      ...this.shown.filter((e) => !this.lit[e]),
-    ]);
+    // What stands out is drawn last; an edge that is selected is drawn even if no circuit has it.
+    const own = edge !== null ? [edge] : this.shown.filter((e) => this.lit[e]);
+    this.ordered = Uint32Array.from([...own, ...this.shown.filter((e) => !this.lit[e])]);
     this.litNodes = new Uint8Array(data.nodes.length);
     if (node !== null) this.litNodes[node] = 1;
     for (const e of this.ordered) {

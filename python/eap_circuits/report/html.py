@@ -16,7 +16,7 @@ from ..graph import Circuit, EdgeScores
 from .curves import CurveLike
 from .explorer import asset, other_of, page_data, policy
 from .figures import draw_circuit, draw_curve
-from .svg import to_svg
+from .figures.svg import to_svg
 from .tables import count, curve_index, curve_table, drawn_baselines, edge_table, number, percent, settings, versions
 
 if TYPE_CHECKING:

@@ -181,7 +181,7 @@ def _circuits(
     for i, mask in enumerate(points):
         if mask is None:
             continue
-        known = {"faithfulness": float(curve.faithfulness[i]), "point": i}
+        known: dict[str, Any] = {"faithfulness": float(curve.faithfulness[i]), "point": i}
         known["taken"] = int(curve.fractions[i] * circuit.graph.n_edges) if top else None
         if torch.equal(mask, circuit.mask) and "point" not in own:
             own |= known
@@ -195,7 +195,7 @@ def _curve(curve: CurveLike, points: Sequence[Tensor | None]) -> dict[str, Any]:
     drawn = drawn_baselines(curve)
     baselines = []
     for name, baseline in curve.baselines.items():
-        entry = {"title": BASELINE_NAMES.get(name, name), "drawn": name in drawn}
+        entry: dict[str, Any] = {"title": BASELINE_NAMES.get(name, name), "drawn": name in drawn}
         entry["faithfulness"] = list(baseline.faithfulness)
         if len(baseline.draws) > 1:
             columns = list(zip(*baseline.draws, strict=True))

@@ -14,7 +14,7 @@ from ..errors import expected
 from ..files import write_whole
 from ..graph import Circuit, EdgeScores
 from .curves import CurveLike
-from .explorer import asset, other_of, page_data, policy
+from .explorer import asset, other_of, page_data, policy, same_prompts
 from .figures import draw_circuit, draw_curve
 from .figures.svg import to_svg
 from .tables import count, curve_index, curve_table, drawn_baselines, edge_table, number, percent, settings, versions
@@ -156,7 +156,7 @@ def _prompts(
     ]
     index = None if curve is None else curve_index(curve, circuit)
     results = getattr(curve, "results", None)
-    if index is not None and results and len(results[index].values) == len(data):
+    if index is not None and results and same_prompts(getattr(curve, "info", {}), data):
         result = results[index]
         each = zip(result.clean_values.tolist(), result.values.tolist(), result.corrupted_values.tolist(), strict=True)
         for row, (model, own, ablated) in zip(rows, each, strict=False):

@@ -287,3 +287,24 @@ def test_of_many_edges_the_strongest_and_the_circuits_are_kept() -> None:
     assert names[:49] == [(a, b) for a, b, _ in scores.top_edges(49)] and found[49] == (u, v)
     assert read["score"].tolist() == [float(scores.values[a, b]) for a, b in found]
     assert content["total"] == scores.graph.n_edges > len(found) == 50
+
+
+def test_examples_have_the_prompts_that_were_scored_and_no_others(
+    make_model: Any, make_pairs: Any, tmp_path: Path
+) -> None:
+    data = replace(make_pairs(n=3), prompts=tuple((f"clean {i}", "corrupted") for i in range(3)))
+    model, other = make_model("llama"), replace(data, prompts=(("another", "one"),) * 3)
+    scores = eap.attribute(model, data, method="eap", keep="examples")
+    curve = eap.faithfulness_curve(model, scores, data, (0.5, 1.0))
+    for given, own in ((data, True), (other, False)):
+        content = json.loads(explorer.page_data(scores, curve.circuits[0], curve, None, given, ""))
+        (profile,) = content["profiles"]
+        assert profile["labels"] == [f"{i}: clean {i}" if own else f"example {i}" for i in range(3)]
+        values = numpy.frombuffer(base64.b64decode(profile["values"]["data"]), "<f4").reshape(3, -1)
+        assert values.shape[1] == profile["edges"] == scores.graph.n_edges
+        assert values.mean(0) == pytest.approx(
+            numpy.frombuffer(base64.b64decode(content["edges"]["score"]["data"]), "<f4"), abs=1e-6
+        )
+        write_report(tmp_path / "r.html", scores, curve.circuits[0], curve, given)
+        text = (tmp_path / "r.html").read_text()
+        assert (f"circuit {float(curve.results[0].values[0]):.3f}" in text) == own

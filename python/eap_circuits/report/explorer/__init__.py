@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from ...files import digest
 from ...graph import Circuit, EdgeScores, Graph
 from ..curves import CurveLike, jsonable
 from ..tables import BASELINE_NAMES, drawn_baselines, percent
@@ -91,6 +92,11 @@ def other_of(scores: EdgeScores, circuit: Circuit, against: Circuit | EdgeScores
         values = against.values
         return against, None if values is None else EdgeScores(against.graph, values, against.info)
     return against.select(circuit.n_edges, signed=_signed(circuit), exactly=True), against
+
+
+def same_prompts(info: Mapping[str, Any], data: PairedDataset) -> bool:
+    """Are these the prompts of the run that `info` tells of?"""
+    return data.prompts is not None and info.get("prompts_sha256") == digest({"prompts": data.prompts})
 
 
 def names(first: dict[str, Any], second: dict[str, Any]) -> tuple[str, str]:
@@ -226,7 +232,7 @@ def _profiles(scores: EdgeScores, data: PairedDataset | None, u: Tensor, v: Tens
             continue
         n = min(len(u), _PROFILE // len(values))
         labels = [f"{one} {i}" for i in range(len(values))]
-        if one == "example" and data is not None and data.prompts is not None and len(data) == len(values):
+        if one == "example" and data is not None and data.prompts is not None and same_prompts(scores.info, data):
             labels = [f"{i}: {clean}" for i, (clean, _) in enumerate(data.prompts)]
         elif one == "position" and "positions-from-end" in str(scores.info.get("keep")):
             labels = [f"{i - len(values) + 1} from the end" for i in range(len(values))]

@@ -1,4 +1,4 @@
-/* sources d1598f12a047c98a6a7bcc995213863c23eb2098963c1ed89f07d69bcf2cb92c
+/* sources 6f9a8f052392f369ec8d10df65d223d0b5045691f68c573236e7d7566ed5e73c
 
 Licences of the libraries in this file:
 

@@ -9,7 +9,7 @@ const here = new URL("./", import.meta.url);
 const file = (name) => new URL(name, here);
 const result = await build({
   absWorkingDir: here.pathname,
-  entryPoints: ["src/main.js", "src/explorer.css"],
+  entryPoints: ["src/main.js", "src/page.css"],
   bundle: true,
   minify: true,
   format: "iife",

@@ -158,6 +158,8 @@ def test_mouse_and_keyboard_select_pan_and_zoom(page: Browser, tmp_path: Path) -
     state = json.loads(page.run("JSON.stringify(explorer.store.state)"))
     assert state["node"] and GRAPHS["kv"].senders[state["node"]] in circuit.nodes
     assert state["pins"] == [state["node"]] and state["view"]["k"] > 1
+    assert page.run("document.querySelector('#node-pin').ariaPressed") == "true"
+    assert page.run("document.querySelector('#node-paths').ariaPressed") == "false"
 
 
 def test_the_curve_and_the_slider_bring_measured_circuits(page: Browser, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-# make setup | demo | test | test-all | test-versions | fuzz | lint | bench | record | gpu | gpu-rehearsal | update-locks | clean
+# make setup | demo | explorer | test | test-all | test-versions | fuzz | lint | bench | record | gpu | gpu-rehearsal | update-locks | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ INPUTS := setup.py pyproject.toml $(CSRC)
 # Only the newest set can have TransformerLens's bridges: they need newer packages than the other sets hold.
 EXTRAS := demo,test$(if $(filter newest,$(VERSIONS)),$(comma)bridges)
 
-.PHONY: setup demo test test-slow test-all test-versions test-oldest test-gpu-machine fuzz lint bench record gpu gpu-rehearsal update-locks clean
+.PHONY: setup demo explorer test test-slow test-all test-versions test-oldest test-gpu-machine fuzz lint bench record gpu gpu-rehearsal update-locks clean
 
 # Installs only what `make demo` needs; the tools for tests and linting have their own stamp, .test.
 setup: $(VENV)/.setup
@@ -96,6 +96,11 @@ record: $(VENV)/.test
 	mkdir -p build
 	$(BENCH) --record
 	$(BIN)/python -m bench.record build/bench.json
+
+# Builds the report's script from its sources, and lints these; needs npm. The result is committed.
+EXPLORER := python/eap_circuits/report/explorer/web
+explorer:
+	cd $(EXPLORER) && npm ci && npm run lint && npm run build
 
 # For a machine with a GPU; needs only its Python. bench/gpu.py explains the stages, STAGES="bench record" picks some.
 gpu:

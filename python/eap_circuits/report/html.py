@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
@@ -14,8 +14,9 @@ from ..errors import expected
 from ..files import write_whole
 from ..graph import Circuit, EdgeScores
 from .curves import CurveLike
+from .explorer import asset, other_of, page_data, policy, same_prompts
 from .figures import draw_circuit, draw_curve
-from .svg import to_svg
+from .figures.svg import to_svg
 from .tables import count, curve_index, curve_table, drawn_baselines, edge_table, number, percent, settings, versions
 
 if TYPE_CHECKING:
@@ -33,8 +34,12 @@ def write_report(
     data: PairedDataset | None = None,
     title: str | None = None,
     files: Mapping[str, str] | None = None,
+    against: Circuit | EdgeScores | None = None,
+    tokenizer: Any = None,
 ) -> None:
-    """Write a report of a circuit: what was run, how faithful it is, its picture and its strongest edges.
+    """Write a report of a circuit: what was run, how faithful it is, and an explorer of its graph and edges.
+
+    The page needs no network. It holds the strongest 200,000 edges and says how many are left out.
 
     Args:
         path: the HTML file; written whole or not at all.
@@ -44,18 +49,23 @@ def write_report(
         data: the prompts; a few of them are shown.
         title: the page's title; by default the model and the task.
         files: the names under which "scores" and perhaps "circuit" were saved, for the code that reads them back.
+        against: a circuit to compare with or, of other scores, the circuit with as many edges.
+        tokenizer: the model's, to spell the prompts' answers; without it their tokens' ids are shown.
 
     Raises:
         InputError: a circuit of another graph than the scores, or a path that cannot be written.
     """
-    if circuit.graph != scores.graph:
-        raise expected("circuit", f"one of {scores.graph!r}", f"one of {circuit.graph!r}")
+    for name, given in (("circuit", circuit), ("against", against)):
+        if given is not None and given.graph != scores.graph:
+            raise expected(name, f"one of {scores.graph!r}", f"one of {given.graph!r}")
     info = {**scores.info, "heads": scores.graph.heads, **circuit.info}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     source = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     run, measured = dict(settings(info)), getattr(curve, "info", {})
+    title, script = title or _title(run), asset("explorer.js")
+    other = None if against is None else other_of(scores, circuit, against)
     page = environment.from_string(source).render(
-        title=title or _title(run),
+        title=title,
         subtitle=_subtitle(run),
         headline=_headline(circuit, curve),
         picture=Markup(to_svg(draw_circuit(circuit))),
@@ -63,7 +73,11 @@ def write_report(
         sizes=curve_table(curve, circuit) if curve else None,
         meaning=_RANK if info.get("method") == "learned" else _FALL,
         edges=edge_table(scores, circuit, N_EDGES),
-        prompts=_prompts(data),
+        data=Markup(page_data(scores, circuit, curve, other, data, title)),
+        script=Markup(script),
+        style=Markup(asset("explorer.css")),
+        policy=policy(script),
+        prompts=_prompts(data, curve, circuit, tokenizer),
         settings=run,
         measured=dict(settings(measured)),
         measured_with=dict(versions(measured)),
@@ -125,5 +139,32 @@ def _code(circuit: Circuit, files: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _prompts(data: PairedDataset | None) -> list[tuple[str, str]]:
-    return [] if data is None or data.prompts is None else list(data.prompts[:N_PROMPTS])
+def _prompts(
+    data: PairedDataset | None, curve: CurveLike | None, circuit: Circuit, tokenizer: Any
+) -> list[dict[str, str]]:
+    """The first prompt pairs: texts, answers and, where they were measured on this data, what the metric is on each."""
+    if data is None or data.prompts is None:
+        return []
+    pairs = data[:N_PROMPTS].to_dict()
+    rows = [
+        {
+            "clean": clean,
+            "corrupted": corrupted,
+            "answers": f"{_spelled(good, tokenizer)} rather than {_spelled(bad, tokenizer)}",
+        }
+        for clean, corrupted, good, bad in zip(*(pairs[x] for x in ("clean", "corrupted", "good", "bad")), strict=True)
+    ]
+    index = None if curve is None else curve_index(curve, circuit)
+    results = getattr(curve, "results", None)
+    if index is not None and results and same_prompts(getattr(curve, "info", {}), data):
+        result = results[index]
+        each = zip(result.clean_values.tolist(), result.values.tolist(), result.corrupted_values.tolist(), strict=True)
+        for row, (model, own, ablated) in zip(rows, each, strict=False):
+            row["metric"] = f"whole model {number(model)}, circuit {number(own)}, all edges ablated {number(ablated)}"
+    return rows
+
+
+def _spelled(answer: Any, tokenizer: Any) -> str:
+    """One answer, or several: the tokens' texts or, without a tokenizer, their ids."""
+    tokens = answer if isinstance(answer, list) else [answer]
+    return ", ".join(str(t) if tokenizer is None or isinstance(t, str) else repr(tokenizer.decode(t)) for t in tokens)

@@ -9,7 +9,7 @@ from typing import Any
 from ..evaluation import Comparison, Curve, EvaluationResult
 from ..graph import Circuit, EdgeScores, NodeScores
 from ..tasks import PairedDataset
-from .svg import to_svg
+from .figures.svg import to_svg
 from .tables import Column, Table, areas_line, count, curve_table, edge_table, number, percent
 
 _ROWS = 10

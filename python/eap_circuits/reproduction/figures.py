@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from ..methods import QUADRATURES
 from ..report.curves import saved_curve
 from ..report.figures import finish
-from ..report.style import FAINT, INK, LETTERS, MUTED, NEGATIVE, PAPER, POSITIVE, RC
+from ..report.figures.style import FAINT, INK, LETTERS, MUTED, NEGATIVE, PAPER, POSITIVE, RC
 from ..report.tables import number
 from .experiment import GRADIENTS, LEFT_OUT, METHODS, STRONGEST
 

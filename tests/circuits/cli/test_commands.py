@@ -126,6 +126,13 @@ def test_report_needs_no_model(tmp_path: Path, saved: Path, pairs: Path, loads: 
     page = out.read_text(encoding="utf-8")
     assert "Mine &amp; &lt;yours&gt;" in page
     assert "CPR" in page
+    for other, suffix in ((circuit, ""), (saved, ""), (saved, ".json")):
+        if suffix:  # a file of EAP-IG's with scores has a circuit without edges
+            eap.EdgeScores.load(saved).save(tmp_path / "s.json")
+            other = tmp_path / "s.json"
+        run("report", saved, "--against", other, "-o", out)
+        data = re.search('id="explorer-data">(.*?)</script>', out.read_text(encoding="utf-8"))
+        assert data and json.loads(data.group(1))["other"]["score"]
     assert loads == []
 
 

@@ -14,8 +14,8 @@ from matplotlib.patches import PathPatch
 
 from eap_circuits import Circuit, EdgeScores, Graph
 from eap_circuits.report import draw_circuit, draw_curve
-from eap_circuits.report.placement import HEIGHT, place
-from eap_circuits.report.svg import to_svg
+from eap_circuits.report.figures.placement import HEIGHT, place
+from eap_circuits.report.figures.svg import to_svg
 
 GRAPHS = {
     "kv": Graph((4, 4, 4), (2, 2, 2), 8),

@@ -72,7 +72,8 @@ def demo(
         written: dict[str, str] = {}
         wrong = write(written, "scores", scores.save, files["scores"])
         wrong += write(written, "circuit", circuit.save, files["circuit"])
-        report = partial(write_report, scores=scores, circuit=circuit, curve=curve, data=data, title=title)
+        known = {"scores": scores, "circuit": circuit, "curve": curve, "data": data, "tokenizer": tokenizer}
+        report = partial(write_report, **known, title=title)
         wrong += write(written, "report", report, files["report"])
 
     show_table(edge_table(scores, circuit, SHOWN))

@@ -163,7 +163,7 @@ def curve(
         from ...report import write_report
 
         chosen = measured.circuits[smallest_faithful(measured)]
-        write_report(path, loaded_scores, chosen, measured, pairs, files={"scores": scores.name})
+        write_report(path, loaded_scores, chosen, measured, pairs, files={"scores": scores.name}, tokenizer=tokenizer)
 
     wrong = write(files, "curve", lambda path: save_curve(path, measured), out)
     unseen = write(files, "report", page, html)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from ..graph import Circuit
+from ...graph import Circuit
 
 HEIGHT = 0.36  # of a node's box, as is WIDTH
 WIDTH = 0.62

@@ -12,12 +12,12 @@ from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from ..graph import Circuit, Graph
-from .curves import BaselineLike, CurveLike
+from ...graph import Circuit, Graph
+from ..curves import BaselineLike, CurveLike
+from ..tables import BASELINE_NAMES, count, drawn_baselines, number
 from .placement import HEIGHT, WIDTH, Line, Placement, place
 from .style import FAINT, INK, LETTERS, MUTED, NEGATIVE, NODE, PAPER, POSITIVE, RC
 from .svg import to_svg
-from .tables import BASELINE_NAMES, count, drawn_baselines, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

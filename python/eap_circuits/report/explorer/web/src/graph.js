@@ -1,0 +1,291 @@
+// The picture: edges on two canvases, the strongest at once and the others in slices of time, nodes on a third. While the
+// picture is dragged or zoomed its canvases move as they are; they are drawn again when it rests.
+
+import { select } from "d3-selection";
+import { zoom, zoomIdentity } from "d3-zoom";
+import { colour, h, onScheme } from "./dom.js";
+import { drawNodes, drawRows } from "./drawing.js";
+import { edgePath, layout, Nearness } from "./layout.js";
+
+const AT_ONCE = 1000; // edges drawn before the first slice
+const SLICE = 8; // milliseconds of drawing in one frame
+const REACH = 6; // how near, in pixels, the pointer must come to an edge
+const SEARCHED = 6000; // strongest edges among which the pointer looks
+const MANY = 800; // with more edges than these, lines are thinner
+const CHUNK = 40; // edges in one stroke
+export const ALPHA = 0.85;
+
+export class Graph {
+  constructor(data, store, scene) {
+    Object.assign(this, { data, store, scene });
+    this.canvases = ["weak", "strong", "nodes"].map(() => h("canvas", { "aria-hidden": true }));
+    this.moving = h("div", { class: "moving" }, ...this.canvases);
+    this.tip = h("div", { class: "tip", hidden: true });
+    this.said = h("div", { class: "unseen", "aria-live": "polite" });
+    this.element = h(
+      "div",
+      {
+        class: "graph",
+        tabindex: 0,
+        role: "application",
+        "aria-label":
+          "The circuit's graph. Arrow keys go from node to node, Enter selects, P pins, plus and minus zoom, 0 shows all, Escape clears. The table of edges holds the same.",
+      },
+      this.moving,
+      this.tip,
+    );
+    this.transform = zoomIdentity;
+    this.focus = null;
+    this.zoom = zoom()
+      .scaleExtent([0.2, 40])
+      .on("zoom", ({ transform, sourceEvent }) => this.moved(transform, sourceEvent));
+    select(this.element).call(this.zoom).on("dblclick.zoom", null);
+    this.element.addEventListener("pointermove", (event) => this.point(event));
+    this.element.addEventListener("pointerleave", () => this.showTip(null));
+    this.element.addEventListener("click", (event) => this.click(event));
+    this.element.addEventListener("keydown", (event) => this.key(event));
+    this.element.addEventListener("blur", () => this.focusOn(null));
+    onScheme(() => this.draw());
+    new ResizeObserver(() => this.resize()).observe(this.element);
+  }
+
+  resize() {
+    const { clientWidth: width, clientHeight: height } = this.element;
+    if (!width || !height || (width === this.width && height === this.height)) return;
+    Object.assign(this, { width, height });
+    this.ratio = Math.min(devicePixelRatio || 1, 2);
+    for (const canvas of this.canvases) {
+      canvas.width = width * this.ratio;
+      canvas.height = height * this.ratio;
+    }
+    this.place = layout(this.data, width, height);
+    this.least = Math.min(width / this.place.width, height / this.place.height, 1);
+    this.zoom.scaleExtent([this.least * 0.6, 40]);
+    this.show(this.store.state.view);
+  }
+
+  /** Show a saved view, or all of the graph. */
+  show(view) {
+    const k = view?.k ?? 1;
+    const scale = k * this.least;
+    const x = (view?.x ?? 0.5) * this.place.width;
+    const y = (view?.y ?? 0.5) * this.place.height;
+    this.quiet = true;
+    select(this.element).call(
+      this.zoom.transform,
+      zoomIdentity.translate(this.width / 2 - scale * x, this.height / 2 - scale * y).scale(scale),
+    );
+    this.quiet = false;
+    this.draw();
+  }
+
+  moved(transform, byHand) {
+    this.transform = transform;
+    if (this.quiet) return;
+    cancelAnimationFrame(this.slice);
+    const from = this.drawn ?? transform;
+    const k = transform.k / from.k;
+    this.moving.style.transform = `translate(${transform.x - k * from.x}px, ${transform.y - k * from.y}px) scale(${k})`;
+    clearTimeout(this.resting);
+    this.resting = setTimeout(() => {
+      this.draw();
+      if (byHand !== undefined) this.store.set({ view: this.view() });
+    }, 140);
+  }
+
+  view() {
+    const [x, y] = this.transform.invert([this.width / 2, this.height / 2]);
+    return { k: this.transform.k / this.least, x: x / this.place.width, y: y / this.place.height };
+  }
+
+  draw() {
+    if (!this.place) return;
+    cancelAnimationFrame(this.slice);
+    this.drawn = this.transform;
+    this.moving.style.transform = "";
+    const [weak, strong, nodes] = this.canvases.map((canvas) => this.fresh(canvas));
+    const { ordered: shown, lit } = this.scene;
+    drawRows(weak, this);
+    const first = Math.min(shown.length, AT_ONCE);
+    this.strokes(strong, shown, first, 0, lit);
+    drawNodes(nodes, this);
+    this.pending = shown.length - first;
+    this.first ??= performance.now();
+    if (!this.pending) return;
+    let next = shown.length;
+    const step = () => {
+      const start = performance.now();
+      while (next > first && performance.now() - start < SLICE) {
+        const to = Math.max(first, next - 10 * CHUNK);
+        this.strokes(weak, shown, next, to, lit);
+        next = to;
+      }
+      this.pending = next - first;
+      if (next > first) this.slice = requestAnimationFrame(step);
+    };
+    this.slice = requestAnimationFrame(step);
+  }
+
+  fresh(canvas) {
+    const context = canvas.getContext("2d");
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.clearRect(0, 0, canvas.width, canvas.height);
+    const { x, y, k } = this.transform;
+    context.setTransform(this.ratio * k, 0, 0, this.ratio * k, this.ratio * x, this.ratio * y);
+    return context;
+  }
+
+  /** Stroke the edges shown[to … from - 1], weakest first, so that strong ones lie on top. */
+  strokes(context, shown, from, to, lit) {
+    const { data, place, scene } = this;
+    for (let end = from; end > to; end -= CHUNK) {
+      const begin = Math.max(to, end - CHUNK);
+      const paths = new Map();
+      for (let i = end - 1; i >= begin; i--) {
+        const e = shown[i];
+        const group = lit && !lit[e] ? "faint" : scene.colourOf(e);
+        if (!paths.has(group)) paths.set(group, []);
+        paths.get(group).push(e);
+      }
+      context.lineWidth = this.lineWidth(shown[begin]) / this.transform.k;
+      for (const group of ["faint", ...[...paths.keys()].filter((x) => x !== "faint")]) {
+        if (!paths.has(group)) continue;
+        context.beginPath();
+        for (const e of paths.get(group)) edgePath(context, place, data.u[e], data.v[e]);
+        context.globalAlpha = group === "faint" ? 0.5 : ALPHA;
+        context.strokeStyle = colour(group);
+        context.stroke();
+      }
+    }
+    context.globalAlpha = 1;
+  }
+
+  lineWidth(e) {
+    const zoomed = Math.min(Math.sqrt(this.transform.k / this.least), 2);
+    const crowded = Math.min(1, (MANY / this.scene.shown.length) ** 0.2);
+    return (0.8 + 2.4 * Math.sqrt(this.scene.weight(e))) * zoomed * crowded;
+  }
+
+  // The pointer.
+
+  nodeAt(x, y) {
+    const { box } = this.place;
+    const slack = 3 / this.transform.k;
+    return this.place.nodes.findIndex(
+      (node) =>
+        Math.abs(node.x - x) < (node.width ?? box.width) / 2 + slack &&
+        Math.abs(node.y - y) < (node.height ?? box.height) / 2 + slack,
+    );
+  }
+
+  edgeAt(x, y) {
+    const { shown, lit } = this.scene;
+    const near = new Nearness(x, y);
+    let best = REACH / this.transform.k;
+    let found = null;
+    for (let i = 0; i < Math.min(shown.length, SEARCHED); i++) {
+      const e = shown[i];
+      if (lit && !lit[e]) continue;
+      near.reset();
+      edgePath(near, this.place, this.data.u[e], this.data.v[e]);
+      if (near.distance < best) {
+        best = near.distance;
+        found = e;
+      }
+    }
+    return found;
+  }
+
+  under(event) {
+    const frame = this.element.getBoundingClientRect();
+    const at = [event.clientX - frame.left, event.clientY - frame.top];
+    const [x, y] = this.transform.invert(at);
+    const node = this.nodeAt(x, y);
+    return { at, node: node < 0 ? null : node, edge: node < 0 ? this.edgeAt(x, y) : null };
+  }
+
+  point(event) {
+    if (event.buttons || this.pointing) return;
+    this.pointing = requestAnimationFrame(() => {
+      this.pointing = null;
+      const { at, node, edge } = this.under(event);
+      this.element.style.cursor = node !== null || edge !== null ? "pointer" : "";
+      this.showTip(node !== null ? this.scene.nodeText(node) : edge !== null ? this.scene.edgeText(edge) : null, at);
+    });
+  }
+
+  showTip(text, at) {
+    this.tip.hidden = text === null;
+    if (text === null) return;
+    this.tip.textContent = text;
+    const right = at[0] > this.width / 2;
+    this.tip.style.left = right ? "" : `${at[0] + 14}px`;
+    this.tip.style.right = right ? `${this.width - at[0] + 14}px` : "";
+    this.tip.style.top = `${Math.min(at[1] + 12, this.height - 40)}px`;
+  }
+
+  click(event) {
+    if (event.defaultPrevented) return;
+    const { node, edge } = this.under(event);
+    this.store.set({ node, edge });
+  }
+
+  // The keyboard.
+
+  key(event) {
+    const arrows = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] };
+    const { state } = this.store;
+    if (arrows[event.key]) this.focusOn(this.neighbour(arrows[event.key]));
+    else if (event.key === "Enter" && this.focus !== null) this.store.set({ node: this.focus, edge: null });
+    else if (event.key === "p" && this.focus !== null) this.scene.pin(this.focus);
+    else if (event.key === "Escape" && (state.node !== null || state.edge !== null))
+      this.store.set({ node: null, edge: null });
+    else if (event.key === "+" || event.key === "=") this.zoomBy(1.4);
+    else if (event.key === "-") this.zoomBy(1 / 1.4);
+    else if (event.key === "0") this.reset();
+    else return;
+    event.preventDefault();
+  }
+
+  zoomBy(factor) {
+    select(this.element).call(this.zoom.scaleBy, factor);
+    this.store.set({ view: this.view() });
+  }
+
+  reset() {
+    this.store.set({ view: null });
+    this.show(null);
+  }
+
+  /** Bring a node into the middle. */
+  centre(node) {
+    const { x, y } = this.place.nodes[node];
+    const view = { k: Math.max(this.view().k, node ? 2 : 1), x: x / this.place.width, y: y / this.place.height };
+    this.store.set({ view });
+    this.show(view);
+  }
+
+  neighbour([dx, dy]) {
+    const { nodes } = this.place;
+    const from = nodes[this.focus ?? this.store.state.node ?? 0];
+    let best = Infinity;
+    let found = this.focus ?? this.store.state.node ?? 0;
+    nodes.forEach((node, i) => {
+      if (!this.scene.present[i]) return;
+      const along = (node.x - from.x) * dx + (node.y - from.y) * dy;
+      const across = Math.abs((node.x - from.x) * dy) + Math.abs((node.y - from.y) * dx);
+      if (along > 1 && along + 3 * across < best) {
+        best = along + 3 * across;
+        found = i;
+      }
+    });
+    return found;
+  }
+
+  focusOn(node) {
+    if (node === this.focus) return;
+    this.focus = node;
+    this.said.textContent = node === null ? "" : this.scene.nodeText(node);
+    if (this.place) drawNodes(this.fresh(this.canvases[2]), this);
+  }
+}

@@ -1,0 +1,312 @@
+"""The report's explorer, in a headless browser: what it shows against what Python computes."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+import eap_circuits as eap
+from eap_circuits import Circuit, EdgeScores, Graph
+from eap_circuits.report import explorer, write_report
+from tests.circuits.report.browser import Browser, browser
+from tests.circuits.report.test_figures import GRAPHS
+from tests.circuits.report.test_html import EVIL
+
+HERE = Path(explorer.__file__).parent
+MIXED = Graph((4, 4), (2, 2), 8, reads=(None, (("x", 4), ("gate", 1))))
+LIT = (
+    "explorer.scene.%s.reduce((found, on, e) => on ? [...found, [explorer.data.u[e], explorer.data.v[e]]] : found, [])"
+)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+def scored(graph: Graph, seed: int = 0, **info: Any) -> EdgeScores:
+    values = torch.randn(graph.n_senders, graph.n_receivers, generator=torch.Generator().manual_seed(seed))
+    return EdgeScores(graph, values.pow(3) * graph.edge_mask, info)
+
+
+def opened(page: Browser, path: Path, scores: EdgeScores, hash: str = "", **more: Any) -> Circuit:
+    circuit = scores.select(n_edges=min(60, scores.graph.n_edges))
+    write_report(path / "r.html", scores, circuit, **more)
+    page.open(path / "r.html", hash)
+    return circuit
+
+
+def shown(page: Browser, what: str = "flags") -> set[tuple[int, int]]:
+    page.settle()
+    return set(map(tuple, page.run(LIT % what)))
+
+
+def edges(mask: torch.Tensor) -> set[tuple[int, int]]:
+    return set(map(tuple, mask.nonzero().tolist()))
+
+
+def measured(scores: EdgeScores) -> Any:
+    """A curve as `faithfulness_curve` returns it, of circuits that nothing was run for."""
+    fractions = (0.05, 0.2, 0.5, 1.0)
+    circuits = tuple(scores.select(int(f * scores.graph.n_edges)) for f in fractions)
+    n_edges, values = tuple(c.n_edges for c in circuits), (0.1, 0.6, 0.9, 1.0)
+    numbers = {"clean": 3.0, "corrupted": 0.0, "cpr": 0.8, "cmd": 0.2, "baselines": {}, "mean": values}
+    return SimpleNamespace(fractions=fractions, circuits=circuits, n_edges=n_edges, faithfulness=values, **numbers)
+
+
+def test_the_script_is_built_from_its_sources_and_holds_the_licences() -> None:
+    web = HERE / "web"
+    digest = hashlib.sha256()
+    for name in ("package-lock.json", "build.mjs", *sorted(f"src/{path.name}" for path in (web / "src").iterdir())):
+        digest.update((web / name).read_bytes())
+    script = explorer.asset("explorer.js")
+    assert f"sources {digest.hexdigest()}" in script, "run `make explorer`"
+    for name in json.loads((web / "package.json").read_text())["dependencies"]:
+        assert re.search(rf"^{name} \d[\d.]* \((MIT|ISC)\)\n\n.*Copyright", script, re.M | re.S), name
+    assert "</script" not in script and len(script) < 300_000
+    assert all(len(path.read_text().splitlines()) < 400 for path in (web / "src").iterdir())
+
+
+@pytest.mark.parametrize("graph", [*GRAPHS.values(), MIXED], ids=[*GRAPHS, "other-mixer"])
+def test_circuits_of_every_size_are_those_of_select(page: Browser, tmp_path: Path, graph: Graph) -> None:
+    scores = scored(graph)
+    circuit = opened(page, tmp_path, scores)
+    assert page.errors == []
+    assert shown(page) == edges(circuit.mask)
+    for n in {1, 3, 12, 40, graph.n_edges // 2, graph.n_edges}:
+        if n <= graph.n_edges:
+            page.run(f"explorer.store.set({{circuit: null, size: {n}}})")
+            assert shown(page) == edges(scores.select(n).mask)
+
+
+def test_paths_through_a_node_are_those_that_enumeration_finds(page: Browser, tmp_path: Path) -> None:
+    graph = GRAPHS["kv"]
+    circuit = opened(page, tmp_path, scored(graph), hash="paths=true")
+    kept = edges(circuit.mask)
+    for node in (graph.senders.index(name) for name in circuit.nodes[1:5]):
+        found: set[tuple[int, int]] = set()
+
+        def walk(at: int, path: list[tuple[int, int]], node: int = node, found: Any = found) -> None:
+            for u, v in kept:
+                if u == at and v == graph.n_receivers - 1 and any(a == node for a, _ in [*path, (u, v)]):
+                    found.update([*path, (u, v)])
+                elif u == at:
+                    for owner in graph.owners[v]:
+                        walk(owner, [*path, (u, v)])
+
+        walk(0, [])
+        page.run(f"explorer.store.set({{node: {node}}})")
+        assert shown(page, "lit") == found
+
+
+def test_filters_and_the_address(page: Browser, tmp_path: Path) -> None:
+    graph = GRAPHS["kv"]
+    scores = scored(graph)
+    circuit = opened(page, tmp_path, scores, hash="layers=1-2&kinds=q.mlp&sign=-1&least=0.1&node=a1.h2&pins=m1~a1.h0")
+    wanted = set()
+    for u, v in edges(circuit.mask):
+        name, sender = graph.receivers[v], graph.senders[u]
+        layers = [int(re.findall(r"\d+", x)[0]) for x in (name, sender) if x not in ("input", "logits")]
+        kind = name.endswith("<q>") or name.startswith("m")
+        if kind and all(1 <= layer <= 2 for layer in layers) and scores.values[u, v] <= -0.1:
+            wanted.add((u, v))
+    assert wanted and shown(page) == wanted
+    page.run(
+        "explorer.store.set({names: {'a1.h2': 'a # & name'}, view: {k: 2, x: 0.25, y: 0.5}}); explorer.store.flush()"
+    )
+    page.run("explorer.store.save()")
+    hash = page.run("location.hash.slice(1)")
+    before = page.run("JSON.stringify(explorer.store.state)")
+    page.open(tmp_path / "r.html", hash)
+    assert page.run("JSON.stringify(explorer.store.state)") == before
+    assert shown(page) == wanted
+    page.open(tmp_path / "r.html", "size=-3&layers=9-1&node=none&edge=x&view=a~b~c&names=%7B&circuit=77")
+    assert page.errors == [] and shown(page) == edges(circuit.mask)
+
+
+def test_mouse_and_keyboard_select_pan_and_zoom(page: Browser, tmp_path: Path) -> None:
+    circuit = opened(page, tmp_path, scored(GRAPHS["kv"]))
+    node = GRAPHS["kv"].senders.index(circuit.nodes[3])
+    page.run("explorer.graph.element.scrollIntoView()")
+    where = f"""(() => {{ const g = explorer.graph, f = g.element.getBoundingClientRect(), n = g.place.nodes[{node}];
+      const [x, y] = g.transform.apply([n.x, n.y]); return [f.left + x, f.top + y]; }})()"""
+    x, y = page.run(where)
+    page.click(x, y)
+    assert page.run("explorer.store.state.node") == node
+    assert circuit.nodes[3] in page.run("document.querySelector('.details').innerText")
+    page.mouse("Pressed", x, y)
+    for i in range(1, 6):
+        page.mouse("Moved", x + 10 * i, y + 4 * i, pressed=True)
+    page.mouse("Released", x + 50, y + 20)
+    after = page.run(where)
+    assert after == pytest.approx([x + 50, y + 20], abs=1)
+    page.run("explorer.graph.element.focus()")
+    for key in ("Escape", "+", "ArrowUp", "Enter", "p"):
+        page.key(key)
+    state = json.loads(page.run("JSON.stringify(explorer.store.state)"))
+    assert state["node"] and GRAPHS["kv"].senders[state["node"]] in circuit.nodes
+    assert state["pins"] == [state["node"]] and state["view"]["k"] > 1
+    assert page.run("document.querySelector('#node-pin').ariaPressed") == "true"
+    assert page.run("document.querySelector('#node-paths').ariaPressed") == "false"
+
+
+def test_the_curve_and_the_slider_bring_measured_circuits(page: Browser, tmp_path: Path) -> None:
+    scores = scored(GRAPHS["kv"])
+    curve = measured(scores)
+    opened(page, tmp_path, scores, curve=curve)
+    assert page.run("explorer.data.curve.n_edges") == list(curve.n_edges)
+    for i, circuit in enumerate(curve.circuits):
+        page.run(f"explorer.sizes.previewing(explorer.data.curve.circuits[{i}])")
+        assert shown(page) == edges(circuit.mask)
+    page.run("explorer.sizes.previewing(-1)")
+    size = int(curve.fractions[1] * scores.graph.n_edges)
+    page.run(
+        f"const s = explorer.sizes; s.slider.value = s.position({size}); s.slider.dispatchEvent(new Event('input'))"
+    )
+    assert shown(page) == edges(curve.circuits[1].mask)
+    assert "Faithfulness 0.6" in page.run("document.querySelector('#size-said').innerText")
+
+
+def test_the_table_sorts_and_finds_all_edges_and_makes_few_rows(page: Browser, tmp_path: Path) -> None:
+    graph = Graph((6,) * 6, (6,) * 6, 8)
+    scores = scored(graph)
+    opened(page, tmp_path, scores)
+    page.run("explorer.table.update()")
+    ordered = [(u, v) for u, v, _ in scores.top_edges(3)]
+    rows = "[...document.querySelectorAll('tr[data-edge]')].map(r => [r.cells[1].innerText, r.cells[2].innerText])"
+    assert list(map(tuple, page.run(rows)))[:3] == ordered
+    assert len(page.run(rows)) < 60 < graph.n_edges
+    page.run("explorer.table.sortBy(explorer.table.columns.find(c => c.key === 'score'))")
+    u, v = divmod(int(scores.values.argmax()), graph.n_receivers)
+    assert page.run(rows)[0] == [graph.senders[u], graph.receivers[v]]
+    page.run("const t = explorer.table; t.search.value = 'a1.h2 -> logits'; t.search.dispatchEvent(new Event('input'))")
+    assert page.run(rows) == [["a1.h2", "logits"]]
+
+
+def test_two_circuits_are_told_apart(page: Browser, tmp_path: Path) -> None:
+    graph = GRAPHS["kv"]
+    scores, other = scored(graph, task="ioi"), scored(graph, 1, task="greater-than")
+    circuit = opened(page, tmp_path, scores, against=other)
+    second = other.select(circuit.n_edges, exactly=True)
+    for part, mask in (
+        ("all", circuit.mask | second.mask),
+        ("first", circuit.mask & ~second.mask),
+        ("both", circuit.mask & second.mask),
+        ("second", second.mask & ~circuit.mask),
+    ):
+        page.run(f"explorer.store.set({{part: '{part}'}})")
+        assert shown(page) == edges(mask)
+    text = page.run("document.querySelector('.overlap').innerText")
+    assert "only ioi" in text and "only greater-than" in text
+    for name, found in (("edges", eap.edge_overlap(circuit, second)), ("nodes", eap.node_overlap(circuit, second))):
+        row = re.search(rf"{name}\s+(\d+)\s+(\d+)\s+(\d+)", text)
+        numbers = [found.n_first - found.n_shared, found.n_shared, found.n_second - found.n_shared]
+        assert row and list(map(int, row.groups())) == numbers
+    page.run("explorer.store.set({circuit: null, size: 20, part: 'all'})")
+    assert shown(page) == edges(scores.select(20).mask | other.select(20).mask)
+
+
+def test_hostile_texts_run_nothing_and_the_page_asks_for_nothing(
+    page: Browser, tmp_path: Path, make_pairs: Any
+) -> None:
+    scores = scored(
+        GRAPHS["kv"], task="</script><script>alert(1)</script>", model=f"<img src=x onerror=alert(2)>{EVIL}"
+    )
+    kept = EdgeScores(scores.graph, scores.values, scores.info, per_example=scores.values.repeat(4, 1, 1))
+    data = replace(make_pairs(n=4), prompts=((EVIL, EVIL),) * 4)
+    for hash in (
+        "node=m0",
+        "edge=0-0",
+        "names=%7B%22m0%22%3A%22%3Cimg%20src%3Dx%20onerror%3Dalert(3)%3E%22%7D&node=m0",
+    ):
+        opened(page, tmp_path, kept, hash=hash, against=scored(scores.graph, 1, task=EVIL), data=data)
+        assert page.errors == []
+        assert {url.split("#")[0] for url in page.requests} <= {"about:blank", (tmp_path / "r.html").as_uri()}
+        assert page.run("document.querySelectorAll('script').length") == 2
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast_phone_and_print(page: Browser, tmp_path: Path, scheme: str) -> None:
+    page.media(scheme)
+    scores = scored(GRAPHS["kv"])
+    opened(page, tmp_path, scores, curve=measured(scores))
+    style = "getComputedStyle(document.documentElement).getPropertyValue('--%s').trim()"
+    background = page.run(style % "paper")
+    alpha = page.run("explorer.ALPHA")
+    for name in ("ink", "muted", "accent"):
+        assert contrast(page.run(style % name), background) >= 4.5, name
+    for name in ("positive", "negative", "both", "query", "key", "value"):
+        assert contrast(page.run(style % name), background, alpha) >= 3, name
+    unnamed = """[...document.querySelectorAll('#explorer :is(button, input, select)')].filter(x =>
+      !(x.innerText || x.ariaLabel || x.labels?.length || x.placeholder)).length"""
+    assert page.run(unnamed) == 0
+    page.size(390, 844, phone=True)
+    page.settle()
+    assert page.run("document.documentElement.scrollWidth") == 390
+    page.size(1280, 900)
+    page.media("light")
+    assert page.pdf().startswith(b"%PDF")
+
+
+def contrast(colour: str, background: str, alpha: float = 1.0) -> float:
+    """WCAG's contrast of two colours #rrggbb, the first drawn with this opacity."""
+    back, front = ([int(x[i : i + 2], 16) / 255 for i in (1, 3, 5)] for x in (background, colour))
+    mixed = [alpha * f + (1 - alpha) * b for f, b in zip(front, back)]
+
+    def luminance(channels: list[float]) -> float:
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in channels]
+        return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear))
+
+    light, dark = sorted((luminance(mixed), luminance(back)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_of_many_edges_the_strongest_and_the_circuits_are_kept() -> None:
+    scores = scored(GRAPHS["kv"])
+    weak = torch.zeros_like(scores.graph.edge_mask)
+    u, v = divmod(int(scores.values.abs().masked_fill(~scores.graph.edge_mask, 9e9).argmin()), weak.shape[1])
+    weak[u, v] = True
+    circuit = Circuit(scores.graph, weak, scores.values)
+    content = json.loads(explorer.page_data(scores, circuit, None, None, None, "", kept=50))
+    kinds = {"u2": "<u2", "f4": "<f4", "u1": "u1"}
+    read = {
+        name: numpy.frombuffer(base64.b64decode(x["data"]), kinds[x["type"]]) for name, x in content["edges"].items()
+    }
+    found = list(zip(read["u"].tolist(), read["v"].tolist()))
+    names = [(scores.graph.senders[a], scores.graph.receivers[b]) for a, b in found]
+    assert names[:49] == [(a, b) for a, b, _ in scores.top_edges(49)] and found[49] == (u, v)
+    assert read["score"].tolist() == [float(scores.values[a, b]) for a, b in found]
+    assert content["total"] == scores.graph.n_edges > len(found) == 50
+
+
+def test_examples_have_the_prompts_that_were_scored_and_no_others(
+    make_model: Any, make_pairs: Any, tmp_path: Path
+) -> None:
+    data = replace(make_pairs(n=3), prompts=tuple((f"clean {i}", "corrupted") for i in range(3)))
+    model, other = make_model("llama"), replace(data, prompts=(("another", "one"),) * 3)
+    scores = eap.attribute(model, data, method="eap", keep="examples")
+    curve = eap.faithfulness_curve(model, scores, data, (0.5, 1.0))
+    for given, own in ((data, True), (other, False)):
+        content = json.loads(explorer.page_data(scores, curve.circuits[0], curve, None, given, ""))
+        (profile,) = content["profiles"]
+        assert profile["labels"] == [f"{i}: clean {i}" if own else f"example {i}" for i in range(3)]
+        values = numpy.frombuffer(base64.b64decode(profile["values"]["data"]), "<f4").reshape(3, -1)
+        assert values.shape[1] == profile["edges"] == scores.graph.n_edges
+        assert values.mean(0) == pytest.approx(
+            numpy.frombuffer(base64.b64decode(content["edges"]["score"]["data"]), "<f4"), abs=1e-6
+        )
+        write_report(tmp_path / "r.html", scores, curve.circuits[0], curve, given)
+        text = (tmp_path / "r.html").read_text()
+        assert (f"circuit {float(curve.results[0].values[0]):.3f}" in text) == own

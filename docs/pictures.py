@@ -1,20 +1,25 @@
-"""Draw the README's picture: run the example into docs/results, then draw docs/img from what is there.
+"""Draw the pictures of the README and of docs/report.md: run the example into docs/results, then draw docs/img from it.
 
-python docs/pictures.py [--draw-only]
+python -m docs.pictures [--draw-only]     # needs chromium
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 
 import eap_circuits as eap
+from eap_circuits.report import write_report
 from eap_circuits.report.curves import load_curve, save_curve
 from eap_circuits.report.figures import draw_circuit, draw_curve
+from tests.circuits.report.browser import browser
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
 SHOWN = 60
+# What the explorer's picture shows: a circuit of the curve, and the head of it that matters most to the logits.
+SHARE, HEAD = 0.01, "a23.h3"
 
 
 def run() -> None:
@@ -49,7 +54,24 @@ def draw() -> None:
     page.quantize(64).save(DOCS / "img" / "smollm2-ioi.png", optimize=True)
 
 
+def draw_explorer() -> None:
+    scores = eap.EdgeScores.load(RESULTS / "smollm2-ioi.safetensors")
+    curve = load_curve(RESULTS / "smollm2-ioi-curve.json")
+    circuit = scores.select(int(SHARE * scores.graph.n_edges), how="greedy")
+    picture = DOCS / "img" / "explorer.png"
+    with tempfile.TemporaryDirectory() as folder, browser(Path(folder)) as page:
+        report = Path(folder) / "report.html"
+        write_report(report, scores, circuit, curve)
+        page.size(1184, 860)
+        page.open(report, f"node={HEAD}")
+        page.run("document.querySelector('#explorer details').open = true")
+        page.run("document.querySelector('#explorer').scrollIntoView()")
+        page.settle()
+        page.shot(picture)
+
+
 if __name__ == "__main__":
     if "--draw-only" not in sys.argv:
         run()
     draw()
+    draw_explorer()

@@ -68,7 +68,7 @@ def test_a_centred_norms_means_are_taken_once(make_model, make_pairs, narrow, mo
     monkeypatch.setattr(Norm, "mean_backwards", mean_backwards)
     narrow()
     eap.attribute(model, data, batch_size=len(data))
-    assert [taken[block.ln_1] for block in model.transformer.h] == [3] * len(model.transformer.h)  # q, k, v
+    assert [taken[block.ln_1] for block in model.transformer.h] == [1] * len(model.transformer.h)  # of q, k and v together
 
 
 def wide_model(**settings):

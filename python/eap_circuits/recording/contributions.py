@@ -162,7 +162,7 @@ def _record(
         if constants is not None:
             corrupted = at_tokens(constants.tensors[site.index], batch)
         # A copy where some models add to it in place, as they do to the MLP's output.
-        own = site.heads is None or isinstance(site.module, Place)
+        own = site.heads is None or isinstance(site.heads.out, Place)
         return _times(rows(corrupted) - rows(clean) if both else rows(corrupted, copy=own), site.factor)
 
     def keep(site: SenderSite, x: Tensor) -> Tensor:

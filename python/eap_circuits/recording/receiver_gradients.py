@@ -25,7 +25,7 @@ from torch import Tensor
 
 from eap_kernels import Nodes, collapse
 
-from ..adapters import Architecture, Norm, Projection, ReceiverSite, joined, read, receiver_sites, side_by_side
+from ..adapters import Norm, Projection, ReceiverSite, joined, read, receiver_sites, side_by_side
 from ..errors import expected
 from ..forward import Hooks, Runner, skip_inactive
 from ..graph import Graph
@@ -103,11 +103,13 @@ class ReceiverGradients:
             group = list(alike)
             stacks.setdefault(_kind(group[0]), []).append(group)
         shapes = [(len(stack), sum(site.count for site in stack[0]), stack[0][0]) for stack in stacks.values()]
+        widths = [site.projection.head_dim if site.projection else arch.d_model for *_, site in shapes]
         gradients, self._sums = _zeros(
-            [(site.norm, (groups, n, count, _width(arch, site))) for groups, count, site in shapes], arch.accumulate
+            [(site.norm, (k, n, count, width)) for (k, count, site), width in zip(shapes, widths, strict=True)],
+            arch.accumulate,
         )
         coefficients, self._coefficients = _zeros(
-            [(site.norm, (groups, count, points, n)) for groups, count, site in shapes], arch.accumulate
+            [(site.norm, (k, count, points, n)) for k, count, site in shapes], arch.accumulate
         )
         held: list[_Held] = []
         self._stacks: list[tuple[Norm, Tensor, list[_Held]]] = []
@@ -236,7 +238,7 @@ class ReceiverGradients:
         """Take the gradient at x, the norm's output, that comes from this one of its readers."""
         x = x.view_as(x)
         values = held.reads.normalised[self._filled, :, None]
-        x.register_hook(partial(self._add, held, slice(None), values, None, True))
+        x.register_hook(partial(self._add, held, None, values))
         return x
 
     def _tap_projection(self, held: _Held, part: _Part, features: slice, y: Tensor) -> None:
@@ -246,20 +248,16 @@ class ReceiverGradients:
         def take(gradient: Tensor | None) -> None:
             values, _ = self._runner.batch.copies(kept[..., features])
             values = values.unflatten(-1, (-1, part.projection.head_dim))
-            self._add(held, part.heads, values, part.constant, False, _given(gradient)[..., features])
+            self._add(held, part, values, _given(gradient)[..., features])
 
         y.register_hook(take)
 
-    def _add(
-        self,
-        held: _Held,
-        heads: slice,
-        values: Tensor,
-        constant: Tensor | None,
-        gathered: bool,
-        gradient: Tensor | None,
-    ) -> None:
-        """Add to ĝ and c of some heads from their gradient in a pass, [m·E, T, heads·K], and what they read or give."""
+    def _add(self, held: _Held, part: _Part | None, values: Tensor, gradient: Tensor | None) -> None:
+        """Add to ĝ and c of some heads, or of what reads the norm's own output, from their gradient in a pass.
+
+        That is [m·E, T, X]; `values` are what the projection gives, or x̂ at the batch's rows.
+        """
+        heads, constant = (part.heads, part.constant) if part else (slice(None), None)
         g, rows = self._runner.batch.copies(_given(gradient))
         assert held.reads.scale is not None
         collapse(
@@ -270,15 +268,11 @@ class ReceiverGradients:
             held.gradient[:, heads],
             held.coefficients[heads, self._filled],
             self._arch.d_model,
-            gathered,
+            part is None,
             rows,
             constant,
             held.gain,
         )
-
-
-def _width(arch: Architecture, site: ReceiverSite) -> int:
-    return site.projection.head_dim if site.projection else arch.d_model
 
 
 def _alike(site: ReceiverSite) -> object:

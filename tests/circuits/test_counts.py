@@ -35,7 +35,7 @@ MAKE: dict[str, Callable[[int], Any]] = {
     "gpt2": lambda layers: GPT2LMHeadModel(GPT2Config(**GPT2, n_layer=layers)),
 }
 # Launches beyond the model's own passes: of a layer, and of the rest of a batch.
-OF_ATTRIBUTE = {"llama": (27, 102), "gpt2": (41, 104)}
+OF_ATTRIBUTE = {"llama": (19, 108), "gpt2": (19, 110)}
 OF_EVALUATE = {"llama": (28, 120), "gpt2": (33, 109)}
 OF_A_METRIC = 7  # at one circuit's logits
 

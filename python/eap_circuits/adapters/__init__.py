@@ -1,9 +1,9 @@
 """The only place that knows Hugging Face module names."""
 
 from ..families import FAMILIES, Call, Family, Mixer, family_of, propose, register_family
-from ..modules.norms import Kinds, Norm
+from ..modules.norms import Kinds, Norm, side_by_side
 from ..modules.offloading import as_given, is_offloaded, read
-from ..modules.projections import Place, Projection, Together, concatenate, linear_shape, linear_weight, restore
+from ..modules.projections import Place, Projection, Together, concatenate, joined, linear_shape, linear_weight, restore
 from .architecture import Architecture, Layer
 from .binding import bind
 from .nonlinear import nonlinear_parts

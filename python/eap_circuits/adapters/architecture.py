@@ -86,12 +86,14 @@ class Layer:
     def out_weight(self, dtype: torch.dtype, features: slice = slice(None)) -> Tensor:
         """Each head's linear map from `written` to the residual stream, [H, K, D], or to some of its D features."""
         norm = self.post_norm
+        # Rounded once, where there is more to it than the projection.
+        wide = dtype if norm is None and self.scale == 1 else torch.promote_types(dtype, torch.float32)
         if norm is not None and norm.centred:
-            weight = norm.forwards(self._out_weight.to(dtype).T)[:, features]
+            weight = norm.forwards(self._out_weight.to(wide).T)[:, features]
         else:
-            weight = self._out_weight[features].to(dtype).T
+            weight = self._out_weight[features].to(wide).T
             weight = weight if norm is None else norm.forwards(weight, features)
-        return (weight if self.scale == 1 else weight * self.scale).unflatten(0, (self.n_heads, -1))
+        return (weight if self.scale == 1 else weight * self.scale).to(dtype).unflatten(0, (self.n_heads, -1))
 
     @cached_property
     def _out_weight(self) -> Tensor:

@@ -7,7 +7,7 @@ stop at the group, because none is wanted before it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -67,7 +67,7 @@ class GroupPaths:
 
     def _towards(self, group: SenderSite) -> Tensor:
         """Ablated less clean output of the group's module, or embedding, [E, T, D]; zero except at the batch's rows."""
-        batch, nodes = self.runner.batch, self.sides.senders.at(group)
+        batch, (nodes,) = self.runner.batch, replace(self.sides.senders, sites=[group]).nodes()
         x = nodes.values.flatten(1)  # [n, D], or [n, H·K]
         x = x if nodes.weight is None else x @ nodes.weight.flatten(0, 1)
         like = self.sides.clean_embeddings

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +52,13 @@ def batch_bytes(request: AttributionRequest, examples: int) -> int:
     return parts * request.graph.n_senders * request.graph.n_receivers * request.arch.accumulate.itemsize
 
 
+class Side(Protocol):
+    """Senders or receivers of a batch."""
+
+    def lowered(self, dtype: torch.dtype) -> Callable[[slice], Iterable[Nodes]]:
+        """What makes them in a dtype, some features at a time."""
+
+
 class BatchScores:
     """Scores of one batch, added up as its path points are contracted.
 
@@ -88,11 +95,6 @@ class BatchScores:
             shape = graph.n_senders, graph.d_model
             self.sums["neurons"] = torch.zeros(shape, dtype=torch.float64, device=device)
 
-    @property
-    def receivers_dtype(self) -> torch.dtype:
-        """Of what `add` takes of receivers, without converting it."""
-        return self._arch.accumulate if self._neurons else self._arch.contraction_dtype
-
     def measurement(self, clean: Tensor, corrupted: Tensor) -> Measurement:
         """What measures the metric of the batch's passes, given logits [E, V] of both prompts."""
         self._measured.append(Measurement(self._request, self.batch, clean, corrupted))
@@ -109,8 +111,8 @@ class BatchScores:
 
     def add(
         self,
-        senders: Callable[[slice], Iterable[Nodes]],
-        receivers: Callable[[slice], Iterable[Nodes]],
+        senders: Side,
+        receivers: Side,
         reach: Tensor | None = None,
         of: tuple[slice, slice] = (slice(None), slice(None)),
         times: float = 1.0,
@@ -118,31 +120,32 @@ class BatchScores:
         """Contract differences of senders with gradients at receivers.
 
         Args:
-            senders, receivers: make those of the whole graph, or of a part of it, at some features.
+            senders, receivers: have those of the whole graph, or of a part of it.
             reach: int64 [receivers], how many of these senders each receiver sees; by default the graph's.
             of: which senders and receivers of the graph these are.
             times: a factor.
         """
         reach = self._graph.reach if reach is None else reach
+        dtype = self._arch.accumulate if self._neurons else self._arch.contraction_dtype
+        delta, grad = senders.lowered(dtype), receivers.lowered(dtype)
         slices = feature_slices(self._arch)
         for features in slices[:1] if self._request.only_memory else slices:
             # In a call, so that no slice is held while the next is made.
-            self._add(senders(features), receivers(features), reach, of, features, times)
+            self._add(list(delta(features)), list(grad(features)), reach, of, features, times)
 
     def _add(
         self,
-        senders: Iterable[Nodes],
-        receivers: Iterable[Nodes],
+        delta: list[Nodes],
+        grad: list[Nodes],
         reach: Tensor,
         of: tuple[slice, slice],
         features: slice,
         times: float,
     ) -> None:
         if self._neurons:
-            senders, receivers = list(senders), list(receivers)
-            neurons = contract_neurons(senders, receivers, reach).double()
+            neurons = contract_neurons(delta, grad, reach).double()
             self.sums["neurons"][of[0], features] += times * neurons.to(self.batch.rows.device)
-        delta, grad = lowered(self._arch, senders), lowered(self._arch, receivers)
+            delta, grad = lowered(self._arch, delta), lowered(self._arch, grad)
         if not self._parts:
             self.sums["total"][of] += times * contract(self._arch, delta, grad, reach).double()
         for name, parts in self._parts.items():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -94,39 +95,49 @@ class Norm:
 
     def backwards(
         self,
-        rows: Tensor,
+        *rows: Tensor,
         features: slice = slice(None),
         mean: Tensor | None = None,
         low: torch.dtype | None = None,
     ) -> Tensor:
-        """P(γ ⊙ y) of rows y [..., D]: the transpose of `forwards`.
+        """P(γ ⊙ y) of rows y [..., D]: the transpose of `forwards`. Rows may come in parts, one after another.
 
         Of rows that are only some features of y, those; `mean` is then `mean_backwards` of all. Rows in any dtype are
         rounded once to a `low` one, and nothing is widened before.
         """
-        if low is not None:
-            return self._lowered(rows, features, mean, low)
-        scaled = rows * self._gain(rows, features)
-        return self._centre(scaled) if mean is None else scaled - mean
+        scaled = self._scaled(rows, features, low)
+        if not self.centred:
+            return scaled
+        mean = scaled.mean(-1, keepdim=True) if mean is None else mean
+        if low is None:
+            return scaled.sub_(mean)
+        return torch.sub(scaled, mean, out=torch.empty_like(scaled, dtype=low))
 
-    def mean_backwards(self, rows: Tensor) -> Tensor | None:
+    def mean_backwards(self, *rows: Tensor) -> Tensor | None:
         """The mean of γ ⊙ y over all features, [..., 1], if P subtracts one."""
-        return (rows * self.gain(rows)).mean(-1, keepdim=True) if self.centred else None
+        return self._scaled(rows, slice(None), None).mean(-1, keepdim=True) if self.centred else None
+
+    def _scaled(self, parts: Sequence[Tensor], features: slice, low: torch.dtype | None) -> Tensor:
+        """γ ⊙ y of rows in parts: in their dtype, or in a `low` one unless their mean is subtracted afterwards."""
+        first = parts[0]
+        dtype, like = first.dtype, first
+        if low is not None:
+            dtype = torch.float32 if self.centred else low
+            # Of two numbers in low precision the product is exact before it is rounded.
+            exact = first.dtype == dtype and not (self.kind and self.kind.offset)
+            like = first if exact else first.new_empty(0, dtype=torch.float32)
+        gain = self._gain(like, features)
+        if len(parts) == 1:
+            return torch.mul(first, gain, out=torch.empty_like(first, dtype=dtype))
+        sizes = [len(part) for part in parts]
+        out = first.new_empty((sum(sizes), *first.shape[1:]), dtype=dtype)
+        for part, to in zip(parts, out.split(sizes), strict=True):
+            torch.mul(part, gain, out=to)
+        return out
 
     def _gain(self, like: Tensor, features: slice) -> Tensor | float:
         gain = self.gain(like)
-        return gain[features] if isinstance(gain, Tensor) else gain
-
-    def _lowered(self, rows: Tensor, features: slice, mean: Tensor | None, dtype: torch.dtype) -> Tensor:
-        offset = self.kind.offset if self.kind else 0
-        # Of two numbers in low precision the product is exact before it is rounded.
-        exact = rows.dtype == dtype and not offset and not self.centred
-        gain = self._gain(rows if exact else rows.new_empty(0, dtype=torch.float32), features)
-        out = torch.empty_like(rows, dtype=dtype)
-        if not self.centred:
-            return torch.mul(rows, gain, out=out)
-        y = rows * gain
-        return torch.sub(y, y.mean(-1, keepdim=True, dtype=torch.float32) if mean is None else mean, out=out)
+        return gain[..., features] if isinstance(gain, Tensor) else gain
 
     def _centre(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.centred else x
@@ -146,6 +157,15 @@ class Norm:
             return functional.layer_norm(x, shape, weight, bias, self.kind.eps)
         y = functional.rms_norm(x, shape, weight, self.kind.eps)
         return y if bias is None else y + bias
+
+
+def side_by_side(norms: Sequence[Norm]) -> Norm:
+    """Norms of one kind, all with a gain or none, as one for `backwards` of the rows of each, [norms, n, h, D]."""
+    together = nn.Module()
+    gains = [gain for norm in norms if norm.kind and (gain := read(norm.module, "weight")) is not None]
+    if gains:
+        together.weight = nn.Parameter(torch.stack(gains)[:, None, None], requires_grad=False)
+    return replace(norms[0], module=together)
 
 
 class Kinds:

@@ -52,6 +52,21 @@ class Projection:
         return linear_weight(self.module)
 
 
+def joined(projections: Sequence[Projection]) -> Projection:
+    """Projections of one module with heads of one width, one after another, as one."""
+    first, rows = projections[0], projections[0].rows
+    for each in projections[1:]:
+        if isinstance(rows, slice) and isinstance(each.rows, slice) and rows.stop == each.rows.start:
+            rows = slice(rows.start, each.rows.stop)
+        else:
+            rows = torch.cat([_numbers(rows), _numbers(each.rows)])
+    return Projection(first.module, rows, sum(each.n_heads for each in projections), first.head_dim)
+
+
+def _numbers(rows: slice | Tensor) -> Tensor:
+    return torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+
+
 class Together(nn.Module):
     """Modules that read the same and whose outputs are added up, in the order in which they run."""
 

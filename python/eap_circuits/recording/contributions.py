@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eap_kernels import Nodes
 
-from ..adapters import SenderSite, sender_sites
+from ..adapters import Place, SenderSite, sender_sites
 from ..forward import Batch, Constants, Hooks, Register, Runner, at_tokens, each
 
 T = TypeVar("T")
@@ -49,22 +49,25 @@ class Contributions:
     """
 
     sites: Sequence[SenderSite]
-    values: Sequence[Tensor]
+    values: list[Tensor]
 
     def nodes(self, features: slice = slice(None)) -> Iterator[Nodes]:
         """The senders, in the graph's order, or some features of what they write.
 
         Each site's are made when they are asked for: its weights may be a copy.
         """
-        return (self.at(site, features) for site in self.sites)
+        return self.lowered(self.values[0].dtype)(features)
 
-    def at(self, site: SenderSite, features: slice = slice(None)) -> Nodes:
-        """The senders of one site."""
-        values = self.values[site.index]
-        weight = site.weight(values.dtype, features)  # [H, K, features]
-        if weight is None:
-            return Nodes(values[:, None, features])
-        return Nodes(values.unflatten(1, weight.shape[:2]), weight)
+    def lowered(self, dtype: torch.dtype) -> Callable[[slice], Iterator[Nodes]]:
+        """`nodes` in this dtype; no weight is widened for a low one."""
+        values = {site: self.values[site.index].to(dtype) for site in self.sites}
+
+        def nodes(features: slice) -> Iterator[Nodes]:
+            for site, x in values.items():
+                weight = site.weight(dtype, features)  # [H, K, features]
+                yield Nodes(x[:, None, features] if weight is None else x.unflatten(1, weight.shape[:2]), weight)
+
+        return nodes
 
     def minus(self, other: Contributions) -> Contributions:
         pairs = zip(self.values, other.values, strict=True)
@@ -113,13 +116,14 @@ def record_corrupted_side(runner: Runner, constants: Constants | None = None) ->
 def less_clean(side: CorruptedSide, batch: Batch, run: Pass[T]) -> tuple[Contributions, T]:
     """(Δ of every sender, what `run` returns), by a pass whose first copy of the batch is the clean prompts.
 
-    The side's contributions turn into the differences in place, so that only one copy is ever held.
+    The side's contributions turn into the differences one by one, so that only one copy is ever held.
     """
 
     def subtract(site: SenderSite, x: Tensor) -> Tensor:
         clean = batch.active(site.written(x[: batch.n_examples].detach()))[0]
-        ablated = side.senders.values[site.index]
-        return ablated.sub_(clean, alpha=site.factor)
+        values = side.senders.values
+        values[site.index] = torch.sub(values[site.index], clean, alpha=site.factor)
+        return values[site.index]
 
     embedding = subtract(side.senders.sites[0], side.clean_embeddings)
     values, result = record_senders(side.senders.sites, run, subtract)
@@ -151,13 +155,15 @@ def _record(
 
     def rows(x: Tensor, copy: bool = False) -> Tensor:
         """[E, T, X] -> [n, X] at the batch's rows; may share memory with x."""
-        return batch.active(x)[0].to(arch.accumulate, copy=copy)
+        every, some = batch.copies(x)
+        return (every[0] if some is None else every[0][some]).to(arch.accumulate, copy=copy and some is None)
 
     def ablated(site: SenderSite, corrupted: Tensor, clean: Tensor) -> Tensor:
         if constants is not None:
             corrupted = at_tokens(constants.tensors[site.index], batch)
-        # A copy, which `less_clean` changes in place.
-        return _times(rows(corrupted) - rows(clean) if both else rows(corrupted, copy=True), site.factor)
+        # A copy where some models add to it in place, as they do to the MLP's output.
+        own = site.heads is None or isinstance(site.heads.out, Place)
+        return _times(rows(corrupted) - rows(clean) if both else rows(corrupted, copy=own), site.factor)
 
     def keep(site: SenderSite, x: Tensor) -> Tensor:
         written = site.written(x)

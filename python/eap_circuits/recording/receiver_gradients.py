@@ -16,19 +16,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from eap_kernels import Nodes, collapse
 
-from ..adapters import Norm, Projection, ReceiverSite, receiver_sites
+from ..adapters import Norm, Projection, ReceiverSite, joined, read, receiver_sites, side_by_side
 from ..errors import expected
-from ..forward import Hooks, Runner
+from ..forward import Hooks, Runner, skip_inactive
 from ..graph import Graph
-from .active_tokens import skip_inactive
 from .backward_rules import BackwardRules, Rules
 
 
@@ -42,22 +42,33 @@ class _Reads:
 
 
 @dataclass
-class _Held:
-    """Of one site: ĝ, and c of the points held."""
+class _Part:
+    """Those of some heads that one module projects to."""
 
-    site: ReceiverSite
+    projection: Projection
+    names: list[str]
+    heads: slice
+    constant: Tensor | None  # the part of the projection's output that does not depend on x̂, [heads, K]
+
+
+@dataclass(eq=False)
+class _Held:
+    """Of neighbouring receivers that read one norm alike: ĝ, and c of the points held."""
+
+    sites: list[ReceiverSite]
     reads: _Reads
     gradient: Tensor  # ĝ, [n, heads, K], or [n, 1, D]
     coefficients: Tensor  # c, [heads, p, n]
-    constant: Tensor | None  # the part of a projection's output that does not depend on x̂, [heads, K]
-    gain: Tensor | None  # γ of a site that reads the norm's own output, [D]
+    parts: list[_Part] = field(default_factory=list)  # of heads
+    gain: Tensor | None = None  # γ, [D], where no heads read
 
     @cached_property
     def mean(self) -> Tensor | None:
-        """What a centred norm subtracts from each row of a projection's weight times its gain, [heads, K, 1]."""
-        assert self.site.projection is not None
-        norm, projection = self.site.norm, self.site.projection
-        return norm.mean_backwards(projection.weight(self.gradient.dtype)) if norm.centred else None
+        """What a centred norm subtracts from each row of the weights times its gain, [heads, K, 1]."""
+        norm, dtype = self.reads.norm, self.gradient.dtype
+        if not norm.centred:
+            return None
+        return norm.mean_backwards(*(part.projection.weight(dtype) for part in self.parts))
 
 
 class ReceiverGradients:
@@ -86,25 +97,44 @@ class ReceiverGradients:
         # Most of what is held.
         normalised, _ = _zeros([(norm, (points, n, arch.d_model)) for norm in norms], arch.contraction_dtype)
         self._reads = {norm: _Reads(norm, x) for norm, x in zip(norms, normalised, strict=True)}
-        widths = [site.projection.head_dim if site.projection else arch.d_model for site in sites]
-        shapes = [(site.norm, (n, site.count, width)) for site, width in zip(sites, widths, strict=True)]
-        gradients, self._sums = _zeros(shapes, arch.accumulate)
-        shapes = [(site.norm, (site.count, points, n)) for site in sites]
-        coefficients, self._coefficients = _zeros(shapes, arch.accumulate)
-
-        def hold(site: ReceiverSite, gradient: Tensor, coefficients: Tensor) -> _Held:
-            projection, norm = site.projection, site.norm
-            constant = gain = None
-            if projection is not None:
-                constant = _constant(norm, projection, site.repeat_kv, arch.accumulate)
-            elif isinstance(found := norm.gain(gradient), Tensor):
-                gain = found.detach()
-            return _Held(site, self._reads[norm], gradient, coefficients, constant, gain)
-
+        # Neighbours that read alike are one group, and groups whose gradients are treated alike lie side by side.
+        stacks: dict[object, list[list[ReceiverSite]]] = {}
+        for _, alike in groupby(sites, _alike):
+            group = list(alike)
+            stacks.setdefault(_kind(group[0]), []).append(group)
+        shapes = [(len(stack), sum(site.count for site in stack[0]), stack[0][0]) for stack in stacks.values()]
+        widths = [site.projection.head_dim if site.projection else arch.d_model for *_, site in shapes]
+        gradients, self._sums = _zeros(
+            [(site.norm, (k, n, count, width)) for (k, count, site), width in zip(shapes, widths, strict=True)],
+            arch.accumulate,
+        )
+        coefficients, self._coefficients = _zeros(
+            [(site.norm, (k, count, points, n)) for k, count, site in shapes], arch.accumulate
+        )
+        held: list[_Held] = []
+        self._stacks: list[tuple[Norm, Tensor, list[_Held]]] = []
+        for stack, g, c in zip(stacks.values(), gradients, coefficients, strict=True):
+            together = [self._hold(*each) for each in zip(stack, g, c, strict=True)]
+            held += together
+            if not together[0].parts:
+                self._stacks.append((side_by_side([each.reads.norm for each in together]), g, together))
         # In the graph's order.
-        self._held = {
-            (each[0].layer, each[0].name): hold(*each) for each in zip(sites, gradients, coefficients, strict=True)
-        }
+        self._held = sorted(held, key=lambda each: each.sites[0].receivers.start)
+
+    def _hold(self, sites: list[ReceiverSite], gradient: Tensor, coefficients: Tensor) -> _Held:
+        norm, dtype = sites[0].norm, self._arch.accumulate
+        found, start = _Held(sites, self._reads[norm], gradient, coefficients), 0
+        if sites[0].projection is None:
+            gain = norm.gain(gradient)
+            found.gain = gain.detach() if isinstance(gain, Tensor) else None
+            return found
+        for _, ones in groupby(sites, lambda site: site.projection and site.projection.module):
+            some = list(ones)
+            projection = joined([site.projection for site in some if site.projection])
+            heads = slice(start, start := start + sum(site.count for site in some))
+            constant = _constant(norm, projection, some[0].repeat_kv, dtype)
+            found.parts.append(_Part(projection, [site.name for site in some], heads, constant))
+        return found
 
     def run(
         self,
@@ -146,53 +176,60 @@ class ReceiverGradients:
     def nodes(self, features: slice = slice(None)) -> Iterator[Nodes]:
         """Σ_k w_k ∂loss/∂x_v of what has been accumulated, or some features of it, in the graph's order.
 
-        Each site's are made when they are asked for: their weights are a copy.
+        Each group's are made when they are asked for: their weights are a copy.
         """
         return self.lowered(self._arch.accumulate)(features)
 
     def lowered(self, dtype: torch.dtype) -> Callable[[slice], Iterator[Nodes]]:
         """`nodes` in the accumulation dtype, or in a low one: sums are rounded together, and no weight is widened."""
-        low = dtype != self._arch.accumulate
+        low = None if dtype == self._arch.accumulate else dtype
         sums, coefficients = (
             {device: piece.to(dtype) if low else piece for device, piece in pieces.items()}
             for pieces in (self._sums, self._coefficients)
         )
 
         def nodes(features: slice) -> Iterator[Nodes]:
-            for held in self._held.values():
-                device = held.site.norm.device
-                gradient, along = _like(held.gradient, sums[device]), _like(held.coefficients, coefficients[device])
-                yield self._node(held, gradient, along, features)
+            values: dict[_Held, Tensor] = {}
+            for norm, rows, together in self._stacks:
+                mean = None if features == slice(None) else norm.mean_backwards(rows)
+                through = norm.backwards(rows[..., features], features=features, mean=mean, low=low)
+                values |= zip(together, through, strict=True)
+            for held in self._held:
+                norm, weight = held.reads.norm, None
+                if held.parts:
+                    values[held] = _like(held.gradient, sums[norm.device])
+                    weight = self._weight(held, features, low)
+                along = _like(held.coefficients, coefficients[norm.device])
+                yield self._node(held, values.pop(held), weight, along, features)
 
         return nodes
 
-    def _node(self, held: _Held, gradient: Tensor, coefficients: Tensor, features: slice) -> Nodes:
-        """Some features of a site's receivers, given ĝ and c in the dtype that is wanted."""
-        norm, projection, values, weight, dtype = held.site.norm, held.site.projection, gradient, None, gradient.dtype
-        low, some = dtype != held.gradient.dtype, features != slice(None)
-        if projection is None:
-            rows, mean = held.gradient, norm.mean_backwards(held.gradient) if some else None
-            values = norm.backwards(rows[..., features], features, mean, dtype if low else None)
-        else:
-            rows = projection.weight(self._arch.dtype if low else dtype, features)  # [heads, K, features]
-            weight = norm.backwards(rows, features, held.mean if some else None, dtype if low else None)
-        if norm.kind is None or self._rules is not None:
+    def _weight(self, held: _Held, features: slice, low: torch.dtype | None) -> Tensor:
+        """Of heads, through the norm: [heads, K, features]."""
+        dtype = self._arch.dtype if low else self._arch.accumulate
+        rows = (part.projection.weight(dtype, features) for part in held.parts)
+        mean = None if features == slice(None) else held.mean
+        return held.reads.norm.backwards(*rows, features=features, mean=mean, low=low)
+
+    def _node(self, held: _Held, values: Tensor, weight: Tensor | None, along: Tensor, features: slice) -> Nodes:
+        if held.reads.norm.kind is None or self._rules is not None:
             return Nodes(values, weight)
         filled = self._filled.stop
-        return Nodes(values, weight, coefficients[:, :filled], held.reads.normalised[:filled, :, features])
+        return Nodes(values, weight, along[:, :filled], held.reads.normalised[:filled, :, features])
 
     def _register(self, hooks: Hooks) -> None:
         for reads in self._reads.values():
             hooks.on_input(reads.norm.module, partial(self._read, reads))
-        for index, layer in enumerate(self._arch.layers):
-            for module, columns in self._runner.projection_sites(index):
-                features = {letter: which for letter, which in columns.items() if (index, letter) in self._held}
-                if features:
-                    hooks.on_output(module, partial(self._tap_projection, index, features))
-            if (index, "mlp") in self._held:
-                hooks.on_input(layer.mlp_in, partial(self._tap, self._held[index, "mlp"]))
-        logits = self._held[len(self._arch.layers), "logits"]
-        hooks.on_output(self._arch.final_norm.module, partial(self._tap, logits))
+        for held in self._held:
+            index, name = held.sites[0].layer, held.sites[0].name
+            for part in held.parts:
+                columns = dict(self._runner.projection_sites(index))[part.projection.module]
+                features = slice(columns[part.names[0]].start, columns[part.names[-1]].stop)
+                hooks.on_output(part.projection.module, partial(self._tap_projection, held, part, features))
+            if name == "mlp":
+                hooks.on_input(self._arch.layers[index].mlp_in, partial(self._tap, held))
+            elif name == "logits":
+                hooks.on_output(held.reads.norm.module, partial(self._tap, held))
 
     def _read(self, reads: _Reads, x: Tensor) -> None:
         reads.scale = reads.norm.capture(*self._runner.batch.copies(x), reads.normalised[self._filled])
@@ -201,38 +238,56 @@ class ReceiverGradients:
         """Take the gradient at x, the norm's output, that comes from this one of its readers."""
         x = x.view_as(x)
         values = held.reads.normalised[self._filled, :, None]
-        x.register_hook(partial(self._add, held, values=values, gathered=True))
+        x.register_hook(partial(self._add, held, None, values))
         return x
 
-    def _tap_projection(self, index: int, features: dict[str, slice], y: Tensor) -> None:
-        """Take the gradient at a projection's output y, [m·E, T, features], with the features of each site."""
+    def _tap_projection(self, held: _Held, part: _Part, features: slice, y: Tensor) -> None:
+        """Take the gradient at some features of a projection's output y, [m·E, T, features]."""
         kept = y.detach()
 
         def take(gradient: Tensor | None) -> None:
-            for letter, which in features.items():
-                held = self._held[index, letter]
-                value, _ = self._runner.batch.copies(kept[..., which])
-                self._add(held, _given(gradient)[..., which], value.unflatten(-1, (held.site.count, -1)))
+            values, _ = self._runner.batch.copies(kept[..., features])
+            values = values.unflatten(-1, (-1, part.projection.head_dim))
+            self._add(held, part, values, _given(gradient)[..., features])
 
         y.register_hook(take)
 
-    def _add(self, held: _Held, gradient: Tensor | None, values: Tensor, gathered: bool = False) -> None:
-        """Add to ĝ and c of a site from its gradient in a pass, [m·E, T, heads·K], and what it reads or gives there."""
+    def _add(self, held: _Held, part: _Part | None, values: Tensor, gradient: Tensor | None) -> None:
+        """Add to ĝ and c of some heads, or of what reads the norm's own output, from their gradient in a pass.
+
+        That is [m·E, T, X]; `values` are what the projection gives, or x̂ at the batch's rows.
+        """
+        heads, constant = (part.heads, part.constant) if part else (slice(None), None)
         g, rows = self._runner.batch.copies(_given(gradient))
         assert held.reads.scale is not None
         collapse(
-            g.unflatten(-1, (held.site.count, -1)),
+            g.unflatten(-1, (-1, held.gradient.shape[2])),
             values,
             held.reads.scale,
             self._weights[g.device],
-            held.gradient,
-            held.coefficients[:, self._filled],
+            held.gradient[:, heads],
+            held.coefficients[heads, self._filled],
             self._arch.d_model,
-            gathered,
+            part is None,
             rows,
-            held.constant,
+            constant,
             held.gain,
         )
+
+
+def _alike(site: ReceiverSite) -> object:
+    """The same for neighbours that read one norm through heads of one width and as many to a weight."""
+    if site.projection is None:
+        return site
+    return site.norm, site.projection.head_dim, site.repeat_kv
+
+
+def _kind(site: ReceiverSite) -> object:
+    """The same where no heads read, for norms on one device that compute the same but for their weights."""
+    if site.projection is not None:
+        return site.layer, site.name
+    norm = site.norm
+    return norm.device, norm.kind, norm.kind is not None and read(norm.module, "weight") is None
 
 
 def _zeros(

@@ -26,7 +26,7 @@ from transformers import (
 
 import eap_circuits as eap
 from docs import verdicts
-from eap_circuits.adapters import FAMILIES, Place, bind, binding, linear_shape
+from eap_circuits.adapters import FAMILIES, Place, bind, binding, joined, linear_shape
 from eap_circuits.forward.prefixes import prefix
 from eap_circuits.graph import Graph
 from eap_circuits.selfcheck import StayDouble
@@ -57,6 +57,24 @@ def test_weights_in_canonical_layout(family, make_model):
             right = right if layer.post_norm is None else layer.post_norm.module(right)
         found = torch.einsum("nhk,hkd->nd", written, layer.out_weight(x.dtype))
         torch.testing.assert_close(found, right * layer.scale)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt-neox", "falcon", "phi3", "llama"])
+def test_projections_of_one_module_are_one(family, make_model):
+    for layer in bind(make_model(family)).layers:
+        for projections in map(list, map(dict.values, layer.projection_modules.values())):
+            if len({each.head_dim for each in projections}) == 1:
+                found, dtype = joined(projections), torch.float64
+                assert torch.equal(found.weight(dtype), torch.cat([each.weight(dtype) for each in projections]))
+                assert found.n_heads == sum(each.n_heads for each in projections)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "granite"])
+def test_output_projections_are_rounded_once(family, make_model):
+    for layer in bind(make_model(family, torch.bfloat16)).layers:
+        for features in (slice(None), slice(5, 13)):
+            found = layer.out_weight(torch.bfloat16, features)
+            assert torch.equal(found, layer.out_weight(torch.float32, features).bfloat16())
 
 
 def test_norms_compute_where_their_layers_do(family, make_model):

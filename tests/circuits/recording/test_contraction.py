@@ -57,7 +57,7 @@ def test_settings(kind, settings, make_model, make_pairs, narrow, relative):
 
 
 def test_a_centred_norms_means_are_taken_once(make_model, make_pairs, narrow, monkeypatch):
-    """A mean over all features needs the whole weight, which a slice must not make again."""
+    """A mean over all features needs the whole weights, of q, k and v together, which a slice must not make again."""
     model, data, taken = make_model("gpt2"), make_pairs(), Counter()
     original = Norm.mean_backwards
 
@@ -68,7 +68,7 @@ def test_a_centred_norms_means_are_taken_once(make_model, make_pairs, narrow, mo
     monkeypatch.setattr(Norm, "mean_backwards", mean_backwards)
     narrow()
     eap.attribute(model, data, batch_size=len(data))
-    assert [taken[block.ln_1] for block in model.transformer.h] == [3] * len(model.transformer.h)  # q, k, v
+    assert [taken[block.ln_1] for block in model.transformer.h] == [1] * len(model.transformer.h)
 
 
 def wide_model(**settings):

@@ -79,8 +79,8 @@ def _add_groups(request: AttributionRequest, batch: Batch, passes: Passes, score
                 reach = graph.reach[readers]
                 if every_edge:
                     whole = slice(None), readers
-                    scores.add(sides.senders.nodes, receivers.nodes, reach, whole, 1 / len(groups))
+                    scores.add(sides.senders, receivers, reach, whole, 1 / len(groups))
                 else:
                     own = replace(sides.senders, sites=[group])
                     seen = torch.full_like(reach, group.senders.stop - group.senders.start)
-                    scores.add(own.nodes, receivers.nodes, seen, (group.senders, readers))
+                    scores.add(own, receivers, seen, (group.senders, readers))

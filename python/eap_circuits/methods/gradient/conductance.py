@@ -56,9 +56,9 @@ class ConductanceMethod(GradientMethod):
             spare.clear()
             following = record_contributions(runner, point, partial(spare.run, point, weights, loss))
             if here is not None:
-                scores.add((before or here).minus(following).nodes, latest.nodes, times=0.5)
+                scores.add((before or here).minus(following), latest, times=0.5)
             before, here = here, following
             spare, latest = latest, spare
         assert before is not None and here is not None, "a path has two ends"
-        scores.add(before.minus(here).nodes, latest.nodes, times=0.5)
+        scores.add(before.minus(here), latest, times=0.5)
         return scores

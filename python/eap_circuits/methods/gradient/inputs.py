@@ -52,5 +52,5 @@ def score_along_inputs(request: AttributionRequest, batch: Batch, passes: Passes
             else:
                 run_pass()
         with contraction(receivers):
-            scores.add(senders.nodes, receivers.lowered(scores.receivers_dtype))
+            scores.add(senders, receivers)
     return scores

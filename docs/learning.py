@@ -144,6 +144,29 @@ def _shuffle(model: Any, seed: int) -> None:
             weight.copy_(weight.flatten()[torch.randperm(weight.numel(), generator=generator)].view_as(weight))
 
 
+def controls(_: Results) -> str:
+    """Mean and range over seeds, of what the answers and the weights change."""
+    found = committed()
+    runs = [found[name] for name in sorted(found) if name.startswith("control ")]
+    lines = [f"| learned | measured on | {' | '.join(map(str, SIZES))} |", "|" + "---|" * (2 + len(SIZES))]
+    rows = [("answers", f"{answers} answers", where) for answers in ANSWERS for where in ("learned", "others")]
+    rows += [("weights", name, ranking) for name in WEIGHTS for ranking in ("eap-ig", "learned")]
+    for kind, name, part in rows:
+        key = name.removesuffix(" answers")
+        cells = " | ".join(spread(column) for column in zip(*(one[kind][key][part] for one in runs), strict=True))
+        if kind == "answers":
+            lines.append(f"| {name} | {'its own pairs' if part == 'learned' else 'other pairs'} | {cells} |")
+        else:
+            what = "not learned: eap-ig" if part == "eap-ig" else "the divergence"
+            lines.append(f"| {what}, {name} weights | other pairs | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: Any) -> str:
+    mean, low, high = (f"{round(x, 2) + 0.0:.2f}" for x in (sum(values) / len(values), min(values), max(values)))
+    return f"{mean} ({low}–{high})"
+
+
 def cost() -> dict[str, Any]:
     """The processor seconds of a step, of its circuits' forward passes, and of the model's on as many prompts, on one
     thread and in alternation; means over the sizes that steps draw, with the gates that they begin with."""
@@ -220,13 +243,13 @@ def table(_: Results) -> str:
             continue
         for scores in ("eap-ig", "learned", "learned, on the prompts it was learned from"):
             columns = zip(*(one[scores] for one in runs), strict=True)
-            cells = [f"{sum(x) / len(x):.2f} ({min(x):.2f}–{max(x):.2f})" for x in columns]
+            cells = [spread(column) for column in columns]
             lines.append(f"| {task} | {len(runs)} | {scores} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    every = ["cost", "divergence", "control 0", *(f"{task} {seed}" for task in TASKS for seed in SEEDS)]
+    every = ["cost", "divergence", "control 0", "control 1", *(f"{task} {seed}" for task in TASKS for seed in SEEDS)]
     for name in sys.argv[1:] or every:
         task, _, seed = name.partition(" ")
         if task == "control":

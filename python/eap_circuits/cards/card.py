@@ -21,6 +21,7 @@ from ..tasks import PairedDataset
 
 RESAMPLED = "resampled"
 _DRAWS, _SHARE = 1000, 0.95  # of an interval
+_SELECTED_BY = ("n_edges", "how", "signed", "threshold", "positive_ratio", "exactly")
 _SAME = ("data_sha256", "prompts_sha256")
 
 
@@ -135,7 +136,8 @@ def faithfulness_card(
         progress: called with (pairs done, pairs in all); True shows a bar.
 
     Raises:
-        InputError: scores of another graph or without single examples', or anything that `evaluate` refuses.
+        InputError: scores that did not choose the circuit or without single examples', or anything that `evaluate`
+            refuses.
     """
     call, progress = called(faithfulness_card, locals()), watched(progress)
     instance("circuit", circuit, Circuit, "a Circuit, such as scores.select(n_edges=200) gives")
@@ -194,13 +196,20 @@ def _resampled(circuit: Circuit, scores: EdgeScores, resamples: int) -> list[Cir
         raise expected("scores", f"those of {circuit.graph!r}", f"those of {scores.graph!r}")
     if scores.per_example is None:
         raise expected("scores", 'those of attribute(keep="examples")', "none of single examples")
-    chosen = circuit.info.get("selection") or {"n_edges": circuit.n_edges, "exactly": True}
-    if "among" in chosen:
-        raise expected("circuit", "one selected without among=, to select it again", repr(circuit))
-    chosen = {name: value for name, value in chosen.items() if name != "gap" and value is not None}
+    if _chosen(scores, circuit) != circuit:
+        raise expected("scores", "those that chose the circuit", "some that choose another by its `info`")
     n, generator = len(scores.per_example), torch.Generator().manual_seed(0)
     picked = (torch.randint(n, (n,), generator=generator) for _ in range(resamples))
-    return [EdgeScores(scores.graph, scores.per_example[each].mean(0)).select(**chosen) for each in picked]
+    means = (scores.per_example[each].mean(0) for each in picked)
+    return [_chosen(EdgeScores(scores.graph, mean, scores.info), circuit) for mean in means]
+
+
+def _chosen(scores: EdgeScores, circuit: Circuit) -> Circuit:
+    """What the scores choose in the way in which the circuit was chosen."""
+    asked = circuit.info.get("selection") or {"n_edges": circuit.n_edges, "exactly": True}
+    if "n_nodes" in asked:
+        return scores.node_scores().select(asked["n_nodes"], asked["signed"])
+    return scores.select(**{name: asked[name] for name in _SELECTED_BY if asked.get(name) is not None})
 
 
 def _without(circuit: Circuit, sender: int, receiver: int) -> Circuit:

@@ -81,6 +81,14 @@ def test_all_edges_are_left_out_where_there_are_few(model, data):
     assert "share" not in card_line(card) and "Of 9 edges" in card_line(card)
 
 
+def test_circuits_of_nodes_are_chosen_again_by_nodes(model, data, scores):
+    circuit = scores.node_scores().select(3)
+    card = eap.faithfulness_card(model, circuit, data, scores, resamples=2, most_edges=0)
+    picked = torch.randint(5, (5,), generator=torch.Generator().manual_seed(0))
+    again = replace(scores, values=scores.per_example[picked].mean(0)).node_scores().select(3)
+    assert card.beside[RESAMPLED].circuits[0][0] == again
+
+
 def test_an_interval_holds_what_resamples_of_the_pairs_give():
     """Against the standard error of a mean: with the model at 1 and the ablated run at 0 everywhere."""
     values = torch.randn(400, generator=torch.Generator().manual_seed(1)).double()
@@ -118,6 +126,7 @@ def test_prompts_that_chose_the_circuit_are_told_from_others(model, scored, scor
         ({"circuit": "scores"}, "circuit: expected a Circuit, such as"),
         ({"scores": "plain"}, r"scores: expected those of attribute\(keep=\"examples\"\), found none of single"),
         ({"scores": "other graph"}, "scores: expected those of Graph"),
+        ({"circuit": "complement"}, r"scores: expected those that chose the circuit, found some that choose another"),
         ({"others": "data"}, "others: expected prompts by name, found PairedDataset"),
         ({"others": {"a": 1}}, r"others\['a'\]: expected a PairedDataset, found int"),
         ({"seeds": ()}, "seeds: expected at least one, found none"),
@@ -127,6 +136,7 @@ def test_prompts_that_chose_the_circuit_are_told_from_others(model, scored, scor
 )
 def test_what_cannot_be_is_refused(given, words, model, data, scores):
     found = {"scores": scores, "plain": replace(scores, per_example=None), "data": data}
+    found["complement"] = scores.select(10).complement()
     other = eap.Graph((3,), (3,), 8)
     found["other graph"] = eap.EdgeScores(other, torch.zeros(other.edge_mask.shape))
     named = {name: found[value] if isinstance(value, str) else value for name, value in given.items()}

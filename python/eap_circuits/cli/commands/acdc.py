@@ -61,7 +61,7 @@ def acdc(
 
     loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     if out is not None:
-        check_savable(out, bind(loaded).graph(heads))
+        check_savable(out, bind(loaded).graph(heads))  # type: ignore[arg-type]
     pairs = prompts.load(tokenizer)
     with progress("Deciding on edges") as bar:
         found = eap.acdc(
@@ -69,7 +69,7 @@ def acdc(
             pairs,
             threshold,
             objective,
-            heads=heads,
+            heads=heads,  # type: ignore[arg-type]
             ablation=ablation,
             ablation_data=prompts.load_ablation(tokenizer),
             memory=memory,

@@ -167,8 +167,10 @@ def _decide(
     def values(circuits: list[Tensor]) -> list[float]:
         found = torch.empty(len(circuits), len(request.data), dtype=torch.float64)
 
-        def run(batch: Batch, tokens: int) -> Tensor:
-            return lessons.lesson(batch).values(request, graph, circuits, tokens)
+        def run(batch: Batch, now: int) -> Tensor:
+            nonlocal tokens
+            tokens = now  # fewer than before if memory ran out: later passes begin with as many
+            return lessons.lesson(batch).values(request, graph, circuits, now)
 
         for batch, some in in_memory(request.data, lessons.batches(0), tokens, run):
             found[:, batch.index] = some

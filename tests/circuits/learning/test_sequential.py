@@ -1,11 +1,17 @@
 """ACDC: edge for edge the circuit of the sequential algorithm, whatever is guessed ahead."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 import eap_circuits as eap
-from eap_circuits.learning import sequential
+from eap_circuits.budget import PeakBytes
+from eap_circuits.forward import batch_of, borrowed
+from eap_circuits.learning import lessons, sequential
+from eap_circuits.learning.lessons import prepare_lesson
+from eap_circuits.request import prepare
 from tests.circuits.conftest import VOCABULARY
 
 
@@ -83,6 +89,37 @@ def test_an_edge_into_a_node_that_nothing_reads_costs_nothing(make_model, make_p
     model, data = make_model("gpt2"), make_pairs(seed=4, n=3)
     found = eap.acdc(model, data, 1e6)
     assert found.n_edges == 0 and found.info["acdc"]["circuits"] == found.graph.n_senders
+
+
+def test_it_goes_on_with_smaller_passes(make_model, make_pairs, monkeypatch):
+    model, data = make_model("gpt2"), make_pairs(seed=4, n=3)
+    right, real, failed = eap.acdc(model, data, 3e-3), lessons.run_circuits, []
+
+    def run(runner, graph, ablated, masks, tokens):
+        if tokens > 4 * runner.batch.clean.numel():
+            failed.append(tokens)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore lines")
+        return real(runner, graph, ablated, masks, tokens)
+
+    monkeypatch.setattr(lessons, "run_circuits", run)
+    assert eap.acdc(model, data, 3e-3) == right
+    # Passes stay small: they do not fail again and again.
+    assert 0 < len(failed) < right.info["acdc"]["passes"] and len(set(failed)) == len(failed)
+
+
+def test_passes_keep_to_the_budget(make_model, make_pairs):
+    model, data = make_model("gpt2"), make_pairs(seed=4, n=4)
+    request = prepare(model, data, "kl_divergence")
+    graph = request.arch.graph("kv")
+    mask = eap.random_circuit(graph, graph.n_edges // 2).mask
+    with borrowed(model), torch.no_grad():
+        for allowed in (1_000_000, 4_000_000):
+            tokens = sequential._tokens_together(replace(request, memory=allowed), graph)
+            batch = batch_of(data, torch.arange(len(data)), True, request.arch.device)
+            copies = tokens // batch.clean.numel()
+            with PeakBytes() as count:
+                prepare_lesson(request, graph, batch).values(request, graph, [mask] * max(1, copies), tokens)
+            assert copies == 0 or count.peak <= 1.1 * allowed, (tokens, copies)
 
 
 def test_interrupted_it_goes_on_to_the_same_circuit(tmp_path, make_model, make_pairs, monkeypatch):

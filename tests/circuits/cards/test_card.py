@@ -126,7 +126,10 @@ def test_prompts_that_chose_the_circuit_are_told_from_others(model, scored, scor
         ({"circuit": "scores"}, "circuit: expected a Circuit, such as"),
         ({"scores": "plain"}, r"scores: expected those of attribute\(keep=\"examples\"\), found none of single"),
         ({"scores": "other graph"}, "scores: expected those of Graph"),
-        ({"circuit": "complement"}, r"scores: expected those that chose the circuit, found some that choose another"),
+        (
+            {"circuit": "complement", "scores": "scores"},
+            "scores: expected those that chose the circuit, found some that choose another",
+        ),
         ({"others": "data"}, "others: expected prompts by name, found PairedDataset"),
         ({"others": {"a": 1}}, r"others\['a'\]: expected a PairedDataset, found int"),
         ({"seeds": ()}, "seeds: expected at least one, found none"),

@@ -12,6 +12,7 @@ import torch
 import eap_circuits as eap
 from eap_circuits.cards import RESAMPLED, interval
 from eap_circuits.evaluation import EvaluationResult
+from eap_circuits.report import write_report
 from eap_circuits.report.curves import jsonable
 from eap_circuits.report.tables import card_line, card_table, cost_table
 
@@ -101,7 +102,7 @@ def test_an_interval_holds_what_resamples_of_the_pairs_give():
     assert all(end != end for end in interval(undefined))
 
 
-def test_tables_show_it(model, scored, data, scores):
+def test_tables_show_it_in_notebooks_and_reports(model, scored, data, scores, tmp_path):
     circuit = scores.select(20)
     card = eap.faithfulness_card(model, circuit, data, scores, others={"<b>": scored}, resamples=2, most_edges=3)
     table = card_table(card)
@@ -109,10 +110,11 @@ def test_tables_show_it(model, scored, data, scores):
         "the circuit", "on <b>", "chosen by resampled pairs", "random circuits", "all other edges"
     ]  # fmt: skip
     assert [row[1] for row in table.rows[-2:]] == [circuit.n_edges, circuit.graph.n_edges - circuit.n_edges]
-    page = card._repr_html_()
+    write_report(tmp_path / "report.html", scores, circuit, card=card)
+    pages = [card._repr_html_(), (tmp_path / "report.html").read_text(encoding="utf-8")]
     for cell in [cell for each in (table, cost_table(card)) for row in each.cells() for cell in row]:
-        assert escape(cell) in page
-    assert "<b>" not in page
+        assert all(escape(cell) in page for page in pages)
+    assert all("<b>" not in page and card_line(card) in page for page in pages)
 
 
 def test_prompts_that_chose_the_circuit_are_told_from_others(model, scored, scores):

@@ -104,17 +104,17 @@ def test_an_interval_holds_what_resamples_of_the_pairs_give():
 
 def test_tables_show_it_in_notebooks_and_reports(model, scored, data, scores, tmp_path):
     circuit = scores.select(20)
-    card = eap.faithfulness_card(model, circuit, data, scores, others={"<b>": scored}, resamples=2, most_edges=3)
+    card = eap.faithfulness_card(model, circuit, data, scores, others={"<evil>": scored}, resamples=2, most_edges=3)
     table = card_table(card)
     assert [row[0] for row in table.rows] == [
-        "the circuit", "on <b>", "chosen by resampled pairs", "random circuits", "all other edges"
+        "the circuit", "on <evil>", "chosen by resampled pairs", "random circuits", "all other edges"
     ]  # fmt: skip
     assert [row[1] for row in table.rows[-2:]] == [circuit.n_edges, circuit.graph.n_edges - circuit.n_edges]
     write_report(tmp_path / "report.html", scores, circuit, card=card)
     pages = [card._repr_html_(), (tmp_path / "report.html").read_text(encoding="utf-8")]
     for cell in [cell for each in (table, cost_table(card)) for row in each.cells() for cell in row]:
         assert all(escape(cell) in page for page in pages)
-    assert all("<b>" not in page and card_line(card) in page for page in pages)
+    assert all("<evil>" not in page and card_line(card) in page for page in pages)
 
 
 def test_prompts_that_chose_the_circuit_are_told_from_others(model, scored, scores):

@@ -32,6 +32,7 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("docs/learning.md", LEARNING): learning.table,
     ("docs/learning.md", f"{LEARNING}, divergence"): learning.divergences,
     ("docs/learning.md", f"{LEARNING}, cost"): learning.costs,
+    ("docs/learning.md", f"{LEARNING}, control"): learning.controls,
     ("docs/models.md", f"{MODELS}, checks"): lambda _: models.checks(),
     ("docs/models.md", f"{MODELS}, tests"): lambda _: models.tests(),
     ("docs/models.md", VERDICTS): lambda _: verdicts.table(),

@@ -1,6 +1,6 @@
 """Measure how faithful circuits of learned rankings are, beside those of EAP-IG, on prompts that neither has seen.
 
-python -m docs.learning [NAME ...]     # such as cost, divergence or "ioi 0"; adds to docs/results/learning.json
+python -m docs.learning [NAME ...]     # cost, divergence, "ioi 0", "control 0" ...; adds to docs/results/learning.json
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,17 @@ SIZES = (45, 95, 185, 380, 710, 1550)
 LARGER = (*SIZES, 3200, 7000)
 LEARNED_FROM, PAIRS = 16, 40
 CIRCUITS, EXAMPLES, ROUNDS = 2, 4, 16  # of the measured step, as by default
+CONTROLLED, ANSWERS, WEIGHTS = "ioi", ("the pair's own", "another pair's"), ("trained", "shuffled")
+
+
+def circuits_of(scores: Any, sizes: tuple[int, ...] = SIZES) -> list[Any]:
+    return [scores.select(n_edges=size, how="greedy", exactly=True) for size in sizes]
 
 
 def faithfulness(model: Any, scores: Any, data: Any) -> list[float]:
     import eap_circuits as eap
 
-    circuits = [scores.select(n_edges=size, how="greedy", exactly=True) for size in SIZES]
-    return [result.faithfulness for result in eap.evaluate(model, circuits, data)]
+    return [result.faithfulness for result in eap.evaluate(model, circuits_of(scores), data)]
 
 
 def run(task: str, seed: int) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def divergence() -> dict[str, Any]:
     scores = eap.attribute(model, few)
     found: dict[str, Any] = {"sizes": LARGER, "commit": commit()}
     for name, each in {"eap-ig": scores, "learned": eap.learn_mask(model, scores, few)}.items():
-        circuits = [each.select(n_edges=size, how="greedy", exactly=True) for size in LARGER]
+        circuits = circuits_of(each, LARGER)
         found[name] = {
             "faithfulness": [result.faithfulness for result in eap.evaluate(model, circuits, others)],
             "divergence": [-result.mean for result in eap.evaluate(model, circuits, others, "kl_divergence")],
@@ -79,6 +84,87 @@ def divergences(_: Results) -> str:
         for measured, values in found[scores].items():
             lines.append(f"| {scores} | {measured} | {' | '.join(f'{x:.2f}' for x in values)} |")
     return "\n".join(lines) + "\n"
+
+
+def control(seed: int) -> dict[str, Any]:
+    """What the freedom of a mask alone buys: answers of other pairs, and weights of which only the values are left.
+
+    Every ranking is learned from EAP-IG's scores for the same answers and weights.
+    """
+    import torch
+
+    import eap_circuits as eap
+    from bench import measure
+    from bench.processes import commit
+    from eap_circuits.adapters.pretrained import load_model
+
+    model, tokenizer = load_model("smollm2")
+    data = replace(eap.load_task(CONTROLLED, tokenizer, n=PAIRS, seed=seed), variants=None)
+    parts = {"learned": data[:LEARNED_FROM], "others": data[LEARNED_FROM:]}
+    few, others = parts.values()
+    graph = eap.attribute(model, few[:1], method="eap").graph
+    whole = eap.Circuit.from_mask(graph, graph.edge_mask)
+    ends = {where: eap.evaluate(model, whole, part) for where, part in parts.items()}
+
+    def as_the_model(logits: torch.Tensor, batch: Any) -> torch.Tensor:
+        """Minus the squared distance from how much the model prefers the pair's own answer."""
+        difference = eap.METRICS["logit_diff"](logits, batch)
+        return -(difference - ends["learned"].clean_values[batch.index].to(difference)).square()
+
+    answers: dict[str, Any] = {}
+    for shift, name in enumerate(ANSWERS):
+        taught = {where: replace(part, answers=part.answers.roll(shift, 0)) for where, part in parts.items()}
+        scores = eap.attribute(model, taught["learned"])
+        learned = eap.learn_mask(model, scores, taught["learned"], as_the_model, seed=seed)
+        answers[name] = {}
+        for where, part in taught.items():
+            span = ends[where].clean - ends[where].corrupted
+            ran = eap.evaluate(model, circuits_of(learned), part)
+            answers[name][where] = [(result.mean - result.corrupted) / span for result in ran]
+    weights: dict[str, Any] = {}
+    for name in WEIGHTS:
+        if name == "shuffled":
+            _shuffle(model, seed)
+        scores = eap.attribute(model, few)
+        weights[name] = {
+            ranking: [result.faithfulness for result in eap.evaluate(model, circuits_of(each), others, "kl_divergence")]
+            for ranking, each in (("eap-ig", scores), ("learned", eap.learn_mask(model, scores, few, seed=seed)))
+        }
+    origin = {"machine": measure.machine(), "versions": measure.versions(), "commit": commit()}
+    return {"answers": answers, "weights": weights, **origin}
+
+
+def _shuffle(model: Any, seed: int) -> None:
+    """Permute the entries of every matrix."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in (each for each in model.parameters() if each.dim() > 1):
+            weight.copy_(weight.flatten()[torch.randperm(weight.numel(), generator=generator)].view_as(weight))
+
+
+def controls(_: Results) -> str:
+    """Mean and range over seeds, of what the answers and the weights change."""
+    found = committed()
+    runs = [found[name] for name in sorted(found) if name.startswith("control ")]
+    lines = [f"| learned | measured on | {' | '.join(map(str, SIZES))} |", "|" + "---|" * (2 + len(SIZES))]
+    rows = [("answers", f"{answers} answers", where) for answers in ANSWERS for where in ("learned", "others")]
+    rows += [("weights", name, ranking) for name in WEIGHTS for ranking in ("eap-ig", "learned")]
+    for kind, name, part in rows:
+        key = name.removesuffix(" answers")
+        cells = " | ".join(spread(column) for column in zip(*(one[kind][key][part] for one in runs), strict=True))
+        if kind == "answers":
+            lines.append(f"| {name} | {'its own pairs' if part == 'learned' else 'other pairs'} | {cells} |")
+        else:
+            what = "not learned: eap-ig" if part == "eap-ig" else "the divergence"
+            lines.append(f"| {what}, {name} weights | other pairs | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: Any) -> str:
+    mean, low, high = (f"{round(x, 2) + 0.0:.2f}" for x in (sum(values) / len(values), min(values), max(values)))
+    return f"{mean} ({low}–{high})"
 
 
 def cost() -> dict[str, Any]:
@@ -157,14 +243,17 @@ def table(_: Results) -> str:
             continue
         for scores in ("eap-ig", "learned", "learned, on the prompts it was learned from"):
             columns = zip(*(one[scores] for one in runs), strict=True)
-            cells = [f"{sum(x) / len(x):.2f} ({min(x):.2f}–{max(x):.2f})" for x in columns]
+            cells = [spread(column) for column in columns]
             lines.append(f"| {task} | {len(runs)} | {scores} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    every = ["cost", "divergence", *(f"{task} {seed}" for task in TASKS for seed in SEEDS)]
+    every = ["cost", "divergence", "control 0", "control 1", *(f"{task} {seed}" for task in TASKS for seed in SEEDS)]
     for name in sys.argv[1:] or every:
         task, _, seed = name.partition(" ")
-        result = {"cost": cost, "divergence": divergence}[name]() if not seed else run(task, int(seed))
+        if task == "control":
+            result = control(int(seed))
+        else:
+            result = {"cost": cost, "divergence": divergence}[name]() if not seed else run(task, int(seed))
         RESULT.write_text(json.dumps(dict(sorted({**committed(), name: result}.items())), indent=1) + "\n")

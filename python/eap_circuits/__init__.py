@@ -34,6 +34,7 @@ if _missing:
 
 if TYPE_CHECKING:
     from .adapters import Family, Mixer, register_family
+    from .cards import FaithfulnessCard, faithfulness_card
     from .errors import InputError
     from .evaluation import (
         Comparison,
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
         random_circuit,
         score_agreement,
     )
-    from .learning import learn_mask
+    from .learning import acdc, learn_mask
     from .methods import Plan, attribute, plan
     from .metrics import METRICS
     from .selfcheck import check_model, discover
@@ -75,10 +76,12 @@ _HOME = {
     "Comparison": "evaluation",
     "Curve": "evaluation",
     "EvaluationResult": "evaluation",
+    "FaithfulnessCard": "cards",
     "check_model": "selfcheck",
     "compare": "evaluation",
     "discover": "selfcheck",
     "evaluate": "evaluation",
+    "faithfulness_card": "cards",
     "faithfulness_curve": "evaluation",
     "optimal_constants": "evaluation",
     "summarise": "evaluation",
@@ -95,6 +98,7 @@ _HOME = {
     "normal_confidence": "graph",
     "random_circuit": "graph",
     "score_agreement": "graph",
+    "acdc": "learning",
     "learn_mask": "learning",
     "Plan": "methods",
     "attribute": "methods",

@@ -111,6 +111,8 @@ def test_every_function_names_its_arguments(model, data):
         "faithfulness_curve": (partial(eap.faithfulness_curve, model, scores, data), "fraction", "fractions"),
         "compare": (partial(eap.compare, model, circuit, circuit, data, data), "batchsize", "batch_size"),
         "optimal_constants": (partial(eap.optimal_constants, model, circuit, data), "lr_rate", "rate"),
+        "acdc": (partial(eap.acdc, model, data), "tau_threshold", "threshold"),
+        "faithfulness_card": (partial(eap.faithfulness_card, model, circuit, data), "resample", "resamples"),
         "learn_mask": (partial(eap.learn_mask, model, scores, data), "n_steps", "steps"),
         "select": (scores.select, "num_edges", "n_edges"),
         "summarise": (partial(eap.summarise, model, data), "batchsize", "batch_size"),
@@ -207,6 +209,8 @@ def test_progress_true_shows_a_bar(model, data):
         partial(eap.faithfulness_curve, model, scores, data, (0.5,)),
         partial(eap.optimal_constants, model, circuit, data, steps=2),
         partial(eap.learn_mask, model, scores, data, steps=2),
+        partial(eap.acdc, model, data, 1e3),
+        partial(eap.faithfulness_card, model, circuit, data, most_edges=1),
         partial(eap.summarise, model, data),
     ):
         with redirect_stderr(io.StringIO()) as shown:

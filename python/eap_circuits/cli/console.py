@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..report.tables import Table
 
 Progress = Callable[[int, int], None]
-_SPARE = {"scores": ".safetensors", "circuit": ".safetensors", "curve": ".json", "report": ".html"}
+_SPARE = {"scores": ".safetensors", "circuit": ".safetensors", "curve": ".json", "card": ".json", "report": ".html"}
 
 
 def _console(stderr: bool = False) -> Console:

@@ -114,15 +114,17 @@ def _help(command: Callable[..., None]) -> str:
 
 
 def _register() -> None:
-    from .commands import about, attribute, data, demo, evaluate, learn, report, reproduce
+    from .commands import about, acdc, attribute, card, data, demo, evaluate, learn, report, reproduce
 
     commands: tuple[Callable[..., None], ...] = (
         demo.demo,
         data.data,
         attribute.attribute,
         learn.learn,
+        acdc.acdc,
         evaluate.evaluate,
         evaluate.curve,
+        card.card,
         report.report,
         reproduce.reproduce,
         about.tasks,

@@ -1,5 +1,6 @@
-"""Masks learned by gradient descent through the runs of circuits."""
+"""Circuits found by running circuits again and again: by gradient descent, or edge by edge."""
 
 from .masks import learn_mask
+from .sequential import acdc
 
-__all__ = ["learn_mask"]
+__all__ = ["acdc", "learn_mask"]

@@ -1,8 +1,8 @@
-"""Prompts of which circuits are run again and again, and what the gradient of a mask is there."""
+"""Prompts of which circuits are run again and again: their metric, and the gradient of masks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..budget import Cost, budget, measure_cost, numbers_per_token, tokens_within
 from ..forward import Batch, Runner, batch_of, halves
 from ..graph import Graph
-from ..intervention import learning_run
+from ..intervention import learning_run, run_circuits
 from ..recording import ReferenceRun, record_run
 from ..request import Measurement, Request, fetch
 
@@ -45,6 +45,13 @@ class Lesson:
             slopes.append(slope)
         return torch.stack(values).double(), torch.cat(slopes)
 
+    def values(self, request: Request, graph: Graph, masks: Sequence[Tensor], tokens: int) -> Tensor:
+        """The metric of circuits on the examples, float64 [C, E]."""
+        measured = Measurement(request, self.runner.batch, self.clean, self.corrupted)
+        for logits in run_circuits(self.runner, graph, self.ablated, masks, tokens):
+            measured.values(logits)
+        return torch.stack(fetch([measured])[0]).double()
+
 
 class Lessons:
     """All prompts in groups of equal size, the same in every epoch; what fits into a share of the budget runs once.
@@ -63,7 +70,7 @@ class Lessons:
         mixed = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
         self.groups = mixed[length[mixed].argsort(stable=True)].split(examples)
         self.tokens = tokens
-        self._room = int(budget(request) * _SHARE_KEPT)
+        self._room = share_kept(request)
         self._kept: dict[bytes, Lesson] = {}
 
     def batches(self, group: int) -> Iterator[Batch]:
@@ -121,5 +128,9 @@ def tokens_together(request: Request, graph: Graph, masks: Tensor) -> int:
     def cost(batch: Batch) -> Cost:
         return measure_cost(request.data, batch, measured)
 
-    beside = int(budget(request) * _SHARE_KEPT)
-    return tokens_within(request, TOKENS_PER_PASS, rough, cost, TOKENS_PER_PASS, beside)
+    return tokens_within(request, TOKENS_PER_PASS, rough, cost, TOKENS_PER_PASS, share_kept(request))
+
+
+def share_kept(request: Request) -> int:
+    """The bytes that lessons may hold."""
+    return int(budget(request) * _SHARE_KEPT)

@@ -17,9 +17,23 @@ from .curves import CurveLike
 from .explorer import asset, other_of, page_data, policy, same_prompts
 from .figures import draw_circuit, draw_curve
 from .figures.svg import to_svg
-from .tables import count, curve_index, curve_table, drawn_baselines, edge_table, number, percent, settings, versions
+from .tables import (
+    card_line,
+    card_table,
+    cost_table,
+    count,
+    curve_index,
+    curve_table,
+    drawn_baselines,
+    edge_table,
+    number,
+    percent,
+    settings,
+    versions,
+)
 
 if TYPE_CHECKING:
+    from ..cards import FaithfulnessCard
     from ..tasks import PairedDataset
 
 N_EDGES = 40
@@ -36,6 +50,7 @@ def write_report(
     files: Mapping[str, str] | None = None,
     against: Circuit | EdgeScores | None = None,
     tokenizer: Any = None,
+    card: FaithfulnessCard | None = None,
 ) -> None:
     """Write a report of a circuit: what was run, how faithful it is, and an explorer of its graph and edges.
 
@@ -51,6 +66,7 @@ def write_report(
         files: the names under which "scores" and perhaps "circuit" were saved, for the code that reads them back.
         against: a circuit to compare with or, of other scores, the circuit with as many edges.
         tokenizer: the model's, to spell the prompts' answers; without it their tokens' ids are shown.
+        card: the circuit's faithfulness card.
 
     Raises:
         InputError: a circuit of another graph than the scores, or a path that cannot be written.
@@ -72,6 +88,7 @@ def write_report(
         chart=Markup(to_svg(draw_curve(curve))) if curve else None,
         sizes=curve_table(curve, circuit) if curve else None,
         meaning=_RANK if info.get("method") == "learned" else _FALL,
+        card=[card_table(card), card_line(card), cost_table(card)] if card else None,
         edges=edge_table(scores, circuit, N_EDGES),
         data=Markup(page_data(scores, circuit, curve, other, data, title)),
         script=Markup(script),

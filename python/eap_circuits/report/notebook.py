@@ -6,11 +6,24 @@ from functools import singledispatch
 from html import escape
 from typing import Any
 
+from ..cards import FaithfulnessCard
 from ..evaluation import Comparison, Curve, EvaluationResult
 from ..graph import Circuit, EdgeScores, NodeScores
 from ..tasks import PairedDataset
 from .figures.svg import to_svg
-from .tables import Column, Table, areas_line, count, curve_table, edge_table, number, percent
+from .tables import (
+    Column,
+    Table,
+    areas_line,
+    card_line,
+    card_table,
+    cost_table,
+    count,
+    curve_table,
+    edge_table,
+    number,
+    percent,
+)
 
 _ROWS = 10
 _SCORE = Column("score", "score", lambda value: f"{value:+.4g}", numeric=True)
@@ -49,6 +62,11 @@ def _(result: EvaluationResult) -> str:
     columns = (Column("run", "run"), Column("mean", "mean metric", number, numeric=True))
     rows = (("whole model", result.clean), ("circuit", result.mean), ("all edges ablated", result.corrupted))
     return _page(result, Table("", columns, rows), f"Faithfulness {number(result.faithfulness)}.")
+
+
+@html_of.register
+def _(card: FaithfulnessCard) -> str:
+    return _page(card, card_table(card), card_line(card), cost_table(card, _ROWS))
 
 
 @html_of.register

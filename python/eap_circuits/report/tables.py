@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from ..cards import RESAMPLED, FaithfulnessCard, interval
 from ..evaluation import BASELINES
 from ..graph import Circuit, EdgeScores
 from ..methods import Plan
@@ -16,6 +17,7 @@ from .curves import BaselineLike, CurveLike, jsonable
 
 NONE = "–"
 BASELINE_NAMES = {baseline.name: baseline.title for baseline in BASELINES.values()}
+FREE = 1e-3  # an edge costs nothing if faithfulness falls by less without it
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,47 @@ def result_table(result: Any, circuit: Circuit) -> Table:
         ("all edges ablated", 0, result.corrupted, 0.0),
     )
     return Table("Faithfulness of the circuit", columns, rows, marked=1)
+
+
+def card_table(card: FaithfulnessCard) -> Table:
+    """Faithfulness of the circuit on all prompts and of the circuits beside it, and how far it goes up and down."""
+    columns = (
+        Column("what", "circuit"),
+        Column("n_edges", "edges", count, numeric=True),
+        Column("pairs", "prompt pairs", count, numeric=True),
+        Column("faithfulness", "faithfulness", number, numeric=True),
+        Column("low", "from", number, numeric=True),
+        Column("high", "to", number, numeric=True),
+    )
+    rows: list[tuple[Any, ...]] = []
+    for what, result in (("the circuit", card.result), *((f"on {name}", x) for name, x in card.others.items())):
+        rows.append((what, card.circuit.n_edges, len(result.values), result.faithfulness, *interval(result)))
+    titles = {RESAMPLED: "chosen by resampled pairs", **BASELINE_NAMES}
+    for name, baseline in card.beside.items():
+        sizes, draws = [circuit.n_edges for (circuit,) in baseline.circuits], [draw for (draw,) in baseline.draws]
+        size, pairs = round(sum(sizes) / len(sizes)), len(card.result.values)
+        rows.append((titles[name], size, pairs, *baseline.faithfulness, min(draws), max(draws)))
+    return Table("Faithfulness card", columns, tuple(rows), marked=0)
+
+
+def cost_table(card: FaithfulnessCard, n: int = 10) -> Table:
+    """The edges that the circuit needs least, and what it loses without each."""
+    columns = (Column("edge", "edge"), Column("cost", "faithfulness lost without it", number, numeric=True))
+    return Table("Edges that the circuit needs least", columns, tuple(card.cost.items())[:n])
+
+
+def card_line(card: FaithfulnessCard) -> str:
+    """What the tables of a card do not say."""
+    said = []
+    if card.shared:
+        mean, low, high = (
+            percent(x) for x in (sum(card.shared) / len(card.shared), min(card.shared), max(card.shared))
+        )
+        said.append(f"Circuits chosen by resampled pairs share {mean} of their edges with it ({low} to {high}).")
+    if card.cost:
+        free = sum(cost < FREE for cost in card.cost.values())
+        said.append(f"Of {count(len(card.cost))} edges left out one at a time, {count(free)} cost less than {FREE}.")
+    return " ".join([*said, f"{count(card.forwards)} prompts were run."])
 
 
 def curve_index(curve: CurveLike, circuit: Circuit | None) -> int | None:

@@ -35,6 +35,8 @@ def discover(model: nn.Module) -> tuple[Family, list[Check]]:
     """
     exact = exact_copy(model)
     embed = exact.get_input_embeddings()
+    if not hasattr(embed, "weight"):
+        raise expected(type(model).__name__, "one table of token embeddings, as Llama's", "none")
     order = torch.randperm(embed.weight.shape[0], generator=torch.Generator().manual_seed(0))
     tokens = order[: 2 * min(5, len(order) // 2)].view(2, -1).to(embed.weight.device)
     try:

@@ -41,7 +41,7 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
     if not isinstance(model, nn.Module) or model_type is None:
         raise expected("model", "a Hugging Face causal language model", type(model).__name__)
     family = family or family_of(model_type)
-    if family is None or _encodes(config):
+    if family is None:
         known = f"an architecture among {', '.join(sorted(FAMILIES))}, or a table of its own (eap_circuits.discover)"
         wanted = known if _may_be_causal(model) else _CAUSAL
         raise expected("model", wanted, f"{model_type!r} ({type(model).__name__})")
@@ -65,12 +65,9 @@ def _may_be_causal(model: Any) -> bool:
     """Is it another package's, or one that transformers generates text with, one token after the other?"""
     if not type(model).__module__.startswith("transformers."):
         return True
-    return bool(model.can_generate()) and not _encodes(model.config)
-
-
-def _encodes(config: Any) -> bool:
-    """Is it an encoder's, or that of an encoder with a decoder?"""
-    return bool(getattr(config, "is_encoder_decoder", False)) or not getattr(config, "is_decoder", True)
+    config = model.config
+    both = getattr(config, "is_encoder_decoder", False) or not getattr(config, "is_decoder", True)
+    return bool(model.can_generate()) and not both
 
 
 def _head(model: Any) -> nn.Module | None:

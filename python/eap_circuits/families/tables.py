@@ -339,6 +339,7 @@ MARIAN = Family(
     out="self_attn.out_proj",
     mlp=("self_attn_layer_norm", "final_layer_norm"),
     rewrites=True,
+    requires={"is_decoder": True, "is_encoder_decoder": False},
 )
 BART = replace(
     MARIAN,

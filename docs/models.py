@@ -25,6 +25,7 @@ CHECKS = {
         "captured run equals the plain model's",
         "all edges kept is the model on clean prompts",
         "no edge kept is the model on corrupted prompts",
+        "blocks read nothing but the residual stream",
     ),
     "derivatives": ("scores equal finite differences",),
     "prefix": ("prefix reuse is exact",),

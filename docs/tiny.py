@@ -11,8 +11,10 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY, MOST_WEIGHTS = 61, 15_000_000
 
@@ -59,18 +61,20 @@ _STATES = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_n_gr
 _KINDS = ["sliding_attention", "full_attention"]
 _DELTA = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 _SHARED_KEYS = {"layer_types": 2 * _KINDS, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
+_NO_LAYER_INPUTS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 _AS_DECODER = (
     *("bert", "bert-generation", "big_bird", "electra", "ernie", "megatron-bert", "reformer", "rembert", "roc_bert"),
     *("roformer", "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"),
     "xmod",
 )
 _PADDED = ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod")
+_DECODERS = {kind: f"{kind}_decoder" for kind in ("musicgen", "musicgen_melody")}
 OWN: dict[str, dict[str, Any]] = {
     **{
         kind: {"num_key_value_heads": 4}
         for kind in (
             *("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "youtu", "sarvam_mla", "axk1", "axk2"),
-            *("minicpm3", "kimi_linear", "bailing_hybrid", "glm_moe_dsa", "longcat_flash"),
+            *("minicpm3", "kimi_linear", "bailing_hybrid", "glm_moe_dsa"),
         )
     },
     **{kind: {"is_decoder": True} for kind in _AS_DECODER},
@@ -79,6 +83,10 @@ OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("gemma3n_text", "gemma4_text"), _SHARED_KEYS),
     "bamba": {**_STATES, "attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 50},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in _KINDS},
+    },
     "cwm": {"bos_token_id": 1},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
@@ -87,19 +95,25 @@ OWN: dict[str, dict[str, Any]] = {
     "dots1": {"n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {**_STATES, "mamba_d_ssm": 64},
-    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "gemma4": {"text_config": {"pad_token_id": 0}},
+    "gemma4_assistant": {"text_config": {**_NO_LAYER_INPUTS, "num_kv_shared_layers": 3}},
+    "gemma4_unified": {"text_config": {"pad_token_id": 0}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "granitemoehybrid": {**_STATES, "layer_types": ["mamba", "attention", "mamba"]},
     "jamba": {"use_mamba_kernels": False},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "longcat_flash": {"num_key_value_heads": 4, "head_dim": 4, "num_layers": 2},
     "mamba2": {"num_heads": 8, "expand": 2, "n_groups": 1},
     "modernbert-decoder": {"pad_token_id": 0},
+    "nemotron_h": {"n_groups": 1},
     "prophetnet": {"pad_token_id": 1},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": 3 * ["local"]},
     "roc_bert": {"is_decoder": True, "enable_pronunciation": False, "enable_shape": False},
     "xmod": {"is_decoder": True, "pad_token_id": 1, "languages": ["en"], "default_language": "en"},
-    "zamba2": {"layer_types": ["mamba", "hybrid", "mamba"]},
+    "xlm": {"pad_token_id": 2},
+    "zamba": {"layers_block_type": 2 * ["linear_attention", "hybrid"], "num_hidden_layers": 4},
+    "zamba2": {"layers_block_type": 2 * ["linear_attention", "hybrid"], "num_hidden_layers": 4, "num_mem_blocks": 2},
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -111,14 +125,18 @@ def tiny(kind: str) -> Any:
         ValueError: it cannot be made small.
     """
     torch.manual_seed(0)
+    make: Any = AutoModelForCausalLM.from_config
+    if kind in _DECODERS:  # of a larger model: its configuration is only a part of the type's
+        make = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])._from_config
+        kind = _DECODERS[kind]
     config = AutoConfig.for_model(kind, **copy.deepcopy(_fields(CONFIG_MAPPING[kind], kind)))
     weights = 0
     # Older ones have tensors with values, which cannot be made there.
     with suppress(NotImplementedError, RuntimeError), torch.device("meta"):
-        weights = sum(x.numel() for x in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
+        weights = sum(x.numel() for x in make(copy.deepcopy(config)).parameters())
     if weights > MOST_WEIGHTS:
         raise ValueError(f"{weights:,} weights")
-    model = AutoModelForCausalLM.from_config(config)
+    model = make(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point() and (parameter.dim() == 1 or not parameter.any()):
@@ -138,12 +156,13 @@ def _fields(config: type, kind: str = "") -> dict[str, Any]:
     else:
         needed = {name: i for i, name in enumerate(_SPECIAL) if "None" not in str(annotations.get(name, "None"))}
         found |= dict.fromkeys(_SPECIAL) | needed
-    found |= OWN.get(kind, {})
+    own = OWN.get(kind, {})
     parts = [name for name in getattr(config, "sub_configs", {}) if name not in found]
     whole = config() if parts else None
     for name in parts:
         part = getattr(whole, name, None)
         if part is not None and not isinstance(part, dict):
             model_type = getattr(part, "model_type", "")
-            found[name] = {**_fields(type(part), model_type), "model_type": model_type}
+            found[name] = {**_fields(type(part), model_type), "model_type": model_type, **own.get(name, {})}
+    found |= {name: value for name, value in own.items() if name not in found or name not in parts}
     return found

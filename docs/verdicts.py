@@ -35,10 +35,11 @@ def verdict_of(kind: str) -> Verdict:
     try:
         model = tiny(kind)
     except Exception as error:
-        return {"verdict": "not tried", "model": "", "says": f"no tiny model: {_line(error)}"}
+        return {"verdict": "not tried", "model": "", "says": f"no model of it can be made offline: {_line(error)}"}
     found = {"model": type(model).__name__}
     try:
-        if family_of(kind) is not None:
+        family = family_of(kind)
+        if family is not None:
             checks = eap.check_model(model, n_edges=3)
             failed = [check for check in checks if not check.passed]
             if failed and failed[0].name == "architecture":
@@ -48,7 +49,7 @@ def verdict_of(kind: str) -> Verdict:
                 says = f"{found['model']}: expected a model that its table is right for, found failures: {what}."
                 return {**found, "verdict": "refused", "says": says}
         else:
-            _, checks = eap.discover(model)
+            family, checks = eap.discover(model)
     except eap.InputError as error:
         return {**found, "verdict": "refused", "says": str(error)}
     except Exception as error:  # a model's own
@@ -56,7 +57,10 @@ def verdict_of(kind: str) -> Verdict:
         says = f"{found['model']}: expected {wanted}, found one that raises {type(error).__name__}."
         return {**found, "verdict": "refused", "says": says}
     whole = any(check.detail.startswith("left out") for check in checks)
-    says = "prompts run whole" if whole else ""
+    nodes = ""
+    if not family.out and not family.mixers:
+        nodes = "a node is a whole layer" if family.mlp == ("", "") else "a node is a layer's only block"
+    says = "; ".join(filter(None, (nodes, "prompts run whole" if whole else "")))
     return {**found, "verdict": "discovered" if family_of(kind) is None else "table", "says": says}
 
 

@@ -23,6 +23,13 @@ _FALCON = {**_NARROW, "num_hidden_layers": 2, "num_attention_heads": 6}
 _SMALL_IMAGES = {"intermediate_size": 8, "image_size": 14, "patch_size": 14}
 _ROTARY = {"rope_type": "default", "rope_theta": 100.0}
 _EXPERTS = {**_GROUPED, "num_experts_per_tok": 2}
+_DECODER = {
+    "decoder_layers": 2,
+    "decoder_attention_heads": 6,
+    "decoder_ffn_dim": 40,
+    "max_position_embeddings": 48,
+    "init_std": 0.3,
+}
 _HYBRID = {**_GROUPED, "num_hidden_layers": 2}
 _LATENT = {
     **_WIDE,
@@ -228,6 +235,8 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_d_state": 8,
         },
     ),
+    "bart": ("bart", {**_RANDOM, "vocab_size": VOCABULARY, "pad_token_id": 0, "d_model": 24, **_DECODER}),
+    "bert": ("bert", {**_WIDE, "num_hidden_layers": 2, "is_decoder": True}),
     "bitnet": ("bitnet", {**_GROUPED, "num_hidden_layers": 2}),
     "codegen": ("codegen", {**_GPT2, "n_head": 4, "rotary_dim": 4, "n_inner": 40}),
     "deepseek-v2": ("deepseek_v2", {**_LATENT, "q_lora_rank": None, "topk_method": "greedy", "norm_topk_prob": False}),
@@ -256,6 +265,20 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_WIDE, "num_hidden_layers": 2, "num_key_value_heads": 3, "kv_channels": 4, "num_local_experts": 3},
     ),
     "lfm2": ("lfm2", {**_HYBRID, "layer_types": ["conv", "full_attention"], "conv_L_cache": 3}),
+    "mamba": ("mamba", {**_NARROW, "num_hidden_layers": 3, "state_size": 4, "time_step_rank": 3}),
+    "mamba2": (
+        "mamba2",
+        {
+            **_NARROW,
+            "num_hidden_layers": 2,
+            "state_size": 4,
+            "num_heads": 6,
+            "head_dim": 8,
+            "n_groups": 1,
+            "chunk_size": 4,
+        },
+    ),
+    "marian": ("marian", {**_RANDOM, "vocab_size": VOCABULARY, "pad_token_id": 0, "d_model": 24, **_DECODER}),
     "minicpm3": ("minicpm3", {**_LATENT, "q_lora_rank": 10, "scale_emb": 3, "scale_depth": 0.7, "dim_model_base": 12}),
     "nanochat": ("nanochat", {**_GROUPED, "num_hidden_layers": 2}),
     "qwen3-next": (

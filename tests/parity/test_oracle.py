@@ -145,7 +145,8 @@ def padded_means(model, data, compat):
         model(inputs_embeds=given, attention_mask=mask, position_ids=place)
     for handle in handles:
         handle.remove()
-    return Constants(arch.embed(data.clean).detach().mean(0), tuple(values), tuple(mlps))
+    written = (x for layer in zip(values, mlps, strict=True) for x in layer)
+    return Constants(arch.embed(data.clean).detach().mean(0), tuple(written))
 
 
 def ablation(name, case, compat=None):

@@ -1,6 +1,6 @@
 """The only place that knows Hugging Face module names."""
 
-from ..families import FAMILIES, Call, Family, Mixer, family_of, propose, register_family
+from ..families import FAMILIES, Call, Family, Mixer, family_of, propose, register_family, whole_layers
 from ..modules.norms import Kinds, Norm, side_by_side
 from ..modules.offloading import as_given, is_offloaded, read
 from ..modules.projections import Place, Projection, Together, concatenate, joined, linear_shape, linear_weight, restore

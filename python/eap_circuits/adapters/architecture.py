@@ -39,6 +39,7 @@ class Layer:
     mlp_in: nn.Module
     mlp_out: nn.Module  # its output, times `scale`, is added to the residual stream
     scale: float
+    rewrites: bool  # what `mlp_out` gives takes the place of the residual stream, and the MLP writes the change
     k_norm: nn.Module | None  # a norm of the keys that has its own weights for each key/value head
     inner_norm: bool  # of all heads' values together, before `out`
     ungrouped: tuple[tuple[str, object], ...]  # attributes of `attention` that make it take k and v per query head

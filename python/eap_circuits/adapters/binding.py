@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import expected, refuse_default_device
 from ..families import FAMILIES, Factor, Family, Mixer, Paths, family_of
-from ..modules.norms import Kinds, Norm
+from ..modules.norms import Kinds, Norm, is_norm
 from ..modules.offloading import device_of, devices_of
 from ..modules.projections import Place, Projection, Projections, Together, linear_shape, rows_of
 from .architecture import Architecture, Layer
@@ -87,7 +87,7 @@ class _Binder:
         if not layers:
             raise expected(f"{type(self.model).__name__}.{family.layers}", "decoder layers", "none")
         embed, width = self.model.get_input_embeddings(), linear_shape(layers[0].out)[0]
-        if getattr(embed, "embedding_dim", width) != width:
+        if getattr(embed, "embedding_dim", width) != width and not family.placed:
             raise expected(
                 f"{type(self.model).__name__}'s token embeddings", f"{width} features, the layers'", embed.embedding_dim
             )
@@ -96,13 +96,18 @@ class _Binder:
             model=self.model,
             family=family,
             layers=layers,
-            final_norm=self._norm(self.model, family.final_norm, width, layers[-1].module),
+            final_norm=self._final_norm(width, layers[-1].module),
             parallel=self._parallel(),
             embedding_norm=None if embedding_norm is None else _site(self.model, embedding_norm),
             embedding_scale=self._factor(family.embedding_multiplier),
             device=device_of(embed),
             dtype=next(p.dtype for p in self.model.parameters() if p.is_floating_point()),
         )
+
+    @property
+    def _width(self) -> int:
+        embed: Any = self.model.get_input_embeddings()
+        return int(embed.weight.shape[1])
 
     def _parallel(self) -> bool:
         said = self.family.parallel
@@ -119,6 +124,12 @@ class _Binder:
         module = _site(root, paths)
         return self.norms.setdefault(module, Norm(module, self.kinds(module, width), layer))
 
+    def _final_norm(self, width: int, layer: nn.Module) -> Norm:
+        module = _site(self.model, self.family.final_norm)
+        if is_norm(module, width):
+            return self._norm(self.model, self.family.final_norm, width, layer)
+        return Norm(Place(module, True, width), None, layer)
+
     def _layer(self, layer: nn.Module) -> Layer:
         family = self.family
         devices = devices_of(layer)
@@ -127,8 +138,10 @@ class _Binder:
         attention, out, n_heads, projections = self._mixer(layer)
         width = linear_shape(out)[0]
         fused = len({p.module for p in projections.values()}) == 1 < len(projections)
-        norm = self._reads(layer, family.attention_norm, next(iter(projections.values())).module, width)
         mlp_norm, mlp_in, mlp_out = self._mlp(layer, width)
+        norm = mlp_norm
+        if projections:
+            norm = self._reads(layer, family.attention_norm, next(iter(projections.values())).module, width)
         counts = dict.fromkeys(_GROUPS, 1) | dict.fromkeys(_KV_HEADS, n_heads)
         ungrouped = {name: value for name, value in counts.items() if hasattr(attention, name)}
         post = family.attention_post_norm
@@ -148,6 +161,7 @@ class _Binder:
             mlp_in=mlp_in,
             mlp_out=mlp_out,
             scale=self._factor(family.residual_multiplier),
+            rewrites=family.rewrites,
             k_norm=_maybe(layer, family.k_norm),
             inner_norm=_maybe(layer, family.inner_norm) is not None,
             ungrouped=tuple(
@@ -181,6 +195,8 @@ class _Binder:
                 return self._whole(_site(layer, first), _site(layer, last))
             if mixer.out is not None and _maybe(layer, mixer.out) is not None and _present(layer, mixer):
                 return self._with_heads(layer, mixer)
+        if not family.out:  # the layer is one node
+            return layer, Place(layer, True, self._width, 0), 0, {}
         out = _linear(layer, family.out)
         attention = _site(layer, family.out.rpartition(".")[0])
         projections = self._projections(layer, attention, linear_shape(out)[1])
@@ -191,8 +207,7 @@ class _Binder:
         return attention, out, heads, projections
 
     def _whole(self, first: nn.Module, last: nn.Module) -> tuple[nn.Module, Any, int, Projections]:
-        embed: Any = self.model.get_input_embeddings()
-        width = int(embed.weight.shape[1])
+        width = self._width
         reads = Projection(Place(first, True, width), slice(0, width), 1, width)
         return first, Place(last, False, width), 1, {"in": reads}
 

@@ -54,13 +54,14 @@ class SenderSite:
 
 
 def sender_sites(arch: Architecture) -> list[SenderSite]:
-    """All of them: the embeddings, then each layer's heads and its MLP."""
+    """All of them: the embeddings, then each layer's heads, if it has any, and its MLP."""
     sites, graph = [SenderSite(0, slice(0, 1))], arch.graph("kv")  # "query" has the same senders
     for index, layer in enumerate(arch.layers):
         # What a norm after attention writes is the heads' contribution.
         out = layer.out if layer.post_norm is None else layer.post_norm.module
         mlp = slice(graph.mlp_sender(index), graph.mlp_sender(index) + 1)
-        sites.append(SenderSite(len(sites), graph.head_senders(index), index, out, layer.scale, layer))
+        if layer.n_heads:
+            sites.append(SenderSite(len(sites), graph.head_senders(index), index, out, layer.scale, layer))
         sites.append(SenderSite(len(sites), mlp, index, layer.mlp_out, layer.scale))
     return sites
 

@@ -29,7 +29,7 @@ class Graph:
     """The edge graph of one model; pure index arithmetic, no model.
 
     Args:
-        n_heads: query heads of each layer, [L].
+        n_heads: query heads of each layer, [L]; 0 of a layer that is one node, `m{l}`.
         n_kv_heads: key/value heads of each layer, [L]; each divides its layer's `n_heads`.
         d_model: width of the residual stream; 0 if it is not known, as in EAP-IG's files before version 2. Such a graph
             equals those of any width.
@@ -51,12 +51,14 @@ class Graph:
         one_of("heads", self.heads, ("kv", "query"))
         object.__setattr__(self, "parallel", flag("parallel", self.parallel))
         for name in ("n_heads", "n_kv_heads"):
-            object.__setattr__(self, name, tuple(whole(name, n) for n in listed(name, getattr(self, name), _PER_LAYER)))
+            object.__setattr__(
+                self, name, tuple(whole(name, n, 0) for n in listed(name, getattr(self, name), _PER_LAYER))
+            )
         object.__setattr__(self, "d_model", whole("d_model", self.d_model, 0))
         if not self.n_heads or len(self.n_heads) != len(self.n_kv_heads):
             raise expected("graph", "n_heads and n_kv_heads for each layer", f"{self.n_heads} and {self.n_kv_heads}")
         for h, g in zip(self.n_heads, self.n_kv_heads, strict=True):
-            if h < 1 or g < 1 or h % g:
+            if h < 0 or (h and (g < 1 or h % g)):
                 raise expected("graph", "a number of query heads that key/value heads divide", f"{h} and {g}")
         object.__setattr__(self, "reads", self._checked_reads())
 
@@ -144,6 +146,8 @@ class Graph:
     def head_inputs(self, layer: int) -> Reads:
         """(name, number of such receivers) of each input of the layer's heads, in order; usually "q", "k" and "v"."""
         n, h = self.n_kv_receivers(layer), self.n_heads[layer]
+        if not h:
+            return ()
         reads = self.reads[layer] if self.reads else None
         return tuple((name, n if name in _OF_KEYS else m) for name, m in reads or (("q", h), ("k", n), ("v", n)))
 

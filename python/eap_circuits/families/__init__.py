@@ -1,6 +1,6 @@
 """What is known of architectures: tables, those that users and other packages add, and what discovery finds."""
 
-from .discovery import Call, propose
+from .discovery import Call, propose, whole_layers
 from .family import Factor, Family, Mixer, Paths
 from .registry import family_of, register_family
 from .tables import FAMILIES

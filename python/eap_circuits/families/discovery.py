@@ -19,11 +19,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError, expected
-from ..modules.norms import kind_of
+from ..modules.norms import is_norm
 from .family import Family, Mixer
 
 # Attributes in which mixers keep their number of heads.
 _HEADS = ("num_v_heads", "num_heads", "n_heads", "num_attention_heads")
+
+
+_REWRITES = {
+    **dict.fromkeys(("beside", "mlp_post_norm", "residual_multiplier")),
+    **{"parallel": False, "rewrites": True},
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,31 +53,9 @@ def propose(model: nn.Module, calls: Sequence[Call], embeddings: Tensor) -> list
     Raises:
         InputError: there are no decoder layers, or they do not add attention and an MLP to a residual stream.
     """
-    config: Any = model.config
-    if getattr(config.get_text_config(), "hidden_size_per_layer_input", 0):
-        raise _refusal(
-            model, "layers that read nothing but the residual stream, as Gemma 3's", "token embeddings for each"
-        )
-    shape = embeddings.shape
-    flat = [Call(c.path, c.module, _flat(c.input, shape), _flat(c.output, shape)) for c in calls]
-    stack = _stack(model, flat, shape[-1])
-    layers = [call for call in flat if call.path.rpartition(".")[0] == stack]
-    kinds = {tuple((name, type(part)) for name, part in layer.module.named_modules()): layer for layer in layers}
-    sites = [_LayerSites(model, one, [c for c in flat if _inside(c, one)]) for one in kinds.values()]
-    outside = [call for call in flat if not call.path.startswith(stack + ".")]
-    norm, multiplier = _embedding(model, outside, layers[0].input, embeddings.flatten(0, 1), shape[0])
-    ends = [call for call in outside if _same(call.input, layers[-1].output) and _is_norm(call.module, shape[-1])]
-    if not ends:
-        raise _refusal(model, "a norm after the last decoder layer", "none")
-    table = Family(
-        name=config.model_type,
-        model_types=(config.model_type,),
-        layers=stack,
-        final_norm=ends[0].path,
-        embedding_norm=norm,
-        embedding_multiplier=multiplier,
-        **_merged(model, [site.common() for site in sites]),
-    )
+    frame = _frame(model, calls, embeddings)
+    sites = [_LayerSites(model, one, frame.inside(one)) for one in frame.kinds]
+    table = replace(frame.table, **_merged(model, [site.common() for site in sites]))
     mixers = [site.mixers() for site in sites]
     attention = next((site for site in sites if site.attention_fields() is not None), None)
     proposals: list[Family] = []
@@ -87,6 +71,78 @@ def propose(model: nn.Module, calls: Sequence[Call], embeddings: Tensor) -> list
     for least in range(max(map(len, mixers))):
         proposals.append(replace(table, mixers=tuple(each[min(least, len(each) - 1)] for each in mixers)))
     return proposals
+
+
+def whole_layers(model: nn.Module, calls: Sequence[Call], embeddings: Tensor) -> list[Family]:
+    """Tables in which each layer is one node: its only block, or whatever the layer does to the residual stream.
+
+    The arguments are those of `propose`.
+    """
+    frame = _frame(model, calls, embeddings)
+    blocks = {_only_block(one, frame.inside(one)) for one in frame.kinds}
+    found = blocks.pop() if len(blocks) == 1 else None
+    one = [] if found is None else [replace(frame.table, mlp_norm=found[0], mlp=found[1])]
+    return [*one, replace(frame.table, mlp=("", ""), rewrites=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Frame:
+    """What is around the layers, and one layer of each kind."""
+
+    table: Family  # without the fields on a layer's sites
+    calls: list[Call]
+    kinds: list[Call]
+
+    def inside(self, layer: Call) -> list[Call]:
+        return [call for call in self.calls if _inside(call, layer)]
+
+
+def _frame(model: nn.Module, calls: Sequence[Call], embeddings: Tensor) -> _Frame:
+    config: Any = model.config
+    if getattr(config.get_text_config(), "hidden_size_per_layer_input", 0):
+        raise _refusal(
+            model, "layers that read nothing but the residual stream, as Gemma 3's", "token embeddings for each"
+        )
+    shape = embeddings.shape
+    flat = [Call(c.path, c.module, _flat(c.input, shape), _flat(c.output, shape)) for c in calls]
+    stack = _stack(model, flat)
+    layers = [call for call in flat if call.path.rpartition(".")[0] == stack]
+    kinds = {tuple((name, type(part)) for name, part in layer.module.named_modules()): layer for layer in layers}
+    outside = [call for call in flat if not call.path.startswith(stack + ".")]
+    width = layers[0].input.shape[-1]
+    embedding = _embedding(model, outside, layers[0].input, embeddings.flatten(0, 1), shape[0])
+    ends = [call for call in outside if call.path and _same(call.input, layers[-1].output)]
+    ends.sort(key=lambda call: not is_norm(call.module, width))  # or, without a norm, the head itself
+    if not ends:
+        raise _refusal(model, "a norm or a head that reads what the last decoder layer gives", "none")
+    table = Family(
+        name=config.model_type,
+        model_types=(config.model_type,),
+        layers=stack,
+        final_norm=ends[0].path,
+        attention_norm=None,
+        mlp_norm=None,
+        **embedding,
+    )
+    return _Frame(table, flat, list(kinds.values()))
+
+
+def _only_block(layer: Call, calls: list[Call]) -> tuple[str | None, str | tuple[str, str]] | None:
+    """(the norm through which it reads, its module or its first and last) if one call adds all that a layer adds."""
+    added, width = _centred(layer.output - layer.input), layer.output.shape[-1]
+    adds = [c for c in calls if c.output.shape == added.shape and _same(_centred(c.output), added)]
+    norms = [c for c in calls if _same(c.input, layer.input) and is_norm(c.module, width)]
+    read = norms[0].output if norms else layer.input
+    first = next((c for c in calls if c not in norms and _same(c.input, read)), None)
+    if first is None or not adds:
+        return None
+    last = min(adds, key=lambda c: c.path.count("."))
+
+    def path(call: Call) -> str:
+        return call.path.removeprefix(layer.path + ".")
+
+    norm = path(norms[0]) if norms else None
+    return norm, path(first) if first is last else (path(first), path(last))
 
 
 def _merged(model: nn.Module, tables: list[dict[str, Any]]) -> dict[str, Any]:
@@ -109,6 +165,7 @@ class _LayerSites:
     def __init__(self, model: nn.Module, layer: Call, calls: list[Call]) -> None:
         self.model, self.layer, self.calls = model, layer, calls
         self.width = layer.output.shape[-1]
+        self.first: Call | None = None  # the norm with which a block begins that takes the residual stream's place
         self.attention, self.mlp, self.beside, self.scale = self._contributions()
         self.k_norms: dict[str, str] = {}  # by the path of the projection whose output they take
         self.post, self.inner = self._before_post_norm(self.attention)
@@ -119,7 +176,7 @@ class _LayerSites:
         before = self.calls[: self.calls.index(self.inner) if place is None else place]
         self.norm, self.linears = self._read([c for c in before if _is_linear(c)], [layer.input])
         if self.norm is None and not self.linears:
-            self.norm, _ = self._read([c for c in self.calls if not _is_norm(c.module, self.width)], [layer.input])
+            self.norm, _ = self._read([c for c in self.calls if not is_norm(c.module, self.width)], [layer.input])
         self._find_k_norms(self.linears)
 
     def attention_fields(self) -> dict[str, Any] | None:
@@ -149,7 +206,7 @@ class _LayerSites:
             ]
             found.append(Mixer(out=self._short(self.out), reads=reads, heads=tuple(numbers[:1])))
         read = self.layer.input if self.norm is None else self.norm.output
-        readers = [c for c in self.calls if _same(c.input, read) and not _is_norm(c.module, self.width)]
+        readers = [c for c in self.calls if _same(c.input, read) and not is_norm(c.module, self.width)]
         if readers:
             found.append(Mixer(module=(self._short(readers[0]), self._short(self.inner))))
         if not found:
@@ -161,6 +218,12 @@ class _LayerSites:
         x = self.layer.input
         out = self.inner if self.out is None else self.out
         linears, norm, post = self.linears, self.norm, self.post
+        attention = {
+            "attention_norm": None if norm is None else self._short(norm),
+            "attention_post_norm": None if post is None else self._short(post),
+        }
+        if self.first is not None:
+            return {**attention, "mlp_norm": None, "mlp": (self._short(self.first), self._short(self.mlp)), **_REWRITES}
         mlp_post, last = self._before_post_norm(self.mlp)
         after = self.layer.output - self.scale * self.mlp.output
         if self.beside is not None:
@@ -169,17 +232,16 @@ class _LayerSites:
         begins = [c for c in own if _inside(last, c) or c.path == last.path] or own
         mlp_norm, firsts = self._read(begins, [after, x])
         if not firsts:
-            mlp_norm, firsts = self._read([c for c in own if not _is_norm(c.module, self.width)], [after, x])
+            mlp_norm, firsts = self._read([c for c in own if not is_norm(c.module, self.width)], [after, x])
         if not firsts:
             raise _refusal(self.model, "an MLP that reads the residual stream", f"{last.path!r}, which does not")
         reads = mlp_norm.input if mlp_norm is not None else firsts[0].input
         first_path, last_path = self._short(firsts[0]), self._short(last)
         return {
-            "attention_norm": None if norm is None else self._short(norm),
+            **attention,
             "mlp_norm": None if mlp_norm is None else self._short(mlp_norm),
             "beside": None if self.beside is None else self._short(self.beside),
             "mlp": first_path if first_path == last_path else (first_path, last_path),
-            "attention_post_norm": None if post is None else self._short(post),
             "mlp_post_norm": None if mlp_post is None else self._short(mlp_post),
             "parallel": _same(reads, x),
             "residual_multiplier": None if self.scale == 1 else self.scale,
@@ -202,14 +264,28 @@ class _LayerSites:
             if _same(both * scale, added) and not _same(first.output, second.output):
                 depth = sum(c.path.count(".") for c in (first, second, *third))
                 found.append((depth, len(found), first, second, third[0] if third else None, scale))
+        found = found or self._post_norm(candidates)
         if not found:
             wanted = "layers that add a mixer's and an MLP's output to the residual stream, as Llama's and Jamba's do"
             raise _refusal(self.model, wanted, self._instead(added))
         return min(found, key=lambda one: one[:2])[2:]
 
+    def _post_norm(self, candidates: list[Call]) -> list[tuple[int, int, Call, Call, Call | None, float]]:
+        """The same of a layer that ends in a norm of the residual stream: its mixer, and the last norm."""
+        norms = [c for c in self.calls if is_norm(c.module, self.width)]
+        ends = [c for c in norms if _same(c.output, self.layer.output)]
+        for first in norms if ends else ():
+            mixed = _centred(first.input - self.layer.input)
+            mixers = [c for c in candidates if c not in norms and _same(_centred(c.output), mixed)]
+            if first is not ends[0] and mixers:
+                self.first = first
+                mixer = min(mixers, key=lambda c: c.path.count("."))
+                return [(0, 0, mixer, ends[0], None, 1.0)]
+        return []
+
     def _instead(self, added: Tensor) -> str:
         """What a layer does that adds no such contributions."""
-        norms = [c for c in self.calls if _is_norm(c.module, self.width)]
+        norms = [c for c in self.calls if is_norm(c.module, self.width)]
         if any(_same(c.output, self.layer.output) for c in norms):
             return "a norm of the residual stream itself at their end (post-norm)"
         if any(_same(_centred(c.output), added) for c in self.calls if c.output.shape == added.shape):
@@ -218,7 +294,7 @@ class _LayerSites:
 
     def _before_post_norm(self, call: Call) -> tuple[Call | None, Call]:
         """(the norm, the outermost call before it) if a contribution comes out of a norm, else (None, the call)."""
-        if not _is_norm(call.module, self.width):
+        if not is_norm(call.module, self.width):
             return None, call
         before = [c for c in self.calls if c is not call and _same(c.output, call.input)]
         if not before:
@@ -228,11 +304,11 @@ class _LayerSites:
     def _read(self, readers: list[Call], residuals: list[Tensor]) -> tuple[Call | None, list[Call]]:
         """(the norm they read through, the readers) for the first of the residuals that any reader reads."""
         for x in residuals:
-            for norm in (c for c in self.calls if _same(c.input, x) and _is_norm(c.module, self.width)):
+            for norm in (c for c in self.calls if _same(c.input, x) and is_norm(c.module, self.width)):
                 through = [c for c in readers if c is not norm and _same(c.input, norm.output)]
                 if through:
                     return norm, through
-            plain = [c for c in readers if _same(c.input, x) and not _is_norm(c.module, self.width)]
+            plain = [c for c in readers if _same(c.input, x) and not is_norm(c.module, self.width)]
             if plain:
                 return None, plain
         return None, []
@@ -278,35 +354,25 @@ def _inside(call: Call, other: Call) -> bool:
     return call.path.startswith(other.path + ".")
 
 
-def _is_norm(module: nn.Module, width: int) -> bool:
-    try:
-        kind_of(module, width)
-    except (InputError, TypeError, RuntimeError):
-        return False
-    return True
-
-
 def _refusal(model: nn.Module, wanted: str, found: str) -> InputError:
     return expected(type(model).__name__, wanted, found)
 
 
-def _stack(model: nn.Module, calls: list[Call], width: int) -> str:
+def _stack(model: nn.Module, calls: list[Call]) -> str:
     """The path of the longest list of modules that all take and return the residual stream."""
-    wide = {c.path for c in calls if c.input.shape[-1:] == c.output.shape[-1:] == (width,)}
+    wide = {c.path for c in calls if c.input.dim() == 2 and c.input.shape == c.output.shape}
     lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     lengths = {path: len(x) for path, x in lists if all(f"{path}.{index}" in wide for index in range(len(x)))}
     if not any(lengths.values()):
-        wanted = (
-            "a list of decoder layers that take and return one residual stream as wide as the embeddings, as Llama's"
-        )
+        wanted = "a list of decoder layers that take and return one residual stream, as Llama's"
         raise _refusal(model, wanted, "none")
     return max(lengths, key=lengths.__getitem__)
 
 
 def _embedding(
     model: nn.Module, calls: list[Call], entered: Tensor, embeddings: Tensor, prompts: int
-) -> tuple[str | None, float | None]:
-    """(norm, factor) between the token embeddings and the first layer.
+) -> dict[str, Any]:
+    """The table's fields on what is between the token embeddings and the first layer.
 
     Differences between prompts are compared, as positions add the same to every prompt.
     """
@@ -322,6 +388,11 @@ def _embedding(
         factor = float((apart(entered) * apart(x)).sum() / apart(x).square().sum())
         factor = 1.0 if abs(factor - 1) < 1e-5 else factor
         if _same(apart(x) * factor, apart(entered)) and (call is None or factor == 1):
-            return None if call is None else call.path, None if factor == 1 else factor
+            if call is None:
+                return {} if factor == 1 else {"embedding_multiplier": factor}
+            return {"embedding_norm": call.path}
+    for call in calls:
+        if _same(call.output, entered):  # usually a norm of the sum of tokens and positions
+            return {"embedding_norm": call.path, "placed": True}
     wanted = "token embeddings, perhaps scaled or normalised, that start the residual stream, as Llama's and BLOOM's do"
     raise _refusal(model, wanted, "something else")

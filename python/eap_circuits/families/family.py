@@ -43,16 +43,20 @@ class Family:
         name: the family's name.
         model_types: `config.model_type` values it serves.
         layers: the list of decoder layers, from the model.
-        final_norm: the norm before the language-model head, from the model.
+        final_norm: the norm before the language-model head, from the model; or, if there is none, what reads the
+            residual stream after the last layer.
         attention_norm, mlp_norm: the norms through which attention and MLP read the residual stream; the same path
             if they share one, None if they read it as it is.
         q, k, v: the projections; the same path for all three if they are one module.
-        out: attention's output projection, whose input is the heads' values side by side.
+        out: attention's output projection, whose input is the heads' values side by side. Without it and without
+            mixers each layer is one node, `mlp`.
         mlp: the module whose input and output are the MLP's, or the two modules (first, last).
         more: further projections that the heads of attention read, by the names of their receivers, such as a gate;
             their features are divided evenly among the heads.
         mixers: what layers without `out` have instead.
         beside: a module that reads what the MLP reads and runs after it; the outputs are added (shared experts).
+        rewrites: the MLP's modules are all that follows attention, and what the last one gives takes the place of the
+            residual stream (a norm after the sum): the MLP writes how it changes the stream.
         inner_norm: attention has a norm of all heads' values together, so that heads depend on each other.
         fused: the order of a fused projection's features: "concatenated": all of q, then k, then v; "grouped": for each
             key/value head its query heads, its key and its value; "sharded": in each of four equal parts, queries, then
@@ -63,6 +67,7 @@ class Family:
         parallel: whether attention and MLP of a layer read the same residual stream; or names of configuration fields,
             where one that is set says so.
         embedding_norm: a norm between the token embeddings and the residual stream, from the model.
+        placed: that norm reads the sum of token and position embeddings, so `input` writes what comes out of it.
         embedding_multiplier, residual_multiplier: factors of the embeddings and of every block's output: numbers,
             the configuration fields that hold them, or functions of the model.
         ungrouped: attributes to set on the attention module, besides the usual counts, so that it takes one key and
@@ -85,6 +90,7 @@ class Family:
     more: Mapping[str, str] = field(default_factory=dict)
     mixers: tuple[Mixer, ...] = ()
     beside: str | None = None
+    rewrites: bool = False
     inner_norm: str | None = None
     fused: Order = "concatenated"
     fused_by_query: Order | None = None
@@ -93,6 +99,7 @@ class Family:
     k_norm: str | None = None
     parallel: bool | tuple[str, ...] = False
     embedding_norm: str | None = None
+    placed: bool = False
     embedding_multiplier: Factor | None = None
     residual_multiplier: Factor | None = None
     ungrouped: Mapping[str, object] = field(default_factory=dict)

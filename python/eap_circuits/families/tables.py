@@ -312,6 +312,55 @@ BAMBA = replace(JAMBA, name="bamba", model_types=("bamba",))
 GRANITE_HYBRID = replace(
     GRANITE_MOE_SHARED, name="granite_hybrid", model_types=("granitemoehybrid",), mixers=JAMBA.mixers
 )
+# Layers of one block, a state space.
+MAMBA = Family(
+    name="mamba",
+    model_types=("mamba", "mamba2", "falcon_mamba"),
+    layers="backbone.layers",
+    final_norm="backbone.norm_f",
+    attention_norm=None,
+    mlp_norm="norm",
+    mlp="mixer",
+)
+NEMOTRON_H = replace(
+    MAMBA, name="nemotron_h", model_types=("nemotron_h",), layers="model.layers", final_norm="model.norm_f"
+)
+# A norm after each sum: what follows attention, from the first norm to the last, rewrites the residual stream.
+MARIAN = Family(
+    name="marian",
+    model_types=("marian",),
+    layers="model.decoder.layers",
+    final_norm="lm_head",
+    attention_norm=None,
+    mlp_norm=None,
+    q="self_attn.q_proj",
+    k="self_attn.k_proj",
+    v="self_attn.v_proj",
+    out="self_attn.out_proj",
+    mlp=("self_attn_layer_norm", "final_layer_norm"),
+    rewrites=True,
+    requires={"is_decoder": True, "is_encoder_decoder": False},
+)
+BART = replace(
+    MARIAN,
+    name="bart",
+    model_types=("bart", "plbart", "mvp"),
+    embedding_norm="model.decoder.layernorm_embedding",
+    placed=True,
+)
+BERT = replace(
+    BART,
+    name="bert",
+    model_types=("bert",),
+    layers="bert.encoder.layer",
+    final_norm="cls",
+    q="attention.self.query",
+    k="attention.self.key",
+    v="attention.self.value",
+    out="attention.output.dense",
+    mlp=("attention.output.LayerNorm", "output.LayerNorm"),
+    embedding_norm="bert.embeddings.LayerNorm",
+)
 
 _TABLES = (
     *(LLAMA, MINISTRAL3, PHI3, GRANITE, GRANITE_MOE, LLAMA4, OLMOE, APERTUS, GLM4, STABLELM, COHERE, PHI, GEMMA),
@@ -331,6 +380,6 @@ _TABLES = (
         JAMBA,
         BAMBA,
     ),
-    GRANITE_HYBRID,
+    *(GRANITE_HYBRID, MAMBA, NEMOTRON_H, MARIAN, BART, BERT),
 )
 FAMILIES: dict[str, Family] = {model_type: family for family in _TABLES for model_type in family.model_types}

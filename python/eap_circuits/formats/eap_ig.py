@@ -31,8 +31,8 @@ _FLAGS = ("edges_in_graph", "nodes_in_graph")
 
 def check_graph(graph: Graph) -> None:
     """Refuse a graph that EAP-IG has no place for."""
-    if len(set(graph.n_heads)) > 1 or len(set(graph.n_kv_heads)) > 1:
-        raise expected("EAP-IG's formats", "the same number of heads in every layer", graph.n_heads)
+    if len(set(graph.n_heads)) > 1 or len(set(graph.n_kv_heads)) > 1 or not graph.n_heads[0]:
+        raise expected("EAP-IG's formats", "the same number of heads in every layer, one or more", graph.n_heads)
     if graph.reads:
         raise expected("EAP-IG's formats", "queries, keys and values in every layer", f"inputs {graph.reads}")
 

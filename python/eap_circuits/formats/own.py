@@ -53,6 +53,6 @@ def _metadata(data: bytes) -> dict[str, Any]:
 
 
 def _graph(fields: dict[str, Any]) -> Graph:
-    heads, kv_heads = (tuple(whole(name, n) for n in fields[name]) for name in ("n_heads", "n_kv_heads"))
+    heads, kv_heads = (tuple(whole(name, n, 0) for n in fields[name]) for name in ("n_heads", "n_kv_heads"))
     width, parallel = whole("d_model", fields["d_model"], 0), flag("parallel", fields.get("parallel", False))
     return Graph(heads, kv_heads, width, parallel, head_kind(fields.get("heads", "kv")), fields.get("reads"))

@@ -18,24 +18,23 @@ from .hooks import Hooks
 class Constants:
     """A constant for every sender, at each position or the same at all of them.
 
-    `embedding` is [P, D]; `values` [P, H·K] and `mlps` [P, D] are given for each layer. They stand for the token
-    embeddings, the heads' values (`Layer.written`) and the MLP modules' output. P is 1 or the number of positions.
+    `embedding` is [P, D]; `written` is given for each other sender site: in place of the heads' values
+    (`Layer.written`), [P, H·K], or of the MLP module's output, [P, D]. P is 1 or the number of positions.
     """
 
     embedding: Tensor
-    values: tuple[Tensor, ...]
-    mlps: tuple[Tensor, ...]
+    written: tuple[Tensor, ...]
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The embedding, then each layer's heads and MLP."""
-        return [self.embedding, *(x for layer in zip(self.values, self.mlps, strict=True) for x in layer)]
+        """Of each of `sender_sites`."""
+        return [self.embedding, *self.written]
 
     @classmethod
     def of_tensors(cls, tensors: Iterable[Tensor]) -> Constants:
         """The inverse of `tensors`."""
         embedding, *rest = tensors
-        return cls(embedding, tuple(rest[::2]), tuple(rest[1::2]))
+        return cls(embedding, tuple(rest))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Constants:
         """The same with every tensor changed."""
@@ -43,12 +42,12 @@ class Constants:
 
     def on(self, arch: Architecture) -> Constants:
         """The same, each tensor where its senders compute, in the dtype in which scores are accumulated."""
-        devices = [arch.device, *(layer.device for layer in arch.layers for _ in range(2))]
+        devices = [arch.device, *(arch.layers[site.layer].device for site in sender_sites(arch)[1:])]
         pairs = zip(self.tensors, devices, strict=True)
         return self.of_tensors(x.to(device, arch.accumulate) for x, device in pairs)
 
     def __repr__(self) -> str:
-        return f"Constants({len(self.mlps)} layers, {len(self.embedding)} position(s))"
+        return f"Constants({len(self.written)} sites, {len(self.embedding)} position(s))"
 
     def replace(self, arch: Architecture, batch: Batch, hooks: Hooks) -> None:
         """Replace what heads and MLPs compute by these, in a pass over a batch without prefixes."""
@@ -79,6 +78,5 @@ def _without_scale(norm: Norm, x: Tensor) -> Tensor:
 
 def zeros(arch: Architecture) -> Constants:
     """Constants of zero: no sender contributes anything."""
-    shapes = [linear_shape(layer.out) for layer in arch.layers]  # (D, H·K)
-    values, mlps = (tuple(torch.zeros(1, shape[side]) for shape in shapes) for side in (1, 0))
-    return Constants(torch.zeros(1, arch.d_model), values, mlps).on(arch)
+    widths = [linear_shape(site.heads.out)[1] if site.heads else arch.d_model for site in sender_sites(arch)]
+    return Constants.of_tensors(torch.zeros(1, width) for width in widths).on(arch)

@@ -114,8 +114,11 @@ class Hooks(Changes):
         self._tokens = tokens
         self._select = select
 
-    def on_input(self, module: nn.Module, hook: _Hook) -> None:
-        """Call `hook(x)` with the module's first input; what it returns, if anything, takes its place."""
+    def on_input(self, module: nn.Module, hook: _Hook, first: bool = False) -> None:
+        """Call `hook(x)` with the module's first input; what it returns, if anything, takes its place.
+
+        `first`: before the hooks that are there.
+        """
         if isinstance(module, Place):
             return self._on_place(module, hook)
 
@@ -127,7 +130,7 @@ class Hooks(Changes):
             return None if new is None else (args, {**kwargs, "hidden_states": new})
 
         self.note(partial(unhook, module, before))
-        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_pre_hook(before, with_kwargs=True, prepend=first)
 
     def on_output(self, module: nn.Module, hook: _Hook) -> None:
         """Call `hook(y)` with the module's (first) output; what it returns, if anything, takes its place."""
@@ -137,7 +140,7 @@ class Hooks(Changes):
             return self._on_sum(module.parts, hook)
 
         def after(output: Any) -> Any:
-            if isinstance(output, tuple):
+            if isinstance(output, (tuple, list)):
                 new = self._call(hook, output[0])
                 return None if new is None else (new, *output[1:])
             return self._call(hook, output)
@@ -203,7 +206,7 @@ class Hooks(Changes):
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             x = args[0] if args else kwargs["hidden_states"]
-            return (x, *[None] * (len(result) - 1)) if isinstance(result, tuple) else x
+            return (x, *[None] * (len(result) - 1)) if isinstance(result, (tuple, list)) else x
 
         self.replace_forward(module, forward)
 

@@ -35,7 +35,8 @@ class LayerInputs:
             hooks.pass_through(layer.module, result)
         if index < len(self.layers):
             x = self.inputs[index]
-            hooks.on_input(self.layers[index].module, lambda _: x.repeat(copies, 1, 1))
+            # Before all that reads or changes what the layer begins with.
+            hooks.on_input(self.layers[index].module, lambda _: x.repeat(copies, 1, 1), first=True)
 
 
 def record_layer_inputs(
@@ -48,7 +49,9 @@ def record_layer_inputs(
     def register(hooks: Hooks) -> None:
         for layer in layers:
             hooks.on_input(layer.module, lambda x: inputs.append(x[rows]))
-            hooks.on_result(layer.module, lambda y: results.append((None,) * len(y) if isinstance(y, tuple) else None))
+            hooks.on_result(
+                layer.module, lambda y: results.append((None,) * len(y) if isinstance(y, (tuple, list)) else None)
+            )
 
     result = run(register)
     return LayerInputs(layers, inputs, results), result

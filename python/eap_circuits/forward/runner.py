@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from .batches import Batch
 from .hooks import Hooks
 from .last_mlp import ScoredMLP, at_scored
 from .prefixes.prefix import Prefix, WholePrompts, beginning, behind, parameters, run_prefixes, shared_tokens
+from .rewriting import Rewriting
 
 Register = Callable[[Hooks], None]
 
@@ -29,6 +30,10 @@ def each(*registers: Register) -> Register:
             one(hooks)
 
     return register
+
+
+class _Enough(Exception):
+    """Ends a pass."""
 
 
 class _Given(nn.Module):
@@ -60,7 +65,8 @@ class Runner:
         self.arch = arch
         self.batch = batch
         self._tokens = tokens
-        self._every_mlp = every_mlp
+        # A layer's only block may mix tokens.
+        self._every_mlp = every_mlp or not arch.layers[-1].n_heads
         # Key/value copies per layer.
         self.repeat_kv = [layer.groups if graph.heads == "query" else 1 for layer in arch.layers]
         self._model: Any = arch.model
@@ -70,7 +76,23 @@ class Runner:
     def embed(self, tokens: Tensor) -> Tensor:
         """What the tokens' embeddings write to the residual stream: int64 [E, T] -> [E, T, D], without gradient."""
         with torch.no_grad():
-            return self.arch.embed(tokens).to(tokens.device)
+            x = self._placed(tokens) if self.arch.family.placed else self.arch.embed(tokens)
+            return x.to(tokens.device)
+
+    def _placed(self, tokens: Tensor) -> Tensor:
+        """What a norm of token and position embeddings gives: the model runs up to there."""
+        given: list[Tensor] = []
+        norm = self.arch.embedding_norm
+        assert norm is not None
+
+        def stop(y: Tensor) -> None:
+            given.append(y)
+            raise _Enough
+
+        with Hooks(tokens.shape[1]) as hooks, suppress(_Enough):
+            hooks.on_output(norm, stop)
+            self._model(inputs_embeds=self._model.get_input_embeddings()(tokens), use_cache=False)
+        return given[0]
 
     def projection_sites(self, index: int) -> Iterator[tuple[nn.Module, dict[str, slice]]]:
         """Each projection module of a layer, with its features for each name, concatenated and repeated."""
@@ -147,8 +169,13 @@ class Runner:
         `register`, come between those that bring values into the form that they expect and those that undo it.
         """
         inputs = embeddings if self.arch.embedding_scale == 1 else embeddings / self.arch.embedding_scale
+        if self.arch.family.placed:  # what comes before the norm is not looked at, and may have another width
+            inputs = embeddings.new_zeros(*embeddings.shape[:2], self._model.get_input_embeddings().weight.shape[1])
         last = ScoredMLP(self.arch.layers[-1], lambda rows: scored[:rows])
+        rewriting = [Rewriting(layer) for layer in self.arch.layers if layer.rewrites]
         with Hooks(tokens=1) as single:
+            for each_block in rewriting:
+                each_block.begin(hooks)
             self._skip_embedding_norm(embeddings, hooks)
             # Before the caller's hooks, which see queries, keys and values one after another, repeated.
             self._concatenate(hooks)
@@ -160,6 +187,8 @@ class Runner:
             # After the caller's hooks, which see and change the last MLP's input in whole rows.
             if not self._every_mlp:
                 last.take(hooks)
+            for each_block in rewriting:
+                each_block.end(hooks)
             # After the caller's hooks on projections: attention expects features in its own order.
             self._restore_order(hooks)
             # Last, after any of the caller's hooks on the final norm: only scored positions get logits.
@@ -197,9 +226,10 @@ class Runner:
     def _for_cache(self) -> Iterator[None]:
         """For passes that only fill the key/value cache."""
         with Hooks(tokens=1) as hooks:
-            last = ScoredMLP(self.arch.layers[-1], self.batch.scored.new_zeros)
-            last.put(hooks)
-            last.take(hooks)
+            if not self._every_mlp:
+                last = ScoredMLP(self.arch.layers[-1], self.batch.scored.new_zeros)
+                last.put(hooks)
+                last.take(hooks)
             self._score(lambda x: x[:, :1], hooks)
             yield
 

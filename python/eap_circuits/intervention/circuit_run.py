@@ -75,6 +75,9 @@ class _CircuitsRun:
         self.sites: list[Sites] = [{} for _ in range(graph.n_layers + 1)]  # the logits' last
         for site in receiver_sites(runner.arch, graph):
             self.sites[site.layer][site.name] = site
+        self.writers: list[list[SenderSite]] = [[] for _ in range(graph.n_layers)]  # heads, if there are any, and MLP
+        for writer in sender_sites(runner.arch)[1:]:
+            self.writers[writer.layer].append(writer)
         self.ready: dict[str, Tensor] = {}  # the current layer's projections, made when the first is asked for
         self.begun: dict[tuple[CircuitGroup, int], Tensor] = {}  # what a layer's MLP reads from the layers before
         self.indices = Indices()
@@ -93,9 +96,9 @@ class _CircuitsRun:
         return self._split(self.runner.logits(together, self._register))
 
     def _register(self, hooks: Hooks) -> None:
-        senders, asked = sender_sites(self.runner.arch), self.asked
+        asked = self.asked
         for index, layer in enumerate(self.runner.arch.layers):
-            sites, (heads, mlp) = self.sites[index], senders[2 * index + 1 : 2 * index + 3]
+            sites, (*heads, mlp) = self.sites[index], self.writers[index]
             attention = attention_of(sites)
             receiver = sites["mlp"].receivers.start
             whole = numbers(asked.whole[:, attention].any(1))
@@ -108,11 +111,14 @@ class _CircuitsRun:
             for module, columns in self.runner.projection_sites(index):
                 hooks.on_input(module, partial(self._keep, whole))
                 hooks.on_output(module, partial(self._project, sites, columns, whole))
-            hooks.on_senders(heads, partial(self._write_heads, heads, own))
-            hooks.on_output(layer.out, partial(self._fill, own))
-            run = numbers(asked.needed[:, mlp.senders.start] & ~asked.closed[:, receiver])
-            hooks.on_input(layer.mlp_in, partial(self._read_mlp, sites, run))
-            hooks.on_senders(mlp, partial(self._write_mlp, mlp, run))
+            for site in heads:
+                hooks.on_senders(site, partial(self._write_heads, site, own))
+                hooks.on_output(layer.out, partial(self._fill, own))
+            needed = numbers(asked.needed[:, mlp.senders.start] & ~asked.closed[:, receiver])
+            # A layer's only block may be given masks and positions, which have rows for all circuits.
+            run = needed if heads else list(range(self.count))
+            hooks.on_input(layer.mlp_in, partial(self._read_mlp, sites, needed, run))
+            hooks.on_senders(mlp, partial(self._write_mlp, mlp, needed, run))
         hooks.on_input(self.runner.arch.final_norm.module, self._read_final)
 
     # Circuits along the batch dimension: [C·E, T, X] <-> [C, E, T, X].
@@ -162,10 +168,10 @@ class _CircuitsRun:
         """Which of a layer's heads a group stores."""
         return [head for head, stored in enumerate(group.stored[site.senders]) if stored]
 
-    def _write_mlp(self, site: SenderSite, run: list[int], y: Tensor) -> Tensor:
+    def _write_mlp(self, site: SenderSite, needed: list[int], run: list[int], y: Tensor) -> Tensor:
         full, corrupted = self._split(y), self.corrupted.written[site.index][None]
-        if len(run) < self.count:
-            full = join((full, run.index(c)) if c in run else (corrupted, 0) for c in range(self.count))
+        if len(needed) < self.count:
+            full = join((full, run.index(c)) if c in needed else (corrupted, 0) for c in range(self.count))
         for group in self.groups:
             self._store(group, site, full[group.members].flatten(1, 2))
         return full.flatten(0, 1)
@@ -195,10 +201,10 @@ class _CircuitsRun:
         dtype = self._base(norm).dtype
         return norm(y.to(dtype)) if y.is_cpu else norm.fused(y).to(dtype)
 
-    def _read_mlp(self, sites: Sites, run: list[int], own: Tensor) -> Tensor:
+    def _read_mlp(self, sites: Sites, needed: list[int], run: list[int], own: Tensor) -> Tensor:
         site, attention = sites["mlp"], first_of(sites)
         at = self._read_at(site)
-        partial = [c for c in run if self.asked.partial[c, site.receivers.start]]
+        partial = [c for c in needed if self.asked.partial[c, site.receivers.start]]
         begun, self.begun = self.begun, {}
         reads: list[Tensor] = []
         circuits: list[int] = []
@@ -235,7 +241,7 @@ class _CircuitsRun:
 
     def _read_at(self, site: ReceiverSite) -> Places:
         """Where a layer's MLP runs: the last one where logits are scored (`forward/last_mlp.py`)."""
-        last = site.layer == self.graph.n_layers - 1
+        last = site.layer == self.graph.n_layers - 1 and self.graph.n_heads[-1] > 0
         return self.runner.batch.places_on(site.norm.device) if last else EVERYWHERE
 
     def _read_final(self, own: Tensor) -> Tensor:
@@ -329,7 +335,6 @@ class _CircuitsRun:
 
     def _send(self) -> None:
         """Send what indexes and weights anything to each device in one piece: one launch, not one for each."""
-        senders = sender_sites(self.runner.arch)
         wanted: dict[torch.device, tuple[list[Sequence[int] | Tensor], list[tuple[SharedGroup, slice, int, Tensor]]]]
         wanted = {}
         for index, sites in enumerate(self.sites):
@@ -340,8 +345,9 @@ class _CircuitsRun:
                     weights += [(group, to, start, group.weights(to, stop, start)) for to, stop, start in reads]
                 for heads in self.heads[index][group].values():
                     lists += [*heads.partial, *([] if consecutive(heads.slots) else [heads.slots])]
-                if "mlp" in sites and not consecutive(stored := self._stored(group, senders[2 * index + 1])):
-                    lists.append(stored)
+                for writer in self.writers[index][:-1] if "mlp" in sites else ():
+                    if not consecutive(stored := self._stored(group, writer)):
+                        lists.append(stored)
             if "mlp" in sites and (whole := numbers(self.asked.whole[:, attention_of(sites)].any(1))):
                 read = [site.receivers for site in sites.values() if site.projection is not None]
                 lists += [self.asked.whole[whole][:, receivers] for receivers in read]

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from eap_kernels import normalise_rows
 
-from ..errors import expected
+from ..errors import InputError, expected
 from .offloading import device_of, read
 
 _EPS = ("eps", "variance_epsilon", "epsilon")
@@ -179,6 +179,15 @@ class Kinds:
         if key not in self._found:
             self._found[key] = kind_of(module, width)
         return self._found[key]
+
+
+def is_norm(module: nn.Module, width: int) -> bool:
+    """Is it an RMSNorm or a LayerNorm of `width` features?"""
+    try:
+        kind_of(module, width)
+    except (InputError, TypeError, RuntimeError):
+        return False
+    return True
 
 
 def kind_of(module: nn.Module, width: int) -> Kind:

@@ -85,11 +85,11 @@ class Place(nn.Module):
 
     at: nn.Module
 
-    def __init__(self, module: nn.Module, reads: bool, width: int) -> None:
+    def __init__(self, module: nn.Module, reads: bool, width: int, read: int | None = None) -> None:
         super().__init__()
         self.__dict__["at"] = module  # not a child, so that its weights stay the model's
         self.reads = reads
-        self.in_features = self.out_features = width
+        self.in_features, self.out_features = width if read is None else read, width
         self.bias = None
 
 

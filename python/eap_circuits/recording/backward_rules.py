@@ -90,9 +90,9 @@ class BackwardRules:
             for module in activations:
                 hooks.replace_forward(module, partial(self._activate, module.forward))
             hooks.replace_forward(layer.module, partial(self._run_layer, index, layer.module.forward))
-            if self._changes_attention:
+            if self._changes_attention and layer.n_heads:
                 hooks.replace_forward(layer.attention, partial(self._attend, index, layer.attention.forward))
-            if self._rules.temperature is not None:
+            if self._rules.temperature is not None and layer.n_heads:
                 hooks.on_input(layer.out, _halved_copy)
         for norm in norms:
             hooks.replace_forward(norm.module, partial(_normalise, norm, norm.module.forward))

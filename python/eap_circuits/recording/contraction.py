@@ -77,7 +77,7 @@ def feature_slices(arch: Architecture) -> list[slice]:
     slices together cost what the whole costs, as every weight is copied once.
     """
     heads = sum(linear_shape(layer.out)[1] + sum(p.width for p in layer.projections.values()) for layer in arch.layers)
-    most = COPIED_BYTES // (heads * arch.contraction_dtype.itemsize)
+    most = COPIED_BYTES // (max(heads, 1) * arch.contraction_dtype.itemsize)
     width = max(_NARROWEST, most // _NARROWEST * _NARROWEST)
     if width >= arch.d_model:
         return [slice(None)]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..adapters import Family, propose
+from ..adapters import Family, propose, whole_layers
 from ..errors import InputError, expected, known_arguments
 from ..forward import borrowed
 from ..loans import gives_back
-from .model import Check, check_model, exact_copy
+from .model import ONLY_STREAM, Check, StayDouble, check_model, exact_copy
 from .tracing import trace
 
 # What models raise that cannot run as they are asked to.
@@ -35,26 +35,50 @@ def discover(model: nn.Module) -> tuple[Family, list[Check]]:
     """
     exact = exact_copy(model)
     embed = exact.get_input_embeddings()
+    if not hasattr(embed, "weight"):
+        raise expected(type(model).__name__, "one table of token embeddings, as Llama's", "none")
     order = torch.randperm(embed.weight.shape[0], generator=torch.Generator().manual_seed(0))
     tokens = order[: 2 * min(5, len(order) // 2)].view(2, -1).to(embed.weight.device)
     try:
-        with borrowed(exact), torch.no_grad():
+        with borrowed(exact), StayDouble(), torch.no_grad():
             calls, embeddings = trace(exact, tokens), embed(tokens)
     except InputError:
         raise
     except _OF_MODELS as error:
         wanted = "a model that runs on token ids alone, in float64, as Llama does"
-        raise expected(type(model).__name__, wanted, f"one that raises {type(error).__name__}") from error
+        raise expected(type(model).__name__, wanted, f"that its {_place(error)} does not") from error
     failed: list[Check] = []
-    for family in propose(exact, calls, embeddings):
+    refusal: InputError | None = None
+    proposals: list[Family] = []
+    try:
+        proposals = propose(exact, calls, embeddings)
+    except InputError as error:
+        refusal = error
+    for family in [*proposals, *whole_layers(exact, calls, embeddings)]:
         try:
             checks = check_model(model, family=family)
         except InputError as error:
             checks = [Check("self-check", False, str(error))]
         except _OF_MODELS as error:
-            checks = [Check("its runs", False, f"{type(error).__name__}")]
+            checks = [Check("runs from embeddings, with gradients", False, f"its {_place(error)} fails")]
         if all(check.passed for check in checks):
             return family, checks
         failed = failed or [check for check in checks if not check.passed]
+    if any(check.name == ONLY_STREAM for check in failed):
+        found = "layers that also read the tokens or their embeddings by another way"
+        raise expected(type(model).__name__, "layers that read nothing but the residual stream, as Jamba's", found)
+    if refusal is not None:
+        raise refusal
     what = "; ".join(f"{check.name} ({check.detail})" for check in failed)
     raise expected(type(model).__name__, "an architecture whose self-check passes", f"failures: {what}")
+
+
+def _place(error: BaseException) -> str:
+    """The class of the innermost module of the model that was running, and the kind of error."""
+    place, at = "forward", error.__traceback__
+    while at is not None:
+        module = at.tb_frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and not type(module).__module__.startswith("torch."):
+            place = type(module).__name__
+        at = at.tb_next
+    return f"{place} ({type(error).__name__})"

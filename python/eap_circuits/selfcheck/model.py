@@ -25,6 +25,7 @@ from ..recording import ReceiverGradients, contract, record_both_sides, record_r
 from ..tasks import PairedDataset
 
 EXACT = 1e-8  # relative error; rounding in a deep float64 model stays far below this
+ONLY_STREAM = "blocks read nothing but the residual stream"
 _STEP = 1e-5  # change of a mask entry for finite differences; their error is of this order
 
 
@@ -126,7 +127,8 @@ def exact_copy(model: nn.Module) -> Any:
 
 def _random_pairs(model: Any, seed: int) -> PairedDataset:
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # some embed more tokens than they predict
+    vocabulary = min(len(end.weight) for end in ends if end is not None and hasattr(end, "weight"))
     examples, tokens, shared = 3, 9, 4
     clean = torch.randint(vocabulary, (examples, tokens), generator=generator)
     corrupted = clean.clone()
@@ -186,7 +188,10 @@ def _heads(arch: Architecture, data: PairedDataset) -> Check:
         for name in layer.projections
         for size in ((1, 2) if name == "v" and not layer.inner_norm else (1,))
     ]
-    seen: list[Tensor] = []  # the heads' values in each layer, [1 + moves, T, H·K]
+    seen: dict[int, Tensor] = {}  # the heads' values in each layer, [1 + moves, T, H·K]
+
+    def see(index: int, z: Tensor) -> None:
+        seen[index] = z.detach()
 
     def add(index: int, columns: dict[str, slice], y: Tensor) -> Tensor:
         y = y.clone()
@@ -202,7 +207,7 @@ def _heads(arch: Architecture, data: PairedDataset) -> Check:
                 hooks.on_output(module, partial(add, index, columns))
         for site in sender_sites(arch):
             if site.heads:
-                hooks.on_senders(site, lambda z: seen.append(z.detach()))
+                hooks.on_senders(site, partial(see, site.layer))
 
     with torch.no_grad():
         runner.logits(runner.embed(batch.clean).repeat(1 + len(moves), 1, 1), register)
@@ -217,7 +222,7 @@ def _heads(arch: Architecture, data: PairedDataset) -> Check:
         nonlinear = (z[row] + z[0] - 2 * z[row - 1]).abs().max() if size == 2 else 0.0
         if not max(elsewhere.abs().max(), nonlinear) < 1e-6 * moved.abs().max():
             wrong.append(f"{letter} of layer {index}")
-    found = f"not {', '.join(dict.fromkeys(wrong))}" if wrong else f"{len(arch.layers)} layers"
+    found = f"not {', '.join(dict.fromkeys(wrong))}" if wrong else f"{len(seen)} layers"
     return Check("projections are the heads' queries, keys and values", not wrong, found)
 
 
@@ -232,13 +237,18 @@ def _runs(arch: Architecture, heads: Heads, batch: Batch, whole: Batch, data: Pa
         record = record_run(runner, corrupted=True)
         # Receivers with all edges or none take short cuts; with a mask just off 1 or 0 they do not.
         nearly = graph.edge_mask.double() * (1 - 1e-12)
-        full, empty = run_circuits(runner, graph, record, [nearly, graph.edge_mask.double() * 1e-12])
+        hardly = graph.edge_mask.double() * 1e-12
+        # Blocks compute what they write from what they read in the corrupted run, and only the logits read it.
+        blocks = torch.where(torch.arange(graph.n_receivers) < graph.n_receivers - 1, hardly, nearly)
+        blocks[0] = 0
+        full, empty, written = run_circuits(runner, graph, record, [nearly, hardly, blocks])
     first, second = _scores(arch, heads, batch), _scores(arch, heads, whole)
     what, between = f"logits, heads={heads!r}", f"scores with and without, heads={heads!r}"
     return [
         _same("captured run equals the plain model's", _relative(record.logits, corrupted), what),
         _same("all edges kept is the model on clean prompts", _relative(full, plain), what),
         _same("no edge kept is the model on corrupted prompts", _relative(empty, corrupted), what),
+        _same(ONLY_STREAM, _relative(written, corrupted), what),
         *([] if batch is whole else [_same("prefix reuse is exact", _relative(first, second), between)]),
     ]
 

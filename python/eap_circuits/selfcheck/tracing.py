@@ -24,7 +24,7 @@ def trace(model: nn.Module, tokens: Tensor) -> list[Call]:
     def after(path: str) -> Any:
         def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             given = args[0] if args else kwargs.get("hidden_states")
-            output = output[0] if isinstance(output, tuple) and output else output
+            output = output[0] if isinstance(output, (tuple, list)) and output else output
             if isinstance(given, Tensor) and isinstance(output, Tensor) and given.is_floating_point():
                 calls[path] = Call(
                     path, module, given.to(tokens.device, copy=True), output.to(tokens.device, copy=True)

@@ -103,8 +103,11 @@ def test_a_circuit_without_scores_comes_back(suffix: str, tmp_path: Path) -> Non
     assert Circuit.load(tmp_path / f"circuit{suffix}") == circuit
 
 
-def test_layers_that_differ_in_heads_have_no_place_in_eap_ig_formats(tmp_path: Path) -> None:
-    graph = Graph((4, 2), (2, 2), 16)
+@pytest.mark.parametrize("heads", [((4, 2), (2, 2)), ((0, 0), (0, 0))])
+def test_layers_that_differ_in_heads_or_have_none_have_no_place_in_eap_ig_formats(
+    heads: tuple[tuple[int, ...], tuple[int, ...]], tmp_path: Path
+) -> None:
+    graph = Graph(*heads, 16)
     scores = EdgeScores(graph, values_of(graph))
     scores.save(tmp_path / "scores.safetensors")
     assert EdgeScores.load(tmp_path / "scores.safetensors").graph == graph

@@ -24,6 +24,7 @@ from .remembered import once
 
 # Plain runs differ by rounding. It grows with depth, and GPUs may round float32 to a few digits in products (TF32).
 _LEAST_EPS = 2.0**-20
+_PLACED = "its norm of embeddings reads positions, too"
 
 
 def why_not_reused(arch: Architecture, heads: Heads, data: PairedDataset, reuse_prefix: bool = True) -> str | None:
@@ -48,15 +49,16 @@ def why_not_reused(arch: Architecture, heads: Heads, data: PairedDataset, reuse_
 
 
 def _tried(data: PairedDataset) -> list[int]:
-    """The longest pair with a prefix and, if another one is shorter, the pair that has the shortest prefix."""
+    """The longest pair with a prefix and, if prefixes differ, the pair whose prefix differs most from its own."""
     start, lengths = data.first_difference, data.longer_lengths
     fit = start > 0
     if not fit.any():
         return []
     # A single token behind the cache sees all of it, whatever the mask.
     fit = fit & (lengths - start > 1) if (fit & (lengths - start > 1)).any() else fit
-    longest, least = int(torch.where(fit, lengths, 0).argmax()), int(start.argmin())
-    return [longest] if start[least] == start[longest] else [longest, least]
+    longest = int(torch.where(fit, lengths, 0).argmax())
+    other = int((start - start[longest]).abs().argmax())
+    return [longest] if start[other] == start[longest] else [longest, other]
 
 
 def _trial(arch: Architecture, heads: Heads, data: PairedDataset, reuse_prefix: bool) -> str | None:
@@ -69,7 +71,8 @@ def _trial(arch: Architecture, heads: Heads, data: PairedDataset, reuse_prefix: 
     for n in range(1, len(data) + 1):
         whole, behind = (batch_of(data, every[:n], reuse, arch.device) for reuse in (False, reuse_prefix))
         right = plain.unflatten(0, (2, -1))[:, :n].flatten(0, 1)
-        found = _tried_run(lambda behind=behind: _logits(arch, graph, behind), right, arch)  # type: ignore[misc]
+        found = _PLACED if arch.family.placed and reuse_prefix else None
+        found = found or _tried_run(lambda behind=behind: _logits(arch, graph, behind), right, arch)  # type: ignore[misc]
         if found is None:
             continue
         if _tried_run(lambda whole=whole: _logits(arch, graph, whole), right, arch) is not None:  # type: ignore[misc]

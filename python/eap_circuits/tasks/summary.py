@@ -65,8 +65,10 @@ def summary_of(data: PairedDataset) -> Summary:
     """What `PairedDataset.summary` returns."""
     corrupted_lengths = data.lengths if data.corrupted_lengths is None else data.corrupted_lengths
     lengths = torch.stack([data.lengths, corrupted_lengths], 1)
-    rows = torch.cat([data.clean, data.corrupted, lengths, data.answers.flatten(1)], 1)
+    where = [] if data.scored is None else [data.scored]
+    rows = torch.cat([data.clean, data.corrupted, lengths, data.answers.flatten(1), *where], 1)
     same = (data.clean == data.corrupted).all(1) & (data.lengths == corrupted_lengths)
+    same &= not data.alone
     if same.sum() >= MANY * len(data):
         warn(
             f"{data.name}: on {int(same.sum())} of {len(data)} pairs the corrupted prompt is the clean one; there is "

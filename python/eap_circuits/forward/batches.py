@@ -274,7 +274,9 @@ def batch_of(data: PairedDataset, index: Tensor, reuse_prefix: bool, device: tor
         host |= {"variants": every[1], "variant_columns": columns[1]}
     if alignment is not None:
         host["alignment"] = alignment
-    there: dict[str, Any] = dict(zip([*host, *positions], upload(device, *host.values(), *positions.values()), strict=True))
+    there: dict[str, Any] = dict(
+        zip([*host, *positions], upload(device, *host.values(), *positions.values()), strict=True)
+    )
     if positions:
         there["positions"] = Positions(**{name: there.pop(name) for name in positions})
     elif (scored == scored[0]).all():

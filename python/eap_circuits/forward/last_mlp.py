@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ..adapters import Layer
 from .hooks import Hooks
-
 
 Scored = tuple[Tensor, Tensor]  # rows and positions, int64 [n] each
 

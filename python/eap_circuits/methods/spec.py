@@ -65,9 +65,9 @@ class Method(ABC):
     passes: str
     tier: Tier
 
-    # What methods of a kind can do: compare runs by a metric, take ablations other than patching, run prefixes once, run
-    # backward passes, score only some edges, tell in `plan` what memory they will take; and what they can keep besides
-    # the scores' mean.
+    # What methods of a kind can do: compare runs by a metric, take ablations other than patching, run prefixes once,
+    # run backward passes, score only some edges, tell in `plan` what memory they will take; and what they can keep
+    # besides the scores' mean.
     measures: ClassVar[bool] = True
     ablated: ClassVar[bool] = True
     reuses: ClassVar[bool] = True

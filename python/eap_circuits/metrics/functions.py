@@ -29,7 +29,7 @@ class MetricBatch:
         corrupted_logits: [E, V] the same on the corrupted prompts.
         lengths: int64 [E] tokens of each prompt; `lengths - 1` is the scored position.
         index: int64 [E] position of each example in the dataset.
-        mask: bool [E, P], which positions of logits [E, P, V] are scored; the others are padding. None for one position.
+        mask: bool [E, P], which positions of logits [E, P, V] are scored, not padding; None if logits are [E, V].
         targets: int64 [E, P], the token that should follow each, or -1.
         weights: float64 [E, P], how much each counts; 0 in padding.
         answer: int64 [E, P], of answers of several tokens [E, 2, A, L], to which of an example's 2·A it belongs.
@@ -68,17 +68,17 @@ class Metric:
         name: what it is called by.
         description: one line.
         function: (logits [E, V], batch) -> [E], higher is better.
+        looks_at: one of `LOOKS_AT`.
         differentiable: edges can be scored by it; the others are steps of the logits and only measure.
         of_answers: looks only at the answers' logits, so that no others are computed for it.
-        looks_at: one of `LOOKS_AT`.
     """
 
     name: str
     description: str
     function: MetricFunction
+    looks_at: str = "anything"
     differentiable: bool = True
     of_answers: bool = False
-    looks_at: str = "anything"
 
     def __call__(self, logits: Tensor, batch: MetricBatch) -> Tensor:
         if logits.dim() == 3 and self.looks_at in ("answers", "runs"):
@@ -242,43 +242,35 @@ def top_k_accuracy(k: int) -> MetricFunction:
     return accuracy
 
 
-_ANSWERS, _WHOLE, _RUNS = ({"looks_at": each} for each in ("answers", "sequences", "runs"))
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("logit_diff", "good logit less bad logit; of sets, their logsumexp", logit_diff, True, True, **_ANSWERS),
-        Metric("prob_diff", "probability of the good answers less that of the bad ones", prob_diff, **_ANSWERS),
+        Metric("logit_diff", "good logit less bad logit; of sets, their logsumexp", logit_diff, "answers", True, True),
+        Metric("prob_diff", "probability of the good answers less that of the bad ones", prob_diff, "answers"),
         Metric(
-            "kl_divergence", "minus KL(whole model on the clean prompt || run) of the next token", kl_divergence, **_RUNS
+            "kl_divergence", "minus KL(whole model on the clean prompt || run) of the next token", kl_divergence, "runs"
         ),
         Metric(
             "js_divergence",
             "minus the Jensen–Shannon divergence of the same two, symmetric and bounded",
             js_divergence,
-            **_RUNS,
+            "runs",
         ),
-        Metric(
-            "next_token_loss",
-            "minus the mean loss of the tokens that should follow the scored positions",
-            next_token_loss,
-            looks_at="targets",
-        ),
+        Metric("next_token_loss", "minus the loss of the tokens after scored positions", next_token_loss, "targets"),
         Metric(
             "sequence_logprob",
             "log probability of the good answer, of any number of tokens; of sets, their logsumexp",
             sequence_logprob,
-            **_WHOLE,
+            "sequences",
         ),
-        Metric("sequence_logprob_diff", "the same less that of the bad answer", sequence_logprob_diff, **_WHOLE),
-        Metric("token_logprob", "sequence_logprob with each answer's mean over its tokens", token_logprob, **_WHOLE),
-        Metric("token_logprob_diff", "the same less that of the bad answer", token_logprob_diff, **_WHOLE),
+        Metric("sequence_logprob_diff", "the same less that of the bad answer", sequence_logprob_diff, "sequences"),
+        Metric("token_logprob", "sequence_logprob of each answer's mean over its tokens", token_logprob, "sequences"),
+        Metric("token_logprob_diff", "the same less that of the bad answer", token_logprob_diff, "sequences"),
         Metric(
-            "top1_accuracy", "1 where a good answer is ahead of all wrong tokens", top_k_accuracy(1), False, **_ANSWERS
+            "top1_accuracy", "1 where a good answer is ahead of all wrong tokens", top_k_accuracy(1), "answers", False
         ),
-        Metric(
-            "top5_accuracy", "1 where fewer than five wrong tokens are ahead", top_k_accuracy(5), False, **_ANSWERS
-        ),
-        Metric("rank", "minus the number of wrong tokens ahead of the best good answer", rank, False, **_ANSWERS),
+        Metric("top5_accuracy", "1 where fewer than five wrong tokens are ahead", top_k_accuracy(5), "answers", False),
+        Metric("rank", "minus the number of wrong tokens ahead of the best good answer", rank, "answers", False),
     )
 }
 

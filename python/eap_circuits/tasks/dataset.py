@@ -25,8 +25,7 @@ from .scoring.continuations import Rows, rows_of
 from .summary import Summary, summary_of
 
 _IDS = ("clean", "corrupted", "lengths", "answers", "corrupted_lengths", "alignment", "variants", "scored", "targets")
-_WEIGHTS = ("scored_weights", "weights")
-_OF_PAIRS = (*_IDS, *_WEIGHTS)
+_OF_PAIRS = (*_IDS, "scored_weights", "weights")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +56,7 @@ class PairedDataset(Result):
         targets: int64, shaped as `scored`: the token that should follow each; by default the clean prompt's next.
         scored_weights: float64, shaped as `scored`: how much each position counts; by default all alike.
         weights: float64 [E], how much each pair counts in means over pairs; by default all alike.
-        alone: there are no corrupted prompts, so that edges can only be ablated to constants; `corrupted` repeats
-            `clean`.
+        alone: `corrupted` repeats `clean`, as there are no corrupted prompts; edges are ablated to constants.
 
     Raises:
         InputError: no examples, a wrong shape or dtype, lengths, positions or alignment out of range, negative ids or
@@ -348,7 +346,7 @@ class PairedDataset(Result):
 
     @cached_property
     def rows(self) -> Rows:
-        """The prompts that run: the pairs', or each of them behind one another's answers of several tokens."""
+        """The prompts that run: the pairs', or these followed by each of their answers of several tokens."""
         return rows_of(self)
 
     @property
@@ -367,8 +365,8 @@ class PairedDataset(Result):
 
     def scored_last(self) -> PairedDataset:
         """The same prompts without answers, scored at their last tokens."""
-        nothing = {"scored": None, "targets": None, "scored_weights": None, "variants": None}
-        return replace(self, answers=self.answers.new_empty(len(self), 2, 0), **nothing)
+        answers = self.answers.new_empty(len(self), 2, 0)
+        return replace(self, answers=answers, variants=None, scored=None, targets=None, scored_weights=None)
 
     def to_dict(self) -> dict[str, list[Any]]:
         """The pairs by column: clean and corrupted, as texts or else as token ids; good and bad answers' ids, lists of

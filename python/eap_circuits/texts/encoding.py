@@ -162,8 +162,9 @@ def answer_ids(tokenizer: Any, answer: str, prompt: str, label: str) -> tuple[li
     if unknown:
         raise expected(label, "an answer in the tokenizer's vocabulary", repr(answer))
     before, after = encode_many(tokenizer, [prompt, prompt + text])
-    if len(after) > len(before) and after[: len(before)] == before and unknown_id(tokenizer) not in after[len(before) :]:
-        return after[len(before) :], None
+    own = after[len(before) :]
+    if own and after[: len(before)] == before and unknown_id(tokenizer) not in own:
+        return own, None
     if not alone:
         raise expected(label, "an answer of at least one token", repr(answer))
     pieces = tokenizer.convert_ids_to_tokens(after)[max(0, len(before) - 2) :]

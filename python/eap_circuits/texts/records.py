@@ -69,7 +69,7 @@ def tokenised(
     }
 
 
-def _padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
+def _padded(rows: Sequence[Sequence[float]], padding: int) -> Tensor:
     width = max(map(len, rows))
     return torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
 

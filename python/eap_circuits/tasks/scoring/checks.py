@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ...errors import expected
@@ -123,4 +122,6 @@ def _check_weights(name: str, weights: Tensor, least: float = 0) -> None:
     wrong = ~(weights.isfinite() & (weights >= least))
     if wrong.any():
         place = wrong.nonzero()[0].tolist()
-        raise expected(f"{name}{place}", "a number above 0" if least else "a number of 0 or more", weights[(*place,)].item())
+        raise expected(
+            f"{name}{place}", "a number above 0" if least else "a number of 0 or more", weights[(*place,)].item()
+        )

@@ -43,7 +43,8 @@ def rows_of(data: PairedDataset) -> Rows:
         return torch.where(behind < 0, pad(ids, (0, len(place) - 1))[pair], there)
 
     lengths, others, matched = data.lengths, data.corrupted_lengths, data.alignment
-    ended = None if others is None else others[pair] + size - 1
+    if matched is not None and others is not None:
+        matched = continued(matched, lengths, others[pair, None] + place)
     return Rows(
         replace(
             data,
@@ -52,8 +53,8 @@ def rows_of(data: PairedDataset) -> Rows:
             lengths=lengths[pair] + size - 1,
             answers=tokens.new_empty(len(pair), 2, 0),
             prompts=None,
-            corrupted_lengths=ended,
-            alignment=None if matched is None or others is None else continued(matched, lengths, others[pair, None] + place),
+            corrupted_lengths=None if others is None else others[pair] + size - 1,
+            alignment=matched,
             variants=None,
             scored=(lengths[pair, None] - 1 + place).masked_fill(place >= size[:, None], -1),
             targets=tokens,

@@ -2,123 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch.nn.functional import pad
 
 import eap_circuits as eap
+from eap_circuits.adapters import bind
 from eap_circuits.selfcheck import StayDouble
-from tests.circuits.conftest import prompts, random_circuit, random_edges, random_pairs, tiny_model
+from tests.circuits.behaviours import (
+    CASES,
+    alone,
+    answered_pairs,
+    case,
+    circuit_values,
+    rows_of,
+    runs,
+    scores_by_hand,
+    value,
+)
+from tests.circuits.conftest import random_circuit, random_edges, random_pairs, tiny_model
 from tests.circuits.decoders import Decoder
-from tests.circuits.models import VOCABULARY
-from tests.circuits.plain_runs import differences, gradients, of_circuit, plain_run
-
-SEQUENCES = ("sequence_logprob", "sequence_logprob_diff", "token_logprob", "token_logprob_diff")
-
-
-def margin(logits: Tensor, batch: Any) -> Tensor:
-    """Of one's own: how far the first token's logit is from the mean, squared, summed over scored positions."""
-    return ((logits[..., 0] - logits.mean(-1)).square() * batch.mask).sum(1)
-
-
-def scored_pairs(seed: int = 0, n: int = 4) -> eap.PairedDataset:
-    """Any positions are scored, also before the first difference, with weights, one of which is 0."""
-    data, generator = random_pairs(seed, n), torch.Generator().manual_seed(seed)
-    scored = torch.full((n, 4), -1)
-    for row, length in enumerate(data.lengths.tolist()):
-        some = torch.randperm(length - 1, generator=generator)[: 1 + row % 4].sort().values
-        scored[row, : len(some)] = some
-    weights = torch.rand(n, 4, generator=generator, dtype=torch.float64) + 0.1
-    weights[-1, 0] = 0
-    tensors = data.clean, data.corrupted, data.lengths, data.answers
-    return eap.PairedDataset.from_tokens(*tensors, scored=scored, scored_weights=weights)
-
-
-def answered_pairs(seed: int = 0, n: int = 3) -> eap.PairedDataset:
-    """Sets of one to three answers of one to three tokens."""
-    data, generator = random_pairs(seed, n), torch.Generator().manual_seed(seed)
-    answers = torch.full((n, 2, 2, 3), -1)
-    for place in range(n * 4):
-        pair, side, which = place // 4, place // 2 % 2, place % 2
-        if which == 0 or (pair + side) % 2:
-            size = 1 + int(torch.randint(3, (), generator=generator))
-            answers[pair, side, which, :size] = torch.randperm(VOCABULARY, generator=generator)[:size]
-    return eap.PairedDataset.from_tokens(data.clean, data.corrupted, data.lengths, answers)
-
-
-DATA = {name: answered_pairs for name in SEQUENCES} | {
-    name: scored_pairs for name in ("kl_divergence", "next_token_loss", "prob_diff")
-}
-CASES = [*DATA, margin]
-
-
-def case(metric: Any, n: int = 3) -> eap.PairedDataset:
-    return DATA.get(metric, scored_pairs)(n=n)
-
-
-def rows_of(data: eap.PairedDataset, e: int) -> list[tuple[Tensor, Tensor, list[int], Tensor]]:
-    """Of each row of a pair its clean and corrupted tokens, its scored positions, and what should follow these."""
-    clean, corrupted = prompts(data, e)
-    if data.answers.dim() < 4:
-        scored = [p for p in data.scored[e].tolist() if p >= 0]
-        return [(clean, corrupted, scored, clean[[p + 1 for p in scored]])]
-    rows = []
-    for answer in data.answers[e].flatten(0, 1):
-        own = answer[answer >= 0]
-        if len(own):
-            scored = list(range(len(clean) - 1, len(clean) + len(own) - 1))
-            rows.append((torch.cat([clean, own[:-1]]), torch.cat([corrupted, own[:-1]]), scored, own))
-    return rows
-
-
-def value(metric: Any, data: eap.PairedDataset, e: int, logits: list[Tensor], clean: list[Tensor]) -> Tensor:
-    """The metric of a pair, from the logits [P, V] of its rows in a run and in the clean run, written out."""
-    logs = [x.log_softmax(-1) for x in logits]
-    if data.answers.dim() == 4:
-        sides: dict[int, list[Tensor]] = {0: [], 1: []}
-        kept = [(i, answer[answer >= 0]) for i, answer in enumerate(data.answers[e].flatten(0, 1)) if answer[0] >= 0]
-        for (place, tokens), log in zip(kept, logs, strict=True):
-            total = sum(log[p, token] for p, token in enumerate(tokens.tolist()))
-            sides[place // data.answers.shape[2]].append(total / len(tokens) if "token" in metric else total)
-        good, bad = (torch.stack(sides[side]).exp().sum().log() for side in (0, 1))
-        return good - bad if metric.endswith("diff") else good
-    (log,), (x,), (right,) = logs, logits, [each.detach().log_softmax(-1) for each in clean]
-    if metric is margin:
-        return (x[:, 0] - x.mean(1)).square().sum()
-    good, bad = data.answers[e]
-    each = {
-        "kl_divergence": -(right.exp() * (right - log)).sum(1),
-        "next_token_loss": log[torch.arange(len(log)), rows_of(data, e)[0][3]],
-        "prob_diff": log[:, good].exp() - log[:, bad].exp(),
-    }[metric]
-    weights = data.scored_weights[e, : len(log)]
-    return (weights * each).sum() / weights.sum()
-
-
-def runs(decoder: Decoder, data: eap.PairedDataset, e: int) -> list[tuple[Any, Any, Any, Any, list[int]]]:
-    """Of each row of a pair: both prompts' embeddings, both runs, scored positions."""
-    found = []
-    for clean, corrupted, scored, _ in rows_of(data, e):
-        x, y = decoder.embed(clean), decoder.embed(corrupted)
-        found.append((x, y, plain_run(decoder, x, scored=scored), plain_run(decoder, y, scored=scored), scored))
-    return found
-
-
-def scores_by_hand(model: Any, data: eap.PairedDataset, metric: Any, alphas: list[float]) -> Tensor:
-    """Σ_rows Σ_t ⟨Δ_u, mean over points of −∂metric/∂x_v⟩, the mean over pairs; the metric is of all rows of a pair."""
-    decoder, total = Decoder(model, "kv"), 0
-    for e in range(len(data)):
-        rows = runs(decoder, data, e)
-        clean = [row[2].logits for row in rows]
-        for alpha in alphas:
-            points = [plain_run(decoder, torch.lerp(y, x, alpha), scored=scored) for x, y, _, _, scored in rows]
-            loss = -value(metric, data, e, [point.logits for point in points], clean)
-            for point, (_, _, own, other, _) in zip(points, rows, strict=True):
-                slopes = gradients(loss, point.x)
-                total += torch.einsum("utd,vtd->uv", differences(own, other), slopes) / len(alphas) / len(data)
-    return total
+from tests.circuits.plain_runs import gradients, of_circuit, plain_run
 
 
 @pytest.mark.parametrize("metric", CASES)
@@ -144,41 +51,25 @@ def test_scores_are_their_definition_in_every_family(metric, kind, relative):
     assert relative(found.values[edges], right[edges]) < 1e-6
 
 
-def circuit_values(model: Any, data: eap.PairedDataset, metric: Any, mask: Tensor, heads: str = "kv") -> list[float]:
-    decoder, found = Decoder(model, heads), []
-    for e in range(len(data)):
-        rows = runs(decoder, data, e)
-        logits = [plain_run(decoder, x, of_circuit(mask, other.c), scored).logits for x, _, _, other, scored in rows]
-        found.append(float(value(metric, data, e, logits, [row[2].logits for row in rows])))
-    return found
-
-
 @pytest.mark.parametrize("metric", CASES)
 @torch.no_grad()
 def test_circuits_are_their_definition(metric):
-    model, data = tiny_model("llama"), case(metric)
-    graph = eap.Graph.from_model(model) if hasattr(eap.Graph, "from_model") else bound(model)
+    model, data = tiny_model("llama"), case(metric, 2)
+    graph = bind(model).graph("kv")
     circuits = [random_circuit(graph, seed, share) for seed, share in ((0, 0.3), (1, 0.7))]
     with StayDouble():
-        found = eap.evaluate(model, circuits, data, metric, batch_size=2)
-        for circuit, result in zip(circuits, found, strict=True):
-            assert result.values.tolist() == pytest.approx(circuit_values(model, data, metric, circuit.mask), abs=1e-9)
-        every, none = graph.edge_mask, torch.zeros_like(graph.edge_mask)
-        assert found[0].clean_values.tolist() == pytest.approx(circuit_values(model, data, metric, every), abs=1e-9)
-        assert found[0].corrupted_values.tolist() == pytest.approx(circuit_values(model, data, metric, none), abs=1e-9)
-
-
-def bound(model: Any, heads: str = "kv") -> eap.Graph:
-    from eap_circuits.adapters import bind
-
-    return bind(model).graph(heads)
+        found = eap.evaluate(model, circuits, data, metric)
+        masks = [graph.edge_mask, torch.zeros_like(graph.edge_mask), *(circuit.mask for circuit in circuits)]
+        values = [found[0].clean_values, found[0].corrupted_values, *(result.values for result in found)]
+        for own, mask in zip(values, masks, strict=True):
+            assert own.tolist() == pytest.approx(circuit_values(model, data, metric, mask), abs=1e-9)
 
 
 @pytest.mark.parametrize("metric", ["kl_divergence", "sequence_logprob_diff"])
 @torch.no_grad()
 def test_circuits_in_every_family(metric, kind):
     model, data = tiny_model(kind), case(metric, 2)
-    circuit = random_circuit(bound(model, "query"), 0, 0.6)
+    circuit = random_circuit(bind(model).graph("query"), 0, 0.6)
     with StayDouble():
         found = eap.evaluate(model, circuit, data, metric)
         right = circuit_values(model, data, metric, circuit.mask, "query")
@@ -188,10 +79,10 @@ def test_circuits_in_every_family(metric, kind):
 @pytest.mark.parametrize("metric", ["next_token_loss", "rank", "sequence_logprob"])
 @torch.no_grad()
 def test_exact_scores_are_their_definition(metric):
-    model, data = tiny_model("gpt2"), case(metric)
-    graph = bound(model)
+    model, data = tiny_model("gpt2"), case(metric, 2)
+    graph = bind(model).graph("kv")
     mask = torch.zeros_like(graph.edge_mask)
-    mask[tuple(zip(*random_edges(graph, 6)))] = True
+    mask[tuple(zip(*random_edges(graph, 3)))] = True
     with StayDouble():
         found = eap.attribute(model, data, metric, method="exact", edges=mask)
         for u, v in mask.nonzero().tolist() if metric != "rank" else []:
@@ -204,11 +95,11 @@ def test_exact_scores_are_their_definition(metric):
 
 def test_scores_are_the_slope_of_the_metric_along_an_edge():
     """By finite differences of circuits' values, of a metric that takes all rows of a pair together."""
-    model, data, step = tiny_model("llama"), answered_pairs(), 1e-5
-    graph = bound(model)
+    model, data, step = tiny_model("llama"), answered_pairs(n=2), 1e-5
+    graph = bind(model).graph("kv")
     with StayDouble():
         found = eap.attribute(model, data, "sequence_logprob_diff", method="eap")
-        for u, v in random_edges(graph, 5):
+        for u, v in random_edges(graph, 3):
             ends = []
             for sign in (1, -1):
                 mask = graph.edge_mask.double()
@@ -217,3 +108,136 @@ def test_scores_are_the_slope_of_the_metric_along_an_edge():
                     ends.append(sum(circuit_values(model, data, "sequence_logprob_diff", mask)) / len(data))
             slope = (ends[1] - ends[0]) / (2 * step)
             assert float(found.values[u, v]) == pytest.approx(slope, abs=1e-6 * float(found.values.abs().max()))
+
+
+# What must not matter, and what must be as it was.
+
+METHODS = ("eap-ig-inputs", "eap-ig-activations", "clean-corrupted", "eap-conductance")
+
+
+@pytest.mark.parametrize("metric", ["kl_divergence", "sequence_logprob_diff"])
+def test_results_do_not_depend_on_how_the_work_is_cut(metric, relative, tmp_path):
+    model, data = tiny_model("gpt2"), case(metric, 4)
+    wide = replace(data, clean=pad(data.clean, (0, 3), value=7), corrupted=pad(data.corrupted, (0, 3)))
+    for method in METHODS:
+        right = eap.attribute(model, data, metric, method=method, steps=2, keep=("examples", "positions"))
+        assert relative(right.per_example.mean(0), right.values) < 1e-6
+        assert relative(right.per_position.sum(0), right.values) < 1e-6
+        cut: dict[str, Any] = {"method": method, "steps": 2, "batch_size": 1, "reuse_prefix": False}
+        assert relative(eap.attribute(model, wide, metric, **cut).values, right.values) < 1e-6
+    circuit = right.select(30)
+    curve = eap.faithfulness_curve(model, right, data, (0.2, 1.0), metric=metric, baselines=("complement",))
+    assert curve.faithfulness[-1] == pytest.approx(1)
+    result = eap.evaluate(model, circuit, data, metric)
+    for part in (wide, data[[0, 1, 2, 3]]):
+        again = eap.evaluate(model, circuit, part, metric, batch_size=3, reuse_prefix=False)
+        assert again.values.tolist() == pytest.approx(result.values.tolist(), abs=1e-9)
+    path = tmp_path / "data.safetensors"
+    data.save(path)
+    stored = eap.PairedDataset.from_file(path)
+    assert eap.evaluate(model, circuit, stored, metric).values.tolist() == result.values.tolist()
+
+
+def test_the_last_position_alone_gives_the_same_bits():
+    model, data = tiny_model("llama"), random_pairs()
+    last = replace(data, scored=data.lengths[:, None] - 1)
+    for metric in ("logit_diff", "kl_divergence"):
+        one, other = (eap.attribute(model, each, metric, steps=2).values for each in (data, last))
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("metric", ["kl_divergence", "sequence_logprob"])
+def test_logits_are_computed_only_where_they_are_scored(metric, monkeypatch):
+    """Of every copy of the prompts that runs; and the last layer's MLP runs there only."""
+    model, data = tiny_model("llama"), case(metric, 2)
+    rows = [row for e in range(len(data)) for row in rows_of(data, e)]
+    scored, seen = sum(len(row[2]) for row in rows), {"head": set(), "mlp": set()}
+    modules = {"head": model.lm_head, "mlp": model.model.layers[-1].mlp}
+    for name, module in modules.items():
+        module.register_forward_pre_hook(lambda _, args, name=name: seen[name].add(args[0].shape[:2].numel()))
+    eap.attribute(model, data, metric, method="eap", batch_size=2, reuse_prefix=False)
+    # Both prompts run together, or one after the other.
+    assert seen["head"] <= {scored, 2 * scored} and seen["mlp"] <= {scored, 2 * scored}
+
+
+@pytest.mark.parametrize("metric", ["kl_divergence", "sequence_logprob_diff"])
+def test_a_single_token_is_what_it_was(metric, relative):
+    """Answers of one token in the layout of several give what the answer's logits give."""
+    model, data = tiny_model("llama"), random_pairs()
+    whole = replace(data, answers=data.answers[..., None, None], variants=None)
+    plain = "logit_diff" if metric == "sequence_logprob_diff" else metric
+    one, other = (eap.attribute(model, d, m, steps=2).values for d, m in ((data, plain), (whole, metric)))
+    assert relative(one, other) < 1e-6
+    assert relative(eap.attribute(model, data, metric, steps=2).values, other) < 1e-6
+
+
+@pytest.mark.parametrize("metric", ["kl_divergence", "sequence_logprob_diff"])
+def test_masks_and_constants_are_learned_and_plans_are_made(metric, relative):
+    model, data = tiny_model("llama"), case(metric, 3)
+    start = eap.attribute(model, data, metric, method="eap")
+    masks = [eap.learn_mask(model, start, data, metric, steps=2, examples=3, reuse_prefix=r) for r in (True, False)]
+    assert torch.equal(masks[0].values, masks[1].values)
+    circuit = start.select(40)
+    constants = eap.optimal_constants(model, circuit, data, metric, steps=3, batch_size=2)
+    means = eap.evaluate(model, circuit, data, metric, ablation="mean")
+    assert eap.evaluate(model, circuit, data, metric, ablation=constants).mean >= means.mean - 1e-9
+    plan = eap.plan(model, data, metric, batch_size=1)
+    assert len(plan.batches) == len(data)
+
+
+def test_a_run_goes_on_from_its_checkpoint(tmp_path):
+    model, data = tiny_model("llama"), answered_pairs()
+    settings: dict[str, Any] = {"metric": "token_logprob_diff", "steps": 2, "batch_size": 1}
+    right, path = eap.attribute(model, data, **settings), tmp_path / "run.safetensors"
+
+    def interrupt(done: int, _: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        eap.attribute(model, data, **settings, checkpoint=path, progress=interrupt)
+    with pytest.raises(eap.InputError, match="data"):
+        eap.attribute(model, replace(data, weights=[1, 2, 1]), **settings, checkpoint=path)
+    assert torch.equal(eap.attribute(model, data, **settings, checkpoint=path).values, right.values)
+
+
+# Prompts without corrupted ones, several corrupted ones, and weights.
+
+
+@pytest.mark.parametrize("metric", ["next_token_loss", "sequence_logprob"])
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+def test_prompts_alone_are_ablated_to_constants(metric, ablation, relative):
+    model = tiny_model("llama")
+    decoder, data = Decoder(model, "kv"), alone(case(metric, 2))
+    circuit = random_circuit(bind(model).graph("kv"), 0, 0.5)
+    pairs = [runs(decoder, data, e) for e in range(len(data))]
+    every = [torch.stack(row[2].c) for rows in pairs for row in rows]  # of [S, T, D]
+    constant = torch.cat(every, 1).mean(1, keepdim=True) * (ablation == "mean")
+    with StayDouble():
+        found = eap.attribute(model, data, metric, method="eap", ablation=ablation)
+        result = eap.evaluate(model, circuit, data, metric, ablation=ablation)
+    total = torch.zeros_like(found.values, dtype=torch.float64)
+    for e, rows in enumerate(pairs):
+        clean = [row[2].logits for row in rows]
+        loss = -value(metric, data, e, clean, clean)
+        logits = []
+        for x, _, run, _, scored in rows:
+            delta = (constant - torch.stack(run.c)).detach()
+            total += torch.einsum("utd,vtd->uv", delta, gradients(loss, run.x)) / len(data)
+            ablated = constant.expand(-1, len(x), -1)
+            logits.append(plain_run(decoder, x, of_circuit(circuit.mask, ablated), scored).logits)
+        assert float(result.values[e]) == pytest.approx(float(value(metric, data, e, logits, clean)), abs=1e-9)
+    edges = found.graph.edge_mask
+    assert relative(found.values[edges], total[edges]) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["eap", "exact", "information-flow-routes"])
+def test_weights_are_those_of_pairs_that_repeat(method, relative):
+    model, data = tiny_model("gpt2"), random_pairs(n=3)
+    edges = {"edges": random_circuit(bind(model).graph("kv"), 1, 0.1)} if method == "exact" else {}
+    repeated, weighted = data[[0, 0, 0, 1, 2]], replace(data, weights=[1.5, 0.5, 0.5])
+    one, other = (eap.attribute(model, each, method=method, **edges) for each in (repeated, weighted))
+    assert relative(one.values, other.values) < 1e-6
+    circuit = other.select(20)
+    one, other = (eap.evaluate(model, circuit, each) for each in (repeated, weighted))
+    assert (one.mean, one.faithfulness) == pytest.approx((other.mean, other.faithfulness), abs=1e-9)

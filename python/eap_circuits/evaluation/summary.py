@@ -71,7 +71,7 @@ def summarise(
     clean, corrupted = (found[..., 0] - found[..., 1]).unbind()
     probabilities = found.exp().mean(1).flatten().tolist()
     names = ("good", "bad", "corrupted_good", "corrupted_bad")
-    alike = int(((clean - corrupted).abs() < _ALIKE).sum())
+    alike = 0 if data.alone else int(((clean - corrupted).abs() < _ALIKE).sum())
     if alike >= MANY * len(data):
         warn(
             f"{data.name}: on {alike} of {len(data)} pairs the corrupted prompt changes the odds of good against bad "

@@ -18,7 +18,7 @@ MANY = 0.25  # if this share of the pairs can show no effect, a warning says so
 
 @dataclass(frozen=True)
 class Summary:
-    """What a dataset holds; the fields from `good` on need a model (`eap.summarise`) and are None without one.
+    """What a dataset holds; the fields from `good` on need a model (`eap.summarise`) and answers, or are None.
 
     Args:
         name: the data's name.

@@ -47,7 +47,7 @@ def answered_pairs(seed: int = 0, n: int = 3) -> eap.PairedDataset:
 
 
 DATA: dict[Any, Any] = dict.fromkeys(("kl_divergence", "next_token_loss", "prob_diff", margin), scored_pairs)
-DATA |= dict.fromkeys(SEQUENCES, answered_pairs)
+DATA |= dict.fromkeys((*SEQUENCES, "js_divergence"), answered_pairs)
 CASES = list(DATA)
 
 
@@ -73,6 +73,10 @@ def rows_of(data: eap.PairedDataset, e: int) -> list[tuple[Tensor, Tensor, list[
 def value(metric: Any, data: eap.PairedDataset, e: int, logits: list[Tensor], clean: list[Tensor]) -> Tensor:
     """The metric of a pair, from the logits [P, V] of its rows in a run and in the clean run, written out."""
     logs = [x.log_softmax(-1) for x in logits]
+    if metric == "js_divergence":  # over all positions of all answers
+        sides_of = [torch.cat(logs), torch.cat([x.detach().log_softmax(-1) for x in clean])]
+        middle = ((sides_of[0].exp() + sides_of[1].exp()) / 2).log()
+        return -sum((x.exp() * (x - middle)).sum(1).mean() for x in sides_of) / 2
     if data.answers.dim() == 4:
         sides: dict[int, list[Tensor]] = {0: [], 1: []}
         kept = [(i, answer[answer >= 0]) for i, answer in enumerate(data.answers[e].flatten(0, 1)) if answer[0] >= 0]

@@ -26,6 +26,7 @@ from tests.circuits.behaviours import (
 from tests.circuits.conftest import random_circuit, random_edges, random_pairs, tiny_model
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import gradients, of_circuit, plain_run
+from tests.circuits.recording.unequal_pairs import unequal_pairs
 
 
 @pytest.mark.parametrize("metric", CASES)
@@ -136,6 +137,34 @@ def test_results_do_not_depend_on_how_the_work_is_cut(metric, relative, tmp_path
     data.save(path)
     stored = eap.PairedDataset.from_file(path)
     assert eap.evaluate(model, circuit, stored, metric).values.tolist() == result.values.tolist()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@torch.no_grad()
+def test_pairs_of_unequal_lengths_are_scored_where_they_are_aligned(whole):
+    model, data = tiny_model("gpt2"), unequal_pairs(3)
+    metric, decoder = "sequence_logprob" if whole else "next_token_loss", Decoder(model, "kv")
+    if whole:
+        data = replace(data, answers=answered_pairs(n=3).answers, variants=None)
+    else:
+        data = replace(data, scored=torch.stack([data.lengths - 3, data.lengths - 2], 1))
+        data = replace(data, scored_weights=torch.ones(3, 2))
+    circuit = random_circuit(bind(model).graph("kv"), 0, 0.5)
+    with StayDouble():
+        results = [eap.evaluate(model, circuit, data, metric, reuse_prefix=n > 1, batch_size=n) for n in (1, 3)]
+        for e in range(3):
+            clean, corrupted = [], []
+            for own, other, scored, _ in rows_of(data, e):
+                n, m = int(data.lengths[e]), int(data.corrupted_lengths[e])
+                there = [int(data.alignment[e, p]) if p < n else p - n + m for p in scored]
+                clean.append(plain_run(decoder, decoder.embed(own), scored=scored).logits)
+                corrupted.append(plain_run(decoder, decoder.embed(other), scored=there).logits)
+            for result in results:
+                assert float(result.clean_values[e]) == pytest.approx(float(value(metric, data, e, clean, clean)))
+                assert float(result.corrupted_values[e]) == pytest.approx(
+                    float(value(metric, data, e, corrupted, clean))
+                )
+    assert results[0].values.tolist() == pytest.approx(results[1].values.tolist(), abs=1e-9)
 
 
 def test_the_last_position_alone_gives_the_same_bits():

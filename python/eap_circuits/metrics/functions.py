@@ -239,6 +239,7 @@ def top_k_accuracy(k: int) -> MetricFunction:
         return (values > -k).to(values.dtype).masked_fill(values.isnan(), torch.nan)
 
     accuracy.__name__ = f"top{k}_accuracy"
+    accuracy.looks_at = "answers"  # type: ignore[attr-defined]
     return accuracy
 
 
@@ -288,7 +289,8 @@ def get_metric(metric: str | MetricFunction) -> Metric:
     _check_arguments(metric)
     function("metric", metric, "a name or a function (logits, batch) -> values")
     known = (each for each in METRICS.values() if metric in (each, each.function))
-    return next(known, Metric(getattr(metric, "__name__", type(metric).__name__), "of the user's own", metric))
+    own = getattr(metric, "__name__", type(metric).__name__), "of the user's own"
+    return next(known, Metric(*own, metric, getattr(metric, "looks_at", "anything")))
 
 
 def _check_arguments(metric: MetricFunction) -> None:

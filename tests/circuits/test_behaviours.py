@@ -142,7 +142,7 @@ def test_results_do_not_depend_on_how_the_work_is_cut(metric, relative, tmp_path
 @pytest.mark.parametrize("whole", [True, False])
 @torch.no_grad()
 def test_pairs_of_unequal_lengths_are_scored_where_they_are_aligned(whole):
-    model, data = tiny_model("gpt2"), unequal_pairs(3)
+    model, data = tiny_model("gpt2"), unequal_pairs(n=3)
     metric, decoder = "sequence_logprob" if whole else "next_token_loss", Decoder(model, "kv")
     if whole:
         data = replace(data, answers=answered_pairs(n=3).answers, variants=None)

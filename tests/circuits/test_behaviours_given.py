@@ -105,7 +105,8 @@ def test_answers_of_several_tokens_are_what_the_text_adds_to_the_prompt():
     assert data.to_dict()["bad"][1] == [[5, 6]]
     # What runs is each prompt with all but an answer's last token.
     rows = data.rows.data
-    assert byte_level().decode(rows.clean[0][: rows.lengths[0]]).replace(" ", "") == "<s>JohngaveittoMary"
+    run = byte_level().convert_ids_to_tokens(rows.clean[0, : rows.lengths[0]].tolist())
+    assert run == ["<s>", "John", "Ġgave", "Ġit", "Ġto", "ĠMary"]
     assert rows.scored[2].tolist() == [int(data.lengths[0]) - 1 + i for i in range(3)]
 
 

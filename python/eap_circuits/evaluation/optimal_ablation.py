@@ -233,14 +233,15 @@ def _tokens_together(request: Request, circuit: Circuit) -> int:
     # For each receiver its input and the norm's output are kept, for each sender its difference.
     kept = (2 * graph.n_receivers + graph.n_senders) * request.arch.d_model + 2 * numbers_per_token(request)
     rough = TOKENS_PER_LESSON * kept * request.arch.accumulate.itemsize
-    # Kept throughout: both sides' logits; the means, the mean squares, units, moves, their gradient, Adam's two moments
-    # and the best constants so far.
+    # Kept throughout: the batches; both sides' logits; the means, the mean squares, units, moves, their gradient, Adam's
+    # two moments and the best constants so far.
     model: Any = request.arch.model
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    positions = max(each.n_positions for each in request.batches(TOKENS_PER_LESSON))
-    stays = 2 * len(request.data) * positions * vocabulary * request.arch.dtype.itemsize + 8 * sum(
-        x.nbytes for x in constants.tensors
-    )
+    batches = list(request.batches(TOKENS_PER_LESSON))
+    positions = max(each.n_positions for each in batches)
+    stays = 2 * len(request.data) * positions * vocabulary * request.arch.dtype.itemsize
+    stays += 8 * sum(x.nbytes for x in constants.tensors)
+    stays += sum(x.nbytes for batch in batches for x in batch.host.values())
 
     def measured(few: Batch, _: int) -> None:
         learned = constants.map(lambda x: x.clone().requires_grad_())

@@ -94,7 +94,7 @@ def check_scored(data: PairedDataset) -> None:
         row, column = wrong.nonzero()[0].tolist()
         wanted = f"positions from 0 to {int(data.lengths[row]) - 1}, the prompt's last, padded with -1"
         raise expected(f"scored[{row}]", wanted, int(scored[row, column]))
-    falls = there[:, 1:] & (scored[:, 1:] <= scored[:, :-1])
+    falls = there[:, 1:] & ((scored[:, 1:] <= scored[:, :-1]) | ~there[:, :-1])
     if falls.any() or not there[:, 0].all():
         row = int((falls.any(1) | ~there[:, 0]).nonzero()[0])
         raise expected(f"scored[{row}]", "at least one position, in growing order", scored[row].tolist())

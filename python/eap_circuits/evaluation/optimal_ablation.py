@@ -233,8 +233,8 @@ def _tokens_together(request: Request, circuit: Circuit) -> int:
     # For each receiver its input and the norm's output are kept, for each sender its difference.
     kept = (2 * graph.n_receivers + graph.n_senders) * request.arch.d_model + 2 * numbers_per_token(request)
     rough = TOKENS_PER_LESSON * kept * request.arch.accumulate.itemsize
-    # Kept throughout: the batches; both sides' logits; the means, the mean squares, units, moves, their gradient, Adam's
-    # two moments and the best constants so far.
+    # Kept throughout: the batches; both sides' logits; the means, the mean squares, units, moves, their gradient,
+    # Adam's two moments and the best constants so far.
     model: Any = request.arch.model
     vocabulary = model.get_input_embeddings().weight.shape[0]
     batches = list(request.batches(TOKENS_PER_LESSON))

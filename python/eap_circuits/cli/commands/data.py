@@ -43,7 +43,7 @@ def data(
     if as_json:
         show_json(asdict(found))
         return
-    rows = (
+    rows: tuple[tuple[str, str], ...] = (
         ("pairs", str(found.pairs)),
         ("different pairs", str(found.different)),
         ("corrupted prompt is the clean one", str(found.equal)),

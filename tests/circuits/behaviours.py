@@ -52,7 +52,7 @@ CASES = list(DATA)
 
 
 def case(metric: Any, n: int = 3) -> eap.PairedDataset:
-    return DATA[metric](n=n)
+    return DATA.get(metric, scored_pairs)(n=n)
 
 
 def rows_of(data: eap.PairedDataset, e: int) -> list[tuple[Tensor, Tensor, list[int], Tensor]]:

@@ -33,8 +33,8 @@ def baselines() -> str:
 def metrics() -> str:
     from eap_circuits.metrics import METRICS
 
-    rows = ((f"`{m.name}`", m.description, _mark(m.differentiable)) for m in METRICS.values())
-    return _table(("metric", "what it is", "scores edges"), rows)
+    rows = ((f"`{m.name}`", m.description, m.looks_at, _mark(m.differentiable)) for m in METRICS.values())
+    return _table(("metric", "what it is", "looks at", "scores edges"), rows)
 
 
 def ablations() -> str:

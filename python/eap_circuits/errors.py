@@ -72,12 +72,12 @@ def one_of(name: str, value: object, choices: Collection[str]) -> None:
     """Refuse a value that is not among `choices`, and say which of them is meant where that can be told."""
     names = sorted(choices)
     if not isinstance(value, str) or value not in names:
-        near = " or ".join(map(repr, _near(value, names)))
-        found = f"{shortened(shown(value), 60)} (did you mean {near}?)" if near else shown(value)
+        meant = " or ".join(map(repr, near(value, names)))
+        found = f"{shortened(shown(value), 60)} (did you mean {meant}?)" if meant else shown(value)
         raise expected(name, "one of " + ", ".join(map(repr, names)), found)
 
 
-def _near(value: object, names: list[str]) -> list[str]:
+def near(value: object, names: list[str]) -> list[str]:
     """The names that other packages or a slip of the pen may spell like this."""
     if not isinstance(value, str) or not value:
         return []

@@ -117,7 +117,7 @@ class Decoder:
         return self.norm(getattr(layer, "post_feedforward_layernorm", NOTHING), y)
 
     def unembed(self, x: Tensor) -> Tensor:
-        """Logits [V] of one token, x [D]."""
+        """Logits [..., V] of tokens, x [..., D]."""
         logits = self.model.get_output_embeddings()(self.norm(getattr(self.body, self.names.last), x))
         return capped(logits, getattr(self.config, "final_logit_softcapping", None))
 

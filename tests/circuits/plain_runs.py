@@ -29,7 +29,7 @@ class Run(NamedTuple):
 
     x: list[Tensor]  # what every receiver reads, [R] of [T, D]
     c: list[Tensor]  # what every sender contributes, [S] of [T, D]
-    logits: Tensor  # after the last token, [V]
+    logits: Tensor  # after the last token, [V], or after each scored one, [P, V]
 
 
 def of_model(v: int, c: list[Tensor]) -> Tensor:
@@ -53,7 +53,7 @@ def of_moved(group: Sequence[int], alpha: float, clean: Run, delta: Tensor) -> R
     return lambda v, c: sum(moved.get(u, own) for u, own in enumerate(c))
 
 
-def plain_run(decoder: Decoder, embeddings: Tensor, read: Read = of_model) -> Run:
+def plain_run(decoder: Decoder, embeddings: Tensor, read: Read = of_model, scored: int | list[int] = -1) -> Run:
     """The run of one prompt, given its embeddings [T, D]."""
     x, c = [], [embeddings]
     fixed = decoder.positions(len(embeddings))  # what no sender contributes
@@ -72,7 +72,7 @@ def plain_run(decoder: Decoder, embeddings: Tensor, read: Read = of_model) -> Ru
         c += decoder.heads(layer, z)
         fixed = fixed + decoder.bias(layer)
         c.append(decoder.mlp(layer, take() if beside is None else beside))
-    return Run(x, c, decoder.unembed(take()[-1]))
+    return Run(x, c, decoder.unembed(take()[scored]))
 
 
 def gradients(loss: Tensor, x: list[Tensor]) -> Tensor:

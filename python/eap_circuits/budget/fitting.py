@@ -37,8 +37,8 @@ def numbers_per_token(request: Request) -> int:
 def tokens_in_all(request: Request, copies: int) -> int:
     """How many tokens a pass has with this many copies of all examples, each as long as the longest."""
     data = request.data
-    first = data.first_difference if request.reuse_prefix else 0
-    return len(data) * int((data.longer_lengths - first).max()) * copies
+    first = data.first_needed if request.reuse_prefix else 0
+    return len(data.rows.pair) * int((data.longer_lengths - first).max()) * copies
 
 
 def bytes_without_gradient(request: Request, kept: int, at_once: int, more: int = 0) -> int:
@@ -69,7 +69,7 @@ def tokens_within(
     if rough <= allowed * (1 if request.memory is None else _NEGLIGIBLE):
         return most
     batch = next(request.batches(min(most, per_batch)))
-    measured, suffix = cost(batch), batch.shape[1]
+    measured, suffix = cost(batch), batch.example_tokens
     tokens = most
     while tokens > suffix:
         examples = max(1, min(tokens // together, per_batch) // suffix)

@@ -135,7 +135,7 @@ def in_memory(
                 yield batch, found[0]
                 continue
             give_back_memory()
-            size = batch.clean.shape[1]
+            size = batch.example_tokens
             if limit == size:
                 raise InputError(f"memory: expected enough for one example of {size} tokens, got {failed}.")
             limit = max((limit or max(tokens, batch.clean.numel())) // 2, size)

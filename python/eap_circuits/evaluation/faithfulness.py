@@ -236,13 +236,14 @@ def _values(request: Request, circuits: Sequence[Circuit], batch: Batch, tokens:
         for logits in outputs:
             measured[0].values(logits)
         ran += rows
-    values, (equal,) = fetch(measured, (batch.clean == batch.corrupted).all(1))
+    values, _ = fetch(measured)
     found = torch.empty(3 + len(circuits), batch.n_examples, dtype=torch.float64)
     sides, own = values[: 2 * (1 + DRAWS)], values[2 * (1 + DRAWS) :]
     (found[0], *near_clean), (found[1], *near_ablated) = sides[: 1 + DRAWS], sides[1 + DRAWS :]
     found[-1] = variance_by_rounding(sides[0], near_clean) + variance_by_rounding(sides[1 + DRAWS], near_ablated)
     if request.constants is None and batch.alignment is None:
         # If both prompts are equal, so are their values, even if the two runs round differently.
+        equal = (request.data.clean[batch.index] == request.data.corrupted[batch.index]).all(1)
         found[1, equal] = found[0, equal]
     for row, item in enumerate(circuits, 2):
         if not _runs(item):

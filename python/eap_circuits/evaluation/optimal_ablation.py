@@ -186,7 +186,7 @@ def _learn(
             return [runner.logits(runner.embed(side), None, i) for i, side in enumerate((batch.clean, batch.corrupted))]
 
     def lesson(batch: Batch, _: int) -> tuple[float, tuple[Tensor | None, ...]]:
-        measured = Measurement(request, batch, *sides[:, batch.index.to(sides.device)])
+        measured = Measurement(request, batch, *sides[_sides(sides, batch)])
         value = _value(measured, circuit, moved())
         # If nothing reads the ablated edges, there is nothing to learn.
         slopes = torch.autograd.grad(-value, lessons.moves, allow_unused=True) if value.requires_grad else ()
@@ -195,8 +195,9 @@ def _learn(
     sides = torch.empty(0)  # clean and corrupted logits, [2, n, V]
     for batch, logits in in_memory(data, batches, tokens, plain):
         if not len(sides):
-            sides = logits[0].new_empty(2, len(data), logits[0].shape[1])
-        sides[:, batch.index.to(sides.device)] = torch.stack(logits)
+            most = [max(each.n_positions for each in batches)] if batch.positions is not None else []
+            sides = logits[0].new_empty(2, len(data), *most, logits[0].shape[-1])
+        sides[_sides(sides, batch)] = torch.stack(logits)
     while lessons.step <= steps:
         ran = []
         for batch, (value, slopes) in in_memory(data, remaining(data, batches, lessons.finished), tokens, lesson):
@@ -210,6 +211,12 @@ def _learn(
         if progress is not None:
             progress(int(lessons.step) - 1, steps)
     return lessons.learned
+
+
+def _sides(sides: Tensor, batch: Batch) -> tuple[slice | Tensor, ...]:
+    """Where a batch's logits are among those of all examples, [2, E, V] or [2, E, P, V]."""
+    where = slice(None), batch.index.to(sides.device)
+    return where if batch.positions is None else (*where, slice(batch.n_positions))
 
 
 def _value(measured: Measurement, circuit: Circuit, constants: Constants) -> Tensor:
@@ -226,13 +233,15 @@ def _tokens_together(request: Request, circuit: Circuit) -> int:
     # For each receiver its input and the norm's output are kept, for each sender its difference.
     kept = (2 * graph.n_receivers + graph.n_senders) * request.arch.d_model + 2 * numbers_per_token(request)
     rough = TOKENS_PER_LESSON * kept * request.arch.accumulate.itemsize
-    # Kept throughout: both sides' logits; the means, the mean squares, units, moves, their gradient, Adam's two moments
-    # and the best constants so far.
+    # Kept throughout: the batches; both sides' logits; the means, the mean squares, units, moves, their gradient,
+    # Adam's two moments and the best constants so far.
     model: Any = request.arch.model
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    stays = 2 * len(request.data) * vocabulary * request.arch.dtype.itemsize + 8 * sum(
-        x.nbytes for x in constants.tensors
-    )
+    batches = list(request.batches(TOKENS_PER_LESSON))
+    positions = max(each.n_positions for each in batches)
+    stays = 2 * len(request.data) * positions * vocabulary * request.arch.dtype.itemsize
+    stays += 8 * sum(x.nbytes for x in constants.tensors)
+    stays += sum(x.nbytes for batch in batches for x in batch.host.values())
 
     def measured(few: Batch, _: int) -> None:
         learned = constants.map(lambda x: x.clone().requires_grad_())

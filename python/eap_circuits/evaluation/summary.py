@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..budget import in_memory
-from ..errors import known_arguments, warn
+from ..errors import instance, known_arguments, warn
 from ..forward import TOKENS_PER_BATCH, Batch, Runner, borrowed, one_want_of_memory
 from ..loans import gives_back
-from ..metrics import at_least_float32, of_answers
+from ..metrics import answer_logprobs
 from ..request import Measurement, Progress, fetch, prepare, watched
 from ..tasks import MANY, PairedDataset, Summary
 
@@ -38,13 +38,16 @@ def summarise(
 
     Args:
         model: a Hugging Face causal language model.
-        data: clean and corrupted prompts with answers.
+        data: clean and corrupted prompts; without answers nothing runs.
         batch_size, memory, progress: as of `evaluate`.
 
     Raises:
         InputError: anything that `evaluate` refuses.
     """
-    request = prepare(model, data, "prob_diff", batch_size=batch_size, memory=memory)
+    if not instance("data", data, PairedDataset).answers.numel():
+        return data.summary()
+    whole = "sequence_logprob_diff" if data.answers.dim() == 4 else "prob_diff"
+    request = prepare(model, data, whole, "zero" if data.alone else "patching", batch_size, memory=memory)
     graph, done, progress = request.arch.graph("kv"), 0, watched(progress)
 
     def run(batch: Batch, tokens: int) -> Tensor:
@@ -53,8 +56,7 @@ def summarise(
         measured = Measurement(request, batch, *sides)
         for logits in sides:
             measured.values(logits)
-        logs = (at_least_float32(logits).log_softmax(-1) for logits in sides)
-        found = torch.stack([of_answers(log, batch.answers, -torch.inf).logsumexp(2) for log in logs])
+        found = torch.stack([answer_logprobs(logits, measured.given).logsumexp(2) for logits in sides])
         # Refuses what is not finite, and looks at the answers' spelling.
         return fetch([measured], found.double())[1][0]
 
@@ -69,7 +71,7 @@ def summarise(
     clean, corrupted = (found[..., 0] - found[..., 1]).unbind()
     probabilities = found.exp().mean(1).flatten().tolist()
     names = ("good", "bad", "corrupted_good", "corrupted_bad")
-    alike = int(((clean - corrupted).abs() < _ALIKE).sum())
+    alike = 0 if data.alone else int(((clean - corrupted).abs() < _ALIKE).sum())
     if alike >= MANY * len(data):
         warn(
             f"{data.name}: on {alike} of {len(data)} pairs the corrupted prompt changes the odds of good against bad "

@@ -25,6 +25,27 @@ _PASS_OVERHEAD = 32  # this many tokens of padding cost about as much as another
 
 
 @dataclass(frozen=True)
+class Positions:
+    """The scored positions of a batch, where prompts are scored at several, in the order of their rows.
+
+    Args:
+        row: int64 [n], the row of each.
+        place: int64 [n], its place in [E·P], where E are the pairs and P the most positions that one of them has.
+        mask: bool [E, P], which of these places are no padding.
+        targets: int64 [E, P], the token that should follow, or -1.
+        weights: float64 [E, P], 0 in padding.
+        answer: int64 [E, P], which of its pair's answers the row brings; 0 if it brings none.
+    """
+
+    row: Tensor
+    place: Tensor
+    mask: Tensor
+    targets: Tensor
+    weights: Tensor
+    answer: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """Examples that run together, each from its own first token to run.
 
@@ -32,12 +53,17 @@ class Batch:
     before each suffix. `prefix` int64 [U, P]: the distinct prefixes, right padded; `prefix_of` int64 [E]: which one
     each example has. `rows` int64 [n]: the tokens of [E·T] that can differ between clean and corrupted, in order.
     `scored` int64 [E]: the scored position within the suffix. `index` int64 [E]: positions in the dataset. `answers`
-    and `lengths` are the dataset's. `corrupted_scored` int64 [E]: the corrupted prompt's scored position.
+    and `lengths` are the dataset's. `corrupted_scored` int64 [E]: the corrupted prompt's scored position. `last` int64
+    [E]: the longer prompt's last one.
     `alignment` int64 [E, T]: the corrupted prompt's position that each clean one is compared with; None: the same.
     `answer_tokens` int64 [U]: the tokens that are an answer of any example, or a variant of one, in order;
     `answer_columns`: where the answers are among them, -1 as in `answers`. `variants` are the dataset's, and
     `variant_columns` likewise. `places`: the scored positions in [E·T], a slice if possible. `host`: these tensors on
     the CPU, by name, so that what depends on their values need not wait for a device.
+
+    If answers have several tokens, a pair runs in as many rows as it has answers, side by side: of all these tensors
+    except `index`, `answers` and `lengths`, E is then the number of rows. `pair` int64 [E], on the CPU: whose each is.
+    `positions`: None if each row is scored at one position, else where the n scored positions are.
     """
 
     index: Tensor
@@ -51,10 +77,13 @@ class Batch:
     answers: Tensor
     lengths: Tensor
     corrupted_scored: Tensor
+    last: Tensor
     answer_tokens: Tensor
     answer_columns: Tensor
     places: slice | Tensor
     host: dict[str, Tensor] = field(repr=False)
+    pair: Tensor
+    positions: Positions | None = None
     alignment: Tensor | None = None
     variants: Tensor | None = None
     variant_columns: Tensor | None = None
@@ -65,9 +94,40 @@ class Batch:
         return len(self.index)
 
     @property
+    def n_rows(self) -> int:
+        return len(self.clean)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(E, T) of the suffix."""
         return self.clean.shape[0], self.clean.shape[1]
+
+    @property
+    def example_tokens(self) -> int:
+        """How many tokens run for an example."""
+        return -(-self.clean.numel() // self.n_examples)
+
+    @property
+    def n_positions(self) -> int:
+        """At how many positions an example is scored, at most."""
+        return 1 if self.positions is None else self.positions.mask.shape[1]
+
+    def scored_rows(self, copies: int) -> Tensor:
+        """The row of each scored position of m copies of the batch, int64."""
+        if self.positions is None:
+            return torch.arange(copies * self.n_rows, device=self.scored.device)
+        first = torch.arange(copies, device=self.scored.device)[:, None] * self.n_rows
+        return (first + self.positions.row).flatten()
+
+    def by_example(self, logits: Tensor) -> Tensor:
+        """Logits of the scored positions of m copies, [m·n, V] -> [m·E, P, V], 0 in padding; of one position [E, V]."""
+        if self.positions is None:
+            return logits
+        place, mask = self.positions.place, self.positions.mask
+        by_copy = logits.unflatten(0, (-1, len(place)))
+        if len(place) < mask.numel():
+            by_copy = by_copy.new_zeros(len(by_copy), mask.numel(), logits.shape[1]).index_copy(1, place, by_copy)
+        return by_copy.reshape(-1, mask.shape[1], logits.shape[1])
 
     def active(self, x: Tensor) -> Tensor:
         """[m·E, T, X] of m copies of the batch -> [m, n, X] at its rows, detached."""
@@ -124,15 +184,15 @@ def make_batches(
 
     With a `batch_size`, each batch has this many examples, whatever their tokens.
     """
-    first = data.first_difference
-    start = first if reuse_prefix else torch.zeros_like(first)
+    start = data.first_needed if reuse_prefix else torch.zeros_like(data.lengths)
+    rows = data.rows.pair.bincount() if data.rows.answer is not None else torch.ones_like(start)
     # The longest come first, so that memory runs out in the first batch if at all.
     lengths = data.longer_lengths
     for group in reversed(_groups((lengths - start).tolist(), lengths.tolist())):
         longest, suffix = int(lengths[group].max()), int((lengths - start)[group].max())
-        fitting = min(tokens // suffix, _PREFIX_SHARE * tokens // longest)
+        fitting = min(tokens // suffix, _PREFIX_SHARE * tokens // longest) // int(rows[group].max())
         for index in torch.tensor(group).split(batch_size or max(1, fitting)):
-            yield _batch(data, index, first[index], start[index], device)
+            yield batch_of(data, index, reuse_prefix, device)
 
 
 def halves(data: PairedDataset, batch: Batch) -> list[Batch]:
@@ -142,8 +202,7 @@ def halves(data: PairedDataset, batch: Batch) -> list[Batch]:
 
 def some_of(data: PairedDataset, batch: Batch, which: Tensor) -> Batch:
     """Some of the batch's examples, by their places in it."""
-    index = batch.index[which]
-    return _batch(data, index, data.first_difference[index], batch.host["start"][which], batch.clean.device)
+    return batch_of(data, batch.index[which], bool(batch.host["start"].any()), batch.clean.device)
 
 
 def _groups(tokens: list[int], lengths: list[int]) -> list[list[int]]:
@@ -164,36 +223,40 @@ def _groups(tokens: list[int], lengths: list[int]) -> list[list[int]]:
 
 def batch_of(data: PairedDataset, index: Tensor, reuse_prefix: bool, device: torch.device) -> Batch:
     """These examples as one batch, however many tokens each has to run."""
-    first = data.first_difference[index]
-    return _batch(data, index, first, first if reuse_prefix else torch.zeros_like(first), device)
-
-
-def _batch(data: PairedDataset, index: Tensor, first: Tensor, start: Tensor, device: torch.device) -> Batch:
-    lengths = data.lengths[index]
-    offset = torch.arange(int((data.longer_lengths[index] - start).max()))
+    rows, pair, answer = data.rows
+    chosen, own = index, torch.arange(len(index))
+    if answer is not None:
+        begin, end = torch.searchsorted(pair, torch.stack([index, index + 1]))
+        chosen = torch.cat([torch.arange(*ends) for ends in zip(begin.tolist(), end.tolist(), strict=True)])
+        own = torch.repeat_interleave(own, end - begin)
+    first = data.first_difference[index][own]
+    start = data.first_needed[index][own] if reuse_prefix else torch.zeros_like(first)
+    lengths, longer = rows.lengths[chosen], rows.longer_lengths[chosen]
+    offset = torch.arange(int((longer - start).max()))
     position = start[:, None] + offset  # [E, T]
     active = (position >= first[:, None]) & (position < lengths[:, None])
     # Past the end of the longest prompt there is no token; any will do, as padding is never read.
-    taken = position.clamp(max=data.clean.shape[1] - 1)
+    taken = position.clamp(max=rows.clean.shape[1] - 1)
     before = torch.arange(int(start.max()))
     # −1 marks padding while distinct prefixes are found; afterwards any token will do.
-    prefix = torch.where(before < start[:, None], data.clean[index][:, : len(before)], -1)
-    corrupted_scored, alignment = lengths - 1 - start, None
-    if data.alignment is not None and data.corrupted_lengths is not None:
-        found = (data.alignment[index].gather(1, taken) - start[:, None]).clamp(min=0)
+    prefix = torch.where(before < start[:, None], rows.clean[chosen][:, : len(before)], -1)
+    scored, where, positions = _scored(data, index, chosen, own)
+    corrupted_scored, alignment = scored, None
+    if rows.alignment is not None and rows.corrupted_lengths is not None:
+        found = (rows.alignment[chosen].gather(1, taken) - start[:, None]).clamp(min=0)
         if (found != offset)[position < lengths[:, None]].any():
-            corrupted_scored, alignment = data.corrupted_lengths[index] - 1 - start, found
+            corrupted_scored, alignment = rows.alignment[chosen][where, scored], found
     if len(before):
         prefix, prefix_of = prefix.unique(dim=0, return_inverse=True)
     else:
-        prefix_of = torch.arange(len(index))
-    answers, scored = data.answers[index], lengths - 1 - start
+        prefix_of = torch.arange(len(chosen))
+    answers, scored, corrupted_scored = data.answers[index], scored - start[where], corrupted_scored - start[where]
     every = answers[None] if data.variants is None else torch.stack([answers, data.variants[index]])
     answer_tokens = every[every >= 0].unique()
     columns = torch.searchsorted(answer_tokens, every.clamp(min=0)).where(every >= 0, -1)
     host = {
-        "clean": data.clean[index].gather(1, taken),
-        "corrupted": data.corrupted[index].gather(1, taken),
+        "clean": rows.clean[chosen].gather(1, taken),
+        "corrupted": rows.corrupted[chosen].gather(1, taken),
         "start": start,
         "prefix": prefix.clamp(min=0),
         "prefix_of": prefix_of,
@@ -202,15 +265,57 @@ def _batch(data: PairedDataset, index: Tensor, first: Tensor, start: Tensor, dev
         "answers": answers,
         "answer_tokens": answer_tokens,
         "answer_columns": columns[0],
-        "lengths": lengths,
+        "lengths": data.lengths[index],
         "corrupted_scored": corrupted_scored,
-        "places": torch.arange(len(index)) * len(offset) + scored,
+        "last": longer - 1 - start,
+        "places": where * len(offset) + scored,
     }
     if data.variants is not None:
         host |= {"variants": every[1], "variant_columns": columns[1]}
     if alignment is not None:
         host["alignment"] = alignment
-    there: dict[str, Any] = dict(zip(host, upload(device, *host.values()), strict=True))
-    if (scored == scored[0]).all():
+    there: dict[str, Any] = dict(
+        zip([*host, *positions], upload(device, *host.values(), *positions.values()), strict=True)
+    )
+    if positions:
+        there["positions"] = Positions(**{name: there.pop(name) for name in positions})
+    elif (scored == scored[0]).all():
         there["places"] = slice(int(scored[0]), None, len(offset))  # picks without a copy
-    return Batch(index=index, host=host, **there)
+    return Batch(index=index, host=host | {"row_lengths": lengths}, pair=own, **there)
+
+
+def _scored(
+    data: PairedDataset, index: Tensor, chosen: Tensor, pair: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(The clean prompts' scored positions int64 [n], their rows in the batch, the fields of `Positions`, if any)."""
+    rows, _, answer = data.rows
+    if rows.scored is None or rows.targets is None:
+        return rows.lengths[chosen] - 1, torch.arange(len(chosen)), {}
+    scored = rows.scored[chosen]
+    where, column = (scored >= 0).nonzero().unbind(1)
+    example = pair[where]  # in order
+    count = example.bincount()
+    place = torch.arange(len(example)) - (count.cumsum(0) - count)[example]
+    shape = len(index), int(count.max())
+    place += example * shape[1]
+    weights = torch.ones(scored.shape, dtype=torch.float64)
+    if rows.scored_weights is not None:
+        weights = rows.scored_weights[chosen]
+    own = torch.zeros_like(chosen) if answer is None else answer[chosen]
+
+    def spread(values: Tensor, padding: float) -> Tensor:
+        return values.new_full(shape, padding).view(-1).index_copy(0, place, values).view(shape)
+
+    there = (where, column)
+    return (
+        scored[there],
+        where,
+        {
+            "row": where,
+            "place": place,
+            "mask": spread(torch.ones_like(where, dtype=torch.bool), False),
+            "targets": spread(rows.targets[chosen][there], -1),
+            "weights": spread(weights[there], 0),
+            "answer": spread(own[where], 0),
+        },
+    )

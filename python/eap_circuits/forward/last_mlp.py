@@ -4,33 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ..adapters import Layer
 from .hooks import Hooks
 
+Scored = tuple[Tensor, Tensor]  # rows and positions, int64 [n] each
 
-def at_scored(x: Tensor, scored: Tensor) -> Tensor:
-    """One position of each row: [rows, T, X] at int64 [rows] -> [rows, 1, X]."""
+
+def at_scored(x: Tensor, scored: Scored) -> Tensor:
+    """The scored positions, [rows, T, X] -> [n, 1, X]."""
     return x[_places(x, scored)][:, None]
 
 
-def _places(x: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.arange(len(x), device=x.device), scored.to(x.device)
+def _places(x: Tensor, scored: Scored) -> Scored:
+    row, position = scored
+    return row.to(x.device), position.to(x.device)
 
 
 class ScoredMLP:
-    """An MLP that runs at one position of each row and returns 0 at the others.
+    """An MLP that runs at the scored positions of each row and returns 0 at the others.
 
     Args:
         layer: the layer whose MLP it is.
-        scored: called with a number of rows; gives their positions, int64 [rows].
+        scored: called with a number of rows; gives their positions.
     """
 
-    def __init__(self, layer: Layer, scored: Callable[[int], Tensor]) -> None:
+    def __init__(self, layer: Layer, scored: Callable[[int], Scored]) -> None:
         self._layer, self._scored = layer, scored
-        self._tokens = 0
+        self._rows = self._tokens = 0
 
     def put(self, hooks: Hooks) -> None:
         """Put its output back into whole rows; `hooks` are for one token and come before any that read the output."""
@@ -41,10 +43,10 @@ class ScoredMLP:
         hooks.on_input(self._layer.mlp_in, self._take)
 
     def _take(self, x: Tensor) -> Tensor:
-        self._tokens = x.shape[1]
+        self._rows, self._tokens = x.shape[:2]
         return at_scored(x, self._scored(len(x)))
 
     def _put(self, y: Tensor) -> Tensor:
-        full = y.new_zeros(len(y), self._tokens, y.shape[2])
-        full[_places(y, self._scored(len(y)))] = y[:, 0]
+        full = y.new_zeros(self._rows, self._tokens, y.shape[2])
+        full[_places(y, self._scored(self._rows))] = y[:, 0]
         return full

@@ -15,7 +15,7 @@ from ..errors import expected
 from ..graph import Graph
 from .batches import Batch
 from .hooks import Hooks
-from .last_mlp import ScoredMLP, at_scored
+from .last_mlp import Scored, ScoredMLP, at_scored
 from .prefixes.prefix import Prefix, WholePrompts, beginning, behind, parameters, run_prefixes, shared_tokens
 from .rewriting import Rewriting
 
@@ -105,15 +105,15 @@ class Runner:
             yield module, columns
 
     def logits(self, embeddings: Tensor, register: Register | None = None, corrupted: int = 0) -> Tensor:
-        """Logits at the scored positions: [m·E, T, D] -> [m·E, V], for m copies of the batch, one after another.
+        """Logits at the scored positions: [m·E, T, D] -> [m·E, V], for m copies of the batch, one after another; or
+        [m·E, P, V], where the data say which positions are scored (`Batch.by_example`).
 
         `register` adds hooks for this run. Hooks on a projection see its output concatenated and repeated. The first
         `corrupted` copies are the corrupted prompts, scored at their own positions.
         """
         batch, (rows, suffix) = self.batch, embeddings.shape[:2]
-        copies = rows // batch.n_examples
-        own, clean = batch.corrupted_scored, batch.scored
-        scored = torch.cat([own.repeat(corrupted), clean.repeat(copies - corrupted)])
+        copies = rows // batch.n_rows
+        scored = torch.cat([batch.corrupted_scored.repeat(corrupted), batch.scored.repeat(copies - corrupted)])
         given: dict[str, Any] = {"use_cache": False}
         if batch.prefix.shape[1]:
             if self._prefix is None:
@@ -125,7 +125,7 @@ class Runner:
             if self._place:
                 offset = torch.arange(suffix, device=scored.device)
                 # Padding may reach beyond the positions that a model has.
-                last = batch.start + torch.maximum(clean, own)
+                last = batch.start + batch.last
                 given["position_ids"] = (batch.start[:, None] + offset).minimum(last[:, None]).repeat(copies, 1)
         with Hooks(tokens=suffix) as hooks:
             return self._run(embeddings, scored, given, hooks, register, hooks)
@@ -145,7 +145,8 @@ class Runner:
                 cache, shared = beginning(self._model, prefixes, shared_tokens(batch), self.repeat_kv)
             whole = WholePrompts(batch, shared)
             joined = whole.join(self.embed(prefixes[:, shared:]), embeddings)
-            scored = batch.start - shared + (batch.corrupted_scored if corrupted else batch.scored)
+            begin = batch.start - shared if batch.positions is None else (batch.start - shared)[batch.positions.row]
+            scored = begin + (batch.corrupted_scored if corrupted else batch.scored)
             given = behind(self._model, cache)
             tokens = joined.shape[1]
             with Hooks(tokens) as hooks, Hooks(tokens, whole.suffixes) as reading:
@@ -163,7 +164,7 @@ class Runner:
         register: Register | None,
         registered: Hooks,
     ) -> Tensor:
-        """[rows, tokens, D] -> [rows, V]: logits at one position of each row.
+        """[rows, tokens, D] -> [m·E, V] or [m·E, P, V]: logits at the scored positions, int64 [m·n], of each row.
 
         A module's hooks run in the order in which they are added, each on the last one's result. The caller's hooks,
         `register`, come between those that bring values into the form that they expect and those that undo it.
@@ -171,7 +172,14 @@ class Runner:
         inputs = embeddings if self.arch.embedding_scale == 1 else embeddings / self.arch.embedding_scale
         if self.arch.family.placed:  # what comes before the norm is not looked at, and may have another width
             inputs = embeddings.new_zeros(*embeddings.shape[:2], self._model.get_input_embeddings().weight.shape[1])
-        last = ScoredMLP(self.arch.layers[-1], lambda rows: scored[:rows])
+        batch = self.batch
+        where = batch.scored_rows(len(embeddings) // batch.n_rows), scored
+
+        def first(rows: int) -> Scored:
+            n = rows // batch.n_rows * len(batch.scored)
+            return where[0][:n], where[1][:n]
+
+        last = ScoredMLP(self.arch.layers[-1], first)
         rewriting = [Rewriting(layer) for layer in self.arch.layers if layer.rewrites]
         with Hooks(tokens=1) as single:
             for each_block in rewriting:
@@ -192,10 +200,11 @@ class Runner:
             # After the caller's hooks on projections: attention expects features in its own order.
             self._restore_order(hooks)
             # Last, after any of the caller's hooks on the final norm: only scored positions get logits.
-            self._score(lambda x: at_scored(x, scored), hooks)
-            result = self._model(inputs_embeds=inputs, **given)
-        logits = self._checked(getattr(result, "logits", None), len(scored)).to(embeddings.device)
-        return (logits if logits.shape[1] == 1 else at_scored(logits, scored)).squeeze(1)
+            self._score(lambda x: at_scored(x, where), hooks)
+            result = getattr(self._model(inputs_embeds=inputs, **given), "logits", None)
+        cut = isinstance(result, Tensor) and result.dim() == 3 and result.shape[1] == 1
+        logits = self._checked(result, len(scored) if cut else len(embeddings)).to(embeddings.device)
+        return batch.by_example((logits if cut else at_scored(logits, where)).squeeze(1))
 
     def _skip_embedding_norm(self, embeddings: Tensor, hooks: Hooks) -> None:
         """`embed` has already applied this norm."""
@@ -227,14 +236,18 @@ class Runner:
         """For passes that only fill the key/value cache."""
         with Hooks(tokens=1) as hooks:
             if not self._every_mlp:
-                last = ScoredMLP(self.arch.layers[-1], self.batch.scored.new_zeros)
+                scored = self.batch.scored
+                last = ScoredMLP(
+                    self.arch.layers[-1],
+                    lambda rows: (torch.arange(rows, device=scored.device), scored.new_zeros(rows)),
+                )
                 last.put(hooks)
                 last.take(hooks)
             self._score(lambda x: x[:, :1], hooks)
             yield
 
     def _score(self, cut: Callable[[Tensor], Tensor], hooks: Hooks) -> None:
-        """Compute logits, [rows, 1, V] or [rows, 1, U], at only one position of each row, which `cut` picks."""
+        """Compute logits, [n, 1, V] or [n, 1, U], only at the positions that `cut` picks."""
         head = self._model.get_output_embeddings()
         if head is not None:
             hooks.on_input(head, cut)

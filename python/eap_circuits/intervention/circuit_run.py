@@ -93,7 +93,8 @@ class _CircuitsRun:
             group.allocate(embeddings.device)
             self._store(group, site, embeddings.flatten(0, 1))
         together = embeddings.repeat(self.count, 1, 1)
-        return self._split(self.runner.logits(together, self._register))
+        logits = self.runner.logits(together, self._register)
+        return logits.unflatten(0, (-1, self.runner.batch.n_examples))
 
     def _register(self, hooks: Hooks) -> None:
         asked = self.asked
@@ -124,7 +125,7 @@ class _CircuitsRun:
     # Circuits along the batch dimension: [C·E, T, X] <-> [C, E, T, X].
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (-1, self.runner.batch.n_examples))
+        return x.unflatten(0, (-1, self.runner.batch.n_rows))
 
     def _keep(self, circuits: list[int], x: Tensor) -> Tensor:
         """The rows of some circuits, so that a module runs for no others."""
@@ -137,7 +138,7 @@ class _CircuitsRun:
         if len(circuits) == self.count:
             return y
         if not circuits:
-            return y.new_zeros(self.count * self.runner.batch.n_examples, *y.shape[1:])
+            return y.new_zeros(self.count * self.runner.batch.n_rows, *y.shape[1:])
         rows = self._split(y)
         return join((rows, circuits.index(c) if c in circuits else 0) for c in range(self.count)).flatten(0, 1)
 

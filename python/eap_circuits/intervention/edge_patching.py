@@ -68,7 +68,7 @@ class PatchedEdges:
             return
         for module, columns in self.runner.projection_sites(start):
             # What the module itself computes is replaced, so it need not see more than one copy.
-            hooks.on_input(module, lambda x: x[: self.runner.batch.n_examples])
+            hooks.on_input(module, lambda x: x[: self.runner.batch.n_rows])
             hooks.on_output(
                 module, partial(self._patch_projection, self.clean.projections[start], columns, sites, copies)
             )
@@ -98,7 +98,7 @@ class PatchedEdges:
 
     def _patch_mlp(self, site: ReceiverSite, patched: Patched, x: Tensor) -> Tensor:
         copies = torch.tensor([copy for copy, _, _ in patched], device=x.device)
-        x = x.unflatten(0, (-1, self.runner.batch.n_examples)).clone()
+        x = x.unflatten(0, (-1, self.runner.batch.n_rows)).clone()
         x[copies] = site.norm(self._patched(site.norm, patched)).to(x.dtype)
         return x.flatten(0, 1)
 
@@ -116,14 +116,14 @@ class PatchedEdges:
 
 def prepare_patching(runner: Runner, graph: Graph, constants: Constants | None = None) -> PatchedEdges:
     """Run both sides of a batch, for runs of its clean side with edges patched; see `record_both_sides`."""
-    examples = runner.batch.n_examples
+    rows = runner.batch.n_rows
 
     def run(layers: Register) -> tuple[ReceiverInputs, BothSides]:
         return record_receiver_inputs(
-            runner, lambda x: x[examples:], lambda clean: record_both_sides(runner, constants, clean, layers)
+            runner, lambda x: x[rows:], lambda clean: record_both_sides(runner, constants, clean, layers)
         )
 
-    layers, (clean, sides) = record_layer_inputs(runner.arch.layers, run, slice(examples, None))
+    layers, (clean, sides) = record_layer_inputs(runner.arch.layers, run, slice(rows, None))
     senders = [(group, index) for group in sides.senders.nodes() for index in range(group.values.shape[1])]
     receivers = [(site, head) for site in receiver_sites(runner.arch, graph) for head in range(site.count)]
     return PatchedEdges(runner, sides, senders, receivers, clean, layers)

@@ -66,7 +66,7 @@ class Lessons:
     def __init__(self, request: Request, graph: Graph, examples: int, seed: int, tokens: int) -> None:
         self.request, self.graph = request, graph
         data = request.data
-        length = data.longer_lengths - data.first_difference
+        length = data.longer_lengths - data.first_needed
         mixed = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
         self.groups = mixed[length[mixed].argsort(stable=True)].split(examples)
         self.tokens = tokens

@@ -205,7 +205,11 @@ def _request(
         raise expected("compat", "None or 'eap-ig'", shown(compat))
     spec = METHODS[method]
     reused = flag("reuse_prefix", reuse_prefix) and spec.reuses
-    common = prepare(model, data, metric, ablation, batch_size, ablation_data, reused, memory)
+    common = prepare(model, data, metric, ablation, batch_size, ablation_data, reused, memory, spec.measures)
+    if data.alone and spec.between_prompts(steps, quadrature):
+        names = (name for name, each in METHODS.items() if not each.between_prompts(steps, quadrature))
+        wanted = f"one of {', '.join(map(repr, names))}, as the data have no corrupted prompts"
+        raise expected("method", wanted, repr(method))
     ablated = ablation_of(ablation)
     if ablated.learned:
         raise expected("ablation", "constants from eap.optimal_constants, learned for a circuit", repr(ablation))

@@ -54,10 +54,11 @@ def score_batch(request: AttributionRequest, batch: Batch, tokens: int) -> Batch
     """Scores of the batch's examples, whose prompts run whole."""
     graph = request.graph
     record = record_run(Runner(request.arch, graph, batch, every_mlp=True), corrupted=False)
-    lengths = batch.host["lengths"][:, None]
+    lengths = batch.host["row_lengths"][:, None]
     real = torch.arange(batch.shape[1]) < lengths  # [E, T]
     rows = real.flatten().nonzero()[:, 0]
-    weights = (real.to(request.arch.accumulate) / lengths).flatten()[rows]  # [n]
+    shares = _shares(request, batch).to(request.arch.accumulate)[:, None]
+    weights = (real.to(request.arch.accumulate) / lengths * shares).flatten()[rows]  # [n]
     sites = _sites(request, graph)
     tile = max(1, WORKSPACE // (_per_token(graph, len(sites)) * request.arch.accumulate.itemsize))
     scores = BatchScores(request, batch)
@@ -69,6 +70,13 @@ def score_batch(request: AttributionRequest, batch: Batch, tokens: int) -> Batch
         importance = _importance(request, graph, record, sites, some)  # [n, sites, S]
         scores.sums["total"] += torch.einsum("n,nvu->uv", weight, importance).double()[:, site_of]
     return scores
+
+
+def _shares(request: AttributionRequest, batch: Batch) -> Tensor:
+    """How much each row counts: a pair's weight, shared by its rows."""
+    weights = request.data.weights
+    own = torch.ones(batch.n_examples) if weights is None else weights[batch.index] / weights.mean()
+    return (own / batch.pair.bincount())[batch.pair]
 
 
 def _sites(request: AttributionRequest, graph: Graph) -> list[Site]:

@@ -65,11 +65,11 @@ class Method(ABC):
     passes: str
     tier: Tier
 
-    # What methods of a kind can do: take ablations other than patching, use a metric, run prefixes once, run backward
-    # passes, score only some edges, tell in `plan` what memory they will take; and what they can keep besides the
-    # scores' mean.
-    ablated: ClassVar[bool] = True
+    # What methods of a kind can do: compare runs by a metric, take ablations other than patching, run prefixes once,
+    # run backward passes, score only some edges, tell in `plan` what memory they will take; and what they can keep
+    # besides the scores' mean.
     measures: ClassVar[bool] = True
+    ablated: ClassVar[bool] = True
     reuses: ClassVar[bool] = True
     backward: ClassVar[bool] = False
     selective: ClassVar[bool] = False
@@ -84,6 +84,10 @@ class Method(ABC):
     @property
     def grids(self) -> bool:
         """Does `quadrature=` matter?"""
+        return False
+
+    def between_prompts(self, steps: int, quadrature: str) -> bool:
+        """Does anything run on a path between the embeddings of the two prompts?"""
         return False
 
     @abstractmethod

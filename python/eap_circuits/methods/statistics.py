@@ -48,7 +48,7 @@ def batch_bytes(request: AttributionRequest, examples: int) -> int:
     """The most bytes that the `BatchScores` of this many examples hold for what is kept."""
     parts = min(examples, len(request.data)) if request.keep & _EXAMPLES else 0
     if request.keep & _POSITIONS:
-        parts += int(request.data.lengths.max())
+        parts += int(request.data.run_lengths.max())
     return parts * request.graph.n_senders * request.graph.n_receivers * request.arch.accumulate.itemsize
 
 
@@ -75,14 +75,15 @@ class BatchScores:
         self._parts: dict[str, list[Tensor | slice]] = {}
         self._neurons = "neurons" in keep
         shape = graph.n_senders, graph.n_receivers
-        (examples, tokens), rows, device = batch.shape, batch.host["rows"], batch.rows.device
+        tokens, rows, device = batch.shape[1], batch.host["rows"], batch.rows.device
         if keep & _EXAMPLES:
-            ends = torch.searchsorted(rows, torch.arange(examples + 1) * tokens)
+            first = torch.searchsorted(batch.pair, torch.arange(batch.n_examples + 1))
+            ends = torch.searchsorted(rows, first * tokens)
             self._parts["examples"] = [slice(*both) for both in pairwise(ends.tolist())]
         if keep & _POSITIONS:
             before = batch.host["start"]
             if "positions-from-end" in keep:
-                before = before + int(request.data.lengths.max()) - batch.host["lengths"]
+                before = before + int(request.data.run_lengths.max()) - batch.host["row_lengths"]
             place = before[rows // tokens] + rows % tokens
             self.places, which = place.unique(return_inverse=True)
             found = ((which == i).nonzero()[:, 0] for i in range(len(self.places)))
@@ -174,7 +175,7 @@ class Statistics:
         if "examples" in keep:
             shapes["examples"] = (self._n, *edges), torch.float32
         if keep & _POSITIONS:
-            shapes["positions"] = (int(request.data.lengths.max()), *edges), torch.float64
+            shapes["positions"] = (int(request.data.run_lengths.max()), *edges), torch.float64
         if "neurons" in keep:
             shapes["neurons"] = (graph.n_senders, graph.d_model), torch.float64
         needed = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())

@@ -1,10 +1,12 @@
-"""Metrics: what a prompt pair's answer is worth, from the logits at the scored position."""
+"""Metrics: what a prompt pair's answer is worth, from the logits where it is scored."""
 
 from .functions import (
     METRICS,
+    POSITIONS,
     Metric,
     MetricBatch,
     MetricFunction,
+    answer_logprobs,
     at_least_float32,
     check_finite,
     check_metric_values,
@@ -21,9 +23,11 @@ from .spelling import misspelled
 
 __all__ = [
     "METRICS",
+    "POSITIONS",
     "Metric",
     "MetricBatch",
     "MetricFunction",
+    "answer_logprobs",
     "at_least_float32",
     "check_finite",
     "check_metric_values",

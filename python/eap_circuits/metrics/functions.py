@@ -1,5 +1,8 @@
 """Metrics over the logits at the scored position: `(logits [E, V], batch) -> [E]`, higher is better.
 
+Where data say which positions are scored, or answers have several tokens, logits are [E, P, V]. What a metric makes of
+them is one of `LOOKS_AT`.
+
 The mean over examples is reported; the negative sum is differentiated. Half precision is computed in float32.
 Divergences and ranks carry a minus, so that higher is better for them too.
 """
@@ -26,6 +29,10 @@ class MetricBatch:
         corrupted_logits: [E, V] the same on the corrupted prompts.
         lengths: int64 [E] tokens of each prompt; `lengths - 1` is the scored position.
         index: int64 [E] position of each example in the dataset.
+        mask: bool [E, P], which positions of logits [E, P, V] are scored, not padding; None if logits are [E, V].
+        targets: int64 [E, P], the token that should follow each, or -1.
+        weights: float64 [E, P], how much each counts; 0 in padding.
+        answer: int64 [E, P], of answers of several tokens [E, 2, A, L], to which of an example's 2·A it belongs.
     """
 
     answers: Tensor
@@ -33,9 +40,24 @@ class MetricBatch:
     corrupted_logits: Tensor
     lengths: Tensor
     index: Tensor
+    mask: Tensor | None = None
+    targets: Tensor | None = None
+    weights: Tensor | None = None
+    answer: Tensor | None = None
 
 
+POSITIONS = ("mask", "targets", "weights", "answer")
 MetricFunction = Callable[[Tensor, MetricBatch], Tensor]
+
+
+# What a metric looks at, and what it makes of several positions.
+LOOKS_AT = {
+    "answers": "answers of one token, the same at each scored position; the mean over these by their weights",
+    "runs": "both runs at each scored position; the mean over these by their weights",
+    "targets": "the tokens that should follow scored positions; the mean over these by their weights",
+    "sequences": "whole answers of any number of tokens",
+    "anything": "what it likes: it gets the logits as they are",
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +68,7 @@ class Metric:
         name: what it is called by.
         description: one line.
         function: (logits [E, V], batch) -> [E], higher is better.
+        looks_at: one of `LOOKS_AT`.
         differentiable: edges can be scored by it; the others are steps of the logits and only measure.
         of_answers: looks only at the answers' logits, so that no others are computed for it.
     """
@@ -53,10 +76,13 @@ class Metric:
     name: str
     description: str
     function: MetricFunction
+    looks_at: str = "anything"
     differentiable: bool = True
     of_answers: bool = False
 
     def __call__(self, logits: Tensor, batch: MetricBatch) -> Tensor:
+        if logits.dim() == 3 and self.looks_at in ("answers", "runs"):
+            return _mean_over_positions(self.function, logits, batch)
         return self.function(logits, batch)
 
     @property
@@ -105,6 +131,87 @@ def js_divergence(logits: Tensor, batch: MetricBatch) -> Tensor:
     return -(terms[0] + terms[1]).sum(-1) / 2
 
 
+def next_token_loss(logits: Tensor, batch: MetricBatch) -> Tensor:
+    """Minus the loss of the tokens that should follow: their mean log probability. [E, P, V] -> [E], in nats."""
+    assert batch.targets is not None and batch.weights is not None
+    return _mean(_log_probabilities(logits, batch.targets), batch.weights)
+
+
+def sequence_logprob(logits: Tensor, batch: MetricBatch) -> Tensor:
+    """log P(good answer | prompt), of sets logsumexp. [E, P, V] -> [E], or [E, V] if answers are tokens; in nats."""
+    return answer_logprobs(logits, batch)[:, 0].logsumexp(1)
+
+
+def sequence_logprob_diff(logits: Tensor, batch: MetricBatch) -> Tensor:
+    """The same of the good answer less that of the bad one."""
+    good, bad = answer_logprobs(logits, batch).logsumexp(2).unbind(1)
+    return good - bad
+
+
+def token_logprob(logits: Tensor, batch: MetricBatch) -> Tensor:
+    """As `sequence_logprob`, of each answer the mean over its tokens."""
+    return answer_logprobs(logits, batch, mean=True)[:, 0].logsumexp(1)
+
+
+def token_logprob_diff(logits: Tensor, batch: MetricBatch) -> Tensor:
+    """As `sequence_logprob_diff`, of each answer the mean over its tokens."""
+    good, bad = answer_logprobs(logits, batch, mean=True).logsumexp(2).unbind(1)
+    return good - bad
+
+
+def answer_logprobs(logits: Tensor, batch: MetricBatch, mean: bool = False) -> Tensor:
+    """The log probability of each answer after its prompt, [E, 2, A]; -inf where there is none.
+
+    Args:
+        logits: [E, P, V] at the positions that come before the answers' tokens, or [E, V] if answers are tokens.
+        mean: the mean over an answer's tokens.
+    """
+    if batch.answers.dim() < 4:
+        logs = at_least_float32(logits).log_softmax(-1)
+        if batch.weights is not None:  # of the mean probability over positions
+            shares = batch.weights / batch.weights.sum(1, keepdim=True)
+            logs = (logs + shares.log()[..., None].to(logs)).logsumexp(1)
+        return of_answers(logs, batch.answers, -torch.inf)
+    assert batch.targets is not None and batch.mask is not None and batch.answer is not None
+    own = batch.answers.to(logits.device).flatten(1, 2)
+    found = _log_probabilities(logits, batch.targets).masked_fill(~batch.mask.to(logits.device), 0)
+    sums = found.new_zeros(own.shape[:2]).scatter_add(1, batch.answer.to(logits.device), found)
+    size = (own >= 0).sum(2)
+    if mean:
+        sums = sums / size.clamp(min=1)
+    return sums.masked_fill(size == 0, -torch.inf).view(len(logits), 2, -1)
+
+
+def _log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of the targets [E, P], after a softmax of logits [E, P, V]."""
+    picked = targets.to(logits.device).clamp(min=0)[..., None]
+    return at_least_float32(logits).log_softmax(-1).gather(2, picked)[..., 0]
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Σ_p w_p values_p / Σ_p w_p, [E, P] -> [E]."""
+    weights = weights.to(values.device, values.dtype)
+    return (values * weights).sum(1) / weights.sum(1)
+
+
+def _mean_over_positions(function: MetricFunction, logits: Tensor, batch: MetricBatch) -> Tensor:
+    """The mean of a metric of one position over several, each taken as an example."""
+    assert batch.weights is not None
+    each = logits.shape[1]
+
+    def one(x: Tensor) -> Tensor:
+        return x.repeat_interleave(each, 0)
+
+    rows = MetricBatch(
+        one(batch.answers),
+        batch.clean_logits.flatten(0, 1),
+        batch.corrupted_logits.flatten(0, 1),
+        one(batch.lengths),
+        one(batch.index),
+    )
+    return _mean(function(logits.flatten(0, 1), rows).view(-1, each), batch.weights)
+
+
 def rank(logits: Tensor, batch: MetricBatch) -> Tensor:
     """Minus the number of wrong tokens ahead of the best good answer. [E, V] -> [E], whole numbers, at most 0.
 
@@ -132,21 +239,39 @@ def top_k_accuracy(k: int) -> MetricFunction:
         return (values > -k).to(values.dtype).masked_fill(values.isnan(), torch.nan)
 
     accuracy.__name__ = f"top{k}_accuracy"
+    accuracy.looks_at = "answers"  # type: ignore[attr-defined]
     return accuracy
 
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("logit_diff", "good logit less bad logit; of sets, their logsumexp", logit_diff, of_answers=True),
-        Metric("prob_diff", "probability of the good answers less that of the bad ones", prob_diff),
-        Metric("kl_divergence", "minus KL(whole model on the clean prompt || run) of the next token", kl_divergence),
+        Metric("logit_diff", "good logit less bad logit; of sets, their logsumexp", logit_diff, "answers", True, True),
+        Metric("prob_diff", "probability of the good answers less that of the bad ones", prob_diff, "answers"),
         Metric(
-            "js_divergence", "minus the Jensen–Shannon divergence of the same two, symmetric and bounded", js_divergence
+            "kl_divergence", "minus KL(whole model on the clean prompt || run) of the next token", kl_divergence, "runs"
         ),
-        Metric("top1_accuracy", "1 where a good answer is ahead of all wrong tokens", top_k_accuracy(1), False),
-        Metric("top5_accuracy", "1 where fewer than five wrong tokens are ahead", top_k_accuracy(5), False),
-        Metric("rank", "minus the number of wrong tokens ahead of the best good answer", rank, False),
+        Metric(
+            "js_divergence",
+            "minus the Jensen–Shannon divergence of the same two, symmetric and bounded",
+            js_divergence,
+            "runs",
+        ),
+        Metric("next_token_loss", "minus the loss of the tokens after scored positions", next_token_loss, "targets"),
+        Metric(
+            "sequence_logprob",
+            "log probability of the good answer, of any number of tokens; of sets, their logsumexp",
+            sequence_logprob,
+            "sequences",
+        ),
+        Metric("sequence_logprob_diff", "the same less that of the bad answer", sequence_logprob_diff, "sequences"),
+        Metric("token_logprob", "sequence_logprob of each answer's mean over its tokens", token_logprob, "sequences"),
+        Metric("token_logprob_diff", "the same less that of the bad answer", token_logprob_diff, "sequences"),
+        Metric(
+            "top1_accuracy", "1 where a good answer is ahead of all wrong tokens", top_k_accuracy(1), "answers", False
+        ),
+        Metric("top5_accuracy", "1 where fewer than five wrong tokens are ahead", top_k_accuracy(5), "answers", False),
+        Metric("rank", "minus the number of wrong tokens ahead of the best good answer", rank, "answers", False),
     )
 }
 
@@ -164,7 +289,8 @@ def get_metric(metric: str | MetricFunction) -> Metric:
     _check_arguments(metric)
     function("metric", metric, "a name or a function (logits, batch) -> values")
     known = (each for each in METRICS.values() if metric in (each, each.function))
-    return next(known, Metric(getattr(metric, "__name__", type(metric).__name__), "of the user's own", metric))
+    own = getattr(metric, "__name__", type(metric).__name__), "of the user's own"
+    return next(known, Metric(*own, metric, getattr(metric, "looks_at", "anything")))
 
 
 def _check_arguments(metric: MetricFunction) -> None:

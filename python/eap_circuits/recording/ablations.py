@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +23,6 @@ class _DifferentThroughout(PairedDataset):
     @cached_property
     def first_difference(self) -> Tensor:
         return torch.zeros_like(self.lengths)
-
-    def __getitem__(self, index: Any) -> PairedDataset:
-        return different_throughout(super().__getitem__(index))
 
 
 def different_throughout(data: PairedDataset) -> PairedDataset:
@@ -70,7 +66,7 @@ def means(
 
 def _means_over(arch: Architecture, data: PairedDataset, positional: bool = False) -> Constants:
     batches = make_batches(different_throughout(data), None, False, arch.device)
-    return means(arch, batches, int(data.lengths.max()) if positional else None)
+    return means(arch, batches, int(data.run_lengths.max()) if positional else None)
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def less_clean(side: CorruptedSide, batch: Batch, run: Pass[T]) -> tuple[Contrib
     """
 
     def subtract(site: SenderSite, x: Tensor) -> Tensor:
-        clean = batch.active(site.written(x[: batch.n_examples].detach()))[0]
+        clean = batch.active(site.written(x[: batch.n_rows].detach()))[0]
         values = side.senders.values
         values[site.index] = torch.sub(values[site.index], clean, alpha=site.factor)
         return values[site.index]
@@ -149,7 +149,7 @@ def _record(
 ) -> tuple[CorruptedSide, Sequence[Tensor]]:
     """The corrupted side, its senders less the clean ones if both run, and the clean logits."""
     arch, batch = runner.arch, runner.batch
-    n, sites = batch.n_examples, sender_sites(arch)
+    n, sites = batch.n_rows, sender_sites(arch)
     clean, own = runner.embed(batch.clean), runner.embed(batch.corrupted)
     aligned = own
 
@@ -175,7 +175,8 @@ def _record(
 
     def run(register: Register) -> Sequence[Tensor]:
         first = partial(Hooks.on_input, module=arch.layers[0].module, hook=begin)
-        return runner.record(torch.cat([own, clean]) if both else own, each(first, register, *watch), 1).split(n)
+        logits = runner.record(torch.cat([own, clean]) if both else own, each(first, register, *watch), 1)
+        return logits.split(batch.n_examples)
 
     values, (corrupted_logits, *clean_logits) = record_senders(sites, run, keep)
     embedding = ablated(sites[0], aligned, clean)

@@ -78,7 +78,7 @@ def record_run(runner: Runner, corrupted: bool, constants: Constants | None = No
     arch, batch = runner.arch, runner.batch
     corrupted = corrupted and constants is None
     # A view of all of x: without it, gradients of learned constants would add up in another order.
-    aligned = batch.aligned if corrupted else lambda x: x[: batch.n_examples]
+    aligned = batch.aligned if corrupted else lambda x: x[: batch.n_rows]
     embeddings = runner.embed(batch.corrupted if corrupted else batch.clean)
     if constants is not None:
         embeddings = at_tokens(constants.embedding, batch).to(embeddings.dtype, copy=True)

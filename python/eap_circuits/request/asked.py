@@ -13,7 +13,7 @@ from ..adapters import Architecture, bind
 from ..errors import InputError, expected, flag, function, instance, one_of, shown, warn, whole
 from ..forward import Batch, Constants, Runner, make_batches, why_not_reused, zeros
 from ..graph import Graph, Heads
-from ..metrics import Metric, get_metric
+from ..metrics import METRICS, Metric, get_metric
 from ..recording import ABLATIONS, ablation_of, different_throughout
 from ..tasks import PairedDataset
 
@@ -81,8 +81,13 @@ def prepare(
     ablation_data: PairedDataset | None = None,
     reuse_prefix: bool = True,
     memory: int | str | None = None,
+    compares: bool = True,
 ) -> Request:
-    """Check a request; raises InputError with what is wrong. Without a metric it is the data's own."""
+    """Check a request; raises InputError with what is wrong. Without a metric it is the data's own.
+
+    Args:
+        compares: whether a metric is taken, and clean prompts are compared with what is put in their place.
+    """
     instance("data", data, PairedDataset)
     if batch_size is not None:
         batch_size = min(whole("batch_size", batch_size, 1, note=", or None"), _LARGEST_BATCH)
@@ -97,6 +102,11 @@ def prepare(
         memory=parse_bytes(memory),
     )
     _check_ablation(request)
+    if compares:
+        _check_metric(request.metric, data)
+        if data.alone and ablation_of(ablation).patches:
+            wanted = "'zero', 'mean' or constants, as the data have no corrupted prompts"
+            raise expected("ablation", wanted, repr(ablation))
     _check_tokens(request.arch.model, data)
     vocabulary = _vocabulary(request.arch.model)
     if data.variants is not None and (data.variants >= vocabulary).any():
@@ -106,13 +116,35 @@ def prepare(
     return request if ablation_of(ablation).patches else replace(request, data=different_throughout(data))
 
 
+def _check_metric(metric: Metric, data: PairedDataset) -> None:
+    """Refuse a metric that looks at what the data do not have."""
+    looks_at, answers, wanted = metric.looks_at, data.answers, ""
+    if looks_at in ("answers", "sequences") and not answers.numel():
+        wanted = "one that needs no answers, as the data have none ('kl_divergence', 'next_token_loss')"
+    elif looks_at == "answers" and answers.dim() == 4:
+        known = ", ".join(repr(each.name) for each in METRICS.values() if each.looks_at == "sequences")
+        most = (answers >= 0).sum(3).flatten(1).amax(1)
+        example = int(most.argmax())
+        wanted = f"one of {known}, as an answer of example {example} has {int(most[example])} tokens"
+    elif looks_at == "sequences" and data.scored is not None:
+        wanted = "one of scored positions, as the data say which are scored ('kl_divergence', 'next_token_loss')"
+    elif looks_at == "targets" and (data.scored is None or data.targets is None):
+        wanted = "one of a single position, as the data do not say which positions are scored (scored=)"
+    elif looks_at == "targets" and data.scored is not None and data.targets is not None:
+        without = ((data.scored >= 0) & (data.targets < 0)).any(1).nonzero()
+        if len(without):
+            wanted = f"one that needs no next tokens, as none follows a scored position of example {int(without[0])}"
+    if wanted:
+        raise expected("metric", wanted, repr(metric.name))
+
+
 def _check_ablation(request: Request) -> None:
     ablation, other = request.ablation, request.ablation_data
     if isinstance(ablation, Constants):
         found, right = ([x.shape[1] for x in each.tensors] for each in (ablation, zeros(request.arch)))
         if found != right:
             raise expected("ablation", f"constants of this model, of widths {right}", found)
-        covered, longest = len(ablation.embedding), int(request.data.lengths.max())
+        covered, longest = len(ablation.embedding), int(request.data.run_lengths.max())
         if 1 < covered < longest:
             raise expected("ablation", f"constants for {longest} positions, the data's most, or for all alike", covered)
     else:
@@ -126,7 +158,7 @@ def _check_ablation(request: Request) -> None:
         raise expected("ablation_data", f"none, except for {names}", f"some for {what}")
     instance("ablation_data", other, PairedDataset)
     _check_tokens(request.arch.model, other, "ablation_data, ")
-    longest, covered = int(request.data.lengths.max()), int(other.lengths.max())
+    longest, covered = int(request.data.run_lengths.max()), int(other.run_lengths.max())
     if entry.by_position and covered < longest:
         raise expected("ablation_data", f"prompts of {longest} tokens, the data's most", f"at most {covered}")
 
@@ -137,7 +169,10 @@ def _vocabulary(model: Any) -> int:
 
 def _check_tokens(model: Any, data: PairedDataset, label: str = "") -> None:
     vocabulary = _vocabulary(model)
-    for name, tokens in (("clean", data.clean), ("corrupted", data.corrupted), ("answers", data.answers)):
+    for name in ("clean", "corrupted", "answers", "targets"):
+        tokens = getattr(data, name)
+        if tokens is None:
+            continue
         beyond = (tokens >= vocabulary).flatten(1).any(1).nonzero()
         if len(beyond):
             example = int(beyond[0])

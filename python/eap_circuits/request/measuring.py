@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import warn
 from ..forward import Batch, download, upload
-from ..metrics import MetricBatch, check_finite, check_metric_values, misspelled
+from ..metrics import POSITIONS, MetricBatch, check_finite, check_metric_values, misspelled
 from .asked import Request
 
 # Logits of SmolLM2-135M differ from those in float64 by 3 to 9 eps of their size in float32, by 1 to 2 in half
@@ -27,37 +27,47 @@ class Measurement:
     Args:
         request: whose metric.
         batch: the examples.
-        clean, corrupted: logits [E, V] of the model on the two prompts, or [E, U] of `Request.runner`; so are those of
-            all other runs.
+        clean, corrupted: logits [E, V] of the model on the two prompts, [E, P, V] of several positions, or with only
+            the tokens of `Request.runner`; so are those of all other runs.
+
+    Attributes:
+        given: what the metric gets with the logits.
     """
 
     def __init__(self, request: Request, batch: Batch, clean: Tensor, corrupted: Tensor) -> None:
         self.request, self.batch = request, batch
         # Of each run that was measured, in order: values [E], each example's sum of logits [E], and the logits' dtype.
         self.waiting: list[tuple[Tensor, Tensor, torch.dtype]] = []
-        few = request.metric.of_answers and clean.shape[1] == len(batch.answer_tokens)
-        self._given = MetricBatch(
+        few = request.metric.of_answers and clean.shape[-1] == len(batch.answer_tokens)
+        where = batch.positions
+        self.given = MetricBatch(
             answers=batch.answer_columns if few else batch.answers,
             clean_logits=clean.detach(),
             corrupted_logits=corrupted.detach(),
             lengths=batch.lengths,
             index=batch.index,
+            **({} if where is None else {name: getattr(where, name) for name in POSITIONS}),
         )
+        weights, mine = request.data.weights, batch.index
+        # So that results are means over pairs by their weights.
+        self._weights = None if weights is None else upload(clean.device, weights[mine] / weights.mean())[0]
         # How many times likelier the answers' variants are, [E, 2], until that is said.
         self.misspelled: list[Tensor] = []
         variants = batch.variant_columns if few else batch.variants
-        if variants is not None and not request.looked_at.issuperset(batch.index.tolist()):
-            self.misspelled.append(misspelled(clean.detach(), self._given.answers, variants))
+        if variants is not None and where is None and not request.looked_at.issuperset(batch.index.tolist()):
+            self.misspelled.append(misspelled(clean.detach(), self.given.answers, variants))
         self._noise: list[Tensor] = []
 
     def values(self, logits: Tensor) -> Tensor:
         """The metric of each example of a run, [E]; raises InputError if it is no such tensor."""
-        values = self.request.metric(logits, self._given)
-        check_metric_values(values, self._given, logits)
+        values = self.request.metric(logits, self.given)
+        check_metric_values(values, self.given, logits)
+        if self._weights is not None:
+            values = values * self._weights.to(values.device, values.dtype)
         # A copy, as a metric may use its result again.
         kept, sums = (
             values.detach().clone().to(logits.device),
-            logits.detach().sum(1, dtype=self.request.arch.accumulate),
+            logits.detach().flatten(1).sum(1, dtype=self.request.arch.accumulate),
         )
         self.waiting.append((kept, sums, logits.dtype))
         return values
@@ -65,16 +75,17 @@ class Measurement:
     def moved(self, logits: Tensor) -> None:
         """Measure the run DRAWS times more, its logits moved at random by as much as the run's rounding moves them."""
         arch = self.request.arch
-        wide = logits.to(arch.accumulate)
+        wide = logits.to(arch.accumulate).flatten(0, -2)  # [E·P, V]
         size = wide.where(wide.isfinite(), 0).square().mean(1, keepdim=True).sqrt()
         step = 2 * torch.finfo(arch.dtype).eps + _ERROR * torch.finfo(torch.float32).eps
         if not self._noise:
             seeds = (torch.Generator().manual_seed(draw) for draw in range(DRAWS))
-            drawn = [torch.randn(sum(logits.shape), generator=seed).to(wide.dtype) for seed in seeds]
+            drawn = [torch.randn(sum(wide.shape), generator=seed).to(wide.dtype) for seed in seeds]
             self._noise = upload(wide.device, *drawn)
         for numbers in self._noise:
             # Each example takes the numbers from another one on.
-            self.values(wide + step * size * numbers.unfold(0, logits.shape[1], 1)[: len(logits)])
+            near = wide + step * size * numbers.unfold(0, wide.shape[1], 1)[: len(wide)]
+            self.values(near.view(logits.shape))
 
     def check(self, arrived: Iterator[Tensor]) -> list[Tensor]:
         """The values that were `waiting`, now on the host; says what is wrong with them, or `misspelled`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -19,10 +19,13 @@ from ..texts.records import tokenised
 from .alignment import aligned
 from .loading import Records, own_records, read_csv, read_rows, read_tokens, reading, suffix_of, write_tokens
 from .mib import is_mib, mib_records
-from .padding import check_shared_mask, integers, unpadded
+from .padding import check_shared_mask, integers, real_numbers, unpadded
+from .scoring.checks import check_answers, check_pair_weights, check_scored, check_shapes
+from .scoring.continuations import Rows, rows_of
 from .summary import Summary, summary_of
 
-_OF_PAIRS = ("clean", "corrupted", "lengths", "answers", "corrupted_lengths", "alignment", "variants")
+_IDS = ("clean", "corrupted", "lengths", "answers", "corrupted_lengths", "alignment", "variants", "scored", "targets")
+_OF_PAIRS = (*_IDS, "scored_weights", "weights")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +39,8 @@ class PairedDataset(Result):
         clean: int64 [E, T] token ids, right padded.
         corrupted: int64 [E, T]; of any width if `corrupted_lengths` are given.
         lengths: int64 [E] real tokens of each prompt, 1 to T; position `lengths - 1` is scored.
-        answers: int64 [E, 2] (good, bad), or [E, 2, A] sets of ids padded with -1.
+        answers: int64 [E, 2] (good, bad), or [E, 2, A] sets of ids padded with -1, or [E, 2, A, L] sets of answers of
+            several tokens, padded likewise, or [E, 2, 0] if there are none.
         prompts: (clean, corrupted) texts of each pair for display, or None.
         name: the name of the data in results.
         metric: the metric these data are usually measured by.
@@ -47,10 +51,17 @@ class PairedDataset(Result):
         variants: int64, shaped as `answers`: each answer's token with, or without, a leading space; -1 where there is
             none. If the model finds these far likelier than the answers, runs warn. None if not known.
         seed: that of the generator that made the prompts, or None.
+        scored: int64 [E, P], the positions of the clean prompt that are scored, growing, padded with -1; None: the
+            last. Corrupted prompts are scored at the positions that are compared with these.
+        targets: int64, shaped as `scored`: the token that should follow each; by default the clean prompt's next.
+        scored_weights: float64, shaped as `scored`: how much each position counts; by default all alike.
+        weights: float64 [E], how much each pair counts in means over pairs; by default all alike.
+        alone: `corrupted` repeats `clean`, as there are no corrupted prompts; edges are ablated to constants.
 
     Raises:
-        InputError: no examples, a wrong shape or dtype, lengths or alignment out of range, negative ids, or answers
-            that are empty, repeated, or both good and bad. Whether ids are in the vocabulary is checked with the model.
+        InputError: no examples, a wrong shape or dtype, lengths, positions or alignment out of range, negative ids or
+            weights, or answers that are empty, repeated, or both good and bad. Whether ids are in the vocabulary is
+            checked with the model.
     """
 
     clean: Tensor
@@ -64,12 +75,18 @@ class PairedDataset(Result):
     alignment: Tensor | None = None
     variants: Tensor | None = None
     seed: int | None = None
+    scored: Tensor | None = None
+    targets: Tensor | None = None
+    scored_weights: Tensor | None = None
+    weights: Tensor | None = None
+    alone: bool = False
 
     def __post_init__(self) -> None:
         for field in _OF_PAIRS:
             if getattr(self, field) is not None or field in _OF_PAIRS[:4]:
-                object.__setattr__(self, field, integers(field, getattr(self, field)))
-        _check_shapes(self)
+                read = integers if field in _IDS else real_numbers
+                object.__setattr__(self, field, read(field, getattr(self, field)))
+        check_shapes(self)
         corrupted_lengths = self.lengths if self.corrupted_lengths is None else self.corrupted_lengths
         for field, lengths in (("clean", self.lengths), ("corrupted", corrupted_lengths)):
             ids: Tensor = getattr(self, field)
@@ -82,7 +99,14 @@ class PairedDataset(Result):
             found = aligned(self.clean, self.corrupted, self.lengths, corrupted_lengths, self.alignment)
             for field, tensor in zip(("clean", "corrupted", "corrupted_lengths", "alignment"), found, strict=True):
                 object.__setattr__(self, field, tensor)
-        _check_answers(self.answers)
+        check_answers(self.answers)
+        check_scored(self)
+        if self.scored is not None and self.targets is None:
+            following = (self.scored + 1).clamp(max=self.clean.shape[1] - 1)
+            there = (self.scored >= 0) & (self.scored + 1 < self.lengths[:, None])
+            object.__setattr__(self, "targets", self.clean.gather(1, following).where(there, -1))
+        if self.weights is not None:
+            check_pair_weights(self.weights, len(self))
         if self.prompts is not None:
             pairs = tuple((str(clean), str(corrupted)) for clean, corrupted in self.prompts)
             if len(pairs) != len(self):
@@ -139,11 +163,18 @@ class PairedDataset(Result):
         *,
         attention_mask: Any = None,
         corrupted_attention_mask: Any = None,
+        scored: Any = None,
+        targets: Any = None,
+        scored_weights: Any = None,
+        weights: Any = None,
     ) -> PairedDataset:
         """Prompt pairs given as tokens; see `PairedDataset`. The arguments are not changed.
 
         Args:
+            corrupted: None if there are no corrupted prompts.
             lengths: not needed with a mask.
+            answers: None if there are none; then `scored` is needed.
+            scored, targets, scored_weights, weights: positions count from a prompt's first real token.
             attention_mask: [E, T], 1 or True for the clean prompts' real tokens. Padding may then be on the left, too.
             corrupted_attention_mask: that of the corrupted prompts, if theirs is another one.
 
@@ -151,6 +182,9 @@ class PairedDataset(Result):
             InputError: as `PairedDataset`; a mask with gaps or of another shape; corrupted prompts that the clean
                 ones' mask would cut short; or, without a mask, rows whose padding is visibly on the left.
         """
+        alone = corrupted is None
+        if alone:
+            corrupted = clean
         shared = attention_mask is not None and corrupted_attention_mask is None and corrupted_lengths is None
         if shared:
             corrupted_attention_mask = attention_mask
@@ -162,7 +196,11 @@ class PairedDataset(Result):
         wider = corrupted_attention_mask is not None and corrupted.shape != clean.shape
         if corrupted_lengths is not None or wider or not torch.equal(lengths, other):
             corrupted_lengths = other
-        return cls(clean, corrupted, lengths, answers, None, name, metric, corrupted_lengths, alignment)
+        if answers is None and scored is not None:
+            answers = torch.empty(len(clean), 2, 0, dtype=torch.int64)
+        where = {"scored": scored, "targets": targets, "scored_weights": scored_weights, "weights": weights}
+        pairs = clean, corrupted, lengths, answers, None, name, metric, corrupted_lengths, alignment
+        return cls(*pairs, **where, alone=alone)
 
     @classmethod
     def from_csv(
@@ -250,7 +288,7 @@ class PairedDataset(Result):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a `.safetensors` file for `from_file`, whole or not at all."""
         found = {name: getattr(self, name) for name in _OF_PAIRS}
-        texts = {"name": self.name, "metric": self.metric, "prompts": self.prompts, "seed": self.seed}
+        texts = {name: getattr(self, name) for name in ("name", "metric", "prompts", "seed", "alone")}
         write_tokens(path, found, texts)
 
     # Using one.
@@ -273,7 +311,7 @@ class PairedDataset(Result):
             prompts = tuple(self.prompts[i] for i in chosen.tolist())
         every = {name: getattr(self, name) for name in _OF_PAIRS}
         found: dict[str, Any] = {name: None if x is None else x[chosen] for name, x in every.items()}
-        return PairedDataset(**found, prompts=prompts, name=self.name, metric=self.metric, seed=self.seed)
+        return replace(self, **found, prompts=prompts)
 
     def summary(self) -> Summary:
         """How many pairs there are, how long, how many different ones. `eap.summarise` adds what a model makes of them.
@@ -301,10 +339,34 @@ class PairedDataset(Result):
         first = torch.where(differ.any(1), differ.int().argmax(1), self.lengths - 1)
         return first if self.alignment is None else first.minimum(self.alignment.gather(1, first[:, None])[:, 0])
 
+    @cached_property
+    def first_needed(self) -> Tensor:
+        """The first position that differs or is scored: what comes before can be taken from a prefix. int64 [E]."""
+        return self.first_difference if self.scored is None else self.first_difference.minimum(self.scored[:, 0])
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The prompts that run: the pairs', or these followed by each of their answers of several tokens."""
+        return rows_of(self)
+
+    @property
+    def run_lengths(self) -> Tensor:
+        """Tokens that run of each clean prompt with the longest of its answers, less that answer's last. int64 [E]."""
+        if self.answers.dim() < 4:
+            return self.lengths
+        return self.lengths + (self.answers >= 0).sum(3).amax((1, 2)) - 1
+
     @property
     def longer_lengths(self) -> Tensor:
-        """Real tokens of the longer prompt of each pair. int64 [E]."""
-        return self.lengths if self.corrupted_lengths is None else self.lengths.maximum(self.corrupted_lengths)
+        """The same of the longer prompt of each pair. int64 [E]."""
+        if self.corrupted_lengths is None:
+            return self.run_lengths
+        return self.run_lengths + (self.corrupted_lengths - self.lengths).clamp(min=0)
+
+    def scored_last(self) -> PairedDataset:
+        """The same prompts without answers, scored at their last tokens."""
+        answers = self.answers.new_empty(len(self), 2, 0)
+        return replace(self, answers=answers, variants=None, scored=None, targets=None, scored_weights=None)
 
     def to_dict(self) -> dict[str, list[Any]]:
         """The pairs by column: clean and corrupted, as texts or else as token ids; good and bad answers' ids, lists of
@@ -331,59 +393,8 @@ class PairedDataset(Result):
         return f"PairedDataset({self.name!r}, {len(self)} pairs, {self.n_tokens} tokens, {self.metric})"
 
 
-def _ids(answer: int | list[int]) -> int | list[int]:
-    """An answer's token, or the tokens of a set without its padding."""
-    return [token for token in answer if token >= 0] if isinstance(answer, list) else answer
-
-
-# Tensors.
-
-
-def _check_shapes(data: PairedDataset) -> None:
-    if data.clean.dim() != 2:
-        raise expected("clean", "shape [examples, positions]", list(data.clean.shape))
-    n, positions = data.clean.shape
-    if n == 0:
-        raise expected("dataset", "at least one example", "none")
-    if data.corrupted_lengths is None and data.corrupted.shape != data.clean.shape:
-        raise expected("corrupted", f"shape {[n, positions]}, the shape of clean", list(data.corrupted.shape))
-    if data.corrupted.dim() != 2 or len(data.corrupted) != n:
-        raise expected("corrupted", f"shape [{n}, positions]", list(data.corrupted.shape))
-    _check_lengths("lengths", data.lengths, n, positions)
-    if data.corrupted_lengths is not None:
-        _check_lengths("corrupted_lengths", data.corrupted_lengths, n, data.corrupted.shape[1])
-    shape = list(data.answers.shape)
-    if len(shape) not in (2, 3) or shape[:2] != [n, 2] or 0 in shape:
-        raise expected("answers", f"shape {[n, 2]} (good, bad) or [{n}, 2, A] (sets)", shape)
-    if data.variants is not None and data.variants.shape != data.answers.shape:
-        raise expected("variants", f"shape {shape}, the shape of answers", list(data.variants.shape))
-
-
-def _check_lengths(name: str, lengths: Tensor, n: int, positions: int) -> None:
-    if list(lengths.shape) != [n]:
-        raise expected(name, f"shape {[n]}, one per example", list(lengths.shape))
-    outside = (lengths < 1) | (lengths > positions)
-    if outside.any():
-        row = int(outside.nonzero()[0])
-        raise expected(f"{name}[{row}]", f"1 to {positions}, the positions there are", lengths[row].item())
-
-
-def _check_answers(answers: Tensor) -> None:
-    least = 0 if answers.dim() == 2 else -1
-    sets = answers.reshape(len(answers), 2, -1)
-    if (sets < least).any():
-        row = int((sets < least).any(2).any(1).nonzero()[0])
-        raise expected(
-            f"answers[{row}]",
-            "token ids of 0 or more" + (", padded with -1" if least else ""),
-            int(sets[row].min()),
-        )
-    empty = (sets < 0).all(2)
-    if empty.any():
-        row, side = empty.nonzero()[0].tolist()
-        raise expected(f"answers[{row}]", f"at least one {('good', 'bad')[side]} id", "padding only")
-    together = sets.flatten(1).sort(1).values
-    twice = (together[:, 1:] == together[:, :-1]) & (together[:, 1:] >= 0)
-    if twice.any():
-        row, column = twice.nonzero()[0].tolist()
-        raise expected(f"answers[{row}]", "each id once, good or bad", f"id {int(together[row, column])} twice")
+def _ids(answer: Any) -> Any:
+    """An answer's token, or the tokens of a set, or of a set's answers, without padding."""
+    if not isinstance(answer, list):
+        return answer
+    return [own for each in answer if (own := _ids(each)) not in ([], -1)]

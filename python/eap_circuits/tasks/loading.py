@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..errors import InputError, expected, reason
+from ..errors import InputError, expected, near, reason
 from ..files import DAMAGED, parse_json, write_whole
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".safetensors", ".pt")
@@ -29,7 +29,8 @@ _IDS = (
 _TEXTS = (("good", "bad"), ("answer", "wrong_answer"), ("correct", "incorrect"))
 _TENSORS = ("clean", "corrupted", "lengths", "answers")
 _MASKS = ("attention_mask", "corrupted_attention_mask")  # in place of lengths
-_OPTIONAL = ("corrupted_lengths", "alignment", "variants")
+_OPTIONAL = ("corrupted_lengths", "alignment", "scored", "targets", "scored_weights", "weights", "variants")
+_COUNTS = ("scored", "scored_weights", "weight")  # of a record
 _FORMAT = "eap-circuits/1"
 
 Records = tuple["list[dict[str, Any]]", "list[str]"]
@@ -67,10 +68,10 @@ def read_csv(path: Path) -> Records:
         except csv.Error as error:
             raise expected("file", "comma-separated values", f"something else ({error})") from error
     header = cells[0] if cells else []
-    if _answer_columns(header) is None:
+    if _answer_columns(header) is None and "scored" not in header:
         raise expected("row 1", "columns correct_idx and incorrect_idx, or good and bad", header)
     for column in ("clean", "corrupted"):
-        if column not in header:
+        if column not in header and (column == "clean" or near(column, header)):
             raise expected("row 1", f"a column {column!r}", header)
     twice = sorted({column for column in header if column and header.count(column) > 1})
     if twice:
@@ -133,11 +134,21 @@ def _record(row: Any, label: str) -> Any:
     if not isinstance(row, Mapping) or "answers" in row:
         return row
     columns = _answer_columns(row)
-    if columns is None:
+    if columns is None and "scored" not in row:
         return row
-    member = int if columns in _IDS else str
-    answers = [_answer(row[column], member, f"{label}, {column}") for column in columns]
-    return {**{name: _prompt(row[name]) for name in ("clean", "corrupted") if name in row}, "answers": answers}
+    record = {name: _prompt(row[name]) for name in ("clean", "corrupted") if name in row}
+    record |= {name: _number_or_list(row[name]) for name in _COUNTS if row.get(name) not in (None, "")}
+    if columns is not None:
+        member = int if columns in _IDS else str
+        record["answers"] = [_answer(row[column], member, f"{label}, {column}") for column in columns]
+    return record
+
+
+def _number_or_list(cell: Any) -> Any:
+    """What a cell holds, if it is the text of a number or a list."""
+    with suppress(ValueError):
+        return _list(cell) or (float(cell) if isinstance(cell, str) else cell)
+    return cell
 
 
 def _prompt(cell: Any) -> Any:
@@ -181,7 +192,7 @@ def read_tokens(path: Path) -> dict[str, Any]:
     missing = [name for name in _TENSORS if name not in content and not (masked and name == "lengths")]
     if missing:
         raise expected("file", "tensors " + ", ".join(_TENSORS), "none named " + ", ".join(missing))
-    names = (*_TENSORS, *(_OPTIONAL if texts else (*_OPTIONAL[:2], *_MASKS)))
+    names = (*_TENSORS, *(_OPTIONAL if texts else (*_OPTIONAL[:-1], *_MASKS)))
     return {"name": path.stem, **texts, **{name: content[name] for name in names if name in content}}
 
 
@@ -199,6 +210,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "metric": str(texts["metric"]),
         "prompts": texts["prompts"],
         "seed": texts.get("seed"),
+        "alone": bool(texts.get("alone")),
     }
 
 

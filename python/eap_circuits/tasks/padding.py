@@ -22,6 +22,18 @@ def integers(name: str, values: Any, flags: bool = False) -> Tensor:
     return tensor.detach().to("cpu", torch.int64, copy=True)
 
 
+def real_numbers(name: str, values: Any) -> Tensor:
+    """A float64 copy on the CPU."""
+    refuse_default_device()
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise expected(name, "a tensor of numbers", type(values).__name__) from error
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise expected(name, "real numbers", tensor.dtype)
+    return tensor.detach().to("cpu", torch.float64, copy=True)
+
+
 def unpadded(name: str, ids: Any, lengths: Any, mask: Any) -> tuple[Tensor, Tensor]:
     """(ids with any padding on the right, the number of real tokens of each row).
 

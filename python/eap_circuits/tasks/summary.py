@@ -18,7 +18,7 @@ MANY = 0.25  # if this share of the pairs can show no effect, a warning says so
 
 @dataclass(frozen=True)
 class Summary:
-    """What a dataset holds; the fields from `good` on need a model (`eap.summarise`) and are None without one.
+    """What a dataset holds; the fields from `good` on need a model (`eap.summarise`) and answers, or are None.
 
     Args:
         name: the data's name.
@@ -65,8 +65,10 @@ def summary_of(data: PairedDataset) -> Summary:
     """What `PairedDataset.summary` returns."""
     corrupted_lengths = data.lengths if data.corrupted_lengths is None else data.corrupted_lengths
     lengths = torch.stack([data.lengths, corrupted_lengths], 1)
-    rows = torch.cat([data.clean, data.corrupted, lengths, data.answers.flatten(1)], 1)
+    where = [] if data.scored is None else [data.scored]
+    rows = torch.cat([data.clean, data.corrupted, lengths, data.answers.flatten(1), *where], 1)
     same = (data.clean == data.corrupted).all(1) & (data.lengths == corrupted_lengths)
+    same &= not data.alone
     if same.sum() >= MANY * len(data):
         warn(
             f"{data.name}: on {int(same.sum())} of {len(data)} pairs the corrupted prompt is the clean one; there is "

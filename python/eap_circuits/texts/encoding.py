@@ -139,30 +139,37 @@ def _in_word(character: str) -> bool:
     return character != "" and unicodedata.category(character)[0] in "LNM"
 
 
-def answer_id(tokenizer: Any, answer: str, prompt: str, label: str) -> tuple[int, str | None]:
-    """The id of an answer's text, one token, and what is odd about it.
+def answer_ids(tokenizer: Any, answer: str, prompt: str, label: str) -> tuple[list[int], str | None]:
+    """The ids of an answer's text, and what is odd about them.
 
-    That is the token which the text adds to the prompt, with or without a leading space (`continuation`). Failing that,
-    it is the token of the text by itself, and odd.
+    These are the tokens which the text adds to the prompt, with or without a leading space (`continuation`). Failing
+    that, it is the token of the text by itself, and odd.
 
     Raises:
-        InputError: the text is not one token, or is outside the vocabulary.
+        InputError: the text's tokens are not apart from the prompt's, or it is empty or outside the vocabulary.
     """
     text = continuation(prompt, answer)
     token = next_token(tokenizer, prompt, text)
     if token is not None:
-        return token, None
+        return [token], None
     for spelling in (text, answer):
         alone = _alone(tokenizer, spelling)
         unknown = alone == [unknown_id(tokenizer)] and answer.strip() != tokenizer.unk_token
         if len(alone) == 1 and not unknown:
             *_, taken = tokenizer.convert_ids_to_tokens(alone)
             pieces = tokenizer.convert_ids_to_tokens(encode_plain(tokenizer, prompt + text))[-3:]
-            return alone[0], f"{label}: {(prompt + text)[-20:]!r} ends in the tokens {pieces}, but {taken!r} was taken"
+            return alone, f"{label}: {(prompt + text)[-20:]!r} ends in the tokens {pieces}, but {taken!r} was taken"
     if unknown:
         raise expected(label, "an answer in the tokenizer's vocabulary", repr(answer))
-    pieces = tokenizer.convert_ids_to_tokens(alone)
-    raise expected(label, "an answer of one token", f"{answer!r}, which is {len(alone)} tokens {pieces}")
+    before, after = encode_many(tokenizer, [prompt, prompt + text])
+    own = after[len(before) :]
+    if own and after[: len(before)] == before and unknown_id(tokenizer) not in own:
+        return own, None
+    if not alone:
+        raise expected(label, "an answer of at least one token", repr(answer))
+    pieces = tokenizer.convert_ids_to_tokens(after)[max(0, len(before) - 2) :]
+    wanted = "an answer in the vocabulary whose tokens come after the prompt's"
+    raise expected(label, wanted, f"{answer!r}, with which the prompt ends in the tokens {pieces}")
 
 
 def _alone(tokenizer: Any, text: str) -> list[int]:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import expected, warn
-from .encoding import answer_id, chat_text, check_text, check_tokenizer, encode_prompts, respelled
+from ..errors import expected, listed, near, number, warn, whole
+from .encoding import answer_ids, chat_text, check_text, check_tokenizer, encode_prompts, respelled
 
 _SIDES = ("clean", "corrupted")
+_COUNTS = "a finite number above 0"
+Answer = list[int]  # its tokens
 
 
 def tokenised(
@@ -23,17 +25,19 @@ def tokenised(
         labels: what errors call each record.
 
     Raises:
-        InputError: names the record and the part of it that is missing, empty, of unequal length or not one token.
+        InputError: names the record and the part of it that is missing, empty or of unequal length.
     """
     check_tokenizer(tokenizer)
     if not records:
         raise expected("records", "at least one prompt pair", "none")
+    records, labels = _each_corrupted(records, labels)
     texts = [_texts(record, label, tokenizer) for record, label in zip(records, labels, strict=True)]
     clean, corrupted = (
         # A chat template writes the special tokens itself.
-        encode_prompts(tokenizer, side, [prepend_bos and isinstance(record[name], str) for record in records])
+        encode_prompts(tokenizer, side, [prepend_bos and isinstance(_prompt(record, name), str) for record in records])
         for name, side in zip(_SIDES, zip(*texts, strict=True), strict=True)
     )
+    paired, answered, placed = (_in_all(records, labels, name) for name in ("corrupted", "answers", "scored"))
     answers, odd = [], list[str]()
     for record, label, prompts, first, second in zip(records, labels, texts, clean, corrupted, strict=True):
         numbers = f"{len(first)} and {len(second)}"
@@ -42,14 +46,15 @@ def tokenised(
         if len(first) != len(second) and not align:
             wanted = "the same number of tokens in clean and corrupted (align=True or --align takes others too)"
             raise expected(label, wanted, numbers)
-        answers.append(_answer_sets(record["answers"], label, prompts[0], tokenizer, odd))
+        if answered:
+            answers.append(_answer_sets(record["answers"], label, prompts[0], tokenizer, odd))
     if odd:
         such = f"one of {len(odd)} answers that are" if len(odd) > 1 else "an answer that is"
         warn(
             f"{odd[0]}: {such} not what the tokenizer makes of the text after the prompt. The model may not expect it; "
             "often the prompt ends in a space or in the middle of a word."
         )
-    tensor = _answer_tensor(answers)
+    tensor = _answer_tensor(answers) if answered else torch.empty(len(clean), 2, 0, dtype=torch.int64)
     return {
         "clean": _padded(clean, 0),
         "corrupted": _padded(corrupted, 0),
@@ -57,28 +62,94 @@ def tokenised(
         "answers": tensor,
         "prompts": tuple(texts),
         "corrupted_lengths": torch.tensor([len(ids) for ids in corrupted]),
-        "variants": _variants(tensor, tokenizer),
+        "variants": _variants(tensor, tokenizer) if answered and tensor.dim() < 4 else None,
+        "alone": not paired,
+        **(_scored(records, labels, clean) if placed else {}),
+        "weights": _weights(records, labels),
     }
 
 
-def _padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
+def _padded(rows: Sequence[Sequence[float]], padding: int) -> Tensor:
     width = max(map(len, rows))
     return torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
+
+
+def _each_corrupted(records: Sequence[Any], labels: Sequence[str]) -> tuple[list[Any], list[str]]:
+    """Records and labels; one with several corrupted prompts becomes one for each, which share its weight."""
+    found, names = [], []
+    for record, label in zip(records, labels, strict=True):
+        several = record.get("corrupted") if isinstance(record, Mapping) else None
+        if not isinstance(several, (list, tuple)) or not all(isinstance(each, (str, list, tuple)) for each in several):
+            several = []
+        if several:
+            share = _weight(record, label) / len(several)
+        found += [{**record, "corrupted": each, "weight": share} for each in several] or [record]
+        names += [f"{label}, corrupted[{i}]" for i in range(len(several))] or [label]
+    return found, names
+
+
+def _prompt(record: Mapping[str, Any], side: str) -> Any:
+    """The clean prompt stands for a corrupted one that is missing."""
+    return record["clean"] if record.get(side) is None else record[side]
+
+
+def _in_all(records: Sequence[Mapping[str, Any]], labels: Sequence[str], name: str) -> bool:
+    """Have the records this part? Refuses that some have and others have not."""
+    has = [record.get(name) is not None for record in records]
+    if len(set(has)) > 1:
+        raise expected(labels[has.index(not has[0])], f"{name} in every record or in none", f"{name} in some")
+    return has[0]
 
 
 def _texts(record: Any, label: str, tokenizer: Any) -> tuple[str, str]:
     """The clean and the corrupted prompt of a record, checked."""
     if not isinstance(record, Mapping):
         raise expected(label, "a mapping with clean, corrupted and answers", type(record).__name__)
+    optional = {"corrupted"} | ({"answers"} if record.get("scored") is not None else set())
     for key in (*_SIDES, "answers"):
-        if key not in record:
-            raise expected(label, f"the key {key!r}", f"only {list(record)}")
-    clean, corrupted = (_text(record[side], f"{label}, {side}", tokenizer) for side in _SIDES)
-    answers = record["answers"]
+        if key not in record and (key not in optional or near(key, [str(name) for name in record])):
+            without = " (None where there are none)" if key == "answers" else ""
+            raise expected(label, f"the key {key!r}{without}", f"only {list(record)}")
+    clean, corrupted = (_text(_prompt(record, side), f"{label}, {side}", tokenizer) for side in _SIDES)
+    answers = record.get("answers")
     one = isinstance(answers, Tensor) and not answers.dim()
-    if not isinstance(answers, (list, tuple, Tensor)) or one or len(answers) != 2:
+    if answers is not None and (not isinstance(answers, (list, tuple, Tensor)) or one or len(answers) != 2):
         raise expected(f"{label}, answers", "a list [good, bad]", repr(answers))
     return clean, corrupted
+
+
+def _scored(records: Sequence[Mapping[str, Any]], labels: Sequence[str], clean: Sequence[list[int]]) -> dict[str, Any]:
+    """The scored positions of each record, and their weights."""
+    places, weights = [], []
+    weighted = _in_all(records, labels, "scored_weights")
+    for record, label, ids in zip(records, labels, clean, strict=True):
+        name, size, wanted = f"{label}, scored", len(ids), "a list of positions, or 'all'"
+        given = record["scored"]
+        if isinstance(given, str) and given == "all":
+            given = range(size - 1)  # the last token has no next one
+        own = [whole(name, each, -size, size - 1) % size for each in listed(name, given, wanted)]
+        if not own or own != sorted(set(own)):
+            raise expected(name, f"at least one position of {size} tokens, in growing order", given)
+        places.append(own)
+        if weighted:
+            name = f"{label}, scored_weights"
+            each = listed(name, record["scored_weights"], "a list of numbers")
+            weights.append([number(name, x, "a finite number of 0 or more", 0, 1e308) for x in each])
+            if len(weights[-1]) != len(own) or not any(weights[-1]):
+                raise expected(name, f"{len(own)} numbers, one for each scored position, not all 0", each)
+    return {"scored": _padded(places, -1), "scored_weights": _padded(weights, 0) if weighted else None}
+
+
+def _weights(records: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Tensor | None:
+    if all(record.get("weight") is None for record in records):
+        return None
+    return torch.tensor([_weight(*each) for each in zip(records, labels, strict=True)], dtype=torch.float64)
+
+
+def _weight(record: Mapping[str, Any], label: str) -> float:
+    """How much a record counts; 1 where it does not say."""
+    given = record.get("weight")
+    return 1.0 if given is None else number(f"{label}, weight", given, _COUNTS, 5e-324, 1e308)
 
 
 def _text(prompt: Any, label: str, tokenizer: Any) -> str:
@@ -95,45 +166,54 @@ def _text(prompt: Any, label: str, tokenizer: Any) -> str:
 
 def _answer_sets(
     answers: Sequence[Any], label: str, prompt: str, tokenizer: Any, odd: list[str]
-) -> tuple[list[int], list[int]]:
+) -> tuple[list[Answer], list[Answer]]:
     """The ids of the good and bad answers; `odd` gets what is odd about them."""
     good, bad = (
-        _ids(answer, f"{label}, {side} answer", prompt, tokenizer, odd)
+        _members(answer, f"{label}, {side} answer", prompt, tokenizer, odd)
         for answer, side in zip(answers, ("good", "bad"), strict=True)
     )
-    shared = sorted(set(good) & set(bad))
+    shared = next((ids for ids in good if ids in bad), None)
     if shared:
         tokens = tokenizer.convert_ids_to_tokens(shared)
         raise expected(f"{label}, answers", "good and bad answers that differ", f"{tokens} in both")
     return good, bad
 
 
-def _ids(answer: Any, label: str, prompt: str, tokenizer: Any, odd: list[str]) -> list[int]:
+def _members(answer: Any, label: str, prompt: str, tokenizer: Any, odd: list[str]) -> list[Answer]:
     if isinstance(answer, Tensor):
         answer = answer.tolist()
     members = list(answer) if isinstance(answer, (list, tuple, set, frozenset, range)) else [answer]
     if not members:
         raise expected(label, "at least one token", "an empty list")
-    ids = []
+    found: dict[tuple[int, ...], None] = {}
     for member in members:
         if isinstance(member, str):
             check_text(member, label)
-            token, oddity = answer_id(tokenizer, member, prompt, label)
-            ids.append(token)
+            ids, oddity = answer_ids(tokenizer, member, prompt, label)
             odd += [] if oddity is None else [oddity]
-        elif hasattr(member, "__index__") and not isinstance(member, bool):
-            if not 0 <= int(member) < 2**31:
-                raise expected(label, "a token id of 0 or more, below 2**31", int(member))
-            ids.append(int(member))
+        elif isinstance(member, (list, tuple)) and member:
+            ids = [_id(each, label) for each in member]
         else:
-            raise expected(label, "a token id, a text of one token, or a list of these", repr(member))
-    return list(dict.fromkeys(ids))
+            ids = [_id(member, label)]
+        found[tuple(ids)] = None
+    return [list(ids) for ids in found]
 
 
-def _answer_tensor(answers: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-    """int64 [E, 2] if every set holds one id, else [E, 2, A] padded with -1."""
-    tensor = _padded([ids for pair in answers for ids in pair], -1).view(len(answers), 2, -1)
-    return tensor[..., 0] if tensor.shape[2] == 1 else tensor
+def _id(given: Any, label: str) -> int:
+    if not hasattr(given, "__index__") or isinstance(given, bool):
+        raise expected(label, "a token id, a text or list of ids, or a list of these", repr(given))
+    if not 0 <= int(given) < 2**31:
+        raise expected(label, "a token id of 0 or more, below 2**31", int(given))
+    return int(given)
+
+
+def _answer_tensor(answers: Sequence[tuple[list[Answer], list[Answer]]]) -> Tensor:
+    """int64 [E, 2] if every set holds one id, else [E, 2, A], or [E, 2, A, L] if an answer has several tokens."""
+    longest = max(len(ids) for pair in answers for side in pair for ids in side)
+    most = max(len(side) for pair in answers for side in pair)
+    sides = [[*side, *[[]] * (most - len(side))] for pair in answers for side in pair]
+    tensor = _padded([ids for side in sides for ids in side], -1).view(len(answers), 2, most, longest)
+    return tensor if longest > 1 else tensor[..., 0] if most > 1 else tensor[..., 0, 0]
 
 
 def _variants(answers: Tensor, tokenizer: Any) -> Tensor:

@@ -41,6 +41,10 @@ PAIRS = torch.tensor([[2, 0], [4, 1]])
 SETS = torch.tensor([[[2, 1], [0, -1]], [[4, -1], [1, 2]]])
 
 
+# Those of one position.
+SINGLE = {name: metric for name, metric in METRICS.items() if metric.looks_at != "targets"}
+
+
 def test_logit_diff_of_pairs() -> None:
     assert logit_diff(LOGITS, batch_of(PAIRS)).tolist() == [3.0, 3.0]
 
@@ -130,7 +134,7 @@ def test_top_k_of_no_positive_number(k: object) -> None:
 
 def test_what_cannot_be_differentiated_is_refused_for_scoring() -> None:
     logits = LOGITS.clone().requires_grad_()
-    for metric in METRICS.values():
+    for metric in SINGLE.values():
         values = metric(logits, batch_of(PAIRS))
         assert values.requires_grad == metric.differentiable
         if not values.requires_grad:
@@ -166,7 +170,7 @@ def test_metrics_do_not_depend_on_a_common_shift_and_stay_in_range(seed: int, sh
     generator = torch.Generator().manual_seed(seed)
     logits, clean = (torch.randn(2, 5, generator=generator, dtype=torch.float64) * scale for _ in range(2))
     batch = batch_of(SETS, clean)
-    for metric in METRICS.values():
+    for metric in SINGLE.values():
         assert torch.allclose(metric(logits, batch), metric(logits + shift, batch), atol=1e-9, rtol=1e-9)
     assert (prob_diff(logits, batch).abs() <= 1 + 1e-12).all()
     assert (kl_divergence(logits, batch) <= 1e-12).all()
@@ -174,7 +178,7 @@ def test_metrics_do_not_depend_on_a_common_shift_and_stay_in_range(seed: int, sh
     assert (js <= 1e-12).all() and (js >= -math.log(2) - 1e-12).all()
 
 
-@pytest.mark.parametrize("name", [m.name for m in METRICS.values() if m.differentiable])
+@pytest.mark.parametrize("name", [m.name for m in SINGLE.values() if m.differentiable])
 @pytest.mark.parametrize("answers", [PAIRS, SETS], ids=["pairs", "sets"])
 def test_gradients_agree_with_finite_differences(name: str, answers: Tensor) -> None:
     clean = LOGITS.double().flip(1)
@@ -182,7 +186,7 @@ def test_gradients_agree_with_finite_differences(name: str, answers: Tensor) -> 
     assert torch.autograd.gradcheck(lambda x: METRICS[name](x, batch_of(answers, clean)), logits)
 
 
-@pytest.mark.parametrize("name", sorted(METRICS))
+@pytest.mark.parametrize("name", sorted(SINGLE))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) -> None:
     logits = LOGITS.to(dtype)  # every value is exact in every dtype
@@ -191,6 +195,36 @@ def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) ->
     assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert values.tolist() == pytest.approx(
         METRICS[name](LOGITS.double(), batch_of(SETS, LOGITS.flip(1).double())).tolist(), abs=1e-6
+    )
+
+
+# Of several positions: the second example has one fewer, whose padding must not matter.
+WIDE = torch.stack([LOGITS, LOGITS.flip(1)], 1)  # [2, 2, 5]
+MASK = torch.tensor([[True, True], [True, False]])
+WEIGHTS = torch.tensor([[1.0, 3.0], [0.5, 0.0]]).double()
+TARGETS = torch.tensor([[2, 0], [4, -1]])
+
+
+def several(answers: Tensor, clean: Tensor | None = None) -> MetricBatch:
+    where = {"mask": MASK, "targets": TARGETS, "weights": WEIGHTS, "answer": torch.tensor([[0, 0], [1, 0]])}
+    logits = WIDE.flip(2) if clean is None else clean
+    return MetricBatch(answers, logits, logits, torch.ones(2).long(), torch.arange(2), **where)
+
+
+@pytest.mark.parametrize("name", [m.name for m in METRICS.values() if m.looks_at in ("answers", "runs")])
+def test_a_metric_of_several_positions_is_its_mean_by_weights(name: str) -> None:
+    batch = several(SETS)
+    each = [METRICS[name](WIDE[:, p], batch_of(SETS, batch.clean_logits[:, p])) for p in range(2)]
+    wanted = [(each[0][0] + 3 * each[1][0]) / 4, each[0][1]]
+    assert METRICS[name](WIDE, batch).tolist() == pytest.approx([float(x) for x in wanted], abs=1e-6)
+
+
+def test_next_token_loss_is_the_mean_log_probability_of_what_follows() -> None:
+    p = WIDE.double().softmax(-1)
+    wanted = [(math.log(p[0, 0, 2]) + 3 * math.log(p[0, 1, 0])) / 4, math.log(p[1, 0, 4])]
+    assert METRICS["next_token_loss"](WIDE, several(PAIRS)).tolist() == pytest.approx(wanted, abs=1e-6)
+    assert torch.autograd.gradcheck(
+        lambda x: METRICS["next_token_loss"](x, several(PAIRS)), WIDE.double().requires_grad_()
     )
 
 

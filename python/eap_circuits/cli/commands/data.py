@@ -43,17 +43,20 @@ def data(
     if as_json:
         show_json(asdict(found))
         return
-    rows = (
+    rows: tuple[tuple[str, str], ...] = (
         ("pairs", str(found.pairs)),
         ("different pairs", str(found.different)),
         ("corrupted prompt is the clean one", str(found.equal)),
         ("tokens of clean prompts", " to ".join(map(str, found.tokens))),
         ("tokens of corrupted prompts", " to ".join(map(str, found.corrupted_tokens))),
-        ("P(good) after clean prompts", f"{found.good:.3g}"),
-        ("P(bad) after clean prompts", f"{found.bad:.3g}"),
-        ("P(good) after corrupted prompts", f"{found.corrupted_good:.3g}"),
-        ("P(bad) after corrupted prompts", f"{found.corrupted_bad:.3g}"),
-        ("model prefers the bad answer", str(found.prefers_bad)),
-        ("corrupted prompt hardly changes the odds", str(found.alike)),
     )
+    if found.good is not None:
+        rows += (
+            ("P(good) after clean prompts", f"{found.good:.3g}"),
+            ("P(bad) after clean prompts", f"{found.bad:.3g}"),
+            ("P(good) after corrupted prompts", f"{found.corrupted_good:.3g}"),
+            ("P(bad) after corrupted prompts", f"{found.corrupted_bad:.3g}"),
+            ("model prefers the bad answer", str(found.prefers_bad)),
+            ("corrupted prompt hardly changes the odds", str(found.alike)),
+        )
     show_table(Table(f"{found.name} with {model}", (Column("what", ""), Column("found", "", numeric=True)), rows))

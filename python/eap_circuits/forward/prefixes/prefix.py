@@ -111,7 +111,7 @@ class WholePrompts:
     def __init__(self, batch: Batch, shared: int) -> None:
         start, (examples, suffix) = batch.start[:, None], batch.shape
         host = batch.host
-        tokens = int((host["start"] + torch.maximum(host["scored"], host["corrupted_scored"])).max()) + 1
+        tokens = int((host["start"] + host["last"]).max()) + 1
         place = torch.arange(shared, tokens, device=start.device)
         self._example = torch.arange(examples, device=start.device)[:, None]
         self._ahead = (place - shared).clamp(max=batch.prefix.shape[1] - shared - 1)

@@ -36,6 +36,7 @@ def why_not_reused(arch: Architecture, heads: Heads, data: PairedDataset, reuse_
     Raises:
         InputError: tokens see later ones, or attention does not take a key and a value for each query head.
     """
+    data = data.rows.data.scored_last()
     pairs = _tried(data) if reuse_prefix else []
     if not pairs and arch.graph(heads).n_receivers != arch.graph("kv").n_receivers:
         pairs = [int(data.longer_lengths.argmax())]

@@ -31,6 +31,9 @@ class ConductanceMethod(GradientMethod):
     ablated: ClassVar[bool] = False
     planned: ClassVar[bool] = False
 
+    def between_prompts(self, steps: int, quadrature: str) -> bool:
+        return True
+
     def score(self, request: AttributionRequest, batch: Batch, passes: Passes) -> BatchScores:
         """Scores of the batch's examples; the path has the segments' ends after α = 0.
 

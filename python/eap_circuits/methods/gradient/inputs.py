@@ -21,6 +21,9 @@ from .method import GradientMethod, Passes, chunks, contraction, loss_of, weight
 class InputsMethod(GradientMethod):
     """Gradients along the path between the embeddings."""
 
+    def between_prompts(self, steps: int, quadrature: str) -> bool:
+        return any(alpha != 1 for alpha, _ in self.path(steps, quadrature))
+
     def score(self, request: AttributionRequest, batch: Batch, passes: Passes) -> BatchScores:
         return score_along_inputs(request, batch, passes)
 

@@ -126,7 +126,7 @@ class GradientMethod(Method):
         cost = self._costs(request)
         tokens, per_batch = self._tokens(request, cost)
         batches = list(request.batches(per_batch))
-        shapes = [(*batch.shape, self.cut(request, batch, tokens).together) for batch in batches]
+        shapes = [(batch.n_examples, batch.shape[1], self.cut(request, batch, tokens).together) for batch in batches]
         needed = max(cost(batch).bytes(shape[0], shape[2]) for batch, shape in zip(batches, shapes, strict=True))
         return Plan(tokens, tuple(shapes), needed, allowed)
 
@@ -162,7 +162,7 @@ class GradientMethod(Method):
         costs: dict[tuple[int, int], Cost] = {}
 
         def cost(batch: Batch) -> Cost:
-            alike = batch.shape[1], batch.prefix.shape[1]
+            alike = batch.example_tokens, batch.prefix.shape[1]
             if alike not in costs:
                 costs[alike] = self._cost(request, batch)
             return costs[alike]

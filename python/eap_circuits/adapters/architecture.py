@@ -18,7 +18,7 @@ from ..edges import Reads
 from ..families import Family
 from ..graph import Graph, Heads
 from ..modules.norms import Norm
-from ..modules.offloading import device_of, read
+from ..modules.offloading import device_of, is_shard, read
 from ..modules.projections import Order, Projections, linear_shape, linear_weight
 
 
@@ -141,6 +141,11 @@ class Architecture:
     embedding_scale: float
     device: torch.device
     dtype: torch.dtype
+
+    @cached_property
+    def sharded(self) -> bool:
+        """Are its weights in parts on several ranks, which all have to run each pass?"""
+        return any(is_shard(weight) for weight in self.model.parameters())
 
     @cached_property
     def devices(self) -> list[torch.device]:

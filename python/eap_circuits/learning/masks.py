@@ -19,6 +19,7 @@ from ..graph import EdgeScores
 from ..loans import gives_back
 from ..metrics import METRICS
 from ..provenance import called, provenance
+from ..ranks import together
 from ..recording import ablation_of
 from ..request import Progress, Request, prepare, watched
 from ..tasks import PairedDataset
@@ -43,6 +44,7 @@ class _Asked:
     largest: int
 
 
+@together
 @gives_back
 @one_want_of_memory
 @known_arguments

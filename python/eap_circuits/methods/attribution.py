@@ -15,6 +15,7 @@ from ..forward import Constants, borrowed, one_want_of_memory
 from ..graph import Circuit, EdgeScores, Heads
 from ..loans import gives_back
 from ..provenance import called, provenance
+from ..ranks import together
 from ..recording import RULES, ablation_of
 from ..request import Progress, prepare, watched
 from ..shapes import Weightless
@@ -29,6 +30,7 @@ from .statistics import Statistics, to_keep
 _MOST_STEPS = 10_000
 
 
+@together
 @gives_back
 @one_want_of_memory
 @known_arguments
@@ -137,6 +139,7 @@ def attribute(
     return statistics.scores(info)
 
 
+@together
 @gives_back
 @one_want_of_memory
 @known_arguments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import chain
 from typing import Any, TypeGuard
 
@@ -17,6 +18,13 @@ def is_offloaded(module: nn.Module) -> bool:
     from accelerate.utils import has_offloaded_params
 
     return bool(has_offloaded_params(module))
+
+
+def is_shard(x: object) -> bool:
+    """Is it a part of a weight, whose others are on other ranks?"""
+    # Only what is in parts has made torch import this module.
+    kinds = sys.modules.get("torch.distributed.tensor")
+    return kinds is not None and isinstance(x, kinds.DTensor)
 
 
 def read(module: nn.Module, name: str) -> Tensor | None:

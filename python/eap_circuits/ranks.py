@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import socket
 import sys
 import threading
@@ -47,6 +48,18 @@ def count() -> int:
 
 def rank() -> int:
     return sys.modules["torch.distributed"].get_rank() if count() > 1 else 0
+
+
+def join() -> None:
+    """Make the process group of a launcher, such as torchrun, if one has started this process."""
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
+        return
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    dist.init_process_group("gloo")
 
 
 def follows() -> bool:

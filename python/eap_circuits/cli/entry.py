@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import inspect
+import os
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from ..ranks import join, one_call, rank
 from .console import quiet, say_error
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -35,10 +38,10 @@ class _Group(TyperGroup):
 
     def _invoked(self, ctx: Any) -> Any:
         if ctx.params.get("debug"):
-            return super().invoke(ctx)
+            return self._shared(ctx)
         quiet()
         try:
-            return super().invoke(ctx)
+            return self._shared(ctx)
         except KeyboardInterrupt:
             say_error("interrupted")
             raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -48,6 +51,12 @@ class _Group(TyperGroup):
                 raise
             say_error(message)
             raise typer.Exit(EXIT_ERROR) from None
+
+
+    def _shared(self, ctx: Any) -> Any:
+        """Ranks end a command together, and the first one shows what any of them has to say."""
+        with one_call(str(ctx.invoked_subcommand)):
+            return super().invoke(ctx)
 
 
 def _expected(error: Exception) -> str | None:
@@ -103,6 +112,10 @@ def eap(
 
 def main() -> None:
     """The console entry point."""
+    join()
+    if rank() > 0:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            app()
     app()
 
 

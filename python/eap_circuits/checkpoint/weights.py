@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eap_kernels.info import cache_folder
 
-from ..adapters import is_offloaded, read
+from ..adapters import is_offloaded, is_shard, read
 from ..errors import InputError
 from ..files import digest, write_whole
 from .digest import tensor_digest
@@ -41,7 +41,7 @@ def weight_digests(model: nn.Module) -> dict[str, str]:
     """The digest of each weight and buffer, offloaded and quantised ones too; tied ones are read once."""
     kept, seen, found = _kept(model), dict[int, str](), {}
     for name, module, x in _held(model, tied=True):
-        if is_offloaded(module):
+        if is_offloaded(module) or is_shard(x):
             fetched = read(module, name.rpartition(".")[2])
             assert fetched is not None
             found[name] = tensor_digest(fetched)

@@ -76,6 +76,7 @@ def optimal_constants(
     rate = number("rate", rate, "a positive number", 5e-324, 1e308)
     request = prepare(model, data, metric, "mean", batch_size, reuse_prefix=False, memory=memory)
     check_circuit(circuit, request)
+    request.refuse_parts()
     settings = partial(settings_of, request, call="optimal_constants", circuit=circuit, steps=steps, rate=rate)
     with opened(checkpoint, request.arch.model, settings) as kept, borrowed(request.arch.model):
         request = request.verified(circuit.graph.heads).with_constants()

@@ -106,6 +106,7 @@ def learn_mask(
     circuits, examples, seed = whole("circuits", circuits, 1), whole("examples", examples, 1), whole("seed", seed, 0)
     progress, reuse_prefix = watched(progress), flag("reuse_prefix", reuse_prefix)
     request = prepare(model, data, objective, ablation, None, ablation_data, reuse_prefix, memory)
+    request.refuse_parts()
     if not request.metric.differentiable:
         one_of("objective", objective, [each.name for each in METRICS.values() if each.differentiable])
     graph = scores.graph

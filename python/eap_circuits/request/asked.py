@@ -49,6 +49,11 @@ class Request:
     memory: int | None = None
     looked_at: set[int] = field(default_factory=set, repr=False)  # examples whose answers' spelling was compared
 
+    def refuse_parts(self) -> None:
+        """Refuse a model of which each rank has a part, where circuits run with gradients."""
+        if self.arch.sharded:
+            raise expected("model", "whole weights, to learn with", "parts of them on every rank (fully_shard)")
+
     def verified(self, heads: Heads) -> Self:
         """The request without prefix reuse if the model's cache cannot serve, which a warning says; the model must be
         borrowed already."""

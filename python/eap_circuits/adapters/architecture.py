@@ -18,7 +18,7 @@ from ..edges import Reads
 from ..families import Family
 from ..graph import Graph, Heads
 from ..modules.norms import Norm
-from ..modules.offloading import device_of, is_shard, read, run_whole
+from ..modules.offloading import device_of, is_in_parts, read, run_whole
 from ..modules.projections import Order, Projections, is_at_hand, linear_shape, linear_weight
 
 
@@ -149,7 +149,7 @@ class Architecture:
     @cached_property
     def sharded(self) -> bool:
         """Are its weights in parts on several ranks, which all have to run each pass?"""
-        return any(is_shard(weight) for weight in self.model.parameters())
+        return is_in_parts(self.model)
 
     @cached_property
     def devices(self) -> list[torch.device]:

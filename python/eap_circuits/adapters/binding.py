@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import expected, refuse_default_device
 from ..families import FAMILIES, Factor, Family, Mixer, Paths, family_of
 from ..modules.norms import Kinds, Norm
-from ..modules.offloading import device_of, devices_of, is_shard
+from ..modules.offloading import device_of, devices_of, is_in_parts, is_shard
 from ..modules.projections import Place, Projection, Projections, Together, linear_shape, rows_of
 from .architecture import Architecture, Layer
 from .wrappers import unwrapped
@@ -66,12 +66,9 @@ def _check_parts(model: nn.Module) -> None:
     """Refuse weights in parts on several ranks, except those of `fully_shard`."""
     kinds = sorted({type(part).__name__ for part in model.modules()} & {"FullyShardedDataParallel"})
     shards = [weight for weight in model.parameters() if is_shard(weight)]
-    if shards:
-        from torch.distributed.fsdp import FSDPModule
-
-        whole_by_itself = any(isinstance(part, FSDPModule) for part in model.modules())
-        if not whole_by_itself or any(weight.device_mesh.ndim > 1 for weight in shards):  # type: ignore[attr-defined]
-            kinds.append("weights in parts by tensor parallelism (tp_plan)")
+    by_fully_shard = is_in_parts(model) and all(weight.device_mesh.ndim == 1 for weight in shards)  # type: ignore[attr-defined]
+    if shards and not by_fully_shard:
+        kinds.append("weights in parts by tensor parallelism (tp_plan)")
     if kinds:
         wanted = "weights that are whole, on several GPUs by device_map, or in parts by fully_shard (FSDP2)"
         raise expected(type(model).__name__, wanted, kinds[0])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..forward import TOKENS_PER_BATCH, Batch, make_batches
-from ..ranks import least_share, rank
+from ..ranks import count, least_share, rank
 from ..request import Request
 from ..tasks import PairedDataset
 from .memory import SHARE_OF_FREE, PeakBytes, device_name, free_bytes
@@ -22,7 +22,8 @@ def budget(request: Request) -> int:
     if request.memory is not None:
         return least_share("memory", {f"rank {rank()}": request.memory})
     # With several devices, each holds the tensors of its layers; the one with the least room decides.
-    free = {device_name(device): free_bytes(device) for device in request.arch.devices}
+    name = device_name if count() > 1 else str
+    free = {name(device): free_bytes(device) for device in request.arch.devices}
     return int(SHARE_OF_FREE * least_share("free", free))
 
 

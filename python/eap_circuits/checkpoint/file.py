@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..adapters import is_shard
+from ..adapters import is_in_parts
 from ..errors import InputError, expected
 from ..files import CHECKSUM, DAMAGED, check_digest, check_writable, digest, write_whole
 from ..forward import Batch, some_of
@@ -164,7 +164,7 @@ def opened(where: Where, model: nn.Module, settings: Callable[[], dict[str, Any]
     if path.suffix != ".safetensors":
         raise expected("checkpoint", "a name ending in .safetensors", repr(path.name))
     # Rank 0 reads and writes the file; weights in parts are read by all ranks together.
-    call = {**settings(), **model_identity(model)} if not follows() or any(map(is_shard, model.parameters())) else None
+    call = {**settings(), **model_identity(model)} if not follows() or is_in_parts(model) else None
     file = _File(path, {"": json.loads(json.dumps(call))})
     with _termination_raised():
         try:

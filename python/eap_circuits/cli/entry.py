@@ -52,7 +52,6 @@ class _Group(TyperGroup):
             say_error(message)
             raise typer.Exit(EXIT_ERROR) from None
 
-
     def _shared(self, ctx: Any) -> Any:
         """Ranks end a command together, and the first one shows what any of them has to say."""
         with one_call(str(ctx.invoked_subcommand)):
@@ -107,6 +106,8 @@ def eap(
 
     EAP-IG scores every edge between two nodes of the model by how much the metric falls if the edge is corrupted.
     A circuit is a set of the strongest edges; its faithfulness says how much of the model's behaviour it keeps.
+
+    Several GPUs, or processes, share a command's work: torchrun --nproc-per-node 8 -m eap_circuits attribute …
     """
 
 

@@ -135,7 +135,7 @@ def evaluate(
 ) -> EvaluationResult | list[EvaluationResult]:
     """Run a circuit on the clean prompts; every edge outside it carries an ablated contribution.
 
-    The model comes back as it was, even after an error.
+    The model comes back as it was, even after an error. Ranks of a process group share the work, as in `attribute`.
 
     Args:
         model: a Hugging Face causal language model.

@@ -58,7 +58,8 @@ def attribute(
     """Score every edge: S[u, v] = mean over examples of Σ_t ⟨Δ_u(t), Σ_k w_k ∂loss/∂x_v(t) at path point k⟩.
 
     Δ_u is sender u's ablated contribution less that in the clean run, loss is −metric: a positive score says that
-    ablating the edge hurts the metric. The model comes back as it was, also after an error.
+    ablating the edge hurts the metric. The model comes back as it was, also after an error. Inside a process group of
+    torch.distributed all ranks make the same call, share its work and get the same scores (docs/distributed.md).
 
     Args:
         model: a Hugging Face causal language model.

@@ -27,6 +27,12 @@ def is_shard(x: object) -> bool:
     return kinds is not None and isinstance(x, kinds.DTensor)
 
 
+def is_in_parts(model: nn.Module) -> bool:
+    """Does `fully_shard` keep a part of its weights on each rank? Some may be whole at the moment."""
+    kinds = sys.modules.get("torch.distributed.fsdp")
+    return kinds is not None and any(isinstance(part, kinds.FSDPModule) for part in model.modules())
+
+
 def read(module: nn.Module, name: str) -> Tensor | None:
     """A module's parameter without gradient, fetched if it is offloaded or in parts; None if there is none."""
     value: Any = getattr(module, name, None)
@@ -65,9 +71,9 @@ def run_whole(module: nn.Module, *inputs: Tensor) -> Tensor:
     """A module that is run by itself, outside of the model's pass, in which its weights would be made whole."""
     shards = {name: x for name, x in module.named_parameters() if is_shard(x)}
     if not shards:
-        return module(*inputs)  # type: ignore[no-any-return]
+        return module(*inputs)
     whole = {name: x.detach().full_tensor() for name, x in shards.items()}  # type: ignore[attr-defined]
-    return torch.func.functional_call(module, whole, inputs)  # type: ignore[no-any-return]
+    return torch.func.functional_call(module, whole, inputs)
 
 
 def as_given(module: nn.Module, x: Tensor) -> Tensor:

@@ -111,8 +111,9 @@ def is_at_hand(module: nn.Module) -> bool:
     """Is `linear_weight` the module's own tensor? Others are made once and kept, but not those that are put together
     from all ranks' parts: keeping them would undo that each has only a part."""
     weight = getattr(module, "weight", None)
-    plain = isinstance(module, (nn.Linear, Conv1D)) and isinstance(weight, Tensor) and not is_offloaded(module)
-    return plain and (is_shard(weight) or _plain(weight))
+    if not isinstance(module, (nn.Linear, Conv1D)) or not isinstance(weight, Tensor) or is_offloaded(module):
+        return False
+    return is_shard(weight) or _plain(weight)
 
 
 def _plain(weight: Tensor) -> bool:

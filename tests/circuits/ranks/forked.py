@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -27,11 +28,10 @@ def on_ranks(count: int, run: Callable[[int], Any], seconds: float = 60) -> list
 def _fork(rank: int, count: int, run: Callable[[int], Any], folder: str, seconds: float) -> int:
     if child := os.fork():
         return child
+    signal.alarm(int(seconds))  # nothing waits for ever
     try:
         store = dist.FileStore(os.path.join(folder, "store"), count)
-        dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=seconds)
-        )
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=seconds))
         try:
             found = run(rank)
         except BaseException as error:

@@ -45,7 +45,7 @@ def run(task: str, seed: int) -> dict[str, Any]:
     data = eap.load_task(task, tokenizer, n=PAIRS, seed=seed)
     few, others = data[:LEARNED_FROM], data[LEARNED_FROM:]
     scores = eap.attribute(model, few)
-    learned = eap.learn_mask(model, scores, few, seed=seed)
+    learned = eap.learn_mask(model, few, start=scores, seed=seed)
     return {
         "eap-ig": faithfulness(model, scores, others),
         "learned": faithfulness(model, learned, others),
@@ -68,7 +68,7 @@ def divergence() -> dict[str, Any]:
     few, others = data[:LEARNED_FROM], data[LEARNED_FROM:]
     scores = eap.attribute(model, few)
     found: dict[str, Any] = {"sizes": LARGER, "commit": commit()}
-    for name, each in {"eap-ig": scores, "learned": eap.learn_mask(model, scores, few)}.items():
+    for name, each in {"eap-ig": scores, "learned": eap.learn_mask(model, few, start=scores)}.items():
         circuits = circuits_of(each, LARGER)
         found[name] = {
             "faithfulness": [result.faithfulness for result in eap.evaluate(model, circuits, others)],
@@ -128,7 +128,7 @@ def control(seed: int) -> dict[str, Any]:
         scores = eap.attribute(model, few)
         weights[name] = {
             ranking: [result.faithfulness for result in eap.evaluate(model, circuits_of(each), others, "kl_divergence")]
-            for ranking, each in (("eap-ig", scores), ("learned", eap.learn_mask(model, scores, few, seed=seed)))
+            for ranking, each in (("eap-ig", scores), ("learned", eap.learn_mask(model, few, start=scores, seed=seed)))
         }
     origin = {"machine": measure.machine(), "versions": measure.versions(), "commit": commit()}
     return {"answers": answers, "weights": weights, **origin}

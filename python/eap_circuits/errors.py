@@ -59,6 +59,14 @@ def reason(error: BaseException) -> str:
     return (lines[0].partition(". ")[0][:200] if lines else "") or type(error).__name__
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Is it for want of memory, on a GPU or on a CPU?"""
+    import torch
+
+    said = ("can't allocate memory", "bad_alloc")  # by torch's allocator, and by C++ that cannot say more
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
+
+
 def refuse_default_device() -> None:
     """Refuse `torch.set_default_device` and `with torch.device(...)`: indices and data are made on the CPU."""
     import torch

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from .errors import InputError, expected, reason
+from .ranks import follows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +37,8 @@ CHECKSUM = "sha256"
 def check_writable(path: str | os.PathLike[str]) -> Path:
     """Return the path if a file can be written there, else raise `InputError`. Writes nothing."""
     path = _path(path)
+    if follows():  # rank 0 writes
+        return path
     target = _target(path)
     mode = _mode(path, target)
     if mode is not None and not stat.S_ISREG(mode):
@@ -53,13 +56,15 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
     """Call `write` on a temporary file beside `path`, then move it into place in one step, safe from power loss.
 
-    Links are followed, and a file that is replaced passes on its mode. After an error or an interruption,
-    a file that was at `path` before is unchanged.
+    Of the ranks that share a call, only the first writes. Links are followed, and a file that is replaced passes on its
+    mode. After an error or an interruption, a file that was at `path` before is unchanged.
 
     Raises:
         InputError: it cannot be written, whichever library says so.
     """
     path = check_writable(path)
+    if follows():
+        return path
     target = _target(path)
     mode = _mode(path, target)
     spare = target.with_name(f".eap-{secrets.token_hex(8)}{path.suffix}")

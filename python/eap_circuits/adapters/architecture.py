@@ -18,8 +18,8 @@ from ..edges import Reads
 from ..families import Family
 from ..graph import Graph, Heads
 from ..modules.norms import Norm
-from ..modules.offloading import device_of, read
-from ..modules.projections import Order, Projections, linear_shape, linear_weight
+from ..modules.offloading import device_of, is_in_parts, read, run_whole
+from ..modules.projections import Order, Projections, is_at_hand, linear_shape, linear_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +96,12 @@ class Layer:
             weight = weight if norm is None else norm.forwards(weight, features)
         return (weight if self.scale == 1 else weight * self.scale).to(dtype).unflatten(0, (self.n_heads, -1))
 
-    @cached_property
+    @property
     def _out_weight(self) -> Tensor:
+        return linear_weight(self.out) if is_at_hand(self.out) else self._made_out_weight
+
+    @cached_property
+    def _made_out_weight(self) -> Tensor:
         return linear_weight(self.out)
 
     def per_query_head(self) -> list[tuple[nn.Module, str, object]]:
@@ -146,6 +150,11 @@ class Architecture:
     dtype: torch.dtype
 
     @cached_property
+    def sharded(self) -> bool:
+        """Are its weights in parts on several ranks, which all have to run each pass?"""
+        return is_in_parts(self.model)
+
+    @cached_property
     def devices(self) -> list[torch.device]:
         """Every device on which the model computes, without repetition."""
         found = [self.device, *(layer.device for layer in self.layers), self.final_norm.device]
@@ -184,9 +193,9 @@ class Architecture:
     def embed(self, tokens: Tensor) -> Tensor:
         """The token embeddings' contribution to the residual stream: int64 [E, T] -> [E, T, D]."""
         model: Any = self.model
-        x = model.get_input_embeddings()(tokens)
+        x = run_whole(model.get_input_embeddings(), tokens)
         if self.embedding_norm is not None:
-            x = self.embedding_norm(x)
+            x = run_whole(self.embedding_norm, x)
         return x if self.embedding_scale == 1 else x * self.embedding_scale
 
     def before_post_norms(self) -> Architecture:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import expected, refuse_default_device
 from ..families import FAMILIES, Factor, Family, Mixer, Paths, family_of
 from ..modules.norms import Kinds, Norm, is_norm
-from ..modules.offloading import device_of, devices_of
+from ..modules.offloading import device_of, devices_of, is_in_parts, is_shard
 from ..modules.projections import Place, Projection, Projections, Together, linear_shape, rows_of
 from .architecture import Architecture, Layer
 from .wrappers import unwrapped
@@ -51,6 +51,7 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
     for name, value in family.requires.items():
         if getattr(config, name, value) != value:
             raise expected(f"{type(model).__name__}.config.{name}", repr(value), repr(getattr(config, name)))
+    _check_parts(model)
     if torch.device("meta") in devices_of(model):
         raise expected("model", "all weights", "some on the device meta, where only eap.plan works")
     if any(weight.is_inference() for weight in model.parameters()):
@@ -59,6 +60,18 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
     if type(model).__module__.startswith("transformers.") and _head(model) is None:
         raise expected(type(model).__name__, _CAUSAL, "a model without one")
     return _Binder(model, config, family).architecture()
+
+
+def _check_parts(model: nn.Module) -> None:
+    """Refuse weights in parts on several ranks, except those of `fully_shard`."""
+    kinds = sorted({type(part).__name__ for part in model.modules()} & {"FullyShardedDataParallel"})
+    shards = [weight for weight in model.parameters() if is_shard(weight)]
+    by_fully_shard = is_in_parts(model) and all(weight.device_mesh.ndim == 1 for weight in shards)  # type: ignore[attr-defined]
+    if shards and not by_fully_shard:
+        kinds.append("weights in parts by tensor parallelism (tp_plan)")
+    if kinds:
+        wanted = "weights that are whole, on several GPUs by device_map, or in parts by fully_shard (FSDP2)"
+        raise expected(type(model).__name__, wanted, kinds[0])
 
 
 def _may_be_causal(model: Any) -> bool:

@@ -6,18 +6,19 @@ import copy
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..errors import expected
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The Hugging Face model inside a compiled model, a PEFT model or a bridge of TransformerLens.
+    """The Hugging Face model inside a compiled or data parallel model, a PEFT model or a bridge of TransformerLens.
 
     Raises:
         InputError: the Hugging Face model inside cannot be reached; the message has the line that loads it.
     """
-    if hasattr(model, "_orig_mod"):  # torch.compile
-        model = model._orig_mod
+    while hasattr(model, "_orig_mod") or isinstance(model, (DataParallel, DistributedDataParallel)):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # of torch.compile; one of the copies
     if hasattr(model, "get_base_model"):  # PEFT; its adapters stay where they are, inside the layers
         if getattr(model.active_peft_config, "is_prompt_learning", False):
             raise expected("model", "adapters inside the model's layers", "learned prompts before its tokens")

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..forward import TOKENS_PER_BATCH, Batch, make_batches
+from ..ranks import count, least_share, rank
 from ..request import Request
 from ..tasks import PairedDataset
-from .memory import SHARE_OF_FREE, PeakBytes, free_bytes
+from .memory import SHARE_OF_FREE, PeakBytes, device_name, free_bytes
 
 # Below this share of a user's budget a rough estimate is enough. The default leaves the other half of what is free.
 _NEGLIGIBLE = 0.25
@@ -17,9 +18,13 @@ Measured = Callable[[Batch, int], object]  # runs a batch with this many copies 
 
 
 def budget(request: Request) -> int:
-    """The bytes that a user's `memory=` allows; by default half of what is free."""
+    """The bytes that a user's `memory=` allows; by default half of what is free. Of several ranks, the least."""
+    if request.memory is not None:
+        return least_share("memory", {f"rank {rank()}": request.memory})
     # With several devices, each holds the tensors of its layers; the one with the least room decides.
-    return int(SHARE_OF_FREE * min(map(free_bytes, request.arch.devices))) if request.memory is None else request.memory
+    name = device_name if count() > 1 else str
+    free = {name(device): free_bytes(device) for device in request.arch.devices}
+    return int(SHARE_OF_FREE * least_share("free", free))
 
 
 def numbers_per_token(request: Request) -> int:

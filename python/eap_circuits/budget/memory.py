@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import InputError, reason
-from ..forward import TOKENS_PER_BATCH, Batch, give_back_memory, halves, out_of_memory
+from ..errors import InputError, expected, out_of_memory, reason
+from ..forward import TOKENS_PER_BATCH, Batch, give_back_memory, halves, some_of
+from ..ranks import count, dealt
 from ..tasks import PairedDataset
 
 # For devices that a pass of TOKENS_PER_BATCH does not keep busy; not yet measured.
@@ -41,6 +42,13 @@ def free_bytes(device: torch.device) -> int:
     free = int(found[1]) * 1024 if found else 4 * 2**30
     limit, used = (_text(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
     return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
+
+
+def device_name(device: torch.device) -> str:
+    """What tells a device of this machine apart from its others, also for another process."""
+    if device.type != "cuda":
+        return device.type
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", device))
 
 
 def _text(path: str) -> str:
@@ -103,6 +111,40 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (tuple, list)):
             yield from (x for x in value if isinstance(x, Tensor))
+
+
+def dealt_in_memory(
+    data: PairedDataset, batches: Iterable[Batch], tokens: int, run: Callable[[Batch, int], T], whole: bool = False
+) -> Iterator[tuple[Batch, T]]:
+    """`in_memory` of batches that are dealt to the ranks, as `ranks.dealt` does it; all receive all results.
+
+    Args:
+        run: returns tensors on the CPU and plain values.
+        whole: let every rank run all batches.
+    """
+    if whole or count() == 1:
+        yield from in_memory(data, batches, tokens, run)
+        return
+    # A rank whose memory runs out goes on with smaller passes; one for all its batches.
+    to_run: list[Batch] = []
+    fitting = in_memory(data, iter(lambda: to_run.pop(), None), tokens, run)
+
+    def pieces(batch: Batch) -> list[tuple[Tensor, T]]:
+        to_run.append(batch)
+        found, left = [], batch.n_examples
+        while left:
+            piece, result = next(fitting)
+            found.append((piece.index, result))
+            left -= piece.n_examples
+        return found
+
+    for batch, found in dealt(batches, pieces):
+        if not torch.equal(torch.cat([index for index, _ in found]), batch.index):
+            raise expected("batches", "the same on all ranks", "others, as batch_size or the model differs")
+        start = 0
+        for index, result in found:
+            which = torch.arange(start, start := start + len(index))
+            yield (batch if len(found) == 1 else some_of(data, batch, which)), result
 
 
 def in_memory(

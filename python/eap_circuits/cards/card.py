@@ -16,6 +16,7 @@ from ..evaluation import BASELINES, Baseline, EvaluationResult, evaluate
 from ..forward import Constants, one_want_of_memory
 from ..graph import Circuit, EdgeScores, edge_overlap
 from ..provenance import COMMAND, called
+from ..ranks import together
 from ..request import Progress, watched
 from ..tasks import PairedDataset
 
@@ -97,6 +98,7 @@ def _numbers(result: EvaluationResult) -> dict[str, Any]:
     return {**found, "interval": list(interval(result)), "n_examples": len(result.values)}
 
 
+@together
 @known_arguments
 @one_want_of_memory
 def faithfulness_card(

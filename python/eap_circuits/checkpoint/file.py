@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..adapters import is_in_parts
 from ..errors import InputError, expected
 from ..files import CHECKSUM, DAMAGED, check_digest, check_writable, digest, write_whole
 from ..forward import Batch, some_of
+from ..ranks import alike, count, exchange, follows, least, rank
 from ..tasks import PairedDataset
 from .identity import model_identity
+from .weights import weights_sample
 
 _FORMAT = "eap-circuits/checkpoint-1"
 _PART = "part/"
@@ -43,8 +46,9 @@ class _File:
         self.tensors: dict[str, Tensor] = {}
         self.whole, self._changed = True, False
         self._next = -float("inf")
-        if path is not None and path.exists():
-            self._read(path)
+        if path is not None:
+            alike(lambda: None if rank() or not path.exists() else self._read(path))
+            self.calls, self.tensors = exchange((self.calls, self.tensors))[0]
 
     def _read(self, path: Path) -> None:
         try:
@@ -74,7 +78,7 @@ class _File:
 
     def write(self) -> None:
         """Write what has changed."""
-        if self.path is None or not self._changed or not self.whole:
+        if self.path is None or not self._changed or not self.whole or follows():
             return
         began = time.monotonic()
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.tensors.items()}
@@ -104,7 +108,8 @@ class Checkpoint:
 
     def tokens(self, fitting: int, of: str = "tokens") -> int:
         """The tokens of a pass, or of a batch: as many as before the interruption, so that batches and bits are the
-        same, if as many still fit."""
+        same, if as many still fit; as the rank on which the fewest fit has."""
+        fitting = least(fitting)
         kept = torch.tensor(fitting)
         self.keep({of: kept})
         return int(kept.clamp_(max=fitting))
@@ -148,6 +153,7 @@ def opened(where: Where, model: nn.Module, settings: Callable[[], dict[str, Any]
     Raises:
         InputError: the file is of another call, damaged, or cannot be written.
     """
+    _refuse_other_calls(model, settings)
     if isinstance(where, Checkpoint):
         yield where.part(settings()) if where._file.path is not None else Checkpoint(_File(None, {}))
         return
@@ -157,7 +163,8 @@ def opened(where: Where, model: nn.Module, settings: Callable[[], dict[str, Any]
     path = check_writable(where)
     if path.suffix != ".safetensors":
         raise expected("checkpoint", "a name ending in .safetensors", repr(path.name))
-    call = {**settings(), **model_identity(model)}
+    # Rank 0 reads and writes the file; weights in parts are read by all ranks together.
+    call = {**settings(), **model_identity(model)} if not follows() or is_in_parts(model) else None
     file = _File(path, {"": json.loads(json.dumps(call))})
     with _termination_raised():
         try:
@@ -188,6 +195,20 @@ def remaining(
                 yield batch
             elif which.any():
                 yield some_of(data, batch, which.nonzero()[:, 0])
+
+
+def _refuse_other_calls(model: nn.Module, settings: Callable[[], dict[str, Any]]) -> None:
+    """Refuse what is not the same call on all ranks, as each would contribute to the others' results."""
+    if count() == 1:
+        return
+    call: dict[str, Any] = {"weights": weights_sample(model)}
+    with suppress(InputError):  # what cannot be read cannot be compared
+        call |= settings()
+    calls = [json.loads(text) for text in exchange(json.dumps(call))]
+    for number, other in enumerate(calls):
+        if differences := list(_differences(other, calls[0])):
+            found = f"another {', '.join(differences[:_SHOWN])} on rank {number}"
+            raise expected("ranks", "the same call on all", found)
 
 
 def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[str]:

@@ -47,6 +47,7 @@ _PACKAGES = ("accelerate", "bitsandbytes", "peft", "transformers")
 _TORCHS = {*vars(nn.Module()), "_compiled_call_impl"}
 # Of a module whose weights and inputs accelerate moves.
 _ACCELERATES = {"_hf_hook", "_old_forward", "forward", "to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa"}
+_SHARDS = "torch.distributed.fsdp."
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
 
@@ -150,7 +151,8 @@ def _without_origin(value: Any) -> Any:
 
 def _module(name: str, module: nn.Module, known: dict[int, Any]) -> str:
     """A module's class and what it holds besides weights and modules."""
-    kind = type(module)
+    # `fully_shard` makes a class of its own of each module's.
+    kind = next(each for each in type(module).__mro__ if not each.__module__.startswith(_SHARDS))
     package = kind.__module__.partition(".")[0]
     left_out = _TORCHS | _NOTES | (_ACCELERATES if "_hf_hook" in vars(module) else set())
     own = {} if package == "bitsandbytes" else {k: v for k, v in sorted(vars(module).items()) if k not in left_out}
@@ -159,6 +161,8 @@ def _module(name: str, module: nn.Module, known: dict[int, Any]) -> str:
 
 
 def _is_note(package: str, name: str) -> bool:
+    if name.startswith(("__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig_params")):
+        return True
     return name == "_is_hf_initialized" or (package == "transformers" and name.startswith("_"))
 
 
@@ -169,10 +173,10 @@ def _is_packages(value: Any) -> bool:
 
 
 def _hooks(held: dict[str, Any]) -> list[Any]:
-    """A module's hooks, except those by which Hugging Face's libraries, or runs in other threads, record and place."""
+    """A module's hooks, except those by which libraries, or runs in other threads, record and place."""
     found = [hook for kind in _HOOKS for hook in held.get(kind, {}).values()]
-    own = ("transformers", "accelerate", "eap_circuits")
-    return [hook for hook in found if str(getattr(hook, "__module__", "")).partition(".")[0] not in own]
+    own = ("transformers.", "accelerate.", "eap_circuits.", _SHARDS)
+    return [hook for hook in found if not f"{getattr(hook, '__module__', '')}.".startswith(own)]
 
 
 def _changed_code(model: nn.Module, configs: Iterable[Any]) -> Iterator[Any]:

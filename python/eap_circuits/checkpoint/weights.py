@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from eap_kernels.info import cache_folder
 
-from ..adapters import is_offloaded, read
+from ..adapters import is_offloaded, is_shard, read
 from ..errors import InputError
 from ..files import digest, write_whole
 from .digest import tensor_digest
 from .fingerprint import Reader
 
 _WORTH_A_FILE = 2**28  # bytes of weights that take longer to read than a file of digests
+_SAMPLED = 8  # numbers of a weight
 _known: WeakKeyDictionary[nn.Module, tuple[object, dict[str, str]]] = WeakKeyDictionary()
 
 
@@ -29,11 +30,18 @@ def weights_digest(model: nn.Module) -> str:
     return digest({"weights": kept, "others": sorted(every - kept.keys())})
 
 
+def weights_sample(model: nn.Module) -> str:
+    """The SHA-256 of the first few numbers of each plain weight: what differs all over differs there."""
+    plain = {name: x.detach() for name, _, x in _held(model) if type(x.data) is Tensor and not x.is_meta}
+    numbers = {name: x[(0,) * (x.dim() - 1)][:_SAMPLED] for name, x in plain.items() if x.dim() and x.numel()}
+    return digest({}, numbers)
+
+
 def weight_digests(model: nn.Module) -> dict[str, str]:
     """The digest of each weight and buffer, offloaded and quantised ones too; tied ones are read once."""
     kept, seen, found = _kept(model), dict[int, str](), {}
     for name, module, x in _held(model, tied=True):
-        if is_offloaded(module):
+        if is_offloaded(module) or is_shard(x):
             fetched = read(module, name.rpartition(".")[2])
             assert fetched is not None
             found[name] = tensor_digest(fetched)

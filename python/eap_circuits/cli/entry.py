@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import inspect
+import os
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from ..ranks import join, one_call, rank
 from .console import quiet, say_error
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -35,10 +38,10 @@ class _Group(TyperGroup):
 
     def _invoked(self, ctx: Any) -> Any:
         if ctx.params.get("debug"):
-            return super().invoke(ctx)
+            return self._shared(ctx)
         quiet()
         try:
-            return super().invoke(ctx)
+            return self._shared(ctx)
         except KeyboardInterrupt:
             say_error("interrupted")
             raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -48,6 +51,11 @@ class _Group(TyperGroup):
                 raise
             say_error(message)
             raise typer.Exit(EXIT_ERROR) from None
+
+    def _shared(self, ctx: Any) -> Any:
+        """Ranks end a command together, and the first one shows what any of them has to say."""
+        with one_call(str(ctx.invoked_subcommand)):
+            return super().invoke(ctx)
 
 
 def _expected(error: Exception) -> str | None:
@@ -98,11 +106,17 @@ def eap(
 
     EAP-IG scores every edge between two nodes of the model by how much the metric falls if the edge is corrupted.
     A circuit is a set of the strongest edges; its faithfulness says how much of the model's behaviour it keeps.
+
+    Several GPUs, or processes, share a command's work: torchrun --nproc-per-node 8 -m eap_circuits attribute …
     """
 
 
 def main() -> None:
     """The console entry point."""
+    join()
+    if rank() > 0:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            app()
     app()
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from ..display import Result
 from ..errors import known_arguments
 from ..graph import Circuit, Overlap, edge_overlap, node_overlap
+from ..ranks import together
 from ..tasks import PairedDataset
 from .faithfulness import EvaluationResult, evaluate
 from .optimal_ablation import check_kind
@@ -38,6 +39,7 @@ class Comparison(Result):
         return f"Comparison({shared}, faithfulness [circuit][task] = [{rows}])"
 
 
+@together
 @known_arguments
 def compare(
     model: nn.Module,

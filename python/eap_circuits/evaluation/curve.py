@@ -15,6 +15,7 @@ from ..errors import SEEDS, expected, flag, instance, known_arguments, listed, n
 from ..forward import Constants, one_want_of_memory
 from ..graph import Circuit, EdgeScores
 from ..provenance import COMMAND, called
+from ..ranks import together
 from ..request import Progress
 from ..tasks import PairedDataset
 from .baselines import BASELINES, Baseline, cmd, cpr
@@ -112,6 +113,7 @@ class Curve(Result):
         return f"Curve({len(self.fractions)} circuits, cpr={self.cpr:.4g}, cmd={self.cmd:.4g})"
 
 
+@together
 @known_arguments
 @one_want_of_memory
 def faithfulness_curve(

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from eap_kernels import explain
 
-from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, most_tokens, tokens_in_all, tokens_within
+from ..budget import (
+    Cost,
+    bytes_without_gradient,
+    dealt_in_memory,
+    measure_cost,
+    most_tokens,
+    tokens_in_all,
+    tokens_within,
+)
 from ..checkpoint import Checkpoint, Where, opened, remaining, settings_of
 from ..display import Result, library
 from ..errors import known_arguments, warn
@@ -21,6 +29,7 @@ from ..graph import Circuit
 from ..intervention import TOKENS_TOGETHER, rows_computed, run_circuits
 from ..loans import gives_back
 from ..provenance import called, provenance
+from ..ranks import together
 from ..recording import ablation_of, record_run
 from ..request import DRAWS, Measurement, Progress, Request, fetch, prepare, variance_by_rounding, watched
 from ..tasks import PairedDataset
@@ -106,6 +115,7 @@ def evaluate(
     memory: int | str | None = ...,
     checkpoint: Where = ...,
 ) -> list[EvaluationResult]: ...
+@together
 @gives_back
 @one_want_of_memory
 @known_arguments
@@ -125,7 +135,7 @@ def evaluate(
 ) -> EvaluationResult | list[EvaluationResult]:
     """Run a circuit on the clean prompts; every edge outside it carries an ablated contribution.
 
-    The model comes back as it was, even after an error.
+    The model comes back as it was, even after an error. Ranks of a process group share the work, as in `attribute`.
 
     Args:
         model: a Hugging Face causal language model.
@@ -181,7 +191,8 @@ def _evaluate(
         request = request.verified("query" if "query" in heads else "kv").with_constants()
         tokens = checkpoint.tokens(_tokens_together(request, circuits))
         batches = remaining(data, request.batches(min(tokens, TOKENS_PER_BATCH)), finished)
-        for batch, found in in_memory(data, batches, tokens, partial(_values, request, circuits)):
+        run = partial(_values, request, circuits)
+        for batch, found in dealt_in_memory(data, batches, tokens, run, request.arch.sharded):
             results[:, batch.index] = found
             finished[batch.index] = True
             checkpoint.save()

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..budget import Cost, in_memory, measure_cost, numbers_per_token, tokens_within
+from ..budget import Cost, dealt_in_memory, in_memory, measure_cost, numbers_per_token, tokens_within
 from ..checkpoint import Checkpoint, Where, opened, remaining, settings_of
 from ..errors import expected, known_arguments, number, whole
 from ..forward import Batch, Constants, Runner, borrowed, one_want_of_memory
 from ..graph import Circuit, EdgeScores, NodeScores
 from ..intervention import learning_run
 from ..loans import gives_back
+from ..ranks import together
 from ..recording import means, record_run
 from ..request import Measurement, Progress, Request, fetch, prepare, watched
 from ..tasks import PairedDataset
@@ -24,6 +25,7 @@ from ..tasks import PairedDataset
 TOKENS_PER_LESSON = 256  # per batch, as the backward pass keeps every receiver's input at each token
 
 
+@together
 @gives_back
 @known_arguments
 @one_want_of_memory
@@ -74,6 +76,7 @@ def optimal_constants(
     rate = number("rate", rate, "a positive number", 5e-324, 1e308)
     request = prepare(model, data, metric, "mean", batch_size, reuse_prefix=False, memory=memory)
     check_circuit(circuit, request)
+    request.refuse_parts()
     settings = partial(settings_of, request, call="optimal_constants", circuit=circuit, steps=steps, rate=rate)
     with opened(checkpoint, request.arch.model, settings) as kept, borrowed(request.arch.model):
         request = request.verified(circuit.graph.heads).with_constants()
@@ -145,7 +148,7 @@ class _Lessons:
         self.reached += value
         for i, slope in enumerate(slopes):
             if slope is not None:
-                self.slopes[i] += slope
+                self.slopes[i] += slope.to(self.slopes[i].device)
                 self.sloped[i] = True
         self.finished[index] = True
 
@@ -200,7 +203,8 @@ def _learn(
         sides[_sides(sides, batch)] = torch.stack(logits)
     while lessons.step <= steps:
         ran = []
-        for batch, (value, slopes) in in_memory(data, remaining(data, batches, lessons.finished), tokens, lesson):
+        left = remaining(data, batches, lessons.finished)
+        for batch, (value, slopes) in dealt_in_memory(data, left, tokens, lesson, request.arch.sharded):
             ran.append(batch)
             with checkpoint.changing():
                 lessons.add(batch.index, value, slopes)

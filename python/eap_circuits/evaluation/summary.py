@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..budget import in_memory
+from ..budget import dealt_in_memory
 from ..errors import instance, known_arguments, warn
 from ..forward import TOKENS_PER_BATCH, Batch, Runner, borrowed, one_want_of_memory
 from ..loans import gives_back
 from ..metrics import answer_logprobs
+from ..ranks import together
 from ..request import Measurement, Progress, fetch, prepare, watched
 from ..tasks import MANY, PairedDataset, Summary
 
 _ALIKE = math.log(1.1)  # odds that differ by less than a tenth
 
 
+@together
 @gives_back
 @one_want_of_memory
 @known_arguments
@@ -46,8 +48,8 @@ def summarise(
     """
     if not instance("data", data, PairedDataset).answers.numel():
         return data.summary()
-    whole = "sequence_logprob_diff" if data.answers.dim() == 4 else "prob_diff"
-    request = prepare(model, data, whole, "zero" if data.alone else "patching", batch_size, memory=memory)
+    metric = "sequence_logprob_diff" if data.answers.dim() == 4 else "prob_diff"
+    request = prepare(model, data, metric, "zero" if data.alone else "patching", batch_size, memory=memory)
     graph, done, progress = request.arch.graph("kv"), 0, watched(progress)
 
     def run(batch: Batch, tokens: int) -> Tensor:
@@ -63,7 +65,8 @@ def summarise(
     with borrowed(request.arch.model), torch.no_grad():
         request = request.verified("kv")
         found = torch.empty(2, len(data), 2, dtype=torch.float64)
-        for batch, logs in in_memory(data, request.batches(TOKENS_PER_BATCH), TOKENS_PER_BATCH, run):
+        batches, whole = request.batches(TOKENS_PER_BATCH), request.arch.sharded
+        for batch, logs in dealt_in_memory(data, batches, TOKENS_PER_BATCH, run, whole):
             found[:, batch.index] = logs
             done += batch.n_examples
             if progress is not None:

@@ -8,4 +8,4 @@ from .prefixes.reuse import why_not_reused
 from .resume import LayerInputs, record_layer_inputs
 from .runner import Register, Runner, each
 from .uploading import Indices, download, upload
-from .want_of_memory import give_back_memory, one_want_of_memory, out_of_memory
+from .want_of_memory import give_back_memory, one_want_of_memory

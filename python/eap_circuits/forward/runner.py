@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Architecture, concatenate, is_offloaded, restore
+from ..adapters import Architecture, concatenate, is_offloaded, read, restore
 from ..errors import expected
 from ..graph import Graph
 from .batches import Batch
@@ -254,7 +254,8 @@ class Runner:
         # Only of a plain linear layer can some tokens' logits be computed by themselves.
         if self._tokens is not None and type(head) is nn.Linear and not is_offloaded(head):
             which = self._tokens.to(head.weight.device)
-            weight, bias = head.weight[which], None if head.bias is None else head.bias[which]
+            weight, bias = (None if x is None else x[which] for x in (read(head, "weight"), read(head, "bias")))
+            assert weight is not None
             hooks.replace_forward(head, lambda x: nn.functional.linear(x, weight, bias))
 
     def _concatenate(self, hooks: Hooks) -> None:

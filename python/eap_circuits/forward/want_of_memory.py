@@ -9,16 +9,10 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from ..errors import reason
+from ..errors import out_of_memory, reason
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Is it for want of memory, on a GPU or on a CPU?"""
-    said = ("can't allocate memory", "bad_alloc")  # by torch's allocator, and by C++ that cannot say more
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
 
 
 def give_back_memory() -> None:

@@ -29,8 +29,8 @@ class Lesson:
     corrupted: Tensor
 
     def gradient(self, request: Request, graph: Graph, masks: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """The metric of circuits on the examples, float64 [C, E], and the gradient of its sum in masks [C, S, R], right
-        at the edges that they keep in part."""
+        """How far circuits' metric is from the model's own on the examples, float64 [C, E], and the gradient of the sum
+        in masks [C, S, R], right at the edges that they keep in part."""
         batch = self.runner.batch
         together = max(1, tokens // batch.clean.numel())
         values, slopes = [], []
@@ -38,10 +38,14 @@ class Lesson:
             leaf = some.detach().requires_grad_()
             measured = Measurement(request, batch, self.clean, self.corrupted)
             logits = learning_run(self.runner, graph, self.ablated, leaf)
-            total = torch.stack([measured.values(each) for each in logits]).sum()
+            found = torch.stack([measured.values(each) for each in logits])
+            with torch.no_grad():
+                own = measured.values(self.clean)
+            apart = (found - own).abs()
+            total = apart.sum()
             # Circuits of nothing or of everything that receivers read have no gradient.
             (slope,) = torch.autograd.grad(total, leaf) if total.requires_grad else (torch.zeros_like(leaf),)
-            values += fetch([measured])[0]
+            values += fetch([measured], apart.detach())[1][0].unbind()
             slopes.append(slope)
         return torch.stack(values).double(), torch.cat(slopes)
 

@@ -19,6 +19,7 @@ from ..graph import EdgeScores
 from ..loans import gives_back
 from ..metrics import METRICS
 from ..provenance import called, provenance
+from ..ranks import together
 from ..recording import ablation_of
 from ..request import Progress, Request, prepare, watched
 from ..tasks import PairedDataset
@@ -43,20 +44,21 @@ class _Asked:
     largest: int
 
 
+@together
 @gives_back
 @one_want_of_memory
 @known_arguments
 def learn_mask(
     model: nn.Module,
-    scores: EdgeScores,
     data: PairedDataset,
-    objective: Any = "kl_divergence",
+    metric: Any = None,
     *,
+    start: EdgeScores,
     steps: int = 200,
     rate: float = 0.08,
     circuits: int = 2,
     examples: int = 4,
-    sizes: tuple[int, int] | None = None,
+    n_edges: int | tuple[int, int] | None = None,
     seed: int = 0,
     ablation: str | Constants = "patching",
     ablation_data: PairedDataset | None = None,
@@ -68,22 +70,22 @@ def learn_mask(
     """Learn one ranking of all edges such that its circuits of every size do best.
 
     Each step draws sizes, opens every edge's gate according to how far it stands above or below the place at which
-    circuits of that size end, runs these circuits and moves the edges along the objective's gradient; docs/learning.md.
+    circuits of that size end, runs these circuits and moves the edges such that their metric comes nearer to the
+    model's own on each pair; docs/learning.md.
 
     Args:
         model: a Hugging Face causal language model; it comes back as it was.
-        scores: the ranking to start from, by absolute score, such as those of `attribute`; on its graph masks are
-            learned.
         data: prompt pairs to learn from. Measure what was learned on others.
-        objective: the differentiable metric to maximise, a name in `METRICS` or a callable as in `attribute`; by
-            default minus the divergence from the whole model. One without a bound, such as "logit_diff", is driven
-            beyond the model's own value.
+        metric: what circuits keep, differentiable: a name in `METRICS` or a callable as in `attribute`; by default the
+            data's own, `data.metric`. What is minimised is |m(circuit) − m(model)|, which for "kl_divergence" is the
+            divergence itself.
+        start: the ranking to start from, by absolute score, such as those of `attribute`; on its graph masks are
+            learned.
         steps: how many steps.
         rate: Adam's learning rate, in units of the logarithm of a circuit's size.
         circuits: how many circuits run in a step, one from each of as many equal parts of the sizes' logarithms.
         examples: how many pairs each step runs them on.
-        sizes: the smallest and the largest number of edges drawn; by default 0.1 % and 20 % of all. Equal numbers learn
-            a mask for one size.
+        n_edges: the size to learn, or the smallest and the largest of the sizes; by default 0.1 % and 20 % of all.
         seed: of the sizes, the noise of gates, and the order of pairs.
         ablation, ablation_data: what edges outside the circuit carry, as in `evaluate`; not "optimal".
         reuse_prefix: as in `attribute`.
@@ -99,21 +101,22 @@ def learn_mask(
         InputError: scores of another graph, numbers out of range, or anything that `attribute` refuses.
     """
     call = called(learn_mask, locals())
-    instance("scores", scores, EdgeScores)
+    instance("start", start, EdgeScores)
     steps, rate = whole("steps", steps, 1), number("rate", rate, "a positive number", 5e-324, 1e308)
     circuits, examples, seed = whole("circuits", circuits, 1), whole("examples", examples, 1), whole("seed", seed, 0)
     progress, reuse_prefix = watched(progress), flag("reuse_prefix", reuse_prefix)
-    request = prepare(model, data, objective, ablation, None, ablation_data, reuse_prefix, memory)
+    request = prepare(model, data, metric, ablation, None, ablation_data, reuse_prefix, memory)
+    request.refuse_parts()
     if not request.metric.differentiable:
-        one_of("objective", objective, [each.name for each in METRICS.values() if each.differentiable])
-    graph = scores.graph
+        one_of("metric", metric, [each.name for each in METRICS.values() if each.differentiable])
+    graph = start.graph
     if graph != request.arch.graph(graph.heads):
-        raise expected("scores", f"those of {request.arch.graph(graph.heads)!r}", f"those of {graph!r}")
-    if not scores.values[graph.edge_mask].isfinite().all():
-        raise expected("scores", "finite values", "some that are not")
+        raise expected("start", f"scores of {request.arch.graph(graph.heads)!r}", f"scores of {graph!r}")
+    if not start.values[graph.edge_mask].isfinite().all():
+        raise expected("start", "finite values", "some that are not")
     if ablation_of(ablation).learned:
         raise expected("ablation", "constants from eap.optimal_constants", repr(ablation))
-    smallest, largest = _sizes(sizes, graph.n_edges)
+    smallest, largest = _sizes(n_edges, graph.n_edges)
     asked = _Asked(steps, rate, circuits, examples, seed, smallest, largest)
     nothing = torch.empty(0, dtype=request.arch.accumulate, device=request.arch.device)
     info = {
@@ -121,38 +124,39 @@ def learn_mask(
         "additive": False,
         "metric": request.metric.name,
         "ablation": ablation_of(ablation).name,
-        "learning": {**asdict(asked), "start": scores.info.get("method")},
+        "learning": {**asdict(asked), "start": start.info.get("method")},
         **provenance(request, call, explain("masked_read", nothing, nothing, graph.edge_mask)),
     }
     if ablation_data is not None:
         info["ablation_data"] = ablation_data.name
-    settings = partial(settings_of, request, call="learn_mask", start=scores.values, heads=graph.heads, **asdict(asked))
+    settings = partial(settings_of, request, call="learn_mask", start=start.values, heads=graph.heads, **asdict(asked))
     with opened(checkpoint, request.arch.model, settings) as kept, borrowed(request.arch.model):
         request = request.verified(graph.heads).with_constants()
-        places = _learn(request, scores, asked, kept, progress)
+        places = _learn(request, start, asked, kept, progress)
     values = torch.zeros(graph.edge_mask.shape)
     rank = places.argsort(stable=True).argsort()
     values[graph.edge_mask] = ((rank + 1).double() / graph.n_edges).float()
     return EdgeScores(graph, values, info)
 
 
-def _sizes(sizes: object, n: int) -> tuple[int, int]:
-    if sizes is None:
+def _sizes(n_edges: object, n: int) -> tuple[int, int]:
+    if n_edges is None:
         return max(1, round(_SMALLEST * n)), max(1, round(_LARGEST * n))
-    if not isinstance(sizes, (tuple, list)) or len(sizes) != 2:
-        raise expected("sizes", "the smallest and the largest number of edges", repr(sizes))
-    smallest, largest = (whole("sizes", each, 1, n) for each in sizes)
+    both = n_edges if isinstance(n_edges, (tuple, list)) else (n_edges, n_edges)
+    if len(both) != 2:
+        raise expected("n_edges", "a number of edges, or the smallest and the largest", repr(n_edges))
+    smallest, largest = (whole("n_edges", each, 1, n) for each in both)
     if smallest > largest:
-        raise expected("sizes", "the smaller number first", repr(sizes))
+        raise expected("n_edges", "the smaller number first", repr(n_edges))
     return smallest, largest
 
 
 def _learn(
-    request: Request, scores: EdgeScores, asked: _Asked, checkpoint: Checkpoint, progress: Progress | None
+    request: Request, start: EdgeScores, asked: _Asked, checkpoint: Checkpoint, progress: Progress | None
 ) -> Tensor:
     """The places of the edges, [n]."""
-    graph, edges = scores.graph, scores.graph.edge_mask
-    places = starting_places(scores.values[edges]).requires_grad_()
+    graph, edges = start.graph, start.graph.edge_mask
+    places = starting_places(start.values[edges]).requires_grad_()
     adam = torch.optim.Adam([places], lr=asked.rate)
     moments = {name: torch.zeros_like(places, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
     adam.state[places] = {"step": torch.tensor(0.0), **moments}
@@ -169,7 +173,7 @@ def _learn(
     lessons = Lessons(request, graph, asked.examples, asked.seed, fitting)
 
     def slope(gates: Tensor, group: int) -> Tensor:
-        """The gradient of the objective's mean over circuits and pairs in their gates [C, n]."""
+        """The gradient of what is minimised, its mean over circuits and pairs, in their gates [C, n]."""
         masks, total = masks_of(gates), torch.zeros_like(gates)
 
         def run(batch: Batch, tokens: int) -> Tensor:
@@ -187,7 +191,7 @@ def _learn(
         order = torch.randperm(len(lessons.groups), generator=_generator(asked.seed, epoch)).tolist()
         sizes = draw_sizes(asked.circuits, asked.smallest, asked.largest, generator)
         gates = open_gates(places, sizes, generator, LAST_SHARPNESS ** (step / asked.steps))
-        (places.grad,) = torch.autograd.grad(gates, places, -slope(gates, order[place]))
+        (places.grad,) = torch.autograd.grad(gates, places, slope(gates, order[place]))
         falling = 1 - (1 - LAST_RATE) * step / asked.steps
         adam.param_groups[0]["lr"] = asked.rate * falling * min(1, (step + 1) / WARM_UP)
         with checkpoint.changing():

@@ -23,6 +23,7 @@ from ..graph import Circuit, Graph, Heads
 from ..intervention import TOKENS_TOGETHER, rows_computed
 from ..loans import gives_back
 from ..provenance import called, provenance
+from ..ranks import together
 from ..recording import ablation_of
 from ..request import Progress, Request, prepare, watched
 from ..tasks import PairedDataset
@@ -31,6 +32,7 @@ from .lessons import Lessons, prepare_lesson, share_kept
 FEWEST_AHEAD = 8  # circuits tried ahead: alone they take longer
 
 
+@together
 @gives_back
 @one_want_of_memory
 @known_arguments

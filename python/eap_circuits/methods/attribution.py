@@ -15,6 +15,7 @@ from ..forward import Constants, borrowed, one_want_of_memory
 from ..graph import Circuit, EdgeScores, Heads
 from ..loans import gives_back
 from ..provenance import called, provenance
+from ..ranks import together
 from ..recording import RULES, ablation_of
 from ..request import Progress, prepare, watched
 from ..shapes import Weightless
@@ -29,6 +30,7 @@ from .statistics import Statistics, to_keep
 _MOST_STEPS = 10_000
 
 
+@together
 @gives_back
 @one_want_of_memory
 @known_arguments
@@ -56,7 +58,8 @@ def attribute(
     """Score every edge: S[u, v] = mean over examples of Σ_t ⟨Δ_u(t), Σ_k w_k ∂loss/∂x_v(t) at path point k⟩.
 
     Δ_u is sender u's ablated contribution less that in the clean run, loss is −metric: a positive score says that
-    ablating the edge hurts the metric. The model comes back as it was, also after an error.
+    ablating the edge hurts the metric. The model comes back as it was, also after an error. Inside a process group of
+    torch.distributed all ranks make the same call, share its work and get the same scores (docs/distributed.md).
 
     Args:
         model: a Hugging Face causal language model.
@@ -137,6 +140,7 @@ def attribute(
     return statistics.scores(info)
 
 
+@together
 @gives_back
 @one_want_of_memory
 @known_arguments

@@ -46,9 +46,9 @@ class EdgesMeasured:
                 tensor.zero_()
             self.current.copy_(examples)
 
-    def put(self, edges: list[tuple[int, int]], batch: Batch, scores: Tensor) -> None:
-        """The scores of a pass, float64 [edges, E of the batch]."""
-        senders, receivers = torch.tensor(edges).T
+    def put(self, edges: Tensor, batch: Batch, scores: Tensor) -> None:
+        """The scores of a pass, float64 [edges, E of the batch], of edges (sender, receiver), int64 [edges, 2]."""
+        senders, receivers = edges.T
         self._partial["total"][senders, receivers] = scores.sum(1)
         if "squares" in self._partial:
             self._partial["squares"][senders, receivers] = scores.square().sum(1)

@@ -15,6 +15,7 @@ from ..errors import expected
 from ..forward import TOKENS_PER_BATCH, Batch
 from ..graph import Circuit, Graph
 from ..intervention import TOKENS_TOGETHER, PatchedEdges, prepare_patching
+from ..ranks import alike, dealt
 from ..request import Measurement, Progress, fetch
 from .edges_measured import EdgesMeasured
 from .spec import AttributionRequest, Method
@@ -49,21 +50,22 @@ class ExactMethod(Method):
         self, request: AttributionRequest, statistics: Statistics, checkpoint: Checkpoint, progress: Progress | None
     ) -> None:
         measured = EdgesMeasured(statistics, len(request.data), checkpoint)
-        mask, graph = request.edges, request.graph
+        mask = request.edges
         n_edges, tokens = int(mask.sum()), checkpoint.tokens(_edge_tokens(request))
 
         def measure(batch: Batch, tokens: int) -> None:
             measured.begin(batch)
-            patched = prepare_patching(request.runner(graph, batch), graph, request.constants)
-            ends = patched.sides.clean_logits, patched.sides.corrupted_logits
-            metric = Measurement(request, batch, *ends)
-            metric.values(ends[0])
-            (clean,), _ = fetch([metric])
+            patched, metric, clean = alike(lambda: _begun(request, batch))
             together = max(1, tokens // batch.clean.numel())
-            for edges in _passes(patched, mask & ~measured.done, together):
-                for logits in patched.logits(edges):
+
+            def run(edges: Tensor) -> Tensor:
+                for logits in patched.logits([(u, v) for u, v in edges.tolist()]):
                     metric.values(logits)
-                measured.put(edges, batch, (clean - torch.stack(fetch([metric])[0])).double())
+                return (clean - torch.stack(fetch([metric])[0])).double()
+
+            passes = _passes(patched, mask & ~measured.done, together)
+            for edges, scores in dealt(passes, run, request.arch.sharded):
+                measured.put(edges, batch, scores)
                 if progress is not None:
                     examples = n_edges * int(measured.finished.sum()) + int(measured.done.sum()) * batch.n_examples
                     progress(examples // len(request.data), n_edges)
@@ -72,6 +74,16 @@ class ExactMethod(Method):
         left = remaining(request.data, batches, measured.finished, measured.current)
         for _ in in_memory(request.data, left, tokens, measure):
             measured.finish()
+
+
+def _begun(request: AttributionRequest, batch: Batch) -> tuple[PatchedEdges, Measurement, Tensor]:
+    """A batch's runs with edges patched, what measures them, and the metric of its clean run, [E]."""
+    patched = prepare_patching(request.runner(request.graph, batch), request.graph, request.constants)
+    ends = patched.sides.clean_logits, patched.sides.corrupted_logits
+    metric = Measurement(request, batch, *ends)
+    metric.values(ends[0])
+    (clean,), _ = fetch([metric])
+    return patched, metric, clean
 
 
 def _edge_tokens(request: AttributionRequest) -> int:
@@ -93,10 +105,8 @@ def _edge_tokens(request: AttributionRequest) -> int:
     return tokens_within(request, most, rough, cost)
 
 
-def _passes(patched: PatchedEdges, mask: Tensor, size: int) -> Iterable[list[tuple[int, int]]]:
-    """Edges that run together: from one layer, those of one sender beside each other."""
+def _passes(patched: PatchedEdges, mask: Tensor, size: int) -> Iterable[Tensor]:
+    """Edges that run together, int64 [n, 2]: from one layer, those of one sender beside each other."""
     layers = torch.tensor([patched.layer(v) for v in range(mask.shape[1])])
     for layer in layers[mask.any(0)].unique():
-        for edges in (mask & (layers == layer)).nonzero().split(size):
-            # The edges of a pass are made when it begins: lists of all of them would take gigabytes.
-            yield [(u, v) for u, v in edges.tolist()]
+        yield from (mask & (layers == layer)).nonzero().split(size)

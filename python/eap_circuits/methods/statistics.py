@@ -15,11 +15,12 @@ from torch import Tensor
 
 from eap_kernels import Nodes
 
-from ..budget import free_bytes, in_memory
+from ..budget import dealt_in_memory, free_bytes
 from ..checkpoint import Checkpoint, remaining
 from ..errors import expected, listed, one_of
 from ..forward import Batch, upload
 from ..graph import EdgeScores
+from ..ranks import least_share
 from ..recording import contract, contract_neurons, feature_slices, lowered
 from ..request import Measurement, Progress, fetch
 from .spec import KEEP, AttributionRequest, Method
@@ -101,14 +102,19 @@ class BatchScores:
         self._measured.append(Measurement(self._request, self.batch, clean, corrupted))
         return self._measured[-1]
 
-    def fetch(self) -> None:
-        """Bring the sums to the host, and check what was measured there; raises InputError if it is not finite."""
+    def fetch(self) -> dict[str, Tensor]:
+        """Bring the sums to the host, and check what was measured there; raises InputError if it is not finite.
+
+        Returns:
+            the sums, and "places" where there are any, for `Statistics.add`.
+        """
         every = [name for name in self.sums if name not in self._parts]
         _, arrived = fetch(self._measured, *(self.sums[name] for name in every))
         self._measured.clear()  # which hold logits
         self.sums |= zip(every, arrived, strict=True)
         # Apart, as these may be as large as what else is on the device.
         self.sums |= {name: self.sums[name].cpu() for name in self._parts}
+        return {**self.sums, "places": self.places} if "positions" in self.sums else self.sums
 
     def add(
         self,
@@ -179,26 +185,26 @@ class Statistics:
         if "neurons" in keep:
             shapes["neurons"] = (graph.n_senders, graph.d_model), torch.float64
         needed = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
-        free = free_bytes(torch.device("cpu"))
+        free = least_share("scores", {"cpu": free_bytes(torch.device("cpu"))})
         if keep and needed > free:
             raise expected("keep", f"scores that fit into the {free:,} bytes that are free", f"{needed:,} bytes")
         self.sums = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
 
-    def add(self, scores: BatchScores) -> None:
-        """Add the scores of a batch."""
-        sums, found = self.sums, scores.sums
+    def add(self, batch: Batch, found: dict[str, Tensor]) -> None:
+        """Add the scores of a batch, which `BatchScores.fetch` gave."""
+        sums = self.sums
         for part in found.values():
             self._check(part)
         # One example at a time: a float64 copy of a whole batch would take twice as much memory as the batch.
         if "examples" in found:
-            for example, part in zip(scores.batch.index, found["examples"], strict=True):
+            for example, part in zip(batch.index, found["examples"], strict=True):
                 values = part.double()
                 sums["total"] += values
                 sums["squares"] += values.square()
                 if "examples" in sums:
                     sums["examples"][example] = values.float()
         if "positions" in found:
-            for place, part in zip(scores.places, found["positions"], strict=True):
+            for place, part in zip(found["places"], found["positions"], strict=True):
                 values = part.double()
                 sums["positions"][place] += values
                 if "examples" not in found:
@@ -250,14 +256,12 @@ def score_batches(
     tokens = checkpoint.tokens(tokens)
     batches = remaining(request.data, request.batches(per_batch), finished)
 
-    def fetched(batch: Batch, tokens: int) -> BatchScores:
-        scores = score(batch, tokens)
-        scores.fetch()
-        return scores
+    def fetched(batch: Batch, tokens: int) -> dict[str, Tensor]:
+        return score(batch, tokens).fetch()
 
-    for batch, scores in in_memory(request.data, batches, tokens, fetched):
+    for batch, scores in dealt_in_memory(request.data, batches, tokens, fetched, request.arch.sharded):
         with checkpoint.changing():
-            statistics.add(scores)
+            statistics.add(batch, scores)
             finished[batch.index] = True
         if progress is not None:
             progress(int(finished.sum()), len(request.data))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..shapes import Shape
-from .offloading import device_of, read
+from .offloading import device_of, is_offloaded, is_shard, read
 
 # Of a fused projection's features: "concatenated": all of q, then k, then v; "grouped": for each key/value head its
 # query heads, its key and its value; "sharded": in each of four equal parts, queries, then values, then keys.
@@ -47,8 +47,12 @@ class Projection:
         bias = read(self.module, "bias")
         return None if bias is None else bias[self.rows].to(dtype).view(self.n_heads, -1)
 
-    @cached_property
+    @property
     def _weight(self) -> Tensor:
+        return linear_weight(self.module) if is_at_hand(self.module) else self._made
+
+    @cached_property
+    def _made(self) -> Tensor:
         return linear_weight(self.module)
 
 
@@ -116,6 +120,15 @@ def linear_weight(module: nn.Module) -> Tensor:
     units = torch.eye(linear_shape(module)[1], dtype=dtype, device=device_of(module))
     with torch.no_grad():
         return (module.forward(units) - module.forward(torch.zeros_like(units[:1]))).T
+
+
+def is_at_hand(module: nn.Module) -> bool:
+    """Is `linear_weight` the module's own tensor? Others are made once and kept, but not those that are put together
+    from all ranks' parts: keeping them would undo that each has only a part."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, (nn.Linear, Conv1D)) or not isinstance(weight, Tensor) or is_offloaded(module):
+        return False
+    return is_shard(weight) or _plain(weight)
 
 
 def _plain(weight: Tensor) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..adapters import Architecture, SenderSite, sender_sites
 from ..forward import Batch, Constants, Runner, make_batches, zeros
+from ..ranks import dealt
 from ..tasks import PairedDataset
 from .contributions import record_senders
 
@@ -47,20 +48,24 @@ def means(
     count = torch.zeros(size, dtype=torch.float64)
     sums = zeros(arch).map(lambda x: x.cpu().double().repeat(size, 1))
     sites = sender_sites(arch)
-    for batch in batches:
-        at = batch.rows % batch.shape[1] if positions else torch.zeros_like(batch.rows)
-        count += torch.bincount(at, minlength=size).cpu()
 
-        def add(site: SenderSite, x: Tensor, batch: Batch = batch, at: Tensor = at) -> Tensor:
+    def run(batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """How many tokens a batch has at each position, and each site's sums over them."""
+        at = batch.rows % batch.shape[1] if positions else torch.zeros_like(batch.rows)
+
+        def add(site: SenderSite, x: Tensor) -> Tensor:
             (rows,) = of(batch.active(site.written(x)).to(arch.accumulate))
-            total = sums.tensors[site.index]
-            total += rows.new_zeros(size, rows.shape[1]).index_add_(0, at.to(rows.device), rows).cpu().double()
-            return total
+            return rows.new_zeros(size, rows.shape[1]).index_add_(0, at.to(rows.device), rows).cpu()
 
         runner = Runner(arch, arch.graph("kv"), batch, every_mlp=True)
         embeddings = runner.embed(batch.clean)
-        add(sites[0], embeddings)
-        record_senders(sites, partial(runner.record, embeddings), add)
+        found = [add(sites[0], embeddings), *record_senders(sites, partial(runner.record, embeddings), add)[0]]
+        return torch.bincount(at, minlength=size).cpu(), found
+
+    for _, (tokens, found) in dealt(batches, run, arch.sharded):
+        count += tokens
+        for total, own in zip(sums.tensors, found, strict=True):
+            total += own.double()
     return sums.map(lambda x: x / count[:, None]).on(arch)
 
 

@@ -30,6 +30,7 @@ from ..graph import Circuit, EdgeScores, edge_overlap, node_overlap, score_agree
 from ..methods import QUADRATURES, attribute
 from ..metrics import METRICS
 from ..provenance import versions
+from ..ranks import exchange, together
 from ..report.curves import saved_curve, smallest_faithful
 from ..request import Progress
 from ..tasks import PairedDataset, load_task
@@ -106,6 +107,7 @@ def _unwatched(_: str) -> Iterator[Progress]:
     yield lambda done, total: None
 
 
+@together
 def reproduce(
     model: nn.Module,
     experiments: Sequence[Experiment],
@@ -202,10 +204,14 @@ class _Stages:
     def _kept(self, entry: Record, name: str, what: str, score: Callable[[], EdgeScores]) -> EdgeScores:
         """Scores that are measured once, and then read from their file."""
         path = self.folder / f"{name}-{what}.safetensors"
-        if what not in entry.at("scores").content or not path.is_file():
-            score().save(path)
-            entry.at("scores").get(what, lambda: path.name)
-        return EdgeScores.load(path)
+        # Rank 0's files count: it writes while others look.
+        there = what in entry.at("scores").content and path.is_file()
+        if exchange(there)[0]:
+            return EdgeScores.load(path)
+        found = score()
+        found.save(path)
+        entry.at("scores").get(what, lambda: path.name)
+        return found
 
     def _attributed(self, experiment: Experiment, method: str, steps: int, **asked: Any) -> EdgeScores:
         data = experiment.scored

@@ -14,6 +14,7 @@ from ..errors import InputError, expected, flag, function, instance, one_of, sho
 from ..forward import Batch, Constants, Runner, make_batches, why_not_reused, zeros
 from ..graph import Graph, Heads
 from ..metrics import METRICS, Metric, get_metric
+from ..ranks import rank
 from ..recording import ABLATIONS, ablation_of, different_throughout
 from ..tasks import PairedDataset
 
@@ -47,6 +48,11 @@ class Request:
     reuse_prefix: bool = True
     memory: int | None = None
     looked_at: set[int] = field(default_factory=set, repr=False)  # examples whose answers' spelling was compared
+
+    def refuse_parts(self) -> None:
+        """Refuse a model of which each rank has a part, where circuits run with gradients."""
+        if self.arch.sharded:
+            raise expected("model", "whole weights, to learn with", "parts of them on every rank (fully_shard)")
 
     def verified(self, heads: Heads) -> Self:
         """The request without prefix reuse if the model's cache cannot serve, which a warning says; the model must be
@@ -205,11 +211,12 @@ def parse_bytes(memory: object) -> int | None:
 
 
 def watched(progress: Progress | bool | None) -> Progress | None:
-    """What is called as the work goes on; for True it draws a bar of tqdm's on stderr."""
-    if progress is None or progress is False:
+    """What is called as the work goes on, on rank 0; for True it draws a bar of tqdm's on stderr."""
+    if progress is not None and not isinstance(progress, bool):
+        function("progress", progress, "True, or a function of (done, in all)")
+    if progress is None or progress is False or rank() > 0:
         return None
     if progress is not True:
-        function("progress", progress, "True, or a function of (done, in all)")
         return progress
     from tqdm.auto import tqdm
 

@@ -9,6 +9,7 @@ from ..adapters import Family, propose, whole_layers
 from ..errors import InputError, expected, known_arguments
 from ..forward import borrowed
 from ..loans import gives_back
+from ..ranks import together
 from .model import ONLY_STREAM, Check, StayDouble, check_model, exact_copy
 from .tracing import trace
 
@@ -16,6 +17,7 @@ from .tracing import trace
 _OF_MODELS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
+@together
 @gives_back
 @known_arguments
 def discover(model: nn.Module) -> tuple[Family, list[Check]]:

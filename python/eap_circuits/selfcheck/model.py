@@ -21,6 +21,7 @@ from ..forward import Batch, Hooks, Runner, borrowed, make_batches, why_not_reus
 from ..graph import Graph, Heads
 from ..intervention import run_circuits
 from ..loans import FunctionMode, gives_back
+from ..ranks import together
 from ..recording import ReceiverGradients, contract, record_both_sides, record_run
 from ..tasks import PairedDataset
 
@@ -54,6 +55,7 @@ class StayDouble(FunctionMode):
         return func(*args, **kwargs)
 
 
+@together
 @gives_back
 @known_arguments
 def check_model(model: nn.Module, *, n_edges: int = 8, seed: int = 0, family: Family | None = None) -> list[Check]:

@@ -69,7 +69,7 @@ def test_half_precision_weights(method, make_model, make_pairs, relative):
 def test_where_memory_runs_out_the_rest_goes_on(method, make_model, relative, monkeypatch):
     model, data = make_model("gpt2"), longer_pairs()
     right = eap.attribute(model, data, method=method, steps=2).values
-    original, scored = statistics.in_memory, []
+    original, scored = statistics.dealt_in_memory, []
 
     def fails_above_60(score, batch, tokens):
         if batch.clean.numel() > 60:
@@ -77,10 +77,10 @@ def test_where_memory_runs_out_the_rest_goes_on(method, make_model, relative, mo
         scored.extend(batch.index.tolist())
         return score(batch, tokens)
 
-    def in_memory(data, batches, tokens, score):
-        return original(data, batches, tokens, partial(fails_above_60, score))
+    def in_memory(data, batches, tokens, score, whole):
+        return original(data, batches, tokens, partial(fails_above_60, score), whole)
 
-    monkeypatch.setattr(statistics, "in_memory", in_memory)
+    monkeypatch.setattr(statistics, "dealt_in_memory", in_memory)
     found = eap.attribute(model, data, method=method, steps=2).values
     assert sorted(scored) == list(range(len(data))) and relative(found, right) < 1e-6
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ...adapters import Architecture
-from ...errors import InputError, expected, reason
+from ...errors import InputError, expected, out_of_memory, reason
 from ...graph import Graph, Heads
 from ...tasks import PairedDataset
 from ..batches import Batch, batch_of
 from ..runner import Runner
-from ..want_of_memory import out_of_memory, tried_twice
+from ..want_of_memory import tried_twice
 from .prefix import keeps_states
 from .remembered import once
 

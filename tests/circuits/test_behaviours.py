@@ -204,7 +204,9 @@ def test_a_single_token_is_what_it_was(metric, relative):
 def test_masks_and_constants_are_learned_and_plans_are_made(metric, relative):
     model, data = tiny_model("llama"), case(metric, 3)
     start = eap.attribute(model, data, metric, method="eap")
-    masks = [eap.learn_mask(model, start, data, metric, steps=2, examples=3, reuse_prefix=r) for r in (True, False)]
+    masks = [
+        eap.learn_mask(model, data, metric, start=start, steps=2, examples=3, reuse_prefix=r) for r in (True, False)
+    ]
     assert torch.equal(masks[0].values, masks[1].values)
     circuit = start.select(40)
     constants = eap.optimal_constants(model, circuit, data, metric, steps=3, batch_size=2)

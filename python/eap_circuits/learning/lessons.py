@@ -33,7 +33,8 @@ class Lesson:
         in masks [C, S, R], right at the edges that they keep in part."""
         batch = self.runner.batch
         together = max(1, tokens // batch.clean.numel())
-        values, slopes = [], []
+        values: list[Tensor] = []
+        slopes: list[Tensor] = []
         for some in masks.split(together):
             leaf = some.detach().requires_grad_()
             measured = Measurement(request, batch, self.clean, self.corrupted)

@@ -40,7 +40,7 @@ def acdc(
     model: nn.Module,
     data: PairedDataset,
     threshold: float,
-    objective: Any = "kl_divergence",
+    metric: Any = "kl_divergence",
     *,
     heads: Heads = "kv",
     ablation: str | Constants = "patching",
@@ -53,14 +53,14 @@ def acdc(
     """The circuit of ACDC (Conmy et al. 2023, arXiv 2304.14997): what is left after removing edges that hardly matter.
 
     From `logits` to the first layer, and at each receiver from its last sender to `input`, an edge is removed if the
-    objective without it is less than `threshold` below that of the circuit so far. Each edge costs a run of a circuit
+    metric without it is less than `threshold` below that of the circuit so far. Each edge costs a run of a circuit
     on all pairs, except for those into nodes that nothing in the circuit reads any more.
 
     Args:
         model: a Hugging Face causal language model; it comes back as it was.
         data: clean and corrupted prompts with answers.
-        threshold: τ, in units of the objective: a larger one gives a smaller circuit.
-        objective: what must not fall, a name in `METRICS` or a callable as in `attribute`, differentiable or not; by
+        threshold: τ, in units of the metric: a larger one gives a smaller circuit.
+        metric: what must not fall, a name in `METRICS` or a callable as in `attribute`, differentiable or not; by
             default minus the divergence from the whole model, as in the paper.
         heads, ablation, ablation_data, reuse_prefix: as in `attribute`.
         memory: what the run may take besides the model and the data, in bytes or as "8GiB"; by default half of what is
@@ -78,7 +78,7 @@ def acdc(
     call = called(acdc, locals())
     threshold, progress = number("threshold", threshold, "a positive number", 5e-324, 1e308), watched(progress)
     one_of("heads", heads, ("kv", "query"))
-    request = prepare(model, data, objective, ablation, None, ablation_data, reuse_prefix, memory)
+    request = prepare(model, data, metric, ablation, None, ablation_data, reuse_prefix, memory)
     if ablation_of(ablation).learned:
         raise expected("ablation", "constants from eap.optimal_constants", repr(ablation))
     graph = request.arch.graph(heads)
@@ -103,7 +103,7 @@ class _State:
     """How far the decisions are, and what is guessed of the others.
 
     `order`: edges [n, 2] as (receiver, sender) in the order of decisions; `mask`: the circuit so far; `value`: its
-    objective; `removed`: of each edge in that order, whether it goes, as decided or guessed; `ahead`: how many circuits
+    metric; `removed`: of each edge in that order, whether it goes, as decided or guessed; `ahead`: how many circuits
     to try in a pass.
     """
 

@@ -18,13 +18,13 @@ def test_it_learns_what_the_library_learns(tmp_path: Path, saved: Path, pairs: P
     found = run("learn", "tiny", saved, "--data", pairs, "-o", out, *asked, "--smallest", 5, "--largest", 50, "--json")
     right = eap.learn_mask(
         make_model("llama", torch.float32),
-        eap.EdgeScores.load(saved),
         eap.PairedDataset.from_file(pairs),
+        start=eap.EdgeScores.load(saved),
         steps=2,
         circuits=1,
         examples=3,
         seed=4,
-        sizes=(5, 50),
+        n_edges=(5, 50),
     )
     learned = eap.EdgeScores.load(out)
     assert torch.equal(learned.values, right.values)

@@ -32,7 +32,8 @@ def test_it_is_the_slope_of_the_metric_of_soft_circuits(
             ablated = record_run(runner, True, run.constants)
             logits = list(run_circuits(runner, graph, ablated, list(masks)))
             measured = Measurement(run, batch, logits[0], logits[0])
-            return torch.stack([measured.values(each) for each in logits])
+            own = measured.values(runner.logits(runner.embed(batch.clean)))
+            return (torch.stack([measured.values(each) for each in logits]) - own).abs()
 
         for batch in make_batches(run.data, 2, reuse, run.arch.device):
             lesson = prepare_lesson(run, graph, batch)

@@ -147,7 +147,7 @@ def test_interrupted_it_goes_on_to_the_same_circuit(tmp_path, make_model, make_p
         ({"threshold": 0}, "threshold: expected a positive number, found 0"),
         ({"threshold": float("nan")}, "threshold: expected a positive number"),
         ({"threshold": "0.1"}, "threshold: expected a positive number"),
-        ({"objective": "logits"}, "metric: expected"),
+        ({"metric": "logits"}, "metric: expected"),
         ({"heads": "all"}, "heads: expected"),
         ({"ablation": "optimal"}, "ablation: expected constants from eap.optimal_constants"),
         ({"data": "ioi"}, "data: expected"),

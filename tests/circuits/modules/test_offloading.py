@@ -119,7 +119,7 @@ def test_learned_constants_and_curves(two, make_pairs):
         scores = eap.attribute(models[1], data, method="eap")
         constants = [eap.optimal_constants(model, scores.select(30), data, steps=2) for model in models]
         agree(*(each.tensors for each in constants))
-        rankings = [eap.learn_mask(model, scores, data, steps=2) for model in models]
+        rankings = [eap.learn_mask(model, data, start=scores, steps=2) for model in models]
         assert torch.corrcoef(torch.stack([each.values.flatten() for each in rankings]))[0, 1] > 1 - 1e-5
         # Constants know no devices: what one model gave serves the other.
         for given in ("patching", constants[0]):

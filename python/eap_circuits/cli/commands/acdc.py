@@ -15,15 +15,13 @@ from ..options import option
 
 def acdc(
     model: options.Model,
-    threshold: Annotated[
-        float, typer.Argument(help="How much an edge must matter to stay, in units of the objective.")
-    ],
+    threshold: Annotated[float, typer.Argument(help="How much an edge must matter to stay, in units of the metric.")],
     task: options.Task = None,
     data: options.Data = None,
     align: options.Align = False,
     n: options.Number = 64,
     seed: options.Seed = 0,
-    objective: Annotated[str, option("Circuit", help_text("metrics", "What must not fall."))] = "kl_divergence",
+    metric: Annotated[str, option("Circuit", help_text("metrics", "What must not fall."))] = "kl_divergence",
     heads: options.Heads = "kv",
     ablation: options.Ablation = "patching",
     ablation_data: options.AblationData = None,
@@ -45,7 +43,7 @@ def acdc(
 
       eap acdc smollm2 0.01 --task ioi -n 8 -o circuit.json --checkpoint acdc.safetensors
 
-      eap acdc gpt2 0.05 --data pairs.csv --objective logit_diff -o circuit.json
+      eap acdc gpt2 0.05 --data pairs.csv --metric logit_diff -o circuit.json
     """
     import eap_circuits as eap
 
@@ -57,7 +55,7 @@ def acdc(
     check_suffix(out, *SUFFIXES)
     one_of("--heads", heads, ("kv", "query"))
     prompts = session.Prompts(task, data, n, seed, align, ablation_data)
-    prompts.check(objective, ablation=ablation)
+    prompts.check(metric, ablation=ablation)
 
     loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     if out is not None:
@@ -68,7 +66,7 @@ def acdc(
             loaded,
             pairs,
             threshold,
-            objective,
+            metric,
             heads=heads,  # type: ignore[arg-type]
             ablation=ablation,
             ablation_data=prompts.load_ablation(tokenizer),

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from .. import options, session
-from ..choices import help_text
 from ..console import check_outputs, check_suffix, progress, say, show_json, show_table, write
 from ..options import default, option
 
@@ -23,9 +22,7 @@ def learn(
     align: options.Align = False,
     n: options.Number = 64,
     seed: options.Seed = 0,
-    objective: Annotated[
-        str, option(_PANEL, help_text("metrics", "What circuits learn to maximise."))
-    ] = "kl_divergence",
+    metric: options.Metric = None,
     steps: Annotated[int, option(_PANEL, "Steps of learning.", min=1)] = 200,
     rate: Annotated[float, option(_PANEL, "Adam's learning rate.")] = 0.08,
     circuits: Annotated[int, option(_PANEL, "Circuits of different sizes in each step.", min=1)] = 2,
@@ -56,8 +53,8 @@ def learn(
     """Learn one ranking of all edges such that its circuits of every size do best.
 
     Learning starts from scores. Each step runs circuits of random sizes and moves edges along the gradient of their
-    masks. By default circuits learn to predict what the whole model predicts. -o saves the ranking; eap curve measures
-    it, best on other prompts than it was learned from.
+    masks, such that their metric comes nearer to the whole model's. -o saves the ranking; eap curve measures it, best
+    on other prompts than it was learned from.
 
     Examples:
 
@@ -74,7 +71,7 @@ def learn(
     check_outputs(out, checkpoint)
     check_suffix(out, *SUFFIXES)
     prompts = session.Prompts(task, data, n, seed, align, ablation_data)
-    prompts.check(objective, gradient=True, ablation=ablation)
+    prompts.check(metric, gradient=True, ablation=ablation)
     if (smallest is None) != (largest is None):
         raise expected("--smallest, --largest", "both or neither", "one of them")
     start = eap.EdgeScores.load(scores)
@@ -86,14 +83,14 @@ def learn(
     with progress("Learning") as bar:
         learned = eap.learn_mask(
             loaded,
-            start,
             pairs,
-            objective,
+            metric,
+            start=start,
             steps=steps,
             rate=rate,
             circuits=circuits,
             examples=examples,
-            sizes=None if smallest is None or largest is None else (smallest, largest),
+            n_edges=None if smallest is None or largest is None else (smallest, largest),
             seed=draw,
             ablation=ablation,
             ablation_data=prompts.load_ablation(tokenizer),

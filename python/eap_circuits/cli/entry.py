@@ -114,7 +114,7 @@ def _help(command: Callable[..., None]) -> str:
 
 
 def _register() -> None:
-    from .commands import about, attribute, data, demo, evaluate, learn, report, reproduce
+    from .commands import about, attribute, data, demo, evaluate, leaderboard, learn, report, reproduce
 
     commands: tuple[Callable[..., None], ...] = (
         demo.demo,
@@ -125,6 +125,7 @@ def _register() -> None:
         evaluate.curve,
         report.report,
         reproduce.reproduce,
+        leaderboard.leaderboard,
         about.tasks,
         about.check,
         about.tune,

@@ -42,8 +42,9 @@ def leaderboard(
     """Rank methods by the circuits that they find on tasks: size at a faithfulness, CPR, CMD, and cost.
 
     Edges are ranked on some pairs of a task, and circuits run on others, for several seeds. Finished work is kept in
-    DIR/leaderboard, and the same command continues from there. It writes leaderboard.md and, in DIR/leaderboard, figures
-    (.png, .pdf) and leaderboard.json. All tasks take hours on a few cores.
+    DIR/leaderboard, and the same command continues from there, also with other tasks, methods or seeds. It writes
+    leaderboard.md and, in DIR/leaderboard, figures (.png, .pdf) and leaderboard.json. All tasks take hours on a few
+    cores.
 
     Examples:
 

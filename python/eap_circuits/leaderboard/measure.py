@@ -125,8 +125,11 @@ def leaderboard(
                 with watch(f"{task}, seed {seed}: {ranking}") as bar:
                     entry.get(ranking, partial(_measured, model, few, others, ranking, seed, settings, bar))
     seeds = [str(seed) for seed in settings.seeds]
-    found = {task: {seed: record.content["tasks"][task][seed] for seed in seeds} for task in tasks}
-    return {**record.content, "tasks": found, "rankings": wanted}
+    every = {task: {seed: record.content["tasks"][task][seed] for seed in seeds} for task in tasks}
+    found = {
+        task: {seed: {name: run[name] for name in wanted} for seed, run in runs.items()} for task, runs in every.items()
+    }
+    return {**record.content, "tasks": found}
 
 
 def _measured(

@@ -74,6 +74,12 @@ def page(results: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _rankings(results: Mapping[str, Any]) -> list[str]:
+    """Those that every task and seed has."""
+    runs = [run for seeds in results["tasks"].values() for run in seeds.values()]
+    return [name for name in runs[0] if all(name in run for run in runs)]
+
+
 def edges_at(curve: Mapping[str, Any], least: float) -> int:
     """The size of the smallest circuit of a curve that is at least this faithful; that of the largest if none is."""
     sizes = zip(curve["n_edges"], curve["faithfulness"], strict=True)
@@ -101,7 +107,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
 def _rows(results: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     rows: list[tuple[Any, ...]] = [("task", "ranking", *_COLUMNS)]
     for task, runs in results["tasks"].items():
-        for ranking in results["rankings"]:
+        for ranking in _rankings(results):
             found = [(form, _of(runs, ranking, measure)) for form, measure in _COLUMNS.values()]
             rows.append((task, ranking, *(_cell(form, values) for form, values in found)))
     return rows
@@ -117,7 +123,7 @@ def _cell(form: str, values: Sequence[float]) -> str:
 def _verdicts(results: Mapping[str, Any]) -> list[str]:
     """Each ranking beside EAP-IG, by means over seeds."""
     tasks, sentences = results["tasks"], []
-    for ranking in results["rankings"]:
+    for ranking in _rankings(results):
         if ranking == START:
             continue
 
@@ -155,7 +161,7 @@ def _colours(rankings: Sequence[str]) -> dict[str, str]:
 
 def draw_faithfulness(results: Mapping[str, Any]) -> Figure:
     """Faithfulness against edges kept, a panel for each task: means over seeds, and bands from least to most."""
-    colours = _colours(results["rankings"])
+    colours = _colours(_rankings(results))
 
     def panel(ax: Axes, task: str) -> None:
         runs = results["tasks"][task]
@@ -178,7 +184,7 @@ def draw_faithfulness(results: Mapping[str, Any]) -> Figure:
 def draw_cost(results: Mapping[str, Any]) -> Figure:
     """Edges at the first faithfulness of `FAITHFUL` against cost, a panel for each task; the line joins what no other
     ranking beats in both."""
-    colours = _colours(results["rankings"])
+    colours = _colours(_rankings(results))
 
     def panel(ax: Axes, task: str) -> None:
         runs, points = results["tasks"][task], []

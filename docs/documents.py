@@ -45,6 +45,7 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
 }
 WHOLE: dict[str, Callable[[], str]] = {
     "docs/reproduction.md": lambda: _reproduction(),
+    "docs/leaderboard.md": lambda: _leaderboard(),
     "python/eap_circuits/cli/choices.json": registries.choices,
 }
 # A bench writes only these: the others need all of eap_circuits.
@@ -80,6 +81,12 @@ def _reproduction() -> str:
     from eap_circuits.reproduction.page import page
 
     return page(json.loads((models.DOCS / "reproduction" / "results.json").read_text(encoding="utf-8")))
+
+
+def _leaderboard() -> str:
+    from eap_circuits.leaderboard.page import page
+
+    return page(json.loads((models.DOCS / "leaderboard" / "leaderboard.json").read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

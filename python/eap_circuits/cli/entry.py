@@ -128,7 +128,7 @@ def _help(command: Callable[..., None]) -> str:
 
 
 def _register() -> None:
-    from .commands import about, acdc, attribute, card, data, demo, evaluate, learn, report, reproduce
+    from .commands import about, acdc, attribute, card, data, demo, evaluate, leaderboard, learn, report, reproduce
 
     commands: tuple[Callable[..., None], ...] = (
         demo.demo,
@@ -141,6 +141,7 @@ def _register() -> None:
         card.card,
         report.report,
         reproduce.reproduce,
+        leaderboard.leaderboard,
         about.tasks,
         about.check,
         about.tune,

@@ -103,7 +103,8 @@ class Experiment:
 
 
 @contextlib.contextmanager
-def _unwatched(_: str) -> Iterator[Progress]:
+def unwatched(_: str) -> Iterator[Progress]:
+    """Nobody looks on."""
     yield lambda done, total: None
 
 
@@ -113,7 +114,7 @@ def reproduce(
     experiments: Sequence[Experiment],
     folder: Path,
     settings: Settings | None = None,
-    watch: Watch = _unwatched,
+    watch: Watch = unwatched,
     checkpoint: Where = None,
 ) -> dict[str, Any]:
     """Measure what `folder / "results.json"` does not have yet, and return its results for these tasks.
@@ -139,7 +140,7 @@ def reproduce(
     if not names or len(set(names)) < len(names):
         raise expected("tasks", "one or more, with different names", ", ".join(names) or "none")
     model = bind(model).model  # the model inside any wrapper
-    request = {**_identity(model), "settings": asdict(settings)}
+    request = {**identity(model), "settings": asdict(settings)}
     record = Record(folder / "results.json", request)
     for experiment in experiments:
         record.at("tasks", experiment.name).require("facts", _facts(experiment))
@@ -157,17 +158,18 @@ def reproduce(
     }
 
 
-def _identity(model: nn.Module) -> dict[str, Any]:
-    identity = model_identity(model)
-    software = identity.pop("versions")
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+def identity(model: nn.Module) -> dict[str, Any]:
+    """What a record of results says of the model they are of."""
+    found = model_identity(model)
+    software = found.pop("versions")
+    digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
     return {"model": {"name": model_name(model), "digest": digest}, "software": software}
 
 
 def _facts(experiment: Experiment) -> dict[str, Any]:
     scored, held_out = experiment.scored, experiment.held_out
-    identity = [data_identity(pairs) for pairs in (scored, held_out)]
-    return {"data": identity, "metric": scored.metric, "scored": len(scored), "held_out": len(held_out)}
+    facts = [data_identity(pairs) for pairs in (scored, held_out)]
+    return {"data": facts, "metric": scored.metric, "scored": len(scored), "held_out": len(held_out)}
 
 
 def environment(model: nn.Module) -> dict[str, Any]:

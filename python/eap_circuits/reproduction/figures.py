@@ -71,7 +71,7 @@ def draw_faithfulness(results: Mapping[str, Any]) -> Figure:
         shown = [f for curve in curves.values() for f in curve.faithfulness if math.isfinite(f)]
         ax.set_ylim(max(min([*shown, 0.0]) - 0.1, -1.0), min(max([*shown, 1.0]) + 0.1, 2.0))
 
-    return _panels(list(results["tasks"]), panel, "edges kept", "faithfulness")
+    return panels(list(results["tasks"]), panel, "edges kept", "faithfulness")
 
 
 def draw_agreement(results: Mapping[str, Any]) -> Figure:
@@ -130,7 +130,7 @@ def draw_quadrature(results: Mapping[str, Any]) -> Figure:
         ax.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
         ax.xaxis.set_minor_formatter(NullFormatter())
 
-    return _panels(list(results["tasks"]), panel, "steps M", "relative error")
+    return panels(list(results["tasks"]), panel, "steps M", "relative error")
 
 
 def draw_cross(results: Mapping[str, Any]) -> Figure:
@@ -162,7 +162,7 @@ def draw_cross(results: Mapping[str, Any]) -> Figure:
         return figure
 
 
-def _panels(names: Sequence[str], panel: Callable[[Axes, str], None], x: str, y: str) -> Figure:
+def panels(names: Sequence[str], panel: Callable[[Axes, str], None], x: str, y: str) -> Figure:
     columns = min(len(names), _COLUMNS)
     rows = -(-len(names) // columns)
     with matplotlib.rc_context(RC):

@@ -29,7 +29,7 @@ _VERDICTS = {
     ("agreement", "spearman"): "By Spearman's correlation",
     ("strongest", "found"): f"By the share of the strongest {100 / STRONGEST:g} % of edges that it finds",
 }
-_FORMATS: dict[str, dict[str, Any]] = {".png": {"dpi": 110}, ".pdf": {"metadata": {"CreationDate": None}}}
+FORMATS: dict[str, dict[str, Any]] = {".png": {"dpi": 110}, ".pdf": {"metadata": {"CreationDate": None}}}
 Row = tuple[Any, ...]
 
 
@@ -50,7 +50,7 @@ def write_page(results: Mapping[str, Any], folder: Path) -> list[Path]:
         if name == "cross" and len(results["tasks"]) < 2:
             continue
         figure = draw(results)
-        for suffix, settings in _FORMATS.items():
+        for suffix, settings in FORMATS.items():
             save = partial(figure.savefig, facecolor="white", **settings)
             files.append(write_whole(beside / f"{name}{suffix}", save))
     for name, rows in _tables(results).items():
@@ -73,31 +73,31 @@ def page(results: Mapping[str, Any]) -> str:
         _settings(results),
         f"## Agreement with exact patching\n\n{_verdict(results)}",
         "![Correlation with exact scores](reproduction/agreement.png)",
-        _markdown(tables["agreement"]),
+        markdown(tables["agreement"]),
         "The correlations are over all edges: Pearson's of the scores, Spearman's of their ranks. "
         "The two columns at the right are the paper's, for GPT-2 small and its own prompts.",
         "Pearson's correlation gives most weight to the few edges of greatest effect. Patching an edge of little "
         "effect is a small step away from the clean prompt; to first order its effect is the gradient there, which is "
         "what EAP takes. EAP-IG takes a mean over points further away. "
         f"These are the {SHOWN} strongest edges of each task by exact patching:",
-        _markdown(tables["edges"]),
+        markdown(tables["edges"]),
         f'"Others\' Pearson" leaves out the {LEFT_OUT} strongest edges by exact patching. "Found" is the share of the '
         f"strongest {100 / STRONGEST:g} % by exact patching that are also among the strongest {100 / STRONGEST:g} % "
         "by EAP or EAP-IG.",
-        _markdown(tables["strongest"]),
+        markdown(tables["strongest"]),
         "## Faithfulness by circuit size\n\n"
         f"Circuits are grown from the logits by absolute score ({HOW} selection) and run on pairs that were not used "
         "to score them; every other edge carries the corrupted prompt's value. They are compared with "
         f"{settings['draws']} random connected circuits of each size.",
         "![Faithfulness against edges kept](reproduction/faithfulness.png)",
-        _markdown(tables["areas"]),
+        markdown(tables["areas"]),
         f'"Edges" is the size of the smallest circuit of a curve with a faithfulness of {settings["faithful"]} or '
         "more. CPR is the area under faithfulness over the share of edges kept (more is better), CMD the area between "
         "it and 1 (less is better), as the MIB benchmark defines them ([arXiv 2504.13151](https://arxiv.org/abs/2504.13151)).",
         "## Steps of integration\n\nThe table shows the distance of the scores from those of "
         f"{settings['reference']} Gauss–Legendre steps, relative to the norm of these.",
         "![Relative error against steps](reproduction/quadrature.png)",
-        _markdown(_errors(results)),
+        markdown(_errors(results)),
         "Distances are geometric means over the tasks; brackets hold the mean Pearson correlation of these scores with "
         'exact ones. One step of the "right" grid is EAP.',
     ]
@@ -108,7 +108,7 @@ def page(results: Mapping[str, Any]) -> str:
             f"{settings['faithful']} or more, or else the largest one that is not the whole model. "
             f"{_cross_verdict(results)}",
             "![Overlap and cross-task faithfulness](reproduction/cross.png)",
-            _markdown(tables["circuits"]),
+            markdown(tables["circuits"]),
         ]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     begun = f" Begun on {where['date']}." if "date" in where else ""  # which older results do not say
@@ -174,7 +174,7 @@ def _errors(results: Mapping[str, Any]) -> list[Row]:
             points = [entry[quadrature][m] for entry in entries]
             error = math.exp(statistics.fmean(math.log(max(point["error"], 1e-12)) for point in points))
             agreement = statistics.fmean(point["pearson"] for point in points)
-            cells.append(f"{_cell(error)} ({number(agreement, 2)})")
+            cells.append(f"{cell(error)} ({number(agreement, 2)})")
         rows.append((quadrature, *cells))
     return rows
 
@@ -241,13 +241,13 @@ def _faithful_size(curve: Any, at_least: float) -> int:
     return found.n_edges[smallest_faithful(found, at_least)]
 
 
-def _markdown(rows: Sequence[Row]) -> str:
-    lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
+def markdown(rows: Sequence[Row]) -> str:
+    lines = ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
     lines.insert(1, "|---" * len(rows[0]) + "|")
     return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return NONE
     if isinstance(value, float):

@@ -10,7 +10,7 @@ from ..errors import expected
 from ..files import check_writable, read_json, write_json
 from ..report.curves import jsonable
 
-_FORMAT = "eap-circuits/reproduction-1"
+_FORMAT = "eap-circuits/{}-1"
 
 
 class Record:
@@ -19,15 +19,16 @@ class Record:
     Args:
         path: the file; it is read if it exists.
         request: what must be the same for work to continue, as plain JSON values.
+        kind: which comparison's results these are, "reproduction" or "leaderboard".
 
     Raises:
         InputError: the file belongs to another request, or is not one of ours.
     """
 
-    def __init__(self, path: Path, request: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, request: Mapping[str, Any], kind: str = "reproduction") -> None:
         self._path = check_writable(path)
-        head = {"format": _FORMAT, "request": jsonable(dict(request))}
-        self.content: dict[str, Any] = read_json(path, "results of `eap reproduce`") if path.exists() else dict(head)
+        head = {"format": _FORMAT.format(kind), "request": jsonable(dict(request))}
+        self.content: dict[str, Any] = read_json(path, f"results of a {kind}") if path.exists() else dict(head)
         for key, value in head.items():
             if self.content.get(key) != value:
                 raise expected(str(path), f"results of this {key}", "another's; name another folder to keep both")

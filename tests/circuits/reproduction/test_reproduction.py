@@ -161,7 +161,7 @@ def test_results_of_something_else_are_refused_and_kept(
         reproduce(model, [*experiments, experiments[0]], tmp_path, SETTINGS)
     assert path.read_bytes() == before
     path.write_text("[]")
-    with pytest.raises(InputError, match="eap reproduce"):
+    with pytest.raises(InputError, match="results of a reproduction"):
         reproduce(model, experiments, tmp_path, SETTINGS)
     assert path.read_text() == "[]"
 

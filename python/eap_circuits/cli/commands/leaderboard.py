@@ -1,0 +1,85 @@
+"""The command that compares what circuits the methods find, and at what cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from .. import options, session
+from ..console import progress, say
+from ..options import default, option
+
+
+def leaderboard(
+    model: options.Model = "smollm2",
+    tasks: Annotated[
+        str | None,
+        option(
+            "Prompts", "Tasks of [bold]eap tasks[/bold], separated by commas.  " + default("all, or none with --data")
+        ),
+    ] = None,
+    data: Annotated[
+        list[Path] | None, option("Prompts", "A file of your own prompt pairs, as one more task; can be repeated.")
+    ] = None,
+    align: options.Align = False,
+    scored: Annotated[int, option("Prompts", "Pairs of each task to rank edges on.", min=1)] = 16,
+    n: Annotated[int, option("Prompts", "Other pairs to run circuits on.", "-n", min=1)] = 24,
+    seeds: Annotated[str, option("Prompts", "Seeds of the pairs and of learning, separated by commas.")] = "0,1,2",
+    methods: Annotated[
+        str | None,
+        option(
+            "Scoring",
+            "Methods of [bold]eap attribute[/bold], and [bold]learned[/bold], separated by commas.  "
+            + default("all but exact and experimental ones"),
+        ),
+    ] = None,
+    steps: Annotated[int, option("Scoring", "Steps of learning.", min=1)] = 200,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    out: Annotated[Path, option("Output", "Where to write; made if missing.", metavar="DIR")] = Path("."),
+) -> None:
+    """Rank methods by the circuits that they find on tasks: size at a faithfulness, CPR, CMD, and cost.
+
+    Edges are ranked on some pairs of a task, and circuits run on others, for several seeds. Finished work is kept in
+    DIR/leaderboard, and the same command continues from there, also with other tasks, methods or seeds. It writes
+    leaderboard.md and, in DIR/leaderboard, figures (.png, .pdf) and leaderboard.json. All tasks take hours on a few
+    cores.
+
+    Examples:
+
+      eap leaderboard --out results
+
+      eap leaderboard gpt2 --tasks ioi --methods eap,learned --seeds 0
+    """
+    from ...errors import expected, one_of
+    from ...leaderboard import RANKINGS, Settings, of_pairs, of_task, write_page
+    from ...leaderboard import leaderboard as measure
+    from ...tasks import TASKS, PairedDataset
+
+    files = data or []
+    names = tasks.split(",") if tasks else [] if files else list(TASKS)
+    for name in names:
+        one_of("--tasks", name, TASKS)
+    if not files:
+        session.check_align(align, "no --data")
+    for file in files:
+        session.Prompts(None, file).check()
+    rankings = {"rankings": methods.split(",")} if methods else {}
+    for name in rankings.get("rankings", ()):
+        one_of("--methods", name, RANKINGS)
+    try:
+        drawn = tuple(int(seed) for seed in seeds.split(","))
+    except ValueError:
+        raise expected("--seeds", "whole numbers separated by commas", repr(seeds)) from None
+    settings = Settings(scored=scored, pairs=n, seeds=drawn, steps=steps)
+    folder = out / "leaderboard"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
+    pairs = {name: of_task(name, tokenizer, settings) for name in names}
+    for file in files:
+        pairs[file.stem] = of_pairs(file.stem, PairedDataset.from_file(file, tokenizer, align=align), settings)
+    results = measure(loaded, pairs, folder, settings=settings, watch=progress, **rankings)
+    for path in write_page(results, out):
+        say(f"Wrote {path}.")

@@ -1,0 +1,179 @@
+"""What the leaderboard measures: edges are ranked on some pairs of a task, and circuits run on others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapters import bind
+from ..checkpoint import data_identity
+from ..errors import SEEDS, expected, listed, one_of, whole
+from ..evaluation import FRACTIONS, faithfulness_curve
+from ..forward import TOKENS_PER_BATCH, borrowed
+from ..graph import EdgeScores
+from ..learning import learn_mask
+from ..methods import METHODS, attribute
+from ..metrics import METRICS
+from ..ranks import together
+from ..reproduction.experiment import HOW, Watch, environment, identity, unwatched
+from ..reproduction.record import Record
+from ..request import Progress, prepare
+from ..tasks import PairedDataset, load_task
+
+LEARNED = "learned"
+RANKINGS = (*METHODS, LEARNED)
+START = "eap-ig-inputs"  # what learning starts from, and what all others are compared with
+# By default all but exact patching, which takes hours.
+DEFAULT = ("eap", START, "eap-ig-activations", "information-flow-routes", LEARNED)
+
+Draw = Callable[[int], PairedDataset]  # seed -> pairs
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Args:
+        scored: number of pairs of each task to rank edges on.
+        pairs: number of other pairs to run circuits on.
+        seeds: of the pairs, and of what learning draws; tables say mean, least and most over them.
+        steps: steps of learning.
+        fractions: sizes of the circuits, as shares of all edges.
+    """
+
+    scored: int = 16
+    pairs: int = 24
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 200
+    fractions: tuple[float, ...] = (0.0005, *FRACTIONS)
+
+    def __post_init__(self) -> None:
+        for name in ("scored", "pairs", "steps"):
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
+        seeds = tuple(whole("seeds", seed, *SEEDS) for seed in listed("seeds", self.seeds, "a list of whole numbers"))
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise expected("seeds", "one or more different ones", list(seeds) or "none")
+        object.__setattr__(self, "seeds", seeds)
+
+
+def of_task(name: str, tokenizer: Any, settings: Settings) -> Draw:
+    """Pairs of one of the package's tasks."""
+    return lambda seed: load_task(name, tokenizer, n=settings.scored + settings.pairs, seed=seed)
+
+
+def of_pairs(name: str, data: PairedDataset, settings: Settings) -> Draw:
+    """A user's pairs, in an order that the seed draws."""
+    wanted = settings.scored + settings.pairs
+    if len(data) < wanted:
+        raise expected(name, f"at least {wanted} pairs, {settings.scored} to rank edges on", len(data))
+    one_of(f"metric of {name}", data.metric, [m.name for m in METRICS.values() if m.differentiable])
+    return lambda seed: data[torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:wanted]]
+
+
+@together
+def leaderboard(
+    model: nn.Module,
+    tasks: Mapping[str, Draw],
+    folder: Path,
+    *,
+    rankings: Sequence[str] = DEFAULT,
+    settings: Settings | None = None,
+    watch: Watch = unwatched,
+) -> dict[str, Any]:
+    """Measure what `folder / "leaderboard.json"` does not have yet, and return its results for these tasks.
+
+    Every ranking of every task and seed is written as soon as it is done; after an interruption the same call
+    continues.
+
+    Args:
+        model: a Hugging Face causal language model.
+        tasks: the pairs of each by seed, as of `of_task` and `of_pairs`.
+        folder: an existing folder.
+        rankings: names in `METHODS`, and "learned": `learn_mask` of the data's own metric, from the scores of EAP-IG. EAP-IG is always measured.
+        settings: what to measure.
+        watch: called with the name of the next step; its context yields a function of (examples done, examples in all).
+
+    Raises:
+        InputError: a folder with results of another model other data or settings, an unknown ranking, or anything
+            that `attribute`, `learn_mask` and `faithfulness_curve` refuse.
+    """
+    settings = settings or Settings()
+    rankings = listed("rankings", rankings, "a list of names")
+    for name in rankings:
+        one_of("rankings", name, RANKINGS)
+    if not tasks:
+        raise expected("tasks", "at least one", "none")
+    model = bind(model).model  # the model inside any wrapper
+    # Seeds can be added to a folder: each stands for itself.
+    asked = {name: value for name, value in asdict(settings).items() if name != "seeds"}
+    request = {**identity(model), "settings": asked}
+    record = Record(folder / "leaderboard.json", request, "leaderboard")
+    record.get("environment", lambda: environment(model))
+    wanted = tuple(dict.fromkeys((START, *rankings)))
+    for task, draw in tasks.items():
+        for seed in settings.seeds:
+            data = draw(seed)
+            few, others = data[: settings.scored], data[settings.scored :]
+            record.at("data", task).require(str(seed), data_identity(data))
+            entry = record.at("tasks", task, str(seed))
+            for ranking in wanted:
+                with watch(f"{task}, seed {seed}: {ranking}") as bar:
+                    entry.get(ranking, partial(_measured, model, few, others, ranking, seed, settings, bar))
+    seeds = [str(seed) for seed in settings.seeds]
+    every = {task: {seed: record.content["tasks"][task][seed] for seed in seeds} for task in tasks}
+    found = {
+        task: {seed: {name: run[name] for name in wanted} for seed, run in runs.items()} for task, runs in every.items()
+    }
+    return {**record.content, "tasks": found}
+
+
+def _measured(
+    model: nn.Module,
+    few: PairedDataset,
+    others: PairedDataset,
+    ranking: str,
+    seed: int,
+    settings: Settings,
+    progress: Progress,
+) -> dict[str, Any]:
+    """A ranking's cost and its circuits."""
+    seconds, scores = _timed(lambda: _ranked(model, few, ranking, seed, settings, progress))
+    forward = min(_timed(lambda: _forward(model, few))[0] for _ in range(3))
+    curve = faithfulness_curve(model, scores, others, settings.fractions, how=HOW)
+    found = {name: value for name, value in curve.to_dict().items() if name not in ("info", "baselines")}
+    return {"seconds": seconds, "forwards": seconds / forward, "curve": found}
+
+
+def _ranked(
+    model: nn.Module, data: PairedDataset, ranking: str, seed: int, settings: Settings, progress: Progress
+) -> EdgeScores:
+    if ranking != LEARNED:
+        return attribute(model, data, method=ranking, progress=progress)
+    start = attribute(model, data, method=START)
+    return learn_mask(model, data, start=start, steps=settings.steps, seed=seed, progress=progress)
+
+
+def _forward(model: nn.Module, data: PairedDataset) -> None:
+    """The model's own pass over the clean prompts, the unit of cost."""
+    request = prepare(model, data, None)
+    with torch.no_grad(), borrowed(request.arch.model):
+        for batch in request.batches(TOKENS_PER_BATCH):
+            runner = request.runner(request.arch.graph("kv"), batch)
+            runner.logits(runner.embed(batch.clean))
+
+
+def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds, and what the call returned."""
+    waits = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    waits()
+    began = time.perf_counter()
+    result = call()
+    waits()
+    return time.perf_counter() - began, result

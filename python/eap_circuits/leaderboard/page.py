@@ -1,0 +1,201 @@
+"""The leaderboard's page: tables and figures, written only from its results."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+
+from ..files import write_whole
+from ..report.figures.style import INK, LETTERS, MUTED, NEGATIVE, PAPER, POSITIVE
+from ..reproduction.figures import panels
+from ..reproduction.page import FORMATS, markdown
+from .measure import LEARNED, START
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PAGE = "leaderboard.md"
+FAITHFUL = (0.85, 0.95)
+_COLOURS = {"eap": NEGATIVE, START: POSITIVE, LEARNED: INK}
+# What a ranking is hoped to reach beside EAP-IG.
+_SHARE, _COST = 0.2, 50.0
+Runs = Mapping[str, Mapping[str, Any]]  # seed -> ranking -> what was measured
+
+
+def write_page(results: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write `leaderboard.md` and, in the folder `leaderboard`, its figures; returns the files written.
+
+    Args:
+        results: what `leaderboard` returned.
+        folder: an existing folder.
+    """
+    beside = folder / "leaderboard"
+    beside.mkdir(exist_ok=True)
+    files = []
+    for name, draw in {"faithfulness": draw_faithfulness, "cost": draw_cost}.items():
+        figure = draw(results)
+        for suffix, settings in FORMATS.items():
+            save = partial(figure.savefig, facecolor="white", **settings)
+            files.append(write_whole(beside / f"{name}{suffix}", save))
+    text = page(results)
+    files.append(write_whole(folder / PAGE, lambda file: file.write_text(text, encoding="utf-8")))
+    return files
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """The page's Markdown."""
+    request, where = results["request"], results["environment"]
+    settings = request["settings"]
+    seeds = list(next(iter(results["tasks"].values())))
+    over = f"means (least–most) over seeds {', '.join(seeds)}" if seeds[1:] else f"of seed {seeds[0]}"
+    parts = [
+        f"# Leaderboard on {request['model']['name']}",
+        "Written by `eap leaderboard` from `leaderboard/leaderboard.json`. Every ranking sees the same "
+        f"{settings['scored']} prompt pairs of a task; circuits are grown from the logits by absolute score and run on "
+        f"{settings['pairs']} others, with the corrupted prompt's values outside. A seed is one of the pairs, and of "
+        f'what learning draws. "{LEARNED}" is `learn_mask` for {settings["steps"]} steps from the scores of `{START}`.',
+        "\n".join(f"- {sentence}" for sentence in _verdicts(results)),
+        "![Faithfulness against edges kept](leaderboard/faithfulness.png)",
+        "![Cost against edges kept](leaderboard/cost.png)",
+        markdown(_rows(results)),
+        f'All numbers are {over}. "Edges" is the size of the smallest circuit of a curve that is at least as faithful; '
+        "the whole model always is. CPR is the area under faithfulness over the share of edges kept (more is better), "
+        "CMD the area between it and 1 (less is better), as MIB defines them "
+        "([arXiv 2504.13151](https://arxiv.org/abs/2504.13151)). Cost is in seconds, and in the model's own forward "
+        "passes over the same clean prompts; that of learning includes the scores it starts from.",
+        f"Machine: {where['machine']}. {', '.join(f'{name} {version}' for name, version in where['versions'].items())}."
+        + (f" Begun on {where['date']}." if "date" in where else ""),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _rankings(results: Mapping[str, Any]) -> list[str]:
+    """Those that every task and seed has."""
+    runs = [run for seeds in results["tasks"].values() for run in seeds.values()]
+    return [name for name in runs[0] if all(name in run for run in runs)]
+
+
+def edges_at(curve: Mapping[str, Any], least: float) -> int:
+    """The size of the smallest circuit of a curve that is at least this faithful; that of the largest if none is."""
+    sizes = zip(curve["n_edges"], curve["faithfulness"], strict=True)
+    return min((n for n, f in sizes if f is not None and f >= least), default=max(curve["n_edges"]))
+
+
+def _of(runs: Runs, ranking: str, measure: Callable[[Mapping[str, Any]], float | None]) -> list[float]:
+    """A number of each seed; those that could not be measured are left out."""
+    return [x for x in (measure(seed[ranking]) for seed in runs.values()) if x is not None]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else float("nan")
+
+
+_COLUMNS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
+    "CPR": (".3f", lambda run: run["curve"]["cpr"]),
+    "CMD": (".3f", lambda run: run["curve"]["cmd"]),
+    **{f"edges at {f}": (",.0f", partial(lambda f, run: edges_at(run["curve"], f), f)) for f in FAITHFUL},
+    "seconds": (",.1f", lambda run: run["seconds"]),
+    "forwards": (",.0f", lambda run: run["forwards"]),
+}
+
+
+def _rows(results: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    rows: list[tuple[Any, ...]] = [("task", "ranking", *_COLUMNS)]
+    for task, runs in results["tasks"].items():
+        for ranking in _rankings(results):
+            found = [(form, _of(runs, ranking, measure)) for form, measure in _COLUMNS.values()]
+            rows.append((task, ranking, *(_cell(form, values) for form, values in found)))
+    return rows
+
+
+def _cell(form: str, values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    texts = [format(x, form) for x in (statistics.fmean(values), min(values), max(values))]
+    return texts[0] if len(set(texts)) == 1 else f"{texts[0]} ({texts[1]}–{texts[2]})"
+
+
+def _verdicts(results: Mapping[str, Any]) -> list[str]:
+    """Each ranking beside EAP-IG, by means over seeds."""
+    tasks, sentences = results["tasks"], []
+    for ranking in _rankings(results):
+        if ranking == START:
+            continue
+
+        def both(measure: Callable[[Mapping[str, Any]], Any], runs: Runs, own: str = ranking) -> tuple[float, float]:
+            return _mean(_of(runs, own, measure)), _mean(_of(runs, START, measure))
+
+        fewer, closer, never, ratios = [], [], [], []
+        for task, runs in tasks.items():
+            own, other = both(lambda run: edges_at(run["curve"], FAITHFUL[0]), runs)
+            fewer += [task] * (own <= _SHARE * other)
+            own, other = both(lambda run: run["curve"]["cmd"], runs)
+            closer += [task] * (own < other)
+            sizes = range(len(next(iter(runs.values()))[ranking]["curve"]["fractions"]))
+            points = [both(lambda run, i=i: run["curve"]["faithfulness"][i], runs) for i in sizes]  # type: ignore[misc]
+            never += [task] * all(own >= other for own, other in points)
+            own, other = both(lambda run: run["seconds"], runs)
+            ratios.append(own / other)
+        sentences.append(
+            f"`{ranking}` beside `{START}`: at most a fifth of the edges at faithfulness {FAITHFUL[0]} on "
+            f"{_among(fewer, tasks)}, a lower CMD on {_among(closer, tasks)}, at no size less faithful on "
+            f"{_among(never, tasks)}, {min(ratios):.2g} to {max(ratios):.2g} times its time."
+        )
+    return sentences
+
+
+def _among(found: Sequence[str], tasks: Mapping[str, Any]) -> str:
+    names = f" ({', '.join(found)})" if 0 < len(found) < len(tasks) else ""
+    return f"{len(found)} of {len(tasks)} tasks{names}"
+
+
+def _colours(rankings: Sequence[str]) -> dict[str, str]:
+    others = iter([*LETTERS.values(), MUTED] * len(rankings))
+    return {ranking: _COLOURS.get(ranking) or next(others) for ranking in rankings}
+
+
+def draw_faithfulness(results: Mapping[str, Any]) -> Figure:
+    """Faithfulness against edges kept, a panel for each task: means over seeds, and bands from least to most."""
+    colours = _colours(_rankings(results))
+
+    def panel(ax: Axes, task: str) -> None:
+        runs = results["tasks"][task]
+        ax.axhline(1.0, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        for ranking, colour in colours.items():
+            curves = [seed[ranking]["curve"] for seed in runs.values()]
+            sizes = [_mean(ns) for ns in zip(*(curve["n_edges"] for curve in curves), strict=True)]
+            values = [[f for f in fs if f is not None] for fs in zip(*(c["faithfulness"] for c in curves), strict=True)]
+            ax.plot(sizes, [_mean(v) for v in values], "o-", color=colour, markersize=3, linewidth=1.3, label=ranking,
+                    markerfacecolor=PAPER, zorder=3)  # fmt: skip
+            if all(values):
+                ax.fill_between(sizes, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12,
+                                linewidth=0)  # fmt: skip
+        ax.set_xscale("log")
+        ax.set_ylim(-0.2, 1.4)
+
+    return panels(list(results["tasks"]), panel, "edges kept", "faithfulness")
+
+
+def draw_cost(results: Mapping[str, Any]) -> Figure:
+    """Edges at the first faithfulness of `FAITHFUL` against cost, a panel for each task; the line joins what no other
+    ranking beats in both."""
+    colours = _colours(_rankings(results))
+
+    def panel(ax: Axes, task: str) -> None:
+        runs, points = results["tasks"][task], []
+        for ranking, colour in colours.items():
+            cost = _mean(_of(runs, ranking, lambda run: run["forwards"]))
+            size = _mean(_of(runs, ranking, lambda run: edges_at(run["curve"], FAITHFUL[0])))
+            points.append((cost, size))
+            ax.plot(cost, size, "o", color=colour, markersize=6, label=ranking, zorder=3)
+        front = [p for p in sorted(points) if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]
+        ax.plot(*zip(*front, strict=True), color=MUTED, linewidth=1.2, drawstyle="steps-post", zorder=1)
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+
+    return panels(list(results["tasks"]), panel, "forward passes", f"edges at {FAITHFUL[0]}")

@@ -78,6 +78,21 @@ def check_align(align: bool, found: str) -> None:
         raise expected("--align", "--data with it (the prompts of a task have equal lengths)", found)
 
 
+def tasks_and_files(tasks: str | None, data: Sequence[Path] | None, align: bool) -> tuple[list[str], list[Path]]:
+    """What --tasks and --data name, checked: tasks, of which all are meant if neither names any, and files."""
+    from ..tasks import TASKS
+
+    files = list(data or [])
+    names = tasks.split(",") if tasks else [] if files else list(TASKS)
+    for name in names:
+        one_of("--tasks", name, TASKS)
+    if not files:
+        check_align(align, "no --data")
+    for file in files:
+        Prompts(None, file).check()
+    return names, files
+
+
 def load_model(
     name: str,
     dtype: str | None = None,

@@ -13,7 +13,7 @@ from torch import nn
 from ..adapters import Place, SenderSite, Together, as_given
 from ..errors import expected
 from ..loans import Changes, SharedChange
-from .grouped_attention import SHARED_KEYS
+from .layers.grouped_attention import SHARED_KEYS
 
 if TYPE_CHECKING:
     from typing_extensions import Self

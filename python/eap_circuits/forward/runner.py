@@ -15,9 +15,9 @@ from ..errors import expected
 from ..graph import Graph
 from .batches import Batch
 from .hooks import Hooks
-from .last_mlp import Scored, ScoredMLP, at_scored
+from .layers.last_mlp import Scored, ScoredMLP, at_scored
+from .layers.rewriting import Rewriting
 from .prefixes.prefix import Prefix, WholePrompts, beginning, behind, parameters, run_prefixes, shared_tokens
-from .rewriting import Rewriting
 
 Register = Callable[[Hooks], None]
 

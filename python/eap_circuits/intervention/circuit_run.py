@@ -241,7 +241,7 @@ class _CircuitsRun:
             x[(which, at) if isinstance(at, slice) else (which[:, None], at)] = y
 
     def _read_at(self, site: ReceiverSite) -> Places:
-        """Where a layer's MLP runs: the last one where logits are scored (`forward/last_mlp.py`)."""
+        """Where a layer's MLP runs: the last one where logits are scored (`forward/layers/last_mlp.py`)."""
         last = site.layer == self.graph.n_layers - 1 and self.graph.n_heads[-1] > 0
         return self.runner.batch.places_on(site.norm.device) if last else EVERYWHERE
 

@@ -96,7 +96,8 @@ def leaderboard(
         model: a Hugging Face causal language model.
         tasks: the pairs of each by seed, as of `of_task` and `of_pairs`.
         folder: an existing folder.
-        rankings: names in `METHODS`, and "learned": `learn_mask` of the data's own metric, from the scores of EAP-IG. EAP-IG is always measured.
+        rankings: names in `METHODS`, and "learned": `learn_mask` of the data's own metric, from the scores of EAP-IG.
+            EAP-IG is always measured.
         settings: what to measure.
         watch: called with the name of the next step; its context yields a function of (examples done, examples in all).
 

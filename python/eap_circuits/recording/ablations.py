@@ -114,9 +114,7 @@ ABLATIONS: dict[str, Ablation] = {
             from_data=True,
             by_position=True,
         ),
-        Ablation(
-            "optimal", "constants learned for each circuit; to evaluate only, and slow", from_data=True, learned=True
-        ),
+        Ablation("optimal", "learned for each circuit; slow, only to evaluate", from_data=True, learned=True),
     )
 }
 

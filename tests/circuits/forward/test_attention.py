@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import eap_circuits as eap
-from eap_circuits.forward.grouped_attention import SHARED_KEYS
+from eap_circuits.forward.layers.grouped_attention import SHARED_KEYS
 from eap_circuits.loans import Changes
 from eap_circuits.request import asked
 

@@ -24,7 +24,7 @@ def leaderboard(
     align: options.Align = False,
     scored: Annotated[int, option("Prompts", "Pairs of each task to rank edges on.", min=1)] = 16,
     n: Annotated[int, option("Prompts", "Other pairs to run circuits on.", "-n", min=1)] = 24,
-    seeds: Annotated[str, option("Prompts", "Seeds of the pairs and of learning, separated by commas.")] = "0,1,2",
+    seeds: Annotated[int, option("Prompts", "Seeds of the pairs and of learning: 0, 1, and so on.", min=1)] = 3,
     methods: Annotated[
         str | None,
         option(
@@ -50,29 +50,18 @@ def leaderboard(
 
       eap leaderboard --out results
 
-      eap leaderboard gpt2 --tasks ioi --methods eap,learned --seeds 0
+      eap leaderboard gpt2 --tasks ioi --methods eap,learned --seeds 1
     """
-    from ...errors import expected, one_of
+    from ...errors import one_of
     from ...leaderboard import RANKINGS, Settings, of_pairs, of_task, write_page
     from ...leaderboard import leaderboard as measure
-    from ...tasks import TASKS, PairedDataset
+    from ...tasks import PairedDataset
 
-    files = data or []
-    names = tasks.split(",") if tasks else [] if files else list(TASKS)
-    for name in names:
-        one_of("--tasks", name, TASKS)
-    if not files:
-        session.check_align(align, "no --data")
-    for file in files:
-        session.Prompts(None, file).check()
+    names, files = session.tasks_and_files(tasks, data, align)
     rankings = {"rankings": methods.split(",")} if methods else {}
     for name in rankings.get("rankings", ()):
         one_of("--methods", name, RANKINGS)
-    try:
-        drawn = tuple(int(seed) for seed in seeds.split(","))
-    except ValueError:
-        raise expected("--seeds", "whole numbers separated by commas", repr(seeds)) from None
-    settings = Settings(scored=scored, pairs=n, seeds=drawn, steps=steps)
+    settings = Settings(scored=scored, pairs=n, seeds=tuple(range(seeds)), steps=steps)
     folder = out / "leaderboard"
     folder.mkdir(parents=True, exist_ok=True)
 

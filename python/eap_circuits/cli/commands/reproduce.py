@@ -49,19 +49,11 @@ def reproduce(
 
       eap reproduce gpt2 --data pairs.csv --scored 8
     """
-    from ...errors import one_of
     from ...reproduction import Experiment, Settings, write_page
     from ...reproduction import reproduce as measure
-    from ...tasks import TASKS, PairedDataset
+    from ...tasks import PairedDataset
 
-    files = data or []
-    names = tasks.split(",") if tasks else [] if files else list(TASKS)
-    for name in names:
-        one_of("--tasks", name, TASKS)
-    if not files:
-        session.check_align(align, "no --data")
-    for file in files:
-        session.Prompts(None, file).check()
+    names, files = session.tasks_and_files(tasks, data, align)
     check_outputs(checkpoint)
     settings = Settings(scored=scored, pairs=n, seed=seed, steps=steps, draws=draws)
     folder = out / "reproduction"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..adapters import Layer
-from .hooks import Hooks
+from ...adapters import Layer
+from ..hooks import Hooks
 
 
 class Rewriting:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..adapters import Layer
-from .hooks import Hooks
+from ...adapters import Layer
+from ..hooks import Hooks
 
 Scored = tuple[Tensor, Tensor]  # rows and positions, int64 [n] each
 

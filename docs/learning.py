@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 RESULT = Path(__file__).with_name("results") / "learning.json"
 TASKS, SEEDS = ("ioi", "subject-verb-agreement"), (0, 1, 2)
+# What is learned: the task's own metric, or another by name.
+METRICS = {"own": "its metric", "kl_divergence": "the divergence"}
+LEARNED, LEARNED_ON_OWN = "learned", "learned, on the prompts it was learned from"
 SIZES = (45, 95, 185, 380, 710, 1550)
 LARGER = (*SIZES, 3200, 7000)
 LEARNED_FROM, PAIRS = 16, 40
@@ -34,8 +38,8 @@ def faithfulness(model: Any, scores: Any, data: Any) -> list[float]:
     return [result.faithfulness for result in eap.evaluate(model, circuits_of(scores), data)]
 
 
-def run(task: str, seed: int) -> dict[str, Any]:
-    """One seed: of the prompts, and of what learning draws."""
+def run(task: str, seed: int, metric: str) -> dict[str, Any]:
+    """One seed, of the prompts and of what learning draws; the metric is "own", the task's, or another's name."""
     import eap_circuits as eap
     from bench import measure
     from bench.processes import commit
@@ -45,7 +49,7 @@ def run(task: str, seed: int) -> dict[str, Any]:
     data = eap.load_task(task, tokenizer, n=PAIRS, seed=seed)
     few, others = data[:LEARNED_FROM], data[LEARNED_FROM:]
     scores = eap.attribute(model, few)
-    learned = eap.learn_mask(model, few, start=scores, seed=seed)
+    learned = eap.learn_mask(model, few, None if metric == "own" else metric, start=scores, seed=seed)
     return {
         "eap-ig": faithfulness(model, scores, others),
         "learned": faithfulness(model, learned, others),
@@ -68,7 +72,7 @@ def divergence() -> dict[str, Any]:
     few, others = data[:LEARNED_FROM], data[LEARNED_FROM:]
     scores = eap.attribute(model, few)
     found: dict[str, Any] = {"sizes": LARGER, "commit": commit()}
-    for name, each in {"eap-ig": scores, "learned": eap.learn_mask(model, few, start=scores)}.items():
+    for name, each in {"eap-ig": scores, "learned": eap.learn_mask(model, few, "kl_divergence", start=scores)}.items():
         circuits = circuits_of(each, LARGER)
         found[name] = {
             "faithfulness": [result.faithfulness for result in eap.evaluate(model, circuits, others)],
@@ -91,7 +95,6 @@ def control(seed: int) -> dict[str, Any]:
 
     Every ranking is learned from EAP-IG's scores for the same answers and weights.
     """
-    import torch
 
     import eap_circuits as eap
     from bench import measure
@@ -106,16 +109,12 @@ def control(seed: int) -> dict[str, Any]:
     whole = eap.Circuit.from_mask(graph, graph.edge_mask)
     ends = {where: eap.evaluate(model, whole, part) for where, part in parts.items()}
 
-    def as_the_model(logits: torch.Tensor, batch: Any) -> torch.Tensor:
-        """Minus the squared distance from how much the model prefers the pair's own answer."""
-        difference = eap.METRICS["logit_diff"](logits, batch)
-        return -(difference - ends["learned"].clean_values[batch.index].to(difference)).square()
-
     answers: dict[str, Any] = {}
     for shift, name in enumerate(ANSWERS):
         taught = {where: replace(part, answers=part.answers.roll(shift, 0)) for where, part in parts.items()}
         scores = eap.attribute(model, taught["learned"])
-        learned = eap.learn_mask(model, scores, taught["learned"], as_the_model, seed=seed)
+        target = ends["learned"].clean_values  # how much the model prefers the pair's own answer
+        learned = eap.learn_mask(model, taught["learned"], start=scores, target=target, seed=seed)
         answers[name] = {}
         for where, part in taught.items():
             span = ends[where].clean - ends[where].corrupted
@@ -126,9 +125,10 @@ def control(seed: int) -> dict[str, Any]:
         if name == "shuffled":
             _shuffle(model, seed)
         scores = eap.attribute(model, few)
+        rankings = {"eap-ig": scores, "learned": eap.learn_mask(model, few, "kl_divergence", start=scores, seed=seed)}
         weights[name] = {
             ranking: [result.faithfulness for result in eap.evaluate(model, circuits_of(each), others, "kl_divergence")]
-            for ranking, each in (("eap-ig", scores), ("learned", eap.learn_mask(model, few, start=scores, seed=seed)))
+            for ranking, each in rankings.items()
         }
     origin = {"machine": measure.machine(), "versions": measure.versions(), "commit": commit()}
     return {"answers": answers, "weights": weights, **origin}
@@ -238,22 +238,22 @@ def table(_: Results) -> str:
     found = committed()
     lines = [f"| task | seeds | scores | {' | '.join(map(str, SIZES))} |", "|" + "---|" * (3 + len(SIZES))]
     for task in TASKS:
-        runs = [found[f"{task} {seed}"] for seed in SEEDS if f"{task} {seed}" in found]
-        if not runs:
-            continue
-        for scores in ("eap-ig", "learned", "learned, on the prompts it was learned from"):
-            columns = zip(*(one[scores] for one in runs), strict=True)
-            cells = [spread(column) for column in columns]
-            lines.append(f"| {task} | {len(runs)} | {scores} | {' | '.join(cells)} |")
+        for scores, metric in product(("eap-ig", LEARNED, LEARNED_ON_OWN), METRICS):
+            runs = [found[f"{task} {seed} {metric}"] for seed in SEEDS if f"{task} {seed} {metric}" in found]
+            if not runs or (scores, metric) == ("eap-ig", "kl_divergence"):
+                continue
+            what = scores if scores == "eap-ig" else f"{scores[:7]} by {METRICS[metric]}{scores[7:]}"
+            cells = [spread(column) for column in zip(*(one[scores] for one in runs), strict=True)]
+            lines.append(f"| {task} | {len(runs)} | {what} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    every = ["cost", "divergence", "control 0", "control 1", *(f"{task} {seed}" for task in TASKS for seed in SEEDS)]
+    every = ["cost", "divergence", "control 0", "control 1", *map(" ".join, product(TASKS, map(str, SEEDS), METRICS))]
     for name in sys.argv[1:] or every:
-        task, _, seed = name.partition(" ")
-        if task == "control":
-            result = control(int(seed))
+        call, *given = name.split(" ")
+        if call in TASKS:
+            result = run(call, int(given[0]), given[1])
         else:
-            result = {"cost": cost, "divergence": divergence}[name]() if not seed else run(task, int(seed))
+            result = {"cost": cost, "divergence": divergence, "control": control}[call](*map(int, given))
         RESULT.write_text(json.dumps(dict(sorted({**committed(), name: result}.items())), indent=1) + "\n")

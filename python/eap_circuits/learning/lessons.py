@@ -28,9 +28,11 @@ class Lesson:
     clean: Tensor
     corrupted: Tensor
 
-    def gradient(self, request: Request, graph: Graph, masks: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """How far circuits' metric is from the model's own on the examples, float64 [C, E], and the gradient of the sum
-        in masks [C, S, R], right at the edges that they keep in part."""
+    def gradient(
+        self, request: Request, graph: Graph, masks: Tensor, tokens: int, target: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """How far circuits' metric is from the target of the data's examples [E], or from the model's own, float64
+        [C, E], and the gradient of the sum in masks [C, S, R], right at the edges that they keep in part."""
         batch = self.runner.batch
         together = max(1, tokens // batch.clean.numel())
         values: list[Tensor] = []
@@ -42,7 +44,8 @@ class Lesson:
             found = torch.stack([measured.values(each) for each in logits])
             with torch.no_grad():
                 own = measured.values(self.clean)
-            apart = (found - own).abs()
+            wanted = own if target is None else target[batch.index].to(own)
+            apart = (found - wanted).abs()
             total = apart.sum()
             # Circuits of nothing or of everything that receivers read have no gradient.
             (slope,) = torch.autograd.grad(total, leaf) if total.requires_grad else (torch.zeros_like(leaf),)

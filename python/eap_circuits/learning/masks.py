@@ -54,6 +54,7 @@ def learn_mask(
     metric: Any = None,
     *,
     start: EdgeScores,
+    target: Tensor | None = None,
     steps: int = 200,
     rate: float = 0.08,
     circuits: int = 2,
@@ -71,16 +72,17 @@ def learn_mask(
 
     Each step draws sizes, opens every edge's gate according to how far it stands above or below the place at which
     circuits of that size end, runs these circuits and moves the edges such that their metric comes nearer to the
-    model's own on each pair; docs/learning.md.
+    target on each pair; docs/learning.md.
 
     Args:
         model: a Hugging Face causal language model; it comes back as it was.
         data: prompt pairs to learn from. Measure what was learned on others.
         metric: what circuits keep, differentiable: a name in `METRICS` or a callable as in `attribute`; by default the
-            data's own, `data.metric`. What is minimised is |m(circuit) − m(model)|, which for "kl_divergence" is the
+            data's own, `data.metric`. What is minimised is |m(circuit) − target|; for "kl_divergence" that is the
             divergence itself.
         start: the ranking to start from, by absolute score, such as those of `attribute`; on its graph masks are
             learned.
+        target: what the metric is to be on each pair, [E]; by default the model's own value.
         steps: how many steps.
         rate: Adam's learning rate, in units of the logarithm of a circuit's size.
         circuits: how many circuits run in a step, one from each of as many equal parts of the sizes' logarithms.
@@ -116,6 +118,10 @@ def learn_mask(
         raise expected("start", "finite values", "some that are not")
     if ablation_of(ablation).learned:
         raise expected("ablation", "constants from eap.optimal_constants", repr(ablation))
+    if target is not None:
+        instance("target", target, Tensor)
+        if target.shape != (len(data),) or not target.isfinite().all():
+            raise expected("target", f"{len(data)} finite values, one a pair", f"shape {list(target.shape)}")
     smallest, largest = _sizes(n_edges, graph.n_edges)
     asked = _Asked(steps, rate, circuits, examples, seed, smallest, largest)
     nothing = torch.empty(0, dtype=request.arch.accumulate, device=request.arch.device)
@@ -129,10 +135,12 @@ def learn_mask(
     }
     if ablation_data is not None:
         info["ablation_data"] = ablation_data.name
-    settings = partial(settings_of, request, call="learn_mask", start=start.values, heads=graph.heads, **asdict(asked))
+    settings = partial(
+        settings_of, request, call="learn_mask", start=start.values, target=target, heads=graph.heads, **asdict(asked)
+    )
     with opened(checkpoint, request.arch.model, settings) as kept, borrowed(request.arch.model):
         request = request.verified(graph.heads).with_constants()
-        places = _learn(request, start, asked, kept, progress)
+        places = _learn(request, start, target, asked, kept, progress)
     values = torch.zeros(graph.edge_mask.shape)
     rank = places.argsort(stable=True).argsort()
     values[graph.edge_mask] = ((rank + 1).double() / graph.n_edges).float()
@@ -152,7 +160,12 @@ def _sizes(n_edges: object, n: int) -> tuple[int, int]:
 
 
 def _learn(
-    request: Request, start: EdgeScores, asked: _Asked, checkpoint: Checkpoint, progress: Progress | None
+    request: Request,
+    start: EdgeScores,
+    target: Tensor | None,
+    asked: _Asked,
+    checkpoint: Checkpoint,
+    progress: Progress | None,
 ) -> Tensor:
     """The places of the edges, [n]."""
     graph, edges = start.graph, start.graph.edge_mask
@@ -178,7 +191,7 @@ def _learn(
 
         def run(batch: Batch, tokens: int) -> Tensor:
             lessons.tokens = tokens  # fewer than before if memory ran out: later steps begin with as many
-            return lessons.lesson(batch).gradient(request, graph, masks, tokens)[1]
+            return lessons.lesson(batch).gradient(request, graph, masks, tokens, target)[1]
 
         for _, found in in_memory(request.data, lessons.batches(group), lessons.tokens, run):
             total += found[:, edges].to(total.dtype)

@@ -48,6 +48,8 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
     if Version(transformers.__version__) < Version(family.since):
         wanted = f"transformers {family.since} or later for {type(model).__name__}"
         raise expected("model", wanted, transformers.__version__)
+    if family.requires and not model.can_generate():  # type: ignore[operator]
+        raise expected("model", _CAUSAL, f"{model_type!r} ({type(model).__name__})")
     for name, value in family.requires.items():
         if getattr(config, name, value) != value:
             raise expected(f"{type(model).__name__}.config.{name}", repr(value), repr(getattr(config, name)))

@@ -40,7 +40,7 @@ def acdc(
     model: nn.Module,
     data: PairedDataset,
     threshold: float,
-    metric: Any = "kl_divergence",
+    metric: Any = None,
     *,
     heads: Heads = "kv",
     ablation: str | Constants = "patching",
@@ -61,7 +61,7 @@ def acdc(
         data: clean and corrupted prompts with answers.
         threshold: τ, in units of the metric: a larger one gives a smaller circuit.
         metric: what must not fall, a name in `METRICS` or a callable as in `attribute`, differentiable or not; by
-            default minus the divergence from the whole model, as in the paper.
+            default the data's own, `data.metric`. The paper's is "kl_divergence".
         heads, ablation, ablation_data, reuse_prefix: as in `attribute`.
         memory: what the run may take besides the model and the data, in bytes or as "8GiB"; by default half of what is
             free.

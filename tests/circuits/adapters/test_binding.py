@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForTokenClassification,
     BertConfig,
     LlamaConfig,
+    RwkvConfig,
     T5Config,
     ViTConfig,
 )
@@ -117,15 +118,20 @@ def refused(model):
 
 
 def test_unsupported_architecture_names_what_is_and_what_was_found():
-    text = refused(AutoModelForCausalLM.from_config(BertConfig(**TINY, is_decoder=True)))
-    assert "gpt2" in text and "llama" in text and "'bert'" in text and "BertLMHeadModel" in text
+    config = RwkvConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, attention_hidden_size=8)
+    text = refused(AutoModelForCausalLM.from_config(config))
+    assert "gpt2" in text and "llama" in text and "'rwkv'" in text and "RwkvForCausalLM" in text
+
+
+def test_a_decoder_whose_tokens_see_later_ones_is_told_what_to_set():
+    text = refused(AutoModelForCausalLM.from_config(BertConfig(**TINY)))
+    assert text == "BertLMHeadModel.config.is_decoder: expected True, found False."
 
 
 @pytest.mark.parametrize(
     ("auto", "config"),
     [
         (AutoModelForMaskedLM, BertConfig(**TINY)),
-        (AutoModelForCausalLM, BertConfig(**TINY)),  # without is_decoder tokens see later ones
         (AutoModelForMultipleChoice, BertConfig(**TINY)),
         (AutoModelForSeq2SeqLM, T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)),
         (AutoModelForImageClassification, ViTConfig(**TINY, image_size=4, patch_size=2)),

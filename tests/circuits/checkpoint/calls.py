@@ -47,6 +47,6 @@ def long_calls(model: Any, data: Any) -> dict[str, Callable[..., Any]]:
         "curve": partial(
             eap.faithfulness_curve, model, scores, data, (0.1, 0.5), baselines=["random"], seeds=[0], **SIZE
         ),
-        "learn_mask": partial(eap.learn_mask, model, scores, data, steps=3, examples=2),
+        "learn_mask": partial(eap.learn_mask, model, data, start=scores, steps=3, examples=2),
         "optimal_constants": partial(optimal_constants, model, circuit, data, steps=3, **SIZE),
     }

@@ -70,13 +70,13 @@ def test_it_is_the_circuit_of_the_sequential_algorithm(config, threshold, metric
 @pytest.mark.parametrize("settings", [{"ahead": 1}, {"ahead": 200, "reuse_prefix": False}, {"memory": 0}, {"guess": 0}])
 def test_guesses_and_passes_change_nothing(settings, make_model, make_pairs, monkeypatch):
     model, data = make_model("gpt2"), make_pairs(seed=4, n=3)
-    right = eap.acdc(model, data, 3e-3)
+    right = eap.acdc(model, data, 3e-3, "kl_divergence")
     given = dict(settings)
     monkeypatch.setattr(sequential, "FEWEST_AHEAD", given.pop("ahead", 8))
     if "guess" in given:  # any guesses, wrong as they may be
         torch.manual_seed(given.pop("guess"))
         monkeypatch.setattr(sequential.torch, "ones", lambda n, dtype: torch.rand(n) < 0.5)
-    found = eap.acdc(model, data, 3e-3, **given)
+    found = eap.acdc(model, data, 3e-3, "kl_divergence", **given)
     assert torch.equal(found.mask, right.mask)
     if settings == {"ahead": 1}:
         assert found.info["acdc"]["circuits"] <= 2 * found.graph.n_edges
@@ -87,13 +87,13 @@ def test_guesses_and_passes_change_nothing(settings, make_model, make_pairs, mon
 def test_an_edge_into_a_node_that_nothing_reads_costs_nothing(make_model, make_pairs):
     """By so high a threshold all goes: only the edges into `logits` are run."""
     model, data = make_model("gpt2"), make_pairs(seed=4, n=3)
-    found = eap.acdc(model, data, 1e6)
+    found = eap.acdc(model, data, 1e6, "kl_divergence")
     assert found.n_edges == 0 and found.info["acdc"]["circuits"] == found.graph.n_senders
 
 
 def test_it_goes_on_with_smaller_passes(make_model, make_pairs, monkeypatch):
     model, data = make_model("gpt2"), make_pairs(seed=4, n=3)
-    right, real, failed = eap.acdc(model, data, 3e-2), lessons.run_circuits, []
+    right, real, failed = eap.acdc(model, data, 3e-2, "kl_divergence"), lessons.run_circuits, []
 
     def run(runner, graph, ablated, masks, tokens):
         if tokens > 4 * runner.batch.clean.numel():
@@ -102,7 +102,7 @@ def test_it_goes_on_with_smaller_passes(make_model, make_pairs, monkeypatch):
         return real(runner, graph, ablated, masks, tokens)
 
     monkeypatch.setattr(lessons, "run_circuits", run)
-    assert eap.acdc(model, data, 3e-2) == right
+    assert eap.acdc(model, data, 3e-2, "kl_divergence") == right
     # Passes stay small: they do not fail again and again.
     assert failed and len(set(failed)) == len(failed)
 
@@ -124,7 +124,7 @@ def test_passes_keep_to_the_budget(make_model, make_pairs):
 
 def test_interrupted_it_goes_on_to_the_same_circuit(tmp_path, make_model, make_pairs, monkeypatch):
     model, data, file = make_model("gpt2"), make_pairs(seed=4, n=4), tmp_path / "acdc.safetensors"
-    right, seen = eap.acdc(model, data, 1e-3), []
+    right, seen = eap.acdc(model, data, 1e-3, "kl_divergence"), []
     monkeypatch.setattr("eap_circuits.checkpoint.file.SECONDS_BETWEEN_SAVES", 0.0)
 
     def stop(done, of):
@@ -133,12 +133,12 @@ def test_interrupted_it_goes_on_to_the_same_circuit(tmp_path, make_model, make_p
             raise Stop
 
     with pytest.raises(Stop):
-        eap.acdc(model, data, 1e-3, checkpoint=file, progress=stop)
-    found = eap.acdc(model, data, 1e-3, checkpoint=file, progress=stop)
+        eap.acdc(model, data, 1e-3, "kl_divergence", checkpoint=file, progress=stop)
+    found = eap.acdc(model, data, 1e-3, "kl_divergence", checkpoint=file, progress=stop)
     assert found == right and found.info["acdc"] == right.info["acdc"]
     assert seen == sorted(seen) and seen[-1] == right.graph.n_edges
     with pytest.raises(eap.InputError, match="expected a checkpoint"):
-        eap.acdc(model, data, 2e-3, checkpoint=file)
+        eap.acdc(model, data, 2e-3, "kl_divergence", checkpoint=file)
 
 
 @pytest.mark.parametrize(

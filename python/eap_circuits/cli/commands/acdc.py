@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from .. import options, session
-from ..choices import help_text
 from ..console import check_outputs, check_suffix, progress, say, show_json, write
 from ..options import option
 
@@ -21,7 +20,7 @@ def acdc(
     align: options.Align = False,
     n: options.Number = 64,
     seed: options.Seed = 0,
-    metric: Annotated[str, option("Circuit", help_text("metrics", "What must not fall."))] = "kl_divergence",
+    metric: options.Metric = None,
     heads: options.Heads = "kv",
     ablation: options.Ablation = "patching",
     ablation_data: options.AblationData = None,
@@ -41,9 +40,9 @@ def acdc(
 
     Examples:
 
-      eap acdc smollm2 0.01 --task ioi -n 8 -o circuit.json --checkpoint acdc.safetensors
+      eap acdc smollm2 0.01 --task ioi -n 8 --metric kl_divergence -o circuit.json --checkpoint acdc.safetensors
 
-      eap acdc gpt2 0.05 --data pairs.csv --metric logit_diff -o circuit.json
+      eap acdc gpt2 0.05 --data pairs.csv -o circuit.json
     """
     import eap_circuits as eap
 

@@ -237,14 +237,16 @@ def table(_: Results) -> str:
     """Mean and range over seeds of the faithfulness at each size."""
     found = committed()
     lines = [f"| task | seeds | scores | {' | '.join(map(str, SIZES))} |", "|" + "---|" * (3 + len(SIZES))]
-    for task in TASKS:
-        for scores, metric in product(("eap-ig", LEARNED, LEARNED_ON_OWN), METRICS):
-            runs = [found[f"{task} {seed} {metric}"] for seed in SEEDS if f"{task} {seed} {metric}" in found]
-            if not runs or (scores == "eap-ig" and lines[-1].startswith(f"| {task} |")):
-                continue  # scores of EAP-IG are the same whatever is learned from them
-            what = scores if scores == "eap-ig" else f"{scores[:7]} by {METRICS[metric]}{scores[7:]}"
-            cells = [spread(column) for column in zip(*(one[scores] for one in runs), strict=True)]
-            lines.append(f"| {task} | {len(runs)} | {what} | {' | '.join(cells)} |")
+    # EAP-IG's scores are the same whatever is learned from them.
+    rows = [("eap-ig", "eap-ig", list(METRICS))]
+    for part in (LEARNED, LEARNED_ON_OWN):
+        rows += [(part.replace(LEARNED, f"learned by {what}", 1), part, [metric]) for metric, what in METRICS.items()]
+    for task, (name, part, metrics) in product(TASKS, rows):
+        every = [[found.get(f"{task} {seed} {metric}") for metric in metrics] for seed in SEEDS]
+        runs = [next(filter(None, each)) for each in every if any(each)]
+        if runs:
+            cells = [spread(column) for column in zip(*(one[part] for one in runs), strict=True)]
+            lines.append(f"| {task} | {len(runs)} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -235,7 +235,7 @@ FUNCTIONS: dict[str, Function] = {
     "from_tokens": Function(
         eap.PairedDataset.from_tokens,
         lambda: {"clean": [[2, 3, 4]], "corrupted": [[2, 5, 4]], "lengths": [3], "answers": [[5, 6]]},
-        dict.fromkeys(("clean", "corrupted", "answers"), lambda _: False) | {"lengths": numbers(1, 3)},
+        {"clean": lambda _: False, "corrupted": none, "answers": lambda _: False, "lengths": numbers(1, 3)},
     ),
     "from_records": Function(
         eap.PairedDataset.from_records,

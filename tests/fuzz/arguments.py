@@ -298,7 +298,7 @@ FUNCTIONS: dict[str, Function] = {
             "reach": torch.tensor([1, 3]),
         },
         dict.fromkeys(("senders", "receivers", "reach"), lambda _: False)
-        | {"out": none, "impl": one_of("auto", "reference"), "workspace": whole(1)},
+        | {"out": none, "impl": one_of("auto", "reference"), "workspace": either(none, whole(1))},
         operator="head_space_scores",
     ),
 }

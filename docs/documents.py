@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 
 from bench import tables
@@ -44,8 +45,8 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("docs/rules.md", "RULES"): lambda _: registries.rules(),
 }
 WHOLE: dict[str, Callable[[], str]] = {
-    "docs/reproduction.md": lambda: _reproduction(),
-    "docs/leaderboard.md": lambda: _leaderboard(),
+    "docs/reproduction.md": lambda: _page("reproduction", "results.json"),
+    "docs/leaderboard.md": lambda: _page("leaderboard", "leaderboard.json"),
     "python/eap_circuits/cli/choices.json": registries.choices,
 }
 # A bench writes only these: the others need all of eap_circuits.
@@ -77,16 +78,11 @@ def write(root: Path, names: Iterable[str] = OF_BENCHES) -> None:
         (root / name).write_text(written(root, name, results), encoding="utf-8")
 
 
-def _reproduction() -> str:
-    from eap_circuits.reproduction.page import page
-
-    return page(json.loads((models.DOCS / "reproduction" / "results.json").read_text(encoding="utf-8")))
-
-
-def _leaderboard() -> str:
-    from eap_circuits.leaderboard.page import page
-
-    return page(json.loads((models.DOCS / "leaderboard" / "leaderboard.json").read_text(encoding="utf-8")))
+def _page(comparison: str, results: str) -> str:
+    """What a comparison of eap_circuits writes from its committed results."""
+    content = json.loads((models.DOCS / comparison / results).read_text(encoding="utf-8"))
+    page: Callable[[object], str] = import_module(f"eap_circuits.{comparison}.page").page
+    return page(content)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def leaderboard(
         watch: called with the name of the next step; its context yields a function of (examples done, examples in all).
 
     Raises:
-        InputError: a folder with results of another model other data or settings, an unknown ranking, or anything
+        InputError: a folder with results of another model, other data or settings, an unknown ranking, or anything
             that `attribute`, `learn_mask` and `faithfulness_curve` refuse.
     """
     settings = settings or Settings()
@@ -118,20 +118,17 @@ def leaderboard(
     record = Record(folder / "leaderboard.json", request, "leaderboard")
     record.get("environment", lambda: environment(model))
     wanted = tuple(dict.fromkeys((START, *rankings)))
+    found: dict[str, dict[str, dict[str, Any]]] = {task: {} for task in tasks}
     for task, draw in tasks.items():
         for seed in settings.seeds:
             data = draw(seed)
             few, others = data[: settings.scored], data[settings.scored :]
             record.at("data", task).require(str(seed), data_identity(data))
-            entry = record.at("tasks", task, str(seed))
+            entry, runs = record.at("tasks", task, str(seed)), found[task].setdefault(str(seed), {})
             for ranking in wanted:
                 with watch(f"{task}, seed {seed}: {ranking}") as bar:
-                    entry.get(ranking, partial(_measured, model, few, others, ranking, seed, settings, bar))
-    seeds = [str(seed) for seed in settings.seeds]
-    every = {task: {seed: record.content["tasks"][task][seed] for seed in seeds} for task in tasks}
-    found = {
-        task: {seed: {name: run[name] for name in wanted} for seed, run in runs.items()} for task, runs in every.items()
-    }
+                    run = partial(_measured, model, few, others, ranking, seed, settings, bar)
+                    runs[ranking] = entry.get(ranking, run)
     return {**record.content, "tasks": found}
 
 

@@ -113,7 +113,7 @@ def test_scores_are_the_slope_of_the_metric_along_an_edge():
 
 # What must not matter, and what must be as it was.
 
-METHODS = ("eap-ig-inputs", "eap-ig-activations", "clean-corrupted", "eap-conductance")
+METHODS = ("eap-ig-inputs", "eap-ig-activations", "clean-corrupted", "eap-conductance", "eap-gp")
 
 
 @pytest.mark.parametrize("metric", ["kl_divergence", "sequence_logprob_diff"])

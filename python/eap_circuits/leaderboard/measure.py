@@ -31,7 +31,7 @@ LEARNED = "learned"
 RANKINGS = (*METHODS, LEARNED)
 START = "eap-ig-inputs"  # what learning starts from, and what all others are compared with
 # By default all but exact patching, which takes hours.
-DEFAULT = ("eap", START, "eap-ig-activations", "information-flow-routes", LEARNED)
+DEFAULT = ("eap", START, "eap-gp", "eap-ig-activations", "information-flow-routes", LEARNED)
 
 Draw = Callable[[int], PairedDataset]  # seed -> pairs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .exact import ExactMethod
 from .flow import FlowMethod
-from .gradient import ActivationsMethod, ConductanceMethod, InputsMethod
+from .gradient import ActivationsMethod, AdaptiveMethod, ConductanceMethod, InputsMethod
 from .quadrature import QUADRATURES, right
 from .spec import Method
 
@@ -43,6 +43,13 @@ METHODS: dict[str, Method] = {
             "eap-conductance",
             "along the path between the embeddings, each sender's own change times the gradients there",
             "2 forwards, M + 1 forwards and backwards",
+            "experimental",
+            right,
+        ),
+        AdaptiveMethod(
+            "eap-gp",
+            "along a path from the clean prompt down the distance from the corrupted prompt's logits",
+            "3 forwards, 2·M forwards and backwards",
             "experimental",
             right,
         ),

@@ -44,7 +44,7 @@ def test_an_edge_alone_corrupted_is_the_circuit_without_it(mixer):
 
 
 @pytest.mark.parametrize(
-    "method", ["clean-corrupted", "eap-ig-activations", "eap-conductance", "information-flow-routes"]
+    "method", ["clean-corrupted", "eap-ig-activations", "eap-conductance", "eap-gp", "information-flow-routes"]
 )
 def test_methods_run_and_leave_the_model_untouched(mixer, method):
     model, data = tiny_model(mixer), random_pairs(n=3)

@@ -40,6 +40,7 @@ def long_calls(model: Any, data: Any) -> dict[str, Callable[..., Any]]:
         "eap-ig-activations": partial(attribute, method="eap-ig-activations", steps=1, ablation="zero"),
         "clean-corrupted": partial(attribute, method="clean-corrupted", ablation="mean"),
         "eap-conductance": partial(attribute, method="eap-conductance", steps=1, keep="variance"),
+        "eap-gp": partial(attribute, method="eap-gp", steps=2),
         "information-flow-routes": partial(attribute, method="information-flow-routes"),
         "exact": partial(attribute, method="exact", edges=few, keep="examples"),
         "evaluate": partial(eap.evaluate, model, [circuit, few], data, **SIZE),

@@ -19,8 +19,8 @@ from eap_circuits.methods import METHODS
 from tests.circuits.checkpoint.calls import long_calls, numbers
 
 NAMES = (
-    "eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupted", "eap-conductance", "information-flow-routes",
-    "exact", "evaluate", "evaluate-mean", "curve", "learn_mask", "optimal_constants",
+    "eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupted", "eap-conductance", "eap-gp",
+    "information-flow-routes", "exact", "evaluate", "evaluate-mean", "curve", "learn_mask", "optimal_constants",
 )  # fmt: skip
 
 

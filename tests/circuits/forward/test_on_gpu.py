@@ -49,7 +49,7 @@ def test_scores_and_circuits(family, heads, both, make_pairs):
 
 @pytest.mark.parametrize(
     "method",
-    ["eap", "clean-corrupted", "eap-ig-activations", "eap-conductance", "information-flow-routes", "exact"],
+    ["eap", "clean-corrupted", "eap-ig-activations", "eap-conductance", "eap-gp", "information-flow-routes", "exact"],
 )
 def test_methods(kind, method, both, make_pairs):
     data, models = make_pairs(n=3), both(kind)

@@ -1,4 +1,4 @@
-"""What holds for paths of activations, conductance and information flow routes alike."""
+"""What holds for paths of activations, conductance, EAP-GP and information flow routes alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eap_circuits.methods import METHODS, statistics
 from tests.circuits.budget.test_memory import longer_pairs
 from tests.circuits.untouched import snapshot
 
-NEW = ["eap-ig-activations", "eap-conductance", "information-flow-routes"]
+NEW = ["eap-ig-activations", "eap-conductance", "eap-gp", "information-flow-routes"]
 
 
 @pytest.mark.parametrize(("method", "compat"), [*((method, None) for method in NEW), (NEW[0], "eap-ig")])
@@ -34,7 +34,7 @@ def test_scores_do_not_depend_on_padding(method, make_model, make_pairs, relativ
     assert relative(eap.attribute(model, padded, method=method, steps=2, batch_size=4).values, right) < 1e-6
 
 
-@pytest.mark.parametrize("method", ["eap-ig-activations", "eap-conductance"])
+@pytest.mark.parametrize("method", ["eap-ig-activations", "eap-conductance", "eap-gp"])
 def test_key_value_scores_are_group_sums(method, make_model, make_pairs, relative):
     model, data = make_model("gemma2"), make_pairs(seed=5)
     query, kv = (eap.attribute(model, data, method=method, steps=2, heads=heads) for heads in ("query", "kv"))
@@ -56,7 +56,8 @@ def test_the_model_is_untouched_also_after_an_error(method, kind, make_model, ma
     handle.remove()
 
 
-@pytest.mark.parametrize("method", NEW)
+# Where steps have a fixed length, rounding decides where the path of a random model leads.
+@pytest.mark.parametrize("method", [method for method in NEW if method != "eap-gp"])
 def test_half_precision_weights(method, make_model, make_pairs, relative):
     data = make_pairs(seed=9)
     right = eap.attribute(make_model("llama"), data, method=method).values

@@ -106,6 +106,7 @@ OTHERS = [
     {"method": "eap-ig-activations"},
     {"method": "eap-ig-activations", "compat": "eap-ig"},
     {"method": "eap-conductance"},
+    {"method": "eap-gp"},
     {"rules": "relp"},
     {"rules": "gim"},
     {"ablation": "zero"},

@@ -23,7 +23,7 @@ from tests.circuits.adapters.pretend import DEVICES, pretending
 accelerate = pytest.importorskip("accelerate")
 
 FIRST, SECOND = DEVICES
-GRADIENTS = ["eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupted", "eap-conductance"]
+GRADIENTS = ["eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupted", "eap-conductance", "eap-gp"]
 
 
 def spread(model, norm=FIRST):

@@ -129,7 +129,7 @@ def test_a_corrupted_prompt_beyond_the_models_positions_is_refused(make_model):
 
 
 @pytest.mark.parametrize("rules", [None, "relp", "gim"])
-@pytest.mark.parametrize("method", ["eap-ig-activations", "eap-conductance"])
+@pytest.mark.parametrize("method", ["eap-ig-activations", "eap-conductance", "eap-gp"])
 def test_other_paths_do_not_depend_on_batching_either(method, rules, make_model, relative):
     model, data = make_model("llama"), unequal_pairs()
     given = {"method": method, "steps": 2, "rules": rules}

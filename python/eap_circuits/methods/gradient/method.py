@@ -9,7 +9,7 @@ import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ from ...request import Measurement, Progress
 from ..quadrature import Path, Quadrature
 from ..spec import KEEP, AttributionRequest, Method
 from ..statistics import BatchScores, Statistics, batch_bytes, score_batches
+
+T = TypeVar("T")
 
 # Normalised inputs of this many path points are held before they are contracted. With fewer, contractions would take
 # longer than the passes; more would only take memory. The usual path is contracted once.
@@ -198,7 +200,7 @@ def weights_of(request: AttributionRequest, part: Path) -> Tensor:
     return upload(request.arch.device, torch.tensor([weight for _, weight in part], dtype=torch.float64))[0]
 
 
-def chunks(path: Path, most: int) -> list[Path]:
-    """The path in the fewest parts of at most this many points, all about equally long."""
+def chunks(path: list[T], most: int) -> list[list[T]]:
+    """The points of a path in the fewest parts of at most this many, all about equally long."""
     parts = -(-len(path) // most)
     return [path[len(path) * i // parts : len(path) * (i + 1) // parts] for i in range(parts)]

@@ -30,7 +30,7 @@ def leaderboard(
         option(
             "Scoring",
             "Methods of [bold]eap attribute[/bold], and [bold]learned[/bold], separated by commas.  "
-            + default("all but exact and experimental ones"),
+            + default("all but exact and eap-conductance"),
         ),
     ] = None,
     steps: Annotated[int, option("Scoring", "Steps of learning.", min=1)] = 200,

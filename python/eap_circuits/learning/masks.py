@@ -28,6 +28,7 @@ from .lessons import Lessons, tokens_together
 
 WARM_UP, LAST_RATE = 10, 0.1  # steps until the full rate, and what share of it is left at the end
 LAST_SHARPNESS = 2.0  # of gates at the end; they begin with 1
+_DECAY, _LEAST = 0.999, 1e-8  # of Adam's running squares in a step; what is added to a gradient's size before the first
 _SMALLEST, _LARGEST = 0.001, 0.2  # shares of all edges, between which sizes are drawn
 
 
@@ -170,7 +171,7 @@ def _learn(
     """The places of the edges, [n]."""
     graph, edges = start.graph, start.graph.edge_mask
     places = starting_places(start.values[edges]).requires_grad_()
-    adam = torch.optim.Adam([places], lr=asked.rate)
+    adam = torch.optim.Adam([places], lr=asked.rate, betas=(0.9, _DECAY))
     moments = {name: torch.zeros_like(places, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
     adam.state[places] = {"step": torch.tensor(0.0), **moments}
     done = torch.tensor(0)
@@ -206,13 +207,24 @@ def _learn(
         gates = open_gates(places, sizes, generator, LAST_SHARPNESS ** (step / asked.steps))
         (places.grad,) = torch.autograd.grad(gates, places, slope(gates, order[place]))
         falling = 1 - (1 - LAST_RATE) * step / asked.steps
-        adam.param_groups[0]["lr"] = asked.rate * falling * min(1, (step + 1) / WARM_UP)
+        rate = asked.rate * falling * min(1, (step + 1) / WARM_UP)
+        adam.param_groups[0].update(lr=rate, eps=_usual_slope(moments["exp_avg_sq"], step))
         with checkpoint.changing():
             adam.step()
             done += 1
         if progress is not None:
             progress(int(done), asked.steps)
     return places.detach()
+
+
+def _usual_slope(squares: Tensor, step: int) -> float:
+    """The mean size of the gradients so far, from Adam's running squares [n], over edges that had any.
+
+    Adam would move every edge equally far, however little it matters: noise would carry off most of what large circuits
+    consist of.
+    """
+    moved = squares[squares > 0]
+    return float((moved / (1 - _DECAY**step)).sqrt().mean()) if len(moved) else _LEAST
 
 
 def _generator(seed: int, number: int) -> torch.Generator:

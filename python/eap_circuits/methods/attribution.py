@@ -69,8 +69,8 @@ def attribute(
         method: one of `METHODS` (docs/methods.md). Of "eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupted",
             "eap-conductance" and "eap-gp" the formula above holds with their own points and differences; "exact"
             measures what these approximate: S[u, v] = mean over examples of m(clean) − m(clean with only this edge
-            ablated); "information-flow-routes" gives shares of a receiver's input, whatever the metric and the corrupted
-            prompts.
+            ablated); "information-flow-routes" gives shares of a receiver's input, whatever the metric and the
+            corrupted prompts.
         steps: path points M of "eap-ig-inputs" and of each path of "eap-ig-activations"; segments of "eap-conductance";
             steps of "eap-gp".
         quadrature: the points of the first two: "right" (the paper), "left" (EAP-IG version 2), "midpoint",

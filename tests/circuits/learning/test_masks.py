@@ -54,7 +54,7 @@ def test_the_best_of_all_circuits_is_found(number, size, make_pairs):
         if circuit.pruned().n_edges == size:
             tried.append(circuit)
     every = divergence(model, tried, data)
-    learned = eap.learn_mask(model, data, "kl_divergence", start=scores, steps=50, n_edges=size, examples=8, circuits=1)
+    learned = eap.learn_mask(model, data, "kl_divergence", start=scores, steps=100, n_edges=size, examples=8, circuits=1)
     before, after = divergence(model, [each.select(size, exactly=True) for each in (scores, learned)], data)
     assert len(tried) > 50 and before > every.min() + 1e-3, "EAP's circuit is not the best one"
     assert after < every.min() + 1e-6
@@ -90,7 +90,7 @@ def good_logit(logits, batch):
 
 @pytest.mark.parametrize("metric", [None, "prob_diff", "js_divergence", good_logit])
 def test_the_metric_comes_nearer_to_the_model_s_own(metric, model, data, scores):
-    learned = eap.learn_mask(model, data, metric, start=scores, steps=30, n_edges=40)
+    learned = eap.learn_mask(model, data, metric, start=scores, steps=60, n_edges=40)
     ran = [eap.evaluate(model, each.select(40, exactly=True), data, metric) for each in (scores, learned)]
     start, end = (float((result.values - result.clean_values).abs().mean()) for result in ran)
     assert end < start

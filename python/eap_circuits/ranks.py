@@ -1,4 +1,4 @@
-"""Processes that share the work of a call: the only place that knows `torch.distributed`.
+"""Processes that share the work of a call: with `modules/parts.py` the only place that knows `torch.distributed`.
 
 Inside an initialised process group every rank makes the same calls with the same arguments. Batches are dealt, and what
 one rank finds all receive, in the order of the batches. So every rank adds up the same numbers in the same order as one
@@ -7,6 +7,9 @@ anything.
 
 All that ranks say to each other is `exchange`, in which each hands in a value or an error. A rank that fails takes part
 in the exchange that the others come to next; then all of them end.
+
+Ranks that hold one model in parts are a team and run each pass together. If one fails in a pass, the others wait there
+in torch until its process ends. So it leaves word in the process group's store, where they find why.
 """
 
 from __future__ import annotations
@@ -32,10 +35,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 SECONDS_TO_TELL = 30.0  # how long a rank that failed waits for the others to hear why
+SECONDS_IN_TEAM = 5.0  # the same inside a team, whose ranks fail together or wait in a pass for the one that failed
 _SECONDS_UNTIL_SAID = 60.0  # how long a rank waits for others before it says so
 _LONGEST_WAIT = timedelta(hours=2)
 _calls: list[str] = []  # the public calls that are running, the outermost first
 _agreed: dict[str, int] = {}  # what was agreed once for the outermost call
+_team: list[bool] = []  # not empty if the outermost call's model is in parts
+_WHY = "eap_circuits: why a rank has left"  # in the process group's store
 _groups: dict[str, Any] = {}  # "world": the user's process group; "own": ours beside it; "lost": one that broke
 
 
@@ -59,7 +65,8 @@ def join() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group("gloo")
+    # Parts of a model on GPUs talk by nccl, which starts nothing before they do.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo")
 
 
 def follows() -> bool:
@@ -79,24 +86,36 @@ def exchange(value: Any = None) -> list[Any]:
     return [value] if count() == 1 else _gather((None, _portable(value)))
 
 
-def dealt(items: Iterable[A], run: Callable[[A], T], whole: bool = False) -> Iterator[tuple[A, T]]:
-    """(item, `run(item)`) of all items, in order; each rank runs every count()-th of them.
+def dealt(items: Iterable[A], run: Callable[[A], T], team: int = 1) -> Iterator[tuple[A, T]]:
+    """(item, `run(item)`) of all items, in order; each of n teams of ranks runs every n-th of them.
 
     Args:
         items: the same on all ranks.
-        run: what it returns is exchanged.
-        whole: let every rank run all of them, as models in parts need.
+        run: what it returns on the first rank of a team is exchanged.
+        team: how many ranks, one after another, run an item together, as each has a part of the model.
     """
-    if whole or count() == 1:
+    if count() == 1:
         for item in items:
             yield item, run(item)
         return
     items = iter(items)
-    while turn := list(islice(items, count())):
+    while turn := list(islice(items, count() // team)):
+        number, place = divmod(rank(), team)
         with _told():
-            own = [run(item) for item in turn[rank() : rank() + 1]]
-        found = [result for each in exchange(own) for result in each]
+            own = [run(item) for item in turn[number : number + 1]]
+        found = [result for each in exchange(own if place == 0 else []) for result in each]
         yield from zip(turn, found, strict=True)
+
+
+def form_team() -> None:
+    """The call's model is in parts, and ranks run each pass together."""
+    if _calls:
+        _team.append(True)
+
+
+def in_team() -> bool:
+    """Is the call's model in parts, so that no rank can run anything by itself?"""
+    return bool(_team)
 
 
 def alike(run: Callable[[], T]) -> T:
@@ -156,6 +175,7 @@ def one_call(name: str) -> Iterator[None]:
     finally:
         _calls.clear()
         _agreed.clear()
+        _team.clear()
 
 
 @contextmanager
@@ -169,16 +189,50 @@ def _told() -> Iterator[None]:
 
 
 def _tell(error: BaseException) -> None:
-    """Hand in an error where the others hand in values, unless they know it already."""
+    """Hand in an error where the others hand in values, unless they know it already.
+
+    Raises:
+        what another rank has told, if this error only says that it is gone from a pass.
+    """
     if count() == 1 or any(getattr(each, "told", False) for each in _chain(error)):
         return
     kind = "memory" if out_of_memory(error) else ""
     kind = next((name for name, each in _kinds().items() if isinstance(error, each)), kind)
+    kind = "lost" if _is_lost(error) else kind
     plain = {"input": str(error), "interrupt": "interrupted"}
     said = plain.get(kind, f"{type(error).__name__}: {reason(error)}")
     _as_told(error)
-    with suppress(Exception):  # the error itself is what matters
-        _gather(((kind, said), None), SECONDS_TO_TELL)
+    try:
+        _gather(((kind, said), None), SECONDS_IN_TEAM if in_team() else SECONDS_TO_TELL)
+    except ConnectionError as other:  # they wait in a pass until this process ends, or wait for one that has ended
+        if in_team():
+            _leave_word(kind, said, other)
+    except Exception as other:  # else the error itself is what matters
+        if kind == "lost":
+            raise other from error
+
+
+def _leave_word(kind: str, said: str, ended: ConnectionError) -> None:
+    """Write down for the others why this rank leaves, or raise what another one has written."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    words = ""
+    with suppress(Exception):  # it may have ended with the process that kept it
+        store = _get_default_store()
+        if kind != "lost":
+            store.set(_WHY, f"{kind} rank {rank()}: {said}")
+        elif store.check([_WHY]):
+            words = store.get(_WHY).decode()
+    if kind == "lost":
+        kind, _, said = words.partition(" ")
+        raise _as_told(_kinds().get(kind, RuntimeError)(said)) if words else ended
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Does it say that another rank has left a pass?"""
+    from torch.distributed import DistError
+
+    return in_team() and (isinstance(error, DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error)))
 
 
 def _kinds() -> dict[str, type[BaseException]]:
@@ -214,6 +268,7 @@ def _gather(own: tuple[tuple[str, str] | None, Any], patience: float = math.inf)
     thread = threading.Thread(target=_run_gather, args=(own, arrived, failed), daemon=True)
     interrupted = _wait(thread, patience)
     errors = [(number, *told) for number, (told, _) in enumerate(arrived) if told is not None]
+    errors.sort(key=lambda error: error[1] == "lost")
     if not arrived:
         _groups["lost"] = dist.group.WORLD
     if interrupted is not None:

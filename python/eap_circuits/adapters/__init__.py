@@ -2,7 +2,8 @@
 
 from ..families import FAMILIES, Call, Family, Mixer, family_of, propose, register_family, whole_layers
 from ..modules.norms import Kinds, Norm, side_by_side
-from ..modules.offloading import as_given, is_in_parts, is_offloaded, is_shard, read
+from ..modules.offloading import as_given, device_of, is_offloaded, read
+from ..modules.parts import computes_in_parts, is_fully_sharded, is_in_parts, is_shard
 from ..modules.projections import Place, Projection, Together, concatenate, joined, linear_shape, linear_weight, restore
 from .architecture import Architecture, Layer
 from .binding import bind

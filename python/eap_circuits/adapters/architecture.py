@@ -7,6 +7,7 @@ Shape letters: H query heads, G key/value heads, K head dim, D d_model.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,8 +19,9 @@ from ..edges import Reads
 from ..families import Family
 from ..graph import Graph, Heads
 from ..modules.norms import Norm
-from ..modules.offloading import device_of, is_in_parts, read, run_whole
-from ..modules.projections import Order, Projections, is_at_hand, linear_shape, linear_weight
+from ..modules.offloading import device_of, read
+from ..modules.parts import Split, add_up, computes_in_parts, own_features, run_whole, team
+from ..modules.projections import Order, Projections, Weight, linear_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +84,7 @@ class Layer:
         """
         if self.post_norm is None:
             return z
-        return z * self.post_norm.scale(z @ self._out_weight.T.to(z.dtype))[..., None]
+        return z * self.post_norm.scale(z @ self._out_weight.at().T.to(z.dtype))[..., None]
 
     def out_weight(self, dtype: torch.dtype, features: slice = slice(None)) -> Tensor:
         """Each head's linear map from `written` to the residual stream, [H, K, D], or to some of its D features."""
@@ -90,19 +92,15 @@ class Layer:
         # Rounded once, where there is more to it than the projection.
         wide = dtype if norm is None and self.scale == 1 else torch.promote_types(dtype, torch.float32)
         if norm is not None and norm.centred:
-            weight = norm.forwards(self._out_weight.to(wide).T)[:, features]
+            weight = norm.forwards(self._out_weight.at().to(wide).T)[:, features]
         else:
-            weight = self._out_weight[features].to(wide).T
+            weight = self._out_weight.at(features).to(wide).T
             weight = weight if norm is None else norm.forwards(weight, features)
         return (weight if self.scale == 1 else weight * self.scale).to(dtype).unflatten(0, (self.n_heads, -1))
 
-    @property
-    def _out_weight(self) -> Tensor:
-        return linear_weight(self.out) if is_at_hand(self.out) else self._made_out_weight
-
     @cached_property
-    def _made_out_weight(self) -> Tensor:
-        return linear_weight(self.out)
+    def _out_weight(self) -> Weight:
+        return Weight(self.out, 0)
 
     def per_query_head(self) -> list[tuple[nn.Module, str, object]]:
         """(module, attribute, value) to set so that attention takes one key and one value per query head."""
@@ -150,9 +148,9 @@ class Architecture:
     dtype: torch.dtype
 
     @cached_property
-    def sharded(self) -> bool:
-        """Are its weights in parts on several ranks, which all have to run each pass?"""
-        return is_in_parts(self.model)
+    def team(self) -> int:
+        """How many ranks run each pass together: one, or as many as have parts of the model's weights."""
+        return team(self.model)
 
     @cached_property
     def devices(self) -> list[torch.device]:
@@ -163,6 +161,25 @@ class Architecture:
     @property
     def d_model(self) -> int:
         return linear_shape(self.layers[0].out)[0]
+
+    @cached_property
+    def features(self) -> slice:
+        """The residual stream's features in which this rank contracts senders and receivers: all of them, or of a
+        tensor parallel model a part."""
+        return own_features(self.layers[0].out, self.d_model)
+
+    def add_up(self, scores: Tensor) -> None:
+        """Let sums over this rank's `features` be sums over all of them."""
+        if self.features != slice(None):
+            add_up(self.layers[0].out, scores)
+
+    def splits(self, modules: set[nn.Module]) -> Iterator[tuple[nn.Module, bool, Split]]:
+        """(module, whether it is divided by heads in its inputs or in its outputs, what puts these together) of those
+        among some modules that are."""
+        for layer in self.layers if self.team > 1 else ():
+            for module in filter(computes_in_parts, modules.intersection([layer.out, *layer.projection_modules])):
+                name = f"{type(module).__name__} of {type(layer.attention).__name__}"
+                yield module, module is layer.out, Split(module, linear_shape(module)[module is layer.out], name)
 
     @property
     def accumulate(self) -> torch.dtype:

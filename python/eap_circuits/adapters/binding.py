@@ -13,8 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import expected, refuse_default_device
 from ..families import FAMILIES, Factor, Family, Mixer, Paths, family_of
 from ..modules.norms import Kinds, Norm, is_norm
-from ..modules.offloading import device_of, devices_of, is_in_parts, is_shard
+from ..modules.offloading import device_of, devices_of
+from ..modules.parts import is_in_parts, parts_of, unknown_parts
 from ..modules.projections import Place, Projection, Projections, Together, linear_shape, rows_of
+from ..ranks import form_team
 from .architecture import Architecture, Layer
 from .wrappers import unwrapped
 
@@ -54,6 +56,8 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
         if getattr(config, name, value) != value:
             raise expected(f"{type(model).__name__}.config.{name}", repr(value), repr(getattr(config, name)))
     _check_parts(model)
+    if is_in_parts(model):
+        form_team()
     if torch.device("meta") in devices_of(model):
         raise expected("model", "all weights", "some on the device meta, where only eap.plan works")
     if any(weight.is_inference() for weight in model.parameters()):
@@ -65,15 +69,13 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
 
 
 def _check_parts(model: nn.Module) -> None:
-    """Refuse weights in parts on several ranks, except those of `fully_shard`."""
-    kinds = sorted({type(part).__name__ for part in model.modules()} & {"FullyShardedDataParallel"})
-    shards = [weight for weight in model.parameters() if is_shard(weight)]
-    by_fully_shard = is_in_parts(model) and all(weight.device_mesh.ndim == 1 for weight in shards)  # type: ignore[attr-defined]
-    if shards and not by_fully_shard:
-        kinds.append("weights in parts by tensor parallelism (tp_plan)")
-    if kinds:
-        wanted = "weights that are whole, on several GPUs by device_map, or in parts by fully_shard (FSDP2)"
-        raise expected(type(model).__name__, wanted, kinds[0])
+    """Refuse weights in parts on several ranks, except those of `fully_shard` and of transformers' plans."""
+    name = type(model).__name__
+    kinds = {type(part).__name__ for part in model.modules()} & {"FullyShardedDataParallel"}
+    found = next(iter(kinds), None) or unknown_parts(model)
+    if found:
+        wanted = "weights that are whole, on GPUs by device_map, or in parts by fully_shard (FSDP2) or a tp_plan"
+        raise expected(name, wanted, found)
 
 
 def _may_be_causal(model: Any) -> bool:
@@ -151,14 +153,17 @@ class _Binder:
         if len(devices) > 1:
             raise expected(type(layer).__name__, "all of a layer on one device", ", ".join(sorted(map(str, devices))))
         attention, out, n_heads, projections = self._mixer(layer)
-        width = linear_shape(out)[0]
+        width, ranks = linear_shape(out)[0], parts_of(out)
+        counts = [n_heads, *(p.n_heads for name, p in projections.items() if name in ("k", "v"))]
+        if any(heads % ranks for heads in counts):
+            raise expected(f"{type(layer).__name__}'s heads", f"as many on each of {ranks} ranks", min(counts))
         fused = len({p.module for p in projections.values()}) == 1 < len(projections)
         mlp_norm, mlp_in, mlp_out = self._mlp(layer, width)
         norm = mlp_norm
         if projections:
             norm = self._reads(layer, family.attention_norm, next(iter(projections.values())).module, width)
-        counts = dict.fromkeys(_GROUPS, 1) | dict.fromkeys(_KV_HEADS, n_heads)
-        ungrouped = {name: value for name, value in counts.items() if hasattr(attention, name)}
+        kept = dict.fromkeys(_GROUPS, 1) | dict.fromkeys(_KV_HEADS, n_heads)
+        ungrouped = {name: value for name, value in kept.items() if hasattr(attention, name)}
         post = family.attention_post_norm
         if post is not None and getattr(out, "bias", None) is not None:
             raise expected(f"{type(layer).__name__}.{family.out}", "no bias, as a norm follows it", "a bias")

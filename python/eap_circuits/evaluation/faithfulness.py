@@ -192,7 +192,7 @@ def _evaluate(
         tokens = checkpoint.tokens(_tokens_together(request, circuits))
         batches = remaining(data, request.batches(min(tokens, TOKENS_PER_BATCH)), finished)
         run = partial(_values, request, circuits)
-        for batch, found in dealt_in_memory(data, batches, tokens, run, request.arch.sharded):
+        for batch, found in dealt_in_memory(data, batches, tokens, run, request.arch.team):
             results[:, batch.index] = found
             finished[batch.index] = True
             checkpoint.save()

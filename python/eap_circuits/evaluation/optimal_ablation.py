@@ -204,7 +204,7 @@ def _learn(
     while lessons.step <= steps:
         ran = []
         left = remaining(data, batches, lessons.finished)
-        for batch, (value, slopes) in dealt_in_memory(data, left, tokens, lesson, request.arch.sharded):
+        for batch, (value, slopes) in dealt_in_memory(data, left, tokens, lesson, request.arch.team):
             ran.append(batch)
             with checkpoint.changing():
                 lessons.add(batch.index, value, slopes)

@@ -65,8 +65,8 @@ def summarise(
     with borrowed(request.arch.model), torch.no_grad():
         request = request.verified("kv")
         found = torch.empty(2, len(data), 2, dtype=torch.float64)
-        batches, whole = request.batches(TOKENS_PER_BATCH), request.arch.sharded
-        for batch, logs in dealt_in_memory(data, batches, TOKENS_PER_BATCH, run, whole):
+        batches, team = request.batches(TOKENS_PER_BATCH), request.arch.team
+        for batch, logs in dealt_in_memory(data, batches, TOKENS_PER_BATCH, run, team):
             found[:, batch.index] = logs
             done += batch.n_examples
             if progress is not None:

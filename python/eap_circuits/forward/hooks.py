@@ -111,6 +111,7 @@ class Hooks(Changes):
 
     def __init__(self, tokens: int, select: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
         super().__init__()
+        self.hooked: set[nn.Module] = set()
         self._tokens = tokens
         self._select = select
 
@@ -129,11 +130,15 @@ class Hooks(Changes):
             new = self._call(hook, as_given(module, kwargs["hidden_states"]))
             return None if new is None else (args, {**kwargs, "hidden_states": new})
 
+        self.hooked.add(module)
         self.note(partial(unhook, module, before))
         module.register_forward_pre_hook(before, with_kwargs=True, prepend=first)
 
-    def on_output(self, module: nn.Module, hook: _Hook) -> None:
-        """Call `hook(y)` with the module's (first) output; what it returns, if anything, takes its place."""
+    def on_output(self, module: nn.Module, hook: _Hook, first: bool = False) -> None:
+        """Call `hook(y)` with the module's (first) output; what it returns, if anything, takes its place.
+
+        `first`: before the hooks that are there.
+        """
         if isinstance(module, Place):
             return self._on_place(module, hook)
         if isinstance(module, Together):
@@ -145,7 +150,7 @@ class Hooks(Changes):
                 return None if new is None else (new, *output[1:])
             return self._call(hook, output)
 
-        self.on_result(module, after)
+        self.on_result(module, after, first)
 
     def _on_place(self, place: Place, hook: _Hook) -> None:
         (self.on_input if place.reads else self.on_output)(place.at, hook)
@@ -173,14 +178,15 @@ class Hooks(Changes):
             self.on_result(part, keep)
         self.on_result(parts[-1], add)
 
-    def on_result(self, module: nn.Module, hook: Callable[[Any], Any]) -> None:
+    def on_result(self, module: nn.Module, hook: Callable[[Any], Any], first: bool = False) -> None:
         """Call `hook(result)` with all that the module returns; what it returns, if anything, takes its place."""
 
         def after(_: nn.Module, __: object, result: Any) -> Any:
             return hook(result)
 
+        self.hooked.add(module)
         self.note(partial(unhook, module, after))
-        module.register_forward_hook(after)
+        module.register_forward_hook(after, prepend=first)
 
     def on_senders(self, site: SenderSite, hook: _Hook) -> None:
         """Call `hook(x)` with heads' values or an MLP's output; what it returns, if anything, takes their place."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Architecture, concatenate, is_offloaded, read, restore
+from ..adapters import Architecture, computes_in_parts, concatenate, device_of, is_offloaded, read, restore
 from ..errors import expected
 from ..graph import Graph
 from .batches import Batch
@@ -199,6 +199,11 @@ class Runner:
                 each_block.end(hooks)
             # After the caller's hooks on projections: attention expects features in its own order.
             self._restore_order(hooks)
+            # Around all of these: they see all heads of a tensor parallel model, and attention those of this rank.
+            for module, of_inputs, split in self.arch.splits(hooks.hooked | registered.hooked):
+                add = hooks.on_input if of_inputs else hooks.on_output
+                add(module, split.whole, first=True)
+                add(module, split.own)
             # Last, after any of the caller's hooks on the final norm: only scored positions get logits.
             self._score(lambda x: at_scored(x, where), hooks)
             result = getattr(self._model(inputs_embeds=inputs, **given), "logits", None)
@@ -252,11 +257,15 @@ class Runner:
         if head is not None:
             hooks.on_input(head, cut)
         # Only of a plain linear layer can some tokens' logits be computed by themselves.
-        if self._tokens is not None and type(head) is nn.Linear and not is_offloaded(head):
-            which = self._tokens.to(head.weight.device)
-            weight, bias = (None if x is None else x[which] for x in (read(head, "weight"), read(head, "bias")))
-            assert weight is not None
-            hooks.replace_forward(head, lambda x: nn.functional.linear(x, weight, bias))
+        if self._tokens is None or type(head) is not nn.Linear or is_offloaded(head):
+            return
+        which = self._tokens.to(device_of(head))
+        if computes_in_parts(head):
+            hooks.on_output(head, lambda logits: logits[..., which])
+            return
+        weight, bias = (None if x is None else x[which] for x in (read(head, "weight"), read(head, "bias")))
+        assert weight is not None
+        hooks.replace_forward(head, lambda x: nn.functional.linear(x, weight, bias))
 
     def _concatenate(self, hooks: Hooks) -> None:
         """Let projections return their features concatenated, with keys and values repeated."""

@@ -10,6 +10,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from ..errors import out_of_memory, reason
+from ..ranks import in_team
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,7 +28,7 @@ def tried_twice(run: Callable[[], T]) -> T:
     try:
         return run()
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        if not out_of_memory(error) or in_team():  # a rank cannot run by itself what it runs with others
             raise
     give_back_memory()
     return run()

@@ -19,7 +19,7 @@ from ..graph import EdgeScores
 from ..loans import gives_back
 from ..metrics import METRICS
 from ..provenance import called, provenance
-from ..ranks import together
+from ..ranks import exchange, together
 from ..recording import ablation_of
 from ..request import Progress, Request, prepare, watched
 from ..tasks import PairedDataset
@@ -196,6 +196,7 @@ def _learn(
 
         for _, found in in_memory(request.data, lessons.batches(group), lessons.tokens, run):
             total += found[:, edges].to(total.dtype)
+        (total, *_) = exchange(total)  # one rank's, so that all run the same circuits next
         return total / (len(gates) * len(lessons.groups[group]))
 
     while done < asked.steps:

@@ -23,7 +23,7 @@ from ..graph import Circuit, Graph, Heads
 from ..intervention import TOKENS_TOGETHER, rows_computed
 from ..loans import gives_back
 from ..provenance import called, provenance
-from ..ranks import together
+from ..ranks import exchange, together
 from ..recording import ablation_of
 from ..request import Progress, Request, prepare, watched
 from ..tasks import PairedDataset
@@ -176,8 +176,8 @@ def _decide(
 
         for batch, some in in_memory(request.data, lessons.batches(0), tokens, run):
             found[:, batch.index] = some
-        numbers: list[float] = found.mean(1).tolist()
-        return numbers
+        (numbers, *_) = exchange(found.mean(1).tolist())  # one rank's, so that all decide alike
+        return list(numbers)
 
     if state.value.isnan():
         state.value.fill_(*values([graph.edge_mask]))

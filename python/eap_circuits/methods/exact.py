@@ -64,7 +64,7 @@ class ExactMethod(Method):
                 return (clean - torch.stack(fetch([metric])[0])).double()
 
             passes = _passes(patched, mask & ~measured.done, together)
-            for edges, scores in dealt(passes, run, request.arch.sharded):
+            for edges, scores in dealt(passes, run, request.arch.team):
                 measured.put(edges, batch, scores)
                 if progress is not None:
                     examples = n_edges * int(measured.finished.sum()) + int(measured.done.sum()) * batch.n_examples

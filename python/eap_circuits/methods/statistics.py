@@ -75,6 +75,7 @@ class BatchScores:
         self.sums: dict[str, Tensor] = {}
         self._parts: dict[str, list[Tensor | slice]] = {}
         self._neurons = "neurons" in keep
+        self._in_features = False  # are the sums over this rank's features alone?
         shape = graph.n_senders, graph.n_receivers
         tokens, rows, device = batch.shape[1], batch.host["rows"], batch.rows.device
         if keep & _EXAMPLES:
@@ -108,6 +109,8 @@ class BatchScores:
         Returns:
             the sums, and "places" where there are any, for `Statistics.add`.
         """
+        for scores in self.sums.values() if self._in_features else ():
+            self._arch.add_up(scores)
         every = [name for name in self.sums if name not in self._parts]
         _, arrived = fetch(self._measured, *(self.sums[name] for name in every))
         self._measured.clear()  # which hold logits
@@ -135,7 +138,7 @@ class BatchScores:
         reach = self._graph.reach if reach is None else reach
         dtype = self._arch.accumulate if self._neurons else self._arch.contraction_dtype
         delta, grad = senders.lowered(dtype), receivers.lowered(dtype)
-        slices = feature_slices(self._arch)
+        slices, self._in_features = feature_slices(self._arch), True
         for features in slices[:1] if self._request.only_memory else slices:
             # In a call, so that no slice is held while the next is made.
             self._add(list(delta(features)), list(grad(features)), reach, of, features, times)
@@ -259,7 +262,7 @@ def score_batches(
     def fetched(batch: Batch, tokens: int) -> dict[str, Tensor]:
         return score(batch, tokens).fetch()
 
-    for batch, scores in dealt_in_memory(request.data, batches, tokens, fetched, request.arch.sharded):
+    for batch, scores in dealt_in_memory(request.data, batches, tokens, fetched, request.arch.team):
         with checkpoint.changing():
             statistics.add(batch, scores)
             finished[batch.index] = True

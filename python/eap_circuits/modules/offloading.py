@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import chain
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+
+from .parts import is_shard
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -18,19 +19,6 @@ def is_offloaded(module: nn.Module) -> bool:
     from accelerate.utils import has_offloaded_params
 
     return bool(has_offloaded_params(module))
-
-
-def is_shard(x: object) -> bool:
-    """Is it a part of a weight, whose others are on other ranks?"""
-    # Only what is in parts has made torch import this module.
-    kinds = sys.modules.get("torch.distributed.tensor")
-    return kinds is not None and isinstance(x, kinds.DTensor)
-
-
-def is_in_parts(model: nn.Module) -> bool:
-    """Does `fully_shard` keep a part of its weights on each rank? Some may be whole at the moment."""
-    kinds = sys.modules.get("torch.distributed.fsdp")
-    return kinds is not None and any(isinstance(part, kinds.FSDPModule) for part in model.modules())
 
 
 def read(module: nn.Module, name: str) -> Tensor | None:
@@ -65,15 +53,6 @@ def devices_of(model: nn.Module) -> set[torch.device]:
 
 def _there(parameter: Tensor | None) -> TypeGuard[Tensor]:
     return parameter is not None
-
-
-def run_whole(module: nn.Module, *inputs: Tensor) -> Tensor:
-    """A module that is run by itself, outside of the model's pass, in which its weights would be made whole."""
-    shards = {name: x for name, x in module.named_parameters() if is_shard(x)}
-    if not shards:
-        return module(*inputs)
-    whole = {name: x.detach().full_tensor() for name, x in shards.items()}  # type: ignore[attr-defined]
-    return torch.func.functional_call(module, whole, inputs)
 
 
 def as_given(module: nn.Module, x: Tensor) -> Tensor:

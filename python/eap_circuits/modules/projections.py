@@ -12,14 +12,42 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..shapes import Shape
-from .offloading import device_of, is_offloaded, is_shard, read
+from .offloading import device_of, is_offloaded, read
+from .parts import FLOATS, by_features, is_shard, own_features
 
 # Of a fused projection's features: "concatenated": all of q, then k, then v; "grouped": for each key/value head its
 # query heads, its key and its value; "sharded": in each of four equal parts, queries, then values, then keys.
 Order = Literal["concatenated", "grouped", "sharded"]
 _SHARDS = 4
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Projections = dict[str, "Projection"]  # by name: usually q, k and v
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """The weight [out, in] of a linear module that reads or writes the residual stream, whose features are in `dim`."""
+
+    module: nn.Module
+    dim: int
+
+    def at(self, features: slice = slice(None)) -> Tensor:
+        """All of it, or at some of the stream's features: of a tensor parallel module, some of its `own_features`."""
+        if features == slice(None):
+            return self._whole
+        own = own_features(self.module, linear_shape(self.module)[self.dim])
+        weight = self._whole if own == slice(None) else self._own
+        return weight.narrow(self.dim, features.start - (own.start or 0), features.stop - features.start)
+
+    @property
+    def _whole(self) -> Tensor:
+        return linear_weight(self.module) if is_at_hand(self.module) else self._made
+
+    @cached_property
+    def _made(self) -> Tensor:
+        return linear_weight(self.module)
+
+    @cached_property
+    def _own(self) -> Tensor:
+        return by_features(self.module, self.dim)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,20 +68,16 @@ class Projection:
 
     def weight(self, dtype: torch.dtype, features: slice = slice(None)) -> Tensor:
         """[heads, K, D], or some of the D features."""
-        return self._weight[:, features][self.rows].to(dtype).unflatten(0, (self.n_heads, -1))
+        return self._weight.at(features)[self.rows].to(dtype).unflatten(0, (self.n_heads, -1))
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """[heads, K] or None"""
         bias = read(self.module, "bias")
         return None if bias is None else bias[self.rows].to(dtype).view(self.n_heads, -1)
 
-    @property
-    def _weight(self) -> Tensor:
-        return linear_weight(self.module) if is_at_hand(self.module) else self._made
-
     @cached_property
-    def _made(self) -> Tensor:
-        return linear_weight(self.module)
+    def _weight(self) -> Weight:
+        return Weight(self.module, 1)
 
 
 def joined(projections: Sequence[Projection]) -> Projection:
@@ -111,12 +135,12 @@ def linear_weight(module: nn.Module) -> Tensor:
     vectors.
     """
     if isinstance(module, Place):
-        like = next((p for p in module.at.parameters() if p.dtype in _FLOATS), torch.empty(0))
+        like = next((p for p in module.at.parameters() if p.dtype in FLOATS), torch.empty(0))
         return torch.eye(module.in_features, dtype=like.dtype, device=device_of(module.at))
     weight = read(module, "weight")
     if isinstance(module, (nn.Linear, Conv1D)) and weight is not None and _plain(weight):
         return weight.T if isinstance(module, Conv1D) else weight
-    dtype = next((p.dtype for p in module.parameters() if p.dtype in _FLOATS), torch.float32)
+    dtype = next((p.dtype for p in module.parameters() if p.dtype in FLOATS), torch.float32)
     units = torch.eye(linear_shape(module)[1], dtype=dtype, device=device_of(module))
     with torch.no_grad():
         return (module.forward(units) - module.forward(torch.zeros_like(units[:1]))).T
@@ -132,7 +156,7 @@ def is_at_hand(module: nn.Module) -> bool:
 
 
 def _plain(weight: Tensor) -> bool:
-    return type(weight) in (Tensor, nn.Parameter, Shape) and weight.dtype in _FLOATS
+    return type(weight) in (Tensor, nn.Parameter, Shape) and weight.dtype in FLOATS
 
 
 def rows_of(order: Order, q: int, kv: int, head_dim: int) -> dict[str, slice | Tensor]:

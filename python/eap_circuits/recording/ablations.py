@@ -62,7 +62,7 @@ def means(
         found = [add(sites[0], embeddings), *record_senders(sites, partial(runner.record, embeddings), add)[0]]
         return torch.bincount(at, minlength=size).cpu(), found
 
-    for _, (tokens, found) in dealt(batches, run, arch.sharded):
+    for _, (tokens, found) in dealt(batches, run, arch.team):
         count += tokens
         for total, own in zip(sums.tensors, found, strict=True):
             total += own.double()

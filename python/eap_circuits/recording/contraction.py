@@ -71,7 +71,7 @@ def contract_neurons(senders: list[Nodes], receivers: list[Nodes], reach: Tensor
 
 
 def feature_slices(arch: Architecture) -> list[slice]:
-    """The residual stream's features in slices, of which senders meet receivers one after another.
+    """The residual stream's features, or this rank's, in slices, of which senders meet receivers one after another.
 
     A slice needs only its part of the weights, so that copies of all attention weights are never held at once. All
     slices together cost what the whole costs, as every weight is copied once.
@@ -80,8 +80,9 @@ def feature_slices(arch: Architecture) -> list[slice]:
     most = COPIED_BYTES // (max(heads, 1) * arch.contraction_dtype.itemsize)
     width = max(_NARROWEST, most // _NARROWEST * _NARROWEST)
     if width >= arch.d_model:
-        return [slice(None)]
-    return [slice(start, min(start + width, arch.d_model)) for start in range(0, arch.d_model, width)]
+        return [arch.features]
+    first, last, _ = arch.features.indices(arch.d_model)
+    return [slice(start, min(start + width, last)) for start in range(first, last, width)]
 
 
 def lowered(arch: Architecture, nodes: Iterable[Nodes]) -> list[Nodes]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..adapters import Architecture, bind
+from ..adapters import Architecture, bind, is_fully_sharded
 from ..errors import InputError, expected, flag, function, instance, one_of, shown, warn, whole
 from ..forward import Batch, Constants, Runner, make_batches, why_not_reused, zeros
 from ..graph import Graph, Heads
@@ -51,7 +51,7 @@ class Request:
 
     def refuse_parts(self) -> None:
         """Refuse a model of which each rank has a part, where circuits run with gradients."""
-        if self.arch.sharded:
+        if is_fully_sharded(self.arch.model):
             raise expected("model", "whole weights, to learn with", "parts of them on every rank (fully_shard)")
 
     def verified(self, heads: Heads) -> Self:

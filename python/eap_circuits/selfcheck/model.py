@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Architecture, Family, bind, linear_weight, receiver_sites, sender_sites
-from ..errors import InputError, known_arguments
+from ..adapters import Architecture, Family, bind, is_in_parts, linear_weight, receiver_sites, sender_sites
+from ..errors import InputError, expected, known_arguments
 from ..errors import whole as whole_number
 from ..forward import Batch, Hooks, Runner, borrowed, make_batches, why_not_reused
 from ..graph import Graph, Heads
@@ -71,6 +71,9 @@ def check_model(model: nn.Module, *, n_edges: int = 8, seed: int = 0, family: Fa
 
     Returns:
         The checks, in order. For an unsupported architecture there is only one check, which failed.
+
+    Raises:
+        InputError: each rank has only a part of the model's weights.
     """
     n_edges, seed = whole_number("n_edges", n_edges, 1), whole_number("seed", seed)
     try:
@@ -108,7 +111,13 @@ def check_model(model: nn.Module, *, n_edges: int = 8, seed: int = 0, family: Fa
 
 
 def exact_copy(model: nn.Module) -> Any:
-    """The model in float64, with plain linear layers of the same weights instead of quantised ones."""
+    """The model in float64, with plain linear layers of the same weights instead of quantised ones.
+
+    Raises:
+        InputError: each rank has only a part of its weights.
+    """
+    if is_in_parts(model):
+        raise expected("model", "whole weights, of which a copy in float64 is checked", "parts of them on every rank")
     plain: dict[int, Any] = {}
     with borrowed(model):
         for module in model.modules():

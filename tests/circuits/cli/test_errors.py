@@ -55,6 +55,21 @@ def test_bad_input_is_one_line_before_any_model(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tensor-parallel", "2", "attribute", "tiny"], "tensor_parallel: expected all 1 processes"),
+        (["attribute", "tiny", "--tensor-parallel=2"], "tensor_parallel: expected all 1 processes"),
+        (
+            ["attribute", "tiny", "--tensor-parallel", "2", "--no-weights", "--dry-run"],
+            "--tensor-parallel: expected a model with",
+        ),
+    ],
+)
+def test_a_model_is_divided_among_all_processes(arguments: list[str], message: str, pairs: Path) -> None:
+    assert message in run(*arguments, "--data", pairs, code=2).stderr
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["attribute", "tiny", "--task", "ioi", "-o", "none/s.safetensors"],

@@ -11,7 +11,7 @@ import pytest
 
 NAMES = (
     "bits on two ranks", "bits on three ranks", "order_of_sums", "shares", "memory", "faults", "want_of_memory",
-    "ended", "going_on", "commands", "wrapped",
+    "ended", "going_on", "commands", "wrapped", "tensor_parallel", "tensor_parallel_shares", "tensor_parallel_faults",
 )  # fmt: skip
 
 

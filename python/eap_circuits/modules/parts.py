@@ -1,0 +1,193 @@
+"""Weights of which each rank has a part, by `fully_shard` (FSDP2) or by tensor parallelism (a `tp_plan`).
+
+With `fully_shard` a pass makes them whole, and activations are whole, too. Tensor parallel modules compute with parts:
+of queries, keys, values and what the heads give each rank has its own heads' features; all other activations that we
+see are whole and alike on all ranks. `Split` shows hooks all heads' features, so that a rank sees what one process
+would, and gives the module back its own. So every gradient that a hook sees is the whole gradient, too.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import expected
+from ..ranks import count
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of weights that are no codes
+
+
+def is_shard(x: object) -> bool:
+    """Is it a part of a weight, whose others are on other ranks?"""
+    # Only what is in parts has made torch import this module.
+    kinds = sys.modules.get("torch.distributed.tensor")
+    return kinds is not None and isinstance(x, kinds.DTensor)
+
+
+def is_in_parts(model: nn.Module) -> bool:
+    """Has each rank only a part of its weights?"""
+    return is_fully_sharded(model) or any(map(is_shard, model.parameters()))
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Does `fully_shard` keep a part of its weights on each rank? Some may be whole at the moment."""
+    kinds = sys.modules.get("torch.distributed.fsdp")
+    return kinds is not None and any(isinstance(part, kinds.FSDPModule) for part in model.modules())
+
+
+def computes_in_parts(module: nn.Module) -> bool:
+    """Is it a tensor parallel module, whose forward transformers has wrapped in the exchange that goes with it?"""
+    return "forward" in vars(module) and any(map(is_shard, module.parameters(recurse=False)))
+
+
+def run_whole(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """A module that is run by itself, outside of the model's pass, in which its weights would be made whole."""
+    shards = {name: x for name, x in module.named_parameters() if is_shard(x)}
+    if not shards or computes_in_parts(module):
+        return module(*inputs)
+    whole = {name: x.detach().full_tensor() for name, x in shards.items()}  # type: ignore[attr-defined]
+    return torch.func.functional_call(module, whole, inputs)
+
+
+def team(model: nn.Module) -> int:
+    """How many ranks, one after another, run each pass together, as each has a part of the model's weights."""
+    if is_fully_sharded(model):
+        return count()
+    for mesh in _meshes(model):
+        ranks = mesh.mesh.flatten().tolist()
+        size, start = len(ranks), ranks[0]
+        return size if ranks == list(range(start, start + size)) and start % size == 0 else count()
+    return 1
+
+
+def parts_of(module: nn.Module) -> int:
+    """Among how many ranks tensor parallelism divides what a module computes."""
+    return next((mesh.size() for mesh in _meshes(module)), 1) if computes_in_parts(module) else 1
+
+
+def own_features(module: nn.Module, width: int) -> slice:
+    """This rank's even part of the residual stream's features, if tensor parallelism divides the module; else all."""
+    if not computes_in_parts(module) or width % (mesh := _meshes(module)[0]).size():
+        return slice(None)
+    each = width // mesh.size()
+    return slice(mesh.get_local_rank() * each, (mesh.get_local_rank() + 1) * each)
+
+
+def by_features(module: nn.Module, dim: int) -> Tensor:
+    """Of a weight that ranks divide by heads the part of this rank's `own_features`, which are in this dimension."""
+    from torch.distributed.tensor import Shard
+
+    weight: Any = module.weight
+    part: Tensor = weight.detach().redistribute(placements=[Shard(dim)]).to_local()
+    return part
+
+
+def add_up(module: nn.Module, x: Tensor) -> None:
+    """Let x be the sum over the ranks that divide the module."""
+    from torch.distributed import all_reduce
+
+    all_reduce(x, group=_meshes(module)[0].get_group())
+
+
+def unknown_parts(model: nn.Module) -> str | None:
+    """What kind of parts a model is in that nothing here knows how to put together; None: there are no such."""
+    meshes, early = _meshes(model), "weights in parts by something else than a tp_plan of transformers 5.17 or later"
+    if len(meshes) > 1 or any(mesh.ndim > 1 for mesh in meshes):
+        return "weights in parts over several meshes, or several dimensions of one"
+    if is_fully_sharded(model):
+        return None
+    if (getattr(model, "_tp_size", None) or 1) > 1 and not meshes:
+        return early
+    if any(mesh.mesh_dim_names == ("ep",) for mesh in meshes):
+        return "weights in parts by experts (ep_plan)"
+    for module in model.modules():
+        shards = [weight for weight in module.parameters(recurse=False) if is_shard(weight)]
+        if shards and not computes_in_parts(module):
+            return early
+        if hasattr(module, "_hf_quantized_needs_local_tp") or any(weight.dtype not in FLOATS for weight in shards):
+            return "quantised weights in parts"
+        if meshes and type(module).__module__.startswith("peft."):
+            return "adapters of PEFT around weights in parts"
+        if any(weight is getattr(module, "weight", None) and weight.dim() == 1 for weight in shards):
+            return "a norm in parts (sequence parallelism)"
+    return None
+
+
+def _meshes(model: nn.Module) -> list[Any]:
+    """The device meshes over which weights are in parts, without repetition."""
+    found: list[Any] = []
+    for weight in model.parameters():
+        if is_shard(weight) and (mesh := weight.device_mesh) not in found:  # type: ignore[attr-defined]
+            found.append(mesh)
+    return found
+
+
+class Split:
+    """Features of a tensor parallel module, its inputs or outputs, around the hooks of one pass.
+
+    Args:
+        module: the module.
+        width: how many features all ranks have together.
+        name: the module's, for messages.
+    """
+
+    def __init__(self, module: nn.Module, width: int, name: str) -> None:
+        weight: Any = module.weight
+        self._mesh, self._width, self._name = weight.device_mesh, width, name
+        self._size, self._rank = self._mesh.size(), self._mesh.get_local_rank()
+        self._parted = False
+
+    def whole(self, x: Tensor) -> Tensor | None:
+        """All ranks' features, for this rank's x [..., features]; None if they are all here, as some plans have it."""
+        self._parted = x.shape[-1] != self._width
+        if not self._parted:
+            return None
+        if x.shape[-1] * self._size != self._width:
+            found = f"{x.shape[-1]} on rank {self._rank} of {self._size}"
+            raise expected(self._name, f"{self._width} features, divided evenly among the ranks", found)
+        y: Tensor = _Whole.apply(x, self)
+        return y
+
+    def own(self, x: Tensor) -> Tensor | None:
+        """This rank's features again; None if they were not put together."""
+        if not self._parted:
+            return None
+        y: Tensor = _Own.apply(x, self)
+        return y
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[..., f] of each rank, side by side."""
+        from torch.distributed import all_gather_into_tensor
+
+        every = x.new_empty((self._size, *x.shape))
+        if x.numel():
+            all_gather_into_tensor(every.flatten(0, 1), x.contiguous(), group=self._mesh.get_group())
+        return every.movedim(0, -2).flatten(-2)
+
+    def pick(self, x: Tensor) -> Tensor:
+        return x.chunk(self._size, -1)[self._rank].contiguous()
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, split: Split) -> Tensor:
+        ctx.split = split
+        return split.gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.split.pick(gradients[0]), None
+
+
+class _Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, split: Split) -> Tensor:
+        ctx.split = split
+        return split.pick(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.split.gather(gradients[0]), None

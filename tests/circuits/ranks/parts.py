@@ -1,0 +1,205 @@
+"""Checks of tensor parallel models, for `runs.py`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from transformers.utils import logging as transformers_logging
+
+import eap_circuits as eap
+from eap_circuits import ranks
+from eap_circuits.adapters import bind, is_in_parts, pretrained
+from eap_circuits.recording import contraction
+from tests.circuits.checkpoint.calls import long_calls, numbers
+from tests.circuits.conftest import random_pairs, tiny_model
+from tests.circuits.models import CONFIGS
+from tests.circuits.ranks.forked import on_ranks
+
+DATA = random_pairs(seed=3, n=5)
+transformers_logging.disable_progress_bar()
+STYLES = dict.fromkeys(["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], "colwise")
+STYLES |= dict.fromkeys(["o_proj", "down_proj"], "rowwise")
+# Products of parts round otherwise than whole ones; scores are float32.
+TOLERANCE = {torch.float64: 2e-7, torch.float32: 1e-5}
+
+
+def trouble(run: Callable[[], Any]) -> str:
+    """What a call raises."""
+    try:
+        run()
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def saved(name: str, folder: str, dtype: torch.dtype = torch.float64) -> str:
+    """A tiny model's folder. Its sizes can be divided evenly, as versions before transformers 5.24 want them."""
+    path, (kind, fields) = os.path.join(folder, name), CONFIGS[name]
+    even = {**fields, "vocab_size": 60, "intermediate_size": 48}
+    with mock.patch.dict(CONFIGS, {name: (kind, even)}):
+        tiny_model(name, dtype).save_pretrained(path)
+    return path
+
+
+def load(path: str, ranks: int = 1) -> Any:
+    pretrained.load_tokenizer = lambda *_, **__: None
+    return pretrained.load_model(path, device="cpu" if ranks == 1 else None, tensor_parallel=ranks)[0]
+
+
+def every_call(checkpoint: str, model: Any) -> dict[str, Callable[..., Any]]:
+    calls = long_calls(model, DATA)
+    if is_in_parts(model):
+        calls["eap"] = partial(calls["eap"], checkpoint=checkpoint)
+    return calls
+
+
+def calls_of(model: Any) -> dict[str, Callable[..., Any]]:
+    attribute = partial(eap.attribute, model, DATA[:2], steps=1)
+    graph = bind(model).graph("query")
+    kept = torch.rand(graph.edge_mask.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    circuit = eap.Circuit(graph, graph.edge_mask & kept)
+    return {
+        "query heads": partial(attribute, heads="query", rules="relp", keep="neurons"),
+        "evaluate": partial(eap.evaluate, model, [circuit], DATA[:2]),
+    }
+
+
+def wrong_numbers(path: str, ranks: int, calls: Callable[[Any], dict[str, Callable[..., Any]]]) -> list[str]:
+    """What is not one process's result up to rounding, or not the same on all ranks."""
+    plain = load(path)
+    right = {name: numbers(call()) for name, call in calls(plain).items()}
+    tolerance = TOLERANCE[plain.dtype]
+
+    def run(rank: int) -> Any:
+        model = load(path, ranks)
+        weight = model.model.layers[0].self_attn.q_proj.weight
+        assert weight.to_local().numel() * ranks == weight.numel()
+        return {name: numbers(call()) for name, call in calls(model).items()}
+
+    wrong, (first, *others) = [], on_ranks(ranks, run)
+    for found in (first, *others):
+        if isinstance(found, str):
+            wrong.append(found)
+            continue
+        for name, values in found.items():
+            errors = [
+                float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-9))
+                for a, b in zip(values, right[name], strict=True)
+            ]
+            if max(errors) > tolerance:
+                wrong.append(f"{os.path.basename(path)} on {ranks} ranks, {name}: off by {max(errors):.1e}")
+            if not all(map(torch.equal, values, first[name])):
+                wrong.append(f"{os.path.basename(path)} on {ranks} ranks, {name}: ranks differ")
+    return wrong
+
+
+def tensor_parallel() -> list[str]:
+    """One process's results from parts of models: of grouped heads, of norms of queries and keys, of experts."""
+    with tempfile.TemporaryDirectory() as folder:
+        return [
+            *wrong_numbers(saved("llama", folder), 2, partial(every_call, os.path.join(folder, "run.safetensors"))),
+            *wrong_numbers(saved("qwen3", folder), 2, calls_of),
+            *wrong_numbers(saved("mixtral", folder, torch.float32), 2, calls_of),
+            *wrong_numbers(saved("mistral-window", folder), 3, calls_of),
+        ]
+
+
+def tensor_parallel_shares() -> list[str]:
+    """Teams share the batches, and the ranks of a team the features in which senders meet receivers."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = saved("llama", folder)
+        right = eap.attribute(load(path), DATA, method="eap", batch_size=1)
+        seen: list[int] = []
+
+        def metric(logits: torch.Tensor, batch: Any) -> torch.Tensor:
+            seen.extend(batch.index.tolist())
+            good, bad = logits.gather(1, batch.answers[:, :2]).unbind(1)
+            return good - bad
+
+        def run(rank: int) -> Any:
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tp"))["tp"]
+            for name, module in (model := load(path)).named_modules():
+                if (kind := STYLES.get(name.rpartition(".")[2])) is not None:
+                    ALL_PARALLEL_STYLES[kind].shard_param(module, "weight", mesh)
+                    ALL_PARALLEL_STYLES[kind].install_forward(module, mesh)
+            found = eap.attribute(model, DATA, metric, method="eap", batch_size=1)
+            features = [contraction.feature_slices(bind(model))[0]]
+            return [found.values, sorted(set(seen)), [features[0].start, features[0].stop]]
+
+        found = on_ranks(4, run)
+    if any(isinstance(own, str) for own in found):
+        return [f"teams: {found}"]
+    wrong = [] if all(torch.equal(own[0], found[0][0]) for own in found) else ["teams: ranks differ"]
+    if float((found[0][0] - right.values).abs().max() / right.values.abs().max()) > TOLERANCE[torch.float64]:
+        wrong.append("teams: other scores")
+    first, second = found[0][1], found[2][1]
+    if sorted(first + second) != list(range(5)) or found[1][1] != first or found[3][1] != second:
+        wrong.append(f"teams: examples by rank {[own[1] for own in found]}")
+    if [own[2] for own in found] != 2 * [[0, 12], [12, 24]]:
+        wrong.append(f"teams: features by rank {[own[2] for own in found]}")
+    return wrong
+
+
+def tensor_parallel_faults() -> list[str]:
+    """A rank that fails alone, in the middle of a pass of all, ends the others with its sentence once it has ended."""
+    wrong = []
+
+    def failing(logits: torch.Tensor, batch: Any) -> torch.Tensor:
+        if dist.get_rank() == 1:
+            raise ValueError("boom")
+        return logits[:, 0]
+
+    def run(path: str, rank: int) -> Any:
+        ranks.SECONDS_IN_TEAM = 0.5
+        model = load(path, 2)
+        placed = partial(pretrained.load_model, path, device="cpu", tensor_parallel=2)
+        return [
+            trouble(partial(load, path, 3)),
+            trouble(placed),
+            trouble(lambda: eap.check_model(model)),
+            trouble(lambda: eap.attribute(model, DATA, failing, steps=3)),
+        ]
+
+    with tempfile.TemporaryDirectory() as folder:
+        path, uneven = saved("llama", folder), saved("mistral-window", folder)
+        heads = on_ranks(2, lambda _: trouble(lambda: eap.attribute(load(uneven, 2), DATA)))
+        both = on_ranks(2, partial(run, path))
+    sentence = "InputError: MistralDecoderLayer's heads: expected as many on each of 2 ranks"
+    if not all(said.startswith(sentence) for said in heads):
+        wrong.append(f"uneven heads: {heads}")
+    sentences = (
+        "InputError: tensor_parallel: expected all 2 processes",
+        "InputError: device: expected none",
+        "InputError: model: expected whole weights",
+        ("RuntimeError: rank 1: ValueError: boom", "ValueError: boom"),
+    )
+    for rank, found in enumerate(both):
+        for said, expected in zip(found if isinstance(found, list) else [found] * 4, sentences, strict=True):
+            expected = expected if isinstance(expected, str) else expected[rank]
+            if not said.startswith(expected):
+                wrong.append(f"rank {rank}: {said}, not {expected}")
+    return wrong
+
+
+def refused() -> list[str]:
+    """By earlier versions of transformers."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = saved("llama", folder)
+        said = on_ranks(2, lambda _: trouble(partial(load, path, 2)))
+    return [each for each in said if not each.startswith("InputError: tensor_parallel: expected transformers 5.17")]
+
+
+CHECKS = {check.__name__: check for check in (tensor_parallel, tensor_parallel_shares, tensor_parallel_faults)}
+if importlib.util.find_spec("transformers.distributed.tensor_parallel") is None:
+    CHECKS = dict.fromkeys(CHECKS, refused)

@@ -23,6 +23,7 @@ from torch.nn.modules import module as torch_module
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..forward import Constants
+from ..graph import Circuit
 from ..metrics import METRICS, Metric
 from ..request import Request
 from ..tasks import PairedDataset
@@ -48,6 +49,7 @@ _TORCHS = {*vars(nn.Module()), "_compiled_call_impl"}
 # Of a module whose weights and inputs accelerate moves.
 _ACCELERATES = {"_hf_hook", "_old_forward", "forward", "to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa"}
 _SHARDS = "torch.distributed.fsdp."
+_DIVIDES = "transformers.distributed.tensor_parallel"
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
 
@@ -78,6 +80,10 @@ def _setting(name: str, value: Any, known: dict[int, Any]) -> Any:
         return value.name if named else f"{value.name} {Reader(name, known).digest(value.function)}"
     if isinstance(value, Constants):
         return [tensor_digest(x) for x in value.tensors]
+    if isinstance(value, Circuit):  # where it came from, such as when, changes no number
+        return Reader(name, known).digest([value.graph, value.mask])
+    if isinstance(value, list):
+        return [_setting(name, each, known) for each in value]
     if hasattr(value, "name") and hasattr(value, "description"):  # an entry of a registry
         return value.name
     return Reader(name, known).digest(value)
@@ -167,7 +173,9 @@ def _is_note(package: str, name: str) -> bool:
 
 
 def _is_packages(value: Any) -> bool:
-    """Is it bookkeeping of a package that models are made with, such as a configuration?"""
+    """Is it bookkeeping of a package that models are made with, such as a configuration, or divides what is run?"""
+    if getattr(value, "__module__", None) == _DIVIDES:
+        return True
     package = type(value).__module__.partition(".")[0]
     return package in _PACKAGES and not isinstance(value, Tensor) and not callable(value)
 

@@ -54,7 +54,9 @@ def test_the_best_of_all_circuits_is_found(number, size, make_pairs):
         if circuit.pruned().n_edges == size:
             tried.append(circuit)
     every = divergence(model, tried, data)
-    learned = eap.learn_mask(model, data, "kl_divergence", start=scores, steps=100, n_edges=size, examples=8, circuits=1)
+    learned = eap.learn_mask(
+        model, data, "kl_divergence", start=scores, steps=100, n_edges=size, examples=8, circuits=1
+    )
     before, after = divergence(model, [each.select(size, exactly=True) for each in (scores, learned)], data)
     assert len(tried) > 50 and before > every.min() + 1e-3, "EAP's circuit is not the best one"
     assert after < every.min() + 1e-6

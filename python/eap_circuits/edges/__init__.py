@@ -3,5 +3,6 @@
 from .checks import edge_flags, numbers
 from .layout import Graph, Heads, Reads
 from .pruning import prune
+from .staircase import beyond, blocks
 
-__all__ = ["Graph", "Heads", "Reads", "edge_flags", "numbers", "prune"]
+__all__ = ["Graph", "Heads", "Reads", "beyond", "blocks", "edge_flags", "numbers", "prune"]

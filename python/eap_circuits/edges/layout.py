@@ -265,11 +265,11 @@ class Graph:
         n = self.with_heads("kv").n_receivers
         return values.new_zeros(*values.shape[:-1], n).index_add(-1, self.kv_receiver, values)
 
-    def fed(self, mask: Tensor) -> Tensor:
-        """bool [S]: `input`, and the senders whose node has a kept edge coming in; mask bool [S, R]."""
+    def fed(self, given: Tensor) -> Tensor:
+        """bool [S]: `input`, and the senders whose node has one of these receivers, bool [R], as an input."""
         receivers, senders = self.inputs_of
         fed = torch.zeros(self.n_senders, dtype=torch.bool)
-        fed[senders[mask.any(0)[receivers]]] = True
+        fed[senders[given[receivers]]] = True
         fed[0] = True
         return fed
 
@@ -283,7 +283,7 @@ class Graph:
 
     def connected(self, mask: Tensor) -> Tensor:
         """bool [S]: senders with a kept edge going out or, except for `input`, coming in; mask bool [S, R]."""
-        present = self.fed(mask)
+        present = self.fed(mask.any(0))
         present[0] = False
         return present | mask.any(1)
 

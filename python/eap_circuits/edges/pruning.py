@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .layout import Graph
+from .staircase import clear_beyond
 
 
 def prune(graph: Graph, mask: Tensor) -> Tensor:
@@ -14,22 +16,18 @@ def prune(graph: Graph, mask: Tensor) -> Tensor:
     A node stays if it has a kept edge going out and, except for `input`, one coming in; an edge stays if its sender's
     node and its receiver's node do (EAP-IG's rule; a key/value head's input belongs to its whole group).
     """
-    mask = mask & graph.edge_mask
-    receivers, senders = graph.inputs_of
-    steps = []  # (reach, the receivers that have it, and what node each of them feeds: receivers, senders), by depth
-    for reach in graph.reach.unique().tolist():
-        first, last = torch.searchsorted(graph.reach, torch.tensor([reach, reach + 1])).tolist()
-        here = (first <= receivers) & (receivers < last)
-        steps.append((reach, slice(first, last), receivers[here], senders[here]))
-    fed = torch.zeros(graph.n_senders, dtype=torch.bool)  # on a path from `input`
-    leads = torch.zeros_like(fed)  # on a path to `logits`
-    read = torch.zeros(graph.n_receivers, dtype=torch.bool)  # on a path to `logits`
-    fed[0] = read[graph.logits_receiver] = True
-    for reach, those, feeding, nodes in steps:
-        given = torch.zeros_like(read)
-        given[those] = mask[:reach, those][fed[:reach]].any(0)
-        fed[nodes[given[feeding]]] = True
-    for reach, those, feeding, nodes in reversed(steps):
-        read[feeding[leads[nodes]]] = True
-        leads[:reach] |= mask[:reach, those][:, read[those]].any(1)
-    return mask & (fed & leads)[:, None] & read
+    mask = mask.clone()
+    clear_beyond(graph, mask)
+    kept = mask.numpy()
+    # Edges of nodes that break the rule are removed until none does: as edges lead from earlier to later nodes, what is
+    # left is on paths. Only the edges' numbers are looked at, and of the edges only those that go.
+    leaving, coming = np.count_nonzero(kept, 1), np.count_nonzero(kept, 0)
+    while True:
+        unfed = (leaving > 0) & ~graph.fed(torch.from_numpy(coming > 0)).numpy()
+        coming -= np.count_nonzero(kept[unfed], 0)
+        kept[unfed], leaving[unfed] = False, 0
+        unread = (coming > 0) & ~graph.read(torch.from_numpy(leaving > 0)).numpy()
+        leaving -= np.count_nonzero(kept[:, unread], 1)
+        kept[:, unread], coming[unread] = False, 0
+        if not unfed.any() and not unread.any():
+            return mask

@@ -168,7 +168,7 @@ def faithfulness_curve(
     seeds = tuple(whole("seeds", seed, *SEEDS) for seed in listed("seeds", seeds, "a list of whole numbers"))
     if not seeds and any(BASELINES[name].drawn for name in baselines):
         raise expected("seeds", "at least one", "none")
-    circuits = tuple(scores.select(int(f * scores.graph.n_edges), how, signed, among=among) for f in fractions)
+    circuits = scores.select_sizes([int(f * scores.graph.n_edges) for f in fractions], how, signed, among)
     others = {name: BASELINES[name].circuits(circuits, seeds) for name in baselines}
     rows = [circuits, *(row for draws in others.values() for row in draws)]
     flat = evaluate(

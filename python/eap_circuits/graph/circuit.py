@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import formats
 from ..display import Result, drawn
-from ..edges import Graph, edge_flags, numbers, prune
+from ..edges import Graph, beyond, edge_flags, numbers, prune
 from ..errors import expected, instance, warn
 from . import exports
 
@@ -44,14 +44,10 @@ class Circuit(Result):
             shape = [self.graph.n_senders, self.graph.n_receivers]
             values = numbers("circuit values", self.values, shape, " [senders, receivers]")
             object.__setattr__(self, "values", values)
-        outside = self.mask & ~self.graph.edge_mask
-        if outside.any():
-            u, v = outside.nonzero()[0].tolist()
-            raise expected(
-                "circuit mask",
-                "only edges that exist",
-                f"{int(outside.sum())} that do not, the first {self.graph.edge_name(u, v)}",
-            )
+        if (first := beyond(self.graph, self.mask)) is not None:
+            n = int((self.mask & ~self.graph.edge_mask).sum())
+            found = f"{n} that do not, the first {self.graph.edge_name(*first)}"
+            raise expected("circuit mask", "only edges that exist", found)
 
     @classmethod
     def from_mask(cls, graph: Graph, mask: Tensor) -> Circuit:
@@ -62,7 +58,7 @@ class Circuit(Result):
 
     @property
     def n_edges(self) -> int:
-        return int(self.mask.sum())
+        return int(torch.count_nonzero(self.mask))
 
     @property
     def nodes(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from .. import formats
 from ..display import Result, drawn
 from ..edges import Graph, numbers
-from ..errors import expected, flag, instance, known_arguments, number, warn, whole
+from ..edges import prune as pruned
+from ..errors import expected, flag, instance, known_arguments, listed, number, warn, whole
 from ..selection import select_edges
 from . import exports
 from .circuit import Circuit
@@ -99,6 +101,36 @@ class EdgeScores(Result):
         Raises:
             InputError: an unknown `how`, a size outside the graph, scores that are not finite, a mask of another shape.
         """
+        asked = {name: value for name, value in locals().items() if name not in ("self", "n_edges")}
+        return self._selected([n_edges], **asked)[0]
+
+    @known_arguments
+    def select_sizes(
+        self,
+        n_edges: Sequence[int],
+        how: str = "top",
+        signed: bool = False,
+        among: Tensor | None = None,
+    ) -> tuple[Circuit, ...]:
+        """A circuit of each of these sizes, as `select` chooses them, from scores that are sorted once.
+
+        Raises:
+            InputError: what `select` refuses.
+        """
+        return self._selected(listed("n_edges", n_edges, "a list of whole numbers"), how, signed, among=among)
+
+    def _selected(
+        self,
+        sizes: Sequence[int | None],
+        how: str,
+        signed: bool,
+        threshold: float | None = None,
+        prune: bool = True,
+        positive_ratio: float | None = None,
+        among: Tensor | None = None,
+        seconds: float = 30.0,
+        exactly: bool = False,
+    ) -> tuple[Circuit, ...]:
         signed, prune, exactly = flag("signed", signed), flag("prune", prune), flag("exactly", exactly)
         if exactly and not prune:
             raise expected("select(exactly=True)", "prune=True, as all its edges are on paths", "prune=False")
@@ -106,32 +138,35 @@ class EdgeScores(Result):
             threshold = number("threshold", threshold, "a number")
         if positive_ratio is not None:
             positive_ratio = number("positive_ratio", positive_ratio, "a share from 0 to 1", 0, 1)
-        mask, gap = select_edges(
-            self.graph, self.values, n_edges, how, signed, threshold, positive_ratio, among, seconds, exactly
+        chosen = select_edges(
+            self.graph, self.values, sizes, how, signed, threshold, positive_ratio, among, seconds, exactly
         )
-        n_edges = None if n_edges is None else int(n_edges)
-        selection: dict[str, Any] = {"how": how, "n_edges": n_edges, "threshold": threshold, "signed": signed}
+        selection: dict[str, Any] = {"how": how, "n_edges": None, "threshold": threshold, "signed": signed}
         if positive_ratio is not None:
             selection["positive_ratio"] = positive_ratio
         if among is not None:
             selection["among"] = int((among.cpu() & self.graph.edge_mask).sum())
-        if gap is not None:
-            selection["gap"] = gap
-        if exactly:
-            selection["exactly"] = True
-        info = {**self.info, "selection": selection}
-        circuit = Circuit(self.graph, mask, self.values, info)
-        if exactly and circuit.n_edges != n_edges:
-            warn(
-                f"select(n_edges={n_edges}, exactly=True): found no circuit of this many edges on paths from input to "
-                f"logits; this one has {circuit.n_edges}."
-            )
-        return circuit.pruned() if prune else circuit
+        circuits = []
+        for n in sizes:
+            mask, gap = chosen.pop(0)  # of which there may be many, and large ones
+            info = {**selection, "n_edges": None if n is None else int(n)}
+            if gap is not None:
+                info["gap"] = gap
+            if exactly:
+                info["exactly"] = True
+                if (found := int(mask.sum())) != n:
+                    warn(
+                        f"select(n_edges={n}, exactly=True): found no circuit of this many edges on paths from input "
+                        f"to logits; this one has {found}."
+                    )
+            mask = pruned(self.graph, mask) if prune else mask
+            circuits.append(Circuit(self.graph, mask, self.values, {**self.info, "selection": info}))
+        return tuple(circuits)
 
     def top_edges(self, n: int = 20) -> list[tuple[str, str, float]]:
         """The n edges of largest absolute score: (sender, receiver, score)."""
         n = min(whole("n", n, 0), self.graph.n_edges)
-        mask, _ = select_edges(self.graph, self.values, n, "top", False, None)
+        ((mask, _),) = select_edges(self.graph, self.values, [n], "top", False)
         u, v = mask.nonzero(as_tuple=True)
         values = self.values[u, v]
         order = values.abs().argsort(descending=True, stable=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,75 +13,82 @@ from ..edges import Graph, edge_flags
 from ..errors import expected, one_of, whole
 from .exactly import counted_edges, exact_edges
 from .optimal import optimal_edges
+from .ranking import Ranking
+
+Chosen = tuple[Tensor, float | None]  # a mask [S, R], and its gap, for "optimal"
 
 
 def select_edges(
     graph: Graph,
     values: Tensor,
-    n_edges: int | None,
+    sizes: Sequence[int | None],
     how: str,
     signed: bool,
-    threshold: float | None,
+    threshold: float | None = None,
     positive_ratio: float | None = None,
     among: Tensor | None = None,
     seconds: float = 30.0,
     exactly: bool = False,
-) -> tuple[Tensor, float | None]:
-    """Edges chosen by score, bool [S, R], not yet pruned; and the gap, for "optimal". See `EdgeScores.select`."""
+) -> list[Chosen]:
+    """Edges chosen by score for each number of edges, not yet pruned. See `EdgeScores.select`."""
     one_of("how", how, SELECTIONS)
     choose = SELECTIONS[how].choose
     if exactly and choose is None:
         raise expected("select(exactly=True)", "n_edges, and a how that takes them", f"how={how!r}")
-    bad = ~values.isfinite() & graph.edge_mask
-    if bad.any():
-        u, v = bad.nonzero()[0].tolist()
-        raise expected("scores", "finite values", f"{values[u, v].item()} at {graph.edge_name(u, v)}")
-    allowed = graph.edge_mask if among is None else graph.edge_mask & edge_flags("among", among, graph)
-    rank = (values if signed else values.abs()).masked_fill(~allowed, -torch.inf)
+    values = values.float() if values.itemsize < 4 else values
+    # What is no edge may hold anything. At first all is looked at, which needs no memory.
+    if not all(end.isfinite() for end in values.aminmax()):
+        bad = ~values.isfinite() & graph.edge_mask
+        if bad.any():
+            u, v = bad.nonzero()[0].tolist()
+            raise expected("scores", "finite values", f"{values[u, v].item()} at {graph.edge_name(u, v)}")
+    ranking = Ranking(graph, values, signed, None if among is None else edge_flags("among", among, graph))
     if positive_ratio is not None and (how != "top" or signed or not 0 <= positive_ratio <= 1):
         found = f"positive_ratio={positive_ratio}, how={how!r}, signed={signed}"
         raise expected("select(positive_ratio=)", "a share from 0 to 1, with how='top' and signed=False", found)
     if choose is None:
-        if threshold is None or n_edges is not None:
+        if threshold is None or any(n is not None for n in sizes):
             raise expected(
                 "select(how='threshold')",
                 "threshold= and no n_edges",
-                f"threshold={threshold}, n_edges={n_edges}",
+                f"threshold={threshold}, n_edges={sizes[0]}",
             )
-        return rank >= threshold, None
-    if threshold is not None or n_edges is None:
-        found = f"n_edges={n_edges!r}, threshold={threshold}"
+        return [(ranking.whole >= threshold, None)]
+    if threshold is not None or None in sizes:
+        found = f"n_edges={sizes[0]!r}, threshold={threshold}"
         raise expected(f"select(how={how!r})", "a whole number n_edges and no threshold", found)
-    n_edges = whole("n_edges", n_edges, 0, graph.n_edges, ", the edges of the graph")
+    asked = [whole("n_edges", n, 0, graph.n_edges, ", the edges of the graph") for n in sizes]
 
-    def take(n: int) -> tuple[Tensor, float | None]:
+    def take(*sizes: int) -> list[Chosen]:
         if positive_ratio is None:
-            return choose(graph, rank, n, seconds)
-        first = _top(values.masked_fill(~allowed | (values <= 0), -torch.inf), round(positive_ratio * n))
-        return first | _top(rank.masked_fill(first, -torch.inf), n - int(first.sum())), None
+            return choose(ranking, sizes, seconds)
+        return [(_positive_first(ranking, n, positive_ratio), None) for n in sizes]
 
     if exactly and SELECTIONS[how].grows:
-        return exact_edges(graph, rank, n_edges, lambda n: take(n)[0], seconds), None
-    mask, gap = take(n_edges)
-    if exactly and mask.sum() < n_edges:
-        return counted_edges(graph, rank, n_edges, seconds, mask)
-    return mask, gap
+        return [(exact_edges(graph, ranking.whole, n, lambda n: take(n)[0][0], seconds), None) for n in asked]
+    chosen = take(*asked)
+    if exactly:
+        for i, ((mask, _), n) in enumerate(zip(chosen, asked, strict=True)):
+            if mask.sum() < n:
+                chosen[i] = counted_edges(graph, ranking.whole, n, seconds, mask)
+    return chosen
 
 
-def _top(rank: Tensor, n_edges: int) -> Tensor:
-    """The n_edges highest, or fewer if the others may not be taken (-inf)."""
-    flat = rank.flatten()
-    if n_edges < 1:
-        return torch.zeros_like(rank, dtype=torch.bool)
-    least = flat.kthvalue(len(flat) - n_edges + 1).values
-    mask = flat > least
-    # Of equal scores take the first ones.
-    mask[(flat == least).nonzero()[: n_edges - int(mask.sum()), 0]] = True
-    return mask.view_as(rank) & ~rank.isneginf()
+def _top(ranking: Ranking, sizes: Sequence[int], seconds: float) -> list[Chosen]:
+    return [(mask, None) for mask in ranking.highest(sizes)]
 
 
-def _greedy(graph: Graph, rank: Tensor, n_edges: int) -> Tensor:
-    """From the logits up, take the best edge into a node already reached, n_edges times or until none is left."""
+def _positive_first(ranking: Ranking, n_edges: int, ratio: float) -> Tensor:
+    """A share of the edges by highest positive score, the others by largest absolute score."""
+    positive = replace(ranking, signed=True).without(ranking.values <= 0)
+    (first,) = positive.highest([round(ratio * n_edges)])
+    (others,) = ranking.without(first).highest([n_edges - int(first.sum())])
+    return first | others
+
+
+def _greedy(ranking: Ranking, sizes: Sequence[int], seconds: float) -> list[Chosen]:
+    """From the logits up, take the best edge into a node already reached, n times or until none is left."""
+    graph, rank = ranking.graph, ranking.whole
     reach = graph.reach.tolist()
     mask = torch.zeros_like(rank, dtype=torch.bool)
     candidates: dict[int, tuple[list[float], list[int]]] = {}  # receiver -> its edges' ranks and senders, best first
@@ -102,21 +109,27 @@ def _greedy(graph: Graph, rank: Tensor, n_edges: int) -> Tensor:
                 push(receiver, 0)
 
     reach_inputs([graph.n_receivers - 1])
-    for _ in range(n_edges):
-        if not heap:
-            break
-        _, receiver, position = heapq.heappop(heap)
-        sender = candidates[receiver][1][position]
-        mask[sender, receiver] = True
-        push(receiver, position + 1)
-        if not reached[sender]:
-            reached[sender] = True
-            reach_inputs(graph.inputs[sender])
-    return mask
+    found, taken = {}, 0
+    for n in sorted(set(sizes)):  # larger ones contain smaller ones
+        while taken < n and heap:
+            _, receiver, position = heapq.heappop(heap)
+            sender = candidates[receiver][1][position]
+            mask[sender, receiver] = True
+            taken += 1
+            push(receiver, position + 1)
+            if not reached[sender]:
+                reached[sender] = True
+                reach_inputs(graph.inputs[sender])
+        found[n] = mask.clone()
+    return [(found[n], None) for n in sizes]
 
 
-def _optimal(graph: Graph, rank: Tensor, n_edges: int, seconds: float) -> tuple[Tensor, float | None]:
-    return optimal_edges(graph, rank, n_edges, seconds, [_top(rank, n_edges), _greedy(graph, rank, n_edges)])
+def _optimal(ranking: Ranking, sizes: Sequence[int], seconds: float) -> list[Chosen]:
+    starts = zip(ranking.highest(sizes), _greedy(ranking, sizes, seconds), strict=True)
+    return [
+        optimal_edges(ranking.graph, ranking.whole, n, seconds, [top, greedy])
+        for n, (top, (greedy, _)) in zip(sizes, starts, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -126,26 +139,22 @@ class Selection:
     Args:
         name: what it is called by.
         description: one line.
-        choose: (graph, rank [S, R], n_edges, seconds) -> mask [S, R], and its gap where it may miss the best; rank is
-            -inf where no edge may be taken. None for "threshold", which takes no number of edges.
+        choose: (ranking, numbers of edges, seconds) -> for each number a mask [S, R], and its gap where it may miss the
+            best. None for "threshold", which takes no number of edges.
         grows: more edges contain fewer.
     """
 
     name: str
     description: str
-    choose: Callable[[Graph, Tensor, int, float], tuple[Tensor, float | None]] | None
+    choose: Callable[[Ranking, Sequence[int], float], list[Chosen]] | None
     grows: bool = True
 
 
 SELECTIONS: dict[str, Selection] = {
     selection.name: selection
     for selection in (
-        Selection("top", "the strongest edges anywhere", lambda graph, rank, n, seconds: (_top(rank, n), None)),
-        Selection(
-            "greedy",
-            "grown from the logits, each edge leading to one taken before",
-            lambda graph, rank, n, seconds: (_greedy(graph, rank, n), None),
-        ),
+        Selection("top", "the strongest edges anywhere", _top),
+        Selection("greedy", "grown from the logits, each edge leading to one taken before", _greedy),
         Selection("threshold", "every edge that scores at least `threshold`", None),
         Selection("optimal", "the greatest sum of connected edges (needs scipy)", _optimal, grows=False),
     )

@@ -150,7 +150,7 @@ def _filled(graph: Graph, rank: Tensor, mask: Tensor, n_edges: int) -> Tensor:
     """A connected circuit with more edges, at most n: the strongest that fit it; if these are too few, detours."""
     mask = mask.clone()
     while (missing := n_edges - int(mask.sum())) > 0:
-        fed, read = graph.fed(mask), graph.read(mask.any(1))
+        fed, read = graph.fed(mask.any(0)), graph.read(mask.any(1))
         fits = (~rank.isneginf() & ~mask & fed[:, None] & read).nonzero()
         if len(fits) < missing and (detour := _detour(graph, rank, fed, read, missing)):
             taken = torch.tensor(detour)

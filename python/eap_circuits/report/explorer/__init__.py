@@ -168,11 +168,8 @@ def _measured(scores: EdgeScores, circuit: Circuit, curve: CurveLike | None) -> 
     how, signed = curve.info.get("how", "top"), bool(curve.info.get("signed", _signed(circuit)))
     if how not in ("top", "greedy"):
         return [None] * len(curve.fractions)
-    found: list[Tensor | None] = []
-    for fraction, n in zip(curve.fractions, curve.n_edges, strict=True):
-        mask = scores.select(int(fraction * scores.graph.n_edges), how, signed).mask
-        found.append(mask if int(mask.sum()) == n else None)
-    return found
+    again = scores.select_sizes([int(fraction * scores.graph.n_edges) for fraction in curve.fractions], how, signed)
+    return [each.mask if each.n_edges == n else None for each, n in zip(again, curve.n_edges, strict=True)]
 
 
 def _circuits(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
+import numpy as np
 import torch
 
 from ..edges import Graph
@@ -54,6 +56,11 @@ class _Growth:
         order = graph.reach.argsort(stable=True)
         self.by_reach = order.tolist()
         self.first = torch.searchsorted(graph.reach[order], torch.arange(graph.n_senders), right=True).tolist()
+        # Of edge number e, counted sender by sender: who sends it, and how far from e its place in the flat mask is.
+        first = np.array(self.first)
+        leaving = graph.n_receivers - first
+        self.sender = np.repeat(np.arange(graph.n_senders, dtype=np.int32), leaving)
+        self.shift = np.arange(graph.n_senders) * graph.n_receivers + first - (leaving.cumsum() - leaving)
         self.fed = [True] + [False] * (graph.n_senders - 1)
         self.read = [False] * (graph.n_receivers - 1) + [True]
         self.missing = graph.n_senders + graph.n_receivers - 2
@@ -61,28 +68,39 @@ class _Growth:
     def grow(self, n_edges: int) -> bool:
         """Add edges until there are `n_edges`; False if no remaining edge can be completed to a path within that."""
         generator = torch.Generator().manual_seed(self.rng.getrandbits(62))
-        edges = self.graph.edge_mask.nonzero()
-        # In parts: a circuit needs few of them, and a list of all edges of a large model would take gigabytes.
-        parts = torch.randperm(len(edges), generator=generator).split(_AT_ONCE)
+        # The edges' numbers, in a random order. In parts: a circuit needs few of them, and a list of all edges of a large
+        # model would take gigabytes.
+        order = torch.randperm(self.graph.n_edges, generator=generator, dtype=torch.int32).numpy()
+        parts = [order[start : start + _AT_ONCE] for start in range(0, len(order), _AT_ONCE)]
         remaining = n_edges
-        for u, v in (edge for part in parts for edge in edges[part].tolist()):
+        for place in (place for part in parts for place in self._places(part).tolist()):
             if not remaining or not self.missing:
                 break
+            u, v = divmod(place, self.graph.n_receivers)
             if not self.mask[u, v]:
                 paths = (self._completed(u, v, shortest) for shortest in (False, True))
                 path = next((path for path in paths if len(path) <= remaining), set())
                 self._take(path)
                 remaining -= len(path)
         # Any edge between nodes of the circuit is on a path already.
-        fits = torch.tensor(self.fed)[:, None] & torch.tensor(self.read) & ~self.mask
+        fits = torch.tensor(self.fed)[:, None] & torch.tensor(self.read) & self.graph.edge_mask & ~self.mask
+        if torch.count_nonzero(fits) <= remaining:
+            remaining -= int(torch.count_nonzero(fits))
+            self.mask |= fits
+            return not remaining
+        flags, mask = fits.numpy().reshape(-1), self.mask.numpy().reshape(-1)
         for part in parts:
             if not remaining:
                 break
-            senders, receivers = edges[part].T
-            chosen = fits[senders, receivers].nonzero()[:remaining, 0]
-            self.mask[senders[chosen], receivers[chosen]] = True
+            here = self._places(part)
+            chosen = here[flags[here]][:remaining]
+            mask[chosen] = True
             remaining -= len(chosen)
         return not remaining
+
+    def _places(self, edges: Any) -> Any:
+        """Where edges of these numbers, counted sender by sender, are in the flat mask."""
+        return edges + self.shift[self.sender[edges]]
 
     def _completed(self, u: int, v: int, shortest: bool) -> set[tuple[int, int]]:
         """The edge and the new edges that connect it with `input` and with `logits`."""

@@ -20,7 +20,7 @@ import eap_circuits as eap
 from bench import measure
 from bench.processes import ROOT, commit
 
-RESULT = Path("/tmp/scale/after.json")
+RESULT = ROOT / "bench" / "results" / "large.json"
 SIZES = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},

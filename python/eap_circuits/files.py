@@ -159,7 +159,7 @@ def read_whole(path: str | os.PathLike[str]) -> bytes:
             raise expected(str(path), "a file", found)
         with path.open("rb") as file:
             before = os.fstat(file.fileno())
-            if hasattr(os, "sysconf") and before.st_size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            if before.st_size > memory_bytes():
                 raise expected(str(path), "a file that fits into memory", f"{before.st_size:,} bytes")
             data = file.read()
             after = os.fstat(file.fileno())
@@ -168,6 +168,11 @@ def read_whole(path: str | os.PathLike[str]) -> bytes:
     if len(data) != before.st_size or (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise expected(str(path), "a file that is not being written", "one that changed while it was read")
     return data
+
+
+def memory_bytes() -> float:
+    """This machine's memory; infinity where it cannot be asked."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else float("inf")
 
 
 def read_json(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
@@ -187,12 +192,21 @@ def parse_json(text: str | bytes) -> Any:
     Raises:
         ValueError, RecursionError: anything else.
     """
-    if isinstance(text, bytes):
-        try:
-            text = text.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"a byte that is not UTF-8, at {error.start}") from error
-    return json.loads(text, object_pairs_hook=_once)
+    return json.loads(decoded(text) if isinstance(text, bytes) else text, object_pairs_hook=_once)
+
+
+def json_value(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value that begins here, as `parse_json` reads it, and where it ends."""
+    found: tuple[Any, int] = _DECODER.raw_decode(text, start)
+    return found
+
+
+def decoded(data: bytes) -> str:
+    """Text in UTF-8; raises ValueError for anything else."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"a byte that is not UTF-8, at {error.start}") from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -205,6 +219,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"{name!r} comes twice")
             seen.add(name)
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
 # Checksums.

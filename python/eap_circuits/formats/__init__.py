@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import partial
 
 from ..edges import Graph
 from ..errors import InputError, expected, reason
 from ..files import DAMAGED, read_whole, suffix_of
-from . import eap_ig, own
+from . import eap_ig, kept, own
 from .content import Content, checked, cleared
 
 __all__ = ["SUFFIXES", "Content", "check_savable", "load", "load_nodes", "save", "save_nodes"]
 
 SUFFIXES = (".safetensors", ".json", ".pt")
 _FORMAT, _NODES = "eap-circuits/1", "eap-circuits/nodes-1"
+_CIRCUIT = "eap-circuits/circuit-2"  # older ones have masks and the scores of all edges
 _READERS: dict[str, Callable[[bytes], Content]] = {
-    ".safetensors": partial(own.read, form=_FORMAT),
+    ".safetensors": lambda data: _edges(own.read(data, _FORMAT, _CIRCUIT)),
     ".json": eap_ig.read_json,
     ".pt": eap_ig.read_pt,
 }
@@ -38,6 +38,9 @@ def check_savable(path: str | os.PathLike[str], graph: Graph) -> str:
 def save(path: str | os.PathLike[str], kind: str, content: Content) -> None:
     """Write "scores" or a "circuit" in the format that the path's suffix names, whole or not at all."""
     suffix = check_savable(path, content.graph)
+    if suffix == ".safetensors" and kind == "circuit":
+        own.write(path, {"format": _CIRCUIT, "kind": kind}, kept.listed(content))
+        return
     content = checked(cleared(content))
     if suffix == ".safetensors":
         own.write(path, {"format": _FORMAT, "kind": kind}, content)
@@ -54,7 +57,10 @@ def save_nodes(path: str | os.PathLike[str], content: Content) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> Content:
-    """Read what `save` or EAP-IG wrote; raises `InputError` for anything else."""
+    """Read what `save` or EAP-IG wrote; raises `InputError` for anything else.
+
+    A circuit that we wrote has "kept", its own edges' scores, in place of all "values".
+    """
     read = _READERS[suffix_of(path, SUFFIXES)]
     return _read(path, "scores or a circuit written by eap_circuits or EAP-IG", read)
 
@@ -62,7 +68,11 @@ def load(path: str | os.PathLike[str]) -> Content:
 def load_nodes(path: str | os.PathLike[str]) -> Content:
     """Read what `save_nodes` wrote; raises `InputError` for anything else."""
     suffix_of(path, SUFFIXES[:1])
-    return _read(path, "node scores written by eap_circuits", partial(own.read, form=_NODES, nodes=True))
+    return _read(path, "node scores written by eap_circuits", lambda data: checked(own.read(data, _NODES), nodes=True))
+
+
+def _edges(content: Content) -> Content:
+    return kept.unlisted(content) if "edges" in content.tensors else checked(content)
 
 
 def _read(path: str | os.PathLike[str], what: str, read: Callable[[bytes], Content]) -> Content:

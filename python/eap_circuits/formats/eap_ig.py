@@ -20,9 +20,11 @@ from torch import Tensor
 
 from ..edges import Graph
 from ..errors import expected
-from ..files import CHECKSUM, check_digest, digest, json_object, parse_json, write_whole
+from ..files import CHECKSUM, check_digest, decoded, digest, parse_json, write_whole
 from .content import Content, checked, flag, head_kind, info_text, read_info, shown, whole
+from .parts import read_members
 
+_LEAST = len('"m0->m1":{"score":1,"in_graph":true}')
 _FLAGS = ("edges_in_graph", "nodes_in_graph")
 
 
@@ -97,49 +99,101 @@ def _as_query(content: Content) -> tuple[Graph, Tensor, Tensor]:
 
 
 def read_json(data: bytes) -> Content:
-    content = json_object(parse_json(data))
-    nodes, entries = content["nodes"], content["edges"]
-    if not isinstance(nodes, dict) or not isinstance(entries, dict):
-        raise expected("nodes and edges", "a JSON object of each", f"{shown(nodes)} and {shown(entries)}")
-    graph = _graph(content["cfg"], len(nodes.keys() - {"logits"}))
-    query = graph.with_heads("query")
-    if odd := (nodes.keys() - {"logits"}) ^ set(query.senders):
-        raise expected("nodes", "those of the graph that cfg describes", f"others, such as {shown(min(odd))}")
-    for name, node in nodes.items():
-        if isinstance(node, dict) and "neurons" in node:
-            raise expected("nodes", "edges only", "neuron-level entries, which are not supported")
-        flag(f"node {name}", node.get("in_graph", False) if isinstance(node, dict) else node)
-    if len(entries) < query.n_edges:
-        raise expected("edges", f"all {query.n_edges:,} edges of the graph that cfg describes", f"{len(entries):,}")
-    row = {name: u for u, name in enumerate(query.senders)}
-    column = {name: v for v, name in enumerate(query.receivers)}
-    reach = query.reach.tolist()
-    rows, columns, scores, kept = [], [], [], []
-    for name, entry in entries.items():
-        sender, _, receiver = name.partition("->")
-        if sender not in row or receiver not in column or row[sender] >= reach[column[receiver]]:
-            raise expected("edges", "edges of the graph that cfg describes", shown(name))
-        rows.append(row[sender])
-        columns.append(column[receiver])
-        score = entry["score"]
-        if type(score) not in (float, int, type(None)):
-            raise expected(f"score of {name}", "a number", shown(score))
-        scores.append(score)
-        kept.append(flag(f"in_graph of {name}", entry["in_graph"]))
-    mask = torch.zeros(query.n_senders, query.n_receivers, dtype=torch.bool)
-    mask[rows, columns] = torch.tensor(kept, dtype=torch.bool)
-    values = None
-    if any(score is not None for score in scores):
-        if None in scores:
-            raise expected("edges", "a score of each edge, or of none", f"{scores.count(None):,} without")
-        values = torch.zeros(mask.shape, dtype=torch.float32)
-        values[rows, columns] = torch.tensor(scores, dtype=torch.float32)
+    made: list[_Edges] = []
+    waiting: list[dict[str, Any]] = []  # until the graph is known, in whatever order a file has its members
+
+    def take(before: dict[str, Any], part: dict[str, Any]) -> None:
+        waiting.append(part)
+        if not made and {"cfg", "nodes"} <= before.keys():
+            made.append(_Edges(before["cfg"], before["nodes"], len(text)))
+        while made and waiting:
+            made[0].add(waiting.pop(0))
+
+    text = decoded(data)
+    content = read_members(text, "edges", take)
+    if content["edges"] is not None:
+        raise expected("nodes and edges", "a JSON object of each", shown(content["edges"]))
+    take(content, {})
+    edges = made[0]
+    edges.check()
     if CHECKSUM in content:
         head = {name: value for name, value in content.items() if name not in ("edges", CHECKSUM)}
-        check_digest(
-            content[CHECKSUM], head, {"in_graph": mask} if values is None else {"scores": values, "in_graph": mask}
-        )
-    return checked(_from_query(graph, values, mask, read_info(content.get("info", {}))))
+        tensors = {"in_graph": edges.mask} if edges.values is None else {"scores": edges.values, "in_graph": edges.mask}
+        check_digest(content[CHECKSUM], head, tensors)
+    return checked(_from_query(edges.graph, edges.values, edges.mask, read_info(content.get("info", {}))))
+
+
+class _Edges:
+    """What a file says of a graph's edges, part after part.
+
+    Args:
+        cfg, nodes: as in the file.
+        room: the file's characters.
+
+    Attributes:
+        mask, values: of the query-head graph, [S, R]; values are None if no edge has a score.
+    """
+
+    def __init__(self, cfg: Any, nodes: Any, room: int) -> None:
+        if not isinstance(nodes, dict):
+            raise expected("nodes and edges", "a JSON object of each", shown(nodes))
+        self.graph = _graph(cfg, len(nodes.keys() - {"logits"}))
+        self._query = query = self.graph.with_heads("query")
+        if odd := (nodes.keys() - {"logits"}) ^ set(query.senders):
+            raise expected("nodes", "those of the graph that cfg describes", f"others, such as {shown(min(odd))}")
+        for name, node in nodes.items():
+            if isinstance(node, dict) and "neurons" in node:
+                raise expected("nodes", "edges only", "neuron-level entries, which are not supported")
+            flag(f"node {name}", node.get("in_graph", False) if isinstance(node, dict) else node)
+        self._row = {name: u for u, name in enumerate(query.senders)}
+        self._column = {name: v for v, name in enumerate(query.receivers)}
+        if room < _LEAST * query.n_edges:  # before there is a tensor of them
+            wanted = f"all {query.n_edges:,} edges of the graph that cfg describes"
+            raise expected("edges", wanted, f"a file of {room:,} characters")
+        self._found = torch.zeros(query.n_senders, query.n_receivers, dtype=torch.bool)
+        self.mask, self._n, self._unscored = torch.zeros_like(self._found), 0, 0
+        self._scores = torch.zeros(self._found.shape, dtype=torch.float32)
+
+    def add(self, part: dict[str, Any]) -> None:
+        """Some edges' entries, by name. All are looked at together: there are millions."""
+        if not part:
+            return
+        ends = [name.partition("->")[::2] for name in part]
+        scores = [entry["score"] for entry in part.values()]
+        kept = [entry["in_graph"] for entry in part.values()]
+        # No edge leads to place -1 from place 0, nor from place -1.
+        rows = torch.tensor([self._row.get(sender, -1) for sender, _ in ends])
+        columns = torch.tensor([self._column.get(receiver, -1) for _, receiver in ends])
+        real = (rows >= 0) & (columns >= 0) & (rows < self._query.reach[columns])
+        kinds = set(map(type, scores))
+        if not real.all() or not kinds <= {float, int, type(None)} or set(map(type, kept)) != {bool}:
+            for (name, entry), there in zip(part.items(), real.tolist(), strict=True):
+                if not there:
+                    raise expected("edges", "edges of the graph that cfg describes", shown(name))
+                if type(entry["score"]) not in (float, int, type(None)):
+                    raise expected(f"score of {name}", "a number", shown(entry["score"]))
+                flag(f"in_graph of {name}", entry["in_graph"])
+        if (again := self._found[rows, columns]).any():
+            raise ValueError(f"{list(part)[int(again.nonzero()[0])]!r} comes twice")
+        if type(None) in kinds:
+            self._unscored += scores.count(None)
+            scores = [0.0 if score is None else score for score in scores]
+        self._n += len(part)
+        self._found[rows, columns] = True
+        self.mask[rows, columns] = torch.tensor(kept)
+        self._scores[rows, columns] = torch.tensor(scores, dtype=torch.float32)
+
+    def check(self) -> None:
+        """Refuse a file without some edge, or with scores of only some."""
+        if self._n < self._query.n_edges:
+            wanted = f"all {self._query.n_edges:,} edges of the graph that cfg describes"
+            raise expected("edges", wanted, f"{self._n:,}")
+        if 0 < self._unscored < self._n:
+            raise expected("edges", "a score of each edge, or of none", f"{self._unscored:,} without")
+
+    @property
+    def values(self) -> Tensor | None:
+        return None if self._unscored else self._scores
 
 
 def read_pt(data: bytes) -> Content:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..edges import Graph
 from ..errors import expected
 from ..files import CHECKSUM, check_digest, digest, parse_json, write_whole
-from .content import Content, checked, flag, head_kind, info_text, read_info, shown, whole
+from .content import Content, flag, head_kind, info_text, read_info, shown, whole
 
 
 def write(path: str | os.PathLike[str], kind: dict[str, str], content: Content) -> None:
@@ -33,16 +33,17 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def read(data: bytes, form: str, nodes: bool = False) -> Content:
+def read(data: bytes, *forms: str) -> Content:
+    """What `write` wrote in one of these formats; its tensors are still to be checked."""
     metadata = _metadata(data)
-    if metadata.get("format") != form:
-        raise expected("metadata", f"format {form!r}", shown(metadata.get("format")))
+    if metadata.get("format") not in forms:
+        raise expected("metadata", f"format {forms[0]!r}", shown(metadata.get("format")))
     # The library checks that the header's sizes are the file's.
     tensors = load(data)
     if CHECKSUM in metadata:
         check_digest(metadata.pop(CHECKSUM), metadata, tensors)
     graph = _graph(parse_json(metadata["graph"]))
-    return checked(Content(graph, tensors, read_info(metadata["info"])), nodes)
+    return Content(graph, tensors, read_info(metadata["info"]))
 
 
 def _metadata(data: bytes) -> dict[str, Any]:

@@ -112,13 +112,18 @@ class Circuit(Result):
         return drawn("draw_circuit", self, max_edges)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `.safetensors`, or EAP-IG's `.json` or `.pt`; whole or not at all."""
+        """Write `.safetensors`, or EAP-IG's `.json` or `.pt`; whole or not at all.
+
+        `.safetensors` has only the kept edges and their scores, EAP-IG's formats all edges.
+        """
         values = {} if self.values is None else {"values": self.values}
         formats.save(path, "circuit", formats.Content(self.graph, {"mask": self.mask, **values}, self.info))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Circuit:
         """Read what `save` or EAP-IG wrote; nothing is unpickled. Raises `InputError` for anything else.
+
+        From our own format `values` are 0 outside the circuit.
 
         Warns of a file with scores and no edge: EAP-IG's formats do not tell scores from an empty circuit.
         """
@@ -127,7 +132,7 @@ class Circuit(Result):
             raise expected(str(path), "a circuit", "edge scores only; choose a circuit with EdgeScores.select")
         if "values" in tensors and "selection" not in info and tensors["values"].any() and not tensors["mask"].any():
             warn(f"{path}: a circuit without edges, but with scores; EdgeScores.load(...).select chooses one.")
-        return cls(graph, tensors["mask"], tensors.get("values"), info)
+        return cls(graph, tensors["mask"], tensors.get("values", tensors.get("kept")), info)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Circuit) and self.graph == other.graph and bool((self.mask == other.mask).all())

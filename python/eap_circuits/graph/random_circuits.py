@@ -68,8 +68,8 @@ class _Growth:
     def grow(self, n_edges: int) -> bool:
         """Add edges until there are `n_edges`; False if no remaining edge can be completed to a path within that."""
         generator = torch.Generator().manual_seed(self.rng.getrandbits(62))
-        # The edges' numbers, in a random order. In parts: a circuit needs few of them, and a list of all edges of a large
-        # model would take gigabytes.
+        # The edges' numbers, in a random order. In parts: a circuit needs few of them, and a list of all edges of a
+        # large model would take gigabytes.
         order = torch.randperm(self.graph.n_edges, generator=generator, dtype=torch.int32).numpy()
         parts = [order[start : start + _AT_ONCE] for start in range(0, len(order), _AT_ONCE)]
         remaining = n_edges

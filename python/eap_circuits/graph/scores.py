@@ -234,7 +234,8 @@ class EdgeScores(Result):
         """Read what `save` or EAP-IG wrote; nothing is unpickled. Raises `InputError` for anything else."""
         graph, tensors, info = formats.load(path)
         if "values" not in tensors:
-            raise expected(str(path), "a file with edge scores", "a circuit without scores")
+            found = "a circuit with only its own edges' scores" if "kept" in tensors else "a circuit without scores"
+            raise expected(str(path), "a file with edge scores", found)
         return cls(graph, tensors["values"], info, **{name: tensors.get(name) for name in STATISTICS})
 
     def __repr__(self) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eap_circuits import Circuit, EdgeScores, Graph, InputError
@@ -59,7 +61,55 @@ def test_circuits_come_back(kind: str, suffix: str, tmp_path: Path) -> None:
     assert loaded == circuit
     assert loaded.values is not None
     assert circuit.values is not None
-    assert torch.allclose(loaded.values, circuit.values, rtol=1e-6)
+    there = circuit.mask if suffix == ".safetensors" else circuit.graph.edge_mask
+    assert torch.allclose(loaded.values, circuit.values * there, rtol=1e-6)
+
+
+def test_a_circuit_takes_room_only_for_the_edges_it_keeps(tmp_path: Path) -> None:
+    graph = Graph((16,) * 16, (4,) * 16, 64)
+    circuit = EdgeScores(graph, values_of(graph)).select(graph.n_edges // 1000, prune=False)
+    circuit.save(tmp_path / "c.safetensors")
+    assert (tmp_path / "c.safetensors").stat().st_size < 2000 + 12 * circuit.n_edges < graph.n_edges
+    assert Circuit.load(tmp_path / "c.safetensors") == circuit
+    with pytest.raises(InputError, match="expected a file with edge scores, found a circuit with only its own"):
+        EdgeScores.load(tmp_path / "c.safetensors")
+
+
+def test_a_circuit_of_the_first_format_is_read(tmp_path: Path) -> None:
+    circuit = circuit_of(GRAPHS["kv"])
+    assert circuit.values is not None
+    plain = {"format": "eap-circuits/1", "kind": "circuit", "info": "{}", "graph": json.dumps(circuit.graph.to_dict())}
+    save_file({"mask": circuit.mask, "values": circuit.values}, tmp_path / "old.safetensors", metadata=plain)
+    loaded = Circuit.load(tmp_path / "old.safetensors")
+    assert loaded == circuit and loaded.values is not None and torch.equal(loaded.values, circuit.values)
+    assert torch.equal(EdgeScores.load(tmp_path / "old.safetensors").values, circuit.values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, g: t.update(edges=t["edges"].flip(0)), "edges: expected each once, in order"),
+        (lambda t, g: t.update(edges=torch.cat([t["edges"][:1], t["edges"][:-1]])), "each once, in order"),
+        (lambda t, g: t["edges"].__setitem__((-1, 0), 10**6), "edges: expected edges of the graph, found [1000000,"),
+        (lambda t, g: t["edges"].__setitem__((0, 1), -1), "edges: expected edges of the graph"),
+        (lambda t, g: t["edges"].__setitem__((-1, 1), 10**6), "edges: expected edges of the graph"),
+        (lambda t, g: t["edges"].__setitem__(-1, torch.tensor([10, 0])), "edges of the graph, found [10, 0]"),
+        (lambda t, g: t["scores"].__setitem__(1, math.nan), "values: expected finite numbers, found 1 that are not"),
+        (lambda t, g: t.update(scores=t["scores"][1:].clone()), "scores: expected floating-point numbers"),
+        (lambda t, g: t.update(edges=t["edges"].long()), "edges: expected int32 [n, 2]"),
+        (lambda t, g: t.update(mask=t["scores"] > 0), "tensors: expected edges, and maybe scores"),
+        (lambda t, g: g.update(n_heads=[2**28] * 2, n_kv_heads=[1] * 2), "one whose mask fits into memory"),
+    ],
+)
+def test_lists_of_edges_that_are_almost_right(change: Any, message: str, tmp_path: Path) -> None:
+    path, circuit = tmp_path / "c.safetensors", circuit_of(GRAPHS["kv"])
+    circuit.save(path)
+    tensors, graph = load_file(path), circuit.graph.to_dict()
+    change(tensors, graph)
+    metadata = {"format": "eap-circuits/circuit-2", "info": "{}", "graph": json.dumps(graph)}
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(InputError, match=re.escape(message)):
+        Circuit.load(path)
 
 
 def test_statistics_come_back_in_our_own_format_alone(tmp_path: Path) -> None:

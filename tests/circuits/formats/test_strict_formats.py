@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from eap_circuits import Circuit, EdgeScores, Graph, InputError, NodeScores
+from eap_circuits.formats import parts
 from eap_circuits.report import load_curve
 from eap_circuits.report.curves import saved_curve
 
@@ -381,3 +382,36 @@ def test_a_flipped_byte_is_refused_or_changes_nothing(suffix: str, tmp_path: Pat
             assert torch.equal(found.values, right.values) and found.graph == right.graph
         assert suffix == "nodes" or suffix == "curve" or found == right
     assert refusals > 100
+
+
+@pytest.mark.parametrize("size", [1, 60, 1000])
+def test_json_is_the_same_in_whatever_parts_it_is_read(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(".json", tmp_path, lambda content: None, keep_checksum=True)
+    right, text = Circuit.load(path), path.read_text()
+    monkeypatch.setattr(parts, "_CHARACTERS", size)
+    content = json.loads(text)
+    unlike = {
+        **content,
+        "edges": {n: {"in_graph": e["in_graph"], "why": ['"},{'], **e} for n, e in content["edges"].items()},
+    }
+    first = {"edges": content["edges"], **content}  # before the graph is known
+    for each in (content, unlike, {**first, "sha256": content["sha256"]}):
+        path.write_text(json.dumps(each, indent=size))
+        found = Circuit.load(path)
+        assert found == right and torch.equal(found.values, right.values)
+    edge = '"m0->m1": {"score": 1, "in_graph": false}'
+    for broken, message in [
+        (text.replace('"m0->m1": {', f'{edge}, "m0->m1": {{'), "'m0->m1' comes twice"),
+        (text.replace('"edges": {', f'"edges": {{{edge}, '), "'m0->m1' comes twice"),
+        (text.replace('"cfg": {', '"cfg": 3, "cfg": {'), "'cfg' comes twice"),
+        (text.replace('"in_graph": true', '"in_graph": true, "in_graph": true', 1), "'in_graph' comes twice"),
+        (text.replace('}, "sha256"', ', }, "sha256"'), "something else"),
+        (text.replace('}, "sha256"', ',,}, "sha256"'), "something else"),
+        (text.replace('"cfg": {', '"cfg" {'), "something else"),
+        (text[:-20], "something else"),
+        (text + "}", "something else"),
+    ]:
+        path.write_text(broken)
+        assert message in refused(path, Circuit.load)

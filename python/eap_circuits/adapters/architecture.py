@@ -134,7 +134,8 @@ class Layer:
 class Architecture:
     """A model's sites under canonical names.
 
-    `device` holds the embeddings, prompts, logits and scores; layers may compute on other devices.
+    `device` holds the embeddings, prompts, logits and scores; layers may compute on other devices. `planned_for` is the
+    kind of device for which a run is planned, if not for this one.
     """
 
     model: nn.Module
@@ -146,6 +147,7 @@ class Architecture:
     embedding_scale: float
     device: torch.device
     dtype: torch.dtype
+    planned_for: str | None = None
 
     @cached_property
     def team(self) -> int:
@@ -157,6 +159,11 @@ class Architecture:
         """Every device on which the model computes, without repetition."""
         found = [self.device, *(layer.device for layer in self.layers), self.final_norm.device]
         return list(dict.fromkeys(found))
+
+    @property
+    def device_kind(self) -> str:
+        """ "cpu" or "cuda": where it runs, or would."""
+        return self.planned_for or self.device.type
 
     @property
     def d_model(self) -> int:
@@ -195,7 +202,7 @@ class Architecture:
         on IOI: 0.1 % against 2.1 %). It is never float16, as gradients leave its range.
         """
         low = self.dtype in (torch.bfloat16, torch.float16)
-        return torch.bfloat16 if low and self.device.type == "cuda" else self.accumulate
+        return torch.bfloat16 if low and self.device_kind == "cuda" else self.accumulate
 
     def graph(self, heads: Heads) -> Graph:
         return Graph(

@@ -86,13 +86,18 @@ def tokens_within(
 
 @dataclass(frozen=True)
 class Cost:
-    """The bytes that a batch takes, measured on its longest example.
+    """The bytes that a batch takes, measured on its longest example, and its floating-point operations.
 
     Each phase, (fixed, per example, per copy of an example), is linear in examples and in examples × copies (points,
-    circuits, edges).
+    circuits, edges); so are the operations of all phases together.
     """
 
     phases: tuple[tuple[int, int, int], ...]
+    work: tuple[int, int, int] = (0, 0, 0)
+
+    def operations(self, examples: int, copies: int) -> int:
+        fixed, per_example, per_copy = self.work
+        return fixed + examples * (per_example + copies * per_copy)
 
     def bytes(self, examples: int, copies: int) -> int:
         return max(fixed + examples * (per_example + copies * per_copy) for fixed, per_example, per_copy in self.phases)
@@ -107,7 +112,7 @@ def measure_cost(data: PairedDataset, batch: Batch, run: Measured, copies: bool 
         with PeakBytes() as count:
             run(few, side_by_side)
             count.lap()
-        return count.laps
+        return [*count.laps, count.operations]
 
     ones = measured(1, 1)
     more_copies = measured(1, 2) if copies else ones
@@ -117,7 +122,16 @@ def measure_cost(data: PairedDataset, batch: Batch, run: Measured, copies: bool 
         per_copy = copied - one
         per_example = examples - one - per_copy
         phases.append((one - per_example - per_copy, per_example, per_copy))
-    return Cost(tuple(phases))
+    *phases, work = phases
+    return Cost(tuple(phases), work)
+
+
+def measured_operations(data: PairedDataset, batch: Batch, run: Callable[[Batch], object]) -> int:
+    """The floating-point operations of a run of the batch's longest example."""
+    few = _some(data, batch, 1, bool(batch.start.any()))
+    with PeakBytes() as count:
+        run(few)
+    return count.operations
 
 
 def _some(data: PairedDataset, batch: Batch, examples: int, reuse_prefix: bool) -> Batch:

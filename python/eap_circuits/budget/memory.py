@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import InputError, expected, out_of_memory, reason
+from ..errors import InputError, expected, one_of, out_of_memory, reason
 from ..forward import TOKENS_PER_BATCH, Batch, give_back_memory, halves, some_of
 from ..ranks import count, dealt, in_team
 from ..tasks import PairedDataset
@@ -25,12 +26,14 @@ from ..tasks import PairedDataset
 # For devices that a pass of TOKENS_PER_BATCH does not keep busy; not yet measured.
 TOKENS_PER_PASS = {"cuda": 8192}
 SHARE_OF_FREE = 0.5
+# Operators that multiply matrices, and where among their arguments the two factors begin.
+_PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_grouped_mm": 0, "_scaled_mm": 0, "_int_mm": 0}
 T = TypeVar("T")
 
 
-def most_tokens(device: torch.device) -> int:
-    """How many tokens keep the device busy; more in a pass would only take memory."""
-    return TOKENS_PER_PASS.get(device.type, TOKENS_PER_BATCH)
+def most_tokens(kind: str) -> int:
+    """How many tokens keep a device of this kind busy; more in a pass would only take memory."""
+    return TOKENS_PER_PASS.get(kind, TOKENS_PER_BATCH)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -42,6 +45,23 @@ def free_bytes(device: torch.device) -> int:
     free = int(found[1]) * 1024 if found else 4 * 2**30
     limit, used = (_text(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
     return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
+
+
+def kind_of(device: object) -> str:
+    """ "cpu" or "cuda" of a device to plan for, which this machine need not have."""
+    try:
+        kind: object = torch.device(device).type  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        kind = device
+    one_of("device", kind, ("cpu", "cuda"))
+    return str(kind)
+
+
+def free_share(kind: str) -> int:
+    """What a run may take by default on a device of this kind; raises InputError if this machine has none."""
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise expected("memory", "what the run may take on each GPU, as this machine has none to ask", None)
+    return int(SHARE_OF_FREE * free_bytes(torch.device(kind)))
 
 
 def device_name(device: torch.device) -> str:
@@ -61,12 +81,13 @@ def _text(path: str) -> str:
 class PeakBytes(TorchDispatchMode):
     """Counts the bytes of tensors that are made inside and still alive; `peak` is their maximum.
 
-    `laps` are the peaks of the phases that `lap()` ended.
+    `laps` are the peaks of the phases that `lap()` ended; `operations` the floating-point operations of matrix products
+    and attention.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = self._highest = self._alive = 0
+        self.peak = self._highest = self._alive = self.operations = 0
         self.laps: list[int] = []
         self._known: Any = WeakIdKeyDictionary()
 
@@ -80,6 +101,7 @@ class PeakBytes(TorchDispatchMode):
         for x in _tensors((*args, *kwargs.values())):
             self._known.setdefault(x.untyped_storage(), True)
         out = func(*args, **kwargs)
+        self.operations += _operations(func, args, kwargs)
         for x in _tensors(out if isinstance(out, (tuple, list)) else (out,)):
             self._count(x.untyped_storage())
         return out
@@ -97,11 +119,31 @@ class PeakBytes(TorchDispatchMode):
         self._alive -= size
 
 
+def _operations(func: Any, args: Any, kwargs: Any) -> int:
+    """Of one operator: two for each product of two numbers."""
+    name = func.overloadpacket.__name__ if hasattr(func, "overloadpacket") else ""
+    if name in _PRODUCTS:
+        first, second = args[_PRODUCTS[name] : _PRODUCTS[name] + 2]
+        # Of several second factors, as experts have, each row meets one.
+        return 2 * first.numel() * second.shape[-1]
+    if "scaled_dot_product" in name:
+        backward = name.endswith("backward")
+        query, key, value = args[backward : backward + 3]
+        once = 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        return once * 5 // 2 if backward else once
+    return 0
+
+
 def end_of_phase() -> None:
     """Here a phase of a batch ends: where its memory is counted, the next phase's peak is one of its own."""
     for mode in _get_current_dispatch_mode_stack():
         if isinstance(mode, PeakBytes):
             mode.lap()
+
+
+def zeros(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU that take memory only where they are written to: of a large graph's edges, those measured."""
+    return torch.from_numpy(np.zeros(tuple(shape), str(dtype).removeprefix("torch.")))
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -102,6 +102,21 @@ Checkpoint = Annotated[
     ),
 ]
 
+DryRun = Annotated[
+    bool,
+    option(
+        "Scoring",
+        "Only show the batches, memory and time that the run would take; --device may be another machine's.",
+        "--dry-run",
+    ),
+]
+NoWeights = Annotated[
+    bool, option("Scoring", "With --dry-run: load only the model's configuration, whatever its size.", "--no-weights")
+]
+Gpus = Annotated[
+    int | None, option("Scoring", "With --dry-run: how many GPUs share the model, its weights and its work.", min=1)
+]
+
 How = Annotated[str, option("Circuit", help_text("selections", "How the circuit's edges are chosen."))]
 Signed = Annotated[bool, option("Circuit", "Rank by the score itself, not by its absolute value.", "--signed")]
 Confidence = Annotated[

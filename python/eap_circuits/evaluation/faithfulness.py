@@ -276,7 +276,7 @@ def _tokens_together(request: Request, circuits: Sequence[Circuit]) -> int:
         rows_computed(graph, [item.mask for item in circuits if item.graph.heads == heads], device)
         for heads, graph in {item.graph.heads: item.graph for item in circuits}.items()
     )
-    most = max(TOKENS_TOGETHER, most_tokens(device))
+    most = max(TOKENS_TOGETHER, most_tokens(device.type))
     kept = min(tokens_in_all(request, 1), TOKENS_PER_BATCH)
     at_once = min(tokens_in_all(request, len(circuits) + 1), most)  # beside the clean run
     rough = bytes_without_gradient(request, kept, at_once, rows * request.arch.d_model)

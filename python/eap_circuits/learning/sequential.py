@@ -200,7 +200,7 @@ def _tokens_together(request: Request, graph: Graph) -> int:
     device = request.arch.device
     largest = graph.edge_mask.clone()
     largest[0] = False  # every receiver but the first layer's reads a part
-    most = max(TOKENS_TOGETHER, most_tokens(device))
+    most = max(TOKENS_TOGETHER, most_tokens(device.type))
     rough = bytes_without_gradient(
         request, TOKENS_PER_BATCH, most, rows_computed(graph, [largest], device) * request.arch.d_model
     )

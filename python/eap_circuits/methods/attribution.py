@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..budget import free_share, kind_of
 from ..checkpoint import Where, opened, settings_of
 from ..errors import expected, flag, known_arguments, one_of, shown, whole
 from ..forward import Constants, borrowed, one_want_of_memory
@@ -163,24 +164,40 @@ def plan(
     quadrature: str = "right",
     compat: str | None = None,
     ablation_data: PairedDataset | None = None,
+    device: str | None = None,
+    gpus: int = 1,
 ) -> Plan:
-    """The batches and passes of the `attribute` call with these arguments, and the memory that it will take.
+    """The batches and passes of the `attribute` call with these arguments, and the memory and time that it will take.
 
     Runs one or two examples of each batch, in a few passes. The result itself, which may be large with `keep`, is not
     counted.
 
+    Args:
+        device: "cuda" or "cpu", the kind of device to plan for, whatever this machine has; by default the model's.
+        gpus: how many of them share one model, each with its part of the weights and of the work, as in tensor
+            parallelism. By memory it also holds for `device_map` and `fully_shard`, whose GPUs do not share the time.
+        memory: as in `attribute`, on each GPU.
+
     Raises:
-        InputError: what `attribute` refuses, and methods that are not planned, such as "exact".
+        InputError: what `attribute` refuses, methods that are not planned, such as "exact", and another machine's
+            device without `memory=`.
     """
-    asked = dict(locals())
+    asked = {name: value for name, value in locals().items() if name not in ("device", "gpus")}
+    kind = None if device is None else kind_of(device)
+    gpus = whole("gpus", gpus, 1)
     with Weightless(model) as shapes:
         request = _request(**asked)
         spec = request.method
         if not isinstance(spec, GradientMethod) or not spec.planned:
             planned = (name for name, each in METHODS.items() if each.planned)
             raise expected("method", f"one whose memory is planned ({', '.join(map(repr, planned))})", repr(method))
+        if kind is not None:
+            memory = free_share(kind) if request.memory is None else request.memory
+            request = replace(request, arch=replace(request.arch, planned_for=kind), memory=memory)
+        if gpus > 1 and request.arch.device_kind != "cuda":
+            raise expected("gpus", "1, except for device='cuda'", gpus)
         with borrowed(request.arch.model), shapes.mode:
-            return spec.plan(request.verified(heads).with_constants())
+            return spec.plan(request.verified(heads).with_constants(), gpus)
 
 
 def _request(

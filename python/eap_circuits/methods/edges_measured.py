@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..budget import zeros
 from ..checkpoint import Checkpoint
 from ..forward import Batch
 from .statistics import Statistics
@@ -29,8 +30,9 @@ class EdgesMeasured:
         self.finished = torch.zeros(n_examples, dtype=torch.bool)
         # Of the batch that is being measured: its examples, the edges done, and their scores, not yet in the sums.
         self.current = torch.zeros_like(self.finished)
-        self.done = torch.zeros_like(self._sums["total"], dtype=torch.bool)
-        self._partial = {name: torch.zeros_like(self._sums[name]) for name in _SUMMED if name in self._sums}
+        edges = self._sums["total"].shape
+        self.done = zeros(edges, torch.bool)
+        self._partial = {name: zeros(edges, torch.float64) for name in _SUMMED if name in self._sums}
         partial = {f"partial {name}": tensor for name, tensor in self._partial.items()}
         own = {"finished": self.finished, "current": self.current, "done": self.done}
         checkpoint.keep({**self._sums, **partial, **own})
@@ -40,10 +42,12 @@ class EdgesMeasured:
         examples = torch.zeros_like(self.finished)
         examples[batch.index] = True
         if not torch.equal(examples, self.current):
-            # In this order: until the last step the edges of whatever batch is current are simply not done.
-            self.done.zero_()
-            for tensor in self._partial.values():
-                tensor.zero_()
+            # In this order: until the last step the edges of whatever batch is current are simply not done. Where no
+            # batch was begun, all is zero, and still takes no memory.
+            if self.current.any():
+                self.done.zero_()
+                for tensor in self._partial.values():
+                    tensor.zero_()
             self.current.copy_(examples)
 
     def put(self, edges: Tensor, batch: Batch, scores: Tensor) -> None:
@@ -64,5 +68,5 @@ class EdgesMeasured:
                 self._sums[name] += tensor
                 tensor.zero_()
             self.finished |= self.current
-            self.current.zero_()
             self.done.zero_()
+            self.current.zero_()

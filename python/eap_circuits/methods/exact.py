@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import ClassVar
 
 import torch
@@ -51,7 +52,7 @@ class ExactMethod(Method):
     ) -> None:
         measured = EdgesMeasured(statistics, len(request.data), checkpoint)
         mask = request.edges
-        n_edges, tokens = int(mask.sum()), checkpoint.tokens(_edge_tokens(request))
+        n_edges, tokens = int(torch.count_nonzero(mask)), checkpoint.tokens(_edge_tokens(request))
 
         def measure(batch: Batch, tokens: int) -> None:
             measured.begin(batch)
@@ -63,7 +64,7 @@ class ExactMethod(Method):
                     metric.values(logits)
                 return (clean - torch.stack(fetch([metric])[0])).double()
 
-            passes = _passes(patched, mask & ~measured.done, together)
+            passes = _passes(patched, mask, measured.done, together)
             for edges, scores in dealt(passes, run, request.arch.team):
                 measured.put(edges, batch, scores)
                 if progress is not None:
@@ -89,9 +90,11 @@ def _begun(request: AttributionRequest, batch: Batch) -> tuple[PatchedEdges, Mea
 def _edge_tokens(request: AttributionRequest) -> int:
     """The tokens of the edges that run together within the budget."""
     graph, most = request.graph, TOKENS_TOGETHER
-    if not request.edges.any():
+    entered = request.edges.any(0).nonzero()
+    if not len(entered):
         return most
-    receiver, sender = request.edges.T.nonzero()[0].tolist()
+    receiver = int(entered[0])
+    sender = int(request.edges[:, receiver].nonzero()[0])
 
     def measured(few: Batch, copies: int) -> None:
         patched = prepare_patching(request.runner(graph, few), graph, request.constants)
@@ -105,8 +108,12 @@ def _edge_tokens(request: AttributionRequest) -> int:
     return tokens_within(request, most, rough, cost)
 
 
-def _passes(patched: PatchedEdges, mask: Tensor, size: int) -> Iterable[Tensor]:
+def _passes(patched: PatchedEdges, mask: Tensor, done: Tensor, size: int) -> Iterable[Tensor]:
     """Edges that run together, int64 [n, 2]: from one layer, those of one sender beside each other."""
-    layers = torch.tensor([patched.layer(v) for v in range(mask.shape[1])])
-    for layer in layers[mask.any(0)].unique():
-        yield from (mask & (layers == layer)).nonzero().split(size)
+    for _, layer in groupby(range(mask.shape[1]), patched.layer):
+        receivers = list(layer)  # one after another
+        # A layer's by themselves: a list of all edges of a large model would take gigabytes.
+        here = slice(receivers[0], receivers[-1] + 1)
+        edges = (mask[:, here] & ~done[:, here]).nonzero() + torch.tensor([0, here.start])
+        if len(edges):
+            yield from edges.split(size)

@@ -46,7 +46,7 @@ class FlowMethod(Method):
     def run(
         self, request: AttributionRequest, statistics: Statistics, checkpoint: Checkpoint, progress: Progress | None
     ) -> None:
-        tokens = most_tokens(request.arch.device)
+        tokens = most_tokens(request.arch.device_kind)
         score_batches(request, tokens, partial(score_batch, request), statistics, checkpoint, progress)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eap_kernels import Nodes
 
-from ..budget import dealt_in_memory, free_bytes
+from ..budget import dealt_in_memory, free_bytes, zeros
 from ..checkpoint import Checkpoint, remaining
 from ..errors import expected, listed, one_of
 from ..forward import Batch, upload
@@ -191,7 +191,7 @@ class Statistics:
         free = least_share("scores", {"cpu": free_bytes(torch.device("cpu"))})
         if keep and needed > free:
             raise expected("keep", f"scores that fit into the {free:,} bytes that are free", f"{needed:,} bytes")
-        self.sums = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        self.sums = {name: zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
 
     def add(self, batch: Batch, found: dict[str, Tensor]) -> None:
         """Add the scores of a batch, which `BatchScores.fetch` gave."""

@@ -90,7 +90,19 @@ def plan_table(plan: Plan) -> Table:
         Column("steps", "steps at once", count, numeric=True),
     )
     title = f"{gibibytes(plan.bytes)} besides model and data, of {gibibytes(plan.budget)} allowed"
+    if plan.gpus > 1:
+        title += f" on each of {plan.gpus} GPUs, and {gibibytes(plan.weights // plan.gpus)} of the weights"
+    if plan.seconds is not None and plan.rates is not None:
+        passes, contraction = (f"{rate / 1e12:.0f} TFLOP/s" for rate in plan.rates)
+        title += f"; about {duration(plan.seconds)} if passes run at {passes} and the contraction at {contraction}"
     return Table(title, columns, tuple((n, *batch) for batch, n in rows.items()))
+
+
+def duration(seconds: float) -> str:
+    """0.26 s, 39 s, 12 min or 3.4 h."""
+    unit, size = next(((unit, size) for unit, size in (("h", 3600), ("min", 60)) if seconds >= 2 * size), ("s", 1))
+    value = seconds / size
+    return f"{value:.2g} {unit}" if value < 10 else f"{value:,.0f} {unit}"
 
 
 def gibibytes(value: int) -> str:

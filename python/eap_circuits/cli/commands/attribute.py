@@ -27,13 +27,9 @@ def attribute(
     ablation_data: options.AblationData = None,
     batch_size: options.BatchSize = None,
     memory: options.Memory = None,
-    dry_run: Annotated[
-        bool, option("Scoring", "Only show the batches and the memory that the run would take.", "--dry-run")
-    ] = False,
-    no_weights: Annotated[
-        bool,
-        option("Scoring", "With --dry-run: load only the model's configuration, whatever its size.", "--no-weights"),
-    ] = False,
+    dry_run: options.DryRun = False,
+    no_weights: options.NoWeights = False,
+    gpus: options.Gpus = None,
     only: Annotated[Path | None, option("Scoring", "With exact: measure only this circuit's edges.")] = None,
     checkpoint: options.Checkpoint = None,
     keep: options.Keep = None,
@@ -81,8 +77,9 @@ def attribute(
         raise expected("--circuit", "--edges with it, the size of the circuit", "no --edges")
     if confidence is not None and edges is None:
         raise expected("--confidence", "--edges with it, the size of the circuit", "no --edges")
-    if no_weights and not dry_run:
-        raise expected("--no-weights", "--dry-run with it", "no --dry-run")
+    for name, given in (("--no-weights", no_weights), ("--gpus", gpus)):
+        if given and not dry_run:
+            raise expected(name, "--dry-run with it", "no --dry-run")
     one_of("--method", method, METHODS)
     one_of("--quadrature", quadrature, QUADRATURES)
     if rules is not None:
@@ -96,7 +93,7 @@ def attribute(
     prompts = session.Prompts(task, data, n, seed, align, ablation_data)
     prompts.check(metric, gradient=METHODS[method].backward, ablation=ablation)
 
-    loaded, tokenizer = session.load_model(model, dtype, device, not no_weights, trust_remote_code)
+    loaded, tokenizer = session.load_model(model, dtype, None if dry_run else device, not no_weights, trust_remote_code)
     if not dry_run:
         graph = bind(loaded).graph(heads)  # type: ignore[arg-type]
         if edges is not None and edges > graph.n_edges:
@@ -118,7 +115,7 @@ def attribute(
         "rules": rules,
     }
     if dry_run:
-        plan = eap.plan(loaded, pairs, **asked)
+        plan = eap.plan(loaded, pairs, **asked, device=device, gpus=gpus or 1)
         show_json(asdict(plan)) if as_json else show_table(plan_table(plan))
         return
     with progress("Scoring edges") as bar:

@@ -4,4 +4,5 @@ from .activations import ActivationsMethod
 from .adaptive import AdaptiveMethod
 from .conductance import ConductanceMethod
 from .inputs import InputsMethod
-from .method import GradientMethod, Plan
+from .method import GradientMethod
+from .plans import Plan

@@ -21,18 +21,21 @@ from ...budget import (
     budget,
     end_of_phase,
     measure_cost,
+    measured_operations,
     most_tokens,
     numbers_per_token,
     tokens_in_all,
     tokens_within,
 )
 from ...checkpoint import Checkpoint
+from ...errors import warn
 from ...forward import Batch, upload
 from ...recording import ReceiverGradients
 from ...request import Measurement, Progress
 from ..quadrature import Path, Quadrature
 from ..spec import KEEP, AttributionRequest, Method
 from ..statistics import BatchScores, Statistics, batch_bytes, score_batches
+from .plans import Plan, contraction_of, rates_of, weight_bytes
 
 T = TypeVar("T")
 
@@ -42,24 +45,6 @@ HELD_POINTS = 5
 HELD_BYTES = 128 * 2**20
 # For each token a pass keeps about this many numbers for the backward for every weight, divided by the width.
 _NUMBERS_PER_WEIGHT = 2
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a gradient method runs.
-
-    Args:
-        tokens: the most tokens in a pass with gradients.
-        batches: (examples, suffix tokens, path points per pass) of each batch.
-        bytes: the most memory that tensors will take besides the model's weights and the data; an allocator may hold
-            on to more, which tensors have given back.
-        budget: the most they may take.
-    """
-
-    tokens: int
-    batches: tuple[tuple[int, int, int], ...]
-    bytes: int
-    budget: int
 
 
 class Passes(NamedTuple):
@@ -112,7 +97,7 @@ class GradientMethod(Method):
     def run(
         self, request: AttributionRequest, statistics: Statistics, checkpoint: Checkpoint, progress: Progress | None
     ) -> None:
-        most = most_tokens(request.arch.device)
+        most = most_tokens(request.arch.device_kind)
         tokens, per_batch = self._tokens(request, self._costs(request)) if self.planned else (most, most)
 
         def score(batch: Batch, tokens: int) -> BatchScores:
@@ -120,8 +105,8 @@ class GradientMethod(Method):
 
         score_batches(request, tokens, score, statistics, checkpoint, progress, per_batch)
 
-    def plan(self, request: AttributionRequest) -> Plan:
-        """How `run` will cut the data, and what it will take."""
+    def plan(self, request: AttributionRequest, gpus: int = 1) -> Plan:
+        """How `run` will cut the data, and what it will take, on so many GPUs that share the model."""
         # Looked up once: what is free changes from one moment to the next.
         allowed = budget(request)
         request = replace(request, memory=allowed)
@@ -130,7 +115,17 @@ class GradientMethod(Method):
         batches = list(request.batches(per_batch))
         shapes = [(batch.n_examples, batch.shape[1], self.cut(request, batch, tokens).together) for batch in batches]
         needed = max(cost(batch).bytes(shape[0], shape[2]) for batch, shape in zip(batches, shapes, strict=True))
-        return Plan(tokens, tuple(shapes), needed, allowed)
+        if needed > allowed:
+            warn(
+                f"plan: expected a run within {allowed:,} bytes, found that one example and path point take {needed:,}."
+            )
+        points = len(request.path)
+        passes = sum(batch.n_examples * self._operations(request, batch, cost) for batch in batches)
+        contraction = contraction_of(request, points) * sum(examples * suffix for examples, suffix, _ in shapes)
+        rates = rates_of(request)
+        seconds = None if rates is None else (passes / rates.passes + contraction / rates.contraction) / gpus
+        model = request.arch.device_kind, gpus, weight_bytes(request)
+        return Plan(tokens, tuple(shapes), needed, allowed, *model, passes, contraction, rates, seconds)
 
     def cut(self, request: AttributionRequest, batch: Batch, tokens: int) -> Passes:
         """How a batch runs where a pass has at most this many tokens."""
@@ -141,13 +136,23 @@ class GradientMethod(Method):
         held = min(points, max(HELD_POINTS, HELD_BYTES // max(per_point, 1)))
         return Passes(request.path, max(1, min(held, tokens // batch.clean.numel())), held)
 
+    def _operations(self, request: AttributionRequest, batch: Batch, cost: Callable[[Batch], Cost]) -> int:
+        """Of the passes of one example."""
+        repeated = self.repeated(request)
+        if len(repeated) == len(request.path):
+            return cost(batch).operations(1, len(repeated))
+        points = len(request.path)
+        return measured_operations(
+            request.data, batch, lambda few: self.score(request, few, Passes(request.path, points, points))
+        )
+
     def _tokens(self, request: AttributionRequest, cost: Callable[[Batch], Cost]) -> tuple[int, int]:
         """The most tokens of a pass within the budget, and those of a batch.
 
         Fewer examples with more of their points in a pass take less memory, as senders and receivers are held for each
         example.
         """
-        most, points = most_tokens(request.arch.device), len(self.repeated(request))
+        most, points = most_tokens(request.arch.device_kind), len(self.repeated(request))
         at_once = min(most, tokens_in_all(request, points))
         rough = _NUMBERS_PER_WEIGHT * at_once * numbers_per_token(request) * request.arch.accumulate.itemsize
         rough += batch_bytes(request, request.batch_size or most)

@@ -1,0 +1,80 @@
+"""What a plan says, and how long a run of it may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..spec import AttributionRequest
+
+# Of one H100, in floating-point operations a second, for models in low precision and in float32. Passes: half of what a
+# large matrix product was measured at (bench/results), as the passes of whole models were not measured yet. The
+# contraction: as `head_space_scores` was measured on the shapes of Llama-3.1-8B.
+_LOW = 3.9e14, 1.0e14
+_FLOAT32 = 2.6e13, 1.5e13
+
+
+class Rates(NamedTuple):
+    """Floating-point operations a second."""
+
+    passes: float
+    contraction: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a gradient method runs.
+
+    Args:
+        tokens: the most tokens in a pass with gradients.
+        batches: (examples, suffix tokens, path points per pass) of each batch.
+        bytes: the most memory that tensors will take besides the model's weights and the data; an allocator may hold
+            on to more, which tensors have given back.
+        budget: the most they may take.
+        device: the kind of device that the plan is for, "cpu" or "cuda".
+        gpus: how many GPUs share the weights and the work. What a single one would hold of `bytes` is not taken apart:
+            each holds at most all of it.
+        weights: bytes of the model's weights, all GPUs together.
+        passes, contraction: floating-point operations of the model's own passes (matrix products and attention), and
+            of the products of senders with receivers.
+        rates: operations a second of one GPU that the time is estimated with, of the two; None where none is known.
+        seconds: the estimate, if all GPUs compute all the time.
+    """
+
+    tokens: int
+    batches: tuple[tuple[int, int, int], ...]
+    bytes: int
+    budget: int
+    device: str = "cpu"
+    gpus: int = 1
+    weights: int = 0
+    passes: int = 0
+    contraction: int = 0
+    rates: Rates | None = None
+    seconds: float | None = None
+
+
+def rates_of(request: AttributionRequest) -> Rates | None:
+    """Those of one device of the kind that the request runs on."""
+    if request.arch.device_kind != "cuda":
+        return None
+    return Rates(*(_LOW if request.arch.contraction_dtype == torch.bfloat16 else _FLOAT32))
+
+
+def weight_bytes(request: AttributionRequest) -> int:
+    """Of all of the model's parameters and buffers; tied ones count once."""
+    model = request.arch.model
+    found = {id(x): x.numel() * x.itemsize for each in (model.parameters(), model.buffers()) for x in each}
+    return sum(found.values())
+
+
+def contraction_of(request: AttributionRequest, points: int) -> int:
+    """Operations for a token of the products of senders with receivers, and with what norms read at each point."""
+    graph, arch = request.graph, request.arch
+    seen = {arch.final_norm: graph.n_senders}
+    for layer, parts in enumerate(arch.layers):
+        seen[parts.attention_norm] = graph.attention_reach(layer)
+        seen[parts.mlp_norm] = graph.mlp_reach(layer)
+    return 2 * arch.d_model * (graph.n_edges + points * sum(seen.values()))

@@ -1,7 +1,7 @@
 """What a large model's graph costs by itself, without passes: CPU seconds and the growth of resident memory.
 
 python -m bench.large [NAME ...]     # measures all of it or what is named, each in a process of its own, and writes
-                                     # docs/results/large.json
+                                     # docs/results/large.json, and from it docs/scale.md
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def random_circuit(name: str) -> dict[str, float]:
 
 def file(name: str) -> dict[str, float]:
     scores = scores_of(name, alike=True)
-    circuit = scores.select(scores.graph.n_edges // 1000)
+    circuit = scores.select(scores.graph.n_edges // 1000, prune=False)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "circuit.safetensors")
         write = cost(lambda: circuit.save(path))
@@ -171,13 +171,17 @@ CASES: dict[str, tuple[Callable[..., dict[str, float]], tuple[object, ...]]] = {
 
 
 def main(names: list[str]) -> None:
-    found = json.loads(RESULT.read_text())["cases"] if RESULT.exists() else {}
+    runs = json.loads(RESULT.read_text())
+    found = runs["now"]["cases"]
     for name in names or CASES:
         job, arguments = CASES[name]
         found[name] = measure.in_fresh_process(job, *arguments, OMP_NUM_THREADS="1")
         print(name, json.dumps(found[name]), flush=True)
-    facts = {"machine": measure.machine(), "versions": measure.versions(), "commit": commit()}
-    RESULT.write_text(json.dumps({**facts, "cases": found}, indent=1) + "\n")
+    runs["now"] = {"machine": measure.machine(), "versions": measure.versions(), "commit": commit(), "cases": found}
+    RESULT.write_text(json.dumps(runs, indent=1) + "\n")
+    from docs import documents
+
+    documents.write(ROOT, ("docs/scale.md",))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ from importlib import import_module
 from pathlib import Path
 
 from bench import tables
-from docs import learning, models, registries, verdicts
+from docs import learning, models, registries, scale, verdicts
 
 BEGIN, END = "<!-- python -m docs.documents writes this from {} -->\n", "<!-- end -->"
 MEASURED, PERFORMANCE, MODELS = "bench/results", "docs/results/performance.json", "docs/results/models.json"
 VERDICTS = "docs/results/verdicts.json"
 FUZZ, LEARNING = "docs/results/fuzz.json", "docs/results/learning.json"
+SCALE, LARGE = "docs/results/scale.json", "docs/results/large.json"
 # What stands between the markers, by document and source.
 TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("README.md", MEASURED): tables.readme,
@@ -34,6 +35,8 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("docs/learning.md", f"{LEARNING}, divergence"): learning.divergences,
     ("docs/learning.md", f"{LEARNING}, cost"): learning.costs,
     ("docs/learning.md", f"{LEARNING}, control"): learning.controls,
+    ("docs/scale.md", SCALE): scale.predictions,
+    ("docs/scale.md", LARGE): scale.measured,
     ("docs/models.md", f"{MODELS}, checks"): lambda _: models.checks(),
     ("docs/models.md", f"{MODELS}, tests"): lambda _: models.tests(),
     ("docs/models.md", VERDICTS): lambda _: verdicts.table(),

@@ -101,7 +101,7 @@ class PeakBytes(TorchDispatchMode):
         for x in _tensors((*args, *kwargs.values())):
             self._known.setdefault(x.untyped_storage(), True)
         out = func(*args, **kwargs)
-        self.operations += _operations(func, args, kwargs)
+        self.operations += _operations(func, args)
         for x in _tensors(out if isinstance(out, (tuple, list)) else (out,)):
             self._count(x.untyped_storage())
         return out
@@ -119,7 +119,7 @@ class PeakBytes(TorchDispatchMode):
         self._alive -= size
 
 
-def _operations(func: Any, args: Any, kwargs: Any) -> int:
+def _operations(func: Any, args: Any) -> int:
     """Of one operator: two for each product of two numbers."""
     name = func.overloadpacket.__name__ if hasattr(func, "overloadpacket") else ""
     if name in _PRODUCTS:

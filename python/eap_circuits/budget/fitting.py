@@ -99,6 +99,13 @@ class Cost:
         fixed, per_example, per_copy = self.work
         return fixed + examples * (per_example + copies * per_copy)
 
+    def scaled(self, share: float) -> Cost:
+        """Of examples with this share of the tokens."""
+        *phases, work = (
+            (fixed, round(share * example), round(share * copy)) for fixed, example, copy in (*self.phases, self.work)
+        )
+        return Cost(tuple(phases), work)
+
     def bytes(self, examples: int, copies: int) -> int:
         return max(fixed + examples * (per_example + copies * per_copy) for fixed, per_example, per_copy in self.phases)
 

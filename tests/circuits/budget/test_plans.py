@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import eap_circuits as eap
+from eap_circuits.methods.gradient import method as gradient
 from eap_circuits.report.tables import duration, plan_table
 
 
@@ -73,6 +74,28 @@ def test_the_contraction_is_one_product_of_every_edge_and_of_what_norms_read(kin
     pairs = graph.n_edges + 4 * (sum(norms.values()) + graph.n_senders)
     tokens = sum(examples * suffix for examples, suffix, _ in plan.batches)
     assert plan.contraction == 2 * graph.d_model * pairs * tokens
+
+
+def test_prompts_of_many_lengths_are_planned_from_few_runs(make_model, monkeypatch):
+    generator = torch.Generator().manual_seed(2)
+    clean = torch.randint(0, 59, (24, 40), generator=generator)
+    corrupted, pairs = clean.clone(), torch.arange(24)
+    first = torch.randint(2, 8, (24,), generator=generator)
+    corrupted[pairs, first] = (clean[pairs, first] + 1) % 59
+    lengths = torch.randint(20, 41, (24,), generator=generator)
+    data = eap.PairedDataset.from_tokens(clean, corrupted, lengths, torch.tensor([[1, 2]]).expand(24, -1))
+    model, runs = make_model("llama", torch.float32), []
+    once = gradient.GradientMethod._cost
+    monkeypatch.setattr(gradient.GradientMethod, "_cost", lambda *of: runs.append(1) or once(*of))
+    monkeypatch.setattr(gradient, "most_tokens", lambda kind: 200)
+    found, few = eap.plan(model, data), len(runs)
+    monkeypatch.setattr(gradient, "_ALIKE", 2.0)  # every length is measured
+    right = eap.plan(model, data)
+    assert few < 4 < len(runs) - few
+    assert found.batches == right.batches and found.tokens == right.tokens
+    assert found.bytes == pytest.approx(right.bytes, rel=0.05)
+    # Attention grows with the square of the tokens, and in so narrow a model it counts.
+    assert found.passes == pytest.approx(right.passes, rel=0.1)
 
 
 @pytest.mark.parametrize(

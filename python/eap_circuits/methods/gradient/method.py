@@ -9,6 +9,7 @@ import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -43,6 +44,9 @@ T = TypeVar("T")
 # longer than the passes; more would only take memory. The usual path is contracted once.
 HELD_POINTS = 5
 HELD_BYTES = 128 * 2**20
+# Batches of at least this share of the tokens that were measured, and with prefixes that are little longer, cost as
+# much by the token.
+_ALIKE, _LONGER = 0.25, 1.1
 # For each token a pass keeps about this many numbers for the backward for every weight, divided by the width.
 _NUMBERS_PER_WEIGHT = 2
 
@@ -120,7 +124,7 @@ class GradientMethod(Method):
                 f"plan: expected a run within {allowed:,} bytes, found that one example and path point take {needed:,}."
             )
         points = len(request.path)
-        passes = sum(batch.n_examples * self._operations(request, batch, cost) for batch in batches)
+        passes = sum(cost(batch).operations(batch.n_examples, len(self.repeated(request))) for batch in batches)
         contraction = contraction_of(request, points) * sum(examples * suffix for examples, suffix, _ in shapes)
         rates = rates_of(request)
         seconds = None if rates is None else (passes / rates.passes + contraction / rates.contraction) / gpus
@@ -135,16 +139,6 @@ class GradientMethod(Method):
         )
         held = min(points, max(HELD_POINTS, HELD_BYTES // max(per_point, 1)))
         return Passes(request.path, max(1, min(held, tokens // batch.clean.numel())), held)
-
-    def _operations(self, request: AttributionRequest, batch: Batch, cost: Callable[[Batch], Cost]) -> int:
-        """Of the passes of one example."""
-        repeated = self.repeated(request)
-        if len(repeated) == len(request.path):
-            return cost(batch).operations(1, len(repeated))
-        points = len(request.path)
-        return measured_operations(
-            request.data, batch, lambda few: self.score(request, few, Passes(request.path, points, points))
-        )
 
     def _tokens(self, request: AttributionRequest, cost: Callable[[Batch], Cost]) -> tuple[int, int]:
         """The most tokens of a pass within the budget, and those of a batch.
@@ -165,14 +159,17 @@ class GradientMethod(Method):
         return best
 
     def _costs(self, request: AttributionRequest) -> Callable[[Batch], Cost]:
-        """`_cost` of batches, measured once for those whose prompts are alike."""
+        """`_cost` of batches, measured once for those that are about alike, of which the longest come first."""
         costs: dict[tuple[int, int], Cost] = {}
 
         def cost(batch: Batch) -> Cost:
-            alike = batch.example_tokens, batch.prefix.shape[1]
-            if alike not in costs:
-                costs[alike] = self._cost(request, batch)
-            return costs[alike]
+            tokens, prefix = batch.example_tokens, batch.prefix.shape[1]
+            for (most, before), known in costs.items():
+                alike = (tokens + prefix) / (most + before)
+                if _ALIKE * most <= tokens <= most and _ALIKE <= alike <= _LONGER:
+                    return known.scaled(tokens / most)
+            costs[tokens, prefix] = self._cost(request, batch)
+            return costs[tokens, prefix]
 
         return cost
 
@@ -183,7 +180,13 @@ class GradientMethod(Method):
         def measured(few: Batch, points: int) -> None:
             self.score(request, few, Passes(path[:points], points, held))
 
-        return measure_cost(request.data, batch, measured, len(path) > 1)
+        cost = measure_cost(request.data, batch, measured, len(path) > 1)
+        if len(path) == len(request.path):
+            return cost
+        # What is run once beside the repeated points counts, too.
+        points = len(request.path)
+        whole = partial(self.score, request, passes=Passes(request.path, points, points))
+        return replace(cost, work=(0, measured_operations(request.data, batch, whole), 0))
 
 
 @contextlib.contextmanager

@@ -76,8 +76,12 @@ def predict(model: Any, gpus: int) -> dict[str, Any]:
     graph = eap.Graph((config.num_attention_heads,) * layers, (config.num_key_value_heads,) * layers, width)
     turns, batches = math.ceil(len(plan.batches) / copies), len(plan.batches)
     assert plan.rates is not None
-    # In each layer of each pass two sums over the parts of what has the stream's width, and two on the way back.
-    bytes_ = 2 * (parts - 1) / parts * 2 * torch.bfloat16.itemsize * width * layers * TOKENS * (PAIRS / batches)
+    # For each token and layer, as docs/distributed.md has it: a forward sums up two numbers of the stream's width over the
+    # parts, a backward five; heads are put together on both ways of a path point, and what they write in the corrupted run.
+    heads, kv, each = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    sums_of = 2 * (2 * 2 + STEPS * 7) * width
+    gathered = STEPS * 2 * (2 * heads + 2 * kv) * each + heads * each
+    bytes_ = (parts - 1) / parts * (sums_of + gathered) * torch.bfloat16.itemsize * layers * TOKENS * PAIRS / batches
     link = NVLINK if parts <= MACHINE else INFINIBAND
     sums = 8 * graph.n_senders * graph.n_receivers
     return {
@@ -89,10 +93,11 @@ def predict(model: Any, gpus: int) -> dict[str, Any]:
         "fits": plan.bytes <= plan.budget,
         "batches": batches,
         "edges": graph.n_edges,
+        "divides": kv % parts == 0,
         "seconds": {
             "passes": turns * plan.passes / batches / parts / plan.rates.passes,
             "contraction": turns * plan.contraction / batches / parts / plan.rates.contraction,
-            "parts": turns * bytes_ * (2 + 2 * STEPS) / link,
+            "parts": turns * bytes_ / link,
             "ranks": turns * (copies - 1) * sums / GLOO if copies > 1 else 0.0,
         },
         "rates": list(plan.rates),
@@ -130,6 +135,7 @@ def predictions(_: Results) -> str:
                 duration(times[part]) if times[part] else "" for part in ("passes", "contraction", "parts", "ranks")
             ]
             limit = LIMITS[max(times, key=times.__getitem__)] if plan["fits"] else "memory: activations do not fit"
+            limit += "" if plan["divides"] else "; not taken by this version, as key/value heads do not divide"
             cells = [name, gpus, str(plan["parts"]), each, f"{plan['tokens']:,}", memory, *shown, limit]
             rows.append(f"| {' | '.join(cells)} |")
     versions = found["versions"]

@@ -76,8 +76,9 @@ def predict(model: Any, gpus: int) -> dict[str, Any]:
     graph = eap.Graph((config.num_attention_heads,) * layers, (config.num_key_value_heads,) * layers, width)
     turns, batches = math.ceil(len(plan.batches) / copies), len(plan.batches)
     assert plan.rates is not None
-    # For each token and layer, as docs/distributed.md has it: a forward sums up two numbers of the stream's width over the
-    # parts, a backward five; heads are put together on both ways of a path point, and what they write in the corrupted run.
+    # For each token and layer, as docs/distributed.md has it: a forward sums up two numbers of the stream's width over
+    # the parts, a backward five; heads are put together on both ways of a path point, and in the corrupted run what
+    # they write.
     heads, kv, each = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     sums_of = 2 * (2 * 2 + STEPS * 7) * width
     gathered = STEPS * 2 * (2 * heads + 2 * kv) * each + heads * each

@@ -3,5 +3,6 @@
 from .checks import edge_flags, numbers
 from .layout import Graph, Heads, Reads
 from .pruning import prune
+from .spans import REST, Spans
 
-__all__ = ["Graph", "Heads", "Reads", "edge_flags", "numbers", "prune"]
+__all__ = ["REST", "Graph", "Heads", "Reads", "Spans", "edge_flags", "numbers", "prune"]

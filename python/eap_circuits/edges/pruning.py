@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from .layout import Graph
+if TYPE_CHECKING:
+    from .layout import Graph
 
 
 def prune(graph: Graph, mask: Tensor) -> Tensor:
@@ -14,7 +17,11 @@ def prune(graph: Graph, mask: Tensor) -> Tensor:
     A node stays if it has a kept edge going out and, except for `input`, one coming in; an edge stays if its sender's
     node and its receiver's node do (EAP-IG's rule; a key/value head's input belongs to its whole group).
     """
-    mask = mask & graph.edge_mask
+    return on_paths(graph, mask & graph.edge_mask)
+
+
+def on_paths(graph: Graph, mask: Tensor) -> Tensor:
+    """The same of a mask that has True only where nodes can have an edge."""
     receivers, senders = graph.inputs_of
     steps = []  # (reach, the receivers that have it, and what node each of them feeds: receivers, senders), by depth
     for reach in graph.reach.unique().tolist():
@@ -24,7 +31,7 @@ def prune(graph: Graph, mask: Tensor) -> Tensor:
     fed = torch.zeros(graph.n_senders, dtype=torch.bool)  # on a path from `input`
     leads = torch.zeros_like(fed)  # on a path to `logits`
     read = torch.zeros(graph.n_receivers, dtype=torch.bool)  # on a path to `logits`
-    fed[0] = read[graph.logits_receiver] = True
+    fed[: graph.n_spans] = read[graph.logits_receiver] = True
     for reach, those, feeding, nodes in steps:
         given = torch.zeros_like(read)
         given[those] = mask[:reach, those][fed[:reach]].any(0)

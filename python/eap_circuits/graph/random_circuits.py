@@ -8,6 +8,7 @@ import torch
 
 from ..edges import Graph
 from ..errors import SEEDS, expected, instance, whole
+from ..selection import select_edges
 from .circuit import Circuit
 
 _TRIES = 20
@@ -31,8 +32,14 @@ def random_circuit(graph: Graph, n_edges: int, *, seed: int = 0) -> Circuit:
     instance("graph", graph, Graph)
     n_edges = whole("n_edges", n_edges, 0, graph.n_edges, ", the edges of the graph")
     seed = whole("seed", seed, *SEEDS)
+    if graph.spans is not None:
+        # Random scores draw it: what they choose is completed as a selected circuit is.
+        rank = torch.rand(graph.edge_mask.shape, generator=torch.Generator().manual_seed(seed))
+        mask, _ = select_edges(graph, rank, n_edges, "top", True, None, exactly=True)
+        if mask.sum() == n_edges:
+            return Circuit(graph, mask, None, {"random": {"n_edges": n_edges, "seed": seed}})
     rng = random.Random(seed)
-    for _ in range(_TRIES):
+    for _ in range(_TRIES if graph.spans is None else 0):
         growth = _Growth(graph, rng)
         if growth.grow(n_edges):
             return Circuit(graph, growth.mask, None, {"random": {"n_edges": n_edges, "seed": seed}})

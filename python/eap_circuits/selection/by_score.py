@@ -101,7 +101,7 @@ def _greedy(graph: Graph, rank: Tensor, n_edges: int) -> Tensor:
                 candidates[receiver] = ranks[:n].tolist(), senders[:n].tolist()
                 push(receiver, 0)
 
-    reach_inputs([graph.n_receivers - 1])
+    reach_inputs([*range(graph.n_receivers)[graph.logits_receiver]])
     for _ in range(n_edges):
         if not heap:
             break

@@ -263,7 +263,7 @@ class Graph:
     @cached_property
     def base(self) -> Graph:
         """The same model's graph without spans."""
-        return self.with_spans(None)
+        return self if self.spans is None else replace(self, spans=None)
 
     def with_spans(self, spans: Spans | None) -> Graph:
         """The same model's graph with these spans, or with none."""

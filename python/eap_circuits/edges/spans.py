@@ -1,13 +1,13 @@
 """Named parts of prompts: a graph with spans has every node once for each of them.
 
-Both ends of an edge are at the same token, so its sender and its receiver are of one span. Inside a head information moves:
-a query is read at the head's own token, keys and values (and what else mixes tokens) there and at earlier ones.
+Both ends of an edge are at the same token, so its sender and its receiver are of one span. Information moves inside a
+head: a query is read at the head's own token, keys and values (and what else mixes tokens) there and at earlier ones.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -43,16 +43,21 @@ class Spans:
             raise expected("spans", f"{REST!r} as the last name", repr(names[-1]))
         flags = {type(flag) for row in (scored, *sees) for flag in row}
         if len(sees) != len(names) or any(len(row) != len(names) for row in (scored, *sees)) or flags != {bool}:
-            raise expected("spans", f"{len(names)} flags, one for each name, of scored and in each row of sees", "others")
+            raise expected(
+                "spans", f"{len(names)} flags, one for each name, of scored and in each row of sees", "others"
+            )
         for name, value in (("names", names), ("sees", sees), ("scored", scored)):
             object.__setattr__(self, name, value)
 
     def __len__(self) -> int:
         return len(self.names)
 
+    def to_dict(self) -> dict[str, Any]:
+        return {"names": [*self.names], "sees": [[*row] for row in self.sees], "scored": [*self.scored]}
+
 
 def spread(values: Tensor, spans: int) -> Tensor:
-    """[P, S, R] or, alike for all spans, [S, R] -> [S·P, R·P]: row and column u·P + p are of span p; 0 between spans."""
+    """[P, S, R] or, alike for all spans, [S, R] -> [S·P, R·P]: row u·P + p is of span p, as columns are; else 0."""
     senders, receivers = values.shape[-2:]
     flat = values.new_zeros(senders, spans, receivers, spans)
     flat.diagonal(dim1=1, dim2=3).copy_(values.expand(spans, -1, -1).permute(1, 2, 0))
@@ -61,7 +66,8 @@ def spread(values: Tensor, spans: int) -> Tensor:
 
 def by_span(flat: Tensor, spans: int) -> Tensor:
     """[S·P, R·P] -> [P, S, R], what `spread` has spread."""
-    return flat.unflatten(1, (-1, spans)).unflatten(0, (-1, spans)).diagonal(dim1=1, dim2=3).permute(2, 0, 1)
+    senders, receivers = (size // spans for size in flat.shape)
+    return flat.reshape(senders, spans, receivers, spans).diagonal(dim1=1, dim2=3).permute(2, 0, 1)
 
 
 def ends(graph: Graph, spans: Spans) -> Tensor:

@@ -250,6 +250,8 @@ def test_a_curve_and_files_by_span(make_model, tmp_path):
     with pytest.raises(eap.InputError, match="EAP-IG's formats: expected a graph without spans"):
         circuit.save(tmp_path / "file.json")
     assert {node.partition("@")[2] for node in circuit.to_networkx()} <= {*NAMES, "rest"}
+    card = eap.faithfulness_card(model, circuit, data, seeds=(0,), most_edges=3)
+    assert card.faithfulness == pytest.approx(curve.faithfulness[1])
     checkpoint = tmp_path / "values.safetensors"
     first, again = (eap.evaluate(model, circuit, data, checkpoint=checkpoint) for _ in range(2))
     assert torch.equal(first.values, again.values)

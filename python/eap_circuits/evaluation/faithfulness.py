@@ -173,7 +173,8 @@ def evaluate(
         "ablation": ablation_of(ablation).name,
         **provenance(request, call, _operator(request, circuits)),
     }
-    settings = partial(settings_of, request, call="evaluate", circuits=circuits)
+    spans = {"spans": data.spans} if any(item.graph.spans for item in circuits) else {}
+    settings = partial(settings_of, request, call="evaluate", circuits=circuits, **spans)
     with opened(checkpoint, request.arch.model, settings) as kept:
         run = _with_own_constants if learned else _evaluate
         evaluated = [replace(result, info=info) for result in run(request, circuits, kept, progress)]

@@ -117,7 +117,8 @@ def attribute(
     request = _request(**{name: x for name, x in asked.items() if name not in ("progress", "checkpoint")})
     progress = watched(progress)
     origin = provenance(request, call, request.method.operator(request))
-    settings = partial(settings_of, request, call="attribute")
+    spans = {"spans": data.spans} if "spans" in request.keep else {}
+    settings = partial(settings_of, request, call="attribute", **spans)
     with opened(checkpoint, request.arch.model, settings) as kept, borrowed(request.arch.model):
         statistics = Statistics(request)
         request.method.run(request.verified(heads).with_constants(), statistics, kept, progress)

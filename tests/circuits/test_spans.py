@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import eap_circuits as eap
+from bench.pretended import pretending
 from eap_circuits.adapters import bind
 from eap_circuits.edges import Graph, Spans, prune
 from eap_circuits.selfcheck import StayDouble
@@ -295,3 +296,20 @@ def test_what_does_not_fit_is_refused_in_one_sentence(make_model):
     for wrong in ({"names": ["a"]}, {"names": ["rest", "rest"]}, {"scored": [True]}, {"sees": [[1]]}):
         with pytest.raises(eap.InputError, match="spans: expected"):
             Spans(**{**spans_in(data).to_dict(), **wrong})
+
+
+def test_on_a_gpu_as_on_the_cpu(make_model, relative):
+    """A pretended one: what is sent where, and that masks are read apart."""
+    model, data = make_model("llama", torch.float32), with_spans(scored_pairs(n=3))
+
+    def found(model: Any) -> tuple[Tensor, Tensor]:
+        scores = eap.attribute(model, data, "next_token_loss", method="eap", keep="spans")
+        graph = scores.by_span().graph
+        circuits = [eap.Circuit(graph, graph.to_spans(cube)) for cube in cubes(graph.base, 3)]
+        results = eap.evaluate(model, circuits, data, "next_token_loss")
+        return scores.per_span, torch.stack([result.values for result in results])
+
+    right = found(model)
+    with pretending():
+        for one, other in zip(found(model.to("cuda")), right, strict=True):
+            assert relative(one, other) < 1e-5

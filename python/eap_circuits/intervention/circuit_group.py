@@ -164,8 +164,8 @@ class SpanGroup(CircuitGroup):
         for number, mask in enumerate(masks):
             own = (self._span[read] == number).nonzero()[:, 0]
             if len(own):
-                rows, tokens = upload(base.device, own, read[own])
-                y[:, rows] = masked_read(base[rows], differences[:, tokens], mask.contiguous())
+                rows, tokens, weights = upload(base.device, own, read[own], mask.contiguous())
+                y[:, rows] = masked_read(base[rows], differences[:, tokens], weights)
         return y[:, None]
 
 

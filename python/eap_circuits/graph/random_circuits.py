@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import torch
+from torch import Tensor
 
 from ..edges import Graph
 from ..errors import SEEDS, expected, instance, whole
@@ -32,18 +33,25 @@ def random_circuit(graph: Graph, n_edges: int, *, seed: int = 0) -> Circuit:
     instance("graph", graph, Graph)
     n_edges = whole("n_edges", n_edges, 0, graph.n_edges, ", the edges of the graph")
     seed = whole("seed", seed, *SEEDS)
-    if graph.spans is not None:
-        # Random scores draw it: what they choose is completed as a selected circuit is.
-        rank = torch.rand(graph.edge_mask.shape, generator=torch.Generator().manual_seed(seed))
-        mask, _ = select_edges(graph, rank, n_edges, "top", True, None, exactly=True)
+    rng = random.Random(seed)
+    for _ in range(_TRIES):
+        mask = _grown(graph, n_edges, rng) if graph.spans is None else _selected(graph, n_edges, rng)
         if mask.sum() == n_edges:
             return Circuit(graph, mask, None, {"random": {"n_edges": n_edges, "seed": seed}})
-    rng = random.Random(seed)
-    for _ in range(_TRIES if graph.spans is None else 0):
-        growth = _Growth(graph, rng)
-        if growth.grow(n_edges):
-            return Circuit(graph, growth.mask, None, {"random": {"n_edges": n_edges, "seed": seed}})
     raise expected("n_edges", "a size that a connected circuit of this graph can have", n_edges)
+
+
+def _grown(graph: Graph, n_edges: int, rng: random.Random) -> Tensor:
+    growth = _Growth(graph, rng)
+    growth.grow(n_edges)
+    return growth.mask
+
+
+def _selected(graph: Graph, n_edges: int, rng: random.Random) -> Tensor:
+    """By random scores: a path that changes span is completed as that of a selected circuit is."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(62))
+    rank = torch.rand(graph.edge_mask.shape, generator=generator)
+    return select_edges(graph, rank, n_edges, "top", True, None, exactly=True)[0]
 
 
 class _Growth:
@@ -65,8 +73,8 @@ class _Growth:
         self.read = [False] * (graph.n_receivers - 1) + [True]
         self.missing = graph.n_senders + graph.n_receivers - 2
 
-    def grow(self, n_edges: int) -> bool:
-        """Add edges until there are `n_edges`; False if no remaining edge can be completed to a path within that."""
+    def grow(self, n_edges: int) -> None:
+        """Add edges until there are `n_edges`, or fewer if no remaining edge can be completed to a path within that."""
         generator = torch.Generator().manual_seed(self.rng.getrandbits(62))
         edges = self.graph.edge_mask.nonzero()
         # In parts: a circuit needs few of them, and a list of all edges of a large model would take gigabytes.
@@ -89,7 +97,6 @@ class _Growth:
             chosen = fits[senders, receivers].nonzero()[:remaining, 0]
             self.mask[senders[chosen], receivers[chosen]] = True
             remaining -= len(chosen)
-        return not remaining
 
     def _completed(self, u: int, v: int, shortest: bool) -> set[tuple[int, int]]:
         """The edge and the new edges that connect it with `input` and with `logits`."""

@@ -218,12 +218,12 @@ class Statistics:
                 sums["squares"] += values.square()
                 if "examples" in sums:
                     sums["examples"][example] = values.float()
-        in_parts: list[str] = [name for name in ("examples", "positions", "spans") if name in found]
-        for name in in_parts[in_parts[:1] == ["examples"] :]:
+        parts: list[str] = [name for name in ("positions", "spans") if name in found]
+        for name in parts:
             for place, part in zip(found[f"places of {name}"], found[name], strict=True):
                 values = part.double()
                 sums[name][place] += values
-                if name == in_parts[0]:
+                if "examples" not in found and name == parts[0]:
                     sums["total"] += values
         for each in found.keys() & {"total", "neurons"}:
             sums[each] += found[each]

@@ -45,10 +45,11 @@ def generate(tokenizer: Any, n: int, rng: random.Random) -> list[dict[str, Any]]
     capitals = [capital for capital, country in CAPITALS.items() if country in ids]
     pairs: list[tuple[str, str, list[int], Spans]] = []
     for template in TEMPLATES:
-        texts, spans = zip(*(filled(template, capital=capital) for capital in capitals), strict=True)
+        prompts = [filled(template, capital=capital) for capital in capitals]
+        texts = [text for text, _ in prompts]
         for clean, corrupted in equally_long(tokenizer, texts):
             answers = [ids[CAPITALS[capitals[i]]] for i in (clean, corrupted)]
-            pairs.append((texts[clean], texts[corrupted], answers, spans[clean]))
+            pairs.append((texts[clean], texts[corrupted], answers, prompts[clean][1]))
     if len(ids) < _LEAST or not pairs:
         raise expected(
             "tokenizer",

@@ -48,9 +48,10 @@ def generate(tokenizer: Any, n: int, rng: random.Random) -> list[dict[str, Any]]
     fitting = set()
     for template in TEMPLATES:
         for people, other, answers in ((SHE, "man", [she, he]), (HE, "woman", [he, she])):
-            texts, spans = zip(*(filled(template, person=person) for person in (other, *people)), strict=True)
+            prompts = [filled(template, person=person) for person in (other, *people)]
+            texts = [text for text, _ in prompts]
             found = [clean for clean, corrupted in equally_long(tokenizer, texts) if corrupted == 0]
-            pairs += [(texts[clean], texts[0], answers, spans[clean]) for clean in found]
+            pairs += [(texts[clean], texts[0], answers, prompts[clean][1]) for clean in found]
             fitting |= {people[clean - 1] for clean in found}
     if len(fitting) < _LEAST:
         raise expected(

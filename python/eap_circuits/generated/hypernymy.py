@@ -51,11 +51,12 @@ def generate(tokenizer: Any, n: int, rng: random.Random) -> list[dict[str, Any]]
     things = [(thing, kind) for kind, (_, members) in enumerate(KINDS) if answers[kind] for thing in members]
     pairs: list[tuple[str, str, list[list[int]], Spans]] = []
     for template in TEMPLATES:
-        texts, spans = zip(*(filled(template, things=thing) for thing, _ in things), strict=True)
+        prompts = [filled(template, things=thing) for thing, _ in things]
+        texts = [text for text, _ in prompts]
         for clean, corrupted in equally_long(tokenizer, texts):
             good, bad = things[clean][1], things[corrupted][1]
             if good != bad:
-                pairs.append((texts[clean], texts[corrupted], [answers[good], answers[bad]], spans[clean]))
+                pairs.append((texts[clean], texts[corrupted], [answers[good], answers[bad]], prompts[clean][1]))
     if not pairs:
         raise expected(
             "tokenizer",

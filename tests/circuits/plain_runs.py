@@ -37,8 +37,9 @@ def of_model(v: int, c: list[Tensor]) -> Tensor:
 
 
 def of_circuit(m: Tensor, ablated: Sequence[Tensor]) -> Read:
-    """Of a mask [S, R] and what every sender contributes where an edge is ablated, [S] of [T, D]."""
-    m, ablated = m.double()[..., None, None], torch.stack(list(ablated))
+    """Of a mask [S, R], or one for every token [S, R, T], and what every sender contributes where an edge is ablated,
+    [S] of [T, D]."""
+    m, ablated = (m if m.dim() == 3 else m[..., None]).double()[..., None], torch.stack(list(ablated))
 
     def read(v: int, c: list[Tensor]) -> Tensor:
         kept = m[: len(c), v]

@@ -6,7 +6,7 @@ import inspect
 import io
 import json
 from contextlib import redirect_stderr
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy
@@ -250,7 +250,7 @@ def test_what_is_no_circuit_is_refused_with_what_to_do(model, data):
     ("method", "keep"), [(m.name, keep) for m in METHODS.values() if m.name != "exact" for keep in (None, *m.keeps)]
 )
 def test_scores_that_overflow_are_refused_with_the_cure(model, data, method, keep):
-    model = model.half()
+    model, data = model.half(), replace(data, spans=torch.zeros_like(data.clean))
     with torch.no_grad():
         if method == "information-flow-routes":
             model.model.embed_tokens.weight.mul_(6e4 / model.model.embed_tokens.weight.abs().max())

@@ -90,8 +90,11 @@ def _setting(name: str, value: Any, known: dict[int, Any]) -> Any:
 
 
 def data_identity(data: PairedDataset) -> dict[str, str]:
-    """What tells prompt pairs apart: digests of their tokens, lengths, answers and alignment."""
-    held = {field.name: getattr(data, field.name) for field in fields(data)}
+    """What tells prompt pairs apart: digests of their tokens, lengths, answers and alignment.
+
+    Not of spans, which matter only to what is by span.
+    """
+    held = {field.name: getattr(data, field.name) for field in fields(data) if field.name != "spans"}
     return {name: tensor_digest(x) for name, x in held.items() if isinstance(x, Tensor)}
 
 

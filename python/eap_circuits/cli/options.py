@@ -70,8 +70,11 @@ Keep = Annotated[
     option(
         "Scoring",
         "What else to save with the scores, separated by commas: variance, examples, positions or positions-from-end, "
-        "neurons.",
+        "spans, neurons.",
     ),
+]
+BySpan = Annotated[
+    bool, option("Scoring", "Score and choose every edge at each span of the data apart (docs/spans.md).", "--by-span")
 ]
 Rules = Annotated[
     str | None,

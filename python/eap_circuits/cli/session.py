@@ -148,6 +148,16 @@ def _adopt(model: Any) -> None:
         note(f"{type(model).__name__} is not known; its parts were found by what they compute. The self-check passed.")
 
 
+def to_keep(keep: str | None, confidence: float | None, by_span: bool) -> list[str] | None:
+    """What scores are kept: what --keep names, and what --confidence or --by-span needs."""
+    found = [] if keep is None else keep.split(",")
+    if by_span and (found or confidence is not None):
+        raise expected("--by-span", "neither --keep nor --confidence beside it", "--keep" if found else "--confidence")
+    if confidence is not None and not {"variance", "examples"} & set(found):
+        found.append("variance")
+    return [*found, "spans"] if by_span else found or None
+
+
 def parse_fractions(text: str | None) -> Sequence[float] | None:
     """`0.001,0.01,0.1` -> numbers."""
     if text is None:

@@ -3,6 +3,7 @@
 from .checks import edge_flags, numbers
 from .layout import Graph, Heads, Reads
 from .pruning import prune
+from .spans import REST, Spans
 from .staircase import beyond, blocks
 
-__all__ = ["Graph", "Heads", "Reads", "beyond", "blocks", "edge_flags", "numbers", "prune"]
+__all__ = ["REST", "Graph", "Heads", "Reads", "Spans", "beyond", "blocks", "edge_flags", "numbers", "prune"]

@@ -5,6 +5,8 @@ depth: `input`, then for each layer its heads `a{l}.h{h}` and its MLP `m{l}`. Re
 all `<k>`, all `<v>` inputs and `m{l}`; the last one is `logits`. With `heads="kv"` a layer has one `<k>` and one `<v>`
 receiver per key/value head, with `heads="query"` one of each per query head. Layers that mix tokens otherwise have the
 inputs that `reads` names instead: `a{l}.h{h}<name>`, or `a{l}<name>` for one that all heads of the layer share.
+
+A graph with spans has all of these once for each span: `a{l}.h{h}@{span}`, and so on (`spans.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import expected, flag, listed, one_of, refuse_default_device, whole
+from ..errors import expected, flag, instance, listed, one_of, refuse_default_device, whole
+from .pruning import on_paths
+from .spans import Spans, by_span, ends, inputs_by_span, spread
 
 Heads = Literal["kv", "query"]
 Reads = tuple[tuple[str, int], ...]  # the inputs of a layer's heads: (name, how many receivers), in order
@@ -37,6 +41,7 @@ class Graph:
         heads: "kv" or "query": the kind of head that has its own `<k>` and `<v>` receivers.
         reads: the inputs of each layer's heads in the kv graph, [L], None for a layer with the usual three; or None if
             all layers have these.
+        spans: of which the graph has every node once for each; its edges are those that are on a path. None: no spans.
     """
 
     n_heads: tuple[int, ...]
@@ -45,6 +50,7 @@ class Graph:
     parallel: bool = False
     heads: Heads = "kv"
     reads: tuple[Reads | None, ...] | None = None
+    spans: Spans | None = None
 
     def __post_init__(self) -> None:
         refuse_default_device()
@@ -61,6 +67,8 @@ class Graph:
             if h < 0 or (h and (g < 1 or h % g)):
                 raise expected("graph", "a number of query heads that key/value heads divide", f"{h} and {g}")
         object.__setattr__(self, "reads", self._checked_reads())
+        if self.spans is not None:
+            instance("spans", self.spans, Spans)
 
     def _checked_reads(self) -> tuple[Reads | None, ...] | None:
         if self.reads is None:
@@ -81,8 +89,8 @@ class Graph:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Graph):
             return NotImplemented
-        same = (self.n_heads, self.n_kv_heads, self.parallel, self.heads, self.reads) == (
-            other.n_heads, other.n_kv_heads, other.parallel, other.heads, other.reads
+        same = (self.n_heads, self.n_kv_heads, self.parallel, self.heads, self.reads, self.spans) == (
+            other.n_heads, other.n_kv_heads, other.parallel, other.heads, other.reads, other.spans
         )  # fmt: skip
         return same and (self.d_model == other.d_model or 0 in (self.d_model, other.d_model))
 
@@ -92,18 +100,23 @@ class Graph:
     def n_layers(self) -> int:
         return len(self.n_heads)
 
+    @property
+    def n_spans(self) -> int:
+        """How often the graph has every node: 1 without spans. It is also how many inputs and logits there are."""
+        return 1 if self.spans is None else len(self.spans)
+
     @cached_property
     def _sender_starts(self) -> tuple[int, ...]:
-        starts = [1]
+        starts = [self.n_spans]
         for h in self.n_heads:
-            starts.append(starts[-1] + h + 1)
+            starts.append(starts[-1] + (h + 1) * self.n_spans)
         return tuple(starts)
 
     @cached_property
     def _receiver_starts(self) -> tuple[int, ...]:
         starts = [0]
         for layer in range(self.n_layers):
-            starts.append(starts[-1] + sum(n for _, n in self.head_inputs(layer)) + 1)
+            starts.append(starts[-1] + (sum(n for _, n in self.head_inputs(layer)) + 1) * self.n_spans)
         return tuple(starts)
 
     def n_kv_receivers(self, layer: int) -> int:
@@ -116,32 +129,33 @@ class Graph:
 
     @property
     def n_receivers(self) -> int:
-        return self._receiver_starts[-1] + 1
+        return self._receiver_starts[-1] + self.n_spans
 
     def head_senders(self, layer: int) -> slice:
         """Indices of the layer's heads among the senders."""
         start = self._sender_starts[layer]
-        return slice(start, start + self.n_heads[layer])
+        return slice(start, start + self.n_heads[layer] * self.n_spans)
 
     def mlp_sender(self, layer: int) -> int:
-        return self._sender_starts[layer + 1] - 1
+        """The index of the layer's MLP among the senders: with spans, that of its first span."""
+        return self._sender_starts[layer + 1] - self.n_spans
 
     def receivers_at(self, layer: int, site: str) -> slice:
         """Indices of the layer's receivers at `site`: one of `head_inputs`, or "mlp"."""
         start = self._receiver_starts[layer]
         for name, count in (*self.head_inputs(layer), ("mlp", 1)):
             if name == site:
-                return slice(start, start + count)
-            start += count
+                return slice(start, start + count * self.n_spans)
+            start += count * self.n_spans
         raise KeyError(site)
 
     def head_receivers(self, layer: int) -> slice:
         """Indices of the receivers of the layer's heads."""
-        return slice(self._receiver_starts[layer], self._receiver_starts[layer + 1] - 1)
+        return slice(self._receiver_starts[layer], self._receiver_starts[layer + 1] - self.n_spans)
 
     @property
     def logits_receiver(self) -> slice:
-        return slice(self.n_receivers - 1, self.n_receivers)
+        return slice(self.n_receivers - self.n_spans, self.n_receivers)
 
     def head_inputs(self, layer: int) -> Reads:
         """(name, number of such receivers) of each input of the layer's heads, in order; usually "q", "k" and "v"."""
@@ -157,7 +171,7 @@ class Graph:
 
     def mlp_reach(self, layer: int) -> int:
         """How many senders the layer's MLP can see."""
-        return self._sender_starts[layer] + (0 if self.parallel else self.n_heads[layer])
+        return self._sender_starts[layer] + (0 if self.parallel else self.n_heads[layer] * self.n_spans)
 
     # Names and tensors.
 
@@ -167,7 +181,7 @@ class Graph:
         names = ["input"]
         for layer, h in enumerate(self.n_heads):
             names += [f"a{layer}.h{i}" for i in range(h)] + [f"m{layer}"]
-        return names
+        return self._at_spans(names)
 
     @cached_property
     def receivers(self) -> list[str]:
@@ -178,7 +192,10 @@ class Graph:
                 shared = n == 1 < self.n_heads[layer] and name not in _OF_KEYS
                 names += [f"a{layer}<{name}>"] if shared else [f"a{layer}.h{i}<{name}>" for i in range(n)]
             names.append(f"m{layer}")
-        return [*names, "logits"]
+        return self._at_spans([*names, "logits"])
+
+    def _at_spans(self, names: list[str]) -> list[str]:
+        return names if self.spans is None else [f"{name}@{span}" for name in names for span in self.spans.names]
 
     @cached_property
     def reach(self) -> Tensor:
@@ -187,17 +204,19 @@ class Graph:
         for layer in range(self.n_layers):
             reach[self._receiver_starts[layer] : self._receiver_starts[layer + 1]] = self.attention_reach(layer)
             reach[self.receivers_at(layer, "mlp")] = self.mlp_reach(layer)
-        reach[-1] = self.n_senders
+        reach[self.logits_receiver] = self.n_senders
         return reach
 
     @cached_property
     def edge_mask(self) -> Tensor:
         """edge_mask[u, v]: is there an edge from sender u to receiver v? bool [S, R]."""
+        if self.spans is not None:
+            return on_paths(self, spread(self.base.edge_mask, self.n_spans) & ends(self.base, self.spans))
         return torch.arange(self.n_senders)[:, None] < self.reach
 
     @cached_property
     def n_edges(self) -> int:
-        return int(self.reach.sum())
+        return int(self.reach.sum() if self.spans is None else self.edge_mask.sum())
 
     @cached_property
     def inputs_of(self) -> tuple[Tensor, Tensor]:
@@ -205,6 +224,8 @@ class Graph:
 
         The inputs of a head are its `<q>` and the `<k>` and `<v>` of its group; an MLP has one input.
         """
+        if self.spans is not None:
+            return inputs_by_span(self.base, self.spans)
         receivers, senders = [], []
         for layer, h in enumerate(self.n_heads):
             heads = torch.arange(h)
@@ -237,6 +258,28 @@ class Graph:
         """`a0.h1->m0`, `input->a0.h0<q>`: EAP-IG's name of the edge."""
         return f"{self.senders[sender]}->{self.receivers[receiver]}"
 
+    # Spans.
+
+    @cached_property
+    def base(self) -> Graph:
+        """The same model's graph without spans."""
+        return self if self.spans is None else replace(self, spans=None)
+
+    def with_spans(self, spans: Spans | None) -> Graph:
+        """The same model's graph with these spans, or with none."""
+        return replace(self, spans=spans)
+
+    def to_spans(self, values: Tensor) -> Tensor:
+        """Values or flags of every edge at every span, [P, S, R] or for all spans alike [S, R], as those of this graph,
+        which has spans: [S·P, R·P]. Flags only where there is an edge."""
+        spans = self.n_spans
+        found = spread(values, spans)
+        return found & self.edge_mask if found.dtype == torch.bool else found
+
+    def per_span(self, values: Tensor) -> Tensor:
+        """This graph's values or flags [S·P, R·P] by span, [P, S, R]."""
+        return by_span(values, self.n_spans)
+
     # The two head graphs.
 
     def with_heads(self, heads: Heads) -> Graph:
@@ -246,6 +289,8 @@ class Graph:
     @cached_property
     def kv_receiver(self) -> Tensor:
         """For each receiver of the query-head graph, the kv graph's receiver that it belongs to. int64 [R_query]."""
+        if self.spans is not None:
+            return (self.base.kv_receiver[:, None] * self.n_spans + torch.arange(self.n_spans)).flatten()
         query, kv = self.with_heads("query"), self.with_heads("kv")
         index = torch.empty(query.n_receivers, dtype=torch.int64)
         for layer in range(self.n_layers):
@@ -270,7 +315,7 @@ class Graph:
         receivers, senders = self.inputs_of
         fed = torch.zeros(self.n_senders, dtype=torch.bool)
         fed[senders[given[receivers]]] = True
-        fed[0] = True
+        fed[: self.n_spans] = True
         return fed
 
     def read(self, present: Tensor) -> Tensor:
@@ -284,21 +329,22 @@ class Graph:
     def connected(self, mask: Tensor) -> Tensor:
         """bool [S]: senders with a kept edge going out or, except for `input`, coming in; mask bool [S, R]."""
         present = self.fed(mask.any(0))
-        present[0] = False
+        present[: self.n_spans] = False
         return present | mask.any(1)
 
     # Storage.
 
     def to_dict(self) -> dict[str, Any]:
-        fields = asdict(self)
-        return fields if self.reads else {name: value for name, value in fields.items() if name != "reads"}
+        return {name: x for name, x in asdict(self).items() if x is not None or name not in ("reads", "spans")}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Graph:
-        return cls(**fields)
+        spans = fields.get("spans")
+        return cls(**{**fields, "spans": Spans(**spans) if isinstance(spans, dict) else spans})
 
     def __repr__(self) -> str:
+        spans = "" if self.spans is None else f"spans {', '.join(self.spans.names)}; "
         return (
-            f"Graph({self.n_layers} layers, heads={self.heads!r}, {self.n_senders} senders, "
+            f"Graph({self.n_layers} layers, heads={self.heads!r}, {spans}{self.n_senders} senders, "
             f"{self.n_receivers} receivers, {self.n_edges} edges)"
         )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from .layout import Graph
 from .staircase import clear_beyond
+
+if TYPE_CHECKING:
+    from .layout import Graph
 
 
 def prune(graph: Graph, mask: Tensor) -> Tensor:
@@ -18,6 +22,11 @@ def prune(graph: Graph, mask: Tensor) -> Tensor:
     """
     mask = mask.clone()
     clear_beyond(graph, mask)
+    return on_paths(graph, mask)
+
+
+def on_paths(graph: Graph, mask: Tensor) -> Tensor:
+    """The same of a mask that has True only where nodes can have an edge, changed in place."""
     kept = mask.numpy()
     # Edges of nodes that break the rule are removed until none does: as edges lead from earlier to later nodes, what is
     # left is on paths. Only the edges' numbers are looked at, and of the edges only those that go.

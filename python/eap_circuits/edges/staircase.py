@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .layout import Graph
+if TYPE_CHECKING:
+    from .layout import Graph
 
 _ENTRIES = 2**20  # of a block: few enough to stay in a processor's cache
 
@@ -26,6 +27,9 @@ class Block(NamedTuple):
 
 
 def blocks(graph: Graph) -> Iterator[Block]:
+    if graph.spans is not None:  # whose edges are no staircase
+        yield Block(slice(0, graph.n_senders), slice(0, graph.n_receivers), ~graph.edge_mask)
+        return
     reach, first = graph.reach, 0  # which grows from receiver to receiver
     while first < graph.n_senders:
         start = int(torch.searchsorted(reach, first, right=True))

@@ -25,7 +25,7 @@ from ..checkpoint import Checkpoint, Where, opened, remaining, settings_of
 from ..display import Result, library
 from ..errors import known_arguments, warn
 from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, one_want_of_memory, zeros
-from ..graph import Circuit
+from ..graph import Circuit, Graph
 from ..intervention import TOKENS_TOGETHER, rows_computed, run_circuits
 from ..loans import gives_back
 from ..provenance import called, provenance
@@ -163,8 +163,9 @@ def evaluate(
     circuits = as_circuits(circuit)
     progress = watched(progress)
     request = prepare(model, data, metric, ablation, batch_size, ablation_data, reuse_prefix, memory)
+    learned = ablation_of(ablation).learned
     for item in circuits:
-        check_circuit(item, request)
+        check_circuit(item, request, spans=not learned)
     if not circuits:
         return []
     info = {
@@ -172,9 +173,10 @@ def evaluate(
         "ablation": ablation_of(ablation).name,
         **provenance(request, call, _operator(request, circuits)),
     }
-    settings = partial(settings_of, request, call="evaluate", circuits=circuits)
+    spans = {"spans": data.spans} if any(item.graph.spans for item in circuits) else {}
+    settings = partial(settings_of, request, call="evaluate", circuits=circuits, **spans)
     with opened(checkpoint, request.arch.model, settings) as kept:
-        run = _with_own_constants if ablation_of(ablation).learned else _evaluate
+        run = _with_own_constants if learned else _evaluate
         evaluated = [replace(result, info=info) for result in run(request, circuits, kept, progress)]
     return _said(evaluated)[0] if isinstance(circuit, Circuit) else _said(evaluated)
 
@@ -220,7 +222,8 @@ def _operator(request: Request, circuits: Sequence[Circuit]) -> str:
     # Off the CPU all circuits are read together.
     shape = (0,) if request.arch.device.type == "cpu" else (len(circuits), 0, 0, 0)
     nothing = torch.empty(shape, dtype=request.arch.contraction_dtype, device=request.arch.device)
-    return explain("masked_read", nothing, nothing, max(circuits, key=lambda circuit: circuit.n_edges).mask)
+    largest = max(circuits, key=lambda circuit: circuit.n_edges)
+    return explain("masked_read", nothing, nothing, largest.graph.per_span(largest.mask).any(0))
 
 
 def _values(request: Request, circuits: Sequence[Circuit], batch: Batch, tokens: int) -> Tensor:
@@ -228,10 +231,10 @@ def _values(request: Request, circuits: Sequence[Circuit], batch: Batch, tokens:
     rounding. float64 [3 + C, E]."""
     measured: list[Measurement] = []
     ran: list[int] = []  # the rows of the circuits that ran, in order
-    for heads, graph in {item.graph.heads: item.graph for item in circuits}.items():
-        runner = request.runner(graph, batch)
+    for graph in _graphs(circuits):
+        runner = request.runner(graph.base, batch)
         record = record_run(runner, True, request.constants)
-        rows = [row for row, item in enumerate(circuits, 2) if item.graph.heads == heads and _runs(item)]
+        rows = [row for row, item in enumerate(circuits, 2) if item.graph == graph and _runs(item)]
         masks = [circuits[row - 2].mask for row in rows]
         # The circuit of all edges is the clean run, the circuit without edges the fully ablated run.
         outputs = run_circuits(runner, graph, record, masks if measured else [graph.edge_mask, *masks], tokens)
@@ -264,6 +267,14 @@ def _values(request: Request, circuits: Sequence[Circuit], batch: Batch, tokens:
     return found
 
 
+def _graphs(circuits: Sequence[Circuit]) -> list[Graph]:
+    """The circuits' graphs, each once: of a model there are two, each without spans or with some."""
+    found: list[Graph] = []
+    for item in circuits:
+        found += [] if item.graph in found else [item.graph]
+    return found
+
+
 def _runs(circuit: Circuit) -> bool:
     return 0 < circuit.n_edges < circuit.graph.n_edges
 
@@ -273,8 +284,8 @@ def _tokens_together(request: Request, circuits: Sequence[Circuit]) -> int:
     device = request.arch.device
     largest = max(circuits, key=lambda item: rows_computed(item.graph, [item.mask], device))
     rows = max(
-        rows_computed(graph, [item.mask for item in circuits if item.graph.heads == heads], device)
-        for heads, graph in {item.graph.heads: item.graph for item in circuits}.items()
+        rows_computed(graph, [item.mask for item in circuits if item.graph == graph], device)
+        for graph in _graphs(circuits)
     )
     most = max(TOKENS_TOGETHER, most_tokens(device.type))
     kept = min(tokens_in_all(request, 1), TOKENS_PER_BATCH)

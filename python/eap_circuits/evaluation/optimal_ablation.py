@@ -20,7 +20,7 @@ from ..loans import gives_back
 from ..ranks import together
 from ..recording import means, record_run
 from ..request import Measurement, Progress, Request, fetch, prepare, watched
-from ..tasks import PairedDataset
+from ..tasks import PairedDataset, check_spans
 
 TOKENS_PER_LESSON = 256  # per batch, as the backward pass keeps every receiver's input at each token
 
@@ -75,7 +75,7 @@ def optimal_constants(
     steps, progress = whole("steps", steps, 1), watched(progress)
     rate = number("rate", rate, "a positive number", 5e-324, 1e308)
     request = prepare(model, data, metric, "mean", batch_size, reuse_prefix=False, memory=memory)
-    check_circuit(circuit, request)
+    check_circuit(circuit, request, spans=False)
     request.refuse_parts()
     settings = partial(settings_of, request, call="optimal_constants", circuit=circuit, steps=steps, rate=rate)
     with opened(checkpoint, request.arch.model, settings) as kept, borrowed(request.arch.model):
@@ -110,12 +110,16 @@ def check_kind(circuit: object) -> None:
     raise expected("circuit", "a Circuit or a list of them", found)
 
 
-def check_circuit(circuit: object, request: Request) -> None:
-    """Refuse anything that is not a circuit of the model."""
+def check_circuit(circuit: object, request: Request, spans: bool) -> None:
+    """Refuse anything that is not a circuit of the model, and of its data's spans if it may have `spans`."""
     check_kind(circuit)
     assert isinstance(circuit, Circuit)
-    if circuit.graph != request.arch.graph(circuit.graph.heads):
-        raise expected("circuit", f"one of {request.arch.graph(circuit.graph.heads)!r}", f"one of {circuit.graph!r}")
+    graph = circuit.graph
+    if graph.base != request.arch.graph(graph.heads):
+        raise expected("circuit", f"one of {request.arch.graph(graph.heads)!r}", f"one of {graph!r}")
+    if graph.spans is not None and not spans:
+        raise expected("circuit", "one without spans, as constants are learned for it", f"one of {graph!r}")
+    check_spans(request.data, graph.spans)
 
 
 class _Lessons:

@@ -13,7 +13,7 @@ from ..edges import Graph
 from ..errors import expected, reason
 from ..files import parse_json
 
-_TENSORS = ("values", "mask", "variance", "per_example", "per_position", "neurons")
+_TENSORS = ("values", "mask", "variance", "per_example", "per_position", "per_span", "neurons")
 _WIDEST = 2**31
 
 

@@ -35,6 +35,8 @@ def check_graph(graph: Graph) -> None:
     """Refuse a graph that EAP-IG has no place for."""
     if len(set(graph.n_heads)) > 1 or len(set(graph.n_kv_heads)) > 1 or not graph.n_heads[0]:
         raise expected("EAP-IG's formats", "the same number of heads in every layer, one or more", graph.n_heads)
+    if graph.spans is not None:
+        raise expected("EAP-IG's formats", "a graph without spans", f"spans {', '.join(graph.spans.names)}")
     if graph.reads:
         raise expected("EAP-IG's formats", "queries, keys and values in every layer", f"inputs {graph.reads}")
 

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from ..edges import Graph
+from ..edges import Graph, Spans
 from ..errors import expected
 from ..files import CHECKSUM, check_digest, digest, parse_json, write_whole
 from .content import Content, flag, head_kind, info_text, read_info, shown, whole
@@ -56,4 +56,7 @@ def _metadata(data: bytes) -> dict[str, Any]:
 def _graph(fields: dict[str, Any]) -> Graph:
     heads, kv_heads = (tuple(whole(name, n, 0) for n in fields[name]) for name in ("n_heads", "n_kv_heads"))
     width, parallel = whole("d_model", fields["d_model"], 0), flag("parallel", fields.get("parallel", False))
-    return Graph(heads, kv_heads, width, parallel, head_kind(fields.get("heads", "kv")), fields.get("reads"))
+    spans = fields.get("spans")
+    if spans is not None:
+        spans = Spans(**{name: spans[name] for name in ("names", "sees", "scored")})
+    return Graph(heads, kv_heads, width, parallel, head_kind(fields.get("heads", "kv")), fields.get("reads"), spans)

@@ -56,6 +56,7 @@ class Batch:
     and `lengths` are the dataset's. `corrupted_scored` int64 [E]: the corrupted prompt's scored position. `last` int64
     [E]: the longer prompt's last one.
     `alignment` int64 [E, T]: the corrupted prompt's position that each clean one is compared with; None: the same.
+    `spans` int64 [E, T]: the span of each token, the last one's for tokens in none; None if there are no spans.
     `answer_tokens` int64 [U]: the tokens that are an answer of any example, or a variant of one, in order;
     `answer_columns`: where the answers are among them, -1 as in `answers`. `variants` are the dataset's, and
     `variant_columns` likewise. `places`: the scored positions in [E·T], a slice if possible. `host`: these tensors on
@@ -85,6 +86,7 @@ class Batch:
     pair: Tensor
     positions: Positions | None = None
     alignment: Tensor | None = None
+    spans: Tensor | None = None
     variants: Tensor | None = None
     variant_columns: Tensor | None = None
     _moved: dict[Any, Tensor] = field(default_factory=dict, repr=False)
@@ -274,6 +276,8 @@ def batch_of(data: PairedDataset, index: Tensor, reuse_prefix: bool, device: tor
         host |= {"variants": every[1], "variant_columns": columns[1]}
     if alignment is not None:
         host["alignment"] = alignment
+    if rows.spans is not None:
+        host["spans"] = rows.spans[chosen].gather(1, taken) % (len(rows.span_names) + 1)
     there: dict[str, Any] = dict(
         zip([*host, *positions], upload(device, *host.values(), *positions.values()), strict=True)
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import expected
 from ..texts.encoding import equally_long, single_tokens
-from .sampling import sample_records
+from .sampling import Spans, filled, sample_records
 
 TEMPLATES = (
     "The city of {capital} is the capital of",
@@ -43,12 +43,13 @@ def generate(tokenizer: Any, n: int, rng: random.Random) -> list[dict[str, Any]]
     """n records; the answers are the two countries' ids. Raises `InputError` if too few countries fit."""
     ids = single_tokens(tokenizer, TEMPLATES[0].format(capital="Paris"), CAPITALS.values())
     capitals = [capital for capital, country in CAPITALS.items() if country in ids]
-    pairs: list[tuple[str, str, list[int]]] = []
+    pairs: list[tuple[str, str, list[int], Spans]] = []
     for template in TEMPLATES:
-        texts = [template.format(capital=capital) for capital in capitals]
+        prompts = [filled(template, capital=capital) for capital in capitals]
+        texts = [text for text, _ in prompts]
         for clean, corrupted in equally_long(tokenizer, texts):
             answers = [ids[CAPITALS[capitals[i]]] for i in (clean, corrupted)]
-            pairs.append((texts[clean], texts[corrupted], answers))
+            pairs.append((texts[clean], texts[corrupted], answers, prompts[clean][1]))
     if len(ids) < _LEAST or not pairs:
         raise expected(
             "tokenizer",

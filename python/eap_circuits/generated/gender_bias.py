@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import expected
 from ..texts.encoding import equally_long, next_token
-from .sampling import sample_records
+from .sampling import Spans, filled, sample_records
 
 TEMPLATES = (
     "The {person} said that",
@@ -44,13 +44,14 @@ def generate(tokenizer: Any, n: int, rng: random.Random) -> list[dict[str, Any]]
     she, he = (next_token(tokenizer, "The person said that", f" {word}") for word in ("she", "he"))
     if she is None or he is None or she == he:
         raise expected("tokenizer", "' she' and ' he' as one token each", "more or fewer")
-    pairs: list[tuple[str, str, list[int]]] = []
+    pairs: list[tuple[str, str, list[int], Spans]] = []
     fitting = set()
     for template in TEMPLATES:
         for people, other, answers in ((SHE, "man", [she, he]), (HE, "woman", [he, she])):
-            texts = [template.format(person=person) for person in (other, *people)]
+            prompts = [filled(template, person=person) for person in (other, *people)]
+            texts = [text for text, _ in prompts]
             found = [clean for clean, corrupted in equally_long(tokenizer, texts) if corrupted == 0]
-            pairs += [(texts[clean], texts[0], answers) for clean in found]
+            pairs += [(texts[clean], texts[0], answers, prompts[clean][1]) for clean in found]
             fitting |= {people[clean - 1] for clean in found}
     if len(fitting) < _LEAST:
         raise expected(

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import expected
 from ..texts.encoding import encode_plain, next_token
-from .sampling import sample_combinations
+from .sampling import filled, sample_combinations
 
 STEM = "The {noun} lasted from the year {year} to the year"
 CENTURIES = ("17", "16", "15", "14", "13", "12", "11")
@@ -73,8 +73,9 @@ def generate(tokenizer: Any, n: int, rng: random.Random) -> list[dict[str, Any]]
         )
     records = []
     for noun, (clean, corrupted, ending, good, bad) in sample_combinations((NOUNS, years), n, rng):
-        texts = (STEM.format(noun=noun, year=year) + ending for year in (clean, corrupted))
-        records.append(dict(zip(("clean", "corrupted", "answers"), (*texts, [good, bad]), strict=True)))
+        (text, spans), (other, _) = (filled(STEM, noun=noun, year=year) for year in (clean, corrupted))
+        record = {"clean": text + ending, "corrupted": other + ending, "answers": [good, bad], "spans": spans}
+        records.append(record)
     return records
 
 

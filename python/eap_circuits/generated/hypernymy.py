@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import expected
 from ..texts.encoding import equally_long, single_tokens
-from .sampling import sample_records
+from .sampling import Spans, filled, sample_records
 
 TEMPLATES = (
     "They sell {things} and other",
@@ -49,13 +49,14 @@ def generate(tokenizer: Any, n: int, rng: random.Random) -> list[dict[str, Any]]
     ids = single_tokens(tokenizer, context, (name for names, _ in KINDS for name in names))
     answers = [[ids[name] for name in names if name in ids] for names, _ in KINDS]
     things = [(thing, kind) for kind, (_, members) in enumerate(KINDS) if answers[kind] for thing in members]
-    pairs: list[tuple[str, str, list[list[int]]]] = []
+    pairs: list[tuple[str, str, list[list[int]], Spans]] = []
     for template in TEMPLATES:
-        texts = [template.format(things=thing) for thing, _ in things]
+        prompts = [filled(template, things=thing) for thing, _ in things]
+        texts = [text for text, _ in prompts]
         for clean, corrupted in equally_long(tokenizer, texts):
             good, bad = things[clean][1], things[corrupted][1]
             if good != bad:
-                pairs.append((texts[clean], texts[corrupted], [answers[good], answers[bad]]))
+                pairs.append((texts[clean], texts[corrupted], [answers[good], answers[bad]], prompts[clean][1]))
     if not pairs:
         raise expected(
             "tokenizer",

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import expected
 from ..texts.encoding import single_tokens
-from .sampling import sample_combinations
+from .sampling import filled, sample_combinations
 
 # {first} and {second} are IO and S in either order (ABBA, BABA); {giver} is S, or a third name in the corrupted prompt.
 # Every name follows a space, as most tokenizers have another token for a name without one.
@@ -47,8 +47,8 @@ def generate(tokenizer: Any, n: int, rng: random.Random) -> list[dict[str, Any]]
         (TEMPLATES, (False, True), triples, PLACES, THINGS), n, rng
     ):
         first, second = (s, io) if swapped else (io, s)
-        clean, corrupted = (
-            template.format(first=first, second=second, giver=giver, place=place, thing=thing) for giver in (s, other)
+        (clean, spans), (corrupted, _) = (
+            filled(template, first=first, second=second, giver=giver, place=place, thing=thing) for giver in (s, other)
         )
-        records.append({"clean": clean, "corrupted": corrupted, "answers": [ids[io], ids[s]]})
+        records.append({"clean": clean, "corrupted": corrupted, "answers": [ids[io], ids[s]], "spans": spans})
     return records

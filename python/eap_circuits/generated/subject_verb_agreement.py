@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import expected
 from ..texts.encoding import equally_long, single_tokens
-from .sampling import sample_combinations
+from .sampling import filled, sample_combinations
 
 NOUNS = (
     ("key", "keys"), ("teacher", "teachers"), ("author", "authors"), ("book", "books"), ("car", "cars"),
@@ -33,6 +33,7 @@ VERBS = (
     ("needs", "need"), ("makes", "make"), ("comes", "come"), ("gets", "get"), ("stands", "stand"),
 )  # fmt: skip
 _LEAST = 4
+_SLOTS = "{noun} {phrase}"
 
 
 def generate(tokenizer: Any, n: int, rng: random.Random) -> list[dict[str, Any]]:
@@ -59,10 +60,13 @@ def generate(tokenizer: Any, n: int, rng: random.Random) -> list[dict[str, Any]]
     answers = [[one for one, _ in verbs], [many for _, many in verbs]]
     records = []
     for stem, pair, plural, phrase in sample_combinations((STEMS, nouns, (0, 1), PHRASES), n, rng):
-        clean, corrupted = (_text(stem, pair[number], phrase) for number in (plural, 1 - plural))
-        records.append({"clean": clean, "corrupted": corrupted, "answers": [answers[plural], answers[1 - plural]]})
+        (clean, spans), (corrupted, _) = (
+            filled(f"{stem} {_SLOTS}", noun=pair[number], phrase=phrase) for number in (plural, 1 - plural)
+        )
+        sides = [answers[plural], answers[1 - plural]]
+        records.append({"clean": clean, "corrupted": corrupted, "answers": sides, "spans": spans})
     return records
 
 
 def _text(stem: str, noun: str, phrase: str) -> str:
-    return f"{stem} {noun} {phrase}"
+    return filled(f"{stem} {_SLOTS}", noun=noun, phrase=phrase)[0]

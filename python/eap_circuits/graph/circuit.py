@@ -79,6 +79,11 @@ class Circuit(Result):
         """The circuit of all other edges."""
         return Circuit(self.graph, self.graph.edge_mask & ~self.mask, info={**self.info, "complement": True})
 
+    def across_spans(self) -> Circuit:
+        """The circuit of the edges that are kept at any span, of the graph without spans."""
+        values = None if self.values is None else self.graph.per_span(self.values.double()).sum(0).float()
+        return Circuit(self.graph.base, self.graph.per_span(self.mask).any(0), values, self.info)
+
     def to_query(self) -> Circuit:
         """The same circuit over query heads: an edge to a key/value head becomes one to each head of its group."""
         if self.graph.heads == "query":

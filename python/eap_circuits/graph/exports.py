@@ -46,11 +46,11 @@ def to_dot(circuit: Circuit) -> str:
 def _joined(circuit: Circuit) -> Iterator[tuple[str, str, str, dict[str, float]]]:
     """(sender, node, what it enters, {"score": …} or {}); a key or value that heads share is entered at each head."""
     graph = circuit.graph
-    nodes: dict[int, list[str]] = {graph.n_receivers - 1: ["logits"]}
+    nodes = {v: [graph.receivers[v]] for v in range(graph.n_receivers)[graph.logits_receiver]}
     for receiver, sender in zip(*(x.tolist() for x in graph.inputs_of), strict=True):
         nodes.setdefault(receiver, []).append(graph.senders[sender])
     for u, v in circuit.mask.nonzero().tolist():
-        name = graph.receivers[v]
+        name = graph.receivers[v].partition("@")[0]
         kind = name.partition("<")[2][:-1] if name.endswith(">") else "logits" if name == "logits" else "mlp"
         score = {} if circuit.values is None else {"score": float(circuit.values[u, v])}
         for node in nodes[v]:

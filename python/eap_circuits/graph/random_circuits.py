@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..edges import Graph
 from ..errors import SEEDS, expected, instance, whole
+from ..selection import select_edges
 from .circuit import Circuit
 
 _TRIES = 20
@@ -35,10 +37,23 @@ def random_circuit(graph: Graph, n_edges: int, *, seed: int = 0) -> Circuit:
     seed = whole("seed", seed, *SEEDS)
     rng = random.Random(seed)
     for _ in range(_TRIES):
-        growth = _Growth(graph, rng)
-        if growth.grow(n_edges):
-            return Circuit(graph, growth.mask, None, {"random": {"n_edges": n_edges, "seed": seed}})
+        mask = _grown(graph, n_edges, rng) if graph.spans is None else _selected(graph, n_edges, rng)
+        if mask.sum() == n_edges:
+            return Circuit(graph, mask, None, {"random": {"n_edges": n_edges, "seed": seed}})
     raise expected("n_edges", "a size that a connected circuit of this graph can have", n_edges)
+
+
+def _grown(graph: Graph, n_edges: int, rng: random.Random) -> Tensor:
+    growth = _Growth(graph, rng)
+    growth.grow(n_edges)
+    return growth.mask
+
+
+def _selected(graph: Graph, n_edges: int, rng: random.Random) -> Tensor:
+    """By random scores: a path that changes span is completed as that of a selected circuit is."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(62))
+    rank = torch.rand(graph.edge_mask.shape, generator=generator)
+    return select_edges(graph, rank, [n_edges], "top", True, exactly=True)[0][0]
 
 
 class _Growth:
@@ -65,8 +80,8 @@ class _Growth:
         self.read = [False] * (graph.n_receivers - 1) + [True]
         self.missing = graph.n_senders + graph.n_receivers - 2
 
-    def grow(self, n_edges: int) -> bool:
-        """Add edges until there are `n_edges`; False if no remaining edge can be completed to a path within that."""
+    def grow(self, n_edges: int) -> None:
+        """Add edges until there are `n_edges`, or fewer if no remaining edge can be completed to a path within that."""
         generator = torch.Generator().manual_seed(self.rng.getrandbits(62))
         # The edges' numbers, in a random order. In parts: a circuit needs few of them, and a list of all edges of a
         # large model would take gigabytes.
@@ -87,7 +102,7 @@ class _Growth:
         if torch.count_nonzero(fits) <= remaining:
             remaining -= int(torch.count_nonzero(fits))
             self.mask |= fits
-            return not remaining
+            return
         flags, mask = fits.numpy().reshape(-1), self.mask.numpy().reshape(-1)
         for part in parts:
             if not remaining:
@@ -96,7 +111,6 @@ class _Growth:
             chosen = here[flags[here]][:remaining]
             mask[chosen] = True
             remaining -= len(chosen)
-        return not remaining
 
     def _places(self, edges: Any) -> Any:
         """Where edges of these numbers, counted sender by sender, are in the flat mask."""

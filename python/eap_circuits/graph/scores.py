@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import formats
 from ..display import Result, drawn
-from ..edges import Graph, numbers
+from ..edges import Graph, Spans, numbers
 from ..edges import prune as pruned
 from ..errors import expected, flag, instance, known_arguments, listed, number, warn, whole
 from ..selection import select_edges
@@ -23,7 +23,7 @@ from .nodes import NodeScores
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STATISTICS = ("variance", "per_example", "per_position", "neurons")
+STATISTICS = ("variance", "per_example", "per_position", "per_span", "neurons")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +34,13 @@ class EdgeScores(Result):
         graph: the graph whose edges these are.
         values: float32 [S, R], in units of the metric; zero where there is no edge.
         info: where they came from (method, metric, task …), as plain JSON values.
-        variance: float32 [S, R] of the scores over examples, divided by E. This and the next three may be None.
+        variance: float32 [S, R] of the scores over examples, divided by E. This and the next four may be None.
         per_example: float32 [E, S, R] in the order of the dataset; its mean is `values`.
         per_position: float32 [T, S, R] by token position, counted from the prompts' start or, if `info["keep"]` has
             "positions-from-end", with the scored positions last. It is a mean over all examples, even those without
             such a position, so that its sum is `values`.
         neurons: float32 [S, D], scores of the nodes by dimension of the residual stream; see `NodeScores`.
+        per_span: float32 [P, S, R] by span, named in `info["spans"]`; its sum is `values`. See `by_span`.
     """
 
     graph: Graph
@@ -49,6 +50,7 @@ class EdgeScores(Result):
     per_example: Tensor | None = None
     per_position: Tensor | None = None
     neurons: Tensor | None = None
+    per_span: Tensor | None = None
 
     def __post_init__(self) -> None:
         instance("graph", self.graph, Graph)
@@ -60,7 +62,7 @@ class EdgeScores(Result):
             object.__setattr__(self, name, numbers(name, tensor, shapes.get(name, ["N", *shape])))
 
     def statistics(self) -> dict[str, Tensor]:
-        """What was kept of `variance`, `per_example`, `per_position` and `neurons`, by name."""
+        """What was kept of `variance`, `per_example`, `per_position`, `per_span` and `neurons`, by name."""
         kept = {name: getattr(self, name) for name in STATISTICS}
         return {name: tensor for name, tensor in kept.items() if tensor is not None}
 
@@ -197,6 +199,23 @@ class EdgeScores(Result):
             raise expected("node_scores()", "scores of a gradient method", repr(self.info.get("method")))
         return NodeScores(self.graph, self.values.double().sum(1).float(), self.neurons, self.info)
 
+    def by_span(self) -> EdgeScores:
+        """The scores of every edge at every span: of a graph that has each node once for each span.
+
+        Raises:
+            InputError: no scores of spans were kept.
+        """
+        spans = self.info.get("spans")
+        if self.per_span is None or not isinstance(spans, dict):
+            raise expected("by_span()", 'scores of attribute(keep="spans")', "others")
+        graph = self.graph.with_spans(Spans(**spans))
+        return EdgeScores(graph, graph.to_spans(self.per_span), self.info)
+
+    def across_spans(self) -> EdgeScores:
+        """What `by_span` was made of: the position-blind scores, of the graph without spans, and each span's."""
+        each = self.graph.per_span(self.values)
+        return EdgeScores(self.graph.base, each.double().sum(0).to(each.dtype), self.info, per_span=each)
+
     def to_kv(self) -> EdgeScores:
         """Query-head scores summed over each group: the scores of the kv graph.
 
@@ -205,9 +224,10 @@ class EdgeScores(Result):
         if self.graph.heads == "kv":
             return self
         kv, summed = self.graph.with_heads("kv"), self.graph.to_kv
-        examples, positions = (None if x is None else summed(x) for x in (self.per_example, self.per_position))
+        parts = self.per_example, self.per_position, self.per_span
+        examples, positions, spans = (None if x is None else summed(x) for x in parts)
         variance = None if self.variance is None or examples is None else examples.var(0, correction=0)
-        return EdgeScores(kv, summed(self.values), self.info, variance, examples, positions, self.neurons)
+        return EdgeScores(kv, summed(self.values), self.info, variance, examples, positions, self.neurons, spans)
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame of all edges: sender, receiver, score and, if the variance was kept, standard_error."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.functional import pad
 from eap_kernels import MaskedReads, masked_read
 
 from ..adapters import Architecture
-from ..forward import Runner
+from ..forward import Runner, upload
 from ..graph import Graph
 
 Places = slice | Tensor  # some of a batch's [E·T] tokens
@@ -44,11 +45,19 @@ class Asked:
         return numbers(self.whole[:, receiver:].any(1))
 
 
+def together(graph: Graph, masks: Sequence[Tensor]) -> Tensor:
+    """Masks of a graph on the host, [C, S, R]; of one with spans [C, P, S, R]."""
+    return torch.stack([mask if graph.spans is None else graph.per_span(mask) for mask in masks]).cpu()
+
+
 def asked_of(graph: Graph, masks: Tensor) -> Asked:
-    """What masks [C, S, R] ask for."""
-    kept = masks != 0
+    """What masks ask for, as `together` gives them: with spans, at any of them."""
+    kept, edges = masks != 0, graph.edge_mask if graph.spans is None else graph.per_span(graph.edge_mask)
+    full = (masks == 1) | ~edges
+    if graph.spans is not None:
+        kept, full, graph = kept.any(1), full.all(1), graph.base
     closed = ~kept.any(1)
-    whole = ((masks == 1) | ~graph.edge_mask).all(1) & ~closed
+    whole = full.all(1) & ~closed
     partial = ~closed & ~whole
     stored = (kept & partial[:, None]).any(2)
     for index in range(graph.n_layers):
@@ -72,8 +81,8 @@ class CircuitGroup:
         self.stored = stored.tolist()  # [S]
         # How many of the senders before one are stored, and of the receivers before one computed.
         self._before, self._computed = ([0, *some.cumsum(0).tolist()] for some in (stored, computed))
-        masks = masks[:, stored][:, :, computed]
-        self.mask = masks.to(self.dtype)  # [C, stored, computed]
+        masks = masks[..., stored, :][..., computed]
+        self.mask = masks.to(self.dtype)  # [C, stored, computed], or by span [C, P, stored, computed]
         if not torch.equal(self.mask.to(masks.dtype), masks):
             self.mask = masks.to(runner.arch.accumulate)
         self._shape = (int(stored.sum()), len(masks), runner.batch.clean.numel(), runner.arch.d_model)
@@ -136,7 +145,28 @@ class CircuitGroup:
         return slice(self._before[start], self._before[stop])
 
     def _weights(self, receivers: slice, start: int, stop: int) -> Tensor:
-        return self.mask[:, self._rows(start, stop), self.places(receivers)]
+        return self.mask[..., self._rows(start, stop), self.places(receivers)]
+
+
+class SpanGroup(CircuitGroup):
+    """A circuit that keeps other edges at other spans: each span's tokens are read by its own mask."""
+
+    def __init__(self, runner: Runner, members: slice, masks: Tensor, asked: Asked) -> None:
+        super().__init__(runner, members, masks, asked)
+        self._span, self._scored = runner.batch.host["spans"].flatten(), runner.batch.host["places"]
+
+    def read(self, base: Tensor, receivers: slice, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
+        self.follow(base.device)
+        base, differences = base if base.dim() == 2 else base[0], self.differences[self._rows(start, stop), 0]
+        masks = self._weights(receivers, start, stop)[0]  # [P, stored, computed]
+        read = torch.arange(len(self._span)) if at is EVERYWHERE else self._scored  # in the order of `base`
+        y = base.new_empty(masks.shape[-1], *base.shape)
+        for number, mask in enumerate(masks):
+            own = (self._span[read] == number).nonzero()[:, 0]
+            if len(own):
+                rows, tokens, weights = upload(base.device, own, read[own], mask.contiguous())
+                y[:, rows] = masked_read(base[rows], differences[:, tokens], weights)
+        return y[:, None]
 
 
 class SharedGroup(CircuitGroup):

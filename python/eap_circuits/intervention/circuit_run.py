@@ -21,7 +21,18 @@ from ..adapters import Norm, ReceiverSite, SenderSite, receiver_sites, sender_si
 from ..forward import Hooks, Indices, Runner
 from ..graph import Graph
 from ..recording import ReferenceRun
-from .circuit_group import EVERYWHERE, Asked, CircuitGroup, LearningGroup, Places, SharedGroup, asked_of, numbers
+from .circuit_group import (
+    EVERYWHERE,
+    Asked,
+    CircuitGroup,
+    LearningGroup,
+    Places,
+    SharedGroup,
+    SpanGroup,
+    asked_of,
+    numbers,
+    together,
+)
 from .grouping import Sites, arrange, attention_of, consecutive, first_of, heads_of, join, shared
 
 TOKENS_TOGETHER = 2048  # of circuits that run together
@@ -33,20 +44,22 @@ def run_circuits(
     """Logits [E, V] of each circuit at the scored positions, in order.
 
     Args:
+        graph: of masks that keep other edges at other spans, the one with spans.
         masks: bool or floating [S, R] each; values between 0 and 1 keep an edge in part.
         tokens: the most that circuits which run together have.
     """
-    arch, at_once = runner.arch, shared(runner.arch.device)
-    together = max(1, tokens // runner.batch.clean.numel())
+    arch, at_once = runner.arch, shared(runner.arch.device) and graph.spans is None
+    one = CircuitGroup if graph.spans is None else SpanGroup
+    count = max(1, tokens // runner.batch.clean.numel())
     row = runner.batch.clean.numel() * arch.d_model * arch.dtype.itemsize
-    for start in range(0, len(masks), together):
-        some = torch.stack(list(masks[start : start + together])).cpu()
-        asked, kind = asked_of(graph, some), SharedGroup if at_once else CircuitGroup
+    for start in range(0, len(masks), count):
+        some = together(graph, masks[start : start + count])
+        asked, kind = asked_of(graph, some), SharedGroup if at_once else one
         order, groups = arrange(asked, at_once, row, graph.n_layers)
         some, asked = some[order], asked.of(order)
         with torch.no_grad():
             stored = [kind(runner, members, some, asked) for members in groups]
-            logits = _CircuitsRun(runner, graph, corrupted, asked, stored).logits()
+            logits = _CircuitsRun(runner, graph.base, corrupted, asked, stored).logits()
         # Outside of no_grad, which would otherwise last until the next one is asked for.
         yield from (logits[order.index(circuit)] for circuit in range(len(order)))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..adapters import ReceiverSite
 from ..graph import Graph
-from .circuit_group import Asked, CircuitGroup, asked_of
+from .circuit_group import Asked, CircuitGroup, asked_of, together
 
 _ANOTHER_GROUP = 1 << 28  # bytes that a GPU moves while the host launches another group's kernels of a layer
 Sites = dict[str, ReceiverSite]  # a layer's, by name
@@ -28,8 +28,9 @@ def shared(device: torch.device) -> bool:
 def rows_computed(graph: Graph, masks: Sequence[Tensor], device: torch.device) -> int:
     """How many rows of tokens × features a circuit holds at most: the senders that are read, and three for each
     receiver of a layer that has to be computed. Circuits of one group hold what any of them needs."""
-    asked = [asked_of(graph, mask[None]) for mask in masks]
-    size, beside = (len(asked), 1) if shared(device) else (1, 0)
+    asked = [asked_of(graph, together(graph, [mask])) for mask in masks]
+    size, beside = (len(asked), 1) if shared(device) and graph.spans is None else (1, 0)
+    graph = graph.base
     groups = [asked[start : start + size] for start in range(0, len(asked), size)]
 
     def any_of(group: list[Asked], name: str) -> Tensor:

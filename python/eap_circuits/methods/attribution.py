@@ -99,8 +99,9 @@ def attribute(
         ablation_data: whose clean prompts are used to compute means; by default the data themselves.
         keep: what to keep besides the scores' mean over examples, one or more of "variance" (over examples),
             "examples" (each example's scores, and the variance), "positions" or "positions-from-end" (each token
-            position's scores, counted from the prompts' start, or with the scored positions last), "neurons" (each
-            node's scores by residual dimension). "exact" can keep only the first two. None costs nothing.
+            position's scores, counted from the prompts' start, or with the scored positions last), "spans" (those of
+            the data's spans, docs/spans.md), "neurons" (each node's scores by residual dimension). "exact" can keep
+            only the first two. None costs nothing.
         rules: what replaces the gradient in the backward passes: None, "relp" (relevance patching), "relp-ah" (with
             attention patterns constant too), or "gim" (gradient interaction modifications); docs/rules.md has the
             formulas and sources. "exact" and "information-flow-routes" have no backward pass.
@@ -117,7 +118,8 @@ def attribute(
     request = _request(**{name: x for name, x in asked.items() if name not in ("progress", "checkpoint")})
     progress = watched(progress)
     origin = provenance(request, call, request.method.operator(request))
-    settings = partial(settings_of, request, call="attribute")
+    spans = {"spans": data.spans} if "spans" in request.keep else {}
+    settings = partial(settings_of, request, call="attribute", **spans)
     with opened(checkpoint, request.arch.model, settings) as kept, borrowed(request.arch.model):
         statistics = Statistics(request)
         request.method.run(request.verified(heads).with_constants(), statistics, kept, progress)
@@ -244,7 +246,7 @@ def _request(
         one_of("rules", rules, RULES)
         if not spec.backward:
             raise expected("rules", f"None, as {method!r} has no backward pass", repr(rules))
-    kept = to_keep(keep, spec)
+    kept = to_keep(keep, spec, data)
     if not spec.selective and edges is not None:
         raise expected("edges", 'None, except for method "exact"', f"some for {method!r}")
     graph = common.arch.graph(heads)

@@ -20,7 +20,7 @@ from .quadrature import Path
 if TYPE_CHECKING:
     from .statistics import Statistics
 
-KEEP = ("variance", "examples", "positions", "positions-from-end", "neurons")
+KEEP = ("variance", "examples", "positions", "positions-from-end", "spans", "neurons")
 Tier = Literal["stable", "experimental"]
 
 

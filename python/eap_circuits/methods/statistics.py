@@ -23,12 +23,13 @@ from ..graph import EdgeScores
 from ..ranks import least_share
 from ..recording import contract, contract_neurons, feature_slices, lowered
 from ..request import Measurement, Progress, fetch
+from ..tasks import PairedDataset, spans_in
 from .spec import KEEP, AttributionRequest, Method
 
 _EXAMPLES, _POSITIONS = {"variance", "examples"}, {"positions", "positions-from-end"}
 
 
-def to_keep(keep: object, method: Method) -> frozenset[str]:
+def to_keep(keep: object, method: Method, data: PairedDataset) -> frozenset[str]:
     """The names that `attribute(keep=)` asks for, checked."""
     if keep is None:
         return frozenset()
@@ -39,6 +40,8 @@ def to_keep(keep: object, method: Method) -> frozenset[str]:
     found = frozenset(names)
     if found >= _POSITIONS:
         raise expected("keep", "positions counted from one end", "both 'positions' and 'positions-from-end'")
+    if "spans" in found and data.spans is None:
+        raise expected("keep", "data with spans (docs/data.md) for 'spans'", f"{data.name!r} without")
     if not found <= set(method.keeps):
         known = " or ".join(map(repr, method.keeps)) or "nothing"
         raise expected("keep", f"{known} for method {method.name!r}", repr(keep))
@@ -50,6 +53,8 @@ def batch_bytes(request: AttributionRequest, examples: int) -> int:
     parts = min(examples, len(request.data)) if request.keep & _EXAMPLES else 0
     if request.keep & _POSITIONS:
         parts += int(request.data.run_lengths.max())
+    if "spans" in request.keep:
+        parts += len(request.data.span_names) + 1
     return parts * request.graph.n_senders * request.graph.n_receivers * request.arch.accumulate.itemsize
 
 
@@ -63,9 +68,9 @@ class Side(Protocol):
 class BatchScores:
     """Scores of one batch, added up as its path points are contracted.
 
-    `sums` holds "total" float64 [S, R], or, where asked for, float32 (or float64) "examples" [E, S, R] and "positions"
-    [P, S, R] instead; "neurons" float64 [S, D]; all on the model's device until `fetch`. `places` int64 [P]: the places
-    in the result of the positions.
+    `sums` holds "total" float64 [S, R], or, where asked for, float32 (or float64) "examples" [E, S, R], "positions" and
+    "spans" [P, S, R] instead; "neurons" float64 [S, D]; all on the model's device until `fetch`. `places`: of
+    positions and of spans int64 [P], their places in the result.
     """
 
     def __init__(self, request: AttributionRequest, batch: Batch) -> None:
@@ -74,6 +79,7 @@ class BatchScores:
         self._measured: list[Measurement] = []
         self.sums: dict[str, Tensor] = {}
         self._parts: dict[str, list[Tensor | slice]] = {}
+        self.places: dict[str, Tensor] = {}
         self._neurons = "neurons" in keep
         self._in_features = False  # are the sums over this rank's features alone?
         shape = graph.n_senders, graph.n_receivers
@@ -86,10 +92,13 @@ class BatchScores:
             before = batch.host["start"]
             if "positions-from-end" in keep:
                 before = before + int(request.data.run_lengths.max()) - batch.host["row_lengths"]
-            place = before[rows // tokens] + rows % tokens
-            self.places, which = place.unique(return_inverse=True)
-            found = ((which == i).nonzero()[:, 0] for i in range(len(self.places)))
-            self._parts["positions"] = [*upload(device, *found)]
+            self.places["positions"] = before[rows // tokens] + rows % tokens
+        if "spans" in keep:
+            self.places["spans"] = batch.host["spans"].flatten()[rows]
+        for name, place in self.places.items():
+            self.places[name], which = place.unique(return_inverse=True)
+            found = ((which == i).nonzero()[:, 0] for i in range(len(self.places[name])))
+            self._parts[name] = [*upload(device, *found)]
         for name, parts in self._parts.items():
             self.sums[name] = torch.zeros(len(parts), *shape, dtype=request.arch.accumulate, device=device)
         if not self._parts:
@@ -107,7 +116,7 @@ class BatchScores:
         """Bring the sums to the host, and check what was measured there; raises InputError if it is not finite.
 
         Returns:
-            the sums, and "places" where there are any, for `Statistics.add`.
+            the sums, and "places of" positions and spans where there are any, for `Statistics.add`.
         """
         for scores in self.sums.values() if self._in_features else ():
             self._arch.add_up(scores)
@@ -117,7 +126,7 @@ class BatchScores:
         self.sums |= zip(every, arrived, strict=True)
         # Apart, as these may be as large as what else is on the device.
         self.sums |= {name: self.sums[name].cpu() for name in self._parts}
-        return {**self.sums, "places": self.places} if "positions" in self.sums else self.sums
+        return self.sums | {f"places of {name}": places for name, places in self.places.items()}
 
     def add(
         self,
@@ -167,7 +176,7 @@ class Statistics:
     """Running sums over batches.
 
     `sums` holds, on the CPU, "total" float64 [S, R] and, where asked for, "squares" float64 [S, R], "examples" float32
-    [E, S, R], "positions" float64 [T, S, R], "neurons" float64 [S, D].
+    [E, S, R], "positions" float64 [T, S, R], "spans" float64 [P, S, R], "neurons" float64 [S, D].
 
     Raises:
         InputError: they do not fit into memory.
@@ -185,6 +194,9 @@ class Statistics:
             shapes["examples"] = (self._n, *edges), torch.float32
         if keep & _POSITIONS:
             shapes["positions"] = (int(request.data.run_lengths.max()), *edges), torch.float64
+        if "spans" in keep:
+            self._spans = spans_in(request.data)
+            shapes["spans"] = (len(self._spans), *edges), torch.float64
         if "neurons" in keep:
             shapes["neurons"] = (graph.n_senders, graph.d_model), torch.float64
         needed = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
@@ -206,26 +218,29 @@ class Statistics:
                 sums["squares"] += values.square()
                 if "examples" in sums:
                     sums["examples"][example] = values.float()
-        if "positions" in found:
-            for place, part in zip(found["places"], found["positions"], strict=True):
+        parts: list[str] = [name for name in ("positions", "spans") if name in found]
+        for name in parts:
+            for place, part in zip(found[f"places of {name}"], found[name], strict=True):
                 values = part.double()
-                sums["positions"][place] += values
-                if "examples" not in found:
+                sums[name][place] += values
+                if "examples" not in found and name == parts[0]:
                     sums["total"] += values
-        for name in found.keys() & {"total", "neurons"}:
-            sums[name] += found[name]
+        for each in found.keys() & {"total", "neurons"}:
+            sums[each] += found[each]
 
     def scores(self, info: dict[str, Any]) -> EdgeScores:
         """Means over the examples."""
         mean = self.sums["total"] / self._n
         kept = {"per_example": self.sums["examples"]} if "examples" in self.sums else {}
-        for name, sums in (("per_position", "positions"), ("neurons", "neurons")):
+        for name, sums in (("per_position", "positions"), ("per_span", "spans"), ("neurons", "neurons")):
             if sums in self.sums:
                 kept[name] = self.sums[sums].float() / self._n
         if "squares" in self.sums:
             kept["variance"] = (self.sums["squares"] / self._n - mean.square()).clamp(min=0).float()
         if self._keep:
             info = {**info, "keep": sorted(self._keep)}
+        if "spans" in self._keep:
+            info["spans"] = self._spans.to_dict()
         found = {"values": mean.float(), **kept}
         for scores in found.values():
             self._check(scores)

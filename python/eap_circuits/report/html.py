@@ -90,6 +90,7 @@ def write_report(
         meaning=_RANK if info.get("method") == "learned" else _FALL,
         card=[card_table(card), card_line(card), cost_table(card)] if card else None,
         edges=edge_table(scores, circuit, N_EDGES),
+        by_span=scores.graph.spans is not None,
         data=Markup(page_data(scores, circuit, curve, other, data, title)),
         script=Markup(script),
         style=Markup(asset("explorer.css")),

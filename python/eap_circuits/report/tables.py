@@ -236,6 +236,8 @@ def settings(info: Mapping[str, Any]) -> list[tuple[str, str]]:
             continue
         if key == "model":
             value = without_folder(str(value))
+        if key == "spans" and isinstance(value, Mapping):
+            value = value.get("names")
         pairs.append((_LABELS.get(key, str(key).replace("_", " ")), _shown(value)))
     return pairs
 

@@ -108,7 +108,7 @@ def _greedy(ranking: Ranking, sizes: Sequence[int], seconds: float) -> list[Chos
                 candidates[receiver] = ranks[:n].tolist(), senders[:n].tolist()
                 push(receiver, 0)
 
-    reach_inputs([graph.n_receivers - 1])
+    reach_inputs([*range(graph.n_receivers)[graph.logits_receiver]])
     found, taken = {}, 0
     for n in sorted(set(sizes)):  # larger ones contain smaller ones
         while taken < n and heap:

@@ -176,7 +176,7 @@ def _detour(graph: Graph, rank: Tensor, fed: Tensor, read: Tensor, longest: int)
         sums = (rank[sender] + total).masked_fill(steps > steps.min(), -torch.inf)
         return float(steps.min()) + 1, float(sums.max()), int(sums.argmax())
 
-    for sender in range(graph.n_senders - 1, 0, -1):
+    for sender in range(graph.n_senders - 1, graph.n_spans - 1, -1):
         steps, worth, receiver = best(sender, length)
         for r in graph.inputs[sender]:
             if not read[r] and steps < torch.inf and (steps, -worth) < (float(length[r]), -float(total[r])):

@@ -53,8 +53,8 @@ def optimal_edges(
         raise InputError("select(how='optimal'): expected scipy, found none; pip install scipy") from error
     # The fewest edges of a path through each edge; edges that need more than n_edges are out.
     path = torch.ones_like(rank)
-    path[1:] += 1
-    path[:, :-1] += 1
+    path[graph.n_spans :] += 1
+    path[:, : graph.logits_receiver.start] += 1
     rank = rank.masked_fill(path > n_edges, -torch.inf)
     if not (rank > -torch.inf).any():
         return torch.zeros_like(graph.edge_mask), 0.0
@@ -90,7 +90,8 @@ class _Problem:
         self.out = sparse.csc_matrix((ones[:edges], (self.sender, every)), shape=(nodes, edges))
         into = sparse.csc_matrix((ones[:edges], (self.receiver, every)), shape=(graph.n_receivers, edges))
         self.into = (self.owners.T @ into).tocsc()
-        self.inner_u, self.inner_v = self.sender > 0, self.receiver < graph.n_receivers - 1
+        self.inner_u = self.sender >= graph.n_spans  # neither `input`
+        self.inner_v = self.receiver < graph.logits_receiver.start  # nor `logits`
 
         order = np.argsort(-self.weight, kind="stable")
         self.columns = np.zeros(edges, bool)
@@ -124,7 +125,7 @@ class _Problem:
         """Solve the linear relaxation over all edges: a bound, each edge's reduced cost, the edges with x over ½."""
         from scipy.optimize import linprog
 
-        nodes = self.graph.n_senders
+        nodes, inputs = self.graph.n_senders, self.graph.n_spans
         while True:
             chosen = np.nonzero(self.columns)[0]
             matrix, right = self._rules(chosen)
@@ -138,7 +139,7 @@ class _Problem:
                 bound = float(self.weight[largest].clip(min=0).sum())
                 return bound, np.zeros_like(self.weight), largest
             price = -found.ineqlin.marginals
-            fed = np.concatenate([[0.0], price[1 + nodes : 2 * nodes]])
+            fed = np.concatenate([np.zeros(inputs), price[1 + nodes : 1 + 2 * nodes - inputs]])
             reduced = self.weight - price[0] + price[1 : 1 + nodes][self.sender] + (self.owners @ fed)[self.receiver]
             asked = ~self.columns & (reduced > _TOLERANCE)
             if not self._broken(chosen, found.x) and not asked.any():
@@ -199,7 +200,8 @@ class _Problem:
         own = sparse.identity(self.graph.n_senders, format="csr")
         count = sparse.csr_matrix(np.concatenate([np.ones(len(chosen)), np.zeros(self.graph.n_senders)])[None])
         blocks = [count, sparse.hstack([-self.out[:, chosen], own])]
-        blocks.append(sparse.hstack([-self.into[1:, chosen], own[1:]]))
+        inputs = self.graph.n_spans
+        blocks.append(sparse.hstack([-self.into[inputs:, chosen], own[inputs:]]))
         for rule, nodes, ends in ((self.below_u, own, self.sender), (self.below_v, self.owners, self.receiver)):
             edges = np.nonzero(rule & self.columns)[0]
             each = (np.ones(len(edges)), (np.arange(len(edges)), place[edges]))

@@ -22,9 +22,11 @@ from .mib import is_mib, mib_records
 from .padding import check_shared_mask, integers, real_numbers, unpadded
 from .scoring.checks import check_answers, check_pair_weights, check_scored, check_shapes
 from .scoring.continuations import Rows, rows_of
-from .summary import Summary, summary_of
+from .scoring.spans import checked_spans
+from .summary import Summary, columns_of, summary_of
 
-_IDS = ("clean", "corrupted", "lengths", "answers", "corrupted_lengths", "alignment", "variants", "scored", "targets")
+_GIVEN = ("clean", "corrupted", "lengths", "answers")
+_IDS = (*_GIVEN, "corrupted_lengths", "alignment", "variants", "scored", "targets", "spans")
 _OF_PAIRS = (*_IDS, "scored_weights", "weights")
 
 
@@ -57,6 +59,8 @@ class PairedDataset(Result):
         scored_weights: float64, shaped as `scored`: how much each position counts; by default all alike.
         weights: float64 [E], how much each pair counts in means over pairs; by default all alike.
         alone: `corrupted` repeats `clean`, as there are no corrupted prompts; edges are ablated to constants.
+        spans: int64 [E, T], which of the named spans each token of the clean prompt is in, or -1.
+        span_names: their names; by default span0, span1 …
 
     Raises:
         InputError: no examples, a wrong shape or dtype, lengths, positions or alignment out of range, negative ids or
@@ -80,10 +84,12 @@ class PairedDataset(Result):
     scored_weights: Tensor | None = None
     weights: Tensor | None = None
     alone: bool = False
+    spans: Tensor | None = None
+    span_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field in _OF_PAIRS:
-            if getattr(self, field) is not None or field in _OF_PAIRS[:4]:
+            if getattr(self, field) is not None or field in _GIVEN:
                 read = integers if field in _IDS else real_numbers
                 object.__setattr__(self, field, read(field, getattr(self, field)))
         check_shapes(self)
@@ -105,6 +111,8 @@ class PairedDataset(Result):
             following = (self.scored + 1).clamp(max=self.clean.shape[1] - 1)
             there = (self.scored >= 0) & (self.scored + 1 < self.lengths[:, None])
             object.__setattr__(self, "targets", self.clean.gather(1, following).where(there, -1))
+        for field, value in zip(("spans", "span_names"), checked_spans(self), strict=True):
+            object.__setattr__(self, field, value)
         if self.weights is not None:
             check_pair_weights(self.weights, len(self))
         if self.prompts is not None:
@@ -131,6 +139,7 @@ class PairedDataset(Result):
             records: `{"clean": prompt, "corrupted": prompt, "answers": [good, bad]}`. A prompt is a text, or messages
                 with role and content, which the tokenizer's chat template turns into one. An answer is a token id, a
                 text of one token, or a list of these (a set); the space between it and the prompt may be left out.
+                docs/data.md has what else they may hold: `scored`, `scored_weights`, `weight`, `spans`, `span_tokens`.
             tokenizer: a Hugging Face tokenizer; its own special tokens are added.
             prepend_bos: prepend BOS if the tokenizer has one, did not add it, and the text does not begin with it. If
                 False, prompts get no special tokens. What a chat template writes is left as it is.
@@ -167,6 +176,8 @@ class PairedDataset(Result):
         targets: Any = None,
         scored_weights: Any = None,
         weights: Any = None,
+        spans: Any = None,
+        span_names: Sequence[str] = (),
     ) -> PairedDataset:
         """Prompt pairs given as tokens; see `PairedDataset`. The arguments are not changed.
 
@@ -174,7 +185,7 @@ class PairedDataset(Result):
             corrupted: None if there are no corrupted prompts.
             lengths: not needed with a mask.
             answers: None if there are none; then `scored` is needed.
-            scored, targets, scored_weights, weights: positions count from a prompt's first real token.
+            scored, targets, scored_weights, weights, spans, span_names: positions count from a prompt's first token.
             attention_mask: [E, T], 1 or True for the clean prompts' real tokens. Padding may then be on the left, too.
             corrupted_attention_mask: that of the corrupted prompts, if theirs is another one.
 
@@ -199,6 +210,7 @@ class PairedDataset(Result):
         if answers is None and scored is not None:
             answers = torch.empty(len(clean), 2, 0, dtype=torch.int64)
         where = {"scored": scored, "targets": targets, "scored_weights": scored_weights, "weights": weights}
+        where |= {"spans": spans, "span_names": span_names}
         pairs = clean, corrupted, lengths, answers, None, name, metric, corrupted_lengths, alignment
         return cls(*pairs, **where, alone=alone)
 
@@ -288,7 +300,7 @@ class PairedDataset(Result):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a `.safetensors` file for `from_file`, whole or not at all."""
         found = {name: getattr(self, name) for name in _OF_PAIRS}
-        texts = {name: getattr(self, name) for name in ("name", "metric", "prompts", "seed", "alone")}
+        texts = {name: getattr(self, name) for name in ("name", "metric", "prompts", "seed", "alone", "span_names")}
         write_tokens(path, found, texts)
 
     # Using one.
@@ -371,19 +383,7 @@ class PairedDataset(Result):
     def to_dict(self) -> dict[str, list[Any]]:
         """The pairs by column: clean and corrupted, as texts or else as token ids; good and bad answers' ids, lists of
         them for sets; and the number of tokens of the clean prompt."""
-        own = self.lengths if self.corrupted_lengths is None else self.corrupted_lengths
-        clean: Iterable[Any] = (ids[:n].tolist() for ids, n in zip(self.clean, self.lengths, strict=True))
-        corrupted: Iterable[Any] = (ids[:n].tolist() for ids, n in zip(self.corrupted, own, strict=True))
-        if self.prompts is not None:
-            clean, corrupted = zip(*self.prompts, strict=True)
-        good, bad = ([_ids(ids) for ids in side] for side in self.answers.transpose(0, 1).tolist())
-        return {
-            "clean": list(clean),
-            "corrupted": list(corrupted),
-            "good": good,
-            "bad": bad,
-            "tokens": self.lengths.tolist(),
-        }
+        return columns_of(self)
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame of `to_dict`."""
@@ -391,10 +391,3 @@ class PairedDataset(Result):
 
     def __repr__(self) -> str:
         return f"PairedDataset({self.name!r}, {len(self)} pairs, {self.n_tokens} tokens, {self.metric})"
-
-
-def _ids(answer: Any) -> Any:
-    """An answer's token, or the tokens of a set, or of a set's answers, without padding."""
-    if not isinstance(answer, list):
-        return answer
-    return [own for each in answer if (own := _ids(each)) not in ([], -1)]

@@ -29,8 +29,9 @@ _IDS = (
 _TEXTS = (("good", "bad"), ("answer", "wrong_answer"), ("correct", "incorrect"))
 _TENSORS = ("clean", "corrupted", "lengths", "answers")
 _MASKS = ("attention_mask", "corrupted_attention_mask")  # in place of lengths
-_OPTIONAL = ("corrupted_lengths", "alignment", "scored", "targets", "scored_weights", "weights", "variants")
+_OPTIONAL = ("corrupted_lengths", "alignment", "scored", "targets", "scored_weights", "weights", "spans", "variants")
 _COUNTS = ("scored", "scored_weights", "weight")  # of a record
+_SPANS = ("spans", "span_tokens")
 _FORMAT = "eap-circuits/1"
 
 Records = tuple["list[dict[str, Any]]", "list[str]"]
@@ -138,6 +139,9 @@ def _record(row: Any, label: str) -> Any:
         return row
     record = {name: _prompt(row[name]) for name in ("clean", "corrupted") if name in row}
     record |= {name: _number_or_list(row[name]) for name in _COUNTS if row.get(name) not in (None, "")}
+    for name in _SPANS:
+        if row.get(name) not in (None, ""):
+            record[name] = _parsed(row[name], f"{label}, {name}", "JSON") if isinstance(row[name], str) else row[name]
     if columns is not None:
         member = int if columns in _IDS else str
         record["answers"] = [_answer(row[column], member, f"{label}, {column}") for column in columns]
@@ -211,6 +215,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "prompts": texts["prompts"],
         "seed": texts.get("seed"),
         "alone": bool(texts.get("alone")),
+        "span_names": texts.get("span_names", ()),
     }
 
 

@@ -17,7 +17,10 @@ Generator = Callable[[Any, int, random.Random], "list[dict[str, Any]]"]
 
 @dataclass(frozen=True)
 class Task:
-    """A task: `generator(tokenizer, n, rng)` gives n records for `PairedDataset.from_records`."""
+    """A task: `generator(tokenizer, n, rng)` gives n records for `PairedDataset.from_records`.
+
+    Their spans are the slots of the task's templates.
+    """
 
     name: str
     description: str
@@ -95,4 +98,6 @@ def load_task(name: str, tokenizer: Any, *, n: int = 64, seed: int = 0, prepend_
     prepend_bos = flag("prepend_bos", prepend_bos)
     task = TASKS[name]
     records = task.generator(tokenizer, n, random.Random(seed))
+    if not getattr(tokenizer, "is_fast", False):  # which cannot tell the characters of tokens
+        records = [{name: x for name, x in record.items() if name != "spans"} for record in records]
     return replace(PairedDataset.from_records(records, tokenizer, prepend_bos, name, task.metric), seed=seed)

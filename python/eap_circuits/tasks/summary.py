@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -83,3 +84,27 @@ def summary_of(data: PairedDataset) -> Summary:
         tokens=(fewest[0], most[0]),
         corrupted_tokens=(fewest[1], most[1]),
     )
+
+
+def columns_of(data: PairedDataset) -> dict[str, list[Any]]:
+    """What `PairedDataset.to_dict` returns."""
+    own = data.lengths if data.corrupted_lengths is None else data.corrupted_lengths
+    clean: Iterable[Any] = (ids[:n].tolist() for ids, n in zip(data.clean, data.lengths, strict=True))
+    corrupted: Iterable[Any] = (ids[:n].tolist() for ids, n in zip(data.corrupted, own, strict=True))
+    if data.prompts is not None:
+        clean, corrupted = zip(*data.prompts, strict=True)
+    good, bad = ([_ids(ids) for ids in side] for side in data.answers.transpose(0, 1).tolist())
+    return {
+        "clean": list(clean),
+        "corrupted": list(corrupted),
+        "good": good,
+        "bad": bad,
+        "tokens": data.lengths.tolist(),
+    }
+
+
+def _ids(answer: Any) -> Any:
+    """An answer's token, or the tokens of a set, or of a set's answers, without padding."""
+    if not isinstance(answer, list):
+        return answer
+    return [own for each in answer if (own := _ids(each)) not in ([], -1)]

@@ -70,6 +70,28 @@ def encode_prompts(tokenizer: Any, texts: Sequence[str], special: Sequence[bool]
     return prompts
 
 
+def character_ranges(tokenizer: Any, text: str, ids: list[int], label: str) -> list[tuple[int, int]]:
+    """Which characters of a text each of the prompt's tokens is made of; (0, 0) of special tokens.
+
+    Raises:
+        InputError: the tokenizer cannot tell.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise expected(
+            label, "span_tokens, as only fast tokenizers tell characters of tokens", type(tokenizer).__name__
+        )
+    for special in (False, True):
+        encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        own, ranges = list(encoded["input_ids"]), [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
+        for first in range(len(ids) - len(own) + 1):
+            if ids[first : first + len(own)] == own:
+                rest = len(ids) - first - len(own)
+                return [*[(0, 0)] * first, *ranges, *[(0, 0)] * rest]
+    raise expected(
+        label, "span_tokens, as the tokenizer does not tell which characters a token is made of", "characters"
+    )
+
+
 def encode_plain(tokenizer: Any, text: str) -> list[int]:
     """The ids of a text without special tokens."""
     return encode_many(tokenizer, [text])[0]

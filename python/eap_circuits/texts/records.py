@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import expected, listed, near, number, warn, whole
 from .encoding import answer_ids, chat_text, check_text, check_tokenizer, encode_prompts, respelled
+from .spans import spans_of
 
 _SIDES = ("clean", "corrupted")
 _COUNTS = "a finite number above 0"
@@ -66,6 +67,7 @@ def tokenised(
         "alone": not paired,
         **(_scored(records, labels, clean) if placed else {}),
         "weights": _weights(records, labels),
+        **spans_of(records, labels, [own for own, _ in texts], clean, tokenizer),
     }
 
 

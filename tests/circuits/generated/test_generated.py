@@ -88,3 +88,32 @@ def test_combinations_repeat_only_when_all_have_come(n: int) -> None:
     counts = [chosen.count(one) for one in set(chosen)]
     assert max(counts) - (min(counts) if len(counts) == 12 else 0) <= 1
     assert len(counts) == min(n, 12)
+
+
+SLOTS = {
+    "ioi": ("first", "second", "place", "giver", "thing"),
+    "greater-than": ("noun", "year"),
+    "gender-bias": ("person",),
+    "subject-verb-agreement": ("noun", "phrase"),
+    "capital-country": ("capital",),
+    "hypernymy": ("things",),
+}
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_the_slots_of_templates_are_spans(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = TOKENIZERS["single digits"]()
+    data = load_task(name, tokenizer, n=8)
+    records = TASKS[name].generator(tokenizer, 8, random.Random(0))
+    assert set(data.span_names) == set(SLOTS[name])
+    assert data.spans is not None
+    for record, ids, spans in zip(records, data.clean, data.spans, strict=True):
+        for number, slot in enumerate(data.span_names):
+            start, end = record["spans"][slot]
+            own = "".join(tokenizer.convert_ids_to_tokens(ids[spans == number]))
+            assert own.replace("Ġ", " ").strip() == record["clean"][start:end]
+    # Prompts differ only there.
+    differ = data.clean != data.corrupted
+    assert (data.spans[differ] >= 0).all()
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    assert load_task(name, tokenizer, n=8).spans is None

@@ -33,6 +33,7 @@ def attribute(
     only: Annotated[Path | None, option("Scoring", "With exact: measure only this circuit's edges.")] = None,
     checkpoint: options.Checkpoint = None,
     keep: options.Keep = None,
+    by_span: options.BySpan = False,
     rules: options.Rules = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -71,14 +72,13 @@ def attribute(
     from ...report.tables import edge_table, plan_table
 
     check_outputs(out, circuit, checkpoint)
-    check_suffix(out, *SUFFIXES)
-    check_suffix(circuit, *SUFFIXES)
-    if circuit is not None and edges is None:
-        raise expected("--circuit", "--edges with it, the size of the circuit", "no --edges")
-    if confidence is not None and edges is None:
-        raise expected("--confidence", "--edges with it, the size of the circuit", "no --edges")
-    for name, given in (("--no-weights", no_weights), ("--gpus", gpus)):
-        if given and not dry_run:
+    for path in (out, circuit):
+        check_suffix(path, *(SUFFIXES[:1] if by_span else SUFFIXES))
+    for name, needs in (("--circuit", circuit is not None), ("--confidence", confidence is not None)):
+        if needs and edges is None:
+            raise expected(name, "--edges with it, the size of the circuit", "no --edges")
+    for name, needs in (("--no-weights", no_weights), ("--gpus", bool(gpus))):
+        if needs and not dry_run:
             raise expected(name, "--dry-run with it", "no --dry-run")
     one_of("--method", method, METHODS)
     one_of("--quadrature", quadrature, QUADRATURES)
@@ -86,9 +86,7 @@ def attribute(
         one_of("--rules", rules, RULES)
     one_of("--heads", heads, ("kv", "query"))
     session.check_how(how)
-    kept = None if keep is None else keep.split(",")
-    if confidence is not None and not {"variance", "examples"} & set(kept or ()):
-        kept = [*(kept or ()), "variance"]
+    kept = session.to_keep(keep, confidence, by_span)
     measured = None if only is None else eap.Circuit.load(only)
     prompts = session.Prompts(task, data, n, seed, align, ablation_data)
     prompts.check(metric, gradient=METHODS[method].backward, ablation=ablation)
@@ -96,7 +94,7 @@ def attribute(
     loaded, tokenizer = session.load_model(model, dtype, None if dry_run else device, not no_weights, trust_remote_code)
     if not dry_run:
         graph = bind(loaded).graph(heads)  # type: ignore[arg-type]
-        if edges is not None and edges > graph.n_edges:
+        if edges is not None and edges > graph.n_edges and not by_span:
             raise expected("--edges", f"1 to {graph.n_edges:,}, the edges that the model has", f"{edges:,}")
         for path in filter(None, (out, circuit)):
             check_savable(path, graph)
@@ -120,6 +118,7 @@ def attribute(
         return
     with progress("Scoring edges") as bar:
         scores = eap.attribute(loaded, pairs, progress=bar, edges=measured, checkpoint=checkpoint, **asked)
+    scores = scores.by_span() if by_span else scores
     # What was scored is saved first, and shown before an error ends the command.
     files: dict[str, str] = {}
     wrong = write(files, "scores", scores.save, out)
@@ -133,11 +132,7 @@ def attribute(
         wrong += [str(error), *([] if out else keep_elsewhere("scores", scores.save))]
     table = edge_table(scores, chosen, top)
     if as_json:
-        found: dict[str, Any] = {
-            "info": scores.info,
-            "graph": scores.graph.to_dict(),
-            "edges": table.records(),
-        }
+        found: dict[str, Any] = {"info": scores.info, "graph": scores.graph.to_dict(), "edges": table.records()}
         if chosen is not None:
             found["circuit"] = {"n_edges": chosen.n_edges, "n_nodes": len(chosen.nodes)}
         show_json({**found, "files": files})

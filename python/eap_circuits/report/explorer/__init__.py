@@ -59,8 +59,14 @@ def page_data(
         other: the circuit to compare with and, if they are known, the scores that it was chosen by.
         kept: how many edges at most; those of the circuits come first.
     """
-    graph = scores.graph
     points = _measured(scores, circuit, curve)
+    if scores.graph.spans is not None:
+        # An edge is in a circuit if any span's is; its profile says what each span's scores.
+        points = [None if mask is None else scores.graph.per_span(mask).any(0) for mask in points]
+        if other is not None:
+            other = other[0].across_spans(), None if other[1] is None else other[1].across_spans()
+        scores, circuit = scores.across_spans(), circuit.across_spans()
+    graph = scores.graph
     circuits = _circuits(circuit, curve, points)
     chosen = [mask for mask, _ in circuits if int(mask.sum()) < graph.n_edges] + ([other[0].mask] if other else [])
     u, v = _strongest(graph, scores.values, chosen, kept)
@@ -224,6 +230,7 @@ def _profiles(scores: EdgeScores, data: PairedDataset | None, u: Tensor, v: Tens
     for values, title, one in (
         (scores.per_example, "By example", "example"),
         (scores.per_position, "By position", "position"),
+        (scores.per_span, "By span", "span"),
     ):
         if values is None or not len(values):
             continue
@@ -233,6 +240,8 @@ def _profiles(scores: EdgeScores, data: PairedDataset | None, u: Tensor, v: Tens
             labels = [f"{i}: {clean}" for i, (clean, _) in enumerate(data.prompts)]
         elif one == "position" and "positions-from-end" in str(scores.info.get("keep")):
             labels = [f"{i - len(values) + 1} from the end" for i in range(len(values))]
+        elif one == "span" and isinstance(scores.info.get("spans"), dict):
+            labels = [str(name) for name in scores.info["spans"]["names"]]
         packed = _packed(values[:, u[:n], v[:n]].float().reshape(-1))
         found.append({"title": f"{title}: this edge's score", "labels": labels, "values": packed, "edges": n})
     return found

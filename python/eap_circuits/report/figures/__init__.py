@@ -147,7 +147,10 @@ def draw_circuit(circuit: Circuit, max_edges: int = 300) -> Figure:
     Args:
         circuit: the circuit to draw; without scores all edges look alike.
         max_edges: if the circuit has more, only the strongest are drawn, and the caption says so.
+
+    Of a circuit by span the edges are drawn that are kept at any span.
     """
+    circuit = circuit if circuit.graph.spans is None else circuit.across_spans()
     with matplotlib.rc_context(RC):
         placement = place(circuit, max_edges)
         left, right, bottom, top = -1.0, placement.right + 0.15, -1.3, placement.height + 0.45
@@ -179,8 +182,9 @@ def draw_heatmap(graph: Graph, values: Tensor) -> Figure:
 
     Args:
         graph: the graph whose nodes these are.
-        values: [S], in the order of `graph.senders`; that of `input` is said above.
+        values: [S], in the order of `graph.senders`; that of `input` is said above. Spans are added up.
     """
+    graph, values = graph.base, values.unflatten(0, (-1, graph.n_spans)).sum(1)
     with matplotlib.rc_context(RC):
         columns = max(graph.n_heads)
         # An empty column sets the MLPs apart.

@@ -1,1 +1,1 @@
-"""Where prompt pairs are scored: at given positions, or at the tokens of their answers."""
+"""Tokens that matter: the scored ones, at given positions or of answers, and those of named spans."""

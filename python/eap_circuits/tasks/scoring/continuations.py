@@ -59,6 +59,7 @@ def rows_of(data: PairedDataset) -> Rows:
             scored=(lengths[pair, None] - 1 + place).masked_fill(place >= size[:, None], -1),
             targets=tokens,
             weights=None,
+            spans=None if data.spans is None else continued(data.spans, lengths, torch.full_like(tokens, -1)),
         ),
         pair,
         answer,

@@ -6,6 +6,6 @@ from .constants import Constants, at_tokens, zeros
 from .hooks import Hooks, borrowed, unhook
 from .prefixes.reuse import why_not_reused
 from .resume import LayerInputs, record_layer_inputs
-from .runner import Register, Runner, each
+from .runner import EVERYWHERE, Register, Runner, each
 from .uploading import Indices, download, upload
 from .want_of_memory import give_back_memory, one_want_of_memory

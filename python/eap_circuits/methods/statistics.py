@@ -85,7 +85,7 @@ class BatchScores:
         if keep & _POSITIONS:
             before = batch.host["start"]
             if "positions-from-end" in keep:
-                before = before + int(request.data.run_lengths.max()) - batch.host["row_lengths"]
+                before = before + int(request.data.run_lengths.max()) - batch.host["sizes"][0]
             place = before[rows // tokens] + rows % tokens
             self.places, which = place.unique(return_inverse=True)
             found = ((which == i).nonzero()[:, 0] for i in range(len(self.places)))

@@ -40,6 +40,7 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("docs/models.md", f"{MODELS}, checks"): lambda _: models.checks(),
     ("docs/models.md", f"{MODELS}, tests"): lambda _: models.tests(),
     ("docs/models.md", VERDICTS): lambda _: verdicts.table(),
+    ("docs/models.md", f"{VERDICTS}, masked"): lambda _: verdicts.table(masked=True),
     ("docs/methods.md", "METHODS"): lambda _: registries.methods(),
     ("docs/methods.md", "QUADRATURES"): lambda _: registries.quadratures(),
     ("docs/metrics.md", "METRICS"): lambda _: registries.metrics(),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -119,17 +119,21 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def tiny(kind: str) -> Any:
-    """A random float32 model of a type.
+    """A random float32 model of a type, as `docs.verdicts.types` names it.
 
     Raises:
         ValueError: it cannot be made small.
     """
     torch.manual_seed(0)
-    make: Any = AutoModelForCausalLM.from_config
+    kind, _, masked = kind.partition(":")
+    make: Any = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_config
     if kind in _DECODERS:  # of a larger model: its configuration is only a part of the type's
         make = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])._from_config
         kind = _DECODERS[kind]
-    config = AutoConfig.for_model(kind, **copy.deepcopy(_fields(CONFIG_MAPPING[kind], kind)))
+    fields = copy.deepcopy(_fields(CONFIG_MAPPING[kind], kind))
+    if masked:
+        fields = {**fields, "pad_token_id": 1, "is_decoder": False}
+    config = AutoConfig.for_model(kind, **fields)
     weights = 0
     # Older ones have tensors with values, which cannot be made there.
     with suppress(NotImplementedError, RuntimeError), torch.device("meta"):

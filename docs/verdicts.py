@@ -1,4 +1,4 @@
-"""What becomes of every causal type that transformers knows: has it a table, is it discovered, or why is it refused?
+"""What becomes of every causal or masked type of transformers: has it a table, is it discovered, or why is it refused?
 
 python -m docs.verdicts [TYPE ...]     # all by default; writes docs/results/verdicts.json, says what changed
 
@@ -17,13 +17,16 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "verdicts.json"
 SECONDS = 120
+MASKED = ":masked"
 Verdict = dict[str, str]  # "verdict": "table", "discovered", "refused" or "not tried"; "model": its class; "says"
 
 
-def causal_types() -> list[str]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def types() -> list[str]:
+    """The types of `AutoModelForCausalLM`, and behind ":masked" of `AutoModelForMaskedLM`."""
+    from transformers.models.auto import modeling_auto
 
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    masked = (f"{kind}{MASKED}" for kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    return sorted([*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *masked])
 
 
 def verdict_of(kind: str) -> Verdict:
@@ -38,7 +41,7 @@ def verdict_of(kind: str) -> Verdict:
         return {"verdict": "not tried", "model": "", "says": f"no model of it can be made offline: {_line(error)}"}
     found = {"model": type(model).__name__}
     try:
-        family = family_of(kind)
+        family = family_of(model.config.model_type)
         if family is not None:
             checks = eap.check_model(model, n_edges=3)
             failed = [check for check in checks if not check.passed]
@@ -61,7 +64,8 @@ def verdict_of(kind: str) -> Verdict:
     if not family.out and not family.mixers:
         nodes = "a node is a whole layer" if family.mlp == ("", "") else "a node is a layer's only block"
     says = "; ".join(filter(None, (nodes, "prompts run whole" if whole else "")))
-    return {**found, "verdict": "discovered" if family_of(kind) is None else "table", "says": says}
+    known = family_of(model.config.model_type)
+    return {**found, "verdict": "discovered" if known is None else "table", "says": says}
 
 
 def _line(error: Exception) -> str:
@@ -116,9 +120,13 @@ def newest(known: dict[str, Any]) -> str:
     return max(known, key=lambda version: [int(part) for part in version.split(".")], default="")
 
 
-def table() -> str:
-    """All types and their verdicts under each version of transformers."""
-    known = read()
+def table(masked: bool = False) -> str:
+    """All causal, or all masked, types and their verdicts under each version of transformers."""
+    known = {
+        version: {kind.removesuffix(MASKED): one for kind, one in found.items() if kind.endswith(MASKED) == masked}
+        for version, found in read().items()
+    }
+    known = {version: found for version, found in known.items() if found}
     versions = sorted(known, key=lambda version: [int(part) for part in version.split(".")], reverse=True)
     lines = []
     for version in versions:
@@ -136,7 +144,7 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:] or causal_types())
+    run(sys.argv[1:] or types())
     from docs import documents
 
     documents.write(RESULTS.parents[2], ["docs/models.md"])

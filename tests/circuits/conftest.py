@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from eap_circuits.forward import borrowed
 from eap_circuits.graph import Circuit, Graph
 from eap_circuits.tasks import PairedDataset
 from eap_kernels.testing import relative_error
-from tests.circuits.models import CONFIGS, FAMILIES, KINDS, MIXERS, SINCE, VOCABULARY
+from tests.circuits.models import CONFIGS, ENCODERS, FAMILIES, KINDS, MIXERS, SINCE, VOCABULARY
 from tests.circuits.untouched import differences, process_state, snapshot
 
 
@@ -30,14 +31,17 @@ def need_transformers(name: str) -> None:
 def tiny_model(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
     """A random model whose every weight matters: gains and biases too are away from 1 and 0."""
     need_transformers(name)
-    every = {**CONFIGS, **MIXERS}
+    every = {**CONFIGS, **MIXERS, **ENCODERS}
     torch.manual_seed(list(every).index(name))
     kind, fields = every[name]
     if any("experts" in name for name in fields):  # grouped products of experts know no float64
         settings = {"experts_implementation": "eager", **settings}
     if "attn_logit_softcapping" in fields:  # which transformers 5.17 forgets in the attention that it takes by itself
         settings = {"attn_implementation": "eager", **settings}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **copy.deepcopy(fields)), **settings)
+    auto: Any = AutoModelForMaskedLM if name in ENCODERS else AutoModelForCausalLM
+    if name.endswith("-classes"):
+        auto = AutoModelForSequenceClassification
+    model = auto.from_config(AutoConfig.for_model(kind, **copy.deepcopy(fields)), **settings)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1 or not parameter.any():
@@ -62,6 +66,14 @@ def random_pairs(seed: int = 0, n: int = 7, longest: int = 11) -> PairedDataset:
             corrupted[row, -1] = (clean[row, -1] + 5) % VOCABULARY
     good = integers(0, VOCABULARY, n)
     return PairedDataset.from_tokens(clean, corrupted, lengths, torch.stack([good, (good + 3) % VOCABULARY], 1))
+
+
+def pairs_for(name: str, n: int = 3) -> PairedDataset:
+    """Random pairs that suit a tiny model: of classes, or scored at a token in the middle, or at the last one."""
+    data = random_pairs(n=n)
+    if name.endswith("-classes"):
+        return replace(data, answers=torch.tensor([[0, 2], [2, 1], [1, 0]]).repeat(n // 3 + 1, 1)[:n])
+    return replace(data, scored=data.lengths[:, None] // 2) if name in ENCODERS else data
 
 
 def prompts(data: PairedDataset, e: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,7 +158,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def model_types() -> list[str]:
-    return [model_type for model_type, _ in (*CONFIGS.values(), *MIXERS.values())]
+    return [model_type for model_type, _ in (*CONFIGS.values(), *MIXERS.values(), *ENCODERS.values())]
 
 
 @pytest.fixture

@@ -294,6 +294,36 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3-5": ("qwen3_5_text", {**_HYBRID, **_DELTA}),
 }
+_ENCODER = {**_WIDE, "num_hidden_layers": 2}
+# Masked language models, in which tokens see those that follow; "-classes" in a name: classifiers of prompts.
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "albert": ("albert", {**_ENCODER, "embedding_size": 12, "num_hidden_groups": 1}),
+    "bert-masked": ("bert", _ENCODER),
+    "distilbert": (
+        "distilbert",
+        {
+            **_RANDOM,
+            "vocab_size": VOCABULARY,
+            "dim": 24,
+            "hidden_dim": 40,
+            "n_layers": 2,
+            "n_heads": 6,
+            "max_position_embeddings": 48,
+        },
+    ),
+    "electra": ("electra", {**_ENCODER, "embedding_size": 12}),
+    "modernbert": (
+        "modernbert",
+        {**_ENCODER, "cls_token_id": None, "sep_token_id": None, "local_attention": 4, "global_attn_every_n_layers": 2},
+    ),
+    "roberta": ("roberta", {**_ENCODER, "pad_token_id": 1}),
+    "bert-classes": ("bert", {**_ENCODER, "num_labels": 3}),
+    "llama-classes": ("llama", {**_GROUPED, "num_hidden_layers": 2, "num_labels": 3}),
+    "modernbert-classes": (
+        "modernbert",
+        {**_ENCODER, "cls_token_id": None, "sep_token_id": None, "classifier_pooling": "mean", "num_labels": 3},
+    ),
+}
 # Of older transformers: what the model itself cannot do that tests need.
 SINCE = {
     "ministral3": ("5.4", "its attention heeds the positions that it is given"),

@@ -145,6 +145,9 @@ class Architecture:
     parallel: bool
     embedding_norm: nn.Module | None  # between the token embeddings and the residual stream
     embedding_scale: float
+    causal: bool  # does no token see later ones?
+    classifies: bool  # logits are one row of classes for each prompt
+    head: nn.Module | None  # gives each token's logits; None if that is not known, or logits are of whole prompts
     device: torch.device
     dtype: torch.dtype
     planned_for: str | None = None

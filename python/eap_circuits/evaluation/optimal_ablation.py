@@ -51,7 +51,7 @@ def optimal_constants(
     the batch size.
 
     Args:
-        model: a Hugging Face causal language model; it comes back as it was.
+        model: a Hugging Face language model, causal or masked, or a classifier of prompts; it comes back as it was.
         circuit: the circuit whose edges are kept.
         data: prompts to learn from; "kl_divergence" uses only their clean side.
         metric: the metric to maximise; by default the data's own, `data.metric`. The paper's is "kl_divergence", minus

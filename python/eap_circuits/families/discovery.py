@@ -46,7 +46,7 @@ def propose(model: nn.Module, calls: Sequence[Call], embeddings: Tensor) -> list
     """Tables that may describe a model, the likeliest first.
 
     Args:
-        model: a causal language model.
+        model: a causal or masked language model, or a classifier.
         calls: every call of a forward pass over at least two prompts without a token in common, in order of start.
         embeddings: what the model's input embeddings gave, [B, T, D].
 
@@ -119,7 +119,7 @@ def _frame(model: nn.Module, calls: Sequence[Call], embeddings: Tensor) -> _Fram
         name=config.model_type,
         model_types=(config.model_type,),
         layers=stack,
-        final_norm=ends[0].path,
+        final_norm=ends[0].path if is_norm(ends[0].module, width) else "",
         attention_norm=None,
         mlp_norm=None,
         **embedding,

@@ -43,8 +43,8 @@ class Family:
         name: the family's name.
         model_types: `config.model_type` values it serves.
         layers: the list of decoder layers, from the model.
-        final_norm: the norm before the language-model head, from the model; or, if there is none, what reads the
-            residual stream after the last layer.
+        final_norm: the norm before the head, from the model; or, if there is none, what reads the residual stream
+            after the last layer; "": the head takes what the last layer gives.
         attention_norm, mlp_norm: the norms through which attention and MLP read the residual stream; the same path
             if they share one, None if they read it as it is.
         q, k, v: the projections; the same path for all three if they are one module.
@@ -67,7 +67,11 @@ class Family:
         parallel: whether attention and MLP of a layer read the same residual stream; or names of configuration fields,
             where one that is set says so.
         embedding_norm: a norm between the token embeddings and the residual stream, from the model.
-        placed: that norm reads the sum of token and position embeddings, so `input` writes what comes out of it.
+        placed: that norm, or whatever module it is, reads the sum of token and position embeddings, so `input` writes
+            what comes out of it.
+        unshared: makes a copy of the model, with the same weights, in which each layer is a module of its own, if one
+            module is several layers.
+        causal: whether no token sees later ones; or the configuration field that says so.
         embedding_multiplier, residual_multiplier: factors of the embeddings and of every block's output: numbers,
             the configuration fields that hold them, or functions of the model.
         ungrouped: attributes to set on the attention module, besides the usual counts, so that it takes one key and
@@ -98,8 +102,10 @@ class Family:
     mlp_post_norm: Paths | None = None
     k_norm: str | None = None
     parallel: bool | tuple[str, ...] = False
-    embedding_norm: str | None = None
+    embedding_norm: Paths | None = None
     placed: bool = False
+    unshared: Callable[[Any], Any] | None = None
+    causal: bool | str = True
     embedding_multiplier: Factor | None = None
     residual_multiplier: Factor | None = None
     ungrouped: Mapping[str, object] = field(default_factory=dict)

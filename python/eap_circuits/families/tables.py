@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from .encoders import ENCODERS
 from .family import Family, Mixer
 
 LLAMA = Family(
@@ -325,42 +326,6 @@ MAMBA = Family(
 NEMOTRON_H = replace(
     MAMBA, name="nemotron_h", model_types=("nemotron_h",), layers="model.layers", final_norm="model.norm_f"
 )
-# A norm after each sum: what follows attention, from the first norm to the last, rewrites the residual stream.
-MARIAN = Family(
-    name="marian",
-    model_types=("marian",),
-    layers="model.decoder.layers",
-    final_norm="lm_head",
-    attention_norm=None,
-    mlp_norm=None,
-    q="self_attn.q_proj",
-    k="self_attn.k_proj",
-    v="self_attn.v_proj",
-    out="self_attn.out_proj",
-    mlp=("self_attn_layer_norm", "final_layer_norm"),
-    rewrites=True,
-    requires={"is_decoder": True, "is_encoder_decoder": False},
-)
-BART = replace(
-    MARIAN,
-    name="bart",
-    model_types=("bart", "plbart", "mvp"),
-    embedding_norm="model.decoder.layernorm_embedding",
-    placed=True,
-)
-BERT = replace(
-    BART,
-    name="bert",
-    model_types=("bert",),
-    layers="bert.encoder.layer",
-    final_norm="cls",
-    q="attention.self.query",
-    k="attention.self.key",
-    v="attention.self.value",
-    out="attention.output.dense",
-    mlp=("attention.output.LayerNorm", "output.LayerNorm"),
-    embedding_norm="bert.embeddings.LayerNorm",
-)
 
 _TABLES = (
     *(LLAMA, MINISTRAL3, PHI3, GRANITE, GRANITE_MOE, LLAMA4, OLMOE, APERTUS, GLM4, STABLELM, COHERE, PHI, GEMMA),
@@ -380,6 +345,6 @@ _TABLES = (
         JAMBA,
         BAMBA,
     ),
-    *(GRANITE_HYBRID, MAMBA, NEMOTRON_H, MARIAN, BART, BERT),
+    *(GRANITE_HYBRID, MAMBA, NEMOTRON_H, *ENCODERS),
 )
 FAMILIES: dict[str, Family] = {model_type: family for family in _TABLES for model_type in family.model_types}

@@ -1,11 +1,11 @@
 """Run one batch: hooks, batches, the prefix cache, the runner; nothing here knows what is read or changed."""
 
-from .active_tokens import skip_inactive
 from .batches import TOKENS_PER_BATCH, Batch, batch_of, halves, make_batches, some_of
 from .constants import Constants, at_tokens, zeros
 from .hooks import Hooks, borrowed, unhook
+from .layers.active_tokens import skip_inactive
 from .prefixes.reuse import why_not_reused
 from .resume import LayerInputs, record_layer_inputs
-from .runner import Register, Runner, each
+from .runner import EVERYWHERE, Register, Runner, each
 from .uploading import Indices, download, upload
 from .want_of_memory import give_back_memory, one_want_of_memory

@@ -53,8 +53,9 @@ class Batch:
     before each suffix. `prefix` int64 [U, P]: the distinct prefixes, right padded; `prefix_of` int64 [E]: which one
     each example has. `rows` int64 [n]: the tokens of [E·T] that can differ between clean and corrupted, in order.
     `scored` int64 [E]: the scored position within the suffix. `index` int64 [E]: positions in the dataset. `answers`
-    and `lengths` are the dataset's. `corrupted_scored` int64 [E]: the corrupted prompt's scored position. `last` int64
-    [E]: the longer prompt's last one.
+    and `lengths` are the dataset's. `sizes` int64 [2, E]: how many tokens the clean and the corrupted prompts that run
+    have. `corrupted_scored` int64 [E]: the corrupted prompt's scored position. `last` int64 [E]: the longer prompt's
+    last one.
     `alignment` int64 [E, T]: the corrupted prompt's position that each clean one is compared with; None: the same.
     `spans` int64 [E, T]: the span of each token, the last one's for tokens in none; None if there are no spans.
     `answer_tokens` int64 [U]: the tokens that are an answer of any example, or a variant of one, in order;
@@ -77,6 +78,7 @@ class Batch:
     scored: Tensor
     answers: Tensor
     lengths: Tensor
+    sizes: Tensor
     corrupted_scored: Tensor
     last: Tensor
     answer_tokens: Tensor
@@ -113,6 +115,15 @@ class Batch:
     def n_positions(self) -> int:
         """At how many positions an example is scored, at most."""
         return 1 if self.positions is None else self.positions.mask.shape[1]
+
+    def real_tokens(self, copies: int, corrupted: int) -> Tensor | None:
+        """int64 [m·E, T]: 1 for tokens of m copies, the first of them corrupted, 0 for padding; None: there is none."""
+        tokens = self.clean.shape[1]
+        if bool((self.host["sizes"] == tokens).all()):
+            return None
+        clean, other = self.sizes
+        each = torch.cat([other.repeat(corrupted), clean.repeat(copies - corrupted)])
+        return (torch.arange(tokens, device=each.device) < each[:, None]).long()
 
     def scored_rows(self, copies: int) -> Tensor:
         """The row of each scored position of m copies of the batch, int64."""
@@ -233,7 +244,7 @@ def batch_of(data: PairedDataset, index: Tensor, reuse_prefix: bool, device: tor
         own = torch.repeat_interleave(own, end - begin)
     first = data.first_difference[index][own]
     start = data.first_needed[index][own] if reuse_prefix else torch.zeros_like(first)
-    lengths, longer = rows.lengths[chosen], rows.longer_lengths[chosen]
+    lengths, longer, others = rows.lengths[chosen], rows.longer_lengths[chosen], rows.corrupted_lengths
     offset = torch.arange(int((longer - start).max()))
     position = start[:, None] + offset  # [E, T]
     active = (position >= first[:, None]) & (position < lengths[:, None])
@@ -268,6 +279,7 @@ def batch_of(data: PairedDataset, index: Tensor, reuse_prefix: bool, device: tor
         "answer_tokens": answer_tokens,
         "answer_columns": columns[0],
         "lengths": data.lengths[index],
+        "sizes": torch.stack([lengths, lengths if others is None else others[chosen]]),
         "corrupted_scored": corrupted_scored,
         "last": longer - 1 - start,
         "places": where * len(offset) + scored,
@@ -285,7 +297,7 @@ def batch_of(data: PairedDataset, index: Tensor, reuse_prefix: bool, device: tor
         there["positions"] = Positions(**{name: there.pop(name) for name in positions})
     elif (scored == scored[0]).all():
         there["places"] = slice(int(scored[0]), None, len(offset))  # picks without a copy
-    return Batch(index=index, host=host | {"row_lengths": lengths}, pair=own, **there)
+    return Batch(index=index, host=host, pair=own, **there)
 
 
 def _scored(

@@ -20,6 +20,7 @@ from .layers.rewriting import Rewriting
 from .prefixes.prefix import Prefix, WholePrompts, beginning, behind, parameters, run_prefixes, shared_tokens
 
 Register = Callable[[Hooks], None]
+EVERYWHERE = slice(None)
 
 
 def each(*registers: Register) -> Register:
@@ -66,10 +67,12 @@ class Runner:
         self.batch = batch
         self._tokens = tokens
         # A layer's only block may mix tokens.
-        self._every_mlp = every_mlp or not arch.layers[-1].n_heads
+        self._pooled = arch.classifies and arch.head is None
+        self._every_mlp = every_mlp or self._pooled or not arch.layers[-1].n_heads
         # Key/value copies per layer.
         self.repeat_kv = [layer.groups if graph.heads == "query" else 1 for layer in arch.layers]
         self._model: Any = arch.model
+        self._body: Any = self._model.base_model if arch.classifies else self._model  # what fills a cache
         self._place = "position_ids" in parameters(self._model)
         self._prefix: Prefix | None = None
 
@@ -94,6 +97,10 @@ class Runner:
             self._model(inputs_embeds=self._model.get_input_embeddings()(tokens), use_cache=False)
         return given[0]
 
+    def read_at(self, device: torch.device) -> slice | Tensor:
+        """The tokens of [E·T] that logits are made from: the scored ones, or all if whole prompts are classified."""
+        return EVERYWHERE if self._pooled else self.batch.places_on(device)
+
     def projection_sites(self, index: int) -> Iterator[tuple[nn.Module, dict[str, slice]]]:
         """Each projection module of a layer, with its features for each name, concatenated and repeated."""
         for module, sites in self.arch.layers[index].projection_modules.items():
@@ -115,11 +122,13 @@ class Runner:
         copies = rows // batch.n_rows
         scored = torch.cat([batch.corrupted_scored.repeat(corrupted), batch.scored.repeat(copies - corrupted)])
         given: dict[str, Any] = {"use_cache": False}
+        if not self.arch.causal and (real := batch.real_tokens(copies, corrupted)) is not None:
+            given["attention_mask"] = real
         if batch.prefix.shape[1]:
             if self._prefix is None:
                 once = [1] * len(self.repeat_kv)
                 with torch.no_grad(), self._for_cache():
-                    ran = run_prefixes(self._model, batch.prefix, shared_tokens(batch), once)
+                    ran = run_prefixes(self._body, batch.prefix, shared_tokens(batch), once)
                 self._prefix = Prefix(batch, ran, batch.prefix_of, once)
             given = self._prefix.arguments(self._model, suffix, copies)
             if self._place:
@@ -142,7 +151,7 @@ class Runner:
                 return self.logits(embeddings, register, corrupted)
             prefixes = batch.prefix[batch.prefix_of]
             with self._for_cache():
-                cache, shared = beginning(self._model, prefixes, shared_tokens(batch), self.repeat_kv)
+                cache, shared = beginning(self._body, prefixes, shared_tokens(batch), self.repeat_kv)
             whole = WholePrompts(batch, shared)
             joined = whole.join(self.embed(prefixes[:, shared:]), embeddings)
             begin = batch.start - shared if batch.positions is None else (batch.start - shared)[batch.positions.row]
@@ -206,21 +215,31 @@ class Runner:
                 add(module, split.own)
             # Last, after any of the caller's hooks on the final norm: only scored positions get logits.
             self._score(lambda x: at_scored(x, where), hooks)
-            result = getattr(self._model(inputs_embeds=inputs, **given), "logits", None)
+            result = self._result(inputs, given)
         cut = isinstance(result, Tensor) and result.dim() == 3 and result.shape[1] == 1
         logits = self._checked(result, len(scored) if cut else len(embeddings)).to(embeddings.device)
         return batch.by_example((logits if cut else at_scored(logits, where)).squeeze(1))
 
+    def _result(self, inputs: Tensor, given: dict[str, Any]) -> object:
+        """The model's logits, [rows, tokens, V], or [rows, 1, V] of whole prompts."""
+        head: Any = self.arch.head
+        if self.arch.classifies and head is not None:
+            # The classifier itself looks for padding to find the last token, which embeddings do not tell.
+            return head(self._body(inputs_embeds=inputs, **given)[0])
+        logits = getattr(self._model(inputs_embeds=inputs, **given), "logits", None)
+        return logits[:, None] if self._pooled and isinstance(logits, Tensor) and logits.dim() == 2 else logits
+
     def _skip_embedding_norm(self, embeddings: Tensor, hooks: Hooks) -> None:
         """`embed` has already applied this norm."""
-        norm, path = self.arch.embedding_norm, self.arch.family.embedding_norm
-        if norm is None or path is None:
+        norm = self.arch.embedding_norm
+        if norm is None:
             return
         if norm is not self.arch.final_norm.module:
             # No other hook is on it, so the order does not matter.
             hooks.on_output(norm, lambda _: embeddings)
             return
         # The same module is the final norm, too: until the first layer runs, the model has another in its place.
+        path = next(path for path, module in self.arch.model.named_modules() if module is norm)
         parent, _, name = path.rpartition(".")
         owner = self.arch.model.get_submodule(parent)
         hooks.set_attribute(owner, name, _Given(embeddings))
@@ -229,7 +248,7 @@ class Runner:
     def _checked(self, logits: object, rows: int) -> Tensor:
         """Logits, if they are those of a language model."""
         model = self._model
-        known = self._tokens is not None or model.get_output_embeddings() is not None
+        known = self._tokens is not None or self.arch.classifies or self.arch.head is not None
         least = 1 if known else model.get_input_embeddings().weight.shape[0]
         if not isinstance(logits, Tensor) or logits.dim() != 3 or len(logits) != rows or logits.shape[2] < least:
             found = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else "none"
@@ -253,7 +272,7 @@ class Runner:
 
     def _score(self, cut: Callable[[Tensor], Tensor], hooks: Hooks) -> None:
         """Compute logits, [n, 1, V] or [n, 1, U], only at the positions that `cut` picks."""
-        head = self._model.get_output_embeddings()
+        head = self.arch.head
         if head is not None:
             hooks.on_input(head, cut)
         # Only of a plain linear layer can some tokens' logits be computed by themselves.

@@ -12,11 +12,10 @@ from torch.nn.functional import pad
 from eap_kernels import MaskedReads, masked_read
 
 from ..adapters import Architecture
-from ..forward import Runner, upload
+from ..forward import EVERYWHERE, Runner, upload
 from ..graph import Graph
 
 Places = slice | Tensor  # some of a batch's [E·T] tokens
-EVERYWHERE = slice(None)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from ..adapters import Norm, ReceiverSite, SenderSite, receiver_sites, sender_sites
-from ..forward import Hooks, Indices, Runner
+from ..forward import EVERYWHERE, Hooks, Indices, Runner
 from ..graph import Graph
 from ..recording import ReferenceRun
 from .circuit_group import (
-    EVERYWHERE,
     Asked,
     CircuitGroup,
     LearningGroup,
@@ -259,12 +258,12 @@ class _CircuitsRun:
     def _read_at(self, site: ReceiverSite) -> Places:
         """Where a layer's MLP runs: the last one where logits are scored (`forward/layers/last_mlp.py`)."""
         last = site.layer == self.graph.n_layers - 1 and self.graph.n_heads[-1] > 0
-        return self.runner.batch.places_on(site.norm.device) if last else EVERYWHERE
+        return self.runner.read_at(site.norm.device) if last else EVERYWHERE
 
     def _read_final(self, own: Tensor) -> Tensor:
         site = self.sites[-1]["logits"]
         x = self._split(own).clone(memory_format=torch.contiguous_format)
-        rows, scored = x.flatten(1, 2), self.runner.batch.places_on(site.norm.device)
+        rows, scored = x.flatten(1, 2), self.runner.read_at(site.norm.device)
         for group in self.groups:
             start = group.members.start
             if group.wanted(site.receivers):

@@ -76,7 +76,7 @@ def learn_mask(
     target on each pair; docs/learning.md.
 
     Args:
-        model: a Hugging Face causal language model; it comes back as it was.
+        model: a Hugging Face language model, causal or masked, or a classifier of prompts; it comes back as it was.
         data: prompt pairs to learn from. Measure what was learned on others.
         metric: what circuits keep, differentiable: a name in `METRICS` or a callable as in `attribute`; by default the
             data's own, `data.metric`. What is minimised is |m(circuit) − target|; for "kl_divergence" that is the

@@ -57,7 +57,7 @@ def acdc(
     on all pairs, except for those into nodes that nothing in the circuit reads any more.
 
     Args:
-        model: a Hugging Face causal language model; it comes back as it was.
+        model: a Hugging Face language model, causal or masked, or a classifier of prompts; it comes back as it was.
         data: clean and corrupted prompts with answers.
         threshold: τ, in units of the metric: a larger one gives a smaller circuit.
         metric: what must not fall, a name in `METRICS` or a callable as in `attribute`, differentiable or not; by

@@ -63,7 +63,7 @@ def attribute(
     torch.distributed all ranks make the same call, share its work and get the same scores (docs/distributed.md).
 
     Args:
-        model: a Hugging Face causal language model.
+        model: a Hugging Face language model, causal or masked, or a classifier of prompts.
         data: clean and corrupted prompts with answers.
         metric: a differentiable metric's name (docs/metrics.md), or a callable (logits [E, V], batch) -> [E]; higher is
             better. By default the data's own, `data.metric`, which is "logit_diff" unless they say otherwise.

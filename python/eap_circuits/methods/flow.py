@@ -54,7 +54,7 @@ def score_batch(request: AttributionRequest, batch: Batch, tokens: int) -> Batch
     """Scores of the batch's examples, whose prompts run whole."""
     graph = request.graph
     record = record_run(Runner(request.arch, graph, batch, every_mlp=True), corrupted=False)
-    lengths = batch.host["row_lengths"][:, None]
+    lengths = batch.host["sizes"][0, :, None]
     real = torch.arange(batch.shape[1]) < lengths  # [E, T]
     rows = real.flatten().nonzero()[:, 0]
     shares = _shares(request, batch).to(request.arch.accumulate)[:, None]

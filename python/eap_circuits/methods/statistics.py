@@ -91,7 +91,7 @@ class BatchScores:
         if keep & _POSITIONS:
             before = batch.host["start"]
             if "positions-from-end" in keep:
-                before = before + int(request.data.run_lengths.max()) - batch.host["row_lengths"]
+                before = before + int(request.data.run_lengths.max()) - batch.host["sizes"][0]
             self.places["positions"] = before[rows // tokens] + rows % tokens
         if "spans" in keep:
             self.places["spans"] = batch.host["spans"].flatten()[rows]

@@ -185,7 +185,7 @@ def is_norm(module: nn.Module, width: int) -> bool:
     """Is it an RMSNorm or a LayerNorm of `width` features?"""
     try:
         kind_of(module, width)
-    except (InputError, TypeError, RuntimeError):
+    except (InputError, TypeError, RuntimeError, LookupError):
         return False
     return True
 

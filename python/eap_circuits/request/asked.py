@@ -113,13 +113,15 @@ def prepare(
         if data.alone and ablation_of(ablation).patches:
             wanted = "'zero', 'mean' or constants, as the data have no corrupted prompts"
             raise expected("ablation", wanted, repr(ablation))
-    _check_tokens(request.arch.model, data)
-    vocabulary = _vocabulary(request.arch.model)
+    _check_tokens(request.arch, data)
+    _check_places(request.arch, data)
+    vocabulary = 0 if request.arch.classifies else _vocabulary(request.arch.model)
     if data.variants is not None and (data.variants >= vocabulary).any():
         data = replace(data, variants=data.variants.where(data.variants < vocabulary, -1))
         request = replace(request, data=data)
-    # Constants stand in for contributions from the first token on.
-    return request if ablation_of(ablation).patches else replace(request, data=different_throughout(data))
+    # Constants stand in for contributions from the first token on; or the first token sees the others.
+    throughout = not (request.arch.causal and ablation_of(ablation).patches)
+    return replace(request, data=different_throughout(data)) if throughout else request
 
 
 def _check_metric(metric: Metric, data: PairedDataset) -> None:
@@ -144,6 +146,17 @@ def _check_metric(metric: Metric, data: PairedDataset) -> None:
         raise expected("metric", wanted, repr(metric.name))
 
 
+def _check_places(arch: Architecture, data: PairedDataset) -> None:
+    """Refuse data that are scored where the model has nothing to say."""
+    name, several = type(arch.model).__name__, data.answers.dim() == 4
+    if arch.classifies and (several or data.scored is not None):
+        found = "answers of several tokens" if several else "scored positions"
+        raise expected("data", f"classes (ids) as answers, as {name} scores whole prompts", found)
+    if not arch.classifies and not arch.causal and data.scored is None:
+        wanted = f"a mask token in the prompts, or scored positions, as {name} predicts the token in its place"
+        raise expected("data", wanted, "answers after the prompts")
+
+
 def _check_ablation(request: Request) -> None:
     ablation, other = request.ablation, request.ablation_data
     if isinstance(ablation, Constants):
@@ -163,7 +176,7 @@ def _check_ablation(request: Request) -> None:
         names = ", ".join(repr(each.name) for each in ABLATIONS.values() if each.from_data)
         raise expected("ablation_data", f"none, except for {names}", f"some for {what}")
     instance("ablation_data", other, PairedDataset)
-    _check_tokens(request.arch.model, other, "ablation_data, ")
+    _check_tokens(request.arch, other, "ablation_data, ")
     longest, covered = int(request.data.run_lengths.max()), int(other.run_lengths.max())
     if entry.by_position and covered < longest:
         raise expected("ablation_data", f"prompts of {longest} tokens, the data's most", f"at most {covered}")
@@ -173,21 +186,25 @@ def _vocabulary(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-def _check_tokens(model: Any, data: PairedDataset, label: str = "") -> None:
-    vocabulary = _vocabulary(model)
+def _check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> None:
+    config: Any = arch.model.config
+    vocabulary = _vocabulary(arch.model)
     for name in ("clean", "corrupted", "answers", "targets"):
         tokens = getattr(data, name)
-        if tokens is None:
+        classes = name == "answers" and arch.classifies
+        if tokens is None or (classes and label):
             continue
-        beyond = (tokens >= vocabulary).flatten(1).any(1).nonzero()
+        most = int(config.num_labels) if classes else vocabulary
+        beyond = (tokens >= most).flatten(1).any(1).nonzero()
         if len(beyond):
             example = int(beyond[0])
-            raise expected(
-                f"{label}{name} of example {example}",
-                f"token ids below the model's {vocabulary}",
-                int(tokens[example].max()),
-            )
-    limit = getattr(model.config, "max_position_embeddings", None)
+            wanted = f"{'classes' if classes else 'token ids'} below the model's {most}"
+            raise expected(f"{label}{name} of example {example}", wanted, int(tokens[example].max()))
+    limit = getattr(config, "max_position_embeddings", None)
+    for place, module in arch.model.named_modules():
+        first = getattr(module, "padding_idx", None)
+        if place.endswith("position_embeddings") and first is not None:  # RoBERTa counts positions from there
+            limit = int(module.num_embeddings) - first - 1
     lengths = data.longer_lengths
     longest = int(lengths.argmax())
     if limit is not None and int(lengths[longest]) > limit:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -27,7 +30,7 @@ def discover(model: nn.Module) -> tuple[Family, list[Check]]:
     model, pass the table to `register_family`.
 
     Args:
-        model: a Hugging Face causal language model.
+        model: a Hugging Face causal or masked language model, or a classifier.
 
     Returns:
         The table, and the checks that it passed.
@@ -43,12 +46,14 @@ def discover(model: nn.Module) -> tuple[Family, list[Check]]:
     tokens = order[: 2 * min(5, len(order) // 2)].view(2, -1).to(embed.weight.device)
     try:
         with borrowed(exact), StayDouble(), torch.no_grad():
-            calls, embeddings = trace(exact, tokens), embed(tokens)
+            calls, embeddings, causal = trace(exact, tokens), embed(tokens), _is_causal(exact, tokens)
     except InputError:
         raise
     except _OF_MODELS as error:
         wanted = "a model that runs on token ids alone, in float64, as Llama does"
         raise expected(type(model).__name__, wanted, f"that its {_place(error)} does not") from error
+    if not isinstance(embeddings, torch.Tensor):
+        raise expected(type(model).__name__, "token embeddings that are one tensor, as Llama's", "others")
     failed: list[Check] = []
     refusal: InputError | None = None
     proposals: list[Family] = []
@@ -57,6 +62,7 @@ def discover(model: nn.Module) -> tuple[Family, list[Check]]:
     except InputError as error:
         refusal = error
     for family in [*proposals, *whole_layers(exact, calls, embeddings)]:
+        family = replace(family, causal=causal)
         try:
             checks = check_model(model, family=family)
         except InputError as error:
@@ -73,6 +79,14 @@ def discover(model: nn.Module) -> tuple[Family, list[Check]]:
         raise refusal
     what = "; ".join(f"{check.name} ({check.detail})" for check in failed)
     raise expected(type(model).__name__, "an architecture whose self-check passes", f"failures: {what}")
+
+
+def _is_causal(model: Any, tokens: torch.Tensor) -> bool:
+    """Does the first token stay what it is if the last one is another?"""
+    before, after = (
+        model.base_model(input_ids=ids)[0][:, 0] for ids in (tokens, torch.cat([tokens[:, :-1], tokens[:, :1]], 1))
+    )
+    return bool((before - after).norm() <= 1e-8 * before.norm())
 
 
 def _place(error: BaseException) -> str:

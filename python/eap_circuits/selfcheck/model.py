@@ -22,7 +22,7 @@ from ..graph import Graph, Heads
 from ..intervention import run_circuits
 from ..loans import FunctionMode, gives_back
 from ..ranks import together
-from ..recording import ReceiverGradients, contract, record_both_sides, record_run
+from ..recording import ReceiverGradients, contract, different_throughout, record_both_sides, record_run
 from ..tasks import PairedDataset
 
 EXACT = 1e-8  # relative error; rounding in a deep float64 model stays far below this
@@ -64,7 +64,7 @@ def check_model(model: nn.Module, *, n_edges: int = 8, seed: int = 0, family: Fa
     It needs memory for a float64 copy of the weights and a few short passes.
 
     Args:
-        model: a Hugging Face causal language model.
+        model: a Hugging Face causal or masked language model, or a classifier.
         n_edges: how many random edges to compare with finite differences, for each head graph.
         seed: for the random prompts and edges.
         family: the model's table; by default the one registered for its architecture.
@@ -83,23 +83,26 @@ def check_model(model: nn.Module, *, n_edges: int = 8, seed: int = 0, family: Fa
     layers, graph = len(arch.layers), arch.graph("kv")
     checks = [Check("architecture", True, f"{arch.family.name}: {layers} layers, {graph.n_edges} edges")]
     before = _state(model)
-    exact = exact_copy(model)
+    exact = exact_copy(model).eval()
     arch = bind(exact, family)
-    data = _random_pairs(exact, seed)
-    with borrowed(exact), StayDouble():
+    data = _random_pairs(arch, seed)
+    with borrowed(arch.model), StayDouble():
         (batch,) = make_batches(data, len(data), True, arch.device)
         (whole,) = make_batches(data, len(data), False, arch.device)
         try:
             why = why_not_reused(arch, "kv", data)
         except InputError as error:
             return [*checks, Check("a causal language model", False, str(error))]
-        if why is not None:
+        if not arch.causal:
+            checks.append(Check("prefix reuse", True, "left out, as tokens see those that follow"))
+        elif why is not None:
             checks.append(Check("prefix reuse", True, f"left out, as the model's cache cannot serve: {why}"))
+        if why is not None or not arch.causal:
             batch = whole
         kinds: list[Heads] = ["kv", "query"] if any(layer.groups > 1 for layer in arch.layers) else ["kv"]
         checks += [_contributions(arch, batch), _heads(arch, data)]
         for heads in kinds:
-            checks += _runs(arch, heads, batch, whole, data)
+            checks += _runs(arch, heads, batch, whole, data, exact)
             checks.append(_finite_differences(arch, heads, batch, n_edges, seed))
         checks += [_group_sums(arch, batch)] if len(kinds) > 1 else []
     with borrowed(model):
@@ -136,16 +139,22 @@ def exact_copy(model: nn.Module) -> Any:
     return exact
 
 
-def _random_pairs(model: Any, seed: int) -> PairedDataset:
+def _random_pairs(arch: Architecture, seed: int) -> PairedDataset:
     generator = torch.Generator().manual_seed(seed)
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # some embed more tokens than they predict
+    model: Any = arch.model
+    # Some embed more tokens than they predict.
+    ends: tuple[Any, Any] = (model.get_input_embeddings(), None if arch.classifies else arch.head)
     vocabulary = min(len(end.weight) for end in ends if end is not None and hasattr(end, "weight"))
+    padding = getattr(model.config, "pad_token_id", None)  # which some do not count as a position
+    known = torch.tensor([token for token in range(vocabulary) if token != padding])
     examples, tokens, shared = 3, 9, 4
-    clean = torch.randint(vocabulary, (examples, tokens), generator=generator)
-    corrupted = clean.clone()
-    corrupted[:, shared] = (clean[:, shared] + 1) % vocabulary
-    answers = torch.stack([clean[:, 0], (clean[:, 0] + 1) % vocabulary], 1)
-    return PairedDataset.from_tokens(clean, corrupted, torch.tensor([tokens, tokens, tokens - 2]), answers)
+    drawn = torch.randint(len(known), (examples, tokens), generator=generator)
+    clean, drawn[:, shared] = known[drawn], (drawn[:, shared] + 1) % len(known)
+    corrupted = known[drawn]
+    predicted = model.config.num_labels if arch.classifies else vocabulary
+    answers = torch.stack([clean[:, 0], clean[:, 0] + 1], 1) % predicted
+    data = PairedDataset.from_tokens(clean, corrupted, torch.tensor([tokens, tokens, tokens - 2]), answers)
+    return data if arch.causal else different_throughout(data)
 
 
 def _state(model: nn.Module) -> list[object]:
@@ -229,7 +238,7 @@ def _heads(arch: Architecture, data: PairedDataset) -> Check:
         elsewhere, of_query = moved.clone(), "v" in layer.projections and letter not in ("k", "v")
         every = "v" not in layer.projections or layer.inner_norm or (layer.mixes_heads and letter in ("q", "k"))
         heads = slice(0 if every else -1 if of_query else -layer.groups, None)
-        elsewhere[at : at + 1 if of_query else None, heads] = 0
+        elsewhere[at if arch.causal or of_query else 0 : at + 1 if of_query else None, heads] = 0
         nonlinear = (z[row] + z[0] - 2 * z[row - 1]).abs().max() if size == 2 else 0.0
         if not max(elsewhere.abs().max(), nonlinear) < 1e-6 * moved.abs().max():
             wrong.append(f"{letter} of layer {index}")
@@ -237,14 +246,13 @@ def _heads(arch: Architecture, data: PairedDataset) -> Check:
     return Check("projections are the heads' queries, keys and values", not wrong, found)
 
 
-def _runs(arch: Architecture, heads: Heads, batch: Batch, whole: Batch, data: PairedDataset) -> list[Check]:
+def _runs(
+    arch: Architecture, heads: Heads, batch: Batch, whole: Batch, data: PairedDataset, model: nn.Module
+) -> list[Check]:
     graph = arch.graph(heads)
-    model: Any = arch.model
     runner = Runner(arch, graph, batch)
-    rows, last = torch.arange(len(batch.index)), data.lengths[batch.index] - 1
     with torch.no_grad():
-        plain = model(input_ids=data.clean[batch.index].to(arch.device), use_cache=False).logits[rows, last]
-        corrupted = model(input_ids=data.corrupted[batch.index].to(arch.device), use_cache=False).logits[rows, last]
+        plain, corrupted = (_plain(model, data[batch.index], side) for side in ("clean", "corrupted"))
         record = record_run(runner, corrupted=True)
         # Receivers with all edges or none take short cuts; with a mask just off 1 or 0 they do not.
         nearly = graph.edge_mask.double() * (1 - 1e-12)
@@ -262,6 +270,14 @@ def _runs(arch: Architecture, heads: Heads, batch: Batch, whole: Batch, data: Pa
         _same(ONLY_STREAM, _relative(written, corrupted), what),
         *([] if batch is whole else [_same("prefix reuse is exact", _relative(first, second), between)]),
     ]
+
+
+def _plain(model: Any, data: PairedDataset, side: str) -> Tensor:
+    """The model's own logits of the last tokens, or of whole prompts, [E, V]: each by itself, without padding."""
+    device = model.get_input_embeddings().weight.device
+    own = (ids[None, :n].to(device) for ids, n in zip(getattr(data, side), data.lengths, strict=True))
+    found = (model(input_ids=ids, use_cache=False).logits[0] for ids in own)
+    return torch.stack([logits[-1] if logits.dim() > 1 else logits for logits in found])
 
 
 def _loss(logits: Tensor, batch: Batch) -> Tensor:

@@ -54,7 +54,7 @@ def encode_prompts(tokenizer: Any, texts: Sequence[str], special: Sequence[bool]
     """The ids of each prompt; where `special`, with the tokenizer's own special tokens and BOS in front.
 
     A BOS that the text begins with is the only one. An EOS that the tokenizer appends is dropped, because the scored
-    position is the text's last token.
+    position is the text's last token; but not if there is a mask token, as encoders expect it.
     """
     plain = encode_many(tokenizer, texts)
     bos, eos = tokenizer.bos_token_id, getattr(tokenizer, "eos_token_id", None)
@@ -64,7 +64,13 @@ def encode_prompts(tokenizer: Any, texts: Sequence[str], special: Sequence[bool]
             ids = own
         elif bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
-        if ids is not own and eos is not None and ids[-1:] == [eos] and own[-1:] != [eos]:
+        if (
+            mask_id(tokenizer) is None
+            and ids is not own
+            and eos is not None
+            and ids[-1:] == [eos]
+            and own[-1:] != [eos]
+        ):
             ids.pop()
         prompts.append(ids)
     return prompts
@@ -133,6 +139,33 @@ def unknown_id(tokenizer: Any) -> int | None:
     """The id of the token for text outside the vocabulary, if there is one."""
     unknown = getattr(tokenizer, "unk_token_id", None)
     return None if unknown is None else int(unknown)
+
+
+def mask_id(tokenizer: Any) -> int | None:
+    """The id of the token that stands for one to be predicted, if there is one."""
+    mask = getattr(tokenizer, "mask_token_id", None)
+    return None if mask is None else int(mask)
+
+
+def answer_in_place(tokenizer: Any, answer: str, prompt: str, label: str) -> int:
+    """The id of the one token that an answer's text is in the place of the prompt's only mask token.
+
+    Raises:
+        InputError: it is several tokens, outside the vocabulary, or changes its neighbours' tokens.
+    """
+    before, mask, after = prompt.partition(tokenizer.mask_token)
+    # After white space, which may be part of the mask token, the answer brings none.
+    text = (answer.removeprefix(" ") or answer) if before[-1:].isspace() else answer
+    masked, filled = encode_many(tokenizer, [prompt, before + text + after])
+    place = masked.index(tokenizer.mask_token_id)
+    token = filled[place] if len(filled) == len(masked) else None
+    if (
+        token in (None, unknown_id(tokenizer))
+        or [*filled[:place], *masked[place : place + 1], *filled[place + 1 :]] != masked
+    ):
+        pieces = tokenizer.convert_ids_to_tokens(filled[place : place + 1 + max(0, len(filled) - len(masked))])
+        raise expected(label, f"one token of the vocabulary in the place of {mask}", f"{answer!r}, there {pieces}")
+    return token
 
 
 def continuation(prompt: str, answer: str) -> str:

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from ..errors import expected, listed, near, number, warn, whole
-from .encoding import answer_ids, chat_text, check_text, check_tokenizer, encode_prompts, respelled
+from .encoding import (
+    answer_ids,
+    answer_in_place,
+    chat_text,
+    check_text,
+    check_tokenizer,
+    encode_prompts,
+    mask_id,
+    respelled,
+)
 from .spans import spans_of
 
 _SIDES = ("clean", "corrupted")
@@ -39,6 +48,7 @@ def tokenised(
         for name, side in zip(_SIDES, zip(*texts, strict=True), strict=True)
     )
     paired, answered, placed = (_in_all(records, labels, name) for name in ("corrupted", "answers", "scored"))
+    masks = None if placed else _masks(labels, tokenizer, clean, corrupted, answered)
     answers, odd = [], list[str]()
     for record, label, prompts, first, second in zip(records, labels, texts, clean, corrupted, strict=True):
         numbers = f"{len(first)} and {len(second)}"
@@ -66,6 +76,7 @@ def tokenised(
         "variants": _variants(tensor, tokenizer) if answered and tensor.dim() < 4 else None,
         "alone": not paired,
         **(_scored(records, labels, clean) if placed else {}),
+        **({} if masks is None else {"scored": masks, "targets": _filling(tensor, masks)}),
         "weights": _weights(records, labels),
         **spans_of(records, labels, [own for own, _ in texts], clean, tokenizer),
     }
@@ -142,6 +153,34 @@ def _scored(records: Sequence[Mapping[str, Any]], labels: Sequence[str], clean: 
     return {"scored": _padded(places, -1), "scored_weights": _padded(weights, 0) if weighted else None}
 
 
+def _masks(
+    labels: Sequence[str], tokenizer: Any, clean: Sequence[list[int]], corrupted: Sequence[list[int]], answered: bool
+) -> Tensor | None:
+    """Where the clean prompts have mask tokens, which are scored: [E, P], padded with -1; None: nowhere."""
+    mask = mask_id(tokenizer)
+    where = [[[i for i, token in enumerate(ids) if token == mask] for ids in side] for side in (clean, corrupted)]
+    if not any(where[0]):
+        return None
+    for label, first, second, places, others in zip(labels, clean, corrupted, *where, strict=True):
+        if not places or (answered and len(places) > 1):
+            wanted = f"{'one' if answered else 'at least one'} {tokenizer.mask_token} in clean, as in other records"
+            raise expected(label, wanted, len(places) or "none")
+        # Compared are equal positions, or what follows the last difference, or comes before the first one.
+        same = len(first) == len(second) and places == others
+        same = same or first[places[0] :] == second[others[0] if others else len(second) :]
+        if not same and first[: places[-1] + 1] != second[: places[-1] + 1]:
+            raise expected(
+                f"{label}, corrupted", f"{tokenizer.mask_token} where clean has it, at {places}", others or "none"
+            )
+    return _padded(where[0], -1)
+
+
+def _filling(answers: Tensor, masks: Tensor) -> Tensor:
+    """What should stand in the masks' places: the good answer, where there is one; shaped as `masks`."""
+    one = answers.dim() == 2 and answers.numel()
+    return answers[:, :1].masked_fill(masks < 0, -1) if one else torch.full_like(masks, -1)
+
+
 def _weights(records: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Tensor | None:
     if all(record.get("weight") is None for record in records):
         return None
@@ -191,7 +230,10 @@ def _members(answer: Any, label: str, prompt: str, tokenizer: Any, odd: list[str
     for member in members:
         if isinstance(member, str):
             check_text(member, label)
-            ids, oddity = answer_ids(tokenizer, member, prompt, label)
+            if mask_id(tokenizer) is not None and prompt.count(tokenizer.mask_token) == 1:
+                ids, oddity = [answer_in_place(tokenizer, member, prompt, label)], None
+            else:
+                ids, oddity = answer_ids(tokenizer, member, prompt, label)
             odd += [] if oddity is None else [oddity]
         elif isinstance(member, (list, tuple)) and member:
             ids = [_id(each, label) for each in member]

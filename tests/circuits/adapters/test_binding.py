@@ -11,14 +11,13 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
-    AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
     LlamaConfig,
+    MarianConfig,
     RwkvConfig,
     T5Config,
     ViTConfig,
@@ -123,39 +122,44 @@ def test_unsupported_architecture_names_what_is_and_what_was_found():
     assert "gpt2" in text and "llama" in text and "'rwkv'" in text and "RwkvForCausalLM" in text
 
 
-def test_a_decoder_whose_tokens_see_later_ones_is_told_what_to_set():
-    text = refused(AutoModelForCausalLM.from_config(BertConfig(**TINY)))
-    assert text == "BertLMHeadModel.config.is_decoder: expected True, found False."
+def test_an_encoder_is_bound_with_the_head_of_a_decoder_too():
+    assert not bind(AutoModelForCausalLM.from_config(BertConfig(**TINY))).causal
+    assert bind(AutoModelForCausalLM.from_config(BertConfig(**TINY, is_decoder=True))).causal
+
+
+SAID = "expected a model with its head, as AutoModelForCausalLM, -MaskedLM or -SequenceClassification loads it, found"
 
 
 @pytest.mark.parametrize(
     ("auto", "config"),
     [
-        (AutoModelForMaskedLM, BertConfig(**TINY)),
-        (AutoModelForMultipleChoice, BertConfig(**TINY)),
         (AutoModelForSeq2SeqLM, T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)),
         (AutoModelForImageClassification, ViTConfig(**TINY, image_size=4, patch_size=2)),
     ],
 )
-def test_models_that_do_not_write_from_left_to_right(auto, config):
+def test_models_of_other_kinds(auto, config):
     model = auto.from_config(config)
-    said = "model: expected a causal language model with its head, as AutoModelForCausalLM loads it, found"
-    assert refused(model) == f"{said} {config.model_type!r} ({type(model).__name__})."
+    assert refused(model) == f"model: {SAID} {config.model_type!r} ({type(model).__name__})."
+
+
+def test_an_encoder_decoder_of_a_family_is_told_so():
+    config = MarianConfig(vocab_size=20, d_model=16, pad_token_id=0, decoder_start_token_id=0)
+    text = refused(AutoModelForSeq2SeqLM.from_config(config))
+    assert text == "MarianMTModel.config.is_encoder_decoder: expected False, found True."
 
 
 @pytest.mark.parametrize(
-    "auto",
+    ("auto", "config"),
     [
-        AutoModel,
-        AutoModelForSequenceClassification,
-        AutoModelForTokenClassification,
-        AutoModelForQuestionAnswering,
+        (AutoModel, LlamaConfig(**TINY)),
+        (AutoModelForMultipleChoice, BertConfig(**TINY)),
+        (AutoModelForTokenClassification, LlamaConfig(**TINY)),
+        (AutoModelForQuestionAnswering, BertConfig(**TINY)),
     ],
 )
-def test_models_without_a_language_models_head(auto):
-    model = auto.from_config(LlamaConfig(**TINY))
-    said = f"{type(model).__name__}: expected a causal language model with its head, as AutoModelForCausalLM loads it"
-    assert refused(model) == f"{said}, found a model without one."
+def test_models_without_a_head_that_is_known(auto, config):
+    model = auto.from_config(config)
+    assert refused(model) == f"{type(model).__name__}: {SAID} a model without one."
 
 
 def test_a_site_that_is_not_there_is_named(make_model):

@@ -1,4 +1,4 @@
-"""Other mixers than attention with queries, keys and values, and what else a layer may be: every method, evaluation."""
+"""Other mixers than attention with queries, keys and values, what else a layer or a model may be: every method."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.selfcheck import check_model
-from tests.circuits.conftest import MIXERS, random_circuit, random_edges, random_pairs, tiny_model
+from tests.circuits.conftest import ENCODERS, MIXERS, pairs_for, random_circuit, random_edges, tiny_model
 from tests.circuits.untouched import snapshot
 
 # In some layers their cache keeps states, not keys and values.
 STATES = {"bamba", "jamba", "lfm2", "mamba", "mamba2", "qwen3-5", "qwen3-next"}
 # Before the residual stream begins, a norm reads positions too.
 PLACED = {"bart", "bert"}
-REWRITING = {"bart", "bert", "marian"}
+REWRITING = {"bart", "bert", "marian", *ENCODERS} - {"modernbert", "modernbert-classes", "llama-classes"}
 pytestmark = pytest.mark.filterwarnings("ignore:.*prefixes are not reused")
 
 
-@pytest.fixture(params=MIXERS)
+@pytest.fixture(params=[*MIXERS, *ENCODERS])
 def mixer(request):
     return request.param
 
@@ -26,11 +26,13 @@ def mixer(request):
 def test_self_check_passes(mixer):
     checks = check_model(tiny_model(mixer), n_edges=4)
     assert all(check.passed for check in checks), [check for check in checks if not check.passed]
-    assert ("prefix reuse" in {check.name for check in checks}) == (mixer in STATES | PLACED)
+    assert ("prefix reuse" in {check.name for check in checks}) == (
+        mixer in STATES | PLACED | {*ENCODERS} - {"llama-classes"}
+    )
 
 
 def test_an_edge_alone_corrupted_is_the_circuit_without_it(mixer):
-    model, data = tiny_model(mixer), random_pairs(n=3)
+    model, data = tiny_model(mixer), pairs_for(mixer)
     scores = eap.attribute(model, data, method="exact")
     edges = random_edges(scores.graph, 5)
     circuits = []
@@ -47,7 +49,7 @@ def test_an_edge_alone_corrupted_is_the_circuit_without_it(mixer):
     "method", ["clean-corrupted", "eap-ig-activations", "eap-conductance", "eap-gp", "information-flow-routes"]
 )
 def test_methods_run_and_leave_the_model_untouched(mixer, method):
-    model, data = tiny_model(mixer), random_pairs(n=3)
+    model, data = tiny_model(mixer), pairs_for(mixer)
     before = snapshot(model)
     scores = eap.attribute(model, data, method=method)
     assert scores.values.isfinite().all() and scores.values.any()
@@ -59,7 +61,7 @@ def test_methods_run_and_leave_the_model_untouched(mixer, method):
 
 
 def test_circuits_of_every_size_and_ablation(mixer, tmp_path):
-    model, data = tiny_model(mixer), random_pairs(n=3)
+    model, data = tiny_model(mixer), pairs_for(mixer)
     scores = eap.attribute(model, data, method="eap")
     graph = scores.graph
     full = eap.Circuit.from_mask(graph, graph.edge_mask)

@@ -1,4 +1,4 @@
-"""Every causal type of transformers has a verdict, in one sentence, and a sample of them is tried again."""
+"""Every causal or masked type of transformers has a verdict, in one sentence, and a sample of them is tried again."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import transformers
 
 from docs import verdicts
 
-SAMPLE = ["bert", "biogpt", "ctrl", "deepseek_v3", "mamba", "qwen3_next"]
+SAMPLE = ["bert", "biogpt", "ctrl", "deepseek_v3", "mamba", "qwen3_next", "mpnet:masked"]
 
 
 def test_every_type_has_a_verdict():
     known = {kind for version in verdicts.read().values() for kind in version}
-    unknown = set(verdicts.causal_types()) - known
+    unknown = set(verdicts.types()) - known
     assert not unknown, f"python -m docs.verdicts {' '.join(sorted(unknown))}"
 
 
@@ -25,7 +25,7 @@ def test_verdicts_are_sentences_of_ours():
             assert one["verdict"] in ("table", "discovered", "refused", "not tried"), (version, kind)
             assert "\n" not in text and "Traceback" not in text
             if one["verdict"] == "refused":
-                assert re.fullmatch(r"\w+: expected .+, found .+\.", text), (version, kind, text)
+                assert re.fullmatch(r"[\w.]+: expected .+, found .+\.", text), (version, kind, text)
 
 
 @pytest.mark.parametrize("kind", SAMPLE)

@@ -1,1 +1,1 @@
-"""What a run changes inside layers: where the last MLP runs, what blocks give, how attention shares keys."""
+"""What a run changes in layers: where the last MLP and gradients run, what blocks give, how attention shares keys."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters import Architecture, linear_weight
-from .batches import Batch
-from .hooks import Hooks
+from ...adapters import Architecture, linear_weight
+from ..batches import Batch
+from ..hooks import Hooks
 
 # Above this share of tokens picking them out costs more than their products.
 _WORTH = 0.7

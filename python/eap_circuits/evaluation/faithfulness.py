@@ -164,7 +164,7 @@ def evaluate(
     progress = watched(progress)
     request = prepare(model, data, metric, ablation, batch_size, ablation_data, reuse_prefix, memory)
     for item in circuits:
-        check_circuit(item, request)
+        check_circuit(item, request.arch)
     if not circuits:
         return []
     info = {

@@ -4,6 +4,7 @@ from .active_tokens import skip_inactive
 from .batches import TOKENS_PER_BATCH, Batch, batch_of, halves, make_batches, some_of
 from .constants import Constants, at_tokens, zeros
 from .hooks import Hooks, borrowed, unhook
+from .prefixes.prefix import parameters
 from .prefixes.reuse import why_not_reused
 from .resume import LayerInputs, record_layer_inputs
 from .runner import Register, Runner, each

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import wraps
 from typing import Any
@@ -24,7 +23,7 @@ from ..recording import different_throughout, record_run
 from ..request import check_ablation, check_tokens, prepare
 from ..tasks import PairedDataset
 
-Factors = Mapping[tuple[str, str], float]
+Factors = dict[tuple[str, str], float]
 
 
 class CircuitModel(nn.Module):
@@ -77,8 +76,8 @@ class CircuitModel(nn.Module):
         if attention_mask is not None:
             real = torch.as_tensor(attention_mask, device=every.device).bool()
         assert data.scored is not None
-        every[real] = logits[(data.scored >= 0).to(every.device)]
-        return CausalLMOutput(logits=every)  # type: ignore[arg-type]
+        every[real] = logits[(data.scored[:, : logits.shape[1]] >= 0).to(every.device)]
+        return CausalLMOutput(logits=every)
 
     @together
     @gives_back
@@ -91,9 +90,10 @@ class CircuitModel(nn.Module):
     ) -> Any:
         """What the model's own `generate` makes of the circuit: greedy, sampled or by beams.
 
-        Under patching the corrupted prompts go on with the tokens that are generated. Keys and values are the
-        circuit's own and kept from token to token, except under patching, and in models whose forward takes no
-        positions or whose embeddings pass a norm with them: there every token runs the whole prompt again.
+        Under patching the corrupted prompts go on with the tokens that are generated. The cache is the circuit's own.
+        There is none, and each token runs all those before it again, under patching, in models whose forward takes no
+        positions or whose embeddings pass a norm with them, and for padded prompts where layers mix tokens by other
+        means than attention.
 
         Args:
             input_ids, attention_mask, corrupted_ids: as in `forward`, with padding on the left.
@@ -103,20 +103,25 @@ class CircuitModel(nn.Module):
             What `generate` in transformers returns: by default int64 [E, T + new].
 
         Raises:
-            InputError: as `forward`, padding on the right, a model that cannot generate, or options that this cannot
-                serve: static caches, embeddings in place of tokens, or tokens beyond the constants' positions.
+            InputError: as `forward`, padding on the right, a model that cannot generate, embeddings in place of tokens,
+                a cache, or another kind than "dynamic"; or, once it comes to them, tokens beyond the positions for
+                which there are constants.
         """
         arch = bind(self.model)
         model: Any = arch.model
         if not getattr(model, "can_generate", bool)():
             raise expected("model", "one that can generate", type(model).__name__)
         self._data(arch, input_ids, attention_mask, corrupted_ids)
-        if attention_mask is not None and (torch.as_tensor(attention_mask)[:, -1] == 0).any():
+        for name in ("inputs_embeds", "cache", "past_key_values"):
+            if options.get(name) is not None:
+                raise expected(name, "none, as circuits begin with tokens and keep a cache of their own", "some")
+        kind = options.get("cache_implementation", model.generation_config.cache_implementation)
+        if kind not in (None, "dynamic"):
+            raise expected("cache_implementation", "'dynamic' or none", shown(kind))
+        mask = torch.ones_like(input_ids) if attention_mask is None else torch.as_tensor(attention_mask)
+        if (mask[:, -1] == 0).any():
             raise expected("attention_mask", "padding on the left, to generate", "padding on the right")
-        if options.get("inputs_embeds") is not None:
-            raise expected("inputs_embeds", "none, as circuits begin with tokens", "some")
-        positioned = "position_ids" in parameters(model) or not any(layer.n_heads for layer in arch.layers)
-        if self.constants is None or not positioned or arch.family.placed:
+        if not self._caches(arch, bool((mask == 0).any())):
             options["use_cache"] = False
         with borrowed(model), torch.no_grad(), Hooks(tokens=1) as hooks:
             theirs = model.forward
@@ -135,14 +140,21 @@ class CircuitModel(nn.Module):
                     before = corrupted_ids.to(tokens.device).repeat_interleave(copies, 0)
                     other = torch.cat([before, tokens[:, before.shape[1] :]], 1)
                 data = self._data(arch, tokens, given.get("attention_mask"), other, last=True)
-                return CausalLMOutput(logits=self._run(arch, data))  # type: ignore[arg-type]
+                return CausalLMOutput(logits=self._run(arch, data))
 
             hooks.replace_forward(model, step)
-            return model.generate(input_ids, attention_mask=attention_mask, **options)
+            return model.generate(input_ids, attention_mask=mask, **options)
 
-    def _data(
-        self, arch: Architecture, tokens: Any, mask: Any, corrupted: Any, last: bool = False
-    ) -> PairedDataset:
+    def _caches(self, arch: Architecture, padded: bool) -> bool:
+        """Can tokens run behind a cache of the circuit's own, each at its own position?"""
+        if self.constants is None or arch.family.placed:
+            return False
+        if padded and any(layer.n_heads and layer.reads for layer in arch.layers):
+            return False  # what a circuit puts in place of a mixer's inputs is put at padding, too, where mixers see it
+        alike = len(self.constants.embedding) == 1 and not any(layer.n_heads for layer in arch.layers)
+        return alike or "position_ids" in parameters(arch.model)
+
+    def _data(self, arch: Architecture, tokens: Any, mask: Any, corrupted: Any, last: bool = False) -> PairedDataset:
         """The prompts, scored at each real token, or at the last."""
         if (corrupted is None) is (self.constants is None):
             wanted = "none under this ablation" if corrupted is not None else "the corrupted prompts, which patch edges"
@@ -191,12 +203,14 @@ class CircuitModel(nn.Module):
     def _behind(self, arch: Architecture, tokens: Tensor, given: dict[str, Any], last: bool) -> Any:
         """What the model's forward returns for tokens that follow those in its cache, which gets the circuit's."""
         model, (rows, width), mask = arch.model, tokens.shape, given.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            raise expected("generate()", "a cache that grows (cache_implementation='dynamic')", "another one")
-        # Position of a row's first column: less than 0 where it begins with padding.
-        real = mask.cpu().bool()
-        position, first = (real.cumsum(1) - 1)[:, -width:], real[:, -width:].int().argmax(1, keepdim=True)
-        start = (position.gather(1, first) - first)[:, 0]
+        start = torch.zeros(rows, dtype=torch.int64)
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            # Position of a row's first column: less than 0 where it begins with padding.
+            real = mask.cpu().bool()
+            position, first = (real.cumsum(1) - 1)[:, -width:], real[:, -width:].int().argmax(1, keepdim=True)
+            start = (position.gather(1, first) - first)[:, 0]
+        elif given.get("position_ids") is not None:  # there is no padding
+            start = given["position_ids"].cpu().expand(rows, -1)[:, 0]
         self._check_positions(int(start.max()) + width)
         scored = torch.arange(width).expand(rows, -1)[:, -1 if last else 0 :]
         data = PairedDataset.from_tokens(tokens, None, torch.full((rows,), width), scored=scored)
@@ -220,7 +234,7 @@ class CircuitModel(nn.Module):
 def _mask(circuit: Circuit, factors: Factors | None) -> Tensor:
     """How much of each edge is kept, [S, R]."""
     graph, mask = circuit.graph, circuit.mask
-    for edge, factor in instance("factors", factors or {}, Mapping).items():
+    for edge, factor in instance("factors", factors or {}, dict).items():
         named = isinstance(edge, tuple) and len(edge) == 2 and edge[0] in graph.senders and edge[1] in graph.receivers
         where = (graph.senders.index(edge[0]), graph.receivers.index(edge[1])) if named else None
         if where is None or not graph.edge_mask[where]:

@@ -49,6 +49,7 @@ class CircuitModel(nn.Module):
 
     @together
     @gives_back
+    @known_arguments
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, corrupted_ids: Tensor | None = None
     ) -> CausalLMOutput:

@@ -112,7 +112,7 @@ class CircuitModel(nn.Module):
         model: Any = arch.model
         if not getattr(model, "can_generate", bool)():
             raise expected("model", "one that can generate", type(model).__name__)
-        self._data(arch, input_ids, attention_mask, corrupted_ids)
+        data = self._data(arch, input_ids, attention_mask, corrupted_ids)
         for name in ("inputs_embeds", "cache", "past_key_values"):
             if options.get(name) is not None:
                 raise expected(name, "none, as circuits begin with tokens and keep a cache of their own", "some")
@@ -125,6 +125,7 @@ class CircuitModel(nn.Module):
         if not self._caches(arch, bool((mask == 0).any())):
             options["use_cache"] = False
         with borrowed(model), torch.no_grad(), Hooks(tokens=1) as hooks:
+            self._try(arch, data)
             theirs = model.forward
 
             @wraps(theirs)
@@ -188,13 +189,16 @@ class CircuitModel(nn.Module):
 
     def _run(self, arch: Architecture, data: PairedDataset) -> Tensor:
         """Logits [E, P, V] at the scored positions, without a cache."""
-        graph = self.circuit.graph
-        if not self._tried:  # that attention takes what the graph says
-            why_not_reused(arch, graph.heads, data, reuse_prefix=False)
-            self._tried = True
+        self._try(arch, data)
         batch = batch_of(data, torch.arange(len(data)), False, arch.device)
-        runner = Runner(arch, graph, batch, every_mlp=True)
+        runner = Runner(arch, self.circuit.graph, batch, every_mlp=True)
         return self._circuit(arch, runner, runner)
+
+    def _try(self, arch: Architecture, data: PairedDataset) -> None:
+        """Once: that attention takes a key and a value for each query head, where the graph has them."""
+        if not self._tried:
+            why_not_reused(arch, self.circuit.graph.heads, data, reuse_prefix=False)
+            self._tried = True
 
     def _circuit(self, arch: Architecture, ablating: Runner, runner: Runner) -> Tensor:
         ablated = record_run(ablating, True, self.constants and self.constants.on(arch))

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from .methods import Plan, attribute, plan
     from .metrics import METRICS
     from .selfcheck import check_model, discover
+    from .standalone import CircuitModel, circuit_model
     from .tasks import PairedDataset, load_task
 
 # Public names are loaded on first use, so that graphs load without transformers.
@@ -104,6 +105,8 @@ _HOME = {
     "attribute": "methods",
     "plan": "methods",
     "METRICS": "metrics",
+    "CircuitModel": "standalone",
+    "circuit_model": "standalone",
     "PairedDataset": "tasks",
     "load_task": "tasks",
 }

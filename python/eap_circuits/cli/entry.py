@@ -146,7 +146,8 @@ def _help(command: Callable[..., None]) -> str:
 
 
 def _register() -> None:
-    from .commands import about, acdc, attribute, card, data, demo, evaluate, leaderboard, learn, report, reproduce
+    from .commands import about, acdc, attribute, card, data, demo, evaluate, learn, report
+    from .commands.benchmarks import leaderboard, mib, reproduce
 
     commands: tuple[Callable[..., None], ...] = (
         demo.demo,
@@ -160,6 +161,7 @@ def _register() -> None:
         report.report,
         reproduce.reproduce,
         leaderboard.leaderboard,
+        mib.mib,
         about.tasks,
         about.check,
         about.tune,

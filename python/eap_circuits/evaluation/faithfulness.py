@@ -165,7 +165,7 @@ def evaluate(
     request = prepare(model, data, metric, ablation, batch_size, ablation_data, reuse_prefix, memory)
     learned = ablation_of(ablation).learned
     for item in circuits:
-        check_circuit(item, request, spans=not learned)
+        check_circuit(item, request.arch, None if learned else request.data)
     if not circuits:
         return []
     info = {

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters import Architecture
 from ..budget import Cost, dealt_in_memory, in_memory, measure_cost, numbers_per_token, tokens_within
 from ..checkpoint import Checkpoint, Where, opened, remaining, settings_of
 from ..errors import expected, known_arguments, number, whole
@@ -75,7 +76,7 @@ def optimal_constants(
     steps, progress = whole("steps", steps, 1), watched(progress)
     rate = number("rate", rate, "a positive number", 5e-324, 1e308)
     request = prepare(model, data, metric, "mean", batch_size, reuse_prefix=False, memory=memory)
-    check_circuit(circuit, request, spans=False)
+    check_circuit(circuit, request.arch)
     request.refuse_parts()
     settings = partial(settings_of, request, call="optimal_constants", circuit=circuit, steps=steps, rate=rate)
     with opened(checkpoint, request.arch.model, settings) as kept, borrowed(request.arch.model):
@@ -110,16 +111,17 @@ def check_kind(circuit: object) -> None:
     raise expected("circuit", "a Circuit or a list of them", found)
 
 
-def check_circuit(circuit: object, request: Request, spans: bool) -> None:
-    """Refuse anything that is not a circuit of the model, and of its data's spans if it may have `spans`."""
+def check_circuit(circuit: object, arch: Architecture, data: PairedDataset | None = None) -> None:
+    """Refuse anything that is not a circuit of the model, or one with spans that are not those of the data."""
     check_kind(circuit)
     assert isinstance(circuit, Circuit)
     graph = circuit.graph
-    if graph.base != request.arch.graph(graph.heads):
-        raise expected("circuit", f"one of {request.arch.graph(graph.heads)!r}", f"one of {graph!r}")
-    if graph.spans is not None and not spans:
-        raise expected("circuit", "one without spans, as constants are learned for it", f"one of {graph!r}")
-    check_spans(request.data, graph.spans)
+    if graph.base != arch.graph(graph.heads):
+        raise expected("circuit", f"one of {arch.graph(graph.heads)!r}", f"one of {graph!r}")
+    if graph.spans is not None and data is None:
+        raise expected("circuit", "one without spans", f"one of {graph!r}")
+    if data is not None:
+        check_spans(data, graph.spans)
 
 
 class _Lessons:

@@ -60,6 +60,9 @@ class Constants:
 def at_tokens(constant: Tensor, batch: Batch) -> Tensor:
     """A constant at the tokens of a batch without prefixes: [P, X] -> [E, T, X]."""
     examples, tokens = batch.shape
+    if len(constant) > 1 and batch.host["start"].any():  # behind a cache, or behind padding, which counts as before 0
+        there = batch.host["start"][:, None] + torch.arange(tokens)
+        return constant[there.clamp(0, len(constant) - 1).to(constant.device)]
     # Only a corrupted prompt that is longer than every clean one has tokens beyond the last position.
     position = torch.arange(tokens, device=constant.device).clamp(max=len(constant) - 1)
     return constant[position].expand(examples, tokens, -1)

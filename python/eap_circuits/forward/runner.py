@@ -58,10 +58,17 @@ class Runner:
         tokens: int64 [U]: compute only these tokens' logits, [E, U], if the model's last module allows it.
         every_mlp: run the last layer's MLP at every token; by default it runs only where logits are scored, and
             returns 0 elsewhere.
+        given: what the model's forward gets beside the embeddings, for tokens that run behind a cache of one's own.
     """
 
     def __init__(
-        self, arch: Architecture, graph: Graph, batch: Batch, tokens: Tensor | None = None, every_mlp: bool = False
+        self,
+        arch: Architecture,
+        graph: Graph,
+        batch: Batch,
+        tokens: Tensor | None = None,
+        every_mlp: bool = False,
+        given: dict[str, Any] | None = None,
     ) -> None:
         self.arch = arch
         self.batch = batch
@@ -75,6 +82,7 @@ class Runner:
         self._body: Any = self._model.base_model if arch.classifies else self._model  # what fills a cache
         self._place = "position_ids" in parameters(self._model)
         self._prefix: Prefix | None = None
+        self._given: dict[str, Any] = {"use_cache": False} if given is None else given
 
     def embed(self, tokens: Tensor) -> Tensor:
         """What the tokens' embeddings write to the residual stream: int64 [E, T] -> [E, T, D], without gradient."""
@@ -121,7 +129,7 @@ class Runner:
         batch, (rows, suffix) = self.batch, embeddings.shape[:2]
         copies = rows // batch.n_rows
         scored = torch.cat([batch.corrupted_scored.repeat(corrupted), batch.scored.repeat(copies - corrupted)])
-        given: dict[str, Any] = {"use_cache": False}
+        given = dict(self._given)
         if not self.arch.causal and (real := batch.real_tokens(copies, corrupted)) is not None:
             given["attention_mask"] = real
         if batch.prefix.shape[1]:

@@ -15,7 +15,7 @@ from ..forward import Batch, Constants, Runner, make_batches, why_not_reused, ze
 from ..graph import Graph, Heads
 from ..metrics import METRICS, Metric, get_metric
 from ..ranks import rank
-from ..recording import ABLATIONS, ablation_of, different_throughout
+from ..recording import ABLATIONS, Ablation, ablation_of, different_throughout
 from ..tasks import PairedDataset
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def prepare(
         if data.alone and ablation_of(ablation).patches:
             wanted = "'zero', 'mean' or constants, as the data have no corrupted prompts"
             raise expected("ablation", wanted, repr(ablation))
-    _check_tokens(request.arch, data)
+    check_tokens(request.arch, data)
     _check_places(request.arch, data)
     vocabulary = 0 if request.arch.classifies else _vocabulary(request.arch.model)
     if data.variants is not None and (data.variants >= vocabulary).any():
@@ -157,36 +157,43 @@ def _check_places(arch: Architecture, data: PairedDataset) -> None:
         raise expected("data", wanted, "answers after the prompts")
 
 
-def _check_ablation(request: Request) -> None:
-    ablation, other = request.ablation, request.ablation_data
+def check_ablation(arch: Architecture, ablation: str | Constants, other: PairedDataset | None) -> Ablation:
+    """The ablation's entry; refuses an unknown one, constants of another model, and data that it does not take."""
     if isinstance(ablation, Constants):
-        found, right = ([x.shape[1] for x in each.tensors] for each in (ablation, zeros(request.arch)))
+        found, right = ([x.shape[1] for x in each.tensors] for each in (ablation, zeros(arch)))
         if found != right:
             raise expected("ablation", f"constants of this model, of widths {right}", found)
-        covered, longest = len(ablation.embedding), int(request.data.run_lengths.max())
-        if 1 < covered < longest:
-            raise expected("ablation", f"constants for {longest} positions, the data's most, or for all alike", covered)
     else:
         one_of("ablation", ablation, ABLATIONS)
-    if other is None:
-        return
     entry = ablation_of(ablation)
-    if not entry.from_data:
-        what = "constants" if isinstance(ablation, Constants) else repr(ablation)
-        names = ", ".join(repr(each.name) for each in ABLATIONS.values() if each.from_data)
-        raise expected("ablation_data", f"none, except for {names}", f"some for {what}")
-    instance("ablation_data", other, PairedDataset)
-    _check_tokens(request.arch, other, "ablation_data, ")
-    longest, covered = int(request.data.run_lengths.max()), int(other.run_lengths.max())
-    if entry.by_position and covered < longest:
-        raise expected("ablation_data", f"prompts of {longest} tokens, the data's most", f"at most {covered}")
+    if other is not None:
+        if not entry.from_data:
+            what = "constants" if isinstance(ablation, Constants) else repr(ablation)
+            names = ", ".join(repr(each.name) for each in ABLATIONS.values() if each.from_data)
+            raise expected("ablation_data", f"none, except for {names}", f"some for {what}")
+        instance("ablation_data", other, PairedDataset)
+        check_tokens(arch, other, "ablation_data, ")
+    return entry
+
+
+def _check_ablation(request: Request) -> None:
+    entry = check_ablation(request.arch, request.ablation, request.ablation_data)
+    longest = int(request.data.run_lengths.max())
+    if isinstance(request.ablation, Constants):
+        covered = len(request.ablation.embedding)
+        if 1 < covered < longest:
+            raise expected("ablation", f"constants for {longest} positions, the data's most, or for all alike", covered)
+    if request.ablation_data is not None:
+        covered = int(request.ablation_data.run_lengths.max())
+        if entry.by_position and covered < longest:
+            raise expected("ablation_data", f"prompts of {longest} tokens, the data's most", f"at most {covered}")
 
 
 def _vocabulary(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-def _check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> None:
+def check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> None:
     config: Any = arch.model.config
     vocabulary = _vocabulary(arch.model)
     for name in ("clean", "corrupted", "answers", "targets"):

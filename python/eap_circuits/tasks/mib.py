@@ -8,12 +8,14 @@ counterfactual, takes an answer's first token for the answer, and leaves out the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import expected
 from ..texts.encoding import check_text, check_tokenizer, encode_many, encode_plain
+from .loading import read_rows, reading, suffix_of
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,14 @@ class Layout:
     """One task's rows.
 
     Args:
+        tasks: what the benchmark calls the tasks whose rows these are.
         columns: the columns that identify the task.
         counterfactual: the circuit track's default column.
         answers: (row, counterfactual) -> texts of the good and the bad answer, then texts with as many tokens as these.
         whole: the whole answer must be one token; otherwise its first token stands for it.
     """
 
+    tasks: tuple[str, ...]
     columns: tuple[str, ...]
     counterfactual: str
     answers: Callable[[Mapping[str, Any], Mapping[str, Any]], Sequence[str]]
@@ -46,14 +50,38 @@ def _results(row: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 LAYOUTS = (
-    Layout(("metadata", "s2_io_flip_counterfactual"), "s2_io_flip_counterfactual", _people),
-    Layout(("choices", "answerKey"), "symbol_counterfactual", _labels),
-    Layout(("label", "operator"), "random_counterfactual", _results, whole=True),
+    Layout(("ioi",), ("metadata", "s2_io_flip_counterfactual"), "s2_io_flip_counterfactual", _people),
+    Layout(("mcqa", "arc-easy", "arc-challenge"), ("choices", "answerKey"), "symbol_counterfactual", _labels),
+    Layout(
+        ("arithmetic-addition", "arithmetic-subtraction"),
+        ("label", "operator"),
+        "random_counterfactual",
+        _results,
+        whole=True,
+    ),
+)
+# The (layers, heads) of what the circuit track calls a model, and for which tasks it takes circuits of each.
+MODELS = {"gpt2": (12, 12), "qwen2.5": (24, 14), "gemma2": (26, 8), "llama3": (32, 32)}
+ENTRIES = (
+    *(f"ioi_{model}" for model in MODELS),
+    *(f"mcqa_{model}" for model in ("qwen2.5", "gemma2", "llama3")),
+    *(f"arc-easy_{model}" for model in ("gemma2", "llama3")),
+    *(f"{task}_llama3" for task in ("arithmetic-addition", "arithmetic-subtraction", "arc-challenge")),
 )
 
 
 def is_mib(row: Any) -> bool:
     return isinstance(row, Mapping) and "prompt" in row and "clean" not in row
+
+
+def layout_of(rows: Sequence[Any]) -> Layout:
+    """The layout of a file's rows; raises InputError if they are of no known task."""
+    first = rows[0] if rows else {}
+    layout = next((x for x in LAYOUTS if is_mib(first) and all(c in first for c in x.columns)), None)
+    if layout is None:
+        found = sorted(first) if isinstance(first, Mapping) else type(first).__name__
+        raise expected("rows", "columns of MIB's IOI, MCQA, ARC or arithmetic data", found)
+    return layout
 
 
 def mib_records(
@@ -68,11 +96,7 @@ def mib_records(
         InputError: rows of no known task, without the counterfactual's column, or all left out.
     """
     check_tokenizer(tokenizer)
-    first = rows[0] if rows else {}
-    layout = next((x for x in LAYOUTS if is_mib(first) and all(c in first for c in x.columns)), None)
-    if layout is None:
-        found = sorted(first) if isinstance(first, Mapping) else type(first).__name__
-        raise expected("rows", "columns of MIB's IOI, MCQA, ARC or arithmetic data", found)
+    layout, first = layout_of(rows), rows[0]
     column = counterfactual or layout.counterfactual
     if column not in first:
         offered = sorted(name for name in first if name.endswith("_counterfactual"))
@@ -102,3 +126,11 @@ def mib_records(
     if not records:
         raise expected("rows", "at least one whose prompts and answers are equally long", f"none of {len(rows)}")
     return records, whose
+
+
+def mib_tasks(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The tasks of the benchmark whose rows a file may hold."""
+    if suffix_of(path) not in (".json", ".jsonl", ".parquet"):
+        raise expected(str(path), "rows of MIB, in .json, .jsonl or .parquet", "another file")
+    with reading(path) as file:
+        return layout_of(read_rows(file)[0]).tasks

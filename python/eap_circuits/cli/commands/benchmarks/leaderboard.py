@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from .. import options, session
-from ..console import progress, say
-from ..options import default, option
+from ... import options, session
+from ...console import progress, say
+from ...options import default, option
 
 
 def leaderboard(
@@ -52,10 +52,10 @@ def leaderboard(
 
       eap leaderboard gpt2 --tasks ioi --methods eap,learned --seeds 1
     """
-    from ...errors import one_of
-    from ...leaderboard import RANKINGS, Settings, of_pairs, of_task, write_page
-    from ...leaderboard import leaderboard as measure
-    from ...tasks import PairedDataset
+    from ....errors import one_of
+    from ....leaderboard import RANKINGS, Settings, of_pairs, of_task, write_page
+    from ....leaderboard import leaderboard as measure
+    from ....tasks import PairedDataset
 
     names, files = session.tasks_and_files(tasks, data, align)
     rankings = {"rankings": methods.split(",")} if methods else {}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from .. import options, session
-from ..console import check_outputs, progress, say
-from ..options import default, option
+from ... import options, session
+from ...console import check_outputs, progress, say
+from ...options import default, option
 
 
 def reproduce(
@@ -49,9 +49,9 @@ def reproduce(
 
       eap reproduce gpt2 --data pairs.csv --scored 8
     """
-    from ...reproduction import Experiment, Settings, write_page
-    from ...reproduction import reproduce as measure
-    from ...tasks import PairedDataset
+    from ....reproduction import Experiment, Settings, write_page
+    from ....reproduction import reproduce as measure
+    from ....tasks import PairedDataset
 
     names, files = session.tasks_and_files(tasks, data, align)
     check_outputs(checkpoint)

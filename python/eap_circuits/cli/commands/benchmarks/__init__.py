@@ -1,0 +1,1 @@
+"""Commands that compare with others, or for them."""

@@ -1,0 +1,105 @@
+"""eap mib: a submission to the leaderboard of the Mechanistic Interpretability Benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ... import options, session
+from ...console import check_outputs, keep_elsewhere, progress, say, show_json, show_table, write
+from ...options import option
+
+_FILE = "rows of the benchmark: .json, .jsonl or .parquet"
+
+
+def mib(
+    model: options.Model,
+    entry: Annotated[str, typer.Argument(help="What the benchmark calls task and model, such as ioi_gpt2.")],
+    data: Annotated[Path, option("Prompts", f"Score edges on these {_FILE}.")],
+    validation: Annotated[Path, option("Prompts", f"Run circuits on these {_FILE}.")],
+    n: Annotated[int, option("Prompts", "Pairs to score edges on, the first ones.", "-n", min=1)] = 100,
+    method: options.Method = "eap-ig-inputs",
+    steps: options.Steps = 5,
+    quadrature: options.Quadrature = "right",
+    ablation: options.Ablation = "patching",
+    batch_size: options.BatchSize = None,
+    memory: options.Memory = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    out: Annotated[Path, option("Output", "Where the submission is made.", metavar="DIR")] = Path("circuits"),
+    as_json: options.Json = False,
+) -> None:
+    """Score edges for the circuit track of MIB (arXiv 2504.13151), write its submission, and measure CPR and CMD.
+
+    It writes DIR/METHOD_ABLATION_edge/ENTRY/importances.json, which the benchmark's run_evaluation.py reads with
+    --circuit-dir DIR, and its leaderboard in a repository of the hub: DIR/METHOD_ABLATION_edge is what to upload, with
+    two tasks and two models or more in it. Scores are of edges, with keys and values of each query head.
+
+    CPR takes the highest scores first, CMD the highest absolute scores, both under patching, as the benchmark does. It
+    keeps edges that lead nowhere, so that its counts of edges are a little higher; what circuits do is the same.
+
+    Examples:
+
+      eap mib gpt2 ioi_gpt2 --data train.parquet --validation validation.parquet
+    """
+    import eap_circuits as eap
+
+    from ....adapters import bind
+    from ....errors import InputError, expected, one_of
+    from ....formats import check_savable
+    from ....methods import METHODS, QUADRATURES
+    from ....report.tables import curve_table
+    from ....tasks import MIB_ENTRIES, MIB_MODELS, mib_tasks
+
+    one_of("ENTRY", entry, MIB_ENTRIES)
+    one_of("--method", method, METHODS)
+    one_of("--quadrature", quadrature, QUADRATURES)
+    session.Prompts(None, data).check(ablation=ablation)
+    task, name = entry.split("_")
+    for label, path in (("--data", data), ("--validation", validation)):
+        if task not in (found := mib_tasks(path)):
+            raise expected(f"{label} {path}", f"rows of {task}", f"rows of {' or '.join(found)}")
+    file = out / f"{method}_{ablation}_edge" / entry / "importances.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    check_outputs(file)
+
+    loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
+    graph = bind(loaded).graph("query")
+    layers, heads = MIB_MODELS[name]
+    if graph.n_heads != (heads,) * layers:
+        raise expected(model, f"{name} of the benchmark, {layers} layers of {heads} heads", f"heads {graph.n_heads}")
+    check_savable(file, graph)
+    scored, held_out = (eap.PairedDataset.from_mib(path, tokenizer) for path in (data, validation))
+    asked: dict[str, Any] = {"batch_size": batch_size, "memory": memory}
+    with progress("Scoring edges") as bar:
+        scores = eap.attribute(
+            loaded,
+            scored[:n],
+            method=method,
+            steps=steps,
+            quadrature=quadrature,
+            heads="query",
+            ablation=ablation,
+            progress=bar,
+            **asked,
+        )
+    files: dict[str, str] = {}
+    wrong = write(files, "scores", scores.save, file)
+    if wrong:
+        raise InputError(" ".join([*wrong, *keep_elsewhere("scores", scores.save)]))
+    with progress("Running circuits") as bar:
+        signed, absolute = (
+            eap.faithfulness_curve(loaded, scores, held_out, signed=signed, progress=bar, **asked)
+            for signed in (True, False)
+        )
+    if as_json:
+        curves = {"signed": signed.to_dict(), "absolute": absolute.to_dict()}
+        show_json({"entry": entry, "cpr": signed.cpr, "cmd": absolute.cmd, "curves": curves, "files": files})
+        return
+    for curve in (signed, absolute):
+        show_table(curve_table(curve))
+    say(f"CPR {signed.cpr:.4f} (first table, by the score), CMD {absolute.cmd:.4f} (second, by its absolute value).")
+    say(f"Wrote {file}.")

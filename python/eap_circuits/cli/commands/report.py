@@ -45,7 +45,6 @@ def report(
 
     check_outputs(out)
     check_suffix(out, ".html", ".htm")
-    session.check_how(how)
     loaded = eap.EdgeScores.load(scores)
     files = {"scores": scores.name}
     if circuit is not None:

@@ -1,7 +1,7 @@
 """The documentation site: `make docs` builds it from the pages, the docstrings and the tutorials.
 
-The repository's root is the source folder, so that a link is right on the site and in the repository alike. Sphinx, furo
-and MyST are well kept, and MyST-NB runs the tutorials; MkDocs had its last release in 2024.
+The repository's root is the source folder, so that a link is right on the site and in the repository alike. Sphinx,
+furo and MyST are well kept, and MyST-NB runs the tutorials; MkDocs had its last release in 2024.
 """
 
 from __future__ import annotations

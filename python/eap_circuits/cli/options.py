@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -63,7 +63,9 @@ TrustRemoteCode = Annotated[
     ),
 ]
 
-Task = Annotated[str | None, option("Prompts", "A task of [bold]eap tasks[/bold], such as ioi.", **among(names("tasks")))]
+Task = Annotated[
+    str | None, option("Prompts", "A task of [bold]eap tasks[/bold], such as ioi.", **among(names("tasks")))
+]
 Data = Annotated[
     Path | None,
     option(
@@ -83,9 +85,7 @@ Align = Annotated[
 ]
 Number = Annotated[int, option("Prompts", "Prompt pairs of the task.", "-n", min=1)]
 Seed = Annotated[int, option("Prompts", "Another seed gives other prompts of the task.")]
-Metric = Annotated[
-    str | None, chosen("Prompts", "metrics", "What is measured.", "\n\n" + default("the task's own"))
-]
+Metric = Annotated[str | None, chosen("Prompts", "metrics", "What is measured.", "\n\n" + default("the task's own"))]
 
 Method = Annotated[str, chosen("Scoring", "methods", "How edges are scored; docs/methods.md.")]
 Steps = Annotated[int, option("Scoring", "Steps of integrated gradients.", min=1)]

@@ -13,7 +13,7 @@ from ..graph import Circuit, EdgeScores
 from ..methods import Plan
 from ..provenance import without_folder
 from .curves import BaselineLike, CurveLike
-from .table import NONE, Column, Table, count, number, percent
+from .table import Column, Table, count, number, percent
 
 BASELINE_NAMES = {baseline.name: baseline.title for baseline in BASELINES.values()}
 FREE = 1e-3  # an edge costs nothing if faithfulness falls by less without it

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import options, session
+from .. import options
 from ..console import check_outputs, check_suffix, say
 from ..options import option
 

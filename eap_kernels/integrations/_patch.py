@@ -42,11 +42,13 @@ class Patch:
         self.restore()
 
 
-def load(op: str, module: str) -> ModuleType:
-    """A module of the codebase to patch."""
+def load(op: str, module: str, *others: str) -> ModuleType:
+    """A module of the codebase to patch, which may go by other names."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        if others and error.name == module:
+            return load(op, *others)
         raise ImportError(f"{op}: expected {module} to be importable, got {error}") from error
 
 

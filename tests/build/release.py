@@ -83,9 +83,11 @@ def tried(wheel: Path, installer: str) -> None:
         place = Path(folder, "bare")
         venv.create(place, with_pip=True)
         python = place / "bin" / "python"
+        pip = [python, "-m", "pip", "install", "-q", "--no-compile"]
         uv = [shutil.which("uv") or "uv", "pip", "install", "-q", "--python", python]
-        install = uv if installer == "uv" else [python, "-m", "pip", "install", "-q", "--no-compile"]
-        run(*install, "-c", versions, f"torch=={metadata.version('torch')}", f"{wheel}[circuits]")
+        # The torch of this environment: uv may not know the index of its build.
+        run(*pip, f"torch=={metadata.version('torch')}")
+        run(*(uv if installer == "uv" else pip), "-c", versions, f"{wheel}[circuits]")
         path = {"PATH": str(place / "bin"), "EAP_TUNE": "0"}
         run(python, "-c", USED, cwd=place, **path)
         for typed in (["--version"], ["--help"], ["tasks"], ["info"]):

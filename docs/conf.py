@@ -14,7 +14,7 @@ from typing import Any
 import eap_kernels
 
 project, author, version = "eap-kernels", "the authors of eap-kernels", eap_kernels.__version__
-project_copyright = "Apache-2.0"
+project_copyright = "the authors of eap-kernels; Apache-2.0"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 root_doc = "docs/index"
 include_patterns = ["*.md", "docs/**"]
@@ -36,7 +36,6 @@ python_use_unqualified_type_names = True
 maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
 myst_heading_anchors = 4
-myst_enable_extensions = ["dollarmath"]
 
 # Notebooks are committed without outputs. Here they run, those that have run before only if they have changed.
 nb_execution_mode = "cache"

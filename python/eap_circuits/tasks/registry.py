@@ -93,6 +93,10 @@ def load_task(name: str, tokenizer: Any, *, n: int = 64, seed: int = 0, prepend_
     Raises:
         InputError: an unknown task, an n that is not a positive whole number, or a tokenizer that does not suit the
             task (its answers are not single tokens).
+
+    Example:
+        >>> data = eap.load_task("capital-country", tokenizer, n=8, seed=0)
+        >>> first_half, rest = data[:4], data[4:]
     """
     from .dataset import PairedDataset
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .. import formats, hub
+from .. import formats
 from ..display import Result, drawn
 from ..edges import Graph, Spans, numbers
 from ..edges import prune as pruned
 from ..errors import expected, flag, instance, known_arguments, listed, number, warn, whole
+from ..formats import hub
 from ..selection import select_edges
 from . import exports
 from .circuit import Circuit

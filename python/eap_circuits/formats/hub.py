@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import expected, reason
+from ..errors import expected, reason
 
 
 def upload(

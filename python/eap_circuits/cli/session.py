@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 PARTS: ContextVar[int] = ContextVar("parts", default=1)  # --tensor-parallel
 
+
 @dataclass(frozen=True)
 class Prompts:
     """Where the prompts come from: a task or a file."""

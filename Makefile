@@ -1,4 +1,4 @@
-# make setup | demo | explorer | test | test-all | test-versions | fuzz | lint | bench | record | gpu | gpu-rehearsal | update-locks | clean
+# make setup | demo | docs | tutorials | explorer | test | test-all | test-versions | fuzz | lint | bench | record | gpu | gpu-rehearsal | update-locks | release | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ INPUTS := setup.py pyproject.toml $(CSRC)
 # Only the newest set can have TransformerLens's bridges: they need newer packages than the other sets hold.
 EXTRAS := demo,test$(if $(filter newest,$(VERSIONS)),$(comma)bridges)
 
-.PHONY: setup demo explorer test test-slow test-all test-versions test-oldest test-gpu-machine fuzz lint bench record gpu gpu-rehearsal update-locks clean
+.PHONY: setup demo docs tutorials explorer test test-slow test-all test-versions test-oldest test-gpu-machine fuzz lint bench record gpu gpu-rehearsal update-locks release clean
 
 # Installs only what `make demo` needs; the tools for tests and linting have their own stamp, .test.
 setup: $(VENV)/.setup
@@ -42,6 +42,19 @@ $(VENV)/.test: $(VENV)/.setup
 
 demo: setup
 	$(BIN)/eap demo --out build/demo
+
+$(VENV)/.docs: $(VENV)/.setup
+	$(PIP) --no-build-isolation -e .[docs]
+	touch $@
+
+# The site, in build/site; needs Python 3.11. It runs the tutorials that have changed since they last ran; a warning is an error.
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/site
+
+# Runs all tutorials, whatever has changed.
+tutorials:
+	rm -rf build/tutorials build/site
+	$(MAKE) docs
 
 # Two processes of one thread each: tests are small, and OpenMP threads that spin while they wait slow everything down
 # when other processes use the cores.
@@ -111,6 +124,11 @@ gpu-rehearsal: $(VENV)/.test
 	$(call copy_tree,build/rehearsal)
 	mkdir build/rehearsal/out
 	cd build/rehearsal && EAP_COMMIT=$$(git rev-parse HEAD) OUT=$$PWD/out $(abspath $(BIN))/python bench/gpu.py --rehearse $(STAGES)
+
+# Builds dist/, tries it in bare environments and says what is in the way of an upload; uploads nothing.
+release: $(VENV)/.test
+	$(PIP) uv
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/build/release.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info python/*.egg-info eap_kernels/*.so eap_kernels/_build_failure.txt

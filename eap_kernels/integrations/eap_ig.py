@@ -19,18 +19,21 @@ _SCORES = "batch pos forward hidden, batch pos backward hidden -> forward backwa
 _READ = "batch pos previous hidden, previous ... -> batch pos ... hidden"
 
 
-def patch() -> Patch:
+def patch(module: str = "eap") -> Patch:
     """Let `eap` score edges with `edge_scores` and evaluate circuits with `masked_read`.
 
     Everything else, including node and neuron scores, runs as published. Use the result as a context manager or call
     its `restore()`; otherwise the patch stays.
 
+    Args:
+        module: where the package is, such as "circuitkit.backends.eap" for CircuitKIT's copy.
+
     Raises:
-        ImportError: `eap` is not installed.
+        ImportError: it is not installed.
         RuntimeError: its hooks are not the ones that this patch was written for.
     """
     op = "eap_ig.patch"
-    utils, evaluate = load(op, "eap.utils"), load(op, "eap.evaluate")
+    utils, evaluate = load(op, f"{module}.utils", f"{module}.eap_utils"), load(op, f"{module}.evaluate")
     expect(op, utils.make_hooks_and_matrices, "einsum", _SCORES)
     expect(op, evaluate.evaluate_graph, "einsum", _READ)
     return Patch(

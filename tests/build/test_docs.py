@@ -42,6 +42,16 @@ def test_links_and_pictures_of_the_docs_exist():
             assert target.startswith("http") or (page.parent / target).exists(), (page.name, target)
 
 
+def test_tutorials_are_committed_without_outputs():
+    """`make docs` runs them: outputs in the repository would be a second copy, which grows old."""
+    pages = sorted(ROOT.glob("docs/tutorials/*.ipynb"))
+    assert len(pages) == 6
+    for page in pages:
+        cells = [cell for cell in json.loads(page.read_text())["cells"] if cell["cell_type"] == "code"]
+        assert not any(cell["outputs"] or cell["execution_count"] for cell in cells), page.name
+        assert f"tutorials/{page.stem}" in (ROOT / "docs/index.md").read_text()
+
+
 def test_every_family_is_in_the_table_of_models_and_passed_every_check():
     from tests.circuits.conftest import CONFIGS
 

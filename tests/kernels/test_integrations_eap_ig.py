@@ -97,6 +97,24 @@ def test_eap_ig_circuit(eap, heads, density, where):
     testing.assert_close(*(x.reshape(10, -1, 7).transpose(0, 1) for x in (read, published)), oracle)
 
 
+def test_eap_ig_copy_in_another_package(monkeypatch, eap):
+    """CircuitKIT's copy, whose `utils` has another name; the package itself is left alone."""
+    install(monkeypatch, kit__eap__eap_utils=UTILS, kit__eap__evaluate=EVALUATE)
+    copy = types.SimpleNamespace(utils=sys.modules["kit.eap.eap_utils"])
+    published, *_ = eap_scores(copy, torch.float64, "cpu")
+    with eap_ig.patch("kit.eap"):
+        assert copy.utils.einsum is not named_einsum and eap.utils.einsum is named_einsum
+        scores, *_ = eap_scores(copy, torch.float64, "cpu")
+    torch.testing.assert_close(scores, published)
+    assert copy.utils.einsum is named_einsum
+
+
+def test_a_copy_that_is_not_there_is_named():
+    message = "eap_ig.patch: expected kit.utils to be importable, got No module named 'kit'"
+    with pytest.raises(ImportError, match=re.escape(message)):
+        eap_ig.patch("kit")
+
+
 def test_eap_ig_leaves_other_contractions_alone(eap, randn):
     acts, mask = randn(2, 5, 3, 7), randn(2, 5, 3, 7)
     published = eap.utils.mean_activations(acts, mask)

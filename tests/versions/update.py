@@ -28,11 +28,11 @@ class Set(NamedTuple):
 
 SETS = {
     "newest": Set(
-        "what `make demo` and `make test` install, on every Python; torch is renewed by hand",
+        "what `make demo`, `make test` and `make docs` install, on every Python; torch is renewed by hand",
         ("torch==2.13.0",),
         "3.10",
         every_python=True,
-        extras=("demo", "test", "bridges"),
+        extras=("demo", "test", "bridges", "docs"),
     ),
     "oldest": Set(
         "the oldest torch, transformers and Python supported", ("torch==2.10.0", "transformers==5.0.0"), "3.10"

@@ -140,6 +140,10 @@ def faithfulness_card(
     Raises:
         InputError: scores that did not choose the circuit or without single examples', or anything that `evaluate`
             refuses.
+
+    Example:
+        >>> scores = eap.attribute(model, data, keep="examples")
+        >>> card = eap.faithfulness_card(model, scores.select(20), other_data, scores, resamples=3)
     """
     call, progress = called(faithfulness_card, locals()), watched(progress)
     instance("circuit", circuit, Circuit, "a Circuit, such as scores.select(n_edges=200) gives")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).with_suffix(".json")
+_IN_PYTHON = " (in Python only)"
 
 
 def registries() -> dict[str, dict[str, Any]]:
@@ -20,8 +21,10 @@ def registries() -> dict[str, dict[str, Any]]:
     from ..methods import METHODS, QUADRATURES
     from ..metrics import METRICS
     from ..recording import ABLATIONS, RULES
+    from ..tasks import TASKS
 
     return {
+        "tasks": TASKS,
         "methods": METHODS,
         "quadratures": QUADRATURES,
         "rules": RULES,
@@ -42,7 +45,7 @@ def _mark(kind: str, entry: Any) -> str:
         return f" ({entry.tier})"
     if kind == "metrics" and not entry.differentiable:
         return " (to evaluate only)"
-    return " (in Python only)" if kind == "selections" and entry.choose is None else ""
+    return _IN_PYTHON if kind == "selections" and entry.choose is None else ""
 
 
 def content() -> str:
@@ -50,7 +53,18 @@ def content() -> str:
     return json.dumps({kind: described(kind) for kind in registries()}, indent=1, ensure_ascii=False) + "\n"
 
 
+def written(kind: str) -> dict[str, str]:
+    """What choices.json says; nothing of a new kind, which is not yet in it."""
+    entries: dict[str, str] = json.loads(FILE.read_text(encoding="utf-8")).get(kind, {})
+    return entries
+
+
+def names(kind: str) -> dict[str, str]:
+    """Descriptions by the names that an option takes."""
+    return {name.split(" (")[0]: text for name, text in written(kind).items() if not name.endswith(_IN_PYTHON)}
+
+
 def help_text(kind: str, before: str, after: str = "") -> str:
     """A help text with a line for each entry."""
-    entries = json.loads(FILE.read_text(encoding="utf-8")).get(kind, {})  # a new kind is not yet in the file
+    entries = written(kind)
     return "\n\n".join([before, *(f"[bold]{name}[/bold]: {text}" for name, text in entries.items())]) + after

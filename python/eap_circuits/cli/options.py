@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .choices import help_text
+from ..errors import one_of
+from .choices import help_text, names
 
 
 def option(panel: str, text: str, *names: str, **limits: Any) -> Any:
     """An option: the panel of the help page that it stands in, its help text, and its names if not the argument's."""
     return typer.Option(*names, help=text, rich_help_panel=panel, **limits)
+
+
+def among(values: Mapping[str, str], listed: bool = False) -> dict[str, Any]:
+    """Of an option that takes one of these values, or with `listed` several with commas between: shells complete them,
+    and others are refused before anything slow is imported."""
+
+    def check(context: typer.Context, parameter: typer.CallbackParam, value: str | None) -> str | None:
+        if value is not None and values and not context.resilient_parsing:
+            for each in value.split(",") if listed else [value]:
+                one_of(parameter.opts[0], each, values)
+        return value
+
+    def complete(incomplete: str) -> list[tuple[str, str]]:
+        before, comma, begun = incomplete.rpartition(",") if listed else ("", "", incomplete)
+        return [(before + comma + name, text) for name, text in values.items() if name.startswith(begun)]
+
+    return {"callback": check, "autocompletion": complete}
+
+
+def chosen(panel: str, kind: str, before: str, after: str = "", **limits: Any) -> Any:
+    """An option for an entry of a registry, which its help lists."""
+    return option(panel, help_text(kind, before, after), **{**among(names(kind)), **limits})
 
 
 def default(text: str) -> str:
@@ -22,7 +46,14 @@ def default(text: str) -> str:
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face name or folder, or [bold]smollm2[/bold], the demo model.")]
 Device = Annotated[str | None, option("Model", "cpu, cuda, cuda:1 …  " + default("CUDA if there is a GPU"))]
-Dtype = Annotated[str | None, option("Model", "float32, bfloat16 or float16.  " + default("as the model was saved"))]
+Dtype = Annotated[
+    str | None,
+    option(
+        "Model",
+        "float32, bfloat16 or float16.  " + default("as the model was saved"),
+        **among(dict.fromkeys(("float32", "bfloat16", "float16", "float64"), "")),
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     option(
@@ -32,7 +63,9 @@ TrustRemoteCode = Annotated[
     ),
 ]
 
-Task = Annotated[str | None, option("Prompts", "A task of [bold]eap tasks[/bold], such as ioi.")]
+Task = Annotated[
+    str | None, option("Prompts", "A task of [bold]eap tasks[/bold], such as ioi.", **among(names("tasks")))
+]
 Data = Annotated[
     Path | None,
     option(
@@ -52,17 +85,17 @@ Align = Annotated[
 ]
 Number = Annotated[int, option("Prompts", "Prompt pairs of the task.", "-n", min=1)]
 Seed = Annotated[int, option("Prompts", "Another seed gives other prompts of the task.")]
-Metric = Annotated[
-    str | None, option("Prompts", help_text("metrics", "What is measured.", "\n\n" + default("the task's own")))
-]
+Metric = Annotated[str | None, chosen("Prompts", "metrics", "What is measured.", "\n\n" + default("the task's own"))]
 
-Method = Annotated[str, option("Scoring", help_text("methods", "How edges are scored; docs/methods.md."))]
+Method = Annotated[str, chosen("Scoring", "methods", "How edges are scored; docs/methods.md.")]
 Steps = Annotated[int, option("Scoring", "Steps of integrated gradients.", min=1)]
-Quadrature = Annotated[str, option("Scoring", help_text("quadratures", "The points of these M steps on the path."))]
+Quadrature = Annotated[str, chosen("Scoring", "quadratures", "The points of these M steps on the path.")]
 Heads = Annotated[
     str,
     option(
-        "Scoring", "Keys and values per key/value head (kv, as in the model) or per query head (query, as in EAP-IG)."
+        "Scoring",
+        "Keys and values per key/value head (kv, as in the model) or per query head (query, as in EAP-IG).",
+        **among({"kv": "keys and values per key/value head", "query": "keys and values per query head"}),
     ),
 ]
 Keep = Annotated[
@@ -78,9 +111,9 @@ BySpan = Annotated[
 ]
 Rules = Annotated[
     str | None,
-    option("Scoring", help_text("rules", "What takes the gradient's place.", "\n\n" + default("nothing"))),
+    chosen("Scoring", "rules", "What takes the gradient's place.", "\n\n" + default("nothing")),
 ]
-Ablation = Annotated[str, option("Ablation", help_text("ablations", "What an ablated edge carries."))]
+Ablation = Annotated[str, chosen("Ablation", "ablations", "What an ablated edge carries.")]
 AblationData = Annotated[
     Path | None,
     option(
@@ -120,7 +153,7 @@ Gpus = Annotated[
     int | None, option("Scoring", "With --dry-run: how many GPUs share the model, its weights and its work.", min=1)
 ]
 
-How = Annotated[str, option("Circuit", help_text("selections", "How the circuit's edges are chosen."))]
+How = Annotated[str, chosen("Circuit", "selections", "How the circuit's edges are chosen.")]
 Signed = Annotated[bool, option("Circuit", "Rank by the score itself, not by its absolute value.", "--signed")]
 Confidence = Annotated[
     float | None,
@@ -134,7 +167,12 @@ Confidence = Annotated[
 ]
 Baselines = Annotated[
     str,
-    option("Circuit", help_text("baselines", "What else to measure at each size, separated by commas; or none.")),
+    chosen(
+        "Circuit",
+        "baselines",
+        "What else to measure at each size, separated by commas; or none.",
+        **among({**names("baselines"), "none": "nothing else"}, listed=True),
+    ),
 ]
 Draws = Annotated[int, option("Circuit", "Random circuits of each size.", min=1)]
 

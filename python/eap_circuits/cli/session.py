@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ..tasks import PairedDataset
 
 PARTS: ContextVar[int] = ContextVar("parts", default=1)  # --tensor-parallel
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -29,26 +28,21 @@ class Prompts:
     align: bool = False
     ablation_data: Path | None = None
 
-    def check(self, metric: str | None = None, gradient: bool = False, ablation: str = "patching") -> None:
+    def check(self, metric: str | None = None, gradient: bool = False) -> None:
         """Refuse wrong options before a model is loaded; `gradient`: the metric will be differentiated."""
-        from ..metrics import METRICS
-        from ..recording import ABLATIONS
-        from ..tasks import TASKS
-
         if (self.task is None) == (self.data is None):
             found = "neither" if self.task is None else "both"
             raise expected("--task, --data", "one of them (eap tasks lists the tasks)", found)
-        if self.task is not None:
-            one_of("--task", self.task, TASKS)
-        elif self.data is None or not self.data.is_file():
+        if self.data is not None and not self.data.is_file():
             raise expected(f"--data {self.data}", "a file", "nothing there")
         if self.ablation_data is not None and not self.ablation_data.is_file():
             raise expected(f"--ablation-data {self.ablation_data}", "a file", "nothing there")
-        one_of("--ablation", ablation, ABLATIONS)
         if self.data is None:
             check_align(self.align, f"--task {self.task}")
-        if metric is not None:
-            one_of("--metric", metric, [m.name for m in METRICS.values() if m.differentiable or not gradient])
+        if metric is not None and gradient:
+            from ..metrics import METRICS
+
+            one_of("--metric", metric, [m.name for m in METRICS.values() if m.differentiable])
 
     def load(self, tokenizer: Any) -> PairedDataset:
         from ..tasks import PairedDataset, load_task
@@ -65,13 +59,6 @@ class Prompts:
         from ..tasks import PairedDataset
 
         return None if self.ablation_data is None else PairedDataset.from_file(self.ablation_data, tokenizer)
-
-
-def check_how(how: str) -> None:
-    """Of a circuit whose number of edges is given."""
-    from ..graph import SELECTIONS
-
-    one_of("--how", how, [selection.name for selection in SELECTIONS.values() if selection.choose is not None])
 
 
 def check_align(align: bool, found: str) -> None:
@@ -108,8 +95,6 @@ def load_model(
     parts = PARTS.get()
     if parts > 1 and not weights:
         raise expected("--tensor-parallel", "a model with weights", "--no-weights")
-    if dtype is not None:
-        one_of("--dtype", dtype, _DTYPES)
     if device is not None:
         try:
             torch.empty(0, device=device)
@@ -170,9 +155,4 @@ def parse_fractions(text: str | None) -> Sequence[float] | None:
 
 def parse_baselines(text: str) -> tuple[str, ...]:
     """`random,complement` -> names; `none` -> no names."""
-    from ..evaluation import BASELINES
-
-    names = () if text == "none" else tuple(dict.fromkeys(text.split(",")))
-    for name in names:
-        one_of("--baselines", name, BASELINES)
-    return names
+    return tuple(name for name in dict.fromkeys(text.split(",")) if name != "none")

@@ -60,6 +60,10 @@ def compare(
 
     Raises:
         InputError: circuits of different graphs, or anything that `evaluate` refuses.
+
+    Example:
+        >>> comparison = eap.compare(model, circuit, other_circuit, data, other_data)
+        >>> comparison.edges.n_shared, comparison.faithfulness  # [circuit][task]
     """
     for circuit in (first, second):
         check_kind(circuit)

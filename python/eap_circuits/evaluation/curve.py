@@ -154,6 +154,10 @@ def faithfulness_curve(
     Raises:
         InputError: fractions that do not grow within (0, 1], an unknown baseline, no seeds, or anything that
             `evaluate` or `select` refuses.
+
+    Example:
+        >>> curve = eap.faithfulness_curve(model, scores, data, (0.1, 0.5, 1), baselines=["random"])
+        >>> curve.cpr, curve.cmd, curve.baselines["random"].cpr
     """
     call = called(faithfulness_curve, locals())
     instance("scores", scores, EdgeScores, "EdgeScores, such as attribute returns")

@@ -158,6 +158,11 @@ def evaluate(
 
     Raises:
         InputError: a circuit of another graph, or anything that `attribute` refuses.
+
+    Example:
+        >>> result = eap.evaluate(model, circuit, data)
+        >>> share = result.faithfulness
+        >>> small, large = eap.evaluate(model, [scores.select(10), scores.select(40)], data)  # side by side
     """
     call = called(evaluate, locals())
     circuits = as_circuits(circuit)

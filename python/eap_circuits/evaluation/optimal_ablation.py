@@ -72,6 +72,10 @@ def optimal_constants(
     Raises:
         InputError: a circuit of another graph, steps or a rate that are not positive numbers, or anything that
             `evaluate` refuses.
+
+    Example:
+        >>> constants = eap.optimal_constants(model, circuit, data, "kl_divergence", steps=10)
+        >>> result = eap.evaluate(model, circuit, data, ablation=constants)
     """
     steps, progress = whole("steps", steps, 1), watched(progress)
     rate = number("rate", rate, "a positive number", 5e-324, 1e308)

@@ -45,6 +45,9 @@ def summarise(
 
     Raises:
         InputError: anything that `evaluate` refuses.
+
+    Example:
+        >>> line = str(eap.summarise(model, data))
     """
     if not instance("data", data, PairedDataset).answers.numel():
         return data.summary()

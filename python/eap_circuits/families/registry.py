@@ -19,6 +19,10 @@ def register_family(family: Family) -> None:
     A package can announce tables without being imported first: each entry point of the group `eap_circuits.families`
     names a `Family`. These are used only for architectures without a table, so that installing a package does not
     change how other models are read.
+
+    Example:
+        >>> family, checks = eap.discover(model)
+        >>> eap.register_family(family)
     """
     _check(family)
     FAMILIES.update(dict.fromkeys(family.model_types, family))

@@ -39,13 +39,21 @@ class Overlap:
 
 
 def edge_overlap(first: Circuit, second: Circuit) -> Overlap:
-    """Edges in both circuits. Raises `InputError` if they are of different graphs."""
+    """Edges in both circuits. Raises `InputError` if they are of different graphs.
+
+    Example:
+        >>> shared = eap.edge_overlap(circuit, other_circuit).n_shared
+    """
     of_one_graph(Circuit, {"first circuit": first, "second circuit": second})
     return Overlap(first.n_edges, second.n_edges, int((first.mask & second.mask).sum()))
 
 
 def node_overlap(first: Circuit, second: Circuit) -> Overlap:
-    """Nodes in both circuits. Raises `InputError` if they are of different graphs."""
+    """Nodes in both circuits. Raises `InputError` if they are of different graphs.
+
+    Example:
+        >>> shared = eap.node_overlap(circuit, other_circuit).n_shared
+    """
     of_one_graph(Circuit, {"first circuit": first, "second circuit": second})
     a, b = set(first.nodes), set(second.nodes)
     return Overlap(len(a), len(b), len(a & b))
@@ -65,6 +73,9 @@ def edge_auroc(scores: EdgeScores, circuit: Circuit, *, signed: bool = False) ->
 
     Raises:
         InputError: different graphs, scores that are not finite, or no edge inside or outside the circuit.
+
+    Example:
+        >>> eap.edge_auroc(scores, scores.select(20))  # 1: the circuit holds the strongest edges
     """
     instance("scores", scores, EdgeScores)
     instance("circuit", circuit, Circuit)
@@ -100,6 +111,9 @@ def score_agreement(first: EdgeScores, second: EdgeScores, *, among: Tensor | No
 
     Raises:
         InputError: different graphs, scores that are not finite, or a mask of another shape.
+
+    Example:
+        >>> agreement = eap.score_agreement(scores, other_scores)
     """
     of_one_graph(EdgeScores, {"first scores": first, "second scores": second})
     edges = first.graph.edge_mask

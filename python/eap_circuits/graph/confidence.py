@@ -29,6 +29,10 @@ def bootstrap_confidence(values: Tensor, *, draws: int = 1000, seed: int = 0) ->
 
     Raises:
         InputError: values without three dimensions, two examples or finite scores, or fewer than one draw.
+
+    Example:
+        >>> scores = eap.attribute(model, data, keep="examples")
+        >>> sure = eap.bootstrap_confidence(scores.per_example) >= 0.95
     """
     values = numbers("values", values, ["E", "S", "R"])
     if len(values) < 2:
@@ -63,6 +67,10 @@ def normal_confidence(mean: Tensor, variance: Tensor, n_examples: int) -> Tensor
 
     Raises:
         InputError: different shapes, a variance below 0 or not a number, or fewer than two examples.
+
+    Example:
+        >>> scores = eap.attribute(model, data, keep="variance")
+        >>> sure = eap.normal_confidence(scores.values, scores.variance, len(data)) >= 0.95
     """
     mean = numbers("mean", mean, ["S", "R"]).double()
     variance = numbers("variance", variance, list(mean.shape), ", that of the mean").double()

@@ -31,6 +31,9 @@ def random_circuit(graph: Graph, n_edges: int, *, seed: int = 0) -> Circuit:
 
     Raises:
         InputError: a number that the graph does not have, or for which no connected circuit was found.
+
+    Example:
+        >>> chance = eap.random_circuit(scores.graph, circuit.n_edges, seed=1)
     """
     instance("graph", graph, Graph)
     n_edges = whole("n_edges", n_edges, 0, graph.n_edges, ", the edges of the graph")

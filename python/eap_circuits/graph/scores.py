@@ -14,6 +14,7 @@ from ..display import Result, drawn
 from ..edges import Graph, Spans, numbers
 from ..edges import prune as pruned
 from ..errors import expected, flag, instance, known_arguments, listed, number, warn, whole
+from ..formats import hub
 from ..selection import select_edges
 from . import exports
 from .circuit import Circuit
@@ -257,6 +258,59 @@ class EdgeScores(Result):
             found = "a circuit with only its own edges' scores" if "kept" in tensors else "a circuit without scores"
             raise expected(str(path), "a file with edge scores", found)
         return cls(graph, tensors["values"], info, **{name: tensors.get(name) for name in STATISTICS})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        filename: str = "scores.safetensors",
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Write the scores to a repository of the Hugging Face Hub, as a file that `from_pretrained` reads.
+
+        Args:
+            repo_id: "user/name"; made if it is missing.
+            filename: the file's name, with a suffix that `save` knows; an existing file gets a new revision.
+            private: of a repository that is made: whether others may read it; by default as the account has it.
+            revision: the branch; by default "main".
+            token: by default that of `hf auth login`.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            InputError: scores that cannot be saved, or a repository that cannot be written to.
+
+        Example:
+            >>> scores.push_to_hub("me/gpt2-ioi-scores")
+            >>> scores == eap.EdgeScores.from_pretrained("me/gpt2-ioi-scores")
+            True
+        """
+        return hub.upload(self.save, repo_id, filename, private, revision, token)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        filename: str = "scores.safetensors",
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> EdgeScores:
+        """Read scores from a folder or from a repository of the Hugging Face Hub, as `push_to_hub` writes them.
+
+        Args:
+            name: a folder, or "user/name".
+            filename: which of its files.
+            revision: a branch, tag or commit; by default the newest.
+            token: for private repositories; by default that of `hf auth login`.
+
+        Raises:
+            InputError: no such folder, repository or file, or a file that holds no scores.
+        """
+        return cls.load(hub.found(name, filename, revision, token))
 
     def __repr__(self) -> str:
         return f"EdgeScores({self.info.get('method', '?')}, {self.graph!r})"

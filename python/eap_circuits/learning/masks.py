@@ -102,6 +102,10 @@ def learn_mask(
 
     Raises:
         InputError: scores of another graph, numbers out of range, or anything that `attribute` refuses.
+
+    Example:
+        >>> ranking = eap.learn_mask(model, data, start=scores, steps=20)
+        >>> curve = eap.faithfulness_curve(model, ranking, other_data, (0.1, 0.5, 1))
     """
     call = called(learn_mask, locals())
     instance("start", start, EdgeScores)

@@ -74,6 +74,9 @@ def acdc(
 
     Raises:
         InputError: a threshold that is not positive, or anything that `attribute` refuses.
+
+    Example:
+        >>> circuit = eap.acdc(model, data, threshold=0.1)
     """
     call = called(acdc, locals())
     threshold, progress = number("threshold", threshold, "a positive number", 5e-324, 1e308), watched(progress)

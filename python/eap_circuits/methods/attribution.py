@@ -111,6 +111,11 @@ def attribute(
 
     Raises:
         InputError: see the message; raised before any work, except for a metric that is not finite.
+
+    Example:
+        >>> scores = eap.attribute(model, data, method="eap-ig-inputs", steps=5)
+        >>> strongest = scores.top_edges(10)
+        >>> circuit = scores.select(20, how="greedy")
     """
     asked = dict(locals())
     call = called(attribute, asked)
@@ -183,6 +188,9 @@ def plan(
     Raises:
         InputError: what `attribute` refuses, methods that are not planned, such as "exact", and another machine's
             device without `memory=`.
+
+    Example:
+        >>> eap.plan(model, data, steps=30).bytes  # besides model and data
     """
     asked = {name: value for name, value in locals().items() if name not in ("device", "gpus")}
     kind = None if device is None else kind_of(device)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -13,51 +12,11 @@ from ..evaluation import BASELINES
 from ..graph import Circuit, EdgeScores
 from ..methods import Plan
 from ..provenance import without_folder
-from .curves import BaselineLike, CurveLike, jsonable
+from .curves import BaselineLike, CurveLike
+from .table import Column, Table, count, number, percent
 
-NONE = "–"
 BASELINE_NAMES = {baseline.name: baseline.title for baseline in BASELINES.values()}
 FREE = 1e-3  # an edge costs nothing if faithfulness falls by less without it
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column: its key in JSON, its heading, and how a value is shown."""
-
-    key: str
-    title: str
-    show: Callable[[Any], str] = str
-    numeric: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of raw values; `cells` is for readers, `records` for programs."""
-
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[Any, ...], ...]
-    marked: int | None = None
-
-    def cells(self) -> list[list[str]]:
-        return [[c.show(value) for c, value in zip(self.columns, row, strict=True)] for row in self.rows]
-
-    def records(self) -> list[dict[str, Any]]:
-        return [{c.key: jsonable(value) for c, value in zip(self.columns, row, strict=True)} for row in self.rows]
-
-
-def number(value: float, decimals: int = 3) -> str:
-    """A number with fixed decimals and no minus before zeros; a dash if it is not finite."""
-    return f"{round(value, decimals) + 0.0:.{decimals}f}" if math.isfinite(value) else NONE
-
-
-def count(value: int) -> str:
-    return f"{value:,}"
-
-
-def percent(value: float) -> str:
-    """A share with three significant digits: 0.1 %, 12.3 %."""
-    return f"{100 * value:.3g} %" if math.isfinite(value) else NONE
 
 
 def edge_table(scores: EdgeScores, circuit: Circuit | None = None, n: int = 20) -> Table:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..files import write_whole
 from ..report.curves import saved_curve, smallest_faithful
-from ..report.tables import NONE, count, number
+from ..report.table import NONE, count, number
 from .experiment import GRADIENTS, HOW, LEFT_OUT, METHODS, SHOWN, STRONGEST
 from .figures import NAMES, PAPER_PEARSON, draw_agreement, draw_cross, draw_faithfulness, draw_quadrature
 

@@ -37,6 +37,9 @@ def discover(model: nn.Module) -> tuple[Family, list[Check]]:
 
     Raises:
         InputError: no table passes the self-check; the message says what did not hold.
+
+    Example:
+        >>> family, checks = eap.discover(model)
     """
     exact = exact_copy(model)
     embed = exact.get_input_embeddings()

@@ -74,6 +74,10 @@ def check_model(model: nn.Module, *, n_edges: int = 8, seed: int = 0, family: Fa
 
     Raises:
         InputError: each rank has only a part of the model's weights.
+
+    Example:
+        >>> [check.name for check in eap.check_model(model) if not check.passed]
+        []
     """
     n_edges, seed = whole_number("n_edges", n_edges, 1), whole_number("seed", seed)
     try:

@@ -1,13 +1,31 @@
 """Tasks: prompt pairs with their answers, generated or read from files."""
 
-from .dataset import PairedDataset
-from .mib import ENTRIES as MIB_ENTRIES
-from .mib import MODELS as MIB_MODELS
-from .mib import mib_tasks
-from .registry import TASKS, Task, load_task
-from .scoring.spans import check_spans, spans_in
-from .summary import MANY, Summary
+from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .registry import TASKS, Task, load_task
+
+if TYPE_CHECKING:
+    from .dataset import PairedDataset
+    from .mib import ENTRIES as MIB_ENTRIES
+    from .mib import MODELS as MIB_MODELS
+    from .mib import mib_tasks
+    from .scoring.spans import check_spans, spans_in
+    from .summary import MANY, Summary
+
+# Where each is, by which name. Loaded on first use: `eap tasks` must not wait for torch.
+_HOME = {
+    "MANY": ("summary", "MANY"),
+    "MIB_ENTRIES": ("mib", "ENTRIES"),
+    "MIB_MODELS": ("mib", "MODELS"),
+    "PairedDataset": ("dataset", "PairedDataset"),
+    "Summary": ("summary", "Summary"),
+    "check_spans": ("scoring.spans", "check_spans"),
+    "mib_tasks": ("mib", "mib_tasks"),
+    "spans_in": ("scoring.spans", "spans_in"),
+}
 __all__ = [
     "MANY",
     "MIB_ENTRIES",
@@ -21,3 +39,10 @@ __all__ = [
     "mib_tasks",
     "spans_in",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, own = _HOME[name]
+    return getattr(importlib.import_module(f".{module}", __name__), own)

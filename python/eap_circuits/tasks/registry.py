@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import SEEDS, flag, known_arguments, one_of, whole
 from ..generated import capital_country, gender_bias, greater_than, hypernymy, ioi, subject_verb_agreement
 from ..texts.encoding import check_tokenizer
-from .dataset import PairedDataset
+
+if TYPE_CHECKING:
+    from .dataset import PairedDataset
 
 Generator = Callable[[Any, int, random.Random], "list[dict[str, Any]]"]
 
@@ -91,7 +93,13 @@ def load_task(name: str, tokenizer: Any, *, n: int = 64, seed: int = 0, prepend_
     Raises:
         InputError: an unknown task, an n that is not a positive whole number, or a tokenizer that does not suit the
             task (its answers are not single tokens).
+
+    Example:
+        >>> data = eap.load_task("capital-country", tokenizer, n=8, seed=0)
+        >>> first_half, rest = data[:4], data[4:]
     """
+    from .dataset import PairedDataset
+
     one_of("task", name, TASKS)
     check_tokenizer(tokenizer)
     n, seed = whole("n", n, 1), whole("seed", seed, *SEEDS)

@@ -56,15 +56,30 @@ def test_help_names_what_the_registries_hold() -> None:
     from eap_circuits.cli.choices import described, registries
 
     words = re.sub(r"[\s│]+", " ", eap("attribute", "--help").stdout + eap("curve", "--help").stdout)
-    for kind in registries():
+    for kind in registries().keys() - {"tasks"}:  # `eap tasks` lists them
         for name, description in described(kind).items():
             assert f"{name}: {description}" in words
 
 
-def test_help_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize(
+    ("typed", "exit_code"),
+    [
+        ("--help", 0),
+        ("--version", 0),
+        ("attribute --help", 0),
+        ("tasks", 0),
+        ("tasks iou", 2),
+        ("atribute", 2),
+        ("attribute x --hlp", 2),
+        ("attribute x --task iou", 2),
+        ("evaluate x y --task ioi --ablation zro", 2),
+        ("curve x y --task ioi --baselines random,chance", 2),
+    ],
+)
+def test_what_needs_no_model_imports_nothing_heavy(typed: str, exit_code: int) -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from eap_circuits.cli import app\n"
-        "assert CliRunner().invoke(app, ['attribute', '--help']).exit_code == 0\n"
+        f"assert CliRunner().invoke(app, {typed.split()}).exit_code == {exit_code}\n"
         "print([m for m in ('torch', 'transformers', 'matplotlib', 'jinja2', 'numpy') if m in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*SOURCES, os.environ.get("PYTHONPATH", "")])}
@@ -93,6 +108,25 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 def test_unknown_options_and_numbers_out_of_range_are_refused() -> None:
     assert "--nonsense" in eap("attribute", "x", "--nonsense", code=2).stderr
     assert "-n" in eap("attribute", "x", "--task", "ioi", "-n", "0", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("attribute x --method clean", ["clean-corrupted"]),
+        ("attribute x --task gr", ["greater-than"]),
+        ("learn x --metric rank", ["rank"]),
+        ("curve x y --baselines random,comp", ["random,complement"]),
+        ("attribute x --how th", []),  # a selection in Python only
+    ],
+)
+def test_shells_complete_values(typed: str, offered: list[str]) -> None:
+    from typer.testing import CliRunner
+
+    from eap_circuits.cli import app
+
+    words = {"COMP_WORDS": f"eap {typed}", "COMP_CWORD": str(len(typed.split())), "_EAP_COMPLETE": "complete_bash"}
+    assert CliRunner().invoke(app, [], prog_name="eap", env=words).stdout.split() == offered
 
 
 def test_version() -> None:

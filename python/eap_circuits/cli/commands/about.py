@@ -33,7 +33,7 @@ def tasks(
       eap tasks ioi --tokenizer gpt2 -n 64 -o ioi.safetensors
     """
     from ...errors import expected, one_of
-    from ...report.tables import Column, Table
+    from ...report.table import Column, Table
     from ...tasks import TASKS
 
     check_outputs(out)
@@ -101,7 +101,7 @@ def check(
 
       eap check meta-llama/Llama-3.2-1B --dtype bfloat16
     """
-    from ...report.tables import Column, Table
+    from ...report.table import Column, Table
     from ...selfcheck import check_model
 
     loaded, _ = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)

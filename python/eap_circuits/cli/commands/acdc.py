@@ -47,14 +47,13 @@ def acdc(
     import eap_circuits as eap
 
     from ...adapters import bind
-    from ...errors import InputError, one_of
+    from ...errors import InputError
     from ...formats import SUFFIXES, check_savable
 
     check_outputs(out, checkpoint)
     check_suffix(out, *SUFFIXES)
-    one_of("--heads", heads, ("kv", "query"))
     prompts = session.Prompts(task, data, n, seed, align, ablation_data)
-    prompts.check(metric, ablation=ablation)
+    prompts.check(metric)
 
     loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     if out is not None:

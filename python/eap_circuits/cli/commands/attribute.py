@@ -66,9 +66,9 @@ def attribute(
     import eap_circuits as eap
 
     from ...adapters import bind
-    from ...errors import InputError, expected, one_of
+    from ...errors import InputError, expected
     from ...formats import SUFFIXES, check_savable
-    from ...methods import METHODS, QUADRATURES, RULES
+    from ...methods import METHODS
     from ...report.tables import edge_table, plan_table
 
     check_outputs(out, circuit, checkpoint)
@@ -80,16 +80,10 @@ def attribute(
     for name, needs in (("--no-weights", no_weights), ("--gpus", bool(gpus))):
         if needs and not dry_run:
             raise expected(name, "--dry-run with it", "no --dry-run")
-    one_of("--method", method, METHODS)
-    one_of("--quadrature", quadrature, QUADRATURES)
-    if rules is not None:
-        one_of("--rules", rules, RULES)
-    one_of("--heads", heads, ("kv", "query"))
-    session.check_how(how)
     kept = session.to_keep(keep, confidence, by_span)
     measured = None if only is None else eap.Circuit.load(only)
     prompts = session.Prompts(task, data, n, seed, align, ablation_data)
-    prompts.check(metric, gradient=METHODS[method].backward, ablation=ablation)
+    prompts.check(metric, gradient=METHODS[method].backward)
 
     loaded, tokenizer = session.load_model(model, dtype, None if dry_run else device, not no_weights, trust_remote_code)
     if not dry_run:

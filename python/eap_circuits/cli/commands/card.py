@@ -66,7 +66,7 @@ def card(
     check_suffix(out, ".json")
     check_suffix(html, ".html", ".htm")
     prompts = session.Prompts(task, data, n, seed, align, ablation_data)
-    prompts.check(metric, ablation=ablation)
+    prompts.check(metric)
     elsewhere = {path.stem: session.Prompts(None, path, align=align) for path in other or ()}
     if len(elsewhere) < len(other or ()):
         raise expected("--other", "files of different names", ", ".join(str(path) for path in other or ()))

@@ -48,7 +48,7 @@ def evaluate(
 
     check_outputs(checkpoint)
     prompts = session.Prompts(task, data, n, seed, align, ablation_data)
-    prompts.check(metric, ablation=ablation)
+    prompts.check(metric)
     kept = eap.Circuit.load(circuit)
 
     loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
@@ -127,11 +127,10 @@ def curve(
     check_outputs(out, html, checkpoint)
     check_suffix(out, ".json")
     check_suffix(html, ".html", ".htm")
-    session.check_how(how)
     sizes = session.parse_fractions(fractions)
     beside = session.parse_baselines(baselines)
     prompts = session.Prompts(task, data, n, seed, align, ablation_data)
-    prompts.check(metric, ablation=ablation)
+    prompts.check(metric)
     loaded_scores = eap.EdgeScores.load(scores)
     among = None if confidence is None else loaded_scores.confidence() >= confidence
 

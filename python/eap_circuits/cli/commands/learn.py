@@ -71,7 +71,7 @@ def learn(
     check_outputs(out, checkpoint)
     check_suffix(out, *SUFFIXES)
     prompts = session.Prompts(task, data, n, seed, align, ablation_data)
-    prompts.check(metric, gradient=True, ablation=ablation)
+    prompts.check(metric, gradient=True)
     if (smallest is None) != (largest is None):
         raise expected("--smallest, --largest", "both or neither", "one of them")
     start = eap.EdgeScores.load(scores)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import options, session
+from .. import options
 from ..console import check_outputs, check_suffix, say
 from ..options import option
 
@@ -45,7 +45,6 @@ def report(
 
     check_outputs(out)
     check_suffix(out, ".html", ".htm")
-    session.check_how(how)
     loaded = eap.EdgeScores.load(scores)
     files = {"scores": scores.name}
     if circuit is not None:

@@ -50,14 +50,11 @@ def mib(
     from ....adapters import bind
     from ....errors import InputError, expected, one_of
     from ....formats import check_savable
-    from ....methods import METHODS, QUADRATURES
     from ....report.tables import curve_table
     from ....tasks import MIB_ENTRIES, MIB_MODELS, mib_tasks
 
     one_of("ENTRY", entry, MIB_ENTRIES)
-    one_of("--method", method, METHODS)
-    one_of("--quadrature", quadrature, QUADRATURES)
-    session.Prompts(None, data).check(ablation=ablation)
+    session.Prompts(None, data).check()
     task, name = entry.split("_")
     for label, path in (("--data", data), ("--validation", validation)):
         if task not in (found := mib_tasks(path)):

@@ -1,0 +1,117 @@
+"""Everything before an upload: build the distributions, try them in bare environments, and say what is in the way.
+
+python tests/build/release.py [FOLDER]     # dist by default; `make release` in the tests' environment
+
+The sources are those of the last commit. A wheel is built from the source distribution, so that it is tried as well. Nothing is
+uploaded: the last line says with which command to.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import venv
+import zipfile
+from email.parser import Parser
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGED = ("csrc", "eap_kernels", "python")
+USED = """
+import eap_kernels, eap_circuits
+assert eap_kernels.backends()["cpu"] is None, eap_kernels.backends()["cpu"]
+assert eap_circuits.attribute and eap_circuits.__version__ == eap_kernels.__version__
+"""
+
+
+def run(*command: str | Path, cwd: Path | None = None, **env: str) -> str:
+    """What a command prints; what it prints on failure ends the script."""
+    done = subprocess.run(
+        [*map(str, command)], cwd=cwd, env={**os.environ, "PYTHONPATH": "", **env}, capture_output=True, text=True
+    )
+    if done.returncode:
+        sys.exit(f"release: {' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def build(folder: Path) -> tuple[Path, Path]:
+    """The source distribution of the last commit, and the wheel that is built from it."""
+    with tempfile.TemporaryDirectory() as copy:
+        archive = Path(copy, "tree.tar")
+        run("git", "archive", "-o", archive, "HEAD", cwd=ROOT)
+        with tarfile.open(archive) as tree:
+            tree.extractall(copy, filter="data")
+        backend = f"import setuptools.build_meta as b; b.build_sdist({str(folder)!r})"
+        run(sys.executable, "-c", backend, cwd=Path(copy))
+    (sdist,) = folder.glob("*.tar.gz")
+    wheel = ("wheel", "--no-deps", "--no-build-isolation", "-w", folder, sdist)
+    run(sys.executable, "-m", "pip", *wheel, EAP_REQUIRE_EXT="1")
+    return sdist, next(folder.glob("*.whl"))
+
+
+def left_out(sdist: Path, tracked: list[str]) -> list[str]:
+    """Files of the packages that git has and the source distribution lacks."""
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    return [name for name in tracked if name.split("/")[0] in PACKAGED and name not in packed]
+
+
+def lacking(described: str, changelog: str) -> list[str]:
+    """What the metadata and the changelog do not yet say of a release."""
+    known = Parser().parsestr(described)
+    wanted = ("Summary", "Keywords", "Classifier", "License-Expression", "License-File", "Project-URL", "Requires-Python")
+    found = [f"pyproject.toml has no {name}" for name in wanted if not known.get_all(name)]
+    heading = next((line for line in changelog.splitlines() if line.startswith("## ")), "none")
+    if not re.fullmatch(rf"## {re.escape(known['Version'])} — \d{{4}}-\d\d-\d\d", heading):
+        found.append(f"CHANGELOG.md begins with {heading!r}, not with {known['Version']} and a date")
+    relative = re.findall(r"\]\((?!https?:|#)([^)]+)\)", known.get_payload())
+    if relative:
+        found.append(f"README.md has {len(relative)} links that a registry's page cannot follow, such as {relative[0]}")
+    return found
+
+
+def tried(wheel: Path, installer: str) -> None:
+    """Install the wheel into an environment with nothing else, and use it there without a compiler."""
+    versions = ROOT / "tests" / "versions" / "newest.txt"
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder, "bare")
+        venv.create(place, with_pip=True)
+        python = place / "bin" / "python"
+        pip = [python, "-m", "pip", "install", "-q", "--no-compile"]
+        uv = [shutil.which("uv") or "uv", "pip", "install", "-q", "--python", python]
+        # The torch of this environment: uv may not know the index of its build.
+        run(*pip, f"torch=={metadata.version('torch')}")
+        run(*(uv if installer == "uv" else pip), "-c", versions, f"{wheel}[circuits]")
+        path = {"PATH": str(place / "bin"), "EAP_TUNE": "0"}
+        run(python, "-c", USED, cwd=place, **path)
+        for typed in (["--version"], ["--help"], ["tasks"], ["info"]):
+            run(place / "bin" / "eap", *typed, cwd=place, **path)
+        print(f"release: {installer} installs {wheel.name}, and it works")
+
+
+def main() -> None:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "dist").resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    in_the_way = ["there are changes that are not committed"] if run("git", "status", "--porcelain", cwd=ROOT) else []
+    sdist, wheel = build(folder)
+    print(f"release: built {sdist.name} and {wheel.name} in {folder}")
+    in_the_way += [f"{sdist.name} lacks {name}" for name in left_out(sdist, run("git", "ls-files", cwd=ROOT).splitlines())]
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        in_the_way += lacking(archive.read(name).decode(), (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
+    for installer in ("pip", "uv"):
+        tried(wheel, installer)
+    if in_the_way:
+        sys.exit("\n".join(f"release: {problem}" for problem in in_the_way))
+    print(f"release: nothing is in the way: twine upload {sdist} {wheel}")
+
+
+if __name__ == "__main__":
+    main()

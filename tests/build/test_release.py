@@ -1,0 +1,40 @@
+"""What the release script finds in the way."""
+
+import io
+import tarfile
+
+from tests.build.release import lacking, left_out
+
+METADATA = """Metadata-Version: 2.4
+Name: eap-kernels
+Version: 1.2.0
+Summary: s
+Keywords: k
+Classifier: c
+License-Expression: MIT
+License-File: LICENSE
+Project-URL: Source, https://example.org
+Requires-Python: >=3.10
+
+See [the docs](https://example.org), [here](#there).
+"""
+
+
+def test_nothing_is_in_the_way_of_a_whole_release():
+    assert lacking(METADATA, "# Changelog\n\n## 1.2.0 — 2026-12-01\n\n## 1.1.0 — 2026-11-01\n") == []
+
+
+def test_what_is_missing_is_named():
+    poor = METADATA.replace("Keywords: k\n", "") + "[a](docs/a.md) [b](b.md)\n"
+    keywords, heading, links = lacking(poor, "# Changelog\n\n## 1.2.0 — unreleased\n")
+    assert "Keywords" in keywords
+    assert "unreleased" in heading
+    assert "2 links" in links and "docs/a.md" in links
+    assert len(lacking(METADATA, "## 1.1.0 — 2026-11-01\n")) == 1
+
+
+def test_sources_that_are_not_packed_are_named(tmp_path):
+    path = tmp_path / "x-1.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("x-1/csrc/a.cpp"), io.BytesIO())
+    assert left_out(path, ["csrc/a.cpp", "csrc/b.h", "docs/c.md"]) == ["csrc/b.h"]

@@ -53,6 +53,7 @@ def page(results: Mapping[str, Any]) -> str:
     settings = request["settings"]
     seeds = list(next(iter(results["tasks"].values())))
     over = f"means (least–most) over seeds {', '.join(seeds)}" if seeds[1:] else f"of seed {seeds[0]}"
+    over += _fewer(results, seeds)
     parts = [
         f"# Leaderboard on {request['model']['name']}",
         "Written by `eap leaderboard` from `leaderboard/leaderboard.json`. Every ranking sees the same "
@@ -75,9 +76,25 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def _rankings(results: Mapping[str, Any]) -> list[str]:
-    """Those that every task and seed has."""
-    runs = [run for seeds in results["tasks"].values() for run in seeds.values()]
-    return [name for name in runs[0] if all(name in run for run in runs)]
+    """Those that every task has of some seed."""
+    tasks = list(results["tasks"].values())
+    names = dict.fromkeys(name for runs in tasks for run in runs.values() for name in run)
+    return [name for name in names if all(_having(runs, name) for runs in tasks)]
+
+
+def _having(runs: Runs, ranking: str) -> Runs:
+    """The seeds that have this ranking."""
+    return {seed: run for seed, run in runs.items() if ranking in run}
+
+
+def _fewer(results: Mapping[str, Any], seeds: Sequence[str]) -> str:
+    """Which rankings have not been measured with all seeds."""
+    found = []
+    for ranking in _rankings(results):
+        least = min((list(_having(runs, ranking)) for runs in results["tasks"].values()), key=len)
+        if len(least) < len(seeds):
+            found.append(f"`{ranking}` of {', '.join(least)}")
+    return f" (except for {'; '.join(found)})" if found else ""
 
 
 def edges_at(curve: Mapping[str, Any], least: float) -> int:
@@ -88,7 +105,7 @@ def edges_at(curve: Mapping[str, Any], least: float) -> int:
 
 def _of(runs: Runs, ranking: str, measure: Callable[[Mapping[str, Any]], float | None]) -> list[float]:
     """A number of each seed; those that could not be measured are left out."""
-    return [x for x in (measure(seed[ranking]) for seed in runs.values()) if x is not None]
+    return [x for x in (measure(seed[ranking]) for seed in _having(runs, ranking).values()) if x is not None]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -121,14 +138,15 @@ def _cell(form: str, values: Sequence[float]) -> str:
 
 
 def _verdicts(results: Mapping[str, Any]) -> list[str]:
-    """Each ranking beside EAP-IG, by means over seeds."""
+    """Each ranking beside EAP-IG, by means over the seeds that it has."""
     tasks, sentences = results["tasks"], []
     for ranking in _rankings(results):
         if ranking == START:
             continue
 
         def both(measure: Callable[[Mapping[str, Any]], Any], runs: Runs, own: str = ranking) -> tuple[float, float]:
-            return _mean(_of(runs, own, measure)), _mean(_of(runs, START, measure))
+            shared = _having(runs, own)
+            return _mean(_of(shared, own, measure)), _mean(_of(shared, START, measure))
 
         fewer, closer, never, ratios = [], [], [], []
         for task, runs in tasks.items():
@@ -136,7 +154,7 @@ def _verdicts(results: Mapping[str, Any]) -> list[str]:
             fewer += [task] * (own <= _SHARE * other)
             own, other = both(lambda run: run["curve"]["cmd"], runs)
             closer += [task] * (own < other)
-            sizes = range(len(next(iter(runs.values()))[ranking]["curve"]["fractions"]))
+            sizes = range(len(next(iter(_having(runs, ranking).values()))[ranking]["curve"]["fractions"]))
             points = [both(lambda run, i=i: run["curve"]["faithfulness"][i], runs) for i in sizes]  # type: ignore[misc]
             never += [task] * all(own >= other for own, other in points)
             own, other = both(lambda run: run["seconds"], runs)
@@ -167,7 +185,7 @@ def draw_faithfulness(results: Mapping[str, Any]) -> Figure:
         runs = results["tasks"][task]
         ax.axhline(1.0, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         for ranking, colour in colours.items():
-            curves = [seed[ranking]["curve"] for seed in runs.values()]
+            curves = [seed[ranking]["curve"] for seed in _having(runs, ranking).values()]
             sizes = [_mean(ns) for ns in zip(*(curve["n_edges"] for curve in curves), strict=True)]
             values = [[f for f in fs if f is not None] for fs in zip(*(c["faithfulness"] for c in curves), strict=True)]
             ax.plot(sizes, [_mean(v) for v in values], "o-", color=colour, markersize=3, linewidth=1.3, label=ranking,

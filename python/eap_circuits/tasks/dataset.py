@@ -16,14 +16,14 @@ from torch import Tensor
 from ..display import Result, library
 from ..errors import expected, flag, listed
 from ..texts.records import tokenised
-from .alignment import aligned
 from .loading import Records, own_records, read_csv, read_rows, read_tokens, reading, suffix_of, write_tokens
 from .mib import is_mib, mib_records
-from .padding import check_shared_mask, integers, real_numbers, unpadded
 from .scoring.checks import check_answers, check_pair_weights, check_scored, check_shapes
 from .scoring.continuations import Rows, rows_of
 from .scoring.spans import checked_spans
 from .summary import Summary, columns_of, summary_of
+from .tokens.alignment import aligned
+from .tokens.padding import check_shared_mask, integers, real_numbers, unpadded
 
 _GIVEN = ("clean", "corrupted", "lengths", "answers")
 _IDS = (*_GIVEN, "corrupted_lengths", "alignment", "variants", "scored", "targets", "spans")

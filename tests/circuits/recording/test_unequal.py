@@ -13,7 +13,7 @@ from eap_circuits.forward import Runner, make_batches
 from eap_circuits.intervention import run_circuits
 from eap_circuits.recording import record_both_sides, record_run
 from eap_circuits.selfcheck import StayDouble
-from eap_circuits.tasks.alignment import align
+from eap_circuits.tasks.tokens.alignment import align
 from tests.circuits.conftest import logit_difference, prompts, random_circuit
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import plain_run

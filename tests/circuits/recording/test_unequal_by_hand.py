@@ -14,7 +14,7 @@ from eap_circuits.adapters import bind
 from eap_circuits.forward import Runner, make_batches
 from eap_circuits.recording import less_clean, record_both_sides, record_corrupted_side
 from eap_circuits.selfcheck import StayDouble
-from eap_circuits.tasks.alignment import align
+from eap_circuits.tasks.tokens.alignment import align
 from tests.circuits.conftest import circuit_of, logit_difference, loss_of, prompts, random_circuit, random_edges
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import Run, differences, of_circuit, plain_run, scores

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eap_circuits import InputError, PairedDataset
-from eap_circuits.tasks.alignment import align
+from eap_circuits.tasks.tokens.alignment import align
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import expected
+from ...errors import expected
 
 
 def align(clean: Sequence[int], corrupted: Sequence[int]) -> list[int]:

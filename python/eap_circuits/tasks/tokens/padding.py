@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import expected, refuse_default_device, warn
+from ...errors import expected, refuse_default_device, warn
 
 
 def integers(name: str, values: Any, flags: bool = False) -> Tensor:

@@ -19,7 +19,7 @@ from eap_circuits.tasks import TASKS
 ROOT = Path(__file__).parents[2]
 FILES = (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
-BLOCK = re.compile(r"```(python|csv)\n(.*?)```", re.S)
+BLOCK = re.compile(r"```(python|text)\n(.*?)```", re.S)
 PROMPTS = r"load_task|from_records|from_tokens|from_file"
 WITH_PROMPTS = [name for name, page in PAGES.items() if any(re.search(PROMPTS, x) for _, x in BLOCK.findall(page))]
 
@@ -54,9 +54,9 @@ def test_a_pages_examples_run_one_after_another(name, model, tokenizer, tmp_path
         warnings.simplefilter("error", InputWarning)
         warnings.filterwarnings("ignore", ".*changes the odds", InputWarning)  # of a random model
         for kind, block in BLOCK.findall(PAGES[name]):
-            if kind == "csv":
+            if kind == "text" and block.startswith("clean,"):
                 Path("pairs.csv").write_text(block)
-            elif "eap." in block:
+            elif kind == "python" and "eap." in block:
                 exec(block.replace("n=64", "n=2"), space)
 
 
@@ -66,7 +66,7 @@ def test_the_pages_are_found():
 
 def test_every_table_and_record_means_the_words_it_writes(tokenizer, tmp_path):
     """docs/data.md: of each answer the text that is written there, behind a space."""
-    table = re.search(r"```csv\n(.*?)```", PAGES["docs/data.md"], re.S)
+    table = re.search(r"```text\n(clean,.*?)```", PAGES["docs/data.md"], re.S)
     (tmp_path / "pairs.csv").write_text(table[1])
     data = eap.PairedDataset.from_file(tmp_path / "pairs.csv", tokenizer)
     words = [tokenizer.decode([token]) for token in data.answers.flatten().tolist() if token >= 0]

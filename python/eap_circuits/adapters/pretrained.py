@@ -52,6 +52,7 @@ def load_model(
     """
     from transformers import AutoConfig
 
+    parts = _in_parts(tensor_parallel, device) if tensor_parallel > 1 else {}
     trust = {"trust_remote_code": trust_remote_code}
     config = _pretrained("model", name, AutoConfig.from_pretrained, **trust)
     auto = _auto_class(config)
@@ -63,7 +64,6 @@ def load_model(
                 return auto.from_config(config, **given)
 
         return _pretrained("model", name, make).eval(), load_tokenizer(name, **trust)
-    parts = _in_parts(tensor_parallel, device) if tensor_parallel > 1 else {}
     model = _pretrained("model", name, auto.from_pretrained, dtype=dtype or "auto", **parts, **trust)
     if name == DEMO_MODEL:
         model.config.name_or_path, model.config._commit_hash = DEMO_NAME, _DEMO_WHEEL

@@ -281,8 +281,8 @@ def circuit_model(
 
     Example:
         >>> runs = eap.circuit_model(model, circuit, ablation="mean", ablation_data=data)
-        >>> inputs = tokenizer("When Mary and John went to the store, John gave a drink to", return_tensors="pt")
-        >>> tokenizer.decode(runs.generate(**inputs, max_new_tokens=3)[0])
+        >>> prompt = data.clean[:1, : data.lengths[0]]
+        >>> tokens = runs.generate(prompt, max_new_tokens=3)
     """
     arch = bind(model)
     if arch.classifies:

@@ -54,7 +54,7 @@ def select_edges(
                 f"threshold={threshold}, n_edges={sizes[0]}",
             )
         return [(ranking.whole >= threshold, None)]
-    if threshold is not None or None in sizes:
+    if threshold is not None or any(n is None for n in sizes):
         found = f"n_edges={sizes[0]!r}, threshold={threshold}"
         raise expected(f"select(how={how!r})", "a whole number n_edges and no threshold", found)
     asked = [whole("n_edges", n, 0, graph.n_edges, ", the edges of the graph") for n in sizes]

@@ -196,6 +196,7 @@ def test_a_circuit_records_how_it_was_chosen() -> None:
         ({"n_edges": 3, "how": "best"}, "^how: expected one of 'greedy', 'optimal', 'threshold', 'top', found 'best'"),
         ({"n_edges": 9}, "^n_edges: expected a whole number from 0 to 8, .* found 9"),
         ({"n_edges": -1, "how": "greedy"}, "^n_edges: expected a whole number from 0 to 8, .* found -1"),
+        ({"n_edges": torch.tensor([1, 2])}, "^n_edges: expected a whole number from 0 to 8, .* found tensor"),
         ({}, "a whole number n_edges .* found n_edges=None"),
         ({"n_edges": 2.0}, "^n_edges: expected a whole number .* found 2.0"),
         ({"n_edges": True}, "^n_edges: expected a whole number .* found True"),

@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ...adapters import SenderSite
 from ...forward import Batch
 from ...intervention import record_paths
 from ...recording import ReceiverGradients
@@ -23,7 +24,7 @@ from ..quadrature import Path
 from ..spec import AttributionRequest
 from ..statistics import BatchScores
 from .inputs import score_along_inputs
-from .method import GradientMethod, Passes, chunks, contraction, loss_of, weights_of
+from .method import GradientMethod, Passes, loss_of, run_along, weights_of
 
 
 class ActivationsMethod(GradientMethod):
@@ -63,24 +64,30 @@ def _add_groups(request: AttributionRequest, batch: Batch, passes: Passes, score
     def loss(logits: Tensor) -> Tensor:
         return loss_of(measured, logits.split(batch.n_examples))
 
-    for group in groups:
+    def add_group(group: SenderSite) -> None:
         since = group.senders.start
         if every_edge:
             # In the package input embeddings are constants on their own path: what reads only them has no gradient.
             since = 1 if group.module is None and paths.only_tokens else 0
         receivers = ReceiverGradients(runner, graph, passes.held, request.rules, since)
         readers = slice(int((graph.reach <= since).sum()), None)  # the last ones of the graph
-        for held in chunks(passes.path, passes.held):
-            for part in chunks(held, passes.together):
-                alphas = [alpha for alpha, _ in part]
-                start, watch = paths.embeddings(group, alphas), paths.watch(group, alphas)
-                receivers.run(start, weights_of(request, part), loss, watch)
-            with contraction(receivers):
-                reach = graph.reach[readers]
-                if every_edge:
-                    whole = slice(None), readers
-                    scores.add(sides.senders, receivers, reach, whole, 1 / len(groups))
-                else:
-                    own = replace(sides.senders, sites=[group])
-                    seen = torch.full_like(reach, group.senders.stop - group.senders.start)
-                    scores.add(own, receivers, seen, (group.senders, readers))
+
+        def run(part: Path) -> None:
+            alphas = [alpha for alpha, _ in part]
+            start, watch = paths.embeddings(group, alphas), paths.watch(group, alphas)
+            receivers.run(start, weights_of(request, part), loss, watch)
+
+        def contract() -> None:
+            reach = graph.reach[readers]
+            if every_edge:
+                whole = slice(None), readers
+                scores.add(sides.senders, receivers, reach, whole, 1 / len(groups))
+            else:
+                own = replace(sides.senders, sites=[group])
+                seen = torch.full_like(reach, group.senders.stop - group.senders.start)
+                scores.add(own, receivers, seen, (group.senders, readers))
+
+        run_along(passes.path, passes, receivers, run, contract)
+
+    for group in groups:
+        add_group(group)

@@ -22,7 +22,7 @@ from ...forward import Batch, Runner
 from ...recording import ReceiverGradients, record_both_sides
 from ..spec import AttributionRequest
 from ..statistics import BatchScores
-from .method import GradientMethod, Passes, chunks, contraction, loss_of, weights_of
+from .method import GradientMethod, Passes, loss_of, run_along, weights_of
 
 
 class AdaptiveMethod(GradientMethod):
@@ -46,12 +46,12 @@ class AdaptiveMethod(GradientMethod):
             return loss_of(measured, logits.split(batch.n_examples))
 
         receivers = ReceiverGradients(runner, request.graph, passes.held, request.rules)
-        for held in chunks(points, passes.held):
-            for part in chunks(held, passes.together):
-                weights = weights_of(request, [weighted for _, weighted in part])
-                receivers.run(torch.cat([point for point, _ in part]), weights, loss)
-            with contraction(receivers):
-                scores.add(side.senders, receivers)
+
+        def run(part: list[tuple[Tensor, tuple[float, float]]]) -> None:
+            weights = weights_of(request, [weighted for _, weighted in part])
+            receivers.run(torch.cat([point for point, _ in part]), weights, loss)
+
+        run_along(points, passes, receivers, run, lambda: scores.add(side.senders, receivers))
         return scores
 
 

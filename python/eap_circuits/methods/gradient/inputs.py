@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ...forward import Batch
 from ...recording import BothSides, ReceiverGradients, less_clean, record_both_sides, record_corrupted_side
+from ..quadrature import Path
 from ..spec import AttributionRequest
 from ..statistics import BatchScores
-from .method import GradientMethod, Passes, chunks, contraction, loss_of, weights_of
+from .method import GradientMethod, Passes, loss_of, run_along, weights_of
 
 
 class InputsMethod(GradientMethod):
@@ -46,14 +47,14 @@ def score_along_inputs(request: AttributionRequest, batch: Batch, passes: Passes
             measured = scores.measurement(points[0], side.corrupted_logits)
         return loss_of(measured, points)
 
-    for held in chunks(path, passes.held):
-        for part in chunks(held, passes.together):
-            points = torch.cat([torch.lerp(side.corrupted_embeddings, side.clean_embeddings, a) for a, _ in part])
-            run_pass = partial(receivers.run, points, weights_of(request, part), loss)
-            if measured is None:
-                senders, _ = less_clean(side, batch, run_pass)
-            else:
-                run_pass()
-        with contraction(receivers):
-            scores.add(senders, receivers)
+    def run(part: Path) -> None:
+        nonlocal senders
+        points = torch.cat([torch.lerp(side.corrupted_embeddings, side.clean_embeddings, a) for a, _ in part])
+        run_pass = partial(receivers.run, points, weights_of(request, part), loss)
+        if measured is None:
+            senders, _ = less_clean(side, batch, run_pass)
+        else:
+            run_pass()
+
+    run_along(path, passes, receivers, run, lambda: scores.add(senders, receivers))
     return scores

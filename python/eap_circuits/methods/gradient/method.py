@@ -5,9 +5,8 @@ S[u, v] = Σ_t ⟨Δ_u(t), Σ_k w_k ∂loss/∂x_v(t) at point k⟩. What a poin
 
 from __future__ import annotations
 
-import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, NamedTuple, TypeVar
@@ -189,13 +188,21 @@ class GradientMethod(Method):
         return replace(cost, work=(0, measured_operations(request.data, batch, whole), 0))
 
 
-@contextlib.contextmanager
-def contraction(receivers: ReceiverGradients) -> Iterator[None]:
-    """Around the contraction of what the receivers have accumulated; afterwards they forget it."""
-    end_of_phase()
-    yield
-    receivers.clear()
-    end_of_phase()
+def run_along(
+    points: list[T],
+    passes: Passes,
+    receivers: ReceiverGradients,
+    run: Callable[[list[T]], object],
+    contract: Callable[[], object],
+) -> None:
+    """Run the points of a path, as many in a pass as fit, and contract what the receivers hold before there is more."""
+    for held in _chunks(points, passes.held):
+        for part in _chunks(held, passes.together):
+            run(part)
+        end_of_phase()
+        contract()
+        receivers.clear()
+        end_of_phase()
 
 
 def loss_of(measured: Measurement, points: Iterable[Tensor]) -> Tensor:
@@ -208,7 +215,7 @@ def weights_of(request: AttributionRequest, part: Path) -> Tensor:
     return upload(request.arch.device, torch.tensor([weight for _, weight in part], dtype=torch.float64))[0]
 
 
-def chunks(path: list[T], most: int) -> list[list[T]]:
+def _chunks(path: list[T], most: int) -> list[list[T]]:
     """The points of a path in the fewest parts of at most this many, all about equally long."""
     parts = -(-len(path) // most)
     return [path[len(path) * i // parts : len(path) * (i + 1) // parts] for i in range(parts)]

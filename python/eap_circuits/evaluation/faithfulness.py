@@ -274,10 +274,7 @@ def _values(request: Request, circuits: Sequence[Circuit], batch: Batch, tokens:
 
 def _graphs(circuits: Sequence[Circuit]) -> list[Graph]:
     """The circuits' graphs, each once: of a model there are two, each without spans or with some."""
-    found: list[Graph] = []
-    for item in circuits:
-        found += [] if item.graph in found else [item.graph]
-    return found
+    return list(dict.fromkeys(item.graph for item in circuits))
 
 
 def _runs(circuit: Circuit) -> bool:

@@ -9,6 +9,7 @@ would, and gives the module back its own. So every gradient that a hook sees is 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -148,14 +149,14 @@ class Split:
         if x.shape[-1] * self._size != self._width:
             found = f"{x.shape[-1]} on rank {self._rank} of {self._size}"
             raise expected(self._name, f"{self._width} features, divided evenly among the ranks", found)
-        y: Tensor = _Whole.apply(x, self)
+        y: Tensor = _Exchange.apply(x, self.gather, self.pick)
         return y
 
     def own(self, x: Tensor) -> Tensor | None:
         """This rank's features again; None if they were not put together."""
         if not self._parted:
             return None
-        y: Tensor = _Own.apply(x, self)
+        y: Tensor = _Exchange.apply(x, self.pick, self.gather)
         return y
 
     def gather(self, x: Tensor) -> Tensor:
@@ -171,23 +172,14 @@ class Split:
         return x.chunk(self._size, -1)[self._rank].contiguous()
 
 
-class _Whole(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, split: Split) -> Tensor:
-        ctx.split = split
-        return split.gather(x)
+class _Exchange(torch.autograd.Function):
+    """One way for values, the other for their gradients."""
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.split.pick(gradients[0]), None
-
-
-class _Own(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, split: Split) -> Tensor:
-        ctx.split = split
-        return split.pick(x)
+    def forward(ctx: Any, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.split.gather(gradients[0]), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(gradients[0]), None, None

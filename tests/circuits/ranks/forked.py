@@ -25,6 +25,15 @@ def on_ranks(count: int, run: Callable[[int], Any], seconds: float = 60) -> list
         return [torch.load(file, weights_only=True) if os.path.exists(file) else "ended" for file in files]
 
 
+def trouble(run: Callable[[], Any]) -> str:
+    """What a call raises."""
+    try:
+        run()
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def _fork(rank: int, count: int, run: Callable[[int], Any], folder: str, seconds: float) -> int:
     if child := os.fork():
         return child

@@ -21,7 +21,7 @@ from eap_circuits.recording import contraction
 from tests.circuits.checkpoint.calls import long_calls, numbers
 from tests.circuits.conftest import random_pairs, tiny_model
 from tests.circuits.models import CONFIGS
-from tests.circuits.ranks.forked import on_ranks
+from tests.circuits.ranks.forked import on_ranks, trouble
 
 DATA = random_pairs(seed=3, n=5)
 transformers_logging.disable_progress_bar()
@@ -29,15 +29,6 @@ STYLES = dict.fromkeys(["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], "
 STYLES |= dict.fromkeys(["o_proj", "down_proj"], "rowwise")
 # Products of parts round otherwise than whole ones; scores are float32.
 TOLERANCE = {torch.float64: 2e-7, torch.float32: 1e-5}
-
-
-def trouble(run: Callable[[], Any]) -> str:
-    """What a call raises."""
-    try:
-        run()
-    except BaseException as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def saved(name: str, folder: str, dtype: torch.dtype = torch.float64) -> str:

@@ -33,7 +33,7 @@ from eap_circuits.forward import runner as forward_runner  # noqa: E402
 from tests.circuits.checkpoint.calls import long_calls, numbers  # noqa: E402
 from tests.circuits.conftest import random_pairs, tiny_model  # noqa: E402
 from tests.circuits.ranks import parts  # noqa: E402
-from tests.circuits.ranks.forked import on_ranks  # noqa: E402
+from tests.circuits.ranks.forked import on_ranks, trouble  # noqa: E402
 
 MODEL, DATA = tiny_model("gpt2", torch.float32), random_pairs(seed=3, n=5)
 CALLS = long_calls(MODEL, DATA)
@@ -53,15 +53,6 @@ def alone() -> tuple[dict[str, list[tuple[int, int]]], dict[str, Any]]:
 
 def near(found: torch.Tensor, right: torch.Tensor) -> bool:
     return bool((found - right).abs().max() <= 1e-5 * right.abs().max())
-
-
-def trouble(run: Callable[[], Any]) -> str:
-    """What a call raises."""
-    try:
-        run()
-    except BaseException as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def bits(count: int) -> list[str]:

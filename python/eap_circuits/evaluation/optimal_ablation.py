@@ -19,7 +19,7 @@ from ..graph import Circuit, EdgeScores, NodeScores
 from ..intervention import learning_run
 from ..loans import gives_back
 from ..ranks import together
-from ..recording import means, record_run
+from ..recording import deviations, record_run
 from ..request import Measurement, Progress, Request, fetch, prepare, watched
 from ..tasks import PairedDataset, check_spans
 
@@ -186,8 +186,7 @@ def _learn(
     if lessons.step > steps:
         return lessons.learned
     batches = list(request.batches(tokens := checkpoint.tokens(_tokens_together(request, circuit))))
-    squares = means(request.arch, batches, of=torch.square).tensors
-    units = [(square - mean.square()).clamp(min=0).sqrt() for square, mean in zip(squares, start.tensors, strict=True)]
+    units = deviations(request.arch, batches, start).tensors
 
     def moved() -> Constants:
         terms = zip(start.tensors, units, lessons.moves, strict=True)
@@ -247,14 +246,14 @@ def _tokens_together(request: Request, circuit: Circuit) -> int:
     # For each receiver its input and the norm's output are kept, for each sender its difference.
     kept = (2 * graph.n_receivers + graph.n_senders) * request.arch.d_model + 2 * numbers_per_token(request)
     rough = TOKENS_PER_LESSON * kept * request.arch.accumulate.itemsize
-    # Kept throughout: the batches; both sides' logits; the means, the mean squares, units, moves, their gradient,
-    # Adam's two moments and the best constants so far.
+    # Kept throughout: the batches; both sides' logits; the means, units, moves, their gradient, Adam's two moments and
+    # the best constants so far.
     model: Any = request.arch.model
     vocabulary = model.get_input_embeddings().weight.shape[0]
     batches = list(request.batches(TOKENS_PER_LESSON))
     positions = max(each.n_positions for each in batches)
     stays = 2 * len(request.data) * positions * vocabulary * request.arch.dtype.itemsize
-    stays += 8 * sum(x.nbytes for x in constants.tensors)
+    stays += 7 * sum(x.nbytes for x in constants.tensors)
     stays += sum(x.nbytes for batch in batches for x in batch.host.values())
 
     def measured(few: Batch, _: int) -> None:

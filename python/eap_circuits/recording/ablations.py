@@ -35,14 +35,14 @@ def means(
     arch: Architecture,
     batches: Iterable[Batch],
     positions: int | None = None,
-    of: Callable[[Tensor], Tensor] = lambda x: x,
+    around: Constants | None = None,
 ) -> Constants:
     """Means of the senders' contributions over the clean prompts' real tokens.
 
     Args:
         batches: of prompts that differ throughout, without prefixes.
         positions: for means at each of this many positions, over the prompts that have it.
-        of: what is averaged of a contribution.
+        around: for means of the squared distances from these constants, one for all positions or for each.
     """
     size = positions or 1
     count = torch.zeros(size, dtype=torch.float64)
@@ -54,7 +54,9 @@ def means(
         at = batch.rows % batch.shape[1] if positions else torch.zeros_like(batch.rows)
 
         def add(site: SenderSite, x: Tensor) -> Tensor:
-            (rows,) = of(batch.active(site.written(x)).to(arch.accumulate))
+            (rows,) = batch.active(site.written(x)).to(arch.accumulate)
+            if around is not None:
+                rows = (rows - around.tensors[site.index][at.to(rows.device)]).square()
             return rows.new_zeros(size, rows.shape[1]).index_add_(0, at.to(rows.device), rows).cpu()
 
         runner = Runner(arch, arch.graph("kv"), batch, every_mlp=True)
@@ -67,6 +69,12 @@ def means(
         for total, own in zip(sums.tensors, found, strict=True):
             total += own.double()
     return sums.map(lambda x: x / count[:, None]).on(arch)
+
+
+def deviations(arch: Architecture, batches: Iterable[Batch], around: Constants) -> Constants:
+    """Standard deviations of the senders' contributions around these means, at each position if the means are."""
+    positions = len(around.embedding)
+    return means(arch, batches, positions if positions > 1 else None, around).map(Tensor.sqrt)
 
 
 def _means_over(arch: Architecture, data: PairedDataset, positional: bool = False) -> Constants:

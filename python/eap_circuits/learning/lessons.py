@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..budget import Cost, budget, measure_cost, numbers_per_token, tokens_within
-from ..forward import Batch, Runner, batch_of, halves
+from ..forward import Batch, Constants, Runner, batch_of, halves
 from ..graph import Graph
 from ..intervention import learning_run, run_circuits
 from ..recording import ReferenceRun, record_run
@@ -27,6 +27,11 @@ class Lesson:
     ablated: ReferenceRun
     clean: Tensor
     corrupted: Tensor
+
+    def ablated_to(self, constants: Constants) -> Lesson:
+        """The same prompts, whose ablated run is of these constants."""
+        with torch.no_grad():
+            return replace(self, ablated=record_run(self.runner, True, constants))
 
     def gradient(
         self, request: Request, graph: Graph, masks: Tensor, tokens: int, target: Tensor | None = None

@@ -11,24 +11,22 @@ from torch import Tensor, nn
 
 from eap_kernels import explain
 
-from ..budget import in_memory
 from ..checkpoint import Checkpoint, Where, opened, settings_of
-from ..errors import expected, flag, instance, known_arguments, number, one_of, whole
-from ..forward import Batch, Constants, borrowed, one_want_of_memory
+from ..errors import expected, flag, instance, known_arguments, number, whole
+from ..forward import Constants, borrowed, one_want_of_memory
 from ..graph import EdgeScores
 from ..loans import gives_back
-from ..metrics import METRICS
 from ..provenance import called, provenance
-from ..ranks import exchange, together
+from ..ranks import together
 from ..recording import ablation_of
 from ..request import Progress, Request, prepare, watched
 from ..tasks import PairedDataset
+from .descent import DECAY, Descent, check_learning
 from .gates import draw_sizes, open_gates, starting_places
-from .lessons import Lessons, tokens_together
 
 WARM_UP, LAST_RATE = 10, 0.1  # steps until the full rate, and what share of it is left at the end
 LAST_SHARPNESS = 2.0  # of gates at the end; they begin with 1
-_DECAY, _LEAST = 0.999, 1e-8  # of Adam's running squares in a step; what is added to a gradient's size before the first
+_LEAST = 1e-8  # what is added to a gradient's size before the first step
 _SMALLEST, _LARGEST = 0.001, 0.2  # shares of all edges, between which sizes are drawn
 
 
@@ -113,9 +111,7 @@ def learn_mask(
     circuits, examples, seed = whole("circuits", circuits, 1), whole("examples", examples, 1), whole("seed", seed, 0)
     progress, reuse_prefix = watched(progress), flag("reuse_prefix", reuse_prefix)
     request = prepare(model, data, metric, ablation, None, ablation_data, reuse_prefix, memory)
-    request.refuse_parts()
-    if not request.metric.differentiable:
-        one_of("metric", metric, [each.name for each in METRICS.values() if each.differentiable])
+    check_learning(request, metric)
     graph = start.graph
     if graph != request.arch.graph(graph.heads):
         raise expected("start", f"scores of {request.arch.graph(graph.heads)!r}", f"scores of {graph!r}")
@@ -173,53 +169,18 @@ def _learn(
     progress: Progress | None,
 ) -> Tensor:
     """The places of the edges, [n]."""
-    graph, edges = start.graph, start.graph.edge_mask
-    places = starting_places(start.values[edges]).requires_grad_()
-    adam = torch.optim.Adam([places], lr=asked.rate, betas=(0.9, _DECAY))
-    moments = {name: torch.zeros_like(places, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
-    adam.state[places] = {"step": torch.tensor(0.0), **moments}
-    done = torch.tensor(0)
-    checkpoint.keep({"places": places, "done": done, **adam.state[places]})
-
-    def masks_of(gates: Tensor) -> Tensor:
-        masks = torch.zeros(len(gates), *edges.shape, dtype=request.arch.accumulate)
-        masks[:, edges] = gates.detach().to(masks.dtype)
-        return masks
-
-    widest = masks_of(open_gates(places, [asked.largest], None))
-    fitting = checkpoint.tokens(tokens_together(request, graph, widest))
-    lessons = Lessons(request, graph, asked.examples, asked.seed, fitting)
-
-    def slope(gates: Tensor, group: int) -> Tensor:
-        """The gradient of what is minimised, its mean over circuits and pairs, in their gates [C, n]."""
-        masks, total = masks_of(gates), torch.zeros_like(gates)
-
-        def run(batch: Batch, tokens: int) -> Tensor:
-            lessons.tokens = tokens  # fewer than before if memory ran out: later steps begin with as many
-            return lessons.lesson(batch).gradient(request, graph, masks, tokens, target)[1]
-
-        for _, found in in_memory(request.data, lessons.batches(group), lessons.tokens, run):
-            total += found[:, edges].to(total.dtype)
-        (total, *_) = exchange(total)  # one rank's, so that all run the same circuits next
-        return total / (len(gates) * len(lessons.groups[group]))
-
-    while done < asked.steps:
-        step = int(done)
-        generator = _generator(asked.seed, step)
-        epoch, place = divmod(step, len(lessons.groups))
-        order = torch.randperm(len(lessons.groups), generator=_generator(asked.seed, epoch)).tolist()
+    places = starting_places(start.values[start.graph.edge_mask])
+    (widest,) = open_gates(places, [asked.largest], None)
+    descent = Descent(request, start.graph, places, widest, asked.examples, asked.seed, checkpoint)
+    for step in descent.steps(asked.steps, progress):
+        generator = descent.generator()
         sizes = draw_sizes(asked.circuits, asked.smallest, asked.largest, generator)
-        gates = open_gates(places, sizes, generator, LAST_SHARPNESS ** (step / asked.steps))
-        (places.grad,) = torch.autograd.grad(gates, places, slope(gates, order[place]))
+        gates = open_gates(descent.places, sizes, generator, LAST_SHARPNESS ** (step / asked.steps))
+        (slope,) = torch.autograd.grad(gates, descent.places, descent.slope(gates, target))
         falling = 1 - (1 - LAST_RATE) * step / asked.steps
         rate = asked.rate * falling * min(1, (step + 1) / WARM_UP)
-        adam.param_groups[0].update(lr=rate, eps=_usual_slope(moments["exp_avg_sq"], step))
-        with checkpoint.changing():
-            adam.step()
-            done += 1
-        if progress is not None:
-            progress(int(done), asked.steps)
-    return places.detach()
+        descent.move(slope, rate, _usual_slope(descent.squares, step))
+    return descent.places.detach()
 
 
 def _usual_slope(squares: Tensor, step: int) -> float:
@@ -229,8 +190,4 @@ def _usual_slope(squares: Tensor, step: int) -> float:
     consist of.
     """
     moved = squares[squares > 0]
-    return float((moved / (1 - _DECAY**step)).sqrt().mean()) if len(moved) else _LEAST
-
-
-def _generator(seed: int, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+    return float((moved / (1 - DECAY**step)).sqrt().mean()) if len(moved) else _LEAST

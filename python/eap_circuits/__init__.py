@@ -61,7 +61,7 @@ if TYPE_CHECKING:
         random_circuit,
         score_agreement,
     )
-    from .learning import acdc, learn_mask
+    from .learning import acdc, ibcircuit, learn_mask
     from .methods import Plan, attribute, plan
     from .metrics import METRICS
     from .selfcheck import check_model, discover
@@ -100,6 +100,7 @@ _HOME = {
     "random_circuit": "graph",
     "score_agreement": "graph",
     "acdc": "learning",
+    "ibcircuit": "learning",
     "learn_mask": "learning",
     "Plan": "methods",
     "attribute": "methods",

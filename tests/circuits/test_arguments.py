@@ -112,6 +112,7 @@ def test_every_function_names_its_arguments(model, data):
         "compare": (partial(eap.compare, model, circuit, circuit, data, data), "batchsize", "batch_size"),
         "optimal_constants": (partial(eap.optimal_constants, model, circuit, data), "lr_rate", "rate"),
         "acdc": (partial(eap.acdc, model, data), "tau_threshold", "threshold"),
+        "ibcircuit": (partial(eap.ibcircuit, model, data), "n_steps", "steps"),
         "faithfulness_card": (partial(eap.faithfulness_card, model, circuit, data), "resample", "resamples"),
         "learn_mask": (partial(eap.learn_mask, model, data, start=scores), "n_steps", "steps"),
         "select": (scores.select, "num_edges", "n_edges"),
@@ -210,6 +211,7 @@ def test_progress_true_shows_a_bar(model, data):
         partial(eap.optimal_constants, model, circuit, data, steps=2),
         partial(eap.learn_mask, model, data, start=scores, steps=2),
         partial(eap.acdc, model, data, 1e3),
+        partial(eap.ibcircuit, model, data, steps=2),
         partial(eap.faithfulness_card, model, circuit, data, most_edges=1),
         partial(eap.summarise, model, data),
     ):

@@ -36,3 +36,23 @@ def test_half_a_range_of_sizes_is_refused_before_any_model(saved: Path, pairs: P
     result = run("learn", "tiny", saved, "--data", pairs, "--smallest", 5, code=2)
     assert "--smallest, --largest: expected both or neither, found one of them." in result.stderr
     assert not loads
+
+
+def test_ibcircuit_learns_what_the_library_learns(
+    tmp_path: Path, pairs: Path, loads: list[str], make_model: Any
+) -> None:
+    out, asked = tmp_path / "weights.safetensors", ("--steps", 2, "--examples", 3, "--draw", 4, "--beta", 0.5)
+    found = run("ibcircuit", "tiny", "--data", pairs, "-o", out, *asked, "--heads", "query", "--json")
+    right = eap.ibcircuit(
+        make_model("llama", torch.float32),
+        eap.PairedDataset.from_file(pairs),
+        beta=0.5,
+        steps=2,
+        examples=3,
+        heads="query",
+        seed=4,
+    )
+    weights = eap.EdgeScores.load(out)
+    assert torch.equal(weights.values, right.values)
+    assert json.loads(found.stdout)["info"]["learning"] == right.info["learning"]
+    assert "eap ibcircuit" in weights.info["call"]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import options, session
-from ..console import check_outputs, check_suffix, progress, say, show_json, show_table, write
+from ..console import check_outputs, check_suffix, give_scores, progress
 from ..options import default, option
 
 _PANEL = "Learning"
@@ -64,9 +64,8 @@ def learn(
     """
     import eap_circuits as eap
 
-    from ...errors import InputError, expected
+    from ...errors import expected
     from ...formats import SUFFIXES, check_savable
-    from ...report.tables import edge_table
 
     check_outputs(out, checkpoint)
     check_suffix(out, *SUFFIXES)
@@ -98,14 +97,4 @@ def learn(
             progress=bar,
             checkpoint=checkpoint,
         )
-    files: dict[str, str] = {}
-    wrong = write(files, "scores", learned.save, out)
-    table = edge_table(learned, None, top)
-    if as_json:
-        show_json({"info": learned.info, "graph": learned.graph.to_dict(), "edges": table.records(), "files": files})
-    else:
-        show_table(table)
-        for file in files.values():
-            say(f"Wrote {file}.")
-    if wrong:
-        raise InputError(" ".join(wrong))
+    give_scores(learned, out, top, as_json)

@@ -18,7 +18,7 @@ from ..errors import SEEDS, expected, listed, one_of, whole
 from ..evaluation import FRACTIONS, faithfulness_curve
 from ..forward import TOKENS_PER_BATCH, borrowed
 from ..graph import EdgeScores
-from ..learning import learn_mask
+from ..learning import ibcircuit, learn_mask
 from ..methods import METHODS, attribute
 from ..metrics import METRICS
 from ..ranks import together
@@ -27,10 +27,10 @@ from ..reproduction.record import Record
 from ..request import Progress, prepare
 from ..tasks import PairedDataset, load_task
 
-LEARNED = "learned"
-RANKINGS = (*METHODS, LEARNED)
+LEARNED, IBCIRCUIT = "learned", "ibcircuit"
+RANKINGS = (*METHODS, LEARNED, IBCIRCUIT)
 START = "eap-ig-inputs"  # what learning starts from, and what all others are compared with
-# By default all but exact patching, which takes hours.
+# Where none are named: exact patching takes hours, and IBCircuit as long as learning.
 DEFAULT = ("eap", START, "eap-gp", "eap-ig-activations", "information-flow-routes", LEARNED)
 
 Draw = Callable[[int], PairedDataset]  # seed -> pairs
@@ -96,14 +96,14 @@ def leaderboard(
         model: a Hugging Face causal language model.
         tasks: the pairs of each by seed, as of `of_task` and `of_pairs`.
         folder: an existing folder.
-        rankings: names in `METHODS`, and "learned": `learn_mask` of the data's own metric, from the scores of EAP-IG.
-            EAP-IG is always measured.
+        rankings: names in `METHODS`; "learned": `learn_mask` of the data's own metric, from the scores of EAP-IG;
+            "ibcircuit": `ibcircuit` of the divergence, as it was published. EAP-IG is always measured.
         settings: what to measure.
         watch: called with the name of the next step; its context yields a function of (examples done, examples in all).
 
     Raises:
         InputError: a folder with results of another model, other data or settings, an unknown ranking, or anything
-            that `attribute`, `learn_mask` and `faithfulness_curve` refuse.
+            that `attribute`, `learn_mask`, `ibcircuit` and `faithfulness_curve` refuse.
     """
     settings = settings or Settings()
     rankings = listed("rankings", rankings, "a list of names")
@@ -152,6 +152,8 @@ def _measured(
 def _ranked(
     model: nn.Module, data: PairedDataset, ranking: str, seed: int, settings: Settings, progress: Progress
 ) -> EdgeScores:
+    if ranking == IBCIRCUIT:
+        return ibcircuit(model, data, "kl_divergence", steps=settings.steps, seed=seed, progress=progress)
     if ranking != LEARNED:
         return attribute(model, data, method=ranking, progress=progress)
     start = attribute(model, data, method=START)

@@ -14,7 +14,7 @@ from ..files import write_whole
 from ..report.figures.style import INK, LETTERS, MUTED, NEGATIVE, PAPER, POSITIVE
 from ..reproduction.figures import panels
 from ..reproduction.page import FORMATS, markdown
-from .measure import LEARNED, START
+from .measure import IBCIRCUIT, LEARNED, START
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,12 +54,15 @@ def page(results: Mapping[str, Any]) -> str:
     seeds = list(next(iter(results["tasks"].values())))
     over = f"means (least–most) over seeds {', '.join(seeds)}" if seeds[1:] else f"of seed {seeds[0]}"
     over += _fewer(results, seeds)
+    learning = f"`learn_mask` for {settings['steps']} steps from the scores of `{START}`"
+    if IBCIRCUIT in _names(*results["tasks"].values()):
+        learning += f', "{IBCIRCUIT}" is `ibcircuit` of the next-token divergence for as many'
     parts = [
         f"# Leaderboard on {request['model']['name']}",
         "Written by `eap leaderboard` from `leaderboard/leaderboard.json`. Every ranking sees the same "
         f"{settings['scored']} prompt pairs of a task; circuits are grown from the logits by absolute score and run on "
         f"{settings['pairs']} others, with the corrupted prompt's values outside. A seed is one of the pairs, and of "
-        f'what learning draws. "{LEARNED}" is `learn_mask` for {settings["steps"]} steps from the scores of `{START}`.',
+        f'what learning draws. "{LEARNED}" is {learning}.',
         "\n".join(f"- {sentence}" for sentence in _verdicts(results)),
         "![Faithfulness against edges kept](leaderboard/faithfulness.png)",
         "![Cost against edges kept](leaderboard/cost.png)",
@@ -77,9 +80,13 @@ def page(results: Mapping[str, Any]) -> str:
 
 def _rankings(results: Mapping[str, Any]) -> list[str]:
     """Those that every task has of some seed."""
-    tasks = list(results["tasks"].values())
-    names = dict.fromkeys(name for runs in tasks for run in runs.values() for name in run)
-    return [name for name in names if all(_having(runs, name) for runs in tasks)]
+    tasks = results["tasks"].values()
+    return [name for name in _names(*tasks) if all(_having(runs, name) for runs in tasks)]
+
+
+def _names(*tasks: Runs) -> list[str]:
+    """The rankings that any of these tasks has."""
+    return list(dict.fromkeys(name for runs in tasks for run in runs.values() for name in run))
 
 
 def _having(runs: Runs, ranking: str) -> Runs:
@@ -88,12 +95,14 @@ def _having(runs: Runs, ranking: str) -> Runs:
 
 
 def _fewer(results: Mapping[str, Any], seeds: Sequence[str]) -> str:
-    """Which rankings have not been measured with all seeds."""
-    found = []
-    for ranking in _rankings(results):
-        least = min((list(_having(runs, ranking)) for runs in results["tasks"].values()), key=len)
-        if len(least) < len(seeds):
-            found.append(f"`{ranking}` of {', '.join(least)}")
+    """Which rankings have not been measured with all seeds, or on all tasks."""
+    tasks, found = results["tasks"].values(), []
+    for ranking in _names(*tasks):
+        measured = [list(runs) for runs in (_having(each, ranking) for each in tasks) if runs]
+        least = min(measured, key=len)
+        if len(least) < len(seeds) or len(measured) < len(tasks):
+            where = f", on {len(measured)} of {len(tasks)} tasks" if len(measured) < len(tasks) else ""
+            found.append(f"`{ranking}` of {', '.join(least)}{where}")
     return f" (except for {'; '.join(found)})" if found else ""
 
 
@@ -124,7 +133,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
 def _rows(results: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     rows: list[tuple[Any, ...]] = [("task", "ranking", *_COLUMNS)]
     for task, runs in results["tasks"].items():
-        for ranking in _rankings(results):
+        for ranking in _names(runs):
             found = [(form, _of(runs, ranking, measure)) for form, measure in _COLUMNS.values()]
             rows.append((task, ranking, *(_cell(form, values) for form, values in found)))
     return rows

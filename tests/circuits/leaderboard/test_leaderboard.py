@@ -19,7 +19,7 @@ from eap_circuits.leaderboard import Settings, leaderboard, of_pairs, write_page
 from eap_circuits.leaderboard.page import edges_at, page
 
 SETTINGS = Settings(scored=2, pairs=3, seeds=(0, 1), steps=2, fractions=(0.1, 0.5, 1.0))
-RANKINGS = ("eap", "learned")
+RANKINGS = ("eap", "learned", "ibcircuit")
 
 
 @pytest.fixture
@@ -43,6 +43,7 @@ def test_circuits_run_on_pairs_that_no_ranking_saw(model: Any, tasks: dict[str, 
             "eap": eap.attribute(model, few, method="eap"),
             "eap-ig-inputs": start,
             "learned": eap.learn_mask(model, few, start=start, steps=2, seed=seed),
+            "ibcircuit": eap.ibcircuit(model, few, "kl_divergence", steps=2, seed=seed),
         }
         for ranking, scores in found.items():
             circuits = [scores.select(int(f * scores.graph.n_edges), how="greedy") for f in SETTINGS.fractions]
@@ -73,7 +74,8 @@ def test_an_interrupted_run_goes_on_and_nothing_is_done_twice(
         yield lambda done, total: ran.append(what)
 
     whole = leaderboard(model, tasks, tmp_path, rankings=RANKINGS, settings=SETTINGS, watch=watch)
-    assert set(ran) == {"second, seed 0: learned", *(f"second, seed 1: {x}" for x in ("eap-ig-inputs", *RANKINGS))}
+    left = {f"second, seed 0: {x}" for x in RANKINGS[1:]}
+    assert set(ran) == {*left, *(f"second, seed 1: {x}" for x in ("eap-ig-inputs", *RANKINGS))}
     ran.clear()
     again = leaderboard(model, tasks, tmp_path, rankings=RANKINGS, settings=SETTINGS, watch=watch)
     assert not ran and again == whole
@@ -125,6 +127,7 @@ def test_the_page_says_what_the_results_say(model: Any, tasks: dict[str, Any], t
         "a lower CMD on 2 of 2 tasks, at no size less faithful on 1 of 2 tasks (first), 30 to 30 times its time."
         in text
     )
+    assert '"ibcircuit" is `ibcircuit` of the next-token divergence for as many.' in text
     assert "| first | learned |" in text and "1,234 (1,234–1,235)" in text
     files = write_page(results, tmp_path)
     assert (tmp_path / "leaderboard.md").read_text() == text
@@ -140,6 +143,12 @@ def test_the_page_says_what_the_results_say(model: Any, tasks: dict[str, Any], t
     text = page(results)
     assert "(except for `learned` of 0)" in text and "| second | learned |" in text
     assert "a lower CMD on 2 of 2 tasks" in text
+    # One that some tasks do not have is in the table, and compared with nothing.
+    for runs in results["tasks"]["second"].values():
+        del runs["ibcircuit"]
+    text = page(results)
+    assert "`ibcircuit` of 0, 1, on 1 of 2 tasks" in text and "`ibcircuit` beside" not in text
+    assert "| first | ibcircuit |" in text and "| second | ibcircuit |" not in text
 
 
 def test_one_file_of_ones_own_from_the_command_line(

@@ -76,8 +76,8 @@ def ibcircuit(
         metric: what circuits keep, differentiable: a name in `METRICS` or a callable as in `attribute`; by default the
             data's own, `data.metric`. The paper's is "kl_divergence", of which |m(circuit) − m(model)| is the
             divergence itself.
-        beta: β, how much of the metric a nat is worth: a larger one closes more edges. The published code's is 1, for
-            the mean over heads, of which there are far fewer.
+        beta: β, how much of the metric a nat is worth: a larger one closes more edges. Of n edges each feels β/n, so
+            take a smaller one for a smaller model. The published code has 1, for a mean over heads.
         steps: how many steps, each with new noise. The published code takes 1,300.
         rate: Adam's learning rate, of the log-odds of λ, which begin at 5.
         examples: how many prompts a step has.

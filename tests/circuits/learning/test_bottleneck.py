@@ -166,7 +166,7 @@ def test_edges_that_do_nothing_close_and_beta_says_how_far(make_model, make_pair
 
 def test_its_circuits_are_better_than_random_ones(make_model, make_pairs):
     model, data = make_model("llama", torch.float32), make_pairs(seed=3, n=6)
-    weights = eap.ibcircuit(model, data, "kl_divergence", steps=60, rate=0.2)
+    weights = eap.ibcircuit(model, data, "kl_divergence", beta=1, steps=60, rate=0.2)
     circuits = [eap.random_circuit(weights.graph, 60, seed=seed) for seed in range(8)]
     lost = [-x.mean for x in eap.evaluate(model, [weights.select(60), *circuits], data, "kl_divergence")]
     assert lost[0] < min(lost[1:])

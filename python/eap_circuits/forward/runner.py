@@ -17,7 +17,7 @@ from .batches import Batch
 from .hooks import Hooks
 from .layers.last_mlp import Scored, ScoredMLP, at_scored
 from .layers.rewriting import Rewriting
-from .prefixes.prefix import Prefix, WholePrompts, beginning, behind, parameters, run_prefixes, shared_tokens
+from .prefixes.prefix import Prefix, WholePrompts, beginning, behind, parameters, run_prefixes
 
 Register = Callable[[Hooks], None]
 EVERYWHERE = slice(None)
@@ -136,7 +136,7 @@ class Runner:
             if self._prefix is None:
                 once = [1] * len(self.repeat_kv)
                 with torch.no_grad(), self._for_cache():
-                    ran = run_prefixes(self._body, batch.prefix, shared_tokens(batch), once)
+                    ran = run_prefixes(self._body, batch.prefix, batch.known.shared, once)
                 self._prefix = Prefix(batch, ran, batch.prefix_of, once)
             given = self._prefix.arguments(self._model, suffix, copies)
             if self._place:
@@ -157,9 +157,9 @@ class Runner:
         with torch.no_grad():
             if self._prefix is not None or not batch.prefix.shape[1] or len(embeddings) != len(batch.prefix):
                 return self.logits(embeddings, register, corrupted)
-            prefixes = batch.prefix[batch.prefix_of]
+            prefixes, shared = batch.prefix[batch.prefix_of], batch.known.shared
             with self._for_cache():
-                cache, shared = beginning(self._body, prefixes, shared_tokens(batch), self.repeat_kv)
+                cache = beginning(self._body, prefixes, shared, self.repeat_kv)
             whole = WholePrompts(batch, shared)
             joined = whole.join(self.embed(prefixes[:, shared:]), embeddings)
             begin = batch.start - shared if batch.positions is None else (batch.start - shared)[batch.positions.row]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 _ALIGNED = 16  # bytes; every dtype may begin there
+# Set where passes are captured: replayed, they would read what was sent from memory that the host has given back.
+NOTHING_IS_SENT: ContextVar[bool] = ContextVar("nothing is sent", default=False)
 _Key = tuple[torch.device, torch.dtype, bytes]  # where a list is sent, and what it holds
 
 
@@ -16,8 +19,15 @@ def upload(device: torch.device, *tensors: Tensor) -> list[Tensor]:
 
     On the CPU they are returned as they are.
     """
+    return packed(device, *tensors)[0]
+
+
+def packed(device: torch.device, *tensors: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    """The same, and the memory in which they lie on the device, uint8; None on the CPU."""
     if device.type == "cpu" or not tensors:
-        return list(tensors)
+        return list(tensors), None
+    if NOTHING_IS_SENT.get():
+        raise RuntimeError("something is sent to the device in the midst of the passes")
     sizes = [x.numel() * x.element_size() for x in tensors]
     starts = [0]
     for size in sizes:
@@ -26,10 +36,11 @@ def upload(device: torch.device, *tensors: Tensor) -> list[Tensor]:
     for x, start, size in zip(tensors, starts, sizes, strict=False):
         together[start : start + size] = x.contiguous().view(-1).view(torch.uint8)
     there = together.to(device, non_blocking=True)
-    return [
+    views = [
         there[start : start + size].view(x.dtype).view(x.shape)
         for x, start, size in zip(tensors, starts, sizes, strict=False)
     ]
+    return views, there
 
 
 def download(*tensors: Tensor) -> list[Tensor]:

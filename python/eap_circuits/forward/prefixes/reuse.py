@@ -107,7 +107,7 @@ def _tried_run(run: Callable[[], Tensor], plain: Tensor, arch: Architecture) -> 
         return reason(error)
     apart = _apart(found, plain)
     # Logits that are not finite are said to be so where the metric is taken.
-    if bool((apart > _tolerance(arch)).any()):
+    if bool((apart > tolerance(arch)).any()):
         return f"behind it logits differ from plain ones by {float(apart.nan_to_num().max()):.2g} of their size"
     return None
 
@@ -118,8 +118,11 @@ def _apart(found: Tensor, plain: Tensor) -> Tensor:
     return (found - plain).norm(dim=1) / plain.norm(dim=1).clamp(min=1e-30)
 
 
-def _tolerance(arch: Architecture) -> float:
-    """The root of the coarsest weights' precision; integers are quantised weights."""
+def tolerance(arch: Architecture) -> float:
+    """How far apart, relatively, two ways of running a model may be: the root of the coarsest weights' precision.
+
+    Integers are quantised weights.
+    """
     dtypes = {weight.dtype for weight in arch.model.parameters()}
     known = (dtype if dtype.is_floating_point else torch.bfloat16 for dtype in dtypes)
     return float(max(_LEAST_EPS, *(torch.finfo(dtype).eps for dtype in known)) ** 0.5)
@@ -130,6 +133,6 @@ def _check_causal(arch: Architecture, whole: Batch, first: Tensor) -> None:
     before = (first - 1).clamp(min=0).to(whole.scored.device)
     same = (first > 0).to(whole.scored.device)
     corrupted, clean = _logits(arch, arch.graph("kv"), replace(whole, scored=before, corrupted_scored=before)).chunk(2)
-    if bool((_apart(corrupted, clean)[same] > _tolerance(arch)).any()):
+    if bool((_apart(corrupted, clean)[same] > tolerance(arch)).any()):
         name = type(arch.model).__name__
         raise expected(name, "a causal language model, in which no token sees later ones", "one in which they do")

@@ -205,7 +205,8 @@ def guard(func: Any, args: Any, kwargs: Any) -> None:
         return
     if why:
         tape.forbid(why[0])
-    if name in ("_to_copy", "copy_") and not isinstance(args[name == "copy_"], Pretend):
+    source = args[name == "copy_"] if name in ("_to_copy", "copy_") else None
+    if source is not None and not isinstance(source, Pretend) and source.numel():
         tape.forbid("copy to the device")
     if not isinstance(func, str):
         tape.keep(_written(func, args, kwargs))

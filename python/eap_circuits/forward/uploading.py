@@ -34,13 +34,18 @@ def packed(device: torch.device, *tensors: Tensor) -> tuple[list[Tensor], Tensor
         starts.append(starts[-1] + -(-size // _ALIGNED) * _ALIGNED)
     together = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
     for x, start, size in zip(tensors, starts, sizes, strict=False):
-        together[start : start + size] = x.contiguous().view(-1).view(torch.uint8)
+        together[start : start + size] = _bytes(x)
     there = together.to(device, non_blocking=True)
     views = [
         there[start : start + size].view(x.dtype).view(x.shape)
         for x, start, size in zip(tensors, starts, sizes, strict=False)
     ]
     return views, there
+
+
+def _bytes(x: Tensor) -> Tensor:
+    # One number alone may have any stride and is contiguous.
+    return x.contiguous().as_strided([x.numel()], [1]).view(torch.uint8)
 
 
 def download(*tensors: Tensor) -> list[Tensor]:
@@ -52,7 +57,7 @@ def download(*tensors: Tensor) -> list[Tensor]:
         return list(tensors)
     # Those of the widest dtypes come first, so that each begins at a multiple of its own width.
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
-    together = torch.cat([tensors[i].contiguous().view(-1).view(torch.uint8) for i in order]).cpu()
+    together = torch.cat([_bytes(tensors[i]) for i in order]).cpu()
     found, start = list(tensors), 0
     for i in order:
         x = tensors[i]

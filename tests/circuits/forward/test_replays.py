@@ -196,7 +196,7 @@ def test_memory_is_given_back_before_a_batch_runs_again(make_model, monkeypatch)
         ({"metric": lambda logits, batch: logits[:, 0]}, "the metric is one's own, and may compute on the host"),
         ({"ablation": "mean-positional"}, "the passes depend on what the host knows of 'start'"),
         ({"batch_size": 2}, "no two batches in a row are of one shape"),
-        ({"memory": "1MB"}, "there is no memory for passes and a graph of them"),
+        ({"memory": "100KB"}, "there is no memory for passes and a graph of them"),
     ],
     ids=["method", "metric", "host", "shapes", "memory"],
 )

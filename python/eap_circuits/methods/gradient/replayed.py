@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 # To capture a shape costs about as much as three of its batches.
 FEWEST = 8
-# A layer's forward and backward pass are at least this many launches (tests/circuits/test_counts.py counts), and a
-# launch takes the host at least this many seconds; not yet measured.
-LAUNCHES, _SECONDS = 100, 4e-6
+# A batch is at least this many launches for each layer (tests/circuits/test_counts.py counts), and a launch takes the
+# host at least this many seconds; not yet measured.
+LAUNCHES, _SECONDS = 70, 4e-6
 # Operations of a forward and backward pass for a weight and a token: gradients of weights are not wanted.
 _OPERATIONS = 4
 
@@ -99,6 +99,7 @@ class Replays:
             return found
         try:
             self._captured = Captured(batch, partial(self._method.record, self._request, passes=passes))
+            self._kept_from = "no more of their shape followed"
         except Exception as error:  # of any kind, in a model's own code
             self._refuse(reason(error))
         return found

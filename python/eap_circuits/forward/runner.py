@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Architecture, computes_in_parts, concatenate, device_of, is_offloaded, read, restore
+from ..adapters import Architecture, computes_in_parts, concatenate, device_of, read, restore
 from ..errors import expected
 from ..graph import Graph
 from .batches import Batch
@@ -283,8 +283,7 @@ class Runner:
         head = self.arch.head
         if head is not None:
             hooks.on_input(head, cut)
-        # Only of a plain linear layer can some tokens' logits be computed by themselves.
-        if self._tokens is None or type(head) is not nn.Linear or is_offloaded(head):
+        if self._tokens is None or not self.arch.picks_logits:
             return
         which = self._tokens.to(device_of(head))
         if computes_in_parts(head):

@@ -36,11 +36,10 @@ def packed(device: torch.device, *tensors: Tensor) -> tuple[list[Tensor], Tensor
     for x, start, size in zip(tensors, starts, sizes, strict=False):
         together[start : start + size] = _bytes(x)
     there = together.to(device, non_blocking=True)
-    views = [
+    return [
         there[start : start + size].view(x.dtype).view(x.shape)
         for x, start, size in zip(tensors, starts, sizes, strict=False)
-    ]
-    return views, there
+    ], there
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ class Measurement:
         self.request, self.batch = request, batch
         # Of each run that was measured, in order: values [E], each example's sum of logits [E], and the logits' dtype.
         self.waiting: list[tuple[Tensor, Tensor, torch.dtype]] = []
-        few = request.metric.of_answers and clean.shape[-1] == len(batch.answer_tokens)
+        picked = request.metric.of_answers and request.arch.picks_logits
+        few = picked and clean.shape[-1] == len(batch.answer_tokens)
         where = batch.positions
         self.given = MetricBatch(
             answers=batch.answer_columns if few else batch.answers,

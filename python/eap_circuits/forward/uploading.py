@@ -73,7 +73,7 @@ class Indices:
         self._there: dict[_Key, Tensor] = {}
 
     def on(self, device: torch.device, values: Sequence[int] | Tensor) -> Tensor:
-        """A list, or an integer or bool tensor of the CPU, on a device."""
+        """A list, or a tensor of the CPU, on a device."""
         key, host = _keyed(device, values)
         if key not in self._there:
             self.send(device, [host])

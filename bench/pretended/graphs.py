@@ -2,7 +2,8 @@
 
 As on a real one, nothing runs while it is captured: tensors made then hold no values before the first replay, and what
 was there before is left alone. An operator for which the host waits raises, and the capture is lost; so does one that
-sends something to the device, which a real one would read again from memory that is no longer the host's.
+sends something to the device, which a real one would read again from memory that is no longer the host's. Conjugates of
+complex numbers are not replayed right.
 """
 
 from __future__ import annotations

@@ -283,7 +283,7 @@ class Runner:
         head = self.arch.head
         if head is not None:
             hooks.on_input(head, cut)
-        if self._tokens is None or not self.arch.picks_logits:
+        if head is None or self._tokens is None or not self.arch.picks_logits:
             return
         which = self._tokens.to(device_of(head))
         if computes_in_parts(head):

@@ -14,7 +14,7 @@ from torch import nn
 
 from ...budget import budget
 from ...errors import out_of_memory, reason, warn
-from ...forward import Batch, Captured, signature, tolerance
+from ...forward import Batch, Captured, logit_tolerance, signature
 from ...metrics import METRICS
 from ...ranks import count
 from ...request import Measurement
@@ -124,7 +124,7 @@ class Replays:
         return self._method.score(self._request, batch, passes)
 
     def _alike(self, replayed: BatchScores, plain: BatchScores) -> bool:
-        most = tolerance(self._request.arch)
+        most = logit_tolerance(self._request.arch)
         pairs = [(replayed.sums[name].double(), right.double()) for name, right in plain.sums.items()]
         return all(bool(((found - right).norm() <= most * right.norm()).all()) for found, right in pairs)
 

@@ -23,9 +23,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import wraps
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, ParamSpec, TypeVar
 
 from .errors import InputError, out_of_memory, reason, warn
@@ -43,6 +44,22 @@ _agreed: dict[str, int] = {}  # what was agreed once for the outermost call
 _team: list[bool] = []  # not empty if the outermost call's model is in parts
 _WHY = "eap_circuits: why a rank has left"  # in the process group's store
 _groups: dict[str, Any] = {}  # "world": the user's process group; "own": ours beside it; "lost": one that broke
+
+
+@dataclass(frozen=True)
+class Team:
+    """The ranks that run each pass of a model together.
+
+    Args:
+        size: how many, one after another.
+        in_step: every pass needs the other teams, too, which run one with the same parts of the model meanwhile.
+    """
+
+    size: int = 1
+    in_step: bool = False
+
+
+ALONE = Team()
 
 
 def count() -> int:
@@ -86,25 +103,38 @@ def exchange(value: Any = None) -> list[Any]:
     return [value] if count() == 1 else _gather((None, _portable(value)))
 
 
-def dealt(items: Iterable[A], run: Callable[[A], T], team: int = 1) -> Iterator[tuple[A, T]]:
-    """(item, `run(item)`) of all items, in order; each of n teams of ranks runs every n-th of them.
+def dealt(
+    items: Iterable[A], run: Callable[[A], T], team: Team = ALONE, passes: Callable[[A], object] | None = None
+) -> Iterator[tuple[A, T]]:
+    """(item, `run(item)`) of all items, in order; teams of ranks run items side by side.
+
+    Teams in step do so with neighbours that take the same passes. A team without one runs another's, too.
 
     Args:
         items: the same on all ranks.
         run: what it returns on the first rank of a team is exchanged.
-        team: how many ranks, one after another, run an item together, as each has a part of the model.
+        team: which ranks run an item together, as each has a part of the model.
+        passes: equal for items that take the same passes; by default no two items do.
     """
     if count() == 1:
         for item in items:
             yield item, run(item)
         return
-    items = iter(items)
-    while turn := list(islice(items, count() // team)):
-        number, place = divmod(rank(), team)
+    number, place = divmod(rank(), team.size)
+    for turn in _turns(items, team, passes):
+        own = turn[number : number + 1]
         with _told():
-            own = [run(item) for item in turn[number : number + 1]]
-        found = [result for each in exchange(own if place == 0 else []) for result in each]
+            ran = [run(item) for item in own or turn[: int(team.in_step)]]
+        found = [result for each in exchange(ran if own and place == 0 else []) for result in each]
         yield from zip(turn, found, strict=True)
+
+
+def _turns(items: Iterable[A], team: Team, passes: Callable[[A], object] | None) -> Iterator[list[A]]:
+    """The items that teams run side by side, one turn after another."""
+    most = 1 if team.in_step and passes is None else count() // team.size
+    for _, same in groupby(items, passes if team.in_step and passes else lambda _: None):
+        while turn := list(islice(same, most)):
+            yield turn
 
 
 def form_team() -> None:

@@ -142,16 +142,34 @@ def shared_tokens(batch: Batch) -> int:
     return int((prefixes == prefixes[0]).all(0).cumprod(0).sum())
 
 
+def passes_of(batch: Batch) -> tuple[object, ...]:
+    """What decides which passes a batch takes: two for which it is equal take the same, of other tokens."""
+    prefixes = batch.host["prefix"]
+    return (
+        batch.n_examples,
+        batch.shape,
+        len(batch.rows),
+        batch.n_positions,
+        prefixes.shape[1] > 0,
+        len(prefixes) == batch.n_rows,  # then they run together with the corrupted prompts
+        _is_worth_a_pass(prefixes, shared_tokens(batch)),
+    )
+
+
 def beginning(model: Any, prefixes: Tensor, shared: int, repeat_kv: list[int]) -> tuple[DynamicCache, int]:
     """The cache of the `shared` tokens with which all prefixes begin, and their number; 0 if a pass would cost more.
 
     `repeat_kv`: how many copies of each layer's keys and values the cache is to hold side by side.
     """
     cache = DynamicCache()
-    if shared * (len(prefixes) - 1) < _WORTH_A_PASS or shared == prefixes.shape[1]:
+    if not _is_worth_a_pass(prefixes, shared):
         return cache, 0
     alone: Any = run_prefixes(model, prefixes[:1, :shared], shared, [1] * len(repeat_kv)).layers
     for index, (layer, n) in enumerate(zip(alone, repeat_kv, strict=True)):
         pair = (x.repeat_interleave(n, 1).expand(len(prefixes), -1, -1, -1) for x in (layer.keys, layer.values))
         cache.update(*pair, index)
     return cache, shared
+
+
+def _is_worth_a_pass(prefixes: Tensor, shared: int) -> bool:
+    return shared * (len(prefixes) - 1) >= _WORTH_A_PASS and shared < prefixes.shape[1]

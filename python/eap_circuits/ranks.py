@@ -199,6 +199,8 @@ def one_call(name: str) -> Iterator[None]:
         return
     _calls.append(name)
     try:
+        if "own" not in _groups:
+            exchange()  # ranks meet before one of them can fail alone
         with _told():
             yield
         exchange()
@@ -228,7 +230,7 @@ def _tell(error: BaseException) -> None:
         return
     kind = "memory" if out_of_memory(error) else ""
     kind = next((name for name, each in _kinds().items() if isinstance(error, each)), kind)
-    kind = "lost" if _is_lost(error) else kind
+    kind = "lost" if is_lost(error) else kind
     plain = {"input": str(error), "interrupt": "interrupted"}
     said = plain.get(kind, f"{type(error).__name__}: {reason(error)}")
     _as_told(error)
@@ -258,7 +260,7 @@ def _leave_word(kind: str, said: str, ended: ConnectionError) -> None:
         raise _as_told(_kinds().get(kind, RuntimeError)(said)) if words else ended
 
 
-def _is_lost(error: BaseException) -> bool:
+def is_lost(error: BaseException) -> bool:
     """Does it say that another rank has left a pass?"""
     from torch.distributed import DistError
 
@@ -358,12 +360,15 @@ def _run_gather(own: Any, arrived: list[Any], failed: list[BaseException]) -> No
 
 def _own_group() -> Any:
     """Our own process group, of the user's ranks, in which tensors of CPUs are sent whatever the user's can send."""
+    import torch
     import torch.distributed as dist
 
     world = dist.group.WORLD
     if _groups.get("lost") is world:
         raise ConnectionError("a rank ended before")
     if _groups.get("world") is not world:
+        if torch.device("cpu") in getattr(world, "_device_types", ()):
+            dist.all_reduce(torch.zeros(1))  # where a rank has ended this fails, and a new group would wait for it
         _groups.update(world=world, own=dist.new_group(backend="gloo", timeout=_LONGEST_WAIT))
     return _groups["own"]
 

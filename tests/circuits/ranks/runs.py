@@ -186,7 +186,12 @@ def want_of_memory() -> list[str]:
 
 
 def ended() -> list[str]:
-    """A rank that dies ends the others within seconds."""
+    """A rank that dies, even before its first call, ends the others within seconds."""
+
+    def absent(rank: int) -> str:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trouble(SCORE)
 
     def run(rank: int) -> list[Any]:
         began = time.monotonic()
@@ -197,6 +202,9 @@ def ended() -> list[str]:
         return [said, trouble(SCORE), time.monotonic() - began]
 
     (first, again, seconds), other = on_ranks(2, run)
+    alone = on_ranks(2, absent)[0]
+    if not alone.startswith("ConnectionError"):
+        return [f"absent: {alone}"]
     fine = first.startswith("ConnectionError") and again.startswith("ConnectionError") and seconds < 10
     return [] if fine and other == "ended" else [f"{first}; {again}; after {seconds:.0f} s; {other}"]
 

@@ -22,6 +22,7 @@ from ..modules.norms import Norm
 from ..modules.offloading import device_of, is_offloaded, read
 from ..modules.parts import Split, add_up, computes_in_parts, own_features, run_whole, team
 from ..modules.projections import Order, Projections, Weight, linear_shape
+from ..ranks import Team
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,8 +154,8 @@ class Architecture:
     planned_for: str | None = None
 
     @cached_property
-    def team(self) -> int:
-        """How many ranks run each pass together: one, or as many as have parts of the model's weights."""
+    def team(self) -> Team:
+        """Which ranks run each pass together: one, or those that have parts of the model's weights."""
         return team(self.model)
 
     @cached_property
@@ -191,7 +192,7 @@ class Architecture:
     def splits(self, modules: set[nn.Module]) -> Iterator[tuple[nn.Module, bool, Split]]:
         """(module, whether it is divided by heads in its inputs or in its outputs, what puts these together) of those
         among some modules that are."""
-        for layer in self.layers if self.team > 1 else ():
+        for layer in self.layers if self.team.size > 1 else ():
             for module in filter(computes_in_parts, modules.intersection([layer.out, *layer.projection_modules])):
                 name = f"{type(module).__name__} of {type(layer.attention).__name__}"
                 yield module, module is layer.out, Split(module, linear_shape(module)[module is layer.out], name)

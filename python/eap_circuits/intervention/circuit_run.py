@@ -146,7 +146,7 @@ class _CircuitsRun:
         if circuits:
             return self._some(self._split(x), circuits).flatten(0, 1)
         # A tensor parallel module with a gradient cannot run without rows; what it gives is read by nothing.
-        return x[: self.runner.batch.n_rows if self.runner.arch.team > 1 and torch.is_grad_enabled() else 0]
+        return x[: self.runner.batch.n_rows if self.runner.arch.team.size > 1 and torch.is_grad_enabled() else 0]
 
     def _fill(self, circuits: list[int], y: Tensor) -> Tensor:
         """Put the rows of some circuits back in place; what the others hold there is read by nothing."""

@@ -29,10 +29,18 @@ class Lesson:
     corrupted: Tensor
 
     def gradient(
-        self, request: Request, graph: Graph, masks: Tensor, tokens: int, target: Tensor | None = None
+        self,
+        request: Request,
+        graph: Graph,
+        masks: Tensor,
+        tokens: int,
+        target: Tensor | None = None,
+        signed: bool = False,
+        at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """How far circuits' metric is from the target of the data's examples [E], or from the model's own, float64
-        [C, E], and the gradient of the sum in masks [C, S, R], right at the edges that they keep in part."""
+        """How far circuits' metric is from the target of the data's examples [E], or from the model's own, or signed,
+        above it, float64 [C, E]; and the gradient of the sum in masks [C, S, R], right at the edges that they keep in
+        part and at the edges `at`, bool [S, R]."""
         batch = self.runner.batch
         together = max(1, tokens // batch.clean.numel())
         values: list[Tensor] = []
@@ -40,12 +48,12 @@ class Lesson:
         for some in masks.split(together):
             leaf = some.detach().requires_grad_()
             measured = Measurement(request, batch, self.clean, self.corrupted)
-            logits = learning_run(self.runner, graph, self.ablated, leaf)
+            logits = learning_run(self.runner, graph, self.ablated, leaf, at)
             found = torch.stack([measured.values(each) for each in logits])
             with torch.no_grad():
                 own = measured.values(self.clean)
             wanted = own if target is None else target[batch.index].to(own)
-            apart = (found - wanted).abs()
+            apart = found - wanted if signed else (found - wanted).abs()
             total = apart.sum()
             # Circuits of nothing or of everything that receivers read have no gradient.
             (slope,) = torch.autograd.grad(total, leaf) if total.requires_grad else (torch.zeros_like(leaf),)

@@ -49,5 +49,6 @@ def long_calls(model: Any, data: Any) -> dict[str, Callable[..., Any]]:
             eap.faithfulness_curve, model, scores, data, (0.1, 0.5), baselines=["random"], seeds=[0], **SIZE
         ),
         "learn_mask": partial(eap.learn_mask, model, data, start=scores, steps=3, examples=2),
+        "prune_gradually": partial(eap.prune_gradually, model, data, start=scores, keep=0.5, n_edges=(3, 60)),
         "optimal_constants": partial(optimal_constants, model, circuit, data, steps=3, **SIZE),
     }

@@ -136,10 +136,10 @@ def test_passes_keep_to_the_budget(model, data, scores):
 def test_learning_goes_on_with_smaller_passes(model, data, scores, monkeypatch):
     right, real = eap.learn_mask(model, data, start=scores, steps=2), learning.lessons.learning_run
 
-    def run(runner, graph, ablated, masks):
+    def run(runner, graph, ablated, masks, at):
         if len(masks) * runner.batch.n_examples > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore lines")
-        return real(runner, graph, ablated, masks)
+        return real(runner, graph, ablated, masks, at)
 
     monkeypatch.setattr(learning.lessons, "learning_run", run)
     found = eap.learn_mask(model, data, start=scores, steps=2)

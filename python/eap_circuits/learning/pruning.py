@@ -1,0 +1,164 @@
+"""Edges go where the circuit runs: a share of them at a time, by the gradient of the present circuit's mask."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from ..checkpoint import Checkpoint, Where, opened, settings_of
+from ..edges import prune
+from ..errors import flag, known_arguments, number
+from ..forward import Constants, borrowed, one_want_of_memory
+from ..graph import EdgeScores
+from ..loans import gives_back
+from ..provenance import called
+from ..ranks import together
+from ..request import Progress, Request, prepare, watched
+from ..tasks import PairedDataset
+from .asked import check_gradient, check_start, origin, ranking, sizes_of
+from .at_circuit import Slopes
+from .lessons import tokens_together
+
+_SHARES = 0.0005, 0.2  # of all edges, at which pruning ends and begins
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """How to prune, as `prune_gradually` takes it; `smallest` and `largest` are the sizes."""
+
+    keep: float
+    smallest: int
+    largest: int
+
+
+@together
+@gives_back
+@one_want_of_memory
+@known_arguments
+def prune_gradually(
+    model: nn.Module,
+    data: PairedDataset,
+    metric: Any = None,
+    *,
+    start: EdgeScores,
+    keep: float = 0.75,
+    n_edges: int | tuple[int, int] | None = None,
+    ablation: str | Constants = "patching",
+    ablation_data: PairedDataset | None = None,
+    reuse_prefix: bool = True,
+    memory: int | str | None = None,
+    progress: Progress | bool | None = None,
+    checkpoint: Where = None,
+) -> EdgeScores:
+    """Rank all edges by pruning a circuit a share at a time, each time scored where the circuit then runs.
+
+    In each round the circuit runs on all pairs. Of its edges those go that matter least by the gradient of the mask, as
+    many as `keep` asks for, such that together they bring the metric to the model's own; docs/learning.md. A round
+    costs a forward and a backward pass of the circuit. The result is deterministic.
+
+    Args:
+        model: a Hugging Face language model, causal or masked, or a classifier of prompts; it comes back as it was.
+        data: prompt pairs to prune by. Measure the circuits on others.
+        metric: what circuits keep, differentiable: a name in `METRICS` or a callable as in `attribute`; by default the
+            data's own, `data.metric`.
+        start: the ranking to start from, by absolute score, such as those of `attribute`.
+        keep: the share of its edges that a circuit keeps in a round.
+        n_edges: the sizes at which pruning ends and begins, or the one at which it ends; by default 0.05 % and 20 % of
+            all edges. What lies beyond keeps the order in which it was.
+        ablation, ablation_data: what edges outside the circuit carry, as in `evaluate`; not "optimal".
+        reuse_prefix: as in `attribute`.
+        memory: what pruning may take besides the model and the data, in bytes or as "8GiB"; by default half of what is
+            free.
+        progress: called with (edges gone, edges to go in all); True shows a bar.
+        checkpoint: as in `attribute`; written after a round.
+
+    Returns:
+        EdgeScores whose values are ranks: the weakest edge has 1/n, the strongest 1.
+
+    Raises:
+        InputError: scores of another graph, numbers out of range, or anything that `attribute` refuses.
+
+    Example:
+        >>> pruned = eap.prune_gradually(model, data, start=scores, keep=0.5)
+        >>> circuit = pruned.select(20, exactly=True)
+    """
+    call = called(prune_gradually, locals())
+    keep = number("keep", keep, "a share between 0 and 1", 5e-324, 1 - 2**-53)
+    progress, reuse_prefix = watched(progress), flag("reuse_prefix", reuse_prefix)
+    request = prepare(model, data, metric, ablation, None, ablation_data, reuse_prefix, memory)
+    check_gradient(request)
+    check_start(start, request)
+    graph = start.graph
+    asked = _Asked(keep, *sizes_of(n_edges, graph.n_edges, _SHARES))
+    info = {
+        **origin(request, call, graph, "pruned", request.arch.accumulate),
+        "additive": False,
+        "pruning": {**asdict(asked), "start": start.info.get("method")},
+    }
+    settings = partial(
+        settings_of, request, call="prune_gradually", start=start.values, heads=graph.heads, **asdict(asked)
+    )
+    with opened(checkpoint, request.arch.model, settings) as kept, borrowed(request.arch.model):
+        order = _prune(request.verified(graph.heads).with_constants(), start, asked, kept, progress)
+    return ranking(graph, order, info)
+
+
+def _prune(
+    request: Request, start: EdgeScores, asked: _Asked, checkpoint: Checkpoint, progress: Progress | None
+) -> Tensor:
+    """The edges' numbers [n], from the weakest to the strongest."""
+    graph, edges = start.graph, start.graph.edge_mask
+    first = start.select(asked.largest).mask
+    order = start.values[edges].abs().argsort(stable=True)
+    order = order[first[edges][order].int().argsort(stable=True)]  # the last ones are the circuit's
+    size = torch.tensor(int(first.sum()))
+    to_go = max(0, int(size) - asked.smallest)
+    checkpoint.keep({"order": order, "size": size})
+    fitting = tokens_together(request, graph, 0.5 * first[None].to(request.arch.accumulate))
+    slopes = Slopes(request, graph, checkpoint.tokens(fitting))
+
+    def circuit_of(numbers: Tensor) -> Tensor:
+        mask, flags = torch.zeros_like(edges), torch.zeros(len(order), dtype=torch.bool)
+        flags[numbers] = True
+        mask[edges] = flags
+        return mask
+
+    while size > asked.smallest:
+        inside = order[-int(size) :]
+        mask = circuit_of(inside)
+        above, slope = slopes.at(mask, mask)
+        by_edge = slope[edges][inside]
+        count = min(max(1, round((1 - asked.keep) * int(size))), int(size) - asked.smallest)
+        inside = inside[(by_edge - middle(by_edge, above, count)).abs().argsort(stable=True)]
+        going, staying = inside[:count], inside[count:]
+        # Those that no path leads through any more go along.
+        connected = prune(graph, circuit_of(staying))[edges][staying]
+        with checkpoint.changing():
+            order[-int(size) :] = torch.cat([staying[~connected], going, staying[connected]])
+            size.fill_(int(connected.sum()))
+        if progress is not None:
+            progress(min(to_go, to_go - int(size) + asked.smallest), to_go)
+    return order
+
+
+def middle(slopes: Tensor, above: float, count: int) -> float:
+    """Around which the edges are that go: of this many whose slopes follow one another, those that add up to what the
+    metric is to fall by.
+
+    Without an edge the metric falls by about its slope. Of all sets of this many edges that close the gap they have the
+    least sum of squared distances from any common value.
+
+    Args:
+        slopes: float64 [n].
+        above: how far the metric is above the model's own.
+        count: how many edges go, 1 to n.
+    """
+    ordered = slopes.sort().values
+    sums = pad(ordered.cumsum(0), (1, 0))
+    first = int((sums[count:] - sums[:-count] - above).abs().argmin())
+    return float(ordered[first] + ordered[first + count - 1]) / 2

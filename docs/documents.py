@@ -35,6 +35,7 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("docs/learning.md", f"{LEARNING}, divergence"): learning.divergences,
     ("docs/learning.md", f"{LEARNING}, cost"): learning.costs,
     ("docs/learning.md", f"{LEARNING}, control"): learning.controls,
+    ("docs/learning.md", f"{LEARNING}, pruning"): learning.prunings,
     ("docs/scale.md", SCALE): scale.predictions,
     ("docs/scale.md", LARGE): scale.measured,
     ("docs/models.md", f"{MODELS}, checks"): lambda _: models.checks(),

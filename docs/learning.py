@@ -25,6 +25,7 @@ SIZES = (45, 95, 185, 380, 710, 1550)
 LARGER = (*SIZES, 3200, 7000)
 LEARNED_FROM, PAIRS = 16, 40
 CIRCUITS, EXAMPLES, ROUNDS = 2, 4, 16  # of the measured step, as by default
+FEW_STEPS = 40  # of learning, which take about as long as pruning
 CONTROLLED, ANSWERS, WEIGHTS = "ioi", ("the pair's own", "another pair's"), ("trained", "shuffled")
 
 
@@ -167,6 +168,48 @@ def spread(values: Any) -> str:
     return f"{mean} ({low}–{high})"
 
 
+def pruning(task: str, seed: int) -> dict[str, Any]:
+    """Rankings at about equal cost, in processor seconds of one thread, beside the scores that they start from."""
+    import torch
+
+    import eap_circuits as eap
+    from bench import measure
+    from bench.processes import commit
+    from eap_circuits.adapters.pretrained import load_model
+
+    torch.set_num_threads(1)
+    model, tokenizer = load_model("smollm2")
+    data = eap.load_task(task, tokenizer, n=PAIRS, seed=seed)
+    few, others = data[:LEARNED_FROM], data[LEARNED_FROM:]
+    start = eap.attribute(model, few)
+    rankings = {
+        "eap-ig": lambda: eap.attribute(model, few),
+        "pruned": lambda: eap.prune_gradually(model, few, start=start),
+        "learned": lambda: eap.learn_mask(model, few, start=start, steps=FEW_STEPS, seed=seed),
+    }
+    found: dict[str, Any] = {"machine": measure.machine(), "versions": measure.versions(), "commit": commit()}
+    for name, rank in rankings.items():
+        began = time.process_time()
+        scores = rank()
+        seconds = time.process_time() - began
+        found[name] = {"seconds": seconds, "faithfulness": faithfulness(model, scores, others)}
+    return found
+
+
+def prunings(_: Results) -> str:
+    """Rankings at about equal cost: mean and range over the seeds that a task has."""
+    found = committed()
+    lines = [f"| task | seeds | scores | seconds | {' | '.join(map(str, SIZES))} |", "|" + "---|" * (4 + len(SIZES))]
+    for task in TASKS:
+        runs = [run for seed in SEEDS if (run := found.get(f"pruning {task} {seed}"))]
+        for name in ("eap-ig", "pruned", "learned") if runs else ():
+            shown = f"learned in {FEW_STEPS} steps" if name == "learned" else name
+            seconds = sum(run[name]["seconds"] for run in runs) / len(runs)
+            cells = [spread(column) for column in zip(*(run[name]["faithfulness"] for run in runs), strict=True)]
+            lines.append(f"| {task} | {len(runs)} | {shown} | {seconds:.0f} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def cost() -> dict[str, Any]:
     """The processor seconds of a step, of its circuits' forward passes, and of the model's on as many prompts, on one
     thread and in alternation; means over the sizes that steps draw, with the gates that they begin with."""
@@ -252,10 +295,12 @@ def table(_: Results) -> str:
 
 if __name__ == "__main__":
     every = ["cost", "divergence", "control 0", "control 1", *map(" ".join, product(TASKS, map(str, SEEDS), METRICS))]
+    every += [f"pruning {task} {seed}" for task, seed in product(TASKS, SEEDS)]
     for name in sys.argv[1:] or every:
         call, *given = name.split(" ")
         if call in TASKS:
             result = run(call, int(given[0]), given[1])
         else:
-            result = {"cost": cost, "divergence": divergence, "control": control}[call](*map(int, given))
+            calls: dict[str, Any] = {"cost": cost, "divergence": divergence, "control": control, "pruning": pruning}
+            result = calls[call](*(int(each) if each.isdigit() else each for each in given))
         RESULT.write_text(json.dumps(dict(sorted({**committed(), name: result}.items())), indent=1) + "\n")

@@ -154,7 +154,7 @@ def _help(command: Callable[..., None]) -> str:
 
 
 def _register() -> None:
-    from .commands import about, acdc, attribute, card, data, demo, evaluate, learn, report
+    from .commands import about, acdc, attribute, card, data, demo, evaluate, learn, prune, report
     from .commands.benchmarks import leaderboard, mib, reproduce
 
     commands: tuple[Callable[..., None], ...] = (
@@ -162,6 +162,7 @@ def _register() -> None:
         data.data,
         attribute.attribute,
         learn.learn,
+        prune.prune,
         acdc.acdc,
         evaluate.evaluate,
         evaluate.curve,

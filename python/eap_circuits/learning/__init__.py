@@ -1,4 +1,4 @@
-"""Circuits found by running circuits again and again: by gradient descent, or edge by edge."""
+"""Circuits found by running circuits again and again: by gradient descent, by pruning, or edge by edge."""
 
 from .at_circuit import attribute_circuit
 from .masks import learn_mask

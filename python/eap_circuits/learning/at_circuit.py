@@ -72,8 +72,11 @@ def attribute_circuit(
     check_circuit(circuit, request.arch)
     check_gradient(request)
     graph = circuit.graph
-    info = origin(request, call, graph, "at-circuit", request.arch.accumulate)
-    info["circuit"] = {"n_edges": circuit.n_edges, "from": circuit.info.get("method")}
+    info = {
+        **origin(request, call, graph, "at-circuit", request.arch.accumulate),
+        "additive": False,
+        "circuit": {"n_edges": circuit.n_edges, "method": circuit.info.get("method")},
+    }
     with borrowed(request.arch.model):
         request = request.verified(graph.heads).with_constants()
         tokens = tokens_together(request, graph, 0.5 * graph.edge_mask[None].to(request.arch.accumulate))

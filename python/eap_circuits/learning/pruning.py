@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from ..checkpoint import Checkpoint, Where, opened, settings_of
 from ..edges import prune
-from ..errors import flag, known_arguments, number
+from ..errors import flag, known_arguments, number, whole
 from ..forward import Constants, borrowed, one_want_of_memory
 from ..graph import EdgeScores
 from ..loans import gives_back
@@ -25,6 +24,7 @@ from .at_circuit import Slopes
 from .lessons import tokens_together
 
 _SHARES = 0.0005, 0.2  # of all edges, at which pruning ends and begins
+_ASCENTS = 100  # towards the multipliers of a round
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class _Asked:
     """How to prune, as `prune_gradually` takes it; `smallest` and `largest` are the sizes."""
 
     keep: float
+    examples: int
     smallest: int
     largest: int
 
@@ -47,6 +48,7 @@ def prune_gradually(
     *,
     start: EdgeScores,
     keep: float = 0.75,
+    examples: int = 4,
     n_edges: int | tuple[int, int] | None = None,
     ablation: str | Constants = "patching",
     ablation_data: PairedDataset | None = None,
@@ -57,9 +59,9 @@ def prune_gradually(
 ) -> EdgeScores:
     """Rank all edges by pruning a circuit a share at a time, each time scored where the circuit then runs.
 
-    In each round the circuit runs on all pairs. Of its edges those go that matter least by the gradient of the mask, as
-    many as `keep` asks for, such that together they bring the metric to the model's own; docs/learning.md. A round
-    costs a forward and a backward pass of the circuit. The result is deterministic.
+    In each round the circuit runs on all pairs. By the gradient of its mask, those of its edges go that matter least
+    and together bring the metric of every few pairs to the model's own; docs/learning.md. A round costs a forward and
+    a backward pass of the circuit. The result is deterministic.
 
     Args:
         model: a Hugging Face language model, causal or masked, or a classifier of prompts; it comes back as it was.
@@ -68,6 +70,7 @@ def prune_gradually(
             data's own, `data.metric`.
         start: the ranking to start from, by absolute score, such as those of `attribute`.
         keep: the share of its edges that a circuit keeps in a round.
+        examples: how many pairs are few: whose metric is kept as a mean.
         n_edges: the sizes at which pruning ends and begins, or the one at which it ends; by default 0.05 % and 20 % of
             all edges. What lies beyond keeps the order in which it was.
         ablation, ablation_data: what edges outside the circuit carry, as in `evaluate`; not "optimal".
@@ -89,12 +92,13 @@ def prune_gradually(
     """
     call = called(prune_gradually, locals())
     keep = number("keep", keep, "a share between 0 and 1", 5e-324, 1 - 2**-53)
+    examples = whole("examples", examples, 1)
     progress, reuse_prefix = watched(progress), flag("reuse_prefix", reuse_prefix)
     request = prepare(model, data, metric, ablation, None, ablation_data, reuse_prefix, memory)
     check_gradient(request)
     check_start(start, request)
     graph = start.graph
-    asked = _Asked(keep, *sizes_of(n_edges, graph.n_edges, _SHARES))
+    asked = _Asked(keep, examples, *sizes_of(n_edges, graph.n_edges, _SHARES))
     info = {
         **origin(request, call, graph, "pruned", request.arch.accumulate),
         "additive": False,
@@ -120,7 +124,7 @@ def _prune(
     to_go = max(0, int(size) - asked.smallest)
     checkpoint.keep({"order": order, "size": size})
     fitting = tokens_together(request, graph, 0.5 * first[None].to(request.arch.accumulate))
-    slopes = Slopes(request, graph, checkpoint.tokens(fitting))
+    slopes = Slopes(request, graph, asked.examples, checkpoint.tokens(fitting))
 
     def circuit_of(numbers: Tensor) -> Tensor:
         mask, flags = torch.zeros_like(edges), torch.zeros(len(order), dtype=torch.bool)
@@ -132,9 +136,9 @@ def _prune(
         inside = order[-int(size) :]
         mask = circuit_of(inside)
         above, slope = slopes.at(mask, mask)
-        by_edge = slope[edges][inside]
+        slope = slope[:, inside.argsort().argsort()]
         count = min(max(1, round((1 - asked.keep) * int(size))), int(size) - asked.smallest)
-        inside = inside[(by_edge - middle(by_edge, above, count)).abs().argsort(stable=True)]
+        inside = inside[nearest(slope, centre(slope, above, count))]
         going, staying = inside[:count], inside[count:]
         # Those that no path leads through any more go along.
         connected = prune(graph, circuit_of(staying))[edges][staying]
@@ -146,19 +150,30 @@ def _prune(
     return order
 
 
-def middle(slopes: Tensor, above: float, count: int) -> float:
-    """Around which the edges are that go: of this many whose slopes follow one another, those that add up to what the
-    metric is to fall by.
+def centre(slopes: Tensor, above: Tensor, count: int) -> Tensor:
+    """Around which the edges are that go, [G, 1]: those of this many that are nearest to it.
 
-    Without an edge the metric falls by about its slope. Of all sets of this many edges that close the gap they have the
-    least sum of squared distances from any common value.
+    Without an edge, the metric of a group of pairs falls by about the edge's slope there. So the slopes of the edges
+    that go should add up to what the metric is to fall by, in each group; and of all such sets the one with the least
+    sum of squares is wanted. It consists of the edges that are nearest to some point, the problem's Lagrange
+    multipliers, which ascend along what is missing of the sums.
 
     Args:
-        slopes: float64 [n].
-        above: how far the metric is above the model's own.
+        slopes: float64 [G, n], of each edge in each group.
+        above: float64 [G], how far the metric is above the model's own.
         count: how many edges go, 1 to n.
     """
-    ordered = slopes.sort().values
-    sums = pad(ordered.cumsum(0), (1, 0))
-    first = int((sums[count:] - sums[:-count] - above).abs().argmin())
-    return float(ordered[first] + ordered[first + count - 1]) / 2
+    point = torch.zeros(len(above), 1, dtype=torch.float64)
+    best, least = point, torch.tensor(torch.inf)
+    for _ in range(_ASCENTS):
+        going = nearest(slopes, point)[:count]
+        missing = above - slopes[:, going].sum(1)
+        if missing.norm() < least:
+            best, least = point, missing.norm()
+        point = point + missing[:, None] / count
+    return best
+
+
+def nearest(slopes: Tensor, point: Tensor) -> Tensor:
+    """Edges [n] by the distance of their slopes [G, n] from a point [G, 1]; equals in their order."""
+    return (slopes - point).square().sum(0).argsort(stable=True)

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
         random_circuit,
         score_agreement,
     )
-    from .learning import acdc, attribute_circuit, learn_mask, prune_gradually
+    from .learning import acdc, attribute_circuit, learn_mask, prune_gradually, refine
     from .methods import Plan, attribute, plan
     from .metrics import METRICS
     from .selfcheck import check_model, discover
@@ -103,6 +103,7 @@ _HOME = {
     "attribute_circuit": "learning",
     "learn_mask": "learning",
     "prune_gradually": "learning",
+    "refine": "learning",
     "Plan": "methods",
     "attribute": "methods",
     "plan": "methods",

@@ -5,19 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..budget import dealt_in_memory
 from ..errors import flag, known_arguments
-from ..forward import Batch, Constants, borrowed, one_want_of_memory
-from ..graph import Circuit, EdgeScores, Graph
+from ..forward import Constants, borrowed, one_want_of_memory
+from ..graph import Circuit, EdgeScores
 from ..loans import gives_back
 from ..provenance import called
 from ..ranks import together
-from ..request import Progress, Request, check_circuit, prepare, watched
+from ..request import Progress, check_circuit, prepare, watched
 from ..tasks import PairedDataset
 from .asked import check_gradient, origin
-from .lessons import Lessons, tokens_together
+from .lessons import Runs, tokens_together
 
 
 @together
@@ -80,47 +79,7 @@ def attribute_circuit(
     with borrowed(request.arch.model):
         request = request.verified(graph.heads).with_constants()
         tokens = tokens_together(request, graph, 0.5 * graph.edge_mask[None].to(request.arch.accumulate))
-        _, slopes = Slopes(request, graph, len(data), tokens).at(circuit.mask, graph.edge_mask, progress)
+        _, slopes = Runs(request, graph, len(data), tokens).slopes(circuit.mask, graph.edge_mask, progress=progress)
     values = torch.zeros(graph.edge_mask.shape, dtype=slopes.dtype)
     values[graph.edge_mask] = slopes[0]
     return EdgeScores(graph, values.float(), info)
-
-
-class Slopes:
-    """The gradient of the metric in a circuit's mask, for one circuit after another, over groups of prompts.
-
-    Args:
-        request: verified, with constants.
-        examples: how many prompts a group has.
-        tokens: the most that a pass has.
-    """
-
-    def __init__(self, request: Request, graph: Graph, examples: int, tokens: int) -> None:
-        self.request, self.graph, self.tokens = request, graph, tokens
-        self.lessons = Lessons(request, graph, examples, 0, tokens)
-
-    def at(self, mask: Tensor, edges: Tensor, progress: Progress | None = None) -> tuple[Tensor, Tensor]:
-        """Of each group, how far the circuit's metric is above the model's, [G], and the gradient in its mask [S, R] at
-        n edges, bool [S, R], in their order, [G, n]; float64, and shares of the means over all examples."""
-        request, groups = self.request, self.lessons.groups
-        masks, group_of = mask[None].to(request.arch.accumulate), torch.empty(len(request.data), dtype=torch.int64)
-        for number, members in enumerate(groups):
-            group_of[members] = number
-        above = torch.zeros(len(groups), dtype=torch.float64)
-        slopes, done = torch.zeros(len(groups), int(edges.sum()), dtype=torch.float64), 0
-
-        def run(batch: Batch, tokens: int) -> tuple[Tensor, Tensor]:
-            self.tokens = tokens  # fewer than before if memory ran out: later circuits begin with as many
-            lesson = self.lessons.lesson(batch)
-            apart, slope = lesson.gradient(request, self.graph, masks, tokens, signed=True, at=edges)
-            return apart.sum(), slope[0, edges].double()
-
-        batches = (batch for number in range(len(groups)) for batch in self.lessons.batches(number))
-        for batch, (apart, slope) in dealt_in_memory(request.data, batches, self.tokens, run, request.arch.team):
-            number = int(group_of[batch.index[0]])
-            above[number] += apart
-            slopes[number] += slope
-            done += batch.n_examples
-            if progress is not None:
-                progress(done, len(request.data))
-        return above / len(request.data), slopes / len(request.data)

@@ -20,8 +20,7 @@ from ..ranks import together
 from ..request import Progress, Request, prepare, watched
 from ..tasks import PairedDataset
 from .asked import check_gradient, check_start, origin, ranking, sizes_of
-from .at_circuit import Slopes
-from .lessons import tokens_together
+from .lessons import Runs, tokens_together
 
 _SHARES = 0.0005, 0.2  # of all edges, at which pruning ends and begins
 _ASCENTS = 100  # towards the multipliers of a round
@@ -124,7 +123,7 @@ def _prune(
     to_go = max(0, int(size) - asked.smallest)
     checkpoint.keep({"order": order, "size": size})
     fitting = tokens_together(request, graph, 0.5 * first[None].to(request.arch.accumulate))
-    slopes = Slopes(request, graph, asked.examples, checkpoint.tokens(fitting))
+    runs = Runs(request, graph, asked.examples, checkpoint.tokens(fitting))
 
     def circuit_of(numbers: Tensor) -> Tensor:
         mask, flags = torch.zeros_like(edges), torch.zeros(len(order), dtype=torch.bool)
@@ -135,7 +134,7 @@ def _prune(
     while size > asked.smallest:
         inside = order[-int(size) :]
         mask = circuit_of(inside)
-        above, slope = slopes.at(mask, mask)
+        above, slope = runs.slopes(mask, mask)
         slope = slope[:, inside.argsort().argsort()]
         count = min(max(1, round((1 - asked.keep) * int(size))), int(size) - asked.smallest)
         inside = inside[nearest(slope, centre(slope, above, count))]

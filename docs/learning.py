@@ -26,6 +26,7 @@ LARGER = (*SIZES, 3200, 7000)
 LEARNED_FROM, PAIRS = 16, 40
 CIRCUITS, EXAMPLES, ROUNDS = 2, 4, 16  # of the measured step, as by default
 FEW_STEPS = 40  # of learning, which take about as long as pruning
+REFINED = (95, 185, 380)  # sizes
 CONTROLLED, ANSWERS, WEIGHTS = "ioi", ("the pair's own", "another pair's"), ("trained", "shuffled")
 
 
@@ -196,16 +197,46 @@ def pruning(task: str, seed: int) -> dict[str, Any]:
     return found
 
 
+def refining(task: str, seed: int) -> dict[str, Any]:
+    """Circuits of EAP-IG, refined: their faithfulness, and the processor seconds of one thread for each of them."""
+    import torch
+
+    import eap_circuits as eap
+    from bench import measure
+    from bench.processes import commit
+    from eap_circuits.adapters.pretrained import load_model
+
+    torch.set_num_threads(1)
+    model, tokenizer = load_model("smollm2")
+    data = eap.load_task(task, tokenizer, n=PAIRS, seed=seed)
+    few, others = data[:LEARNED_FROM], data[LEARNED_FROM:]
+    circuits = circuits_of(eap.attribute(model, few), REFINED)
+    began = time.process_time()
+    refined = [eap.refine(model, circuit, few) for circuit in circuits]
+    seconds = (time.process_time() - began) / len(circuits)
+    return {
+        "seconds": seconds,
+        "faithfulness": [result.faithfulness for result in eap.evaluate(model, refined, others)],
+        "n_edges": [circuit.n_edges for circuit in refined],
+        "origin": {"machine": measure.machine(), "versions": measure.versions(), "commit": commit()},
+    }
+
+
 def prunings(_: Results) -> str:
-    """Rankings at about equal cost: mean and range over the seeds that a task has."""
+    """Rankings and refined circuits: mean and range over the seeds that a task has."""
     found = committed()
-    lines = [f"| task | seeds | scores | seconds | {' | '.join(map(str, SIZES))} |", "|" + "---|" * (4 + len(SIZES))]
+    lines = [f"| task | seeds | circuits | seconds | {' | '.join(map(str, SIZES))} |", "|" + "---|" * (4 + len(SIZES))]
     for task in TASKS:
-        runs = [run for seed in SEEDS if (run := found.get(f"pruning {task} {seed}"))]
-        for name in ("eap-ig", "pruned", "learned") if runs else ():
+        ranked, refined = (
+            [run for seed in SEEDS if (run := found.get(f"{kind} {task} {seed}"))] for kind in ("pruning", "refining")
+        )
+        rows = {name: ([run[name] for run in ranked], SIZES) for name in ("eap-ig", "learned", "pruned") if ranked}
+        rows |= {"eap-ig, refined": (refined, REFINED)} if refined else {}
+        for name, (runs, sizes) in rows.items():
             shown = f"learned in {FEW_STEPS} steps" if name == "learned" else name
-            seconds = sum(run[name]["seconds"] for run in runs) / len(runs)
-            cells = [spread(column) for column in zip(*(run[name]["faithfulness"] for run in runs), strict=True)]
+            seconds = sum(run["seconds"] for run in runs) / len(runs)
+            columns = dict(zip(sizes, zip(*(run["faithfulness"] for run in runs), strict=True), strict=True))
+            cells = [spread(columns[size]) if size in columns else "–" for size in SIZES]
             lines.append(f"| {task} | {len(runs)} | {shown} | {seconds:.0f} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -295,12 +326,13 @@ def table(_: Results) -> str:
 
 if __name__ == "__main__":
     every = ["cost", "divergence", "control 0", "control 1", *map(" ".join, product(TASKS, map(str, SEEDS), METRICS))]
-    every += [f"pruning {task} {seed}" for task, seed in product(TASKS, SEEDS)]
+    every += [f"{kind} {task} {seed}" for kind, task, seed in product(("pruning", "refining"), TASKS, SEEDS)]
     for name in sys.argv[1:] or every:
         call, *given = name.split(" ")
         if call in TASKS:
             result = run(call, int(given[0]), given[1])
         else:
-            calls: dict[str, Any] = {"cost": cost, "divergence": divergence, "control": control, "pruning": pruning}
+            calls: dict[str, Any] = {"cost": cost, "divergence": divergence, "control": control}
+            calls |= {"pruning": pruning, "refining": refining}
             result = calls[call](*(int(each) if each.isdigit() else each for each in given))
         RESULT.write_text(json.dumps(dict(sorted({**committed(), name: result}.items())), indent=1) + "\n")

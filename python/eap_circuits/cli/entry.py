@@ -154,7 +154,7 @@ def _help(command: Callable[..., None]) -> str:
 
 
 def _register() -> None:
-    from .commands import about, attribute, card, data, demo, evaluate, report
+    from .commands import about, attribute, card, data, demo, evaluate, export, report
     from .commands.benchmarks import leaderboard, mib, reproduce
     from .commands.learning import circuits, rankings
 
@@ -169,6 +169,7 @@ def _register() -> None:
         evaluate.evaluate,
         evaluate.curve,
         card.card,
+        export.export,
         report.report,
         reproduce.reproduce,
         leaderboard.leaderboard,

@@ -186,7 +186,8 @@ def _circuits(
     found = [(circuit.mask, own)]
     if curve is None:
         return found
-    top = getattr(curve, "info", {}).get("how", "top") == "top"
+    how = getattr(curve, "info", {}).get("how", "top")
+    top, of = how == "top", "nodes" if how == "nodes" else "edges"
     for i, mask in enumerate(points):
         if mask is None:
             continue
@@ -195,7 +196,7 @@ def _circuits(
         if torch.equal(mask, circuit.mask) and "point" not in own:
             own |= known
         else:
-            known["label"] = f"{percent(curve.fractions[i])} of the edges, those on paths"
+            known["label"] = f"{percent(curve.fractions[i])} of the {of}, those on paths"
             found.append((mask, {**known, "n_edges": int(mask.sum())}))
     return found
 

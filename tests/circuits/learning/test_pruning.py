@@ -50,6 +50,17 @@ def test_what_goes_closes_the_gap():
         assert going.square().sum() < slopes.square().sum() * 100 / 1000
 
 
+@pytest.mark.parametrize(("number", "most"), [(2, 0), (3, 1)])
+def test_among_all_circuits_of_four_edges_few_are_better(number, most, all_circuits):
+    model, data, scores, every = all_circuits(number, 4)
+    found = eap.prune_gradually(model, data, start=scores, keep=0.9, n_edges=(4, scores.graph.n_edges))
+    start, pruned = (each.select(4, exactly=True) for each in (scores, found))
+    ran = eap.evaluate(model, [*every, start, pruned], data)
+    *apart, before, after = ((result.values - result.clean_values).abs().mean() for result in ran)
+    assert sum(each < after - 1e-6 for each in apart) <= most
+    assert sum(each < before - 1e-6 for each in apart) > 5, "EAP's circuit is not among the best"
+
+
 def by_hand(model, data, start, keep, smallest, largest):
     """The circuits of all rounds, one round at a time."""
     mask = start.select(largest).mask

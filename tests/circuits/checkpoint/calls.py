@@ -52,6 +52,6 @@ def long_calls(model: Any, data: Any) -> dict[str, Callable[..., Any]]:
         ),
         "learn_mask": partial(eap.learn_mask, model, data, start=scores, steps=3, examples=2),
         "prune_gradually": partial(eap.prune_gradually, model, data, start=scores, keep=0.5, n_edges=(3, 60)),
-        "refine": partial(eap.refine, model, circuit, data, rounds=4, candidates=4),
+        "refine": partial(eap.refine, model, eap.random_circuit(scores.graph, 30), data, rounds=4),
         "optimal_constants": partial(optimal_constants, model, circuit, data, steps=3, **SIZE),
     }

@@ -37,6 +37,7 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("docs/learning.md", f"{LEARNING}, cost"): learning.costs,
     ("docs/learning.md", f"{LEARNING}, control"): learning.controls,
     ("docs/report.md", EXPLORER): explorer.table,
+    ("docs/learning.md", f"{LEARNING}, pruning"): learning.prunings,
     ("docs/scale.md", SCALE): scale.predictions,
     ("docs/scale.md", LARGE): scale.measured,
     ("docs/models.md", f"{MODELS}, checks"): lambda _: models.checks(),

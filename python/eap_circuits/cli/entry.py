@@ -154,15 +154,18 @@ def _help(command: Callable[..., None]) -> str:
 
 
 def _register() -> None:
-    from .commands import about, acdc, attribute, card, data, demo, evaluate, export, learn, report
+    from .commands import about, attribute, card, data, demo, evaluate, export, report
     from .commands.benchmarks import leaderboard, mib, reproduce
+    from .commands.learning import circuits, rankings
 
     commands: tuple[Callable[..., None], ...] = (
         demo.demo,
         data.data,
         attribute.attribute,
-        learn.learn,
-        acdc.acdc,
+        rankings.learn,
+        rankings.prune,
+        circuits.acdc,
+        circuits.refine,
         evaluate.evaluate,
         evaluate.curve,
         card.card,

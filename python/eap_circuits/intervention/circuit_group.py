@@ -49,10 +49,15 @@ def together(graph: Graph, masks: Sequence[Tensor]) -> Tensor:
     return torch.stack([mask if graph.spans is None else graph.per_span(mask) for mask in masks]).cpu()
 
 
-def asked_of(graph: Graph, masks: Tensor) -> Asked:
-    """What masks ask for, as `together` gives them: with spans, at any of them."""
+def asked_of(graph: Graph, masks: Tensor, at: Tensor | None = None) -> Asked:
+    """What masks ask for, as `together` gives them: with spans, at any of them.
+
+    The receivers of edges `at`, bool [S, R], have to be computed, whatever masks keep of them.
+    """
     kept, edges = masks != 0, graph.edge_mask if graph.spans is None else graph.per_span(graph.edge_mask)
     full = (masks == 1) | ~edges
+    if at is not None:
+        kept, full = kept | at, full & ~at
     if graph.spans is not None:
         kept, full, graph = kept.any(1), full.all(1), graph.base
     closed = ~kept.any(1)

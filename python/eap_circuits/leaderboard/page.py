@@ -14,7 +14,7 @@ from ..files import write_whole
 from ..report.figures.style import INK, LETTERS, MUTED, NEGATIVE, PAPER, POSITIVE
 from ..reproduction.figures import panels
 from ..reproduction.page import FORMATS, markdown
-from .measure import LEARNED, START
+from .measure import LEARNED, PRUNED, START
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +59,8 @@ def page(results: Mapping[str, Any]) -> str:
         "Written by `eap leaderboard` from `leaderboard/leaderboard.json`. Every ranking sees the same "
         f"{settings['scored']} prompt pairs of a task; circuits are grown from the logits by absolute score and run on "
         f"{settings['pairs']} others, with the corrupted prompt's values outside. A seed is one of the pairs, and of "
-        f'what learning draws. "{LEARNED}" is `learn_mask` for {settings["steps"]} steps from the scores of `{START}`.',
+        f'what learning draws. "{LEARNED}" is `learn_mask` for {settings["steps"]} steps from the scores of `{START}`'
+        + (f', "{PRUNED}" is `prune_gradually` from them.' if PRUNED in _rankings(results) else "."),
         "\n".join(f"- {sentence}" for sentence in _verdicts(results)),
         "![Faithfulness against edges kept](leaderboard/faithfulness.png)",
         "![Cost against edges kept](leaderboard/cost.png)",

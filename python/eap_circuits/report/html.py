@@ -86,7 +86,7 @@ def write_report(
         picture=Markup(to_svg(draw_circuit(circuit))),
         chart=Markup(to_svg(draw_curve(curve))) if curve else None,
         sizes=curve_table(curve, circuit) if curve else None,
-        meaning=_RANK if info.get("method") == "learned" else _FALL,
+        meaning=_RANK if info.get("method") in _RANKED else _FALL,
         card=[card_table(card), card_line(card), cost_table(card)] if card else None,
         edges=edge_table(scores, circuit, N_EDGES),
         by_span=scores.graph.spans is not None,
@@ -102,6 +102,7 @@ def write_report(
 
 _FALL = "how much the metric is expected to fall when the edge is ablated"
 _RANK = "its rank among all edges in a ranking that was learned: 1 is the strongest"
+_RANKED = ("learned", "pruned")
 
 
 def _title(run: Mapping[str, str]) -> str:

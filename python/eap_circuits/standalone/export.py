@@ -21,13 +21,13 @@ from torch import Size, Tensor, nn
 
 from ..adapters import Architecture, Layer, bind, is_in_parts, linear_shape, sender_sites
 from ..errors import expected, known_arguments, warn
-from ..evaluation.optimal_ablation import check_circuit
 from ..files import check_folder, write_folder
 from ..forward import Hooks, borrowed, logit_distance, logit_tolerance
 from ..graph import Circuit
 from ..loans import gives_back
 from ..modules.projections import feature_dim, is_at_hand
 from ..ranks import together
+from ..request import check_circuit
 from ..texts.encoding import check_tokenizer
 
 _WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")  # what configurations call the number of an MLP's features

@@ -19,7 +19,7 @@ from eap_circuits.leaderboard import Settings, leaderboard, of_pairs, write_page
 from eap_circuits.leaderboard.page import edges_at, page
 
 SETTINGS = Settings(scored=2, pairs=3, seeds=(0, 1), steps=2, fractions=(0.1, 0.5, 1.0))
-RANKINGS = ("eap", "learned")
+RANKINGS = ("eap", "learned", "pruned")
 
 
 @pytest.fixture
@@ -43,6 +43,7 @@ def test_circuits_run_on_pairs_that_no_ranking_saw(model: Any, tasks: dict[str, 
             "eap": eap.attribute(model, few, method="eap"),
             "eap-ig-inputs": start,
             "learned": eap.learn_mask(model, few, start=start, steps=2, seed=seed),
+            "pruned": eap.prune_gradually(model, few, start=start),
         }
         for ranking, scores in found.items():
             circuits = [scores.select(int(f * scores.graph.n_edges), how="greedy") for f in SETTINGS.fractions]
@@ -73,7 +74,11 @@ def test_an_interrupted_run_goes_on_and_nothing_is_done_twice(
         yield lambda done, total: ran.append(what)
 
     whole = leaderboard(model, tasks, tmp_path, rankings=RANKINGS, settings=SETTINGS, watch=watch)
-    assert set(ran) == {"second, seed 0: learned", *(f"second, seed 1: {x}" for x in ("eap-ig-inputs", *RANKINGS))}
+    assert set(ran) == {
+        "second, seed 0: learned",
+        "second, seed 0: pruned",
+        *(f"second, seed 1: {x}" for x in ("eap-ig-inputs", *RANKINGS)),
+    }
     ran.clear()
     again = leaderboard(model, tasks, tmp_path, rankings=RANKINGS, settings=SETTINGS, watch=watch)
     assert not ran and again == whole

@@ -29,7 +29,7 @@ def leaderboard(
         str | None,
         option(
             "Scoring",
-            "Methods of [bold]eap attribute[/bold], and [bold]learned[/bold], separated by commas.  "
+            "Methods of [bold]eap attribute[/bold], [bold]learned[/bold], [bold]pruned[/bold]; commas between.  "
             + default("all but exact and eap-conductance"),
         ),
     ] = None,

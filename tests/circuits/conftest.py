@@ -46,6 +46,9 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -
         for parameter in model.parameters():
             if parameter.dim() == 1 or not parameter.any():
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        for path, buffer in model.named_buffers():
+            if path.endswith("layer_scalar"):  # a weight of Gemma 4's
+                buffer.uniform_(0.5, 1.5)
     return model.to(dtype).eval()
 
 

@@ -77,7 +77,7 @@ def page_data(
     content = {
         "title": title,
         "total": graph.n_edges,
-        "n_layers": graph.n_layers,
+        "n_layers": graph.numbers[-1] + 1,
         "nodes": _nodes(graph),
         "receivers": _receivers(graph),
         "edges": edges,
@@ -144,22 +144,19 @@ def _flags(mask: Tensor, u: Tensor, v: Tensor) -> dict[str, str]:
 
 
 def _nodes(graph: Graph) -> list[dict[str, Any]]:
-    """Name, layer (-1 for `input`), head (-1 if it is none) and receivers of each sender."""
-    place = [(-1, -1)]
-    for layer, heads in enumerate(graph.n_heads):
-        place += [(layer, head) for head in range(heads)] + [(layer, -1)]
-    rows = zip(graph.senders, place, graph.inputs, strict=True)
+    """Name, layer (-1 for `input`), column (a head, -1 for MLPs and `input`) and receivers of each sender."""
+    rows = zip(graph.senders, [(-1, -1), *graph.places], graph.inputs, strict=True)
     return [{"name": name, "layer": layer, "head": head, "inputs": inputs} for name, (layer, head), inputs in rows]
 
 
 def _receivers(graph: Graph) -> list[dict[str, Any]]:
     """Name, kind, layer (that after the last for `logits`) and owners of each receiver."""
     kinds = []
-    for layer in range(graph.n_layers):
+    for layer, number in enumerate(graph.numbers):
         for name, n in graph.head_inputs(layer):
-            kinds += [(name if name in ("q", "k", "v") else "other", layer)] * n
-        kinds.append(("mlp", layer))
-    kinds.append(("logits", graph.n_layers))
+            kinds += [(name if name in ("q", "k", "v") else "other", number)] * n
+        kinds.append(("mlp", number))
+    kinds.append(("logits", graph.numbers[-1] + 1))
     rows = zip(graph.receivers, kinds, graph.owners, strict=True)
     return [{"name": name, "kind": kind, "layer": layer, "owners": owners} for name, (kind, layer), owners in rows]
 

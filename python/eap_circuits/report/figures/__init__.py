@@ -180,6 +180,8 @@ def draw_circuit(circuit: Circuit, max_edges: int = 300) -> Figure:
 def draw_heatmap(graph: Graph, values: Tensor) -> Figure:
     """Scores of nodes, by layer and head, with the MLPs at the right; blue raises the metric, orange lowers it.
 
+    Per-layer embeddings are one more column behind the heads.
+
     Args:
         graph: the graph whose nodes these are.
         values: [S], in the order of `graph.senders`; that of `input` is said above. Spans are added up.
@@ -187,18 +189,18 @@ def draw_heatmap(graph: Graph, values: Tensor) -> Figure:
     graph, values = graph.base, values.unflatten(0, (-1, graph.n_spans)).sum(1)
     with matplotlib.rc_context(RC):
         columns = max(graph.n_heads)
+        behind = ["p"] if graph.per_layer else []
         # An empty column sets the MLPs apart.
-        grid = [[float("nan")] * (columns + 2) for _ in graph.n_heads]
-        for layer, row in enumerate(grid):
-            heads = values[graph.head_senders(layer)].tolist()
-            row[: len(heads)] = heads
-            row[-1] = float(values[graph.mlp_sender(layer)])
+        grid = [[float("nan")] * (columns + len(behind) + 2) for _ in range(graph.numbers[-1] + 1)]
+        for (layer, column), value in zip(graph.places, values[1:].tolist(), strict=True):
+            grid[layer][column] = value
         largest = max((abs(x) for row in grid for x in row if x == x), default=0.0) or 1.0
-        size = (1.9 + 0.28 * (columns + 2), 1.1 + 0.2 * len(grid))
+        size = (1.9 + 0.28 * len(grid[0]), 1.1 + 0.2 * len(grid))
         figure = _Picture(figsize=(max(size[0], 4.0), max(size[1], 2.0)), layout="constrained", label="nodes' scores")
         ax = figure.add_subplot()
         image = ax.imshow(grid, _DIVERGING, vmin=-largest, vmax=largest, origin="lower", aspect="auto")
-        ax.set_xticks([*range(columns), columns + 1], [*map(str, range(columns)), "MLP"])
+        ticks = [*range(columns + len(behind)), len(grid[0]) - 1]
+        ax.set_xticks(ticks, [*map(str, range(columns)), *behind, "MLP"])
         ax.set_xlabel("head", color=INK)
         ax.set_ylabel("layer", color=INK)
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -77,12 +77,10 @@ def place(circuit: Circuit, max_edges: int) -> Placement:
     owners = _owners(circuit, edges)
     shown = {u for u, _ in edges if u} | {u for heads in owners.values() for u in heads}
 
-    where: dict[int, tuple[int, int | None]] = {}  # sender index -> (layer, head or None)
-    for layer in range(graph.n_layers):
-        heads = graph.head_senders(layer)
-        where |= {u: (layer, u - heads.start) for u in range(heads.start, heads.stop) if u in shown}
-        if graph.mlp_sender(layer) in shown:
-            where[graph.mlp_sender(layer)] = (layer, None)
+    # sender index -> (layer, head or None)
+    where: dict[int, tuple[int, int | None]] = {
+        u: (layer, None if head < 0 else head) for u, (layer, head) in enumerate(graph.places, 1) if u in shown
+    }
     layers = sorted({layer for layer, _ in where.values()})
     heads_used = sorted({head for _, head in where.values() if head is not None})
     rows = {layer: 1.0 + i for i, layer in enumerate(layers)}

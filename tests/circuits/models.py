@@ -249,29 +249,6 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "codegen": ("codegen", {**_GPT2, "n_head": 4, "rotary_dim": 4, "n_inner": 40}),
     "deepseek-v2": ("deepseek_v2", {**_LATENT, "q_lora_rank": None, "topk_method": "greedy", "norm_topk_prob": False}),
     "deepseek-v3": ("deepseek_v3", {**_LATENT, "q_lora_rank": 10}),
-    "gemma4": (
-        "gemma4_text",
-        {
-            **_GEMMA4,
-            "num_hidden_layers": 4,
-            "layer_types": 2 * ["sliding_attention", "full_attention"],
-            "num_kv_shared_layers": 2,
-            "vocab_size_per_layer_input": VOCABULARY,
-            "hidden_size_per_layer_input": 5,
-            "use_double_wide_mlp": True,
-        },
-    ),
-    "gemma4-large": (
-        "gemma4_text",
-        {
-            **_GEMMA4,
-            "num_hidden_layers": 2,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "attention_k_eq_v": True,
-            "num_global_key_value_heads": 1,
-            "hidden_size_per_layer_input": 0,
-        },
-    ),
     "gpt-bigcode": ("gpt_bigcode", {**_GPT2, "n_inner": 40}),
     "granitemoeshared": (
         "granitemoeshared",
@@ -353,6 +330,32 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "modernbert-classes": (
         "modernbert",
         {**_ENCODER, "cls_token_id": None, "sep_token_id": None, "classifier_pooling": "mean", "num_labels": 3},
+    ),
+}
+# More of what else a layer may be. Their names come last, as a model's weights are random by its place among all.
+NEWER: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4": (
+        "gemma4_text",
+        {
+            **_GEMMA4,
+            "num_hidden_layers": 4,
+            "layer_types": 2 * ["sliding_attention", "full_attention"],
+            "num_kv_shared_layers": 2,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 5,
+            "use_double_wide_mlp": True,
+        },
+    ),
+    "gemma4-large": (
+        "gemma4_text",
+        {
+            **_GEMMA4,
+            "num_hidden_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "hidden_size_per_layer_input": 0,
+        },
     ),
 }
 # Of older transformers: what the model itself cannot do that tests need.

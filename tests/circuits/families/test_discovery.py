@@ -149,7 +149,7 @@ def test_mixers_without_queries_keys_and_values_are_discovered(kind, fields, out
         # Several residual streams.
         (
             "gemma3n_text",
-            {**_WIDE, "num_key_value_heads": 2, "vocab_size_per_layer_input": 59, "hidden_size_per_layer_input": 4},
+            {**_WIDE, "num_key_value_heads": 2, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 59},
             "4 that every layer mixes anew",
         ),
     ],

@@ -61,7 +61,8 @@ _STATES = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_n_gr
 _KINDS = ["sliding_attention", "full_attention"]
 _DELTA = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 _SHARED_KEYS = {"layer_types": 2 * _KINDS, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
-_PICTURED = _each(VOCABULARY - 1, "image_token_id", "video_token_id", "audio_token_id")
+# Padding takes the place of these tokens where there is no picture; here they are padding.
+_PICTURED = _each(0, "image_token_id", "video_token_id", "audio_token_id")
 _NO_LAYER_INPUTS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 _AS_DECODER = (
     *("bert", "bert-generation", "big_bird", "electra", "ernie", "megatron-bert", "reformer", "rembert", "roc_bert"),

@@ -394,6 +394,6 @@ class Graph:
     def __repr__(self) -> str:
         spans = "" if self.spans is None else f"spans {', '.join(self.spans.names)}; "
         return (
-            f"Graph({self.n_layers} layers, heads={self.heads!r}, {spans}{self.n_senders} senders, "
+            f"Graph({self.numbers[-1] + 1} layers, heads={self.heads!r}, {spans}{self.n_senders} senders, "
             f"{self.n_receivers} receivers, {self.n_edges} edges)"
         )

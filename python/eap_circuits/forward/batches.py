@@ -125,10 +125,6 @@ class Batch:
         each = torch.cat([other.repeat(corrupted), clean.repeat(copies - corrupted)])
         return (torch.arange(tokens, device=each.device) < each[:, None]).long()
 
-    def prompts(self, copies: int, corrupted: int) -> Tensor:
-        """int64 [m·E, T]: the tokens of m copies, the first of them corrupted."""
-        return torch.cat([self.corrupted.repeat(corrupted, 1), self.clean.repeat(copies - corrupted, 1)])
-
     def scored_rows(self, copies: int) -> Tensor:
         """The row of each scored position of m copies of the batch, int64."""
         if self.positions is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from ..graph import Graph
 from .batches import Batch
 from .hooks import Hooks
 from .layers.last_mlp import Scored, ScoredMLP, at_scored
-from .layers.per_layer import hold_per_layer
+from .layers.per_layer import give_per_layer
 from .layers.rescaling import Rescaling
 from .layers.rewriting import Rewriting
 from .prefixes.prefix import Prefix, WholePrompts, beginning, behind, parameters, run_prefixes, shared_tokens
@@ -122,12 +122,19 @@ class Runner:
                 start = stop
             yield module, columns
 
-    def logits(self, embeddings: Tensor, register: Register | None = None, corrupted: int = 0) -> Tensor:
+    def logits(
+        self,
+        embeddings: Tensor,
+        register: Register | None = None,
+        corrupted: int = 0,
+        alphas: Sequence[float] | None = None,
+    ) -> Tensor:
         """Logits at the scored positions: [m·E, T, D] -> [m·E, V], for m copies of the batch, one after another; or
         [m·E, P, V], where the data say which positions are scored (`Batch.by_example`).
 
         `register` adds hooks for this run. Hooks on a projection see its output concatenated and repeated. The first
-        `corrupted` copies are the corrupted prompts, scored at their own positions.
+        `corrupted` copies are the corrupted prompts, scored at their own positions. `alphas` are of copies that are
+        points between the corrupted prompts, 0, and the clean ones, 1, if there are any.
         """
         batch, (rows, suffix) = self.batch, embeddings.shape[:2]
         copies = rows // batch.n_rows
@@ -149,7 +156,7 @@ class Runner:
                 given["position_ids"] = (batch.start[:, None] + offset).minimum(last[:, None]).repeat(copies, 1)
         with Hooks(tokens=suffix) as hooks:
             if self.arch.per_layer is not None:
-                given |= hold_per_layer(self.arch, batch.prompts(copies, corrupted), hooks)
+                given |= give_per_layer(self.arch, batch, corrupted, alphas or [1.0] * (copies - corrupted), hooks)
             return self._run(embeddings, scored, given, hooks, register, hooks)
 
     def record(self, embeddings: Tensor, register: Register, corrupted: int = 0) -> Tensor:

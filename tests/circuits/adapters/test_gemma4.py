@@ -71,6 +71,27 @@ def test_neither_do_circuits(ablation):
         torch.testing.assert_close(found.values, right.values)
 
 
+def test_a_path_begins_at_the_corrupted_prompts_and_ends_at_the_clean_ones():
+    """With one segment every sender's change, also that of per-layer embeddings, is its whole difference."""
+    model, data = tiny_model("gemma4"), pairs_for("gemma4")
+    with StayDouble():
+        found = eap.attribute(model, data, method="eap-conductance", steps=1)
+        right = eap.attribute(model, data, method="clean-corrupted")
+    assert relative_error(found.values, right.values) < 1e-5
+
+
+def test_conductance_into_the_logits_is_the_metrics_difference():
+    """The trapezoid rule's error falls with M²."""
+    model, data = tiny_model("gemma4"), pairs_for("gemma4")
+    errors = []
+    with StayDouble():
+        for steps in (16, 64):
+            scores = eap.attribute(model, data, method="eap-conductance", steps=steps)
+            result = eap.evaluate(model, eap.Circuit.from_mask(scores.graph, scores.graph.edge_mask), data)
+            errors.append(abs(float(scores.values[:, -1].double().sum()) - (result.clean - result.corrupted)))
+    assert errors[1] < errors[0] / 8 or errors[1] < 1e-5 * float(scores.values.abs().max())
+
+
 @torch.no_grad()
 def test_per_layer_embeddings_of_a_circuit_are_the_clean_prompts():
     """Of the corrupted run only what one layer makes of them is replaced, and only the logits read that."""

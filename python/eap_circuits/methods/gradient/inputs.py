@@ -49,8 +49,9 @@ def score_along_inputs(request: AttributionRequest, batch: Batch, passes: Passes
 
     def run(part: Path) -> None:
         nonlocal senders
-        points = torch.cat([torch.lerp(side.corrupted_embeddings, side.clean_embeddings, a) for a, _ in part])
-        run_pass = partial(receivers.run, points, weights_of(request, part), loss)
+        alphas = [alpha for alpha, _ in part]
+        points = torch.cat([torch.lerp(side.corrupted_embeddings, side.clean_embeddings, a) for a in alphas])
+        run_pass = partial(receivers.run, points, weights_of(request, part), loss, alphas=alphas)
         if measured is None:
             senders, _ = less_clean(side, batch, run_pass)
         else:

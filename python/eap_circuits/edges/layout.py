@@ -205,14 +205,10 @@ class Graph:
         return f"a{self.numbers[layer]}", f"{block}{self.numbers[layer]}"
 
     @cached_property
-    def places(self) -> list[tuple[int, int]]:
-        """(layer of the model, column) of each sender but `input`, without spans: where figures show it.
-
-        The column is a head's index, -1 of an MLP, or one past all heads of per-layer embeddings.
-        """
-        blocks = [max(self.n_heads) if one else -1 for one in self.per_layer or (False,) * self.n_layers]
-        rows = zip(self.numbers, self.n_heads, blocks, strict=True)
-        return [(number, column) for number, h, block in rows for column in (*range(h), block)]
+    def titles(self) -> list[str]:
+        """What figures call each layer, [L]: "layer 3", or "p3" of per-layer embeddings."""
+        parts = self.per_layer or (False,) * self.n_layers
+        return [f"p{number}" if part else f"layer {number}" for number, part in zip(self.numbers, parts, strict=True)]
 
     @cached_property
     def senders(self) -> list[str]:

@@ -77,7 +77,7 @@ def page_data(
     content = {
         "title": title,
         "total": graph.n_edges,
-        "n_layers": graph.numbers[-1] + 1,
+        "layers": graph.titles,
         "nodes": _nodes(graph),
         "receivers": _receivers(graph),
         "edges": edges,
@@ -144,19 +144,25 @@ def _flags(mask: Tensor, u: Tensor, v: Tensor) -> dict[str, str]:
 
 
 def _nodes(graph: Graph) -> list[dict[str, Any]]:
-    """Name, layer (-1 for `input`), column (a head, -1 for MLPs and `input`) and receivers of each sender."""
-    rows = zip(graph.senders, [(-1, -1), *graph.places], graph.inputs, strict=True)
-    return [{"name": name, "layer": layer, "head": head, "inputs": inputs} for name, (layer, head), inputs in rows]
+    """Name, layer (-1 for `input`), head (-1 if it is none) and receivers of each sender; do paths begin there?"""
+    place = [(-1, -1)]
+    for layer, heads in enumerate(graph.n_heads):
+        place += [(layer, head) for head in range(heads)] + [(layer, -1)]
+    rows = zip(graph.senders, place, graph.inputs, graph.sources.tolist(), strict=True)
+    return [
+        {"name": name, "layer": layer, "head": head, "inputs": inputs, "source": source}
+        for name, (layer, head), inputs, source in rows
+    ]
 
 
 def _receivers(graph: Graph) -> list[dict[str, Any]]:
     """Name, kind, layer (that after the last for `logits`) and owners of each receiver."""
     kinds = []
-    for layer, number in enumerate(graph.numbers):
+    for layer in range(graph.n_layers):
         for name, n in graph.head_inputs(layer):
-            kinds += [(name if name in ("q", "k", "v") else "other", number)] * n
-        kinds.append(("mlp", number))
-    kinds.append(("logits", graph.numbers[-1] + 1))
+            kinds += [(name if name in ("q", "k", "v") else "other", layer)] * n
+        kinds.append(("mlp", layer))
+    kinds.append(("logits", graph.n_layers))
     rows = zip(graph.receivers, kinds, graph.owners, strict=True)
     return [{"name": name, "kind": kind, "layer": layer, "owners": owners} for name, (kind, layer), owners in rows]
 
@@ -183,7 +189,8 @@ def _circuits(
     found = [(circuit.mask, own)]
     if curve is None:
         return found
-    top = getattr(curve, "info", {}).get("how", "top") == "top"
+    how = getattr(curve, "info", {}).get("how", "top")
+    top, of = how == "top", "nodes" if how == "nodes" else "edges"
     for i, mask in enumerate(points):
         if mask is None:
             continue
@@ -192,7 +199,7 @@ def _circuits(
         if torch.equal(mask, circuit.mask) and "point" not in own:
             own |= known
         else:
-            known["label"] = f"{percent(curve.fractions[i])} of the edges, those on paths"
+            known["label"] = f"{percent(curve.fractions[i])} of the {of}, those on paths"
             found.append((mask, {**known, "n_edges": int(mask.sum())}))
     return found
 

@@ -180,8 +180,6 @@ def draw_circuit(circuit: Circuit, max_edges: int = 300) -> Figure:
 def draw_heatmap(graph: Graph, values: Tensor) -> Figure:
     """Scores of nodes, by layer and head, with the MLPs at the right; blue raises the metric, orange lowers it.
 
-    Per-layer embeddings are one more column behind the heads.
-
     Args:
         graph: the graph whose nodes these are.
         values: [S], in the order of `graph.senders`; that of `input` is said above. Spans are added up.
@@ -189,21 +187,24 @@ def draw_heatmap(graph: Graph, values: Tensor) -> Figure:
     graph, values = graph.base, values.unflatten(0, (-1, graph.n_spans)).sum(1)
     with matplotlib.rc_context(RC):
         columns = max(graph.n_heads)
-        behind = ["p"] if graph.per_layer else []
         # An empty column sets the MLPs apart.
-        grid = [[float("nan")] * (columns + len(behind) + 2) for _ in range(graph.numbers[-1] + 1)]
-        for (layer, column), value in zip(graph.places, values[1:].tolist(), strict=True):
-            grid[layer][column] = value
+        grid = [[float("nan")] * (columns + 2) for _ in graph.n_heads]
+        for layer, row in enumerate(grid):
+            heads = values[graph.head_senders(layer)].tolist()
+            row[: len(heads)] = heads
+            row[-1] = float(values[graph.mlp_sender(layer)])
         largest = max((abs(x) for row in grid for x in row if x == x), default=0.0) or 1.0
-        size = (1.9 + 0.28 * len(grid[0]), 1.1 + 0.2 * len(grid))
+        size = (1.9 + 0.28 * (columns + 2), 1.1 + 0.2 * len(grid))
         figure = _Picture(figsize=(max(size[0], 4.0), max(size[1], 2.0)), layout="constrained", label="nodes' scores")
         ax = figure.add_subplot()
         image = ax.imshow(grid, _DIVERGING, vmin=-largest, vmax=largest, origin="lower", aspect="auto")
-        ticks = [*range(columns + len(behind)), len(grid[0]) - 1]
-        ax.set_xticks(ticks, [*map(str, range(columns)), *behind, "MLP"])
+        ax.set_xticks([*range(columns), columns + 1], [*map(str, range(columns)), "MLP"])
         ax.set_xlabel("head", color=INK)
         ax.set_ylabel("layer", color=INK)
-        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+        if graph.per_layer:
+            ax.set_yticks(range(graph.n_layers), [title.removeprefix("layer ") for title in graph.titles])
+        else:
+            ax.yaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_title(f"input: {float(values[0]):+.4g}", loc="left", color=MUTED, fontsize=8)
         ax.tick_params(colors=MUTED, labelcolor=INK, length=0)
         ax.set_facecolor("none")
@@ -232,8 +233,8 @@ def _draw_bars(ax: Axes, placement: Placement) -> None:
     for y, name in ((bottom - 0.15, "input"), (top + 0.15, "logits")):
         _box(ax, middle, y, placement.width, 0.3, facecolor=NODE, edgecolor=MUTED, zorder=6)
         ax.text(middle, y, name, ha="center", va="center_baseline", color=INK, fontsize=8, zorder=7)
-    for layer, y in placement.layers:
-        ax.text(-0.2, y, f"layer {layer}", ha="right", va="center_baseline", color=MUTED, fontsize=7)
+    for title, y in placement.layers:
+        ax.text(-0.2, y, title, ha="right", va="center_baseline", color=MUTED, fontsize=7)
         ax.plot([-0.12, placement.width], [y, y], color=FAINT, linewidth=0.5, zorder=0)
 
 

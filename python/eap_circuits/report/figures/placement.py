@@ -50,7 +50,7 @@ class Placement:
     boxes: list[Box] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
     groups: list[tuple[Point, Point]] = field(default_factory=list)
-    layers: list[tuple[int, float]] = field(default_factory=list)
+    layers: list[tuple[str, float]] = field(default_factory=list)
     width: float = 0.0
     height: float = 0.0
     bars: tuple[float, float] = (0.0, 0.0)
@@ -77,17 +77,19 @@ def place(circuit: Circuit, max_edges: int) -> Placement:
     owners = _owners(circuit, edges)
     shown = {u for u, _ in edges if u} | {u for heads in owners.values() for u in heads}
 
-    # sender index -> (layer, head or None)
-    where: dict[int, tuple[int, int | None]] = {
-        u: (layer, None if head < 0 else head) for u, (layer, head) in enumerate(graph.places, 1) if u in shown
-    }
+    where: dict[int, tuple[int, int | None]] = {}  # sender index -> (layer, head or None)
+    for layer in range(graph.n_layers):
+        heads = graph.head_senders(layer)
+        where |= {u: (layer, u - heads.start) for u in range(heads.start, heads.stop) if u in shown}
+        if graph.mlp_sender(layer) in shown:
+            where[graph.mlp_sender(layer)] = (layer, None)
     layers = sorted({layer for layer, _ in where.values()})
     heads_used = sorted({head for _, head in where.values() if head is not None})
     rows = {layer: 1.0 + i for i, layer in enumerate(layers)}
     columns: dict[int | None, float] = {head: 0.5 + i for i, head in enumerate(heads_used)}
     columns[None] = len(heads_used) + (0.9 if heads_used else 0.5)
 
-    placement = Placement(layers=[(layer, rows[layer]) for layer in layers])
+    placement = Placement(layers=[(graph.titles[layer], rows[layer]) for layer in layers])
     any_mlp = any(head is None for _, head in where.values())
     placement.width = max(columns[None] + 0.6 if any_mlp else len(heads_used), 3.0)
     placement.height = len(rows) + 1.0 + _MLP_RISE

@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from .methods import Plan, attribute, plan
     from .metrics import METRICS
     from .selfcheck import check_model, discover
-    from .standalone import CircuitModel, circuit_model
+    from .standalone import CircuitModel, circuit_model, export_model
     from .tasks import PairedDataset, load_task
 
 # Public names are loaded on first use, so that graphs load without transformers.
@@ -107,6 +107,7 @@ _HOME = {
     "METRICS": "metrics",
     "CircuitModel": "standalone",
     "circuit_model": "standalone",
+    "export_model": "standalone",
     "PairedDataset": "tasks",
     "load_task": "tasks",
 }

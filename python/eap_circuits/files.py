@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import secrets
+import shutil
 import stat
 import struct
 from collections.abc import Callable, Collection, Mapping
@@ -85,6 +86,47 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
             spare.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not every file system can
         _sync(target.parent, os.O_RDONLY)
+    return path
+
+
+def check_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the path if a folder can be made there, or an empty one is, else raise `InputError`. Writes nothing."""
+    path, wanted = _path(path), "a new or an empty folder"
+    if follows():
+        return path
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise expected(str(path), wanted, "one with files")
+    elif check_writable(path).exists():
+        raise expected(str(path), wanted, "a file")
+    return path
+
+
+def write_folder(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
+    """Call `write` on a temporary folder beside `path`, then move it into place: whole or not at all.
+
+    Of the ranks that share a call, only the first writes.
+
+    Raises:
+        InputError: it cannot be written, whichever library says so, or a folder with files is there.
+    """
+    path = check_folder(path)
+    if follows():
+        return path
+    target = _target(path)
+    spare = target.with_name(f".eap-{secrets.token_hex(8)}")
+    try:
+        spare.mkdir()
+        write(spare)
+        if target.is_dir():
+            target.rmdir()  # not every system puts a folder in the place of an empty one
+        spare.rename(target)
+    except InputError:
+        raise
+    except DAMAGED as error:
+        raise InputError(f"{path}: cannot be written ({_why(error)}).") from error
+    finally:
+        shutil.rmtree(spare, ignore_errors=True)
     return path
 
 

@@ -154,7 +154,7 @@ def _help(command: Callable[..., None]) -> str:
 
 
 def _register() -> None:
-    from .commands import about, acdc, attribute, card, data, demo, evaluate, learn, report
+    from .commands import about, acdc, attribute, card, data, demo, evaluate, export, learn, report
     from .commands.benchmarks import leaderboard, mib, reproduce
 
     commands: tuple[Callable[..., None], ...] = (
@@ -166,6 +166,7 @@ def _register() -> None:
         evaluate.evaluate,
         evaluate.curve,
         card.card,
+        export.export,
         report.report,
         reproduce.reproduce,
         leaderboard.leaderboard,

@@ -373,6 +373,12 @@ class Graph:
         read[self.logits_receiver] = True
         return read
 
+    def between(self, kept: Tensor) -> Tensor:
+        """bool [S, R]: all edges among the nodes of these senders, bool [S], `input` and `logits`."""
+        kept = kept.clone()
+        kept[: self.n_spans] = True
+        return self.edge_mask & kept[:, None] & self.read(kept)
+
     def connected(self, mask: Tensor) -> Tensor:
         """bool [S]: senders with a kept edge going out or coming in; mask bool [S, R]."""
         return self._entered(mask.any(0)) | mask.any(1)

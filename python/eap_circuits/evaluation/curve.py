@@ -13,7 +13,7 @@ from ..checkpoint import Where
 from ..display import Result, drawn, library
 from ..errors import SEEDS, expected, flag, instance, known_arguments, listed, number, one_of, whole
 from ..forward import Constants, one_want_of_memory
-from ..graph import Circuit, EdgeScores
+from ..graph import Circuit, EdgeScores, NodeScores
 from ..provenance import COMMAND, called
 from ..ranks import together
 from ..request import Progress
@@ -31,8 +31,9 @@ FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 class Curve(Result):
     """Circuits of growing size by the same scores, and their faithfulness.
 
-    `fractions` are the shares of all edges asked for, `n_edges` the numbers left after pruning; `baselines` holds the
-    baselines that were measured, by name; `info` says what ran, and where the scores came from.
+    `fractions` are the shares asked for, of all edges, or by scores of nodes of all heads and MLPs; `n_edges` are the
+    numbers of edges left after pruning; `baselines` holds the baselines that were measured, by name; `info` says what
+    ran, and where the scores came from.
     """
 
     fractions: tuple[float, ...]
@@ -68,9 +69,9 @@ class Curve(Result):
     def cpr(self) -> float:
         """Integrated circuit performance ratio of MIB (arXiv 2504.13151, §3): ∫ f(C_k) dk, more is better.
 
-        f is faithfulness, C_k the circuit with a share k of all edges. The integral is taken by the trapezoid rule over
-        `fractions`, by default MIB's. MIB ranks edges by the signed score for CPR: pass `signed=True` to compare with
-        it.
+        f is faithfulness, C_k the circuit with a share k of all edges, or nodes. The integral is taken by the trapezoid
+        rule over `fractions`, by default MIB's. MIB ranks by the signed score for CPR: pass `signed=True` to compare
+        with it.
         """
         return cpr(self.fractions, self.faithfulness)
 
@@ -118,7 +119,7 @@ class Curve(Result):
 @one_want_of_memory
 def faithfulness_curve(
     model: nn.Module,
-    scores: EdgeScores,
+    scores: EdgeScores | NodeScores,
     data: PairedDataset,
     fractions: Sequence[float] = FRACTIONS,
     *,
@@ -141,15 +142,15 @@ def faithfulness_curve(
     Faithfulness is (m(C) − m(∅)) / (m(M) − m(∅)): C the circuit, M the whole model, ∅ the run with all edges ablated.
 
     Args:
-        scores: edge scores of this model.
-        fractions: shares of all edges, growing, each in (0, 1].
-        how, signed: as in `EdgeScores.select` ("top" or "greedy").
+        scores: edge scores of this model, or its node scores: then circuits are those of `NodeScores.select`.
+        fractions: shares of all edges, or of all heads and MLPs, growing, each in (0, 1].
+        how, signed: as in `EdgeScores.select` ("top" or "greedy"; of nodes only "top").
         model, data, metric, ablation, batch_size, reuse_prefix, progress, ablation_data, memory, checkpoint: as in
             `evaluate`.
         baselines: what else to measure at every size: "random" (connected circuits with as many edges), "complement"
             (all other edges). Each costs about as much as the curve, "random" for every seed.
         seeds: one random circuit is drawn for each seed and size.
-        among: as in `EdgeScores.select`; larger sizes take all edges of `among`.
+        among: as in `EdgeScores.select`, of edges only; larger sizes take all edges of `among`.
 
     Raises:
         InputError: fractions that do not grow within (0, 1], an unknown baseline, no seeds, or anything that
@@ -160,7 +161,8 @@ def faithfulness_curve(
         >>> curve.cpr, curve.cmd, curve.baselines["random"].cpr
     """
     call = called(faithfulness_curve, locals())
-    instance("scores", scores, EdgeScores, "EdgeScores, such as attribute returns")
+    if not isinstance(scores, NodeScores):
+        instance("scores", scores, EdgeScores, "EdgeScores, such as attribute returns")
     signed, wanted = flag("signed", signed), "growing numbers in (0, 1]"
     fractions = tuple(number("fractions", f, wanted) for f in listed("fractions", fractions, wanted))
     grows = all(a < b for a, b in pairwise(fractions))
@@ -172,7 +174,13 @@ def faithfulness_curve(
     seeds = tuple(whole("seeds", seed, *SEEDS) for seed in listed("seeds", seeds, "a list of whole numbers"))
     if not seeds and any(BASELINES[name].drawn for name in baselines):
         raise expected("seeds", "at least one", "none")
-    circuits = scores.select_sizes([int(f * scores.graph.n_edges) for f in fractions], how, signed, among)
+    if isinstance(scores, NodeScores):
+        if how != "top" or among is not None:
+            raise expected("scores", "EdgeScores with another how than 'top', or with among", "NodeScores")
+        nodes = scores.graph.n_senders - scores.graph.n_spans
+        how, circuits = "nodes", tuple(scores.select(int(f * nodes), signed) for f in fractions)
+    else:
+        circuits = scores.select_sizes([int(f * scores.graph.n_edges) for f in fractions], how, signed, among)
     others = {name: BASELINES[name].circuits(circuits, seeds) for name in baselines}
     rows = [circuits, *(row for draws in others.values() for row in draws)]
     flat = evaluate(

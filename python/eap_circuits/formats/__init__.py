@@ -51,9 +51,14 @@ def save(path: str | os.PathLike[str], kind: str, content: Content) -> None:
 
 
 def save_nodes(path: str | os.PathLike[str], content: Content) -> None:
-    """Write scores of nodes as `.safetensors`, whole or not at all."""
-    suffix_of(path, SUFFIXES[:1])
-    own.write(path, {"format": _NODES}, checked(content, nodes=True))
+    """Write scores of nodes as `.safetensors`, or as EAP-IG's `.json` or `.pt`, whole or not at all."""
+    suffix, content = check_savable(path, content.graph), checked(content, nodes=True)
+    if suffix == ".safetensors":
+        own.write(path, {"format": _NODES}, content)
+    elif suffix == ".json":
+        eap_ig.write_nodes_json(path, content)
+    else:
+        eap_ig.write_neurons_pt(path, content)
 
 
 def load(path: str | os.PathLike[str]) -> Content:

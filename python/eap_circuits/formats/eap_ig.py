@@ -41,10 +41,15 @@ def check_graph(graph: Graph) -> None:
         raise expected("EAP-IG's formats", "queries, keys and values in every layer", f"inputs {graph.reads}")
 
 
-def write_json(path: str | os.PathLike[str], content: Content) -> None:
+def write_json(path: str | os.PathLike[str], content: Content, of_nodes: Tensor | None = None) -> None:
+    """`of_nodes`: scores of the senders, [S]."""
     graph, values, mask = _as_query(content)
     flags = graph.connected(mask).tolist()
+    nodes: dict[str, dict[str, Any]]
     nodes = {name: {"in_graph": flag} for name, flag in zip(graph.senders, flags, strict=True)}
+    if of_nodes is not None:
+        for name, score in zip(graph.senders[1:], of_nodes[1:].tolist(), strict=True):
+            nodes[name]["score"] = score
     nodes["logits"] = {"in_graph": True}
     head = {"cfg": _cfg(content.graph), "nodes": nodes, "info": parse_json(info_text(content.info))}
     read = {"scores": values.float().masked_fill(~graph.edge_mask, 0), "in_graph": mask}
@@ -62,7 +67,7 @@ def write_json(path: str | os.PathLike[str], content: Content) -> None:
     write_whole(path, write)
 
 
-def write_pt(path: str | os.PathLike[str], content: Content) -> None:
+def write_pt(path: str | os.PathLike[str], content: Content, more: dict[str, Tensor] | None = None) -> None:
     graph, values, mask = _as_query(content)
     head = {
         "cfg": _cfg(content.graph),
@@ -71,8 +76,31 @@ def write_pt(path: str | os.PathLike[str], content: Content) -> None:
         "info": info_text(content.info),
     }
     tensors = {"edges_scores": values, "edges_in_graph": mask, "nodes_in_graph": graph.connected(mask)}
+    tensors |= more or {}
     sealed = {**head, **tensors, CHECKSUM: digest(head, tensors)}
     write_whole(path, lambda file: torch.save(sealed, file))
+
+
+# EAP-IG keeps what has no score in every circuit. So `input` has none: a circuit without it is none.
+
+
+def write_nodes_json(path: str | os.PathLike[str], content: Content) -> None:
+    """Scores of nodes; edges have none."""
+    write_json(path, _without_scores(content), content.tensors["values"])
+
+
+def write_neurons_pt(path: str | os.PathLike[str], content: Content) -> None:
+    """Scores of nodes' dimensions, which EAP-IG calls neurons; edges and nodes have none."""
+    if "neurons" not in content.tensors:
+        raise expected(str(path), 'scores of attribute(keep="neurons")', "scores of nodes, which go into .json")
+    neurons = content.tensors["neurons"].float().clone()
+    neurons[0] = torch.nan
+    none = torch.zeros(neurons.shape, dtype=torch.bool)
+    write_pt(path, _without_scores(content), {"neurons_in_graph": none, "neurons_scores": neurons})
+
+
+def _without_scores(content: Content) -> Content:
+    return Content(content.graph.with_heads("query"), {}, content.info)  # which has the same senders
 
 
 def _cfg(graph: Graph) -> dict[str, Any]:
@@ -147,6 +175,7 @@ class _Edges:
             if isinstance(node, dict) and "neurons" in node:
                 raise expected("nodes", "edges only", "neuron-level entries, which are not supported")
             flag(f"node {name}", node.get("in_graph", False) if isinstance(node, dict) else node)
+        self._nodes_scored = any(isinstance(node, dict) and node.get("score") is not None for node in nodes.values())
         self._row = {name: u for u, name in enumerate(query.senders)}
         self._column = {name: v for v, name in enumerate(query.receivers)}
         if room < _LEAST * query.n_edges:  # before there is a tensor of them
@@ -186,12 +215,14 @@ class _Edges:
         self._scores[rows, columns] = torch.tensor(scores, dtype=torch.float32)
 
     def check(self) -> None:
-        """Refuse a file without some edge, or with scores of only some."""
+        """Refuse a file without some edge, with scores of only some, or with scores of nodes in their place."""
         if self._n < self._query.n_edges:
             wanted = f"all {self._query.n_edges:,} edges of the graph that cfg describes"
             raise expected("edges", wanted, f"{self._n:,}")
         if 0 < self._unscored < self._n:
             raise expected("edges", "a score of each edge, or of none", f"{self._unscored:,} without")
+        if self._nodes_scored and not self._scores.any() and not self.mask.any():
+            raise expected("file", "scores of edges, or a circuit", "scores of nodes only")
 
     @property
     def values(self) -> Tensor | None:

@@ -79,6 +79,14 @@ class Circuit(Result):
         """The circuit of all other edges."""
         return Circuit(self.graph, self.graph.edge_mask & ~self.mask, info={**self.info, "complement": True})
 
+    def node_circuit(self) -> Circuit:
+        """The circuit of all edges among this one's heads and MLPs, those on its paths, with `input` and `logits`.
+
+        Under zero ablation it is what `export_model` writes.
+        """
+        kept = prune(self.graph, self.mask).any(1)
+        return Circuit(self.graph, self.graph.between(kept), info={**self.info, "node_circuit": True})
+
     def across_spans(self) -> Circuit:
         """The circuit of the edges that are kept at any span, of the graph without spans."""
         values = None if self.values is None else self.graph.per_span(self.values.double()).sum(0).float()

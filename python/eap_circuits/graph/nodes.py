@@ -66,9 +66,8 @@ class NodeScores(Result):
         rank = self.values if signed else self.values.abs()
         kept = torch.zeros(self.graph.n_senders, dtype=torch.bool)
         kept[inputs + rank[inputs:].argsort(descending=True, stable=True)[:n_nodes]] = True
-        kept[:inputs] = True
         info = {**self.info, "selection": {"how": "nodes", "n_nodes": n_nodes, "signed": signed}}
-        return Circuit(self.graph, self.graph.edge_mask & kept[:, None] & self.graph.read(kept), info=info)
+        return Circuit(self.graph, self.graph.between(kept), info=info)
 
     def top_nodes(self, n: int = 20) -> list[tuple[str, float]]:
         """The n nodes of largest absolute score: (sender, score)."""
@@ -92,13 +91,18 @@ class NodeScores(Result):
         return drawn("draw_heatmap", self.graph, self.values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `.safetensors`, whole or not at all."""
+        """Write `.safetensors`; or, for EAP-IG and MIB, `.json` with the scores of the nodes or `.pt` with those of
+        their dimensions ("neurons"), in both without one of `input`, which is so in every circuit. Whole or not at all.
+
+        Raises:
+            InputError: a place that cannot be written to, `.pt` without `neurons`, or a graph that EAP-IG cannot have.
+        """
         neurons = {} if self.neurons is None else {"neurons": self.neurons}
         formats.save_nodes(path, formats.Content(self.graph, {"values": self.values, **neurons}, self.info))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> NodeScores:
-        """Read what `save` wrote. Raises `InputError` for anything else."""
+        """Read the `.safetensors` that `save` wrote. Raises `InputError` for anything else."""
         graph, tensors, info = formats.load_nodes(path)
         return cls(graph, tensors["values"], tensors.get("neurons"), info)
 

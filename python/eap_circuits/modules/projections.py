@@ -128,6 +128,11 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
 
 
+def feature_dim(module: nn.Module, out: bool) -> int:
+    """In which dimension of its own weight a linear module has its features: those that come out, or that go in."""
+    return int(isinstance(module, Conv1D) == out)
+
+
 def linear_weight(module: nn.Module) -> Tensor:
     """The weight of a linear module as [out, in], without gradient.
 

@@ -71,7 +71,7 @@ def gibibytes(value: int) -> str:
 def curve_table(curve: CurveLike, circuit: Circuit | None = None) -> Table:
     """Faithfulness by circuit size, with the baselines' means; the row of `circuit` is marked if it has one."""
     columns = [
-        Column("fraction", "share of edges taken", percent, numeric=True),
+        Column("fraction", "share taken", percent, numeric=True),
         Column("n_edges", "edges kept", count, numeric=True),
         Column("faithfulness", "faithfulness", number, numeric=True),
         Column("mean", "mean metric", number, numeric=True),

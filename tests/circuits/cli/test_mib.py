@@ -41,19 +41,43 @@ def test_submission_is_what_the_scripts_of_mib_read(rows, tmp_path):
     assert all(node["in_graph"] in (True, False) for node in written_down["nodes"].values())
     edges = written_down["edges"]
     assert len(edges) == graph.n_edges and all({"score", "in_graph"} <= edge.keys() for edge in edges.values())
-    # Scores are of the first rows only, and the areas those of MIB's own sum over its shares.
+    # Scores are of the first rows only.
     data = eap.PairedDataset.from_mib(train, tokenizer())[:2]
     right = eap.attribute(model, data, steps=2, heads="query")
     u, v = graph.senders.index("a0.h1"), graph.receivers.index("m1")
     assert edges["a0.h1->m1"]["score"] == pytest.approx(float(right.values[u, v]))
+    check_areas(found, model, validation, right, graph.n_edges)
+
+
+def check_areas(found, model, validation, scores, n):
+    """CPR and CMD are the areas of MIB's own sum over its shares of all n edges or nodes."""
     held_out = eap.PairedDataset.from_mib(validation, tokenizer())
     for area, signed in (("cpr", True), ("cmd", False)):
         sizes = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
-        circuits = [right.select(int(share * graph.n_edges), signed=signed) for share in sizes]
+        circuits = [scores.select(int(share * n), signed=signed) for share in sizes]
         kept = [result.faithfulness for result in eap.evaluate(model, circuits, held_out)]
         heights = kept if signed else [abs(1 - f) for f in kept]
         points = pairwise(zip(sizes, heights))
         assert found[area] == pytest.approx(sum((y - x) * (f + g) / 2 for (x, f), (y, g) in points))
+
+
+def test_levels_of_nodes_and_neurons(rows, tmp_path):
+    model, train, validation = rows
+    out = tmp_path / "circuits"
+    given = ("--data", train, "--validation", validation, "--steps", 2, "--out", out, "--json", "--level")
+    right = eap.attribute(model, eap.PairedDataset.from_mib(train, tokenizer()), steps=2, keep="neurons").node_scores()
+    found = json.loads(run("mib", "tiny", "ioi_gpt2", *given, "node").stdout)
+    file = out / "eap-ig-inputs_patching_node" / "ioi_gpt2" / "importances.json"
+    nodes = json.loads(file.read_text())["nodes"]
+    assert [nodes[name]["score"] for name in right.graph.senders[1:]] == pytest.approx(right.values[1:].tolist())
+    check_areas(found, model, validation, right, 8)  # 2 layers of 3 heads and an MLP
+    found = json.loads(run("mib", "tiny", "ioi_gpt2", *given, "neuron").stdout)
+    file = out / "eap-ig-inputs_patching_neuron" / "ioi_gpt2" / "importances.pt"
+    assert found == {"entry": "ioi_gpt2", "files": {"scores": str(file)}}
+    neurons = torch.load(file, weights_only=True)["neurons_scores"]
+    torch.testing.assert_close(neurons[1:], right.neurons[1:])
+    said = run("mib", "tiny", "ioi_gpt2", *given, "node", "--method", "information-flow-routes", code=2).stderr
+    assert "expected a gradient method with --level node" in " ".join(said.split())
 
 
 def test_both_areas_are_printed(rows, tmp_path):

@@ -142,6 +142,18 @@ def test_curve_ends_at_the_model_and_areas_are_trapezoids(make_model, make_pairs
     assert curve.to_dict()["faithfulness"] == list(curve.faithfulness)
 
 
+def test_a_curve_of_nodes_has_shares_of_all_heads_and_mlps(make_model, make_pairs):
+    model, data = make_model("llama", torch.float32), make_pairs(seed=4)
+    scores = eap.attribute(model, data, method="eap").node_scores()
+    curve = eap.faithfulness_curve(model, scores, data, (0.1, 0.5, 1.0), signed=True)
+    circuits = [scores.select(n, signed=True) for n in (2, 10, 21)]  # of 3 layers of 6 heads and an MLP
+    assert list(curve.circuits) == circuits
+    assert curve.faithfulness == pytest.approx([found.faithfulness for found in eap.evaluate(model, circuits, data)])
+    assert curve.info["how"] == "nodes"
+    with pytest.raises(eap.InputError, match="another how than 'top', or with among, found NodeScores"):
+        eap.faithfulness_curve(model, scores, data, how="greedy")
+
+
 def test_baselines_are_other_circuits_of_the_same_sizes(make_model, make_pairs):
     model, data = make_model("llama"), make_pairs(seed=5)
     scores = eap.attribute(model, data)

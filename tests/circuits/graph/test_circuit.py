@@ -41,6 +41,17 @@ def test_pruned_drops_dead_ends() -> None:
     assert circuit_of(("input", "a0.h1<q>"), ("a0.h1", "logits"), ("input", "m0")).pruned() == live
 
 
+def test_a_node_circuit_has_every_edge_between_the_nodes_on_paths() -> None:
+    graph = Graph((2, 2), (1, 1), d_model=8)
+    edges = [("input", "a0.h0<v>"), ("a0.h1", "m1"), ("m1", "logits"), ("input", "m0"), ("m0", "a1.h0<q>")]
+    found = circuit_of(*edges, graph=graph).node_circuit()
+    # m0 leads nowhere, as nothing reads a1.h0; a0.h1 shares its key and its value with a0.h0, which writes nothing.
+    right = [("input", "a0.h1<q>"), ("input", "a0.h0<k>"), ("input", "a0.h0<v>"), ("input", "m1"), ("a0.h1", "m1")]
+    right += [(sender, "logits") for sender in ("input", "a0.h1", "m1")]
+    assert sorted(found.edges) == sorted(right)
+    assert circuit_of(graph=graph).node_circuit().edges == [("input", "logits")]
+
+
 @pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("heads", ["kv", "query"])
 def test_pruning_leaves_what_its_rule_leaves(parallel: bool, heads: Heads) -> None:

@@ -155,8 +155,8 @@ def test_other_files_are_refused(tmp_path):
     for name in ("x.json", "x.pt"):
         with pytest.raises(eap.InputError, match=r"expected a name ending in \.safetensors"):
             eap.NodeScores.load(tmp_path / name)
-        with pytest.raises(eap.InputError, match=r"expected a name ending in \.safetensors"):
-            eap.NodeScores(GRAPHS[0], torch.zeros(9)).save(tmp_path / name)
+    with pytest.raises(eap.InputError, match=r"expected a name ending in \.safetensors, \.json, \.pt"):
+        eap.NodeScores(GRAPHS[0], torch.zeros(9)).save(tmp_path / "x.csv")
     with pytest.raises(eap.InputError, match="expected a file, found nothing there"):
         eap.NodeScores.load(tmp_path / "x.safetensors")
     graph = '{"n_heads": [2], "n_kv_heads": [1], "d_model": 8}'

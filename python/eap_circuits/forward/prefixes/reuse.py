@@ -105,20 +105,20 @@ def _tried_run(run: Callable[[], Tensor], plain: Tensor, arch: Architecture) -> 
         if out_of_memory(error):
             raise
         return reason(error)
-    apart = _apart(found, plain)
+    apart = logit_distance(found, plain)
     # Logits that are not finite are said to be so where the metric is taken.
-    if bool((apart > _tolerance(arch)).any()):
+    if bool((apart > logit_tolerance(arch)).any()):
         return f"behind it logits differ from plain ones by {float(apart.nan_to_num().max()):.2g} of their size"
     return None
 
 
-def _apart(found: Tensor, plain: Tensor) -> Tensor:
+def logit_distance(found: Tensor, plain: Tensor) -> Tensor:
     """Each row's relative difference, without what is added to all logits of a row alike."""
     found, plain = (x.double() - x.double().mean(1, keepdim=True) for x in (found, plain))
     return (found - plain).norm(dim=1) / plain.norm(dim=1).clamp(min=1e-30)
 
 
-def _tolerance(arch: Architecture) -> float:
+def logit_tolerance(arch: Architecture) -> float:
     """The root of the coarsest weights' precision; integers are quantised weights."""
     dtypes = {weight.dtype for weight in arch.model.parameters()}
     known = (dtype if dtype.is_floating_point else torch.bfloat16 for dtype in dtypes)
@@ -130,6 +130,6 @@ def _check_causal(arch: Architecture, whole: Batch, first: Tensor) -> None:
     before = (first - 1).clamp(min=0).to(whole.scored.device)
     same = (first > 0).to(whole.scored.device)
     corrupted, clean = _logits(arch, arch.graph("kv"), replace(whole, scored=before, corrupted_scored=before)).chunk(2)
-    if bool((_apart(corrupted, clean)[same] > _tolerance(arch)).any()):
+    if bool((logit_distance(corrupted, clean)[same] > logit_tolerance(arch)).any()):
         name = type(arch.model).__name__
         raise expected(name, "a causal language model, in which no token sees later ones", "one in which they do")

@@ -9,9 +9,14 @@ import typer
 
 from ... import options, session
 from ...console import check_outputs, keep_elsewhere, progress, say, show_json, show_table, write
-from ...options import option
+from ...options import among, option
 
 _FILE = "rows of the benchmark: .json, .jsonl or .parquet"
+_LEVELS = {
+    "edge": "edges, with keys and values of each query head; .json",
+    "node": "heads and MLPs; .json",
+    "neuron": "dimensions of what each head and MLP writes to the residual stream; .pt, and not measured here",
+}
 
 
 def mib(
@@ -20,6 +25,7 @@ def mib(
     data: Annotated[Path, option("Prompts", f"Score edges on these {_FILE}.")],
     validation: Annotated[Path, option("Prompts", f"Run circuits on these {_FILE}.")],
     n: Annotated[int, option("Prompts", "Pairs to score edges on, the first ones.", "-n", min=1)] = 100,
+    level: Annotated[str, option("Scoring", "What is scored: edge, node or neuron.", **among(_LEVELS))] = "edge",
     method: options.Method = "eap-ig-inputs",
     steps: options.Steps = 5,
     quadrature: options.Quadrature = "right",
@@ -32,24 +38,26 @@ def mib(
     out: Annotated[Path, option("Output", "Where the submission is made.", metavar="DIR")] = Path("circuits"),
     as_json: options.Json = False,
 ) -> None:
-    """Score edges for the circuit track of MIB (arXiv 2504.13151), write its submission, and measure CPR and CMD.
+    """Score a model for the circuit track of MIB (arXiv 2504.13151), write its submission, and measure CPR and CMD.
 
-    It writes DIR/METHOD_ABLATION_edge/ENTRY/importances.json, which the benchmark's run_evaluation.py reads with
-    --circuit-dir DIR, and its leaderboard in a repository of the hub: DIR/METHOD_ABLATION_edge is what to upload, with
-    two tasks and two models or more in it. Scores are of edges, with keys and values of each query head.
+    It writes DIR/METHOD_ABLATION_LEVEL/ENTRY/importances.json, which the benchmark's run_evaluation.py reads with
+    --circuit-dir DIR, and its leaderboard in a repository of the hub: DIR/METHOD_ABLATION_LEVEL is what to upload, with
+    two tasks and two models or more in it. Scores are of edges, with keys and values of each query head; of nodes; or
+    of neurons, in importances.pt, which that script reads with --circuit-files, and only it measures.
 
     CPR takes the highest scores first, CMD the highest absolute scores, both under patching, as the benchmark does. It
     keeps edges that lead nowhere, so that its counts of edges are a little higher; what circuits do is the same.
 
     Examples:
 
-      eap mib gpt2 ioi_gpt2 --data train.parquet --validation validation.parquet
+      eap mib gpt2 ioi_gpt2 --data train.parquet --validation validation.parquet --level node
     """
     import eap_circuits as eap
 
     from ....adapters import bind
     from ....errors import InputError, expected, one_of
     from ....formats import check_savable
+    from ....methods import METHODS
     from ....report.tables import curve_table
     from ....tasks import MIB_ENTRIES, MIB_MODELS, mib_tasks
 
@@ -59,7 +67,10 @@ def mib(
     for label, path in (("--data", data), ("--validation", validation)):
         if task not in (found := mib_tasks(path)):
             raise expected(f"{label} {path}", f"rows of {task}", f"rows of {' or '.join(found)}")
-    file = out / f"{method}_{ablation}_edge" / entry / "importances.json"
+    keep = "neurons" if level == "neuron" else None
+    if level != "edge" and not METHODS[method].backward:
+        raise expected("--method", f"a gradient method with --level {level}, whose edges add up to nodes", method)
+    file = out / f"{method}_{ablation}_{level}" / entry / ("importances.pt" if keep else "importances.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     check_outputs(file)
 
@@ -80,16 +91,24 @@ def mib(
             quadrature=quadrature,
             heads="query",
             ablation=ablation,
+            keep=keep,
             progress=bar,
             **asked,
         )
     files: dict[str, str] = {}
-    wrong = write(files, "scores", scores.save, file)
+    ranked = scores if level == "edge" else scores.node_scores()
+    wrong = write(files, "scores", ranked.save, file)
     if wrong:
         raise InputError(" ".join([*wrong, *keep_elsewhere("scores", scores.save)]))
+    if level == "neuron":
+        if as_json:
+            show_json({"entry": entry, "files": files})
+        else:
+            say(f"Wrote {file}.")
+        return
     with progress("Running circuits") as bar:
         signed, absolute = (
-            eap.faithfulness_curve(loaded, scores, held_out, signed=signed, progress=bar, **asked)
+            eap.faithfulness_curve(loaded, ranked, held_out, signed=signed, progress=bar, **asked)
             for signed in (True, False)
         )
     if as_json:

@@ -207,8 +207,7 @@ class Graph:
     @cached_property
     def titles(self) -> list[str]:
         """What figures call each layer, [L]: "layer 3", or "p3" of per-layer embeddings."""
-        parts = self.per_layer or (False,) * self.n_layers
-        return [f"p{number}" if part else f"layer {number}" for number, part in zip(self.numbers, parts, strict=True)]
+        return [self._names(layer)[1].replace("m", "layer ") for layer in range(self.n_layers)]
 
     @cached_property
     def senders(self) -> list[str]:

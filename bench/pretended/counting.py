@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from bench.pretended.graphs import indices, waits
 from bench.pretended.tensors import (
     Pretend,
     attention_backward,
     attention_forward,
     expanded,
     observers,
+    replayed,
     rms_norm,
     tensors_of,
 )
@@ -38,10 +39,8 @@ _FREE = {"_unsafe_view", "_reshape_alias", "detach", "alias", "lift_fresh", "emp
          "new_empty", "new_empty_strided", "view_as", "resize_", "set_"}  # fmt: skip
 _MORE = {"nonzero": 3, "_unique2": 8, "unique_dim": 10, "unique_consecutive": 6, "sort": 3, "topk": 2, "cumsum": 2,
          "attention_backward": 3, "masked_select": 4}  # fmt: skip
-_WAITING = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "_unique2", "unique_dim", "unique_consecutive",
-            "masked_select")  # fmt: skip
-_WHOLE = (attention_forward, attention_backward, expanded, rms_norm)  # kernels that are no operators of torch's
-_INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
+# Kernels that are no operators of torch's.
+_WHOLE = (attention_forward, attention_backward, expanded, rms_norm, replayed)
 
 
 @dataclass
@@ -83,29 +82,14 @@ def _count(counts: Counts, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     name = func.__name__ if whole else func._schema.name.split("::")[-1]
     given, made = tensors_of([*args, *kwargs.values()]), tensors_of([out])
     site = _site()
-    indices = [x for x in args[1] if isinstance(x, Tensor)] if name in _INDEXING else []
-    for why in _waits(name, args, kwargs, made, indices):
+    for why in () if whole else waits(name, args, kwargs):
         counts.waits[why, site] += 1
     view = not whole and (func.is_view or name in _FREE)
-    if view or name in ("_local_scalar_dense", "is_nonzero") or not any(x.numel() for x in made or given):
+    empty = func is not replayed and not any(x.numel() for x in made or given)
+    if view or name in ("_local_scalar_dense", "is_nonzero") or empty:
         return
-    masks = sum(isinstance(x, Pretend) and x.dtype == torch.bool for x in indices)
+    masks = sum(isinstance(x, Pretend) and x.dtype == torch.bool for x in indices(name, args))
     counts.launches[name, site] += _MORE.get(name, 1) + 3 * masks
-
-
-def _waits(name: str, args: Any, kwargs: Any, made: list[Tensor], indices: list[Tensor]) -> Iterator[str]:
-    if name in _WAITING:
-        yield name
-    if name in ("_to_copy", "copy_"):
-        source, target = (args[1], args[0]) if name == "copy_" else (args[0], made[0])
-        blocking = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
-        if isinstance(source, Pretend) != isinstance(target, Pretend) and blocking and source.numel():
-            yield "copy to the host" if isinstance(source, Pretend) else "copy to the device"
-    for index in indices:
-        if not isinstance(index, Pretend):
-            yield "index from the host"
-        elif index.dtype == torch.bool:
-            yield "index by a mask"
 
 
 def _site() -> str:

@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 
+from bench.pretended import graphs
 from bench.pretended.tensors import Dispatch, Functions, bases, expanded, state, tell, untold
 
 NAME, MEMORY = "NVIDIA H100 80GB HBM3", 85_028_962_304
@@ -36,7 +37,7 @@ class _Properties:
 
 class _Nothing:
     def __init__(self, *_: Any, **__: Any) -> None:
-        self.cuda_stream, self.at = 0, 0.0
+        self.at = 0.0
 
     def __enter__(self) -> Any:
         return self
@@ -56,11 +57,6 @@ class _Nothing:
     def synchronize(self) -> None:
         tell("wait", "synchronize")
 
-    def wait_stream(self, *_: Any) -> None:
-        pass
-
-    wait_event = record_event = wait_stream
-
 
 def _answers() -> dict[str, Any]:
     answers: dict[str, Any] = {
@@ -69,7 +65,6 @@ def _answers() -> dict[str, Any]:
         "current_device": lambda: 0,
         "set_device": lambda d: None,
         "is_initialized": lambda: False,
-        "is_current_stream_capturing": lambda: False,
         "get_device_capability": lambda d=None: (9, 0),
         "get_device_name": lambda d=None: NAME,
         "get_device_properties": lambda d=None: _Properties,
@@ -77,14 +72,13 @@ def _answers() -> dict[str, Any]:
         "mem_get_info": lambda d=None: (MEMORY - (1 << 30), MEMORY),
         "synchronize": lambda d=None: tell("wait", "synchronize"),
         "_lazy_init": lambda: None,
-        "current_stream": _Nothing,
-        "default_stream": _Nothing,
+        **graphs.answers(),
     }
     for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
         answers[name] = lambda d=None: 1 << 30
     for name in ("empty_cache", "reset_peak_memory_stats", "reset_max_memory_allocated", "ipc_collect"):
         answers[name] = lambda *a, **k: None
-    for name in ("Event", "Stream", "device", "device_of", "stream"):
+    for name in ("Event", "device", "device_of"):
         answers[name] = _Nothing
     return answers
 
@@ -97,8 +91,8 @@ def pretending(shapes: bool = False, native: bool = False) -> Iterator[None]:
         shapes: nothing is computed; see the module.
         native: the package's CUDA kernels count as built, and as the fastest measured.
     """
-    before = state["shapes"]
-    state["shapes"] = shapes
+    before = dict(state)
+    state.update(shapes=shapes, guard=graphs.guard)
     with contextlib.ExitStack() as stack:
         for name, answer in _answers().items():
             if hasattr(torch.cuda, name):
@@ -113,7 +107,7 @@ def pretending(shapes: bool = False, native: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
-            state["shapes"] = before
+            state.update(before)
             bases.clear()
 
 

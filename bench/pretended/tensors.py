@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,12 +34,18 @@ _aten = torch.ops.aten
 _INDEXING = (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default)
 _QUESTIONS = ("isnan", "isinf", "eq", "ne", "lt", "le", "gt", "ge")  # answered where there are no values
 _WIDENED = ("mm", "bmm", "addmm", "baddbmm")
-state = {"shapes": False}
+# What the device is at: without values, under which stream (None: its own), capturing into which tape, and whether
+# torch warns where the host waits; what graphs.py does before an operator, or before a wait.
+state: dict[str, Any] = {"shapes": False, "stream": None, "tape": None, "told of waits": False, "guard": None}
 _addresses = itertools.count(1 << 40, 1 << 36)
 bases: dict[int, int] = {}
 
 
 def tell(event: str, func: Any, args: Any = (), kwargs: Any = None, out: Any = None) -> None:
+    if event == "wait" and state["guard"] is not None:
+        state["guard"](func, args, {})
+    if state["tape"] is not None:  # nothing is launched
+        return
     for observer in observers:
         observer(event, func, args, kwargs or {}, out)
 
@@ -59,6 +66,10 @@ def expanded(*_: Any) -> None:
 
 def rms_norm(*_: Any) -> None:
     pass
+
+
+def replayed(*_: Any) -> None:
+    """Stands for a CUDA graph."""
 
 
 class _Plain(type(Tensor)):  # type: ignore[misc]
@@ -139,10 +150,10 @@ class Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if _is_cuda(kwargs.get("device")):
+        if is_cuda(kwargs.get("device")):
             kwargs["device"] = CUDA
         if func is Tensor.to:
-            args = tuple(CUDA if isinstance(x, (str, torch.device)) and _is_cuda(x) else x for x in args)
+            args = tuple(CUDA if isinstance(x, (str, torch.device)) and is_cuda(x) else x for x in args)
             if isinstance(args[0], Pretend):  # it is there already
                 args = tuple(x for x in args if not isinstance(x, torch.device) or x != CUDA)
                 if kwargs.get("device") == CUDA:
@@ -151,7 +162,7 @@ class Functions(TorchFunctionMode):
                     isinstance(x, (Tensor, torch.dtype, torch.device, str)) for x in (*args[1:], *kwargs.values())
                 ):
                     return args[0]
-        if func in (torch.tensor, torch.as_tensor, torch.asarray) and _is_cuda(kwargs.get("device")):
+        if func in (torch.tensor, torch.as_tensor, torch.asarray) and is_cuda(kwargs.get("device")):
             return func(*args, **{**kwargs, "device": CPU}).to(CUDA)
         if func is Tensor.cuda:
             return args[0].to(CUDA, **{k: v for k, v in kwargs.items() if k == "non_blocking"})
@@ -185,7 +196,7 @@ def index_of(given: Any) -> tuple[Any, ...]:
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     kwargs = dict(kwargs)
     tensors = tensors_of([*args, *kwargs.values()])
-    if _is_cuda(kwargs.get("device")):
+    if is_cuda(kwargs.get("device")):
         kwargs["device"] = CUDA
     device = kwargs.get("device") or _common(func, tensors)
     if func.namespace == "eap_kernels" and func._overloadname == "select" and device == CUDA:
@@ -199,6 +210,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
             made = func.decompose(*args, **kwargs)
         if made is not NotImplemented:
             return made
+    if state["guard"] is not None and (device == CUDA or any(isinstance(x, Pretend) for x in tensors)):
+        state["guard"](func, args, kwargs)
     held, back = _held(tensors)
     give = lambda x: held.get(id(x), x) if isinstance(x, Tensor) else x  # noqa: E731
     valueless = any(h.is_meta for h in held.values())
@@ -213,8 +226,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         out = Pretend(torch.full((), not no).expand(shape).clone(memory_format=torch.contiguous_format))
     elif func.namespace == "aten" and func._overloadname == "dtype" and name in _WIDENED and device == CUDA:
         # Low precision in, wide sums out: CUDA's alone.
-        wide = [held[id(x)].to(args[-1]) for x in tensors]
-        out = Pretend(getattr(torch, name)(*wide))
+        wide = lambda: getattr(torch, name)(*(held[id(x)].to(args[-1]) for x in tensors))  # noqa: E731
+        out = Pretend(_recorded(wide, held.values()))
     elif valueless and name == "copy_" and not isinstance(args[0], Pretend):
         out = args[0].fill_(1)
     elif valueless and name == "_to_copy" and device == CPU:
@@ -228,11 +241,20 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         taken = list(args)
         if valueless and func in _INDEXING:
             taken[1] = [n for x in args[1] for n in _numbers(x)]
-        made = func(*tree_map(give, taken), **given)
+        call = partial(func, *tree_map(give, taken), **given)
+        made = _recorded(call, held.values()) if device == CUDA and not valueless else call()
         out = tree_map(lambda y: _on(y, device, back), made)
     if any(isinstance(x, Pretend) for x in (*tensors, *tensors_of([out]))):
         tell("op", func, args, kwargs, out)
     return out
+
+
+def _recorded(call: Callable[[], Any], given: Iterable[Tensor]) -> Any:
+    """What a call gives of tensors of the CPU; where it is captured, replays make it again."""
+    made = call()
+    if state["tape"] is not None:
+        state["tape"].record(call, given, made)
+    return made
 
 
 def _held(tensors: list[Tensor]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -285,7 +307,7 @@ def _known(held: Tensor) -> Tensor:
     return torch.ones(held.shape, dtype=held.dtype) if held.is_meta else held
 
 
-def _is_cuda(device: Any) -> bool:
+def is_cuda(device: Any) -> bool:
     if device is None:
         return False
     device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
@@ -335,7 +357,8 @@ class _Attention(torch.autograd.Function):
             batch, heads, tokens, _ = q.shape
             out = torch.empty(batch, tokens, heads, v.shape[-1], dtype=q.dtype, device=META).transpose(1, 2)
         else:
-            out = functional.scaled_dot_product_attention(*held, None if mask is None else mask.held, **given)
+            masked = None if mask is None else mask.held
+            out = _recorded(partial(functional.scaled_dot_product_attention, *held, masked, **given), held)
         ctx.save_for_backward(q, k, v, *([] if mask is None else [mask]))
         ctx.given = given
         found = Pretend(out)
@@ -349,13 +372,18 @@ class _Attention(torch.autograd.Function):
         if any(x.is_meta for x in (*held, gradient.held)):
             found = [torch.empty_like(x, device=META) for x in held]
         else:
-            with torch.enable_grad():
-                inputs = [x.detach().requires_grad_(True) for x in held]
-                out = functional.scaled_dot_product_attention(*inputs, mask[0].held if mask else None, **ctx.given)
-                found = list(torch.autograd.grad(out, inputs, gradient.held))
+            slopes = partial(_slopes, held, mask[0].held if mask else None, gradient.held, ctx.given)
+            found = _recorded(slopes, held)
         made = [Pretend(x) for x in found]
         tell("op", attention_backward, (q, k, v, *mask, gradient), ctx.given, made)
         return *made, None, None
+
+
+def _slopes(held: list[Tensor], mask: Tensor | None, gradient: Tensor, given: dict[str, Any]) -> list[Tensor]:
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_(True) for x in held]
+        out = functional.scaled_dot_product_attention(*inputs, mask, **given)
+        return list(torch.autograd.grad(out, inputs, gradient))
 
 
 def _attention(q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,

@@ -18,6 +18,7 @@ import eap_circuits as eap
 from bench.pretended import Counts, counting, pretending
 from eap_circuits.adapters import bind
 from eap_circuits.errors import InputWarning
+from eap_circuits.methods.gradient import replayed
 
 EXAMPLES, TOKENS, POINTS, VOCABULARY = 8, 6, 3, 59
 SMALL = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None}
@@ -40,14 +41,14 @@ OF_EVALUATE = {"llama": (28, 120), "gpt2": (33, 109)}
 OF_A_METRIC = 7  # at one circuit's logits
 
 
-def pairs(shared: int = 0) -> eap.PairedDataset:
+def pairs(shared: int = 0, n: int = EXAMPLES) -> eap.PairedDataset:
     generator = torch.Generator().manual_seed(0)
-    clean = torch.randint(3, VOCABULARY, (EXAMPLES, TOKENS), generator=generator)
+    clean = torch.randint(3, VOCABULARY, (n, TOKENS), generator=generator)
     clean[:, :shared] = clean[:1, :shared]
     corrupted = clean.clone()
     corrupted[:, shared] = (clean[:, shared] + 1) % VOCABULARY
-    answers = torch.tensor([[5, 6]] * EXAMPLES)
-    return eap.PairedDataset.from_tokens(clean, corrupted, torch.full((EXAMPLES,), TOKENS), answers)
+    answers = torch.tensor([[5, 6]] * n)
+    return eap.PairedDataset.from_tokens(clean, corrupted, torch.full((n,), TOKENS), answers)
 
 
 def on_device(name: str, layers: int) -> Any:
@@ -64,9 +65,9 @@ def counted(call: Callable[[], object]) -> Counts:
 
 
 @cache
-def attributed(name: str, layers: int, **settings: Any) -> Counts:
-    with pretending(shapes=True):
-        model, data = on_device(name, layers), pairs()
+def attributed(name: str, layers: int, n: int = EXAMPLES, native: bool = False, **settings: Any) -> Counts:
+    with pretending(shapes=True, native=native):
+        model, data = on_device(name, layers), pairs(n=n)
         return counted(lambda: eap.attribute(model, data, steps=POINTS, memory="1TB", **settings))
 
 
@@ -136,6 +137,26 @@ def test_launches_of_attribution(name: str) -> None:
     layer, batch = beyond(name, attributed(name, 2), attributed(name, 3), True)
     assert 0 < layer <= OF_ATTRIBUTE[name][0]
     assert batch <= OF_ATTRIBUTE[name][1]
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_replayed_batch_is_a_tenth_of_the_launches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four layers, and less of more. Of batches of one pair the fourth and later ones are replayed."""
+
+    def more(n: int) -> tuple[int, int]:
+        few, many = (attributed(name, 4, k, True, batch_size=1) for k in (n - 1, n))
+        return many.launches.total() - few.launches.total(), many.own_waits - few.own_waits
+
+    plain, waits = more(2)  # too few to be captured
+    monkeypatch.setattr(replayed, "FEWEST", 1)
+    again, waits_then = more(5)
+    assert again <= plain / 10
+    assert waits == waits_then == 1
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_layer_is_as_many_launches_as_the_choice_to_replay_assumes(name: str) -> None:
+    assert attributed(name, 3).launches.total() - attributed(name, 2).launches.total() >= replayed.LAUNCHES
 
 
 @pytest.mark.parametrize("name", MAKE)

@@ -19,7 +19,7 @@ from tests.circuits.conftest import random_circuit
 def on_the_way() -> list[torch.Tensor]:
     x = torch.arange(6.0).view(2, 3)
     whole = [x.T, x.double(), x.bfloat16()[:1], x.long(), x > 2, torch.tensor(7.0), torch.zeros(0, 3)]
-    return [each.clone() if i else each for i, each in enumerate(whole)]
+    return [*(each.clone() if i else each for i, each in enumerate(whole)), torch.arange(6.0).view(1, 6)[:, 1]]
 
 
 def test_tensors_go_and_come_back_in_one_piece() -> None:

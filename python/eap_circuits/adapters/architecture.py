@@ -19,7 +19,7 @@ from ..edges import Reads
 from ..families import Family
 from ..graph import Graph, Heads
 from ..modules.norms import Norm
-from ..modules.offloading import device_of, read
+from ..modules.offloading import device_of, is_offloaded, read
 from ..modules.parts import Split, add_up, computes_in_parts, own_features, run_whole, team
 from ..modules.projections import Order, Projections, Weight, linear_shape
 
@@ -172,6 +172,11 @@ class Architecture:
     def device_kind(self) -> str:
         """ "cpu" or "cuda": where it runs, or would."""
         return self.planned_for or self.device.type
+
+    @property
+    def picks_logits(self) -> bool:
+        """Can some tokens' logits be computed by themselves? Only a plain linear layer's can."""
+        return type(self.head) is nn.Linear and not is_offloaded(self.head)
 
     @property
     def d_model(self) -> int:

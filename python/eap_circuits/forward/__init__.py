@@ -6,6 +6,7 @@ from .hooks import Hooks, borrowed, unhook
 from .layers.active_tokens import skip_inactive
 from .prefixes.prefix import parameters
 from .prefixes.reuse import logit_distance, logit_tolerance, why_not_reused
+from .replays.captured import Captured, signature
 from .resume import LayerInputs, record_layer_inputs
 from .runner import EVERYWHERE, Register, Runner, each
 from .uploading import Indices, download, upload

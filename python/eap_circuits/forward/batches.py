@@ -11,17 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..tasks import PairedDataset
-from .uploading import upload
+from .replays.known import Known, known_of
+from .uploading import packed
 
 TOKENS_PER_BATCH = 1024  # a pass this large keeps a processor busy
 _PREFIX_SHARE = 4  # whole prompts run once, without gradient, so they may have this many times a pass's tokens
 _PASS_OVERHEAD = 32  # this many tokens of padding cost about as much as another pass
+_ANSWERS = 64  # on a GPU answers are padded to a multiple of it, so that shapes are alike and matrix units full
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,14 @@ class Batch:
     `scored` int64 [E]: the scored position within the suffix. `index` int64 [E]: positions in the dataset. `answers`
     and `lengths` are the dataset's. `sizes` int64 [2, E]: how many tokens the clean and the corrupted prompts that run
     have. `corrupted_scored` int64 [E]: the corrupted prompt's scored position. `last` int64 [E]: the longer prompt's
-    last one.
-    `alignment` int64 [E, T]: the corrupted prompt's position that each clean one is compared with; None: the same.
-    `spans` int64 [E, T]: the span of each token, the last one's for tokens in none; None if there are no spans.
-    `answer_tokens` int64 [U]: the tokens that are an answer of any example, or a variant of one, in order;
-    `answer_columns`: where the answers are among them, -1 as in `answers`. `variants` are the dataset's, and
-    `variant_columns` likewise. `places`: the scored positions in [E·T], a slice if possible. `host`: these tensors on
-    the CPU, by name, so that what depends on their values need not wait for a device.
+    last one. `alignment` int64 [E, T]: the corrupted prompt's position that each clean one is compared with; None: the
+    same. `spans` int64 [E, T]: the span of each token, the last one's for tokens in none; None if there are no spans.
+    `answer_tokens` int64 [U]: the tokens that are an answer of any example, or a variant of one, in order; on a GPU the
+    last one is repeated. `answer_columns`: where the answers are among them, -1 as in `answers`. `variants` are the
+    dataset's, and `variant_columns` likewise. `pair_weights` [E]: how much each counts, 1 on average over the dataset;
+    None: all alike. `places`: the scored positions in [E·T], a slice if possible. `host`: these tensors on the CPU, by
+    name, so that what depends on their values need not wait for a device. `piece`: the device's memory in which they
+    lie, uint8.
 
     If answers have several tokens, a pair runs in as many rows as it has answers, side by side: of all these tensors
     except `index`, `answers` and `lengths`, E is then the number of rows. `pair` int64 [E], on the CPU: whose each is.
@@ -91,6 +95,8 @@ class Batch:
     spans: Tensor | None = None
     variants: Tensor | None = None
     variant_columns: Tensor | None = None
+    pair_weights: Tensor | None = None
+    piece: Tensor | None = field(default=None, repr=False)
     _moved: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -116,10 +122,15 @@ class Batch:
         """At how many positions an example is scored, at most."""
         return 1 if self.positions is None else self.positions.mask.shape[1]
 
+    @cached_property
+    def known(self) -> Known:
+        """What the host has to know of its values, whatever pass runs."""
+        return known_of(self.host)
+
     def real_tokens(self, copies: int, corrupted: int) -> Tensor | None:
         """int64 [m·E, T]: 1 for tokens of m copies, the first of them corrupted, 0 for padding; None: there is none."""
         tokens = self.clean.shape[1]
-        if bool((self.host["sizes"] == tokens).all()):
+        if not self.known.padded:
             return None
         clean, other = self.sizes
         each = torch.cat([other.repeat(corrupted), clean.repeat(copies - corrupted)])
@@ -259,13 +270,17 @@ def batch_of(data: PairedDataset, index: Tensor, reuse_prefix: bool, device: tor
         found = (rows.alignment[chosen].gather(1, taken) - start[:, None]).clamp(min=0)
         if (found != offset)[position < lengths[:, None]].any():
             corrupted_scored, alignment = rows.alignment[chosen][where, scored], found
+    prefix_of, gpu = torch.arange(len(chosen)), device.type != "cpu"
     if len(before):
-        prefix, prefix_of = prefix.unique(dim=0, return_inverse=True)
-    else:
-        prefix_of = torch.arange(len(chosen))
+        distinct, which = prefix.unique(dim=0, return_inverse=True)
+        # A few rows less are another shape, and another pass where each pair's own prefix runs with it.
+        if not gpu or 2 * len(distinct) <= len(prefix):
+            prefix, prefix_of = distinct, which
     answers, scored, corrupted_scored = data.answers[index], scored - start[where], corrupted_scored - start[where]
     every = answers[None] if data.variants is None else torch.stack([answers, data.variants[index]])
     answer_tokens = every[every >= 0].unique()
+    if gpu:
+        answer_tokens = torch.cat([answer_tokens, answer_tokens[-1:].expand(-len(answer_tokens) % _ANSWERS)])
     columns = torch.searchsorted(answer_tokens, every.clamp(min=0)).where(every >= 0, -1)
     host = {
         "clean": rows.clean[chosen].gather(1, taken),
@@ -290,14 +305,15 @@ def batch_of(data: PairedDataset, index: Tensor, reuse_prefix: bool, device: tor
         host["alignment"] = alignment
     if rows.spans is not None:
         host["spans"] = rows.spans[chosen].gather(1, taken) % (len(rows.span_names) + 1)
-    there: dict[str, Any] = dict(
-        zip([*host, *positions], upload(device, *host.values(), *positions.values()), strict=True)
-    )
+    if data.weights is not None:
+        host["pair_weights"] = data.weights[index] / data.weights.mean()
+    sent, piece = packed(device, *host.values(), *positions.values())
+    there: dict[str, Any] = dict(zip([*host, *positions], sent, strict=True))
     if positions:
         there["positions"] = Positions(**{name: there.pop(name) for name in positions})
     elif (scored == scored[0]).all():
         there["places"] = slice(int(scored[0]), None, len(offset))  # picks without a copy
-    return Batch(index=index, host=host, pair=own, **there)
+    return Batch(index=index, host=host, pair=own, piece=piece, **there)
 
 
 def _scored(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Architecture, computes_in_parts, concatenate, device_of, is_offloaded, read, restore
+from ..adapters import Architecture, computes_in_parts, concatenate, device_of, read, restore
 from ..errors import expected
 from ..graph import Graph
 from .batches import Batch
@@ -19,7 +19,7 @@ from .layers.last_mlp import Scored, ScoredMLP, at_scored
 from .layers.per_layer import give_per_layer
 from .layers.rescaling import Rescaling
 from .layers.rewriting import Rewriting
-from .prefixes.prefix import Prefix, WholePrompts, beginning, behind, parameters, run_prefixes, shared_tokens
+from .prefixes.prefix import Prefix, WholePrompts, beginning, behind, parameters, run_prefixes
 
 Register = Callable[[Hooks], None]
 EVERYWHERE = slice(None)
@@ -146,7 +146,7 @@ class Runner:
             if self._prefix is None:
                 once = [1] * len(self._cached)
                 with torch.no_grad(), self._for_cache():
-                    ran = run_prefixes(self._body, batch.prefix, shared_tokens(batch), once)
+                    ran = run_prefixes(self._body, batch.prefix, batch.known.shared, once)
                 self._prefix = Prefix(batch, ran, batch.prefix_of, once)
             given = self._prefix.arguments(self._model, suffix, copies)
             if self._place:
@@ -170,9 +170,9 @@ class Runner:
             apart = len(embeddings) != len(batch.prefix) or self.arch.per_layer is not None
             if self._prefix is not None or not batch.prefix.shape[1] or apart:
                 return self.logits(embeddings, register, corrupted)
-            prefixes = batch.prefix[batch.prefix_of]
+            prefixes, shared = batch.prefix[batch.prefix_of], batch.known.shared
             with self._for_cache():
-                cache, shared = beginning(self._body, prefixes, shared_tokens(batch), self._cached)
+                cache = beginning(self._body, prefixes, shared, self._cached)
             whole = WholePrompts(batch, shared)
             joined = whole.join(self.embed(prefixes[:, shared:]), embeddings)
             begin = batch.start - shared if batch.positions is None else (batch.start - shared)[batch.positions.row]
@@ -297,8 +297,7 @@ class Runner:
         head = self.arch.head
         if head is not None:
             hooks.on_input(head, cut)
-        # Only of a plain linear layer can some tokens' logits be computed by themselves.
-        if self._tokens is None or type(head) is not nn.Linear or is_offloaded(head):
+        if head is None or self._tokens is None or not self.arch.picks_logits:
             return
         which = self._tokens.to(device_of(head))
         if computes_in_parts(head):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 _ALIGNED = 16  # bytes; every dtype may begin there
+# Set where passes are captured: replayed, they would read what was sent from memory that the host has given back.
+NOTHING_IS_SENT: ContextVar[bool] = ContextVar("nothing is sent", default=False)
 _Key = tuple[torch.device, torch.dtype, bytes]  # where a list is sent, and what it holds
 
 
@@ -16,20 +19,32 @@ def upload(device: torch.device, *tensors: Tensor) -> list[Tensor]:
 
     On the CPU they are returned as they are.
     """
+    return packed(device, *tensors)[0]
+
+
+def packed(device: torch.device, *tensors: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    """The same, and the memory in which they lie on the device, uint8; None on the CPU."""
     if device.type == "cpu" or not tensors:
-        return list(tensors)
+        return list(tensors), None
+    if NOTHING_IS_SENT.get():
+        raise RuntimeError("something is sent to the device in the midst of the passes")
     sizes = [x.numel() * x.element_size() for x in tensors]
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + -(-size // _ALIGNED) * _ALIGNED)
     together = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
     for x, start, size in zip(tensors, starts, sizes, strict=False):
-        together[start : start + size] = x.contiguous().view(-1).view(torch.uint8)
+        together[start : start + size] = _bytes(x)
     there = together.to(device, non_blocking=True)
     return [
         there[start : start + size].view(x.dtype).view(x.shape)
         for x, start, size in zip(tensors, starts, sizes, strict=False)
-    ]
+    ], there
+
+
+def _bytes(x: Tensor) -> Tensor:
+    # One number alone may have any stride and is contiguous.
+    return x.contiguous().as_strided([x.numel()], [1]).view(torch.uint8)
 
 
 def download(*tensors: Tensor) -> list[Tensor]:
@@ -41,7 +56,7 @@ def download(*tensors: Tensor) -> list[Tensor]:
         return list(tensors)
     # Those of the widest dtypes come first, so that each begins at a multiple of its own width.
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
-    together = torch.cat([tensors[i].contiguous().view(-1).view(torch.uint8) for i in order]).cpu()
+    together = torch.cat([_bytes(tensors[i]) for i in order]).cpu()
     found, start = list(tensors), 0
     for i in order:
         x = tensors[i]
@@ -58,7 +73,7 @@ class Indices:
         self._there: dict[_Key, Tensor] = {}
 
     def on(self, device: torch.device, values: Sequence[int] | Tensor) -> Tensor:
-        """A list, or an integer or bool tensor of the CPU, on a device."""
+        """A list, or a tensor of the CPU, on a device."""
         key, host = _keyed(device, values)
         if key not in self._there:
             self.send(device, [host])

@@ -109,8 +109,12 @@ class BatchScores:
 
     def measurement(self, clean: Tensor, corrupted: Tensor) -> Measurement:
         """What measures the metric of the batch's passes, given logits [E, V] of both prompts."""
-        self._measured.append(Measurement(self._request, self.batch, clean, corrupted))
+        self.include(Measurement(self._request, self.batch, clean, corrupted))
         return self._measured[-1]
+
+    def include(self, measured: Measurement) -> None:
+        """Check what it measured when the sums are fetched."""
+        self._measured.append(measured)
 
     def fetch(self) -> dict[str, Tensor]:
         """Bring the sums to the host, and check what was measured there; raises InputError if it is not finite.
@@ -176,7 +180,8 @@ class Statistics:
     """Running sums over batches.
 
     `sums` holds, on the CPU, "total" float64 [S, R] and, where asked for, "squares" float64 [S, R], "examples" float32
-    [E, S, R], "positions" float64 [T, S, R], "spans" float64 [P, S, R], "neurons" float64 [S, D].
+    [E, S, R], "positions" float64 [T, S, R], "spans" float64 [P, S, R], "neurons" float64 [S, D]. `notes`: what the
+    result is to say of how they were computed.
 
     Raises:
         InputError: they do not fit into memory.
@@ -186,6 +191,7 @@ class Statistics:
         keep, graph = request.keep, request.graph
         self._keep, self._graph, self._n = keep, graph, len(request.data)
         self._dtype = request.arch.dtype
+        self.notes: dict[str, Any] = {}
         edges = (graph.n_senders, graph.n_receivers)
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"total": (edges, torch.float64)}
         if keep & _EXAMPLES:
@@ -237,6 +243,7 @@ class Statistics:
                 kept[name] = self.sums[sums].float() / self._n
         if "squares" in self.sums:
             kept["variance"] = (self.sums["squares"] / self._n - mean.square()).clamp(min=0).float()
+        info = {**info, **self.notes}
         if self._keep:
             info = {**info, "keep": sorted(self._keep)}
         if "spans" in self._keep:

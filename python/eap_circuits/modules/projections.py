@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -54,13 +54,15 @@ class Weight:
 class Projection:
     """The heads' slices of a projection from the normalised residual stream.
 
-    `rows` are the features of the module's output that belong to these heads, in head order.
+    `rows` are the features of the module's output that belong to these heads, in head order; `sent` holds them on
+    devices, by their number too, for all projections that begin with the same rows.
     """
 
     module: nn.Module
     rows: slice | Tensor
     n_heads: int
     head_dim: int
+    sent: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def width(self) -> int:
@@ -68,12 +70,21 @@ class Projection:
 
     def weight(self, dtype: torch.dtype, features: slice = slice(None)) -> Tensor:
         """[heads, K, D], or some of the D features."""
-        return self._weight.at(features)[self.rows].to(dtype).unflatten(0, (self.n_heads, -1))
+        return self._picked(self._weight.at(features)).to(dtype).unflatten(0, (self.n_heads, -1))
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """[heads, K] or None"""
         bias = read(self.module, "bias")
-        return None if bias is None else bias[self.rows].to(dtype).view(self.n_heads, -1)
+        return None if bias is None else self._picked(bias).to(dtype).view(self.n_heads, -1)
+
+    def _picked(self, x: Tensor) -> Tensor:
+        """The heads' rows of x [features, ...]; an index that is sent at each use is a wait for the device."""
+        if isinstance(self.rows, slice):
+            return x[self.rows]
+        key = x.device, len(self.rows)
+        if key not in self.sent:
+            self.sent[key] = self.rows.to(x.device)
+        return x[self.sent[key]]
 
     @cached_property
     def _weight(self) -> Weight:
@@ -88,7 +99,8 @@ def joined(projections: Sequence[Projection]) -> Projection:
             rows = slice(rows.start, each.rows.stop)
         else:
             rows = torch.cat([_numbers(rows), _numbers(each.rows)])
-    return Projection(first.module, rows, sum(each.n_heads for each in projections), first.head_dim)
+    heads = sum(each.n_heads for each in projections)
+    return Projection(first.module, rows, heads, first.head_dim, first.sent)
 
 
 def _numbers(rows: slice | Tensor) -> Tensor:

@@ -177,6 +177,7 @@ _LABELS = {
     "device": "device",
     "dtype": "dtype",
     "backend": "operator",
+    "replayed": "passes replayed",
     "revision": "revision of the model",
     "weights_sha256": "SHA-256 of the weights",
     "data_sha256": "SHA-256 of the data",

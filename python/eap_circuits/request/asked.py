@@ -11,7 +11,7 @@ from torch import nn
 
 from ..adapters import Architecture, bind, is_fully_sharded
 from ..errors import InputError, expected, flag, function, instance, one_of, shown, warn, whole
-from ..forward import Batch, Constants, Runner, make_batches, why_not_reused, zeros
+from ..forward import Batch, Constants, Indices, Runner, make_batches, why_not_reused, zeros
 from ..graph import Graph, Heads
 from ..metrics import METRICS, Metric, get_metric
 from ..ranks import rank
@@ -47,6 +47,7 @@ class Request:
     batch_size: int | None = None
     reuse_prefix: bool = True
     memory: int | None = None
+    sent: Indices = field(default_factory=Indices, repr=False)  # lists of the run that were sent to its devices
     looked_at: set[int] = field(default_factory=set, repr=False)  # examples whose answers' spelling was compared
 
     def refuse_parts(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from itertools import islice
 
 import torch
@@ -38,7 +39,8 @@ class Measurement:
         self.request, self.batch = request, batch
         # Of each run that was measured, in order: values [E], each example's sum of logits [E], and the logits' dtype.
         self.waiting: list[tuple[Tensor, Tensor, torch.dtype]] = []
-        few = request.metric.of_answers and clean.shape[-1] == len(batch.answer_tokens)
+        picked = request.metric.of_answers and request.arch.picks_logits
+        few = picked and clean.shape[-1] == len(batch.answer_tokens)
         where = batch.positions
         self.given = MetricBatch(
             answers=batch.answer_columns if few else batch.answers,
@@ -48,22 +50,27 @@ class Measurement:
             index=batch.index,
             **({} if where is None else {name: getattr(where, name) for name in POSITIONS}),
         )
-        weights, mine = request.data.weights, batch.index
-        # So that results are means over pairs by their weights.
-        self._weights = None if weights is None else upload(clean.device, weights[mine] / weights.mean())[0]
         # How many times likelier the answers' variants are, [E, 2], until that is said.
         self.misspelled: list[Tensor] = []
         variants = batch.variant_columns if few else batch.variants
-        if variants is not None and where is None and not request.looked_at.issuperset(batch.index.tolist()):
+        # Of passes that are captured nobody knows for which examples they will be replayed.
+        unseen = batch.index.is_meta or not request.looked_at.issuperset(batch.index.tolist())
+        if variants is not None and where is None and unseen:
             self.misspelled.append(misspelled(clean.detach(), self.given.answers, variants))
         self._noise: list[Tensor] = []
+
+    def of(self, batch: Batch) -> Measurement:
+        """What was measured in the same memory, now that the same passes have run over another batch."""
+        other = copy(self)
+        other.batch, other.waiting, other.misspelled = batch, [*self.waiting], [*self.misspelled]
+        return other
 
     def values(self, logits: Tensor) -> Tensor:
         """The metric of each example of a run, [E]; raises InputError if it is no such tensor."""
         values = self.request.metric(logits, self.given)
         check_metric_values(values, self.given, logits)
-        if self._weights is not None:
-            values = values * self._weights.to(values.device, values.dtype)
+        if self.batch.pair_weights is not None:  # so that results are means over pairs by their weights
+            values = values * self.batch.pair_weights.to(values.device, values.dtype)
         # A copy, as a metric may use its result again.
         kept, sums = (
             values.detach().clone().to(logits.device),

@@ -90,6 +90,19 @@ def test_statistics_curves_and_constants(both, make_pairs):
     agree(*(constants.tensors for constants in learned))
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_replayed_batches(kind, both):
+    """One pair each, behind a prefix of its own; the graph is compared with a batch that is not replayed, too."""
+    clean = torch.randint(3, 59, (9, 7), generator=torch.Generator().manual_seed(0))
+    corrupted = clean.clone()
+    corrupted[:, 2] = (clean[:, 2] + 1) % 59
+    data = eap.PairedDataset.from_tokens(clean, corrupted, torch.full((9,), 7), clean[:, :2])
+    models = both(kind)
+    scores = [eap.attribute(model, data, steps=2, batch_size=1) for model in reversed(models)]
+    agree([scores[0].values], [scores[1].values])
+    assert scores[0].info["replayed"] == "6 of 9 batches"
+
+
 def test_a_model_in_bfloat16_is_as_near_to_the_truth_as_on_the_cpu(gpu, make_model, make_pairs, relative):
     """The same values are rounded on both; on a GPU contributions and gradients meet in bfloat16, too."""
     data, model = make_pairs(), make_model("llama")

@@ -7,6 +7,7 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.forward.prefixes import prefix
+from eap_circuits.forward.replays import known
 from eap_circuits.selfcheck import StayDouble
 
 
@@ -37,7 +38,7 @@ def pairs(beginning: int, prefixes: int) -> eap.PairedDataset:
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "bloom", "gpt-neox", "opt"])
 @pytest.mark.parametrize(("beginning", "prefixes"), [(0, 6), (9, 6), (9, 3), (9, 1), (12, 3)])
 def test_nothing_changes(beginning, prefixes, kind, heads, make_model, relative, monkeypatch):
-    monkeypatch.setattr(prefix, "_WORTH_A_PASS", 20)
+    monkeypatch.setattr(known, "_WORTH_A_PASS", 20)
     model, data = make_model(kind), pairs(beginning, prefixes)
     settings = {"heads": heads, "steps": 2, "metric": "kl_divergence"}
     with StayDouble():
@@ -67,7 +68,7 @@ def test_distinct_prefixes_run_with_the_corrupted_prompts(make_model):
 
 @pytest.mark.parametrize(("beginning", "prefixes"), [(0, 6), (12, 6), (12, 3), (12, 1)])
 def test_no_pass_gives_logits_of_more_than_one_position(beginning, prefixes, make_model, monkeypatch):
-    monkeypatch.setattr(prefix, "_WORTH_A_PASS", 20)
+    monkeypatch.setattr(known, "_WORTH_A_PASS", 20)
     model, shapes = make_model("llama"), []
     hook = model.lm_head.register_forward_hook(lambda _, __, logits: shapes.append(logits.shape[1]))
     eap.attribute(model, pairs(beginning, prefixes), steps=2, metric="kl_divergence")

@@ -16,8 +16,6 @@ from ..batches import Batch
 
 # What `forward` calls the cache: the first name since transformers 5.24, the second before and in other models' code.
 _CACHE_NAMES = ("cache", "past_key_values")
-# If it saves this many tokens, the common beginning of all prefixes runs once, in a pass of its own.
-_WORTH_A_PASS = 64
 
 
 def parameters(model: Any) -> set[str]:
@@ -56,7 +54,7 @@ class Prefix:
     def __init__(self, batch: Batch, ran: DynamicCache, which: Tensor, repeat_kv: list[int]) -> None:
         start, longest = batch.start, batch.prefix.shape[1]
         self._start = start
-        self._aligned = bool((batch.host["start"] == longest).all())
+        self._aligned = batch.known.even
         # Place p of an example holds its token p - (longest - start).
         source = (torch.arange(longest, device=start.device) - (longest - start)[:, None]).clamp(min=0)
 
@@ -110,9 +108,7 @@ class WholePrompts:
 
     def __init__(self, batch: Batch, shared: int) -> None:
         start, (examples, suffix) = batch.start[:, None], batch.shape
-        host = batch.host
-        tokens = int((host["start"] + host["last"]).max()) + 1
-        place = torch.arange(shared, tokens, device=start.device)
+        place = torch.arange(shared, batch.known.whole, device=start.device)
         self._example = torch.arange(examples, device=start.device)[:, None]
         self._ahead = (place - shared).clamp(max=batch.prefix.shape[1] - shared - 1)
         self._behind = place - start  # [E, W]
@@ -130,28 +126,22 @@ class WholePrompts:
 
 
 def run_prefixes(model: Any, prefixes: Tensor, shared: int, repeat_kv: list[int]) -> DynamicCache:
-    """Run prefixes int64 [U, P] and return their cache; if it pays, their common `beginning` runs alone first."""
-    cache, shared = beginning(model, prefixes, shared, repeat_kv)
+    """Run prefixes int64 [U, P] and return their cache; the common `beginning` of `shared` tokens runs alone first."""
+    cache = beginning(model, prefixes, shared, repeat_kv)
     model(input_ids=prefixes[:, shared:], **behind(model, cache))
     return cache
 
 
-def shared_tokens(batch: Batch) -> int:
-    """How many tokens all prefixes begin with."""
-    prefixes = batch.host["prefix"]
-    return int((prefixes == prefixes[0]).all(0).cumprod(0).sum())
-
-
-def beginning(model: Any, prefixes: Tensor, shared: int, repeat_kv: list[int]) -> tuple[DynamicCache, int]:
-    """The cache of the `shared` tokens with which all prefixes begin, and their number; 0 if a pass would cost more.
+def beginning(model: Any, prefixes: Tensor, shared: int, repeat_kv: list[int]) -> DynamicCache:
+    """The cache of the `shared` tokens with which all prefixes begin, if any.
 
     `repeat_kv`: how many copies of each layer's keys and values the cache is to hold side by side.
     """
     cache = DynamicCache()
-    if shared * (len(prefixes) - 1) < _WORTH_A_PASS or shared == prefixes.shape[1]:
-        return cache, 0
-    alone: Any = run_prefixes(model, prefixes[:1, :shared], shared, [1] * len(repeat_kv)).layers
+    if not shared:
+        return cache
+    alone: Any = run_prefixes(model, prefixes[:1, :shared], 0, [1] * len(repeat_kv)).layers
     for index, (layer, n) in enumerate(zip(alone, repeat_kv, strict=True)):
         pair = (x.repeat_interleave(n, 1).expand(len(prefixes), -1, -1, -1) for x in (layer.keys, layer.values))
         cache.update(*pair, index)
-    return cache, shared
+    return cache

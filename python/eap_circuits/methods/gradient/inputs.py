@@ -7,20 +7,24 @@ EAP-IG (Hanna et al. 2024, arXiv 2403.17806, eq. 4) integrates it along the path
 from __future__ import annotations
 
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...forward import Batch
 from ...recording import BothSides, ReceiverGradients, less_clean, record_both_sides, record_corrupted_side
+from ...request import Measurement
 from ..quadrature import Path
 from ..spec import AttributionRequest
 from ..statistics import BatchScores
-from .method import GradientMethod, Passes, loss_of, run_along, weights_of
+from .method import GradientMethod, Passes, chunks, loss_of, run_along, weights_of
 
 
 class InputsMethod(GradientMethod):
     """Gradients along the path between the embeddings."""
+
+    replayed: ClassVar[bool] = True
 
     def between_prompts(self, steps: int, quadrature: str) -> bool:
         return any(alpha != 1 for alpha, _ in self.path(steps, quadrature))
@@ -28,34 +32,67 @@ class InputsMethod(GradientMethod):
     def score(self, request: AttributionRequest, batch: Batch, passes: Passes) -> BatchScores:
         return score_along_inputs(request, batch, passes)
 
+    def record(self, request: AttributionRequest, batch: Batch, passes: Passes) -> InputPasses:
+        along = InputPasses(request, batch, passes)
+        for part in chunks(along.path, passes.together):
+            along.run(part)
+        return along
+
 
 def score_along_inputs(request: AttributionRequest, batch: Batch, passes: Passes) -> BatchScores:
     """Scores of the batch's examples."""
-    runner = request.runner(request.graph, batch)
-    # Where the clean prompts are a point of the path, that pass comes first and is their only one.
-    path = sorted(passes.path, reverse=True)
-    shared = path[0][0] == 1.0
-    side = (record_corrupted_side if shared else record_both_sides)(runner, request.constants)
-    scores, senders = BatchScores(request, batch), side.senders
-    measured = scores.measurement(side.clean_logits, side.corrupted_logits) if isinstance(side, BothSides) else None
-    receivers = ReceiverGradients(runner, request.graph, passes.held, request.rules)
+    along = InputPasses(request, batch, passes)
+    scores = BatchScores(request, batch)
 
-    def loss(logits: Tensor) -> Tensor:
-        nonlocal measured
-        points = logits.split(batch.n_examples)
-        if measured is None:
-            measured = scores.measurement(points[0], side.corrupted_logits)
-        return loss_of(measured, points)
+    def contract() -> None:
+        scores.add(along.senders, along.receivers)
 
-    def run(part: Path) -> None:
-        nonlocal senders
+    run_along(along.path, passes, along.receivers, along.run, contract)
+    scores.include(along.measured)
+    return scores
+
+
+class InputPasses:
+    """A batch's passes along its path, and what they leave on the device.
+
+    Attributes:
+        path: the points, in the order in which they are to run.
+        senders: their differences; complete after the first pass.
+        receivers: the gradients of the passes that have run.
+    """
+
+    def __init__(self, request: AttributionRequest, batch: Batch, passes: Passes) -> None:
+        self._request, self._batch = request, batch
+        runner = request.runner(request.graph, batch)
+        # Where the clean prompts are a point of the path, that pass comes first and is their only one.
+        self.path = sorted(passes.path, reverse=True)
+        shared = self.path[0][0] == 1.0
+        self._side = side = (record_corrupted_side if shared else record_both_sides)(runner, request.constants)
+        self.senders = side.senders
+        self._measured: Measurement | None = None
+        if isinstance(side, BothSides):
+            self._measured = Measurement(request, batch, side.clean_logits, side.corrupted_logits)
+        self.receivers = ReceiverGradients(runner, request.graph, passes.held, request.rules)
+
+    @property
+    def measured(self) -> Measurement:
+        """The metric of the passes that have run."""
+        assert self._measured is not None
+        return self._measured
+
+    def run(self, part: Path) -> None:
+        """One pass over some points of the path."""
+        side = self._side
         alphas = [alpha for alpha, _ in part]
         points = torch.cat([torch.lerp(side.corrupted_embeddings, side.clean_embeddings, a) for a in alphas])
-        run_pass = partial(receivers.run, points, weights_of(request, part), loss, alphas=alphas)
-        if measured is None:
-            senders, _ = less_clean(side, batch, run_pass)
+        run_pass = partial(self.receivers.run, points, weights_of(self._request, part), self._loss, alphas=alphas)
+        if self._measured is None:
+            self.senders, _ = less_clean(side, self._batch, run_pass)
         else:
             run_pass()
 
-    run_along(path, passes, receivers, run, lambda: scores.add(senders, receivers))
-    return scores
+    def _loss(self, logits: Tensor) -> Tensor:
+        points = logits.split(self._batch.n_examples)
+        if self._measured is None:
+            self._measured = Measurement(self._request, self._batch, points[0], self._side.corrupted_logits)
+        return loss_of(self._measured, points)

@@ -23,19 +23,19 @@ from ...budget import (
     measure_cost,
     measured_operations,
     most_tokens,
-    numbers_per_token,
     tokens_in_all,
     tokens_within,
 )
 from ...checkpoint import Checkpoint
 from ...errors import warn
-from ...forward import Batch, upload
+from ...forward import Batch
 from ...recording import ReceiverGradients
 from ...request import Measurement, Progress
 from ..quadrature import Path, Quadrature
 from ..spec import KEEP, AttributionRequest, Method
 from ..statistics import BatchScores, Statistics, batch_bytes, score_batches
-from .plans import Plan, contraction_of, rates_of, weight_bytes
+from .plans import Plan, contraction_of, pass_bytes, rates_of, weight_bytes
+from .replayed import Recorded, Replays
 
 T = TypeVar("T")
 
@@ -46,8 +46,6 @@ HELD_BYTES = 128 * 2**20
 # Batches of at least this share of the tokens that were measured, and with prefixes that are little longer, cost as
 # much by the token.
 _ALIKE, _LONGER = 0.25, 1.1
-# For each token a pass keeps about this many numbers for the backward for every weight, divided by the width.
-_NUMBERS_PER_WEIGHT = 2
 
 
 class Passes(NamedTuple):
@@ -71,6 +69,8 @@ class GradientMethod(Method):
     backward: ClassVar[bool] = True
     keeps: ClassVar[tuple[str, ...]] = KEEP
     planned: ClassVar[bool] = True
+    # May passes be captured and replayed? `record` then is all passes of a batch.
+    replayed: ClassVar[bool] = False
 
     @property
     def stepped(self) -> bool:
@@ -93,6 +93,10 @@ class GradientMethod(Method):
         """Scores of the batch's examples. Calls `end_of_phase` where what is held changes, the same number of times
         for all numbers of examples and points."""
 
+    def record(self, request: AttributionRequest, batch: Batch, passes: Passes) -> Recorded:
+        """All passes of a batch whose points are contracted at once; what they leave is not contracted yet."""
+        raise NotImplementedError
+
     def operator(self, request: AttributionRequest) -> str:
         nothing = torch.empty(0, 1, 1, dtype=request.arch.contraction_dtype, device=request.arch.device)
         return explain("head_space_scores", [Nodes(nothing)])
@@ -102,11 +106,13 @@ class GradientMethod(Method):
     ) -> None:
         most = most_tokens(request.arch.device_kind)
         tokens, per_batch = self._tokens(request, self._costs(request)) if self.planned else (most, most)
+        with Replays(self, request) as replays:
 
-        def score(batch: Batch, tokens: int) -> BatchScores:
-            return self.score(request, batch, self.cut(request, batch, tokens))
+            def score(batch: Batch, tokens: int) -> BatchScores:
+                return replays.score(batch, self.cut(request, batch, tokens))
 
-        score_batches(request, tokens, score, statistics, checkpoint, progress, per_batch)
+            score_batches(request, tokens, score, statistics, checkpoint, progress, per_batch)
+        statistics.notes |= replays.told()
 
     def plan(self, request: AttributionRequest, gpus: int = 1) -> Plan:
         """How `run` will cut the data, and what it will take, on so many GPUs that share the model."""
@@ -147,8 +153,7 @@ class GradientMethod(Method):
         """
         most, points = most_tokens(request.arch.device_kind), len(self.repeated(request))
         at_once = min(most, tokens_in_all(request, points))
-        rough = _NUMBERS_PER_WEIGHT * at_once * numbers_per_token(request) * request.arch.accumulate.itemsize
-        rough += batch_bytes(request, request.batch_size or most)
+        rough = pass_bytes(request, at_once) + batch_bytes(request, request.batch_size or most)
         best = 0, 0
         for together in range(1, min(points, HELD_POINTS) + 1):
             tokens = tokens_within(request, most, rough, cost, per_batch=most, together=together)
@@ -196,8 +201,8 @@ def run_along(
     contract: Callable[[], object],
 ) -> None:
     """Run the points of a path, as many in a pass as fit, and contract what the receivers hold before there is more."""
-    for held in _chunks(points, passes.held):
-        for part in _chunks(held, passes.together):
+    for held in chunks(points, passes.held):
+        for part in chunks(held, passes.together):
             run(part)
         end_of_phase()
         contract()
@@ -212,10 +217,10 @@ def loss_of(measured: Measurement, points: Iterable[Tensor]) -> Tensor:
 
 def weights_of(request: AttributionRequest, part: Path) -> Tensor:
     """The weights of some points of the path, float64, on the model's device."""
-    return upload(request.arch.device, torch.tensor([weight for _, weight in part], dtype=torch.float64))[0]
+    return request.sent.on(request.arch.device, torch.tensor([weight for _, weight in part], dtype=torch.float64))
 
 
-def _chunks(path: list[T], most: int) -> list[list[T]]:
+def chunks(path: list[T], most: int) -> list[list[T]]:
     """The points of a path in the fewest parts of at most this many, all about equally long."""
     parts = -(-len(path) // most)
     return [path[len(path) * i // parts : len(path) * (i + 1) // parts] for i in range(parts)]

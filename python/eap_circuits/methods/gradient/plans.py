@@ -7,8 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+from ...budget import numbers_per_token
 from ..spec import AttributionRequest
 
+# For each token a pass keeps about this many numbers for the backward for every weight, divided by the width.
+_NUMBERS_PER_WEIGHT = 2
 # Of one H100, in floating-point operations a second, for models in low precision and in float32. Passes: half of what a
 # large matrix product was measured at (bench/results), as the passes of whole models were not measured yet. The
 # contraction: as `head_space_scores` was measured on the shapes of Llama-3.1-8B.
@@ -61,6 +64,11 @@ def rates_of(request: AttributionRequest) -> Rates | None:
     if request.arch.device_kind != "cuda":
         return None
     return Rates(*(_LOW if request.arch.contraction_dtype == torch.bfloat16 else _FLOAT32))
+
+
+def pass_bytes(request: AttributionRequest, tokens: int) -> int:
+    """Roughly what a pass with gradients over this many tokens holds."""
+    return _NUMBERS_PER_WEIGHT * tokens * numbers_per_token(request) * request.arch.accumulate.itemsize
 
 
 def weight_bytes(request: AttributionRequest) -> int:

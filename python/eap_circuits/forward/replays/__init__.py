@@ -1,0 +1,1 @@
+"""Passes of equal shape: captured once, then replayed."""

@@ -60,7 +60,7 @@ def export_model(model: nn.Module, circuit: Circuit, folder: str | os.PathLike[s
 
     Raises:
         InputError: a folder with files; a circuit of another graph; a model in parts, offloaded, quantised or with
-            adapters; one whose layers share modules or do not add to the residual stream; or one that computes
+            adapters; one whose layers share modules or keys or do not add to the residual stream; or one that computes
             something else without these parts, as is tried on random prompts before anything is written.
 
     Example:
@@ -100,8 +100,8 @@ def _check(arch: Architecture) -> None:
         raise expected("model", "a class of transformers, which from_pretrained loads without other code", name)
     if is_in_parts(model) or any(x.is_meta for x in model.state_dict().values()):
         raise expected("model", "all weights in this process's memory", "some that are elsewhere")
-    if arch.family.unshared is not None or any(layer.rewrites for layer in arch.layers):
-        wanted = "layers that are modules of their own, whose blocks add to the residual stream"
+    if arch.family.unshared is not None or any(layer.rewrites or not layer.caches for layer in arch.layers):
+        wanted = "layers that are modules of their own, with keys of their own, whose blocks add to the residual stream"
         raise expected(name, wanted, "others, which cannot be left out")
 
 

@@ -43,7 +43,7 @@ export function drawRows(context, { place, data, transform }) {
     context.moveTo(place.left, y);
     context.lineTo(place.width, y);
     context.stroke();
-    if (layer % every === 0) context.fillText(`layer ${layer}`, place.left - 4, y);
+    if (layer % every === 0) context.fillText(data.layers[layer], place.left - 4, y);
   }
 }
 
@@ -130,7 +130,7 @@ export function toSvg(graph, title) {
   ];
   for (let layer = 0; layer < data.nLayers; layer++) {
     parts.push(
-      `<text x="${place.left - 4}" y="${place.rowY(layer).toFixed(1)}" font-size="8" text-anchor="end" fill="${colour("muted")}">layer ${layer}</text>`,
+      `<text x="${place.left - 4}" y="${place.rowY(layer).toFixed(1)}" font-size="8" text-anchor="end" fill="${colour("muted")}">${data.layers[layer]}</text>`,
     );
   }
   parts.push(`<g fill="none" stroke-opacity="0.85">`);

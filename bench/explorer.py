@@ -1,7 +1,8 @@
-"""How fast the report's explorer is in a headless browser: `python -m bench.explorer REPORT.html ...`.
+"""How fast the report's explorer is in a headless browser: `python -m bench.explorer [REPORT.html ...]`.
 
-Prints when the page and its graph are first painted, and how long frames take while the graph is dragged, zoomed, and
-while the slider moves; all edges of the file are shown.
+For each page: when it and its graph are first painted, and how long frames take while the graph is dragged, zoomed, and
+while the slider moves; all edges of the file are shown. Without names the pages are those of docs/report.md, and the
+results are written to docs/results/explorer.json.
 """
 
 from __future__ import annotations
@@ -10,10 +11,17 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tests.circuits.report.browser import Browser, browser
+if TYPE_CHECKING:
+    from bench.tables import Results
+    from tests.circuits.report.browser import Browser
 
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+RESULT = RESULTS / "explorer.json"
+SLOW = 20  # milliseconds; at 60 frames a second one takes 16.7
 FRAMES = """new Promise(done => { const times = []; let last = performance.now(), i = 0;
   const step = now => { times.push(now - last); last = now; if (++i > 90) return done(JSON.stringify(times.slice(1)));
     (%s)(i); requestAnimationFrame(step); };
@@ -27,28 +35,81 @@ DRAG = """i => {
 SLIDE = """i => { const s = explorer.sizes.slider; s.value = 300 + 7 * i; s.dispatchEvent(new Event('input')); }"""
 
 
-def measure(page: Browser, path: Path) -> dict[str, str]:
+def measure(page: Browser, path: Path) -> dict[str, Any]:
+    """Milliseconds; of frames the median, the longest, and how many of how many were slow."""
     page.open(path)
     paint = page.run("performance.getEntriesByName('first-contentful-paint')[0].startTime")
-    found = {"first paint": f"{paint:.0f} ms", "graph": f"{page.run('explorer.graph.first'):.0f} ms"}
+    found: dict[str, Any] = {"first paint": round(paint), "graph": round(page.run("explorer.graph.first"))}
     everything = "explorer.store.set({circuit: null, size: explorer.data.n})"
     for name, action in (("drag", DRAG), ("zoom", WHEEL), ("slider", SLIDE)):
         page.run(everything)
         page.settle()
         times = sorted(json.loads(page.run(FRAMES % action)))
-        late = sum(t > 20 for t in times)
-        found[name] = (
-            f"{statistics.median(times):.1f} ms a frame, {times[-1]:.0f} at most, {late} of {len(times)} above 20"
-        )
-    edges = "[explorer.scene.shown.length, explorer.data.n, explorer.data.total].join(' shown of ')"
+        found[name] = [round(statistics.median(times), 1), round(times[-1]), sum(t > SLOW for t in times), len(times)]
     page.run(everything)
     page.settle()
-    return {"edges": page.run(edges), **found}
+    edges = page.run("[explorer.scene.shown.length, explorer.data.n, explorer.data.total]")
+    return {"edges": edges, "megabytes": round(path.stat().st_size / 1e6, 1), **found}
+
+
+def pages(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Reports of SmolLM2's committed scores, and of random ones of Llama-3.1-8B's graph."""
+    import torch
+
+    import eap_circuits as eap
+    from eap_circuits.report import write_report
+
+    small = eap.EdgeScores.load(RESULTS / "smollm2-ioi.safetensors")
+    graph = eap.Graph((32,) * 32, (8,) * 32, 4096, heads="query")
+    values = torch.randn(graph.n_senders, graph.n_receivers, generator=torch.Generator().manual_seed(0)).pow(3)
+    large = eap.EdgeScores(graph, values * graph.edge_mask)
+    for name, scores in (("SmolLM2-135M, IOI", small), ("Llama-3.1-8B's graph, random scores", large)):
+        path = folder / f"{scores.graph.n_edges}.html"
+        write_report(path, scores, scores.select(n_edges=700))
+        yield name, path
+
+
+def table(_: Results) -> str:
+    """The table of docs/report.md."""
+    from bench.tables import markdown
+
+    found = json.loads(RESULT.read_text(encoding="utf-8"))
+    columns = ["page", "edges", "file", "first paint", "graph drawn", "drag", "zoom", "slider"]
+
+    def frames(median: float, longest: float, slow: int, n: int) -> str:
+        return f"{median:.1f} ms; {slow} of {n} above {SLOW}, longest {longest}"
+
+    rows = [
+        [
+            name,
+            f"{one['edges'][1]:,} of {one['edges'][2]:,}",
+            f"{one['megabytes']:.1f} MB",
+            *(f"{one[key]} ms" for key in ("first paint", "graph")),
+            *(frames(*one[key]) for key in ("drag", "zoom", "slider")),
+        ]
+        for name, one in found["pages"].items()
+    ]
+    about = f"{found['machine']}; {found['browser']}, headless, without a GPU; {found['date']}."
+    return f"{markdown(columns, rows)}\n{about}\n"
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder, browser(Path(folder)) as page:
-        for name in sys.argv[1:]:
-            print(name)
-            for key, value in measure(page, Path(name).resolve()).items():
-                print(f"  {key:12} {value}")
+    from tests.circuits.report.browser import browser
+
+    with tempfile.TemporaryDirectory() as temporary, browser(Path(temporary)) as opened:
+        folder = Path(temporary)
+        asked = [(name, Path(name).resolve()) for name in sys.argv[1:]]
+        results = {name: measure(opened, path) for name, path in asked or pages(folder)}
+        version = opened.call("Browser.getVersion")["product"]
+    for name, result in results.items():
+        print(name)
+        for key, value in result.items():
+            print(f"  {key:12} {value}")
+    if not asked:
+        import datetime
+
+        from bench.measure import machine
+        from bench.tables import machine as named
+
+        about = {"machine": named({"machine": machine()}), "browser": version, "date": f"{datetime.date.today()}"}
+        RESULT.write_text(json.dumps({**about, "pages": results}, indent=1) + "\n", encoding="utf-8")

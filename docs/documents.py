@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 
-from bench import tables
+from bench import explorer, tables
 from docs import learning, models, registries, scale, verdicts
 
 BEGIN, END = "<!-- python -m docs.documents writes this from {} -->\n", "<!-- end -->"
 MEASURED, PERFORMANCE, MODELS = "bench/results", "docs/results/performance.json", "docs/results/models.json"
 VERDICTS = "docs/results/verdicts.json"
 FUZZ, LEARNING = "docs/results/fuzz.json", "docs/results/learning.json"
+EXPLORER = "docs/results/explorer.json"
 SCALE, LARGE = "docs/results/scale.json", "docs/results/large.json"
 # What stands between the markers, by document and source.
 TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
@@ -35,6 +36,8 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("docs/learning.md", f"{LEARNING}, divergence"): learning.divergences,
     ("docs/learning.md", f"{LEARNING}, cost"): learning.costs,
     ("docs/learning.md", f"{LEARNING}, control"): learning.controls,
+    ("docs/report.md", EXPLORER): explorer.table,
+    ("docs/learning.md", f"{LEARNING}, pruning"): learning.prunings,
     ("docs/scale.md", SCALE): scale.predictions,
     ("docs/scale.md", LARGE): scale.measured,
     ("docs/models.md", f"{MODELS}, checks"): lambda _: models.checks(),

@@ -25,6 +25,8 @@ SIZES = (45, 95, 185, 380, 710, 1550)
 LARGER = (*SIZES, 3200, 7000)
 LEARNED_FROM, PAIRS = 16, 40
 CIRCUITS, EXAMPLES, ROUNDS = 2, 4, 16  # of the measured step, as by default
+FEW_STEPS = 40  # of learning, which take about as long as pruning
+REFINED = (95, 185, 380)  # sizes
 CONTROLLED, ANSWERS, WEIGHTS = "ioi", ("the pair's own", "another pair's"), ("trained", "shuffled")
 
 
@@ -167,6 +169,78 @@ def spread(values: Any) -> str:
     return f"{mean} ({low}–{high})"
 
 
+def pruning(task: str, seed: int) -> dict[str, Any]:
+    """Rankings at about equal cost, in processor seconds of one thread, beside the scores that they start from."""
+    import torch
+
+    import eap_circuits as eap
+    from bench import measure
+    from bench.processes import commit
+    from eap_circuits.adapters.pretrained import load_model
+
+    torch.set_num_threads(1)
+    model, tokenizer = load_model("smollm2")
+    data = eap.load_task(task, tokenizer, n=PAIRS, seed=seed)
+    few, others = data[:LEARNED_FROM], data[LEARNED_FROM:]
+    start = eap.attribute(model, few)
+    rankings = {
+        "eap-ig": lambda: eap.attribute(model, few),
+        "pruned": lambda: eap.prune_gradually(model, few, start=start),
+        "learned": lambda: eap.learn_mask(model, few, start=start, steps=FEW_STEPS, seed=seed),
+    }
+    found: dict[str, Any] = {"machine": measure.machine(), "versions": measure.versions(), "commit": commit()}
+    for name, rank in rankings.items():
+        began = time.process_time()
+        scores = rank()
+        seconds = time.process_time() - began
+        found[name] = {"seconds": seconds, "faithfulness": faithfulness(model, scores, others)}
+    return found
+
+
+def refining(task: str, seed: int) -> dict[str, Any]:
+    """Circuits of EAP-IG, refined: their faithfulness, and the processor seconds of one thread for each of them."""
+    import torch
+
+    import eap_circuits as eap
+    from bench import measure
+    from bench.processes import commit
+    from eap_circuits.adapters.pretrained import load_model
+
+    torch.set_num_threads(1)
+    model, tokenizer = load_model("smollm2")
+    data = eap.load_task(task, tokenizer, n=PAIRS, seed=seed)
+    few, others = data[:LEARNED_FROM], data[LEARNED_FROM:]
+    circuits = circuits_of(eap.attribute(model, few), REFINED)
+    began = time.process_time()
+    refined = [eap.refine(model, circuit, few) for circuit in circuits]
+    seconds = (time.process_time() - began) / len(circuits)
+    return {
+        "seconds": seconds,
+        "faithfulness": [result.faithfulness for result in eap.evaluate(model, refined, others)],
+        "n_edges": [circuit.n_edges for circuit in refined],
+        "origin": {"machine": measure.machine(), "versions": measure.versions(), "commit": commit()},
+    }
+
+
+def prunings(_: Results) -> str:
+    """Rankings and refined circuits: mean and range over the seeds that a task has."""
+    found = committed()
+    lines = [f"| task | seeds | circuits | seconds | {' | '.join(map(str, SIZES))} |", "|" + "---|" * (4 + len(SIZES))]
+    for task in TASKS:
+        ranked, refined = (
+            [run for seed in SEEDS if (run := found.get(f"{kind} {task} {seed}"))] for kind in ("pruning", "refining")
+        )
+        rows = {name: ([run[name] for run in ranked], SIZES) for name in ("eap-ig", "learned", "pruned") if ranked}
+        rows |= {"eap-ig, refined": (refined, REFINED)} if refined else {}
+        for name, (runs, sizes) in rows.items():
+            shown = f"learned in {FEW_STEPS} steps" if name == "learned" else name
+            seconds = sum(run["seconds"] for run in runs) / len(runs)
+            columns = dict(zip(sizes, zip(*(run["faithfulness"] for run in runs), strict=True), strict=True))
+            cells = [spread(columns[size]) if size in columns else "–" for size in SIZES]
+            lines.append(f"| {task} | {len(runs)} | {shown} | {seconds:.0f} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def cost() -> dict[str, Any]:
     """The processor seconds of a step, of its circuits' forward passes, and of the model's on as many prompts, on one
     thread and in alternation; means over the sizes that steps draw, with the gates that they begin with."""
@@ -252,10 +326,13 @@ def table(_: Results) -> str:
 
 if __name__ == "__main__":
     every = ["cost", "divergence", "control 0", "control 1", *map(" ".join, product(TASKS, map(str, SEEDS), METRICS))]
+    every += [f"{kind} {task} {seed}" for kind, task, seed in product(("pruning", "refining"), TASKS, SEEDS)]
     for name in sys.argv[1:] or every:
         call, *given = name.split(" ")
         if call in TASKS:
             result = run(call, int(given[0]), given[1])
         else:
-            result = {"cost": cost, "divergence": divergence, "control": control}[call](*map(int, given))
+            calls: dict[str, Any] = {"cost": cost, "divergence": divergence, "control": control}
+            calls |= {"pruning": pruning, "refining": refining}
+            result = calls[call](*(int(each) if each.isdigit() else each for each in given))
         RESULT.write_text(json.dumps(dict(sorted({**committed(), name: result}.items())), indent=1) + "\n")

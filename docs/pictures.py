@@ -1,25 +1,28 @@
-"""Draw the pictures of the README and of docs/report.md: run the example into docs/results, then draw docs/img from it.
+"""Draw the pictures of the README, the report's and the notebooks' pages: run the example, then draw docs/img from it.
 
 python -m docs.pictures [--draw-only]     # needs chromium
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from pathlib import Path
+from urllib.parse import quote
 
 import eap_circuits as eap
 from eap_circuits.report import write_report
 from eap_circuits.report.curves import load_curve, save_curve
 from eap_circuits.report.figures import draw_circuit, draw_curve
-from tests.circuits.report.browser import browser
+from tests.circuits.report.browser import Browser, browser
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
 SHOWN = 60
 # What the explorer's picture shows: a circuit of the curve, and the head of it that matters most to the logits.
 SHARE, HEAD = 0.01, "a23.h3"
+GROUPS = [["early MLPs", "m0", "m1", "m2", "m3"], ["into the logits", "a23.h3", "a24.h4", "a29.h1"]]
 
 
 def run() -> None:
@@ -55,21 +58,32 @@ def draw() -> None:
 
 
 def draw_explorer() -> None:
-    from PIL import Image
-
+    """Of the report with a head selected, with groups, and of a notebook's output."""
     scores = eap.EdgeScores.load(RESULTS / "smollm2-ioi.safetensors")
     curve = load_curve(RESULTS / "smollm2-ioi-curve.json")
     circuit = scores.select(int(SHARE * scores.graph.n_edges), how="greedy")
-    picture = DOCS / "img" / "explorer.png"
     with tempfile.TemporaryDirectory() as folder, browser(Path(folder)) as page:
-        report = Path(folder) / "report.html"
+        report, output = (Path(folder) / f"{name}.html" for name in ("report", "output"))
         write_report(report, scores, circuit, curve)
         page.size(1184, 860)
-        page.open(report, f"node={HEAD}")
-        page.run("document.querySelector('#explorer details').open = true")
-        page.run("document.querySelector('#explorer').scrollIntoView()")
-        page.settle()
-        page.shot(picture)
+        for name, view in (("explorer", f"node={HEAD}"), ("groups", f"groups={quote(json.dumps(GROUPS))}&node={HEAD}")):
+            page.open(report, view)
+            page.run("document.querySelector('#explorer details').open = true")
+            page.run("document.querySelector('#explorer').scrollIntoView()")
+            page.settle()
+            shoot(page, name)
+        output.write_text(f"<!doctype html><meta charset='utf-8'><body>{scores._repr_html_()}", "utf-8")
+        page.open(output)
+        with page.frame():
+            page.settle()
+        shoot(page, "output")
+
+
+def shoot(page: Browser, name: str) -> None:
+    from PIL import Image
+
+    picture = DOCS / "img" / f"{name}.png"
+    page.shot(picture)
     Image.open(picture).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(picture, optimize=True)
 
 

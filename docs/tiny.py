@@ -61,6 +61,8 @@ _STATES = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_n_gr
 _KINDS = ["sliding_attention", "full_attention"]
 _DELTA = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 _SHARED_KEYS = {"layer_types": 2 * _KINDS, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
+# Padding takes the place of these tokens where there is no picture; here they are padding.
+_PICTURED = _each(0, "image_token_id", "video_token_id", "audio_token_id")
 _NO_LAYER_INPUTS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 _AS_DECODER = (
     *("bert", "bert-generation", "big_bird", "electra", "ernie", "megatron-bert", "reformer", "rembert", "roc_bert"),
@@ -95,9 +97,9 @@ OWN: dict[str, dict[str, Any]] = {
     "dots1": {"n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {**_STATES, "mamba_d_ssm": 64},
-    "gemma4": {"text_config": {"pad_token_id": 0}},
+    "gemma4": {"text_config": {"pad_token_id": 0}, **_PICTURED},
     "gemma4_assistant": {"text_config": {**_NO_LAYER_INPUTS, "num_kv_shared_layers": 3}},
-    "gemma4_unified": {"text_config": {"pad_token_id": 0}},
+    "gemma4_unified": {"text_config": {"pad_token_id": 0}, **_PICTURED},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "granitemoehybrid": {**_STATES, "layer_types": ["mamba", "attention", "mamba"]},
     "jamba": {"use_mamba_kernels": False},

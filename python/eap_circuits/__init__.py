@@ -61,7 +61,7 @@ if TYPE_CHECKING:
         random_circuit,
         score_agreement,
     )
-    from .learning import acdc, ibcircuit, learn_mask
+    from .learning import acdc, attribute_circuit, ibcircuit, learn_mask, prune_gradually, refine
     from .methods import Plan, attribute, plan
     from .metrics import METRICS
     from .selfcheck import check_model, discover
@@ -100,8 +100,11 @@ _HOME = {
     "random_circuit": "graph",
     "score_agreement": "graph",
     "acdc": "learning",
+    "attribute_circuit": "learning",
     "ibcircuit": "learning",
     "learn_mask": "learning",
+    "prune_gradually": "learning",
+    "refine": "learning",
     "Plan": "methods",
     "attribute": "methods",
     "plan": "methods",

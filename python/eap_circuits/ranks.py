@@ -23,9 +23,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import wraps
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, ParamSpec, TypeVar
 
 from .errors import InputError, out_of_memory, reason, warn
@@ -43,6 +44,22 @@ _agreed: dict[str, int] = {}  # what was agreed once for the outermost call
 _team: list[bool] = []  # not empty if the outermost call's model is in parts
 _WHY = "eap_circuits: why a rank has left"  # in the process group's store
 _groups: dict[str, Any] = {}  # "world": the user's process group; "own": ours beside it; "lost": one that broke
+
+
+@dataclass(frozen=True)
+class Team:
+    """The ranks that run each pass of a model together.
+
+    Args:
+        size: how many, one after another.
+        in_step: every pass needs the other teams, too, which run one with the same parts of the model meanwhile.
+    """
+
+    size: int = 1
+    in_step: bool = False
+
+
+ALONE = Team()
 
 
 def count() -> int:
@@ -86,25 +103,38 @@ def exchange(value: Any = None) -> list[Any]:
     return [value] if count() == 1 else _gather((None, _portable(value)))
 
 
-def dealt(items: Iterable[A], run: Callable[[A], T], team: int = 1) -> Iterator[tuple[A, T]]:
-    """(item, `run(item)`) of all items, in order; each of n teams of ranks runs every n-th of them.
+def dealt(
+    items: Iterable[A], run: Callable[[A], T], team: Team = ALONE, passes: Callable[[A], object] | None = None
+) -> Iterator[tuple[A, T]]:
+    """(item, `run(item)`) of all items, in order; teams of ranks run items side by side.
+
+    Teams in step do so with neighbours that take the same passes. A team without one runs another's, too.
 
     Args:
         items: the same on all ranks.
         run: what it returns on the first rank of a team is exchanged.
-        team: how many ranks, one after another, run an item together, as each has a part of the model.
+        team: which ranks run an item together, as each has a part of the model.
+        passes: equal for items that take the same passes; by default no two items do.
     """
     if count() == 1:
         for item in items:
             yield item, run(item)
         return
-    items = iter(items)
-    while turn := list(islice(items, count() // team)):
-        number, place = divmod(rank(), team)
+    number, place = divmod(rank(), team.size)
+    for turn in _turns(items, team, passes):
+        own = turn[number : number + 1]
         with _told():
-            own = [run(item) for item in turn[number : number + 1]]
-        found = [result for each in exchange(own if place == 0 else []) for result in each]
+            ran = [run(item) for item in own or turn[: int(team.in_step)]]
+        found = [result for each in exchange(ran if own and place == 0 else []) for result in each]
         yield from zip(turn, found, strict=True)
+
+
+def _turns(items: Iterable[A], team: Team, passes: Callable[[A], object] | None) -> Iterator[list[A]]:
+    """The items that teams run side by side, one turn after another."""
+    most = 1 if team.in_step and passes is None else count() // team.size
+    for _, same in groupby(items, passes if team.in_step and passes else lambda _: None):
+        while turn := list(islice(same, most)):
+            yield turn
 
 
 def form_team() -> None:
@@ -169,6 +199,8 @@ def one_call(name: str) -> Iterator[None]:
         return
     _calls.append(name)
     try:
+        if "own" not in _groups:
+            exchange()  # ranks meet before one of them can fail alone
         with _told():
             yield
         exchange()
@@ -198,7 +230,7 @@ def _tell(error: BaseException) -> None:
         return
     kind = "memory" if out_of_memory(error) else ""
     kind = next((name for name, each in _kinds().items() if isinstance(error, each)), kind)
-    kind = "lost" if _is_lost(error) else kind
+    kind = "lost" if is_lost(error) else kind
     plain = {"input": str(error), "interrupt": "interrupted"}
     said = plain.get(kind, f"{type(error).__name__}: {reason(error)}")
     _as_told(error)
@@ -228,7 +260,7 @@ def _leave_word(kind: str, said: str, ended: ConnectionError) -> None:
         raise _as_told(_kinds().get(kind, RuntimeError)(said)) if words else ended
 
 
-def _is_lost(error: BaseException) -> bool:
+def is_lost(error: BaseException) -> bool:
     """Does it say that another rank has left a pass?"""
     from torch.distributed import DistError
 
@@ -328,12 +360,15 @@ def _run_gather(own: Any, arrived: list[Any], failed: list[BaseException]) -> No
 
 def _own_group() -> Any:
     """Our own process group, of the user's ranks, in which tensors of CPUs are sent whatever the user's can send."""
+    import torch
     import torch.distributed as dist
 
     world = dist.group.WORLD
     if _groups.get("lost") is world:
         raise ConnectionError("a rank ended before")
     if _groups.get("world") is not world:
+        if torch.device("cpu") in getattr(world, "_device_types", ()):
+            dist.all_reduce(torch.zeros(1))  # where a rank has ended this fails, and a new group would wait for it
         _groups.update(world=world, own=dist.new_group(backend="gloo", timeout=_LONGEST_WAIT))
     return _groups["own"]
 

@@ -1,6 +1,7 @@
 """README, docs and help texts say what the registries and the committed results say."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,18 @@ def test_readme_is_short_and_its_python_runs_as_far_as_names_go():
 
 
 def test_links_and_pictures_of_the_docs_exist():
-    import re
-
     for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")):
         for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), (page.name, target)
+
+
+def test_tests_that_the_comparison_names_exist():
+    page = (ROOT / "docs/comparison.md").read_text()
+    paths = re.findall(r"`(tests/[\w/]+\.py)`", page)
+    names = re.findall(r"`(test_\w+)`", page)
+    code = "".join(path.read_text() for path in ROOT.glob("tests/circuits/**/test_*.py"))
+    assert len(paths) > 15 and all((ROOT / path).is_file() for path in paths)
+    assert len(names) > 5 and all(f"def {name}(" in code for name in names)
 
 
 def test_tutorials_are_committed_without_outputs():

@@ -17,7 +17,7 @@ from eap_circuits.forward import borrowed
 from eap_circuits.graph import Circuit, Graph
 from eap_circuits.tasks import PairedDataset
 from eap_kernels.testing import relative_error
-from tests.circuits.models import CONFIGS, ENCODERS, FAMILIES, KINDS, MIXERS, SINCE, VOCABULARY
+from tests.circuits.models import CONFIGS, ENCODERS, FAMILIES, KINDS, MIXERS, NEWER, SINCE, VOCABULARY
 from tests.circuits.untouched import differences, process_state, snapshot
 
 
@@ -31,7 +31,7 @@ def need_transformers(name: str) -> None:
 def tiny_model(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
     """A random model whose every weight matters: gains and biases too are away from 1 and 0."""
     need_transformers(name)
-    every = {**CONFIGS, **MIXERS, **ENCODERS}
+    every = {**CONFIGS, **MIXERS, **ENCODERS, **NEWER}
     torch.manual_seed(list(every).index(name))
     kind, fields = every[name]
     if any("experts" in name for name in fields):  # grouped products of experts know no float64
@@ -46,6 +46,9 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -
         for parameter in model.parameters():
             if parameter.dim() == 1 or not parameter.any():
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        for path, buffer in model.named_buffers():
+            if path.endswith("layer_scalar"):  # a weight of Gemma 4's
+                buffer.uniform_(0.5, 1.5)
     return model.to(dtype).eval()
 
 
@@ -158,7 +161,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def model_types() -> list[str]:
-    return [model_type for model_type, _ in (*CONFIGS.values(), *MIXERS.values(), *ENCODERS.values())]
+    every = (*CONFIGS.values(), *MIXERS.values(), *ENCODERS.values(), *NEWER.values())
+    return [model_type for model_type, _ in every]
 
 
 @pytest.fixture

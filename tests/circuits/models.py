@@ -31,6 +31,14 @@ _DECODER = {
     "init_std": 0.3,
 }
 _HYBRID = {**_GROUPED, "num_hidden_layers": 2}
+_GEMMA4 = {
+    **_GROUPED,
+    "head_dim": 6,
+    "global_head_dim": 8,
+    "sliding_window": 4,
+    "rms_norm_eps": 1e-2,
+    "final_logit_softcapping": 6.0,
+}
 _LATENT = {
     **_WIDE,
     "num_hidden_layers": 2,
@@ -324,8 +332,36 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_ENCODER, "cls_token_id": None, "sep_token_id": None, "classifier_pooling": "mean", "num_labels": 3},
     ),
 }
+# More of what else a layer may be. Their names come last, as a model's weights are random by its place among all.
+NEWER: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4": (
+        "gemma4_text",
+        {
+            **_GEMMA4,
+            "num_hidden_layers": 4,
+            "layer_types": 2 * ["sliding_attention", "full_attention"],
+            "num_kv_shared_layers": 2,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 5,
+            "use_double_wide_mlp": True,
+        },
+    ),
+    "gemma4-large": (
+        "gemma4_text",
+        {
+            **_GEMMA4,
+            "num_hidden_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "hidden_size_per_layer_input": 0,
+        },
+    ),
+}
 # Of older transformers: what the model itself cannot do that tests need.
 SINCE = {
+    "gemma4": ("5.24", "it has a table"),
+    "gemma4-large": ("5.24", "it has a table"),
     "ministral3": ("5.4", "its attention heeds the positions that it is given"),
     "mpt": ("5.2", "its mask fits float64"),
     "stablelm": ("5.2", "its cache and its mask are of one size"),

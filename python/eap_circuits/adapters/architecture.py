@@ -22,6 +22,7 @@ from ..modules.norms import Norm
 from ..modules.offloading import device_of, is_offloaded, read
 from ..modules.parts import Split, add_up, computes_in_parts, own_features, run_whole, team
 from ..modules.projections import Order, Projections, Weight, linear_shape
+from ..ranks import Team
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,8 @@ class Layer:
     attention_norm: Norm
     mlp_norm: Norm
     n_heads: int
+    groups: int  # query heads per key/value head; 1 for heads without
+    keys: int | None  # the index of the layer whose keys and values the heads attend to; None: this one
     projections: Projections  # what the heads read, by name: of attention "q", "k" and "v", and perhaps more
     order: Order  # of the features of one module that computes several of them
     query_order: Order  # the order in which attention takes them with a key and a value for each query head
@@ -43,8 +46,10 @@ class Layer:
     scale: float
     rewrites: bool  # what `mlp_out` gives takes the place of the residual stream, and the MLP writes the change
     k_norm: nn.Module | None  # a norm of the keys that has its own weights for each key/value head
+    v_norm: bool  # a norm of each value
     inner_norm: bool  # of all heads' values together, before `out`
     ungrouped: tuple[tuple[str, object], ...]  # attributes of `attention` that make it take k and v per query head
+    per_layer: bool = False  # no layer, but what the module of the one before makes of per-layer embeddings
 
     @property
     def projection_modules(self) -> dict[nn.Module, Projections]:
@@ -60,9 +65,9 @@ class Layer:
         return device_of(self.module)
 
     @property
-    def groups(self) -> int:
-        """Query heads per key/value head; 1 for heads without."""
-        return self.n_heads // self.projections["k"].n_heads if "k" in self.projections else 1
+    def caches(self) -> bool:
+        """May the model's cache hold something of it?"""
+        return self.keys is None and not self.per_layer
 
     @property
     def reads(self) -> Reads | None:
@@ -145,6 +150,7 @@ class Architecture:
     parallel: bool
     embedding_norm: nn.Module | None  # between the token embeddings and the residual stream
     embedding_scale: float
+    per_layer: tuple[Any, nn.Module] | None  # what gives per-layer embeddings, and what makes their part of the others
     causal: bool  # does no token see later ones?
     classifies: bool  # logits are one row of classes for each prompt
     head: nn.Module | None  # gives each token's logits; None if that is not known, or logits are of whole prompts
@@ -153,8 +159,8 @@ class Architecture:
     planned_for: str | None = None
 
     @cached_property
-    def team(self) -> int:
-        """How many ranks run each pass together: one, or as many as have parts of the model's weights."""
+    def team(self) -> Team:
+        """Which ranks run each pass together: one, or those that have parts of the model's weights."""
         return team(self.model)
 
     @cached_property
@@ -191,7 +197,7 @@ class Architecture:
     def splits(self, modules: set[nn.Module]) -> Iterator[tuple[nn.Module, bool, Split]]:
         """(module, whether it is divided by heads in its inputs or in its outputs, what puts these together) of those
         among some modules that are."""
-        for layer in self.layers if self.team > 1 else ():
+        for layer in self.layers if self.team.size > 1 else ():
             for module in filter(computes_in_parts, modules.intersection([layer.out, *layer.projection_modules])):
                 name = f"{type(module).__name__} of {type(layer.attention).__name__}"
                 yield module, module is layer.out, Split(module, linear_shape(module)[module is layer.out], name)
@@ -220,6 +226,8 @@ class Architecture:
             parallel=self.parallel,
             heads=heads,
             reads=tuple(layer.reads for layer in self.layers),
+            keys=tuple(index if layer.keys is None else layer.keys for index, layer in enumerate(self.layers)),
+            per_layer=tuple(layer.per_layer for layer in self.layers),
         )
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from ..modules.parts import is_in_parts, parts_of, unknown_parts
 from ..modules.projections import Place, Projection, Projections, Together, linear_shape, rows_of
 from ..ranks import form_team
 from .architecture import Architecture, Layer
+from .between_layers import keys_of, per_layer_part, scale_of
 from .wrappers import unwrapped
 
 # Attributes in which attention modules keep the query heads per key/value head, and the number of key/value heads.
@@ -59,8 +60,8 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
     if _is_own(model) and not _classifies(model) and _head(model) is None:
         raise expected(type(model).__name__, _HEADS, "a model without one")
     for name, value in family.requires.items():
-        if getattr(config, name, value) != value:
-            raise expected(f"{type(model).__name__}.config.{name}", repr(value), repr(getattr(config, name)))
+        if (found := _configured(config, name, value)) != value:
+            raise expected(f"{type(model).__name__}.config.{name}", repr(value), repr(found))
     _check_parts(model)
     if is_in_parts(model):
         form_team()
@@ -117,10 +118,17 @@ class _Binder:
         self.model, self.config, self.family = model, config, family
         self.kinds = Kinds()
         self.norms: dict[nn.Module, Norm] = {}  # one for each module, as runs look up norms by identity
+        self.layers: list[Layer] = []  # so far
+        self.unit = 1.0  # what these have multiplied the residual stream by
 
     def architecture(self) -> Architecture:
-        family = self.family
-        layers = [self._layer(layer) for layer in _site(self.model, family.layers).children()]
+        family, layers = self.family, self.layers
+        for layer in _site(self.model, family.layers).children():
+            layers.append(self._layer(layer))
+            if family.per_layer is not None and _maybe(layer, family.per_layer[0]) is not None:
+                first, last = (_site(layer, path) for path in family.per_layer)
+                layers.append(per_layer_part(layers[-1], self._reads(layer, None, first, self._width), first, last))
+            self.unit *= scale_of(layer, family.layer_scale)
         if not layers:
             raise expected(f"{type(self.model).__name__}.{family.layers}", "decoder layers", "none")
         embed, width = self.model.get_input_embeddings(), linear_shape(layers[0].out)[0]
@@ -134,6 +142,8 @@ class _Binder:
                 f"{type(self.model).__name__}'s token embeddings", f"{width} features, the layers'", embed.embedding_dim
             )
         embedding_norm = family.embedding_norm
+        inputs = family.per_layer_inputs
+        holder = inputs.rpartition(".")[0]
         return Architecture(
             model=self.model,
             family=family,
@@ -142,6 +152,7 @@ class _Binder:
             parallel=self._parallel(),
             embedding_norm=None if embedding_norm is None else _site(self.model, embedding_norm),
             embedding_scale=self._factor(family.embedding_multiplier),
+            per_layer=(_site(self.model, holder), _site(self.model, inputs)) if layers[-1].per_layer else None,
             causal=causal,
             classifies=classifies,
             head=head,
@@ -165,17 +176,17 @@ class _Binder:
             getattr(self.config, said) if isinstance(said, str) else said(self.model) if callable(said) else said
         )
 
-    def _norm(self, root: nn.Module, paths: Paths, width: int, layer: nn.Module) -> Norm:
+    def _norm(self, root: nn.Module, paths: Paths, width: int, layer: nn.Module, unit: float) -> Norm:
         module = _site(root, paths)
-        return self.norms.setdefault(module, Norm(module, self.kinds(module, width), layer))
+        return self.norms.setdefault(module, Norm(module, self.kinds(module, width), layer, unit))
 
     def _final_norm(self, width: int, layer: nn.Module) -> Norm:
         if not self.family.final_norm:
-            return Norm(Place(layer, False, width), None, layer)
+            return Norm(Place(layer, False, width), None, layer, self.unit)
         module = _site(self.model, self.family.final_norm)
         if is_norm(module, width):
-            return self._norm(self.model, self.family.final_norm, width, layer)
-        return Norm(Place(module, True, width), None, layer)
+            return self._norm(self.model, self.family.final_norm, width, layer, self.unit)
+        return Norm(Place(module, True, width), None, layer, self.unit)
 
     def _layer(self, layer: nn.Module) -> Layer:
         family = self.family
@@ -192,6 +203,8 @@ class _Binder:
         norm = mlp_norm
         if projections:
             norm = self._reads(layer, family.attention_norm, next(iter(projections.values())).module, width)
+        keys = keys_of(self.layers, attention, projections, family.key_sharing)
+        attended = projections if keys is None else self.layers[keys].projections
         kept = dict.fromkeys(_GROUPS, 1) | dict.fromkeys(_KV_HEADS, n_heads)
         ungrouped = {name: value for name, value in kept.items() if hasattr(attention, name)}
         post = family.attention_post_norm
@@ -202,17 +215,20 @@ class _Binder:
             attention_norm=norm,
             mlp_norm=mlp_norm,
             n_heads=n_heads,
+            groups=n_heads // attended["k"].n_heads if "k" in attended else 1,
+            keys=keys,
             projections=projections,
             order=family.fused if fused else "concatenated",
             query_order=(family.fused_by_query or family.fused) if fused else "concatenated",
             attention=attention,
             out=out,
-            post_norm=None if post is None else self._norm(layer, post, width, layer),
+            post_norm=None if post is None else self._norm(layer, post, width, layer, 1.0),
             mlp_in=mlp_in,
             mlp_out=mlp_out,
-            scale=self._factor(family.residual_multiplier),
+            scale=self._factor(family.residual_multiplier) / self.unit,
             rewrites=family.rewrites,
             k_norm=_maybe(layer, family.k_norm),
+            v_norm=_maybe(layer, family.v_norm) is not None,
             inner_norm=_maybe(layer, family.inner_norm) is not None,
             ungrouped=tuple(
                 {**ungrouped, **{k: v(layer) if callable(v) else v for k, v in family.ungrouped.items()}}.items()
@@ -239,7 +255,8 @@ class _Binder:
     def _mixer(self, layer: nn.Module) -> tuple[nn.Module, Any, int, Projections]:
         """The module that mixes tokens in a layer, its output projection, how many heads it has, and what they read."""
         family = self.family
-        for mixer in sorted(family.mixers, key=lambda one: -_present(layer, one)):
+        usual = all(path and _maybe(layer, path) for path in (family.q, family.k, family.v, family.out))
+        for mixer in () if usual else sorted(family.mixers, key=lambda one: -_present(layer, one)):
             first, last = (mixer.module, mixer.module) if isinstance(mixer.module, str) else mixer.module
             if mixer.out is None and _maybe(layer, first) is not None:
                 return self._whole(_site(layer, first), _site(layer, last))
@@ -264,7 +281,7 @@ class _Binder:
     def _with_heads(self, layer: nn.Module, mixer: Mixer) -> tuple[nn.Module, Any, int, Projections]:
         assert mixer.out is not None
         out, module = _linear(layer, mixer.out), _site(layer, mixer.out.rpartition(".")[0])
-        found = [getattr(place, name, None) for name in mixer.heads for place in (module, self.config)]
+        found = [x for name in mixer.heads for x in (getattr(module, name, None), _configured(self.config, name))]
         heads = next((n for n in found if isinstance(n, int)), 1)
         if linear_shape(out)[1] % heads:
             raise expected(
@@ -289,8 +306,8 @@ class _Binder:
 
     def _reads(self, layer: nn.Module, norm: Paths | None, reader: nn.Module, width: int) -> Norm:
         if norm is not None and not isinstance(_site(layer, norm), nn.Identity):
-            return self._norm(layer, norm, width, layer)
-        return self.norms.setdefault(reader, Norm(reader, None, layer))
+            return self._norm(layer, norm, width, layer, self.unit)
+        return self.norms.setdefault(reader, Norm(reader, None, layer, self.unit))
 
     def _projections(self, layer: nn.Module, attention: nn.Module, values: int) -> Projections:
         """q, k and v of a layer, where q may also give a gate for every query.
@@ -329,6 +346,12 @@ class _Binder:
                 return int(getattr(attention, name))
         config = self.config
         return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _configured(config: Any, name: str, default: object = None) -> Any:
+    """What a configuration says, or that of its language model."""
+    text = getattr(config, "get_text_config", None)
+    return getattr(config if hasattr(config, name) or text is None else text(), name, default)
 
 
 def _present(layer: nn.Module, mixer: Mixer) -> int:

@@ -44,7 +44,8 @@ def load_model(
         device: where to put the model; by default on CUDA if there is a device, else on the CPU.
         weights: if False, the model is made only from its configuration, on the device "meta".
         trust_remote_code: run Python code that comes with the model, as some need; it can do anything that you can.
-        tensor_parallel: of how many ranks each gets a part of the model, on its own GPU; all ranks there are, or 1.
+        tensor_parallel: of how many ranks each gets a part of the model, on its own GPU. If there are more ranks, the
+            next as many have another copy.
 
     Raises:
         InputError: the model cannot be loaded, it needs code that is not trusted, the demo model's wheel is not
@@ -96,14 +97,25 @@ def _in_parts(ranks: int, device: str | None) -> dict[str, Any]:
     """What `from_pretrained` takes for a model of which each rank gets a part."""
     if device is not None:
         raise expected("device", "none with tensor_parallel, as each process takes its own GPU", repr(device))
-    if ranks != count():
-        wanted = f"all {count()} processes (torchrun --nproc-per-node {ranks} starts {ranks})"
+    if count() % ranks:
+        wanted = f"a divisor of {count()}, the number of processes (torchrun --nproc-per-node {ranks} starts {ranks})"
         raise expected("tensor_parallel", wanted, ranks)
     if importlib.util.find_spec("transformers.distributed.tensor_parallel") is None:
         raise expected("tensor_parallel", "transformers 5.17 or later", importlib.metadata.version("transformers"))
     from transformers.distributed import DistributedConfig
 
-    return {"distributed_config": DistributedConfig(tp_size=ranks)}
+    if ranks == count():
+        return {"distributed_config": DistributedConfig(tp_size=ranks)}
+    if not hasattr(DistributedConfig, "dp_size"):
+        wanted = f"{count()}, all processes, or transformers 5.23 or later, which makes several copies of a model"
+        raise expected("tensor_parallel", wanted, ranks)
+
+    class Copies(DistributedConfig):
+        @property
+        def dp_size(self) -> int:
+            return 1  # else copies would be wrapped, so that training keeps them alike
+
+    return {"distributed_config": Copies(tp_size=ranks, dp_replicate_size=count() // ranks)}
 
 
 def _pretrained(what: str, name: str, load: Callable[..., Any], **settings: Any) -> Any:

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import InputError, expected, one_of, out_of_memory, reason
-from ..forward import TOKENS_PER_BATCH, Batch, give_back_memory, halves, some_of
-from ..ranks import count, dealt, in_team
+from ..forward import TOKENS_PER_BATCH, Batch, give_back_memory, halves, passes_of, some_of
+from ..ranks import ALONE, Team, count, dealt, in_team
 from ..tasks import PairedDataset
 
 # For devices that a pass of TOKENS_PER_BATCH does not keep busy; not yet measured.
@@ -156,7 +156,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def dealt_in_memory(
-    data: PairedDataset, batches: Iterable[Batch], tokens: int, run: Callable[[Batch, int], T], team: int = 1
+    data: PairedDataset, batches: Iterable[Batch], tokens: int, run: Callable[[Batch, int], T], team: Team = ALONE
 ) -> Iterator[tuple[Batch, T]]:
     """`in_memory` of batches that are dealt to the ranks, as `ranks.dealt` does it; all receive all results.
 
@@ -180,7 +180,7 @@ def dealt_in_memory(
             left -= piece.n_examples
         return found
 
-    for batch, found in dealt(batches, pieces, team):
+    for batch, found in dealt(batches, pieces, team, passes_of):
         if not torch.equal(torch.cat([index for index, _ in found]), batch.index):
             raise expected("batches", "the same on all ranks", "others, as batch_size or the model differs")
         start = 0

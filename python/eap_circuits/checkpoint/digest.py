@@ -44,4 +44,5 @@ def text_digest(text: str) -> str:
 
 
 def _digest(chunk: Tensor) -> bytes:
-    return hashlib.sha1(chunk.cpu().numpy().data, usedforsecurity=False).digest()
+    # Copies, as `fully_shard` cannot let go of a weight that numpy has seen.
+    return hashlib.sha1(chunk.to("cpu", copy=True).numpy().data, usedforsecurity=False).digest()

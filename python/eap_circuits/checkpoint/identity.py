@@ -49,7 +49,7 @@ _TORCHS = {*vars(nn.Module()), "_compiled_call_impl"}
 # Of a module whose weights and inputs accelerate moves.
 _ACCELERATES = {"_hf_hook", "_old_forward", "forward", "to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa"}
 _SHARDS = "torch.distributed.fsdp."
-_DIVIDES = "transformers.distributed.tensor_parallel"
+_DIVIDES = "transformers.distributed."
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
 
@@ -177,7 +177,7 @@ def _is_note(package: str, name: str) -> bool:
 
 def _is_packages(value: Any) -> bool:
     """Is it bookkeeping of a package that models are made with, such as a configuration, or divides what is run?"""
-    if getattr(value, "__module__", None) == _DIVIDES:
+    if str(getattr(value, "__module__", "")).startswith(_DIVIDES):
         return True
     package = type(value).__module__.partition(".")[0]
     return package in _PACKAGES and not isinstance(value, Tensor) and not callable(value)

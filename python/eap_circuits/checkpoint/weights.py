@@ -33,7 +33,8 @@ def weights_digest(model: nn.Module) -> str:
 def weights_sample(model: nn.Module) -> str:
     """The SHA-256 of the first few numbers of each plain weight: what differs all over differs there."""
     plain = {name: x.detach() for name, _, x in _held(model) if type(x.data) is Tensor and not x.is_meta}
-    numbers = {name: x[(0,) * (x.dim() - 1)][:_SAMPLED] for name, x in plain.items() if x.dim() and x.numel()}
+    # Copies, for the same reason as in `tensor_digest`.
+    numbers = {name: x[(0,) * (x.dim() - 1)][:_SAMPLED].clone() for name, x in plain.items() if x.dim() and x.numel()}
     return digest({}, numbers)
 
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..graph import EdgeScores
     from ..report.tables import Table
 
 Progress = Callable[[int, int], None]
@@ -133,24 +132,6 @@ def check_suffix(path: Path | None, *suffixes: str) -> None:
 
     if path is not None:
         suffix_of(path, suffixes)
-
-
-def give_scores(scores: EdgeScores, out: Path | None, top: int, as_json: bool) -> None:
-    """Save scores of edges, where they are to be saved, and show the strongest."""
-    from ..errors import InputError
-    from ..report.tables import edge_table
-
-    files: dict[str, str] = {}
-    wrong = write(files, "scores", scores.save, out)
-    table = edge_table(scores, None, top)
-    if as_json:
-        show_json({"info": scores.info, "graph": scores.graph.to_dict(), "edges": table.records(), "files": files})
-    else:
-        show_table(table)
-        for file in files.values():
-            say(f"Wrote {file}.")
-    if wrong:
-        raise InputError(" ".join(wrong))
 
 
 def write(files: dict[str, str], name: str, save: Callable[[Path], object], path: Path | None) -> list[str]:

@@ -121,7 +121,7 @@ def _version(value: bool) -> None:
 def eap(
     debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and full tracebacks of errors.")] = False,
     tensor_parallel: Annotated[
-        int, typer.Option("--tensor-parallel", min=1, metavar="N", help="Divide the model among all N processes.")
+        int, typer.Option("--tensor-parallel", min=1, metavar="N", help="Divide the model among N processes.")
     ] = 1,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
@@ -133,7 +133,7 @@ def eap(
     A circuit is a set of the strongest edges; its faithfulness says how much of the model's behaviour it keeps.
 
     Several GPUs, or processes, share a command's work: torchrun --nproc-per-node 8 -m eap_circuits attribute …
-    A model too large for one GPU is divided among them with --tensor-parallel 8.
+    A model too large for one GPU is divided with --tensor-parallel N; of more processes, every N have a copy.
     """
 
 
@@ -154,16 +154,19 @@ def _help(command: Callable[..., None]) -> str:
 
 
 def _register() -> None:
-    from .commands import about, acdc, attribute, card, data, demo, evaluate, export, ibcircuit, learn, report
+    from .commands import about, attribute, card, data, demo, evaluate, export, report
     from .commands.benchmarks import leaderboard, mib, reproduce
+    from .commands.learning import circuits, rankings
 
     commands: tuple[Callable[..., None], ...] = (
         demo.demo,
         data.data,
         attribute.attribute,
-        learn.learn,
-        ibcircuit.ibcircuit,
-        acdc.acdc,
+        rankings.learn,
+        rankings.prune,
+        rankings.ibcircuit,
+        circuits.acdc,
+        circuits.refine,
         evaluate.evaluate,
         evaluate.curve,
         card.card,

@@ -5,14 +5,16 @@ depth: `input`, then for each layer its heads `a{l}.h{h}` and its MLP `m{l}`. Re
 all `<k>`, all `<v>` inputs and `m{l}`; the last one is `logits`. With `heads="kv"` a layer has one `<k>` and one `<v>`
 receiver per key/value head, with `heads="query"` one of each per query head. Layers that mix tokens otherwise have the
 inputs that `reads` names instead: `a{l}.h{h}<name>`, or `a{l}<name>` for one that all heads of the layer share.
+What a layer makes of per-layer embeddings is a node behind its MLP, `p{l}`.
 
 A graph with spans has all of these once for each span: `a{l}.h{h}@{span}`, and so on (`spans.py`).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -42,6 +44,9 @@ class Graph:
         reads: the inputs of each layer's heads in the kv graph, [L], None for a layer with the usual three; or None if
             all layers have these.
         spans: of which the graph has every node once for each; its edges are those that are on a path. None: no spans.
+        keys: the layer whose keys and values the heads of each layer attend to, [L]; None if each has its own.
+        per_layer: [L], which are no layers of the model but what the one before makes of per-layer embeddings: one
+            node, `p{l}`, which the prompt's tokens reach by themselves, as they reach `input`; None if none is.
     """
 
     n_heads: tuple[int, ...]
@@ -51,6 +56,8 @@ class Graph:
     heads: Heads = "kv"
     reads: tuple[Reads | None, ...] | None = None
     spans: Spans | None = None
+    keys: tuple[int, ...] | None = None
+    per_layer: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
         refuse_default_device()
@@ -67,6 +74,12 @@ class Graph:
             if h < 0 or (h and (g < 1 or h % g)):
                 raise expected("graph", "a number of query heads that key/value heads divide", f"{h} and {g}")
         object.__setattr__(self, "reads", self._checked_reads())
+        object.__setattr__(self, "keys", self._by_layer("keys", partial(whole, least=0), range(self.n_layers)))
+        if any(of > layer or self.n_heads[of] != self.n_heads[layer] for layer, of in enumerate(self.keys or ())):
+            raise expected("keys", "for each layer itself, or one before it with as many heads", self.keys)
+        object.__setattr__(self, "per_layer", self._by_layer("per_layer", flag, (False,) * self.n_layers))
+        if any(one and (not layer or self.n_heads[layer]) for layer, one in enumerate(self.per_layer or ())):
+            raise expected("per_layer", "layers without heads, behind layers of the model", self.per_layer)
         if self.spans is not None:
             instance("spans", self.spans, Spans)
 
@@ -75,7 +88,7 @@ class Graph:
             return None
         wanted = "for each layer none, or (name, number that divides its heads) of each input"
         try:
-            reads = tuple(one and tuple((str(name), whole("reads", n, 1)) for name, n in one) for one in self.reads)
+            reads = tuple(tuple((str(x), whole("reads", n, 1)) for x, n in one) if one else None for one in self.reads)
         except (TypeError, ValueError) as error:
             raise expected("reads", wanted, repr(self.reads)) from error
         for h, one in zip(self.n_heads, reads, strict=False):
@@ -86,12 +99,18 @@ class Graph:
             raise expected("reads", wanted, f"{len(reads)} for {len(self.n_heads)} layers")
         return reads if any(reads) else None
 
+    def _by_layer(self, name: str, kind: Callable[[str, object], Any], usual: Iterable[object]) -> Any:
+        """A field with a value for each layer; None if these are the usual ones."""
+        given = usual if getattr(self, name) is None else listed(name, getattr(self, name), "a list")
+        found = tuple(kind(name, value) for value in given)
+        if len(found) != self.n_layers:
+            raise expected(name, f"{self.n_layers} values, one for each layer", len(found))
+        return None if found == tuple(usual) else found
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Graph):
             return NotImplemented
-        same = (self.n_heads, self.n_kv_heads, self.parallel, self.heads, self.reads, self.spans) == (
-            other.n_heads, other.n_kv_heads, other.parallel, other.heads, other.reads, other.spans
-        )  # fmt: skip
+        same = all(getattr(self, each.name) == getattr(other, each.name) for each in fields(self) if each.compare)
         return same and (self.d_model == other.d_model or 0 in (self.d_model, other.d_model))
 
     # Index arithmetic.
@@ -176,11 +195,27 @@ class Graph:
     # Names and tensors.
 
     @cached_property
+    def numbers(self) -> tuple[int, ...]:
+        """The number of the model's layer that each layer is, or is a part of, [L]."""
+        return tuple(layer - sum((self.per_layer or ())[: layer + 1]) for layer in range(self.n_layers))
+
+    def _names(self, layer: int) -> tuple[str, str]:
+        """What the layer's heads and its block are called: "a3" and "m3", or "p3"."""
+        block = "p" if self.per_layer and self.per_layer[layer] else "m"
+        return f"a{self.numbers[layer]}", f"{block}{self.numbers[layer]}"
+
+    @cached_property
+    def titles(self) -> list[str]:
+        """What figures call each layer, [L]: "layer 3", or "p3" of per-layer embeddings."""
+        return [self._names(layer)[1].replace("m", "layer ") for layer in range(self.n_layers)]
+
+    @cached_property
     def senders(self) -> list[str]:
         """Sender names, [S]."""
         names = ["input"]
         for layer, h in enumerate(self.n_heads):
-            names += [f"a{layer}.h{i}" for i in range(h)] + [f"m{layer}"]
+            heads, block = self._names(layer)
+            names += [f"{heads}.h{i}" for i in range(h)] + [block]
         return self._at_spans(names)
 
     @cached_property
@@ -188,10 +223,11 @@ class Graph:
         """Receiver names, [R]."""
         names = []
         for layer in range(self.n_layers):
+            heads, block = self._names(layer)
             for name, n in self.head_inputs(layer):
                 shared = n == 1 < self.n_heads[layer] and name not in _OF_KEYS
-                names += [f"a{layer}<{name}>"] if shared else [f"a{layer}.h{i}<{name}>" for i in range(n)]
-            names.append(f"m{layer}")
+                names += [f"{heads}<{name}>"] if shared else [f"{heads}.h{i}<{name}>" for i in range(n)]
+            names.append(block)
         return self._at_spans([*names, "logits"])
 
     def _at_spans(self, names: list[str]) -> list[str]:
@@ -222,16 +258,17 @@ class Graph:
     def inputs_of(self) -> tuple[Tensor, Tensor]:
         """Pairs (receiver, sender) in which the receiver is an input of the sender's own node. int64 [P] each.
 
-        The inputs of a head are its `<q>` and the `<k>` and `<v>` of its group; an MLP has one input.
+        The inputs of a head are its `<q>` and its group's `<k>` and `<v>` (see `keys`); an MLP has one input.
         """
         if self.spans is not None:
             return inputs_by_span(self.base, self.spans)
         receivers, senders = [], []
         for layer, h in enumerate(self.n_heads):
             heads = torch.arange(h)
-            first = self.head_senders(layer).start
-            for site, n in self.head_inputs(layer):
-                receivers.append(self.receivers_at(layer, site).start + heads // (h // n))
+            first, of = self.head_senders(layer).start, self.keys[layer] if self.keys else layer
+            attended = [(of, *read) for read in self.head_inputs(of) if read[0] != "q"] if of != layer else []
+            for at, site, n in [*((layer, *read) for read in self.head_inputs(layer)), *attended]:
+                receivers.append(self.receivers_at(at, site).start + heads // (h // n))
                 senders.append(first + heads)
             receivers.append(torch.tensor([self.receivers_at(layer, "mlp").start]))
             senders.append(torch.tensor([self.mlp_sender(layer)]))
@@ -310,13 +347,22 @@ class Graph:
         n = self.with_heads("kv").n_receivers
         return values.new_zeros(*values.shape[:-1], n).index_add(-1, self.kv_receiver, values)
 
-    def fed(self, given: Tensor) -> Tensor:
-        """bool [S]: `input`, and the senders whose node has one of these receivers, bool [R], as an input."""
+    @cached_property
+    def sources(self) -> Tensor:
+        """bool [S]: the senders that the prompt's tokens reach by themselves: `input` and per-layer embeddings."""
+        firsts = [0, *(self.mlp_sender(layer) for layer, one in enumerate(self.per_layer or ()) if one)]
+        return torch.isin(torch.arange(self.n_senders) // self.n_spans, torch.tensor(firsts) // self.n_spans)
+
+    def _entered(self, given: Tensor) -> Tensor:
+        """bool [S]: the senders whose node has one of these receivers, bool [R], as an input."""
         receivers, senders = self.inputs_of
-        fed = torch.zeros(self.n_senders, dtype=torch.bool)
-        fed[senders[given[receivers]]] = True
-        fed[: self.n_spans] = True
-        return fed
+        entered = torch.zeros(self.n_senders, dtype=torch.bool)
+        entered[senders[given[receivers]]] = True
+        return entered
+
+    def fed(self, given: Tensor) -> Tensor:
+        """bool [S]: the `sources`, and the senders whose node has one of these receivers, bool [R], as an input."""
+        return self.sources | self._entered(given)
 
     def read(self, present: Tensor) -> Tensor:
         """bool [R]: `logits`, and the inputs of the nodes of these senders, bool [S]."""
@@ -333,15 +379,13 @@ class Graph:
         return self.edge_mask & kept[:, None] & self.read(kept)
 
     def connected(self, mask: Tensor) -> Tensor:
-        """bool [S]: senders with a kept edge going out or, except for `input`, coming in; mask bool [S, R]."""
-        present = self.fed(mask.any(0))
-        present[: self.n_spans] = False
-        return present | mask.any(1)
+        """bool [S]: senders with a kept edge going out or coming in; mask bool [S, R]."""
+        return self._entered(mask.any(0)) | mask.any(1)
 
     # Storage.
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: x for name, x in asdict(self).items() if x is not None or name not in ("reads", "spans")}
+        return {name: x for name, x in asdict(self).items() if x is not None}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Graph:
@@ -351,6 +395,6 @@ class Graph:
     def __repr__(self) -> str:
         spans = "" if self.spans is None else f"spans {', '.join(self.spans.names)}; "
         return (
-            f"Graph({self.n_layers} layers, heads={self.heads!r}, {spans}{self.n_senders} senders, "
+            f"Graph({self.numbers[-1] + 1} layers, heads={self.heads!r}, {spans}{self.n_senders} senders, "
             f"{self.n_receivers} receivers, {self.n_edges} edges)"
         )

@@ -18,7 +18,8 @@ def prune(graph: Graph, mask: Tensor) -> Tensor:
     """Remove all edges that are on no path from `input` to `logits`. bool [S, R] -> bool [S, R].
 
     A node stays if it has a kept edge going out and, except for `input`, one coming in; an edge stays if its sender's
-    node and its receiver's node do (EAP-IG's rule; a key/value head's input belongs to its whole group).
+    node and its receiver's node do (EAP-IG's rule; a key/value head's input belongs to its whole group). Per-layer
+    embeddings need none coming in either: paths start at all `Graph.sources`.
     """
     mask = mask.clone()
     clear_beyond(graph, mask)

@@ -82,7 +82,7 @@ def inputs_by_span(graph: Graph, spans: Spans) -> tuple[Tensor, Tensor]:
     receivers, senders = graph.inputs_of
     own = torch.zeros(graph.n_receivers, dtype=torch.bool)  # read at the node's own token alone
     for layer, heads in enumerate(graph.n_heads):
-        if heads:
+        if heads or graph.sources[graph.mlp_sender(layer)]:
             own[graph.receivers_at(layer, "mlp")] = True
         for name, _ in graph.head_inputs(layer):
             own[graph.receivers_at(layer, name)] = name == "q"

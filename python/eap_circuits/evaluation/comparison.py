@@ -11,9 +11,9 @@ from ..display import Result
 from ..errors import known_arguments
 from ..graph import Circuit, Overlap, edge_overlap, node_overlap
 from ..ranks import together
+from ..request import check_kind
 from ..tasks import PairedDataset
 from .faithfulness import EvaluationResult, evaluate
-from .optimal_ablation import check_kind
 
 
 @dataclass(frozen=True, eq=False)

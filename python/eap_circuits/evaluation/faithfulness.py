@@ -31,9 +31,20 @@ from ..loans import gives_back
 from ..provenance import called, provenance
 from ..ranks import together
 from ..recording import ablation_of, record_run
-from ..request import DRAWS, Measurement, Progress, Request, fetch, prepare, variance_by_rounding, watched
+from ..request import (
+    DRAWS,
+    Measurement,
+    Progress,
+    Request,
+    as_circuits,
+    check_circuit,
+    fetch,
+    prepare,
+    variance_by_rounding,
+    watched,
+)
 from ..tasks import PairedDataset
-from .optimal_ablation import as_circuits, check_circuit, optimal_constants
+from .optimal_ablation import optimal_constants
 
 
 @dataclass(frozen=True, eq=False)

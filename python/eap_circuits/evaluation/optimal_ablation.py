@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Architecture
 from ..budget import Cost, dealt_in_memory, in_memory, measure_cost, numbers_per_token, tokens_within
 from ..checkpoint import Checkpoint, Where, opened, remaining, settings_of
-from ..errors import expected, known_arguments, number, whole
+from ..errors import known_arguments, number, whole
 from ..forward import Batch, Constants, Runner, borrowed, one_want_of_memory
-from ..graph import Circuit, EdgeScores, NodeScores
+from ..graph import Circuit
 from ..intervention import learning_run
 from ..loans import gives_back
 from ..ranks import together
 from ..recording import deviations, record_run
-from ..request import Measurement, Progress, Request, fetch, prepare, watched
-from ..tasks import PairedDataset, check_spans
+from ..request import Measurement, Progress, Request, check_circuit, fetch, prepare, watched
+from ..tasks import PairedDataset
 
 TOKENS_PER_LESSON = 256  # per batch, as the backward pass keeps every receiver's input at each token
 
@@ -89,43 +86,6 @@ def optimal_constants(
         if circuit.n_edges == circuit.graph.n_edges:
             return request.constants
         return _learn(request, circuit, steps, rate, kept, progress)
-
-
-def as_circuits(circuit: Circuit | Sequence[Circuit]) -> list[Circuit]:
-    """The circuits of `evaluate(circuit=)`."""
-    single = isinstance(circuit, (Circuit, str, Mapping)) or hasattr(circuit, "ndim")  # tensors and arrays
-    if isinstance(circuit, Iterable) and not single:
-        return list(circuit)
-    check_kind(circuit)
-    assert isinstance(circuit, Circuit)
-    return [circuit]
-
-
-def check_kind(circuit: object) -> None:
-    """Refuse anything that is not a circuit, and say how to make one of it."""
-    if isinstance(circuit, Circuit):
-        return
-    found = type(circuit).__name__
-    if isinstance(circuit, (EdgeScores, NodeScores)):
-        found += f" (scores.select({'n_edges' if isinstance(circuit, EdgeScores) else 'n_nodes'}=200) gives a circuit)"
-    elif isinstance(circuit, Tensor):
-        found += " (Circuit.from_mask(graph, mask) gives a circuit)"
-    elif isinstance(circuit, (str, os.PathLike)):
-        found += " (Circuit.load(path) gives a circuit)"
-    raise expected("circuit", "a Circuit or a list of them", found)
-
-
-def check_circuit(circuit: object, arch: Architecture, data: PairedDataset | None = None) -> None:
-    """Refuse anything that is not a circuit of the model, or one with spans that are not those of the data."""
-    check_kind(circuit)
-    assert isinstance(circuit, Circuit)
-    graph = circuit.graph
-    if graph.base != arch.graph(graph.heads):
-        raise expected("circuit", f"one of {arch.graph(graph.heads)!r}", f"one of {graph!r}")
-    if graph.spans is not None and data is None:
-        raise expected("circuit", "one without spans", f"one of {graph!r}")
-    if data is not None:
-        check_spans(data, graph.spans)
 
 
 class _Lessons:

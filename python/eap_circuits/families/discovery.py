@@ -99,10 +99,11 @@ class _Frame:
 
 def _frame(model: nn.Module, calls: Sequence[Call], embeddings: Tensor) -> _Frame:
     config: Any = model.config
-    if getattr(config.get_text_config(), "hidden_size_per_layer_input", 0):
-        raise _refusal(
-            model, "layers that read nothing but the residual stream, as Gemma 3's", "token embeddings for each"
-        )
+    text = config.get_text_config()
+    if streams := getattr(text, "altup_num_inputs", 0):
+        raise _refusal(model, "one residual stream, as Gemma 4's", f"{streams} that every layer mixes anew (AltUp)")
+    if getattr(text, "hidden_size_per_layer_input", 0):
+        raise _refusal(model, "a table that says where per-layer embeddings are, as Gemma 4 has", "none")
     shape = embeddings.shape
     flat = [Call(c.path, c.module, _flat(c.input, shape), _flat(c.output, shape)) for c in calls]
     stack = _stack(model, flat)

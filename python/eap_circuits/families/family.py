@@ -57,12 +57,20 @@ class Family:
         beside: a module that reads what the MLP reads and runs after it; the outputs are added (shared experts).
         rewrites: the MLP's modules are all that follows attention, and what the last one gives takes the place of the
             residual stream (a norm after the sum): the MLP writes how it changes the stream.
+        v_norm: attention has a norm of each value, so that their effect is not linear; it may be absent.
         inner_norm: attention has a norm of all heads' values together, so that heads depend on each other.
         fused: the order of a fused projection's features: "concatenated": all of q, then k, then v; "grouped": for each
             key/value head its query heads, its key and its value; "sharded": in each of four equal parts, queries, then
             values, then keys.
         fused_by_query: the order in which attention takes them with a key and a value for each query head, if another.
         attention_post_norm, mlp_post_norm: norms between a block's output and the residual stream.
+        key_sharing: an attribute of attention: where attention has no keys of its own, it takes keys and values of the
+            last layer before it that has some and the same value of that attribute.
+        layer_scale: an attribute of a layer: what the residual stream is multiplied by at the layer's end.
+        per_layer: the first and the last module of what a layer with per-layer embeddings makes of them behind the MLP:
+            the first reads the residual stream as it is. It may be absent.
+        per_layer_inputs: the module that makes a part of these from the token embeddings, from the model; the one that
+            holds it makes the other part of the tokens (`get_per_layer_inputs`).
         k_norm: a norm of the keys that has its own weights for each key/value head; it may be absent.
         parallel: whether attention and MLP of a layer read the same residual stream; or names of configuration fields,
             where one that is set says so.
@@ -95,11 +103,16 @@ class Family:
     mixers: tuple[Mixer, ...] = ()
     beside: str | None = None
     rewrites: bool = False
+    v_norm: str | None = None
     inner_norm: str | None = None
     fused: Order = "concatenated"
     fused_by_query: Order | None = None
     attention_post_norm: Paths | None = None
     mlp_post_norm: Paths | None = None
+    key_sharing: str | None = None
+    layer_scale: str | None = None
+    per_layer: tuple[str, str] | None = None
+    per_layer_inputs: str = ""
     k_norm: str | None = None
     parallel: bool | tuple[str, ...] = False
     embedding_norm: Paths | None = None

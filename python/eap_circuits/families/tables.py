@@ -108,6 +108,35 @@ GEMMA3 = replace(
     layers="model.language_model.layers",
     final_norm="model.language_model.norm",
 )
+# Where the keys are also the values, or where both are another layer's, a layer has no three projections.
+GEMMA4 = replace(
+    GEMMA2,
+    name="gemma4",
+    model_types=("gemma4_text", "gemma4_unified_text"),
+    mixers=(
+        Mixer(
+            out="self_attn.o_proj",
+            reads={"kv": "self_attn.k_proj"},
+            by_head={"q": "self_attn.q_proj"},
+            heads=("num_attention_heads",),
+        ),
+    ),
+    v_norm="self_attn.v_norm",
+    key_sharing="layer_type",
+    layer_scale="layer_scalar",
+    per_layer=("per_layer_input_gate", "post_per_layer_input_norm"),
+    per_layer_inputs="model.per_layer_model_projection",
+    requires={"enable_moe_block": False},
+    since="5.24",
+)
+GEMMA4_IMAGES = replace(
+    GEMMA4,
+    name="gemma4_images",
+    model_types=("gemma4", "gemma4_unified"),
+    layers="model.language_model.layers",
+    final_norm="model.language_model.norm",
+    per_layer_inputs="model.language_model.per_layer_model_projection",
+)
 OLMO2 = replace(
     LLAMA,
     name="olmo2",
@@ -329,7 +358,7 @@ NEMOTRON_H = replace(
 
 _TABLES = (
     *(LLAMA, MINISTRAL3, PHI3, GRANITE, GRANITE_MOE, LLAMA4, OLMOE, APERTUS, GLM4, STABLELM, COHERE, PHI, GEMMA),
-    *(GEMMA2, GEMMA3, OLMO2, GPT2, GPT_NEO, GPTJ, GPT_NEOX, BLOOM, FALCON, MPT, OPT),
+    *(GEMMA2, GEMMA3, GEMMA4, GEMMA4_IMAGES, OLMO2, GPT2, GPT_NEO, GPTJ, GPT_NEOX, BLOOM, FALCON, MPT, OPT),
     *(
         GPT_BIGCODE,
         CODEGEN,

@@ -59,4 +59,5 @@ def _graph(fields: dict[str, Any]) -> Graph:
     spans = fields.get("spans")
     if spans is not None:
         spans = Spans(**{name: spans[name] for name in ("names", "sees", "scored")})
-    return Graph(heads, kv_heads, width, parallel, head_kind(fields.get("heads", "kv")), fields.get("reads"), spans)
+    more = (fields.get("reads"), spans, fields.get("keys"), fields.get("per_layer"))
+    return Graph(heads, kv_heads, width, parallel, head_kind(fields.get("heads", "kv")), *more)

@@ -4,7 +4,7 @@ from .batches import TOKENS_PER_BATCH, Batch, batch_of, halves, make_batches, so
 from .constants import Constants, at_tokens, zeros
 from .hooks import Hooks, borrowed, unhook
 from .layers.active_tokens import skip_inactive
-from .prefixes.prefix import parameters
+from .prefixes.prefix import parameters, passes_of
 from .prefixes.reuse import logit_distance, logit_tolerance, why_not_reused
 from .replays.captured import Captured, signature
 from .resume import LayerInputs, record_layer_inputs

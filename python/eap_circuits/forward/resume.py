@@ -30,7 +30,14 @@ class LayerInputs:
     results: Sequence[object]
 
     def start_at(self, index: int, copies: int, hooks: Hooks) -> None:
-        """Start a pass over copies of the batch at this layer; one past the last layer: after all of them."""
+        """Start a pass over copies of the batch at this layer; one past the last layer: after all of them.
+
+        It starts earlier where the layer is a part of the one before, or keys and values of an earlier one are needed.
+        """
+        if index < len(self.layers) and self.layers[index].per_layer:
+            index -= 1
+        while (first := min((x.keys for x in self.layers[index:] if x.keys is not None), default=index)) < index:
+            index = first
         for layer, result in zip(self.layers[:index], self.results, strict=False):
             hooks.pass_through(layer.module, result)
         if index < len(self.layers):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -16,6 +16,8 @@ from ..graph import Graph
 from .batches import Batch
 from .hooks import Hooks
 from .layers.last_mlp import Scored, ScoredMLP, at_scored
+from .layers.per_layer import give_per_layer
+from .layers.rescaling import Rescaling
 from .layers.rewriting import Rewriting
 from .prefixes.prefix import Prefix, WholePrompts, beginning, behind, parameters, run_prefixes
 
@@ -78,6 +80,7 @@ class Runner:
         self._every_mlp = every_mlp or self._pooled or not arch.layers[-1].n_heads
         # Key/value copies per layer.
         self.repeat_kv = [layer.groups if graph.heads == "query" else 1 for layer in arch.layers]
+        self._cached = [n for layer, n in zip(arch.layers, self.repeat_kv, strict=True) if layer.caches]
         self._model: Any = arch.model
         self._body: Any = self._model.base_model if arch.classifies else self._model  # what fills a cache
         self._place = "position_ids" in parameters(self._model)
@@ -119,12 +122,19 @@ class Runner:
                 start = stop
             yield module, columns
 
-    def logits(self, embeddings: Tensor, register: Register | None = None, corrupted: int = 0) -> Tensor:
+    def logits(
+        self,
+        embeddings: Tensor,
+        register: Register | None = None,
+        corrupted: int = 0,
+        alphas: Sequence[float] | None = None,
+    ) -> Tensor:
         """Logits at the scored positions: [m·E, T, D] -> [m·E, V], for m copies of the batch, one after another; or
         [m·E, P, V], where the data say which positions are scored (`Batch.by_example`).
 
         `register` adds hooks for this run. Hooks on a projection see its output concatenated and repeated. The first
-        `corrupted` copies are the corrupted prompts, scored at their own positions.
+        `corrupted` copies are the corrupted prompts, scored at their own positions. `alphas` are of copies that are
+        points between the corrupted prompts, 0, and the clean ones, 1, if there are any.
         """
         batch, (rows, suffix) = self.batch, embeddings.shape[:2]
         copies = rows // batch.n_rows
@@ -134,7 +144,7 @@ class Runner:
             given["attention_mask"] = real
         if batch.prefix.shape[1]:
             if self._prefix is None:
-                once = [1] * len(self.repeat_kv)
+                once = [1] * len(self._cached)
                 with torch.no_grad(), self._for_cache():
                     ran = run_prefixes(self._body, batch.prefix, batch.known.shared, once)
                 self._prefix = Prefix(batch, ran, batch.prefix_of, once)
@@ -145,6 +155,8 @@ class Runner:
                 last = batch.start + batch.last
                 given["position_ids"] = (batch.start[:, None] + offset).minimum(last[:, None]).repeat(copies, 1)
         with Hooks(tokens=suffix) as hooks:
+            if self.arch.per_layer is not None:
+                given |= give_per_layer(self.arch, batch, corrupted, alphas or [1.0] * (copies - corrupted), hooks)
             return self._run(embeddings, scored, given, hooks, register, hooks)
 
     def record(self, embeddings: Tensor, register: Register, corrupted: int = 0) -> Tensor:
@@ -155,11 +167,12 @@ class Runner:
         """
         batch = self.batch
         with torch.no_grad():
-            if self._prefix is not None or not batch.prefix.shape[1] or len(embeddings) != len(batch.prefix):
+            apart = len(embeddings) != len(batch.prefix) or self.arch.per_layer is not None
+            if self._prefix is not None or not batch.prefix.shape[1] or apart:
                 return self.logits(embeddings, register, corrupted)
             prefixes, shared = batch.prefix[batch.prefix_of], batch.known.shared
             with self._for_cache():
-                cache = beginning(self._body, prefixes, shared, self.repeat_kv)
+                cache = beginning(self._body, prefixes, shared, self._cached)
             whole = WholePrompts(batch, shared)
             joined = whole.join(self.embed(prefixes[:, shared:]), embeddings)
             begin = batch.start - shared if batch.positions is None else (batch.start - shared)[batch.positions.row]
@@ -169,7 +182,7 @@ class Runner:
             with Hooks(tokens) as hooks, Hooks(tokens, whole.suffixes) as reading:
                 logits = self._run(joined, scored, given, hooks, register, reading)
             every = torch.arange(len(prefixes), device=prefixes.device)
-            self._prefix = Prefix(batch, cache, every, self.repeat_kv)
+            self._prefix = Prefix(batch, cache, every, self._cached)
             return logits
 
     def _run(
@@ -197,10 +210,11 @@ class Runner:
             return where[0][:n], where[1][:n]
 
         last = ScoredMLP(self.arch.layers[-1], first)
-        rewriting = [Rewriting(layer) for layer in self.arch.layers if layer.rewrites]
+        views: list[Rewriting | Rescaling] = [Rewriting(layer) for layer in self.arch.layers if layer.rewrites]
+        views += [Rescaling(norm) for norm in self.arch.norms if norm.unit != 1]
         with Hooks(tokens=1) as single:
-            for each_block in rewriting:
-                each_block.begin(hooks)
+            for view in views:
+                view.begin(hooks)
             self._skip_embedding_norm(embeddings, hooks)
             # Before the caller's hooks, which see queries, keys and values one after another, repeated.
             self._concatenate(hooks)
@@ -212,8 +226,8 @@ class Runner:
             # After the caller's hooks, which see and change the last MLP's input in whole rows.
             if not self._every_mlp:
                 last.take(hooks)
-            for each_block in rewriting:
-                each_block.end(hooks)
+            for view in views:
+                view.end(hooks)
             # After the caller's hooks on projections: attention expects features in its own order.
             self._restore_order(hooks)
             # Around all of these: they see all heads of a tensor parallel model, and attention those of this rank.

@@ -62,7 +62,7 @@ def _selected(graph: Graph, n_edges: int, rng: random.Random) -> Tensor:
 class _Growth:
     """A growing circuit in which every edge is on a path.
 
-    `fed`: senders that `input` reaches; `read`: receivers that reach `logits`. All others have no edge yet.
+    `fed`: senders that the graph's `sources` reach; `read`: receivers that reach `logits`. All others have no edge yet.
     """
 
     def __init__(self, graph: Graph, rng: random.Random) -> None:
@@ -79,9 +79,9 @@ class _Growth:
         leaving = graph.n_receivers - first
         self.sender = np.repeat(np.arange(graph.n_senders, dtype=np.int32), leaving)
         self.shift = np.arange(graph.n_senders) * graph.n_receivers + first - (leaving.cumsum() - leaving)
-        self.fed = [True] + [False] * (graph.n_senders - 1)
+        self.fed: list[bool] = graph.sources.tolist()
         self.read = [False] * (graph.n_receivers - 1) + [True]
-        self.missing = graph.n_senders + graph.n_receivers - 2
+        self.missing = self.fed.count(False) + graph.n_receivers - 1
 
     def grow(self, n_edges: int) -> None:
         """Add edges until there are `n_edges`, or fewer if no remaining edge can be completed to a path within that."""

@@ -23,7 +23,8 @@ class Asked:
     """What masks [C, S, R] ask for, on the host; bool [C, R] or [C, S] each.
 
     `closed`, `whole` and `partial` receivers read the corrupted run alone, the circuit's own run alone, and have to be
-    computed. `needed` senders are read by any receiver, `stored` ones by one that has to be computed.
+    computed, as also those of needed nodes that the clean prompt reaches by itself. `needed` senders are read by any
+    receiver, `stored` ones by one that has to be computed.
     """
 
     closed: Tensor
@@ -49,20 +50,29 @@ def together(graph: Graph, masks: Sequence[Tensor]) -> Tensor:
     return torch.stack([mask if graph.spans is None else graph.per_span(mask) for mask in masks]).cpu()
 
 
-def asked_of(graph: Graph, masks: Tensor) -> Asked:
-    """What masks ask for, as `together` gives them: with spans, at any of them."""
+def asked_of(graph: Graph, masks: Tensor, at: Tensor | None = None) -> Asked:
+    """What masks ask for, as `together` gives them: with spans, at any of them.
+
+    The receivers of edges `at`, bool [S, R], have to be computed, whatever masks keep of them.
+    """
     kept, edges = masks != 0, graph.edge_mask if graph.spans is None else graph.per_span(graph.edge_mask)
     full = (masks == 1) | ~edges
+    if at is not None:
+        kept, full = kept | at, full & ~at
     if graph.spans is not None:
         kept, full, graph = kept.any(1), full.all(1), graph.base
     closed = ~kept.any(1)
     whole = full.all(1) & ~closed
     partial = ~closed & ~whole
-    stored = (kept & partial[:, None]).any(2)
+    stored, needed = (kept & partial[:, None]).any(2), kept.any(2)
     for index in range(graph.n_layers):
+        sender, receiver = graph.mlp_sender(index), graph.receivers_at(index, "mlp").start
+        if graph.sources[sender]:
+            partial[:, receiver] |= closed[:, receiver] & needed[:, sender]
+            closed[:, receiver] &= ~needed[:, sender]
         # An MLP that reads the corrupted run alone gives what it gave there.
-        stored[:, graph.mlp_sender(index)] &= ~closed[:, graph.receivers_at(index, "mlp")][:, 0]
-    return Asked(closed, whole, partial, kept.any(2), stored)
+        stored[:, sender] &= ~closed[:, receiver]
+    return Asked(closed, whole, partial, needed, stored)
 
 
 class CircuitGroup:

@@ -63,14 +63,16 @@ def run_circuits(
         yield from (logits[order.index(circuit)] for circuit in range(len(order)))
 
 
-def learning_run(runner: Runner, graph: Graph, ablated: ReferenceRun, masks: Tensor) -> Tensor:
+def learning_run(
+    runner: Runner, graph: Graph, ablated: ReferenceRun, masks: Tensor, at: Tensor | None = None
+) -> Tensor:
     """Logits [C, E, V] of circuits, with a gradient.
 
     They are differentiable in the constants that the ablated run was made of, and in masks [C, S, R] of the CPU: at the
-    edges that these keep in part. Of others the gradient may be missing, as receivers that read nothing or everything
-    are not computed.
+    edges that these keep in part, and at the edges `at`, bool [S, R]. Of others the gradient may be missing, as
+    receivers that read nothing or everything are not computed.
     """
-    asked, size = asked_of(graph, masks.detach()), len(masks) if shared(runner.arch.device) else 1
+    asked, size = asked_of(graph, masks.detach(), at), len(masks) if shared(runner.arch.device) else 1
     groups = [LearningGroup(runner, slice(c, c + size), masks, asked) for c in range(0, len(masks), size)]
     return _CircuitsRun(runner, graph, ablated, asked, groups).logits()
 
@@ -146,7 +148,7 @@ class _CircuitsRun:
         if circuits:
             return self._some(self._split(x), circuits).flatten(0, 1)
         # A tensor parallel module with a gradient cannot run without rows; what it gives is read by nothing.
-        return x[: self.runner.batch.n_rows if self.runner.arch.team > 1 and torch.is_grad_enabled() else 0]
+        return x[: self.runner.batch.n_rows if self.runner.arch.team.size > 1 and torch.is_grad_enabled() else 0]
 
     def _fill(self, circuits: list[int], y: Tensor) -> Tensor:
         """Put the rows of some circuits back in place; what the others hold there is read by nothing."""

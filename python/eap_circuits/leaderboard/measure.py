@@ -18,7 +18,7 @@ from ..errors import SEEDS, expected, listed, one_of, whole
 from ..evaluation import FRACTIONS, faithfulness_curve
 from ..forward import TOKENS_PER_BATCH, borrowed
 from ..graph import EdgeScores
-from ..learning import ibcircuit, learn_mask
+from ..learning import ibcircuit, learn_mask, prune_gradually
 from ..methods import METHODS, attribute
 from ..metrics import METRICS
 from ..ranks import together
@@ -27,11 +27,11 @@ from ..reproduction.record import Record
 from ..request import Progress, prepare
 from ..tasks import PairedDataset, load_task
 
-LEARNED, IBCIRCUIT = "learned", "ibcircuit"
-RANKINGS = (*METHODS, LEARNED, IBCIRCUIT)
+LEARNED, PRUNED, IBCIRCUIT = "learned", "pruned", "ibcircuit"
+RANKINGS = (*METHODS, LEARNED, PRUNED, IBCIRCUIT)
 START = "eap-ig-inputs"  # what learning starts from, and what all others are compared with
 # Where none are named: exact patching takes hours, and IBCircuit as long as learning.
-DEFAULT = ("eap", START, "eap-gp", "eap-ig-activations", "information-flow-routes", LEARNED)
+DEFAULT = ("eap", START, "eap-gp", "eap-ig-activations", "information-flow-routes", LEARNED, PRUNED)
 
 Draw = Callable[[int], PairedDataset]  # seed -> pairs
 
@@ -96,8 +96,9 @@ def leaderboard(
         model: a Hugging Face causal language model.
         tasks: the pairs of each by seed, as of `of_task` and `of_pairs`.
         folder: an existing folder.
-        rankings: names in `METHODS`; "learned": `learn_mask` of the data's own metric, from the scores of EAP-IG;
-            "ibcircuit": `ibcircuit` of the divergence, as it was published. EAP-IG is always measured.
+        rankings: names in `METHODS`; "learned" and "pruned" are `learn_mask` and `prune_gradually` of the data's own
+            metric, from the scores of EAP-IG, which is always measured; "ibcircuit" is `ibcircuit` of the divergence,
+            as it was published.
         settings: what to measure.
         watch: called with the name of the next step; its context yields a function of (examples done, examples in all).
 
@@ -154,9 +155,11 @@ def _ranked(
 ) -> EdgeScores:
     if ranking == IBCIRCUIT:
         return ibcircuit(model, data, "kl_divergence", steps=settings.steps, seed=seed, progress=progress)
-    if ranking != LEARNED:
+    if ranking in METHODS:
         return attribute(model, data, method=ranking, progress=progress)
     start = attribute(model, data, method=START)
+    if ranking == PRUNED:
+        return prune_gradually(model, data, start=start, progress=progress)
     return learn_mask(model, data, start=start, steps=settings.steps, seed=seed, progress=progress)
 
 

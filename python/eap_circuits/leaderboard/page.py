@@ -14,7 +14,7 @@ from ..files import write_whole
 from ..report.figures.style import INK, LETTERS, MUTED, NEGATIVE, PAPER, POSITIVE
 from ..reproduction.figures import panels
 from ..reproduction.page import FORMATS, markdown
-from .measure import IBCIRCUIT, LEARNED, START
+from .measure import IBCIRCUIT, LEARNED, PRUNED, START
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,8 +55,11 @@ def page(results: Mapping[str, Any]) -> str:
     over = f"means (least–most) over seeds {', '.join(seeds)}" if seeds[1:] else f"of seed {seeds[0]}"
     over += _fewer(results, seeds)
     learning = f"`learn_mask` for {settings['steps']} steps from the scores of `{START}`"
-    if IBCIRCUIT in _names(*results["tasks"].values()):
-        learning += f', "{IBCIRCUIT}" is `ibcircuit` of the next-token divergence for as many'
+    measured = _names(*results["tasks"].values())
+    if PRUNED in measured:
+        learning += f', "{PRUNED}" is `prune_gradually` from them'
+    if IBCIRCUIT in measured:
+        learning += f', "{IBCIRCUIT}" is `ibcircuit` of the next-token divergence for as many steps'
     parts = [
         f"# Leaderboard on {request['model']['name']}",
         "Written by `eap leaderboard` from `leaderboard/leaderboard.json`. Every ranking sees the same "

@@ -1,7 +1,10 @@
-"""Circuits found by running circuits again and again: by gradient descent, or edge by edge."""
+"""Circuits found by running circuits again and again: by gradient descent, by pruning, by swaps, or edge by edge."""
 
+from .at_circuit import attribute_circuit
 from .bottleneck import ibcircuit
 from .masks import learn_mask
+from .pruning import prune_gradually
+from .refining import refine
 from .sequential import acdc
 
-__all__ = ["acdc", "ibcircuit", "learn_mask"]
+__all__ = ["acdc", "attribute_circuit", "ibcircuit", "learn_mask", "prune_gradually", "refine"]

@@ -15,19 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from eap_kernels import explain
-
 from ..checkpoint import Checkpoint, Where, opened, settings_of
 from ..errors import expected, known_arguments, number, one_of, whole
 from ..forward import TOKENS_PER_BATCH, Constants, borrowed, one_want_of_memory
 from ..graph import EdgeScores, Graph, Heads
 from ..loans import gives_back
-from ..provenance import called, provenance
+from ..provenance import called
 from ..ranks import together
 from ..recording import deviations
 from ..request import Progress, Request, prepare, watched
 from ..tasks import PairedDataset
-from .descent import Descent, check_learning
+from .asked import check_gradient, origin
+from .descent import Descent
 
 BEGINNING = 5.0  # log-odds of every weight at first: λ = 0.993
 _FLOOR = 1e-8  # Adam's own
@@ -109,18 +108,15 @@ def ibcircuit(
     one_of("heads", heads, ("kv", "query"))
     progress = watched(progress)
     request = prepare(model, data, metric, "mean-positional", reuse_prefix=False, memory=memory)
-    check_learning(request, metric)
+    check_gradient(request)
     if len(data) < 2:
         raise expected("data", "at least 2 prompts, as noise has their mean and variance", len(data))
     graph = request.arch.graph(heads)
-    nothing = torch.empty(0, dtype=request.arch.accumulate, device=request.arch.device)
     info = {
-        "method": "ibcircuit",
+        **origin(request, call, graph, "ibcircuit", request.arch.accumulate),
         "additive": False,
-        "metric": request.metric.name,
         "ablation": "noise",
         "learning": asdict(asked),
-        **provenance(request, call, explain("masked_read", nothing, nothing, graph.edge_mask)),
     }
     settings = partial(settings_of, request, call="ibcircuit", heads=heads, **asdict(asked))
     with opened(checkpoint, request.arch.model, settings) as kept, borrowed(request.arch.model):

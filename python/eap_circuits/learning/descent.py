@@ -9,22 +9,13 @@ from torch import Tensor
 
 from ..budget import in_memory
 from ..checkpoint import Checkpoint
-from ..errors import one_of
 from ..forward import Batch, Constants
 from ..graph import Graph
-from ..metrics import METRICS
 from ..ranks import exchange
 from ..request import Progress, Request
 from .lessons import Lessons, tokens_together
 
 DECAY = 0.999  # of Adam's running squares in a step
-
-
-def check_learning(request: Request, metric: object) -> None:
-    """Refuse a model and a metric that circuits cannot be learned with."""
-    request.refuse_parts()
-    if not request.metric.differentiable:
-        one_of("metric", metric, [each.name for each in METRICS.values() if each.differentiable])
 
 
 class Descent:

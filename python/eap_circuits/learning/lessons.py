@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..budget import Cost, budget, measure_cost, numbers_per_token, tokens_within
+from ..budget import Cost, budget, dealt_in_memory, measure_cost, numbers_per_token, tokens_within
 from ..forward import Batch, Constants, Runner, batch_of, halves
 from ..graph import Graph
 from ..intervention import learning_run, run_circuits
 from ..recording import ReferenceRun, record_run
-from ..request import Measurement, Request, fetch
+from ..request import Measurement, Progress, Request, fetch
 
 TOKENS_PER_PASS = 512  # of circuits that run together with a gradient
+T = TypeVar("T")
 _SHARE_KEPT = 0.25  # of the budget, for runs that every step needs again
 
 
@@ -34,10 +36,18 @@ class Lesson:
             return replace(self, ablated=record_run(self.runner, True, constants))
 
     def gradient(
-        self, request: Request, graph: Graph, masks: Tensor, tokens: int, target: Tensor | None = None
+        self,
+        request: Request,
+        graph: Graph,
+        masks: Tensor,
+        tokens: int,
+        target: Tensor | None = None,
+        signed: bool = False,
+        at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """How far circuits' metric is from the target of the data's examples [E], or from the model's own, float64
-        [C, E], and the gradient of the sum in masks [C, S, R], right at the edges that they keep in part."""
+        """How far circuits' metric is from the target of the data's examples [E], or from the model's own, or signed,
+        above it, float64 [C, E]; and the gradient of the sum in masks [C, S, R], right at the edges that they keep in
+        part and at the edges `at`, bool [S, R]."""
         batch = self.runner.batch
         together = max(1, tokens // batch.clean.numel())
         values: list[Tensor] = []
@@ -45,12 +55,12 @@ class Lesson:
         for some in masks.split(together):
             leaf = some.detach().requires_grad_()
             measured = Measurement(request, batch, self.clean, self.corrupted)
-            logits = learning_run(self.runner, graph, self.ablated, leaf)
+            logits = learning_run(self.runner, graph, self.ablated, leaf, at)
             found = torch.stack([measured.values(each) for each in logits])
             with torch.no_grad():
                 own = measured.values(self.clean)
             wanted = own if target is None else target[batch.index].to(own)
-            apart = (found - wanted).abs()
+            apart = found - wanted if signed else (found - wanted).abs()
             total = apart.sum()
             # Circuits of nothing or of everything that receivers read have no gradient.
             (slope,) = torch.autograd.grad(total, leaf) if total.requires_grad else (torch.zeros_like(leaf),)
@@ -108,6 +118,71 @@ class Lessons:
             self._room -= size
             self._kept[key] = made
         return made
+
+
+class Runs:
+    """Circuits on all prompts, one set after another: their metric, and the gradient in their masks.
+
+    Args:
+        request: verified, with constants.
+        examples: how many prompts a group has.
+        tokens: the most that a pass has.
+        per_batch: the most that a batch has; by default as many.
+    """
+
+    def __init__(
+        self, request: Request, graph: Graph, examples: int, tokens: int, per_batch: int | None = None
+    ) -> None:
+        self.request, self.graph, self.tokens = request, graph, tokens
+        self.lessons = Lessons(request, graph, examples, 0, per_batch or tokens)
+        self._group = torch.empty(len(request.data), dtype=torch.int64)  # of each example
+        for number, members in enumerate(self.lessons.groups):
+            self._group[members] = number
+
+    def values(self, circuits: Sequence[Tensor]) -> Tensor:
+        """The metric of circuits on all examples, float64 [C, E]."""
+        found = torch.empty(len(circuits), len(self.request.data), dtype=torch.float64)
+
+        def run(lesson: Lesson, tokens: int) -> Tensor:
+            with torch.no_grad():
+                return lesson.values(self.request, self.graph, circuits, tokens)
+
+        for batch, values in self._each(run):
+            found[:, batch.index] = values
+        return found
+
+    def slopes(
+        self, mask: Tensor, edges: Tensor, signed: bool = True, progress: Progress | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """How far a circuit's metric is above the model's, or unsigned, from it, and the gradient of that in its mask
+        [S, R] at n edges, bool [S, R], in their order: of each group, [G] and [G, n], float64, shares of the means over
+        all examples."""
+        apart = torch.zeros(len(self.lessons.groups), dtype=torch.float64)
+        slopes, done = torch.zeros(len(apart), int(edges.sum()), dtype=torch.float64), 0
+        masks = mask[None].to(self.request.arch.accumulate)
+
+        def run(lesson: Lesson, tokens: int) -> tuple[Tensor, Tensor]:
+            found, slope = lesson.gradient(self.request, self.graph, masks, tokens, signed=signed, at=edges)
+            return found.sum(), slope[0, edges].double()
+
+        for batch, (found, slope) in self._each(run):
+            number = int(self._group[batch.index[0]])
+            apart[number] += found
+            slopes[number] += slope
+            done += batch.n_examples
+            if progress is not None:
+                progress(done, len(self.request.data))
+        return apart / len(self.request.data), slopes / len(self.request.data)
+
+    def _each(self, run: Callable[[Lesson, int], T]) -> Iterator[tuple[Batch, T]]:
+        """(batch, `run(lesson, tokens)`) of all batches of all groups."""
+
+        def within(batch: Batch, tokens: int) -> T:
+            self.tokens = tokens  # fewer than before if memory ran out: later circuits begin with as many
+            return run(self.lessons.lesson(batch), tokens)
+
+        batches = (batch for number in range(len(self.lessons.groups)) for batch in self.lessons.batches(number))
+        return dealt_in_memory(self.request.data, batches, self.tokens, within, self.request.arch.team)
 
 
 def prepare_lesson(request: Request, graph: Graph, batch: Batch) -> Lesson:

@@ -9,25 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eap_kernels import explain
-
 from ..checkpoint import Checkpoint, Where, opened, settings_of
 from ..errors import expected, flag, instance, known_arguments, number, whole
 from ..forward import Constants, borrowed, one_want_of_memory
 from ..graph import EdgeScores
 from ..loans import gives_back
-from ..provenance import called, provenance
+from ..provenance import called
 from ..ranks import together
-from ..recording import ablation_of
 from ..request import Progress, Request, prepare, watched
 from ..tasks import PairedDataset
-from .descent import DECAY, Descent, check_learning
+from .asked import check_gradient, check_start, origin, ranking, sizes_of
+from .descent import DECAY, Descent
 from .gates import draw_sizes, open_gates, starting_places
 
 WARM_UP, LAST_RATE = 10, 0.1  # steps until the full rate, and what share of it is left at the end
 LAST_SHARPNESS = 2.0  # of gates at the end; they begin with 1
 _LEAST = 1e-8  # what is added to a gradient's size before the first step
-_SMALLEST, _LARGEST = 0.001, 0.2  # shares of all edges, between which sizes are drawn
+_SHARES = 0.001, 0.2  # of all edges, between which sizes are drawn
 
 
 @dataclass(frozen=True)
@@ -106,58 +104,31 @@ def learn_mask(
         >>> curve = eap.faithfulness_curve(model, ranking, other_data, (0.1, 0.5, 1))
     """
     call = called(learn_mask, locals())
-    instance("start", start, EdgeScores)
     steps, rate = whole("steps", steps, 1), number("rate", rate, "a positive number", 5e-324, 1e308)
     circuits, examples, seed = whole("circuits", circuits, 1), whole("examples", examples, 1), whole("seed", seed, 0)
     progress, reuse_prefix = watched(progress), flag("reuse_prefix", reuse_prefix)
     request = prepare(model, data, metric, ablation, None, ablation_data, reuse_prefix, memory)
-    check_learning(request, metric)
+    check_gradient(request)
+    check_start(start, request)
     graph = start.graph
-    if graph != request.arch.graph(graph.heads):
-        raise expected("start", f"scores of {request.arch.graph(graph.heads)!r}", f"scores of {graph!r}")
-    if not start.values[graph.edge_mask].isfinite().all():
-        raise expected("start", "finite values", "some that are not")
-    if ablation_of(ablation).learned:
-        raise expected("ablation", "constants from eap.optimal_constants", repr(ablation))
     if target is not None:
         instance("target", target, Tensor)
         if target.shape != (len(data),) or not target.isfinite().all():
             raise expected("target", f"{len(data)} finite values, one a pair", f"shape {list(target.shape)}")
-    smallest, largest = _sizes(n_edges, graph.n_edges)
+    smallest, largest = sizes_of(n_edges, graph.n_edges, _SHARES)
     asked = _Asked(steps, rate, circuits, examples, seed, smallest, largest)
-    nothing = torch.empty(0, dtype=request.arch.accumulate, device=request.arch.device)
     info = {
-        "method": "learned",
+        **origin(request, call, graph, "learned", request.arch.accumulate),
         "additive": False,
-        "metric": request.metric.name,
-        "ablation": ablation_of(ablation).name,
         "learning": {**asdict(asked), "start": start.info.get("method")},
-        **provenance(request, call, explain("masked_read", nothing, nothing, graph.edge_mask)),
     }
-    if ablation_data is not None:
-        info["ablation_data"] = ablation_data.name
     settings = partial(
         settings_of, request, call="learn_mask", start=start.values, target=target, heads=graph.heads, **asdict(asked)
     )
     with opened(checkpoint, request.arch.model, settings) as kept, borrowed(request.arch.model):
         request = request.verified(graph.heads).with_constants()
         places = _learn(request, start, target, asked, kept, progress)
-    values = torch.zeros(graph.edge_mask.shape)
-    rank = places.argsort(stable=True).argsort()
-    values[graph.edge_mask] = ((rank + 1).double() / graph.n_edges).float()
-    return EdgeScores(graph, values, info)
-
-
-def _sizes(n_edges: object, n: int) -> tuple[int, int]:
-    if n_edges is None:
-        return max(1, round(_SMALLEST * n)), max(1, round(_LARGEST * n))
-    both = n_edges if isinstance(n_edges, (tuple, list)) else (n_edges, n_edges)
-    if len(both) != 2:
-        raise expected("n_edges", "a number of edges, or the smallest and the largest", repr(n_edges))
-    smallest, largest = (whole("n_edges", each, 1, n) for each in both)
-    if smallest > largest:
-        raise expected("n_edges", "the smaller number first", repr(n_edges))
-    return smallest, largest
+    return ranking(graph, places.argsort(stable=True), info)
 
 
 def _learn(

@@ -13,21 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eap_kernels import explain
-
-from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, most_tokens, tokens_within
+from ..budget import Cost, bytes_without_gradient, measure_cost, most_tokens, tokens_within
 from ..checkpoint import Checkpoint, Where, opened, settings_of
-from ..errors import expected, known_arguments, number, one_of
+from ..errors import known_arguments, number, one_of
 from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, one_want_of_memory
 from ..graph import Circuit, Graph, Heads
 from ..intervention import TOKENS_TOGETHER, rows_computed
 from ..loans import gives_back
-from ..provenance import called, provenance
-from ..ranks import exchange, together
-from ..recording import ablation_of
+from ..provenance import called
+from ..ranks import together
 from ..request import Progress, Request, prepare, watched
 from ..tasks import PairedDataset
-from .lessons import Lessons, prepare_lesson, share_kept
+from .asked import check_constants, origin
+from .lessons import Runs, prepare_lesson, share_kept
 
 FEWEST_AHEAD = 8  # circuits tried ahead: alone they take longer
 
@@ -82,18 +80,9 @@ def acdc(
     threshold, progress = number("threshold", threshold, "a positive number", 5e-324, 1e308), watched(progress)
     one_of("heads", heads, ("kv", "query"))
     request = prepare(model, data, metric, ablation, None, ablation_data, reuse_prefix, memory)
-    if ablation_of(ablation).learned:
-        raise expected("ablation", "constants from eap.optimal_constants", repr(ablation))
+    check_constants(request)
     graph = request.arch.graph(heads)
-    nothing = torch.empty(0, dtype=request.arch.contraction_dtype, device=request.arch.device)
-    info = {
-        "method": "acdc",
-        "metric": request.metric.name,
-        "ablation": ablation_of(ablation).name,
-        **provenance(request, call, explain("masked_read", nothing, nothing, graph.edge_mask)),
-    }
-    if ablation_data is not None:
-        info["ablation_data"] = ablation_data.name
+    info = origin(request, call, graph, "acdc", request.arch.contraction_dtype)
     settings = partial(settings_of, request, call="acdc", threshold=threshold, heads=heads)
     with opened(checkpoint, request.arch.model, settings) as kept, borrowed(request.arch.model), torch.no_grad():
         state = _State(graph, kept)
@@ -166,21 +155,12 @@ def _decide(
     request: Request, graph: Graph, threshold: float, state: _State, checkpoint: Checkpoint, progress: Progress | None
 ) -> None:
     tokens = checkpoint.tokens(_tokens_together(request, graph))
-    lessons = Lessons(request, graph, len(request.data), 0, min(tokens, TOKENS_PER_BATCH))
-    most = tokens // max(batch.clean.numel() for batch in lessons.batches(0))
+    runs = Runs(request, graph, len(request.data), tokens, min(tokens, TOKENS_PER_BATCH))
+    most = tokens // max(batch.clean.numel() for batch in runs.lessons.batches(0))
 
     def values(circuits: list[Tensor]) -> list[float]:
-        found = torch.empty(len(circuits), len(request.data), dtype=torch.float64)
-
-        def run(batch: Batch, now: int) -> Tensor:
-            nonlocal tokens
-            tokens = now  # fewer than before if memory ran out: later passes begin with as many
-            return lessons.lesson(batch).values(request, graph, circuits, now)
-
-        for batch, some in in_memory(request.data, lessons.batches(0), tokens, run):
-            found[:, batch.index] = some
-        (numbers, *_) = exchange(found.mean(1).tolist())  # one rank's, so that all decide alike
-        return list(numbers)
+        found: list[float] = runs.values(circuits).mean(1).tolist()
+        return found
 
     if state.value.isnan():
         state.value.fill_(*values([graph.edge_mask]))

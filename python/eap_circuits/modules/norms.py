@@ -35,12 +35,14 @@ class Kind:
 class Norm:
     """A norm of the residual stream; if `kind` is None there is no norm, and `module` reads the stream itself.
 
-    One without parameters (OLMo's) computes where its `layer` does, or the last layer.
+    One without parameters (OLMo's) computes where its `layer` does, or the last layer. Where layers have scaled the
+    stream, the module reads `unit` times what all else here calls its input x: the stream as if it was never scaled.
     """
 
     module: nn.Module
     kind: Kind | None
     layer: nn.Module | None = None
+    unit: float = 1.0
 
     @cached_property
     def device(self) -> torch.device:
@@ -64,7 +66,7 @@ class Norm:
         if self.kind is None:
             return x, torch.ones_like(x[..., 0])
         x = self._centre(x)
-        r = torch.rsqrt(x.square().mean(-1) + self.kind.eps)
+        r = torch.rsqrt(x.square().mean(-1) + self._eps)
         return x * r[..., None], r
 
     def scale(self, x: Tensor) -> Tensor:
@@ -72,14 +74,19 @@ class Norm:
         if self.kind is None or (x.requires_grad and torch.is_grad_enabled()):
             return self.statistics(x.to(torch.promote_types(x.dtype, torch.float32)))[1]
         rows = x.reshape(-1, *x.shape[-2:])
-        return normalise_rows(rows, self.kind.eps, self.kind.centred).view(x.shape[:-1])
+        return normalise_rows(rows, self._eps, self.kind.centred).view(x.shape[:-1])
 
     def capture(self, x: Tensor, rows: Tensor | None, normalised: Tensor) -> Tensor:
         """r [M, n] of rows [n], or all, of x [M, N, D], without gradient; x̂ is written into `normalised` [M, n, D]."""
         if self.kind is None:
             normalised.copy_(x if rows is None else x[:, rows])
             return torch.ones_like(normalised[..., 0])
-        return normalise_rows(x, self.kind.eps, self.kind.centred, rows, normalised)
+        return normalise_rows(x, self._eps, self.kind.centred, rows, normalised)
+
+    @property
+    def _eps(self) -> float:
+        """Of a norm of x itself."""
+        return self.kind.eps / self.unit**2 if self.kind else 0.0
 
     @property
     def centred(self) -> bool:
@@ -144,7 +151,9 @@ class Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The norm of x [..., D], without running hooks."""
-        return self.module.forward(x) if self.kind else x
+        if self.kind is None:
+            return x
+        return self.module.forward(x if self.unit == 1 else x * self.unit)
 
     def fused(self, x: Tensor) -> Tensor:
         """The same from x's own precision by the library's one kernel, where modules run half a dozen on a GPU."""
@@ -154,8 +163,8 @@ class Norm:
         weight = gain if isinstance(gain, Tensor) else None
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.kind.centred:
-            return functional.layer_norm(x, shape, weight, bias, self.kind.eps)
-        y = functional.rms_norm(x, shape, weight, self.kind.eps)
+            return functional.layer_norm(x, shape, weight, bias, self._eps)
+        y = functional.rms_norm(x, shape, weight, self._eps)
         return y if bias is None else y + bias
 
 

@@ -1,9 +1,9 @@
-"""Weights of which each rank has a part, by `fully_shard` (FSDP2) or by tensor parallelism (a `tp_plan`).
+"""Weights of which each rank has a part, by `fully_shard` (FSDP2), by tensor parallelism (a `tp_plan`), or by experts.
 
 With `fully_shard` a pass makes them whole, and activations are whole, too. Tensor parallel modules compute with parts:
 of queries, keys, values and what the heads give each rank has its own heads' features; all other activations that we
-see are whole and alike on all ranks. `Split` shows hooks all heads' features, so that a rank sees what one process
-would, and gives the module back its own. So every gradient that a hook sees is the whole gradient, too.
+see, experts' among them, are whole and alike on all ranks. `Split` shows hooks all heads' features, so that a rank
+sees what one process would, and gives the module back its own. So every gradient that a hook sees is whole, too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import expected
-from ..ranks import count
+from ..ranks import ALONE, Team, count
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of weights that are no codes
 
@@ -53,15 +53,15 @@ def run_whole(module: nn.Module, *inputs: Tensor) -> Tensor:
     return torch.func.functional_call(module, whole, inputs)
 
 
-def team(model: nn.Module) -> int:
-    """How many ranks, one after another, run each pass together, as each has a part of the model's weights."""
+def team(model: nn.Module) -> Team:
+    """Which ranks run each pass together, as each has a part of the model's weights."""
     if is_fully_sharded(model):
-        return count()
+        return Team(in_step=True)
     for mesh in _meshes(model):
-        ranks = mesh.mesh.flatten().tolist()
+        ranks = _ranks(mesh)
         size, start = len(ranks), ranks[0]
-        return size if ranks == list(range(start, start + size)) and start % size == 0 else count()
-    return 1
+        return Team(size if ranks == list(range(start, start + size)) and start % size == 0 else count())
+    return ALONE
 
 
 def parts_of(module: nn.Module) -> int:
@@ -96,14 +96,13 @@ def add_up(module: nn.Module, x: Tensor) -> None:
 def unknown_parts(model: nn.Module) -> str | None:
     """What kind of parts a model is in that nothing here knows how to put together; None: there are no such."""
     meshes, early = _meshes(model), "weights in parts by something else than a tp_plan of transformers 5.17 or later"
-    if len(meshes) > 1 or any(mesh.ndim > 1 for mesh in meshes):
+    # Heads and experts may be divided over two meshes, but both by the same ranks, which run the same tokens.
+    if any(mesh.ndim > 1 or _ranks(mesh) != _ranks(meshes[0]) for mesh in meshes):
         return "weights in parts over several meshes, or several dimensions of one"
     if is_fully_sharded(model):
         return None
     if (getattr(model, "_tp_size", None) or 1) > 1 and not meshes:
         return early
-    if any(mesh.mesh_dim_names == ("ep",) for mesh in meshes):
-        return "weights in parts by experts (ep_plan)"
     for module in model.modules():
         shards = [weight for weight in module.parameters(recurse=False) if is_shard(weight)]
         if shards and not computes_in_parts(module):
@@ -124,6 +123,11 @@ def _meshes(model: nn.Module) -> list[Any]:
         if is_shard(weight) and (mesh := weight.device_mesh) not in found:  # type: ignore[attr-defined]
             found.append(mesh)
     return found
+
+
+def _ranks(mesh: Any) -> list[int]:
+    ranks: list[int] = mesh.mesh.flatten().tolist()
+    return ranks
 
 
 class Split:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Architecture, SenderSite, sender_sites
-from ..forward import Batch, Constants, Runner, make_batches, zeros
+from ..forward import Batch, Constants, Runner, make_batches, passes_of, zeros
 from ..ranks import dealt
 from ..tasks import PairedDataset
 from .contributions import record_senders
@@ -64,7 +64,7 @@ def means(
         found = [add(sites[0], embeddings), *record_senders(sites, partial(runner.record, embeddings), add)[0]]
         return torch.bincount(at, minlength=size).cpu(), found
 
-    for _, (tokens, found) in dealt(batches, run, arch.team):
+    for _, (tokens, found) in dealt(batches, run, arch.team, passes_of):
         count += tokens
         for total, own in zip(sums.tensors, found, strict=True):
             total += own.double()

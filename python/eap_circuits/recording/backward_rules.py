@@ -15,7 +15,7 @@ out unless asked; GIM, Edin et al. 2025, arXiv 2505.17630, and its code (github.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -84,8 +84,10 @@ class BackwardRules:
             InputError: a norm of unknown kind; in the pass itself, a layer without an activation function or attention
                 pattern that can be recognised.
         """
-        norms = [self._arch.final_norm]
+        norms = [replace(self._arch.final_norm, unit=1.0)]  # of what the module itself reads
         for index, (layer, (found, activations)) in enumerate(zip(self._arch.layers, self._parts, strict=True)):
+            if layer.per_layer:  # a part of the one before
+                continue
             norms += found
             for module in activations:
                 hooks.replace_forward(module, partial(self._activate, module.forward))

@@ -142,6 +142,7 @@ class ReceiverGradients:
         weights: Tensor,
         loss: Callable[[Tensor], Tensor],
         watch: Callable[[Hooks], None] | None = None,
+        alphas: Sequence[float] | None = None,
     ) -> None:
         """One forward and backward over m path points.
 
@@ -150,6 +151,7 @@ class ReceiverGradients:
             weights: their quadrature weights w_k, [m].
             loss: logits [m·E, V] -> scalar, summed over examples and path points.
             watch: adds hooks of others to this pass.
+            alphas: see `Runner.logits`.
         """
         if self._cleared:
             for piece in self._sums.values():
@@ -167,7 +169,8 @@ class ReceiverGradients:
             skip_inactive(self._arch, self._runner.batch, len(weights), hooks)
             self._register(hooks)
 
-        loss(self._runner.logits(embeddings.detach().requires_grad_(True), register)).backward()
+        points = embeddings.detach().requires_grad_(True)
+        loss(self._runner.logits(points, register, alphas=alphas)).backward()
 
     def clear(self) -> None:
         """Forget what has been accumulated."""

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 from markupsafe import Markup
 
 from ..errors import expected
 from ..files import write_whole
 from ..graph import Circuit, EdgeScores
 from .curves import CurveLike
-from .explorer import asset, other_of, page_data, policy, same_prompts
+from .explorer import other_of, page_data, same_prompts
 from .figures import draw_circuit, draw_curve
 from .figures.svg import to_svg
+from .page import rendered
 from .tables import (
     card_line,
     card_table,
@@ -75,26 +74,22 @@ def write_report(
         if given is not None and given.graph != scores.graph:
             raise expected(name, f"one of {scores.graph!r}", f"one of {given.graph!r}")
     info = {**scores.info, "heads": scores.graph.heads, **circuit.info}
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    source = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     run, measured = dict(settings(info)), getattr(curve, "info", {})
-    title, script = title or _title(run), asset("explorer.js")
+    title = title or _title(run)
     other = None if against is None else other_of(scores, circuit, against)
-    page = environment.from_string(source).render(
-        title=title,
+    page = rendered(
+        "report.html",
+        title,
+        page_data(scores, circuit, curve, other, data, title),
         subtitle=_subtitle(run),
         headline=_headline(circuit, curve),
         picture=Markup(to_svg(draw_circuit(circuit))),
         chart=Markup(to_svg(draw_curve(curve))) if curve else None,
         sizes=curve_table(curve, circuit) if curve else None,
-        meaning=_RANK if info.get("method") == "learned" else _FALL,
+        meaning=_RANK if info.get("method") in _RANKED else _FALL,
         card=[card_table(card), card_line(card), cost_table(card)] if card else None,
         edges=edge_table(scores, circuit, N_EDGES),
         by_span=scores.graph.spans is not None,
-        data=Markup(page_data(scores, circuit, curve, other, data, title)),
-        script=Markup(script),
-        style=Markup(asset("explorer.css")),
-        policy=policy(script),
         prompts=_prompts(data, curve, circuit, tokenizer),
         settings=run,
         measured=dict(settings(measured)),
@@ -107,6 +102,7 @@ def write_report(
 
 _FALL = "how much the metric is expected to fall when the edge is ablated"
 _RANK = "its rank among all edges in a ranking that was learned: 1 is the strongest"
+_RANKED = ("learned", "pruned")
 
 
 def _title(run: Mapping[str, str]) -> str:

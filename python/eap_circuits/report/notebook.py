@@ -6,11 +6,15 @@ from functools import singledispatch
 from html import escape
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from ..cards import FaithfulnessCard
 from ..evaluation import Comparison, Curve, EvaluationResult
 from ..graph import Circuit, EdgeScores, NodeScores
 from ..tasks import PairedDataset
+from .explorer import KEPT
 from .figures.svg import to_svg
+from .inline import EDGES, inline
 from .tables import (
     Column,
     Table,
@@ -26,6 +30,7 @@ from .tables import (
 )
 
 _ROWS = 10
+_FIRST = 100  # edges with which scores are shown first, and of a still picture
 _SCORE = Column("score", "score", lambda value: f"{value:+.4g}", numeric=True)
 _EDGES, _NODES = Column("edges", "edges", count, numeric=True), Column("nodes", "nodes", count, numeric=True)
 
@@ -38,7 +43,8 @@ def html_of(result: Any) -> str:
 
 @html_of.register
 def _(scores: EdgeScores) -> str:
-    return _page(scores, to_svg(scores.heatmap()), edge_table(scores, n=_ROWS))
+    circuit = scores.select(n_edges=min(_FIRST, scores.graph.n_edges))
+    return _page(scores, *_explored(scores, circuit, scores.heatmap()), edge_table(scores, n=_ROWS))
 
 
 @html_of.register
@@ -49,7 +55,10 @@ def _(scores: NodeScores) -> str:
 
 @html_of.register
 def _(circuit: Circuit) -> str:
-    return _page(circuit, to_svg(circuit.plot()))
+    if circuit.values is None:
+        return _page(circuit, to_svg(circuit.plot()))
+    scores = EdgeScores(circuit.graph, circuit.values, circuit.info)
+    return _page(circuit, *_explored(scores, circuit, circuit.plot(_FIRST)))
 
 
 @html_of.register
@@ -94,6 +103,16 @@ def _(data: PairedDataset) -> str:
     return _page(data, table, *([f"… and {count(more)} more"] if more else []))
 
 
+def _explored(scores: EdgeScores, circuit: Circuit, still: Figure) -> list[str]:
+    """The explorer, and what is said if it has not all edges; the still picture if it would be too large."""
+    shown = inline(scores, circuit, still)
+    if shown is None:
+        return [to_svg(still)]
+    n = scores.graph.base.n_edges
+    said = f"The explorer holds the strongest {count(EDGES)} of {count(n)} edges; write_report holds {count(KEPT)}."
+    return [shown, said] if n > EDGES else [shown]
+
+
 def _page(result: object, *parts: Table | str) -> str:
     """The result's line, and below it pictures, tables and sentences."""
     shown = [_table(part) if isinstance(part, Table) else _block(part) for part in parts]
@@ -101,7 +120,7 @@ def _page(result: object, *parts: Table | str) -> str:
 
 
 def _block(text: str) -> str:
-    return text if text.startswith("<svg") else f"<p>{escape(text)}</p>"
+    return text if text.startswith(("<svg", "<div")) else f"<p>{escape(text)}</p>"
 
 
 def _table(table: Table) -> str:

@@ -116,13 +116,13 @@ class _Connected:
 
     def lost(self, edge: Edge, limit: int) -> set[Edge]:
         """The edge and those on no path without it; none if they are more than `limit`."""
-        inputs, owners = self._graph.inputs, self._graph.owners
+        inputs, owners, sources = self._graph.inputs, self._graph.owners, self._graph.sources
         gone, left = {edge}, [edge]
         while left and len(gone) <= limit:
             u, v = left.pop()
             follow: list[Edge] = []
             for owner in owners[v]:
-                if all((w, r) in gone for r in inputs[owner] for w in self._before[r]):
+                if not sources[owner] and all((w, r) in gone for r in inputs[owner] for w in self._before[r]):
                     follow += [(owner, r) for r in self._after[owner]]
             if all((u, r) in gone for r in self._after[u]):
                 for r in inputs[u]:

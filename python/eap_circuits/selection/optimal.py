@@ -3,7 +3,7 @@
 It is the solution of an integer program (Nikankin et al. 2025, arXiv 2510.25786, use one too), which HiGHS solves
 through scipy. Variables: x_e, whether edge e is in; a_u, whether sender u's node is in. Maximise Σ s_e x_e, where
 
-    Σ x_e ≤ n,    a_u ≤ Σ x_e over edges out of u,    a_u ≤ Σ x_e over edges into u's inputs (u ≠ input),
+    Σ x_e ≤ n,    a_u ≤ Σ x_e over edges out of u,    a_u ≤ Σ x_e over edges into u's inputs (u no source),
     x_e ≤ a_u for e = (u, v),    x_e ≤ Σ a_w over the nodes w that read v (v ≠ logits).
 
 Senders are ordered by depth, so these local rules imply that each edge is on a path. The linear relaxation is tight in
@@ -53,7 +53,7 @@ def optimal_edges(
         raise InputError("select(how='optimal'): expected scipy, found none; pip install scipy") from error
     # The fewest edges of a path through each edge; edges that need more than n_edges are out.
     path = torch.ones_like(rank)
-    path[graph.n_spans :] += 1
+    path[~graph.sources] += 1
     path[:, : graph.logits_receiver.start] += 1
     rank = rank.masked_fill(path > n_edges, -torch.inf)
     if not (rank > -torch.inf).any():
@@ -125,7 +125,7 @@ class _Problem:
         """Solve the linear relaxation over all edges: a bound, each edge's reduced cost, the edges with x over ½."""
         from scipy.optimize import linprog
 
-        nodes, inputs = self.graph.n_senders, self.graph.n_spans
+        nodes, inner = self.graph.n_senders, ~self.graph.sources.numpy()
         while True:
             chosen = np.nonzero(self.columns)[0]
             matrix, right = self._rules(chosen)
@@ -139,7 +139,8 @@ class _Problem:
                 bound = float(self.weight[largest].clip(min=0).sum())
                 return bound, np.zeros_like(self.weight), largest
             price = -found.ineqlin.marginals
-            fed = np.concatenate([np.zeros(inputs), price[1 + nodes : 1 + 2 * nodes - inputs]])
+            fed = np.zeros(nodes)
+            fed[inner] = price[1 + nodes : 1 + nodes + inner.sum()]
             reduced = self.weight - price[0] + price[1 : 1 + nodes][self.sender] + (self.owners @ fed)[self.receiver]
             asked = ~self.columns & (reduced > _TOLERANCE)
             if not self._broken(chosen, found.x) and not asked.any():
@@ -200,8 +201,8 @@ class _Problem:
         own = sparse.identity(self.graph.n_senders, format="csr")
         count = sparse.csr_matrix(np.concatenate([np.ones(len(chosen)), np.zeros(self.graph.n_senders)])[None])
         blocks = [count, sparse.hstack([-self.out[:, chosen], own])]
-        inputs = self.graph.n_spans
-        blocks.append(sparse.hstack([-self.into[inputs:, chosen], own[inputs:]]))
+        inner = np.nonzero(~self.graph.sources.numpy())[0]
+        blocks.append(sparse.hstack([-self.into[:, chosen][inner], own[inner]]))
         for rule, nodes, ends in ((self.below_u, own, self.sender), (self.below_v, self.owners, self.receiver)):
             edges = np.nonzero(rule & self.columns)[0]
             each = (np.ones(len(edges)), (np.arange(len(edges)), place[edges]))

@@ -84,7 +84,7 @@ def check_model(model: nn.Module, *, n_edges: int = 8, seed: int = 0, family: Fa
         arch = bind(model, family)
     except InputError as error:
         return [Check("architecture", False, str(error))]
-    layers, graph = len(arch.layers), arch.graph("kv")
+    layers, graph = len({layer.module for layer in arch.layers}), arch.graph("kv")
     checks = [Check("architecture", True, f"{arch.family.name}: {layers} layers, {graph.n_edges} edges")]
     before = _state(model)
     exact = exact_copy(model).eval()
@@ -210,7 +210,7 @@ def _heads(arch: Architecture, data: PairedDataset) -> Check:
         (index, name, size)
         for index, layer in enumerate(arch.layers)
         for name in layer.projections
-        for size in ((1, 2) if name == "v" and not layer.inner_norm else (1,))
+        for size in ((1, 2) if name == "v" and not (layer.inner_norm or layer.v_norm) else (1,))
     ]
     seen: dict[int, Tensor] = {}  # the heads' values in each layer, [1 + moves, T, H·K]
 
@@ -261,9 +261,10 @@ def _runs(
         # Receivers with all edges or none take short cuts; with a mask just off 1 or 0 they do not.
         nearly = graph.edge_mask.double() * (1 - 1e-12)
         hardly = graph.edge_mask.double() * 1e-12
-        # Blocks compute what they write from what they read in the corrupted run, and only the logits read it.
+        # Blocks compute what they write from what they read in the corrupted run, and only the logits read it. What the
+        # clean prompt reaches by itself is left out.
         blocks = torch.where(torch.arange(graph.n_receivers) < graph.n_receivers - 1, hardly, nearly)
-        blocks[0] = 0
+        blocks[graph.sources] = 0
         full, empty, written = run_circuits(runner, graph, record, [nearly, hardly, blocks])
     first, second = _scores(arch, heads, batch), _scores(arch, heads, whole)
     what, between = f"logits, heads={heads!r}", f"scores with and without, heads={heads!r}"

@@ -21,13 +21,13 @@ from torch import Size, Tensor, nn
 
 from ..adapters import Architecture, Layer, bind, is_in_parts, linear_shape, sender_sites
 from ..errors import expected, known_arguments, warn
-from ..evaluation.optimal_ablation import check_circuit
 from ..files import check_folder, write_folder
 from ..forward import Hooks, borrowed, logit_distance, logit_tolerance
 from ..graph import Circuit
 from ..loans import gives_back
 from ..modules.projections import feature_dim, is_at_hand
 from ..ranks import together
+from ..request import check_circuit
 from ..texts.encoding import check_tokenizer
 
 _WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")  # what configurations call the number of an MLP's features
@@ -60,7 +60,7 @@ def export_model(model: nn.Module, circuit: Circuit, folder: str | os.PathLike[s
 
     Raises:
         InputError: a folder with files; a circuit of another graph; a model in parts, offloaded, quantised or with
-            adapters; one whose layers share modules or do not add to the residual stream; or one that computes
+            adapters; one whose layers share modules or keys or do not add to the residual stream; or one that computes
             something else without these parts, as is tried on random prompts before anything is written.
 
     Example:
@@ -100,8 +100,8 @@ def _check(arch: Architecture) -> None:
         raise expected("model", "a class of transformers, which from_pretrained loads without other code", name)
     if is_in_parts(model) or any(x.is_meta for x in model.state_dict().values()):
         raise expected("model", "all weights in this process's memory", "some that are elsewhere")
-    if arch.family.unshared is not None or any(layer.rewrites for layer in arch.layers):
-        wanted = "layers that are modules of their own, whose blocks add to the residual stream"
+    if arch.family.unshared is not None or any(layer.rewrites or not layer.caches for layer in arch.layers):
+        wanted = "layers that are modules of their own, with keys of their own, whose blocks add to the residual stream"
         raise expected(name, wanted, "others, which cannot be left out")
 
 

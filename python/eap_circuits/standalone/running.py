@@ -13,14 +13,13 @@ from transformers.modeling_outputs import CausalLMOutput
 from ..adapters import Architecture, bind
 from ..errors import expected, instance, known_arguments, number, shown
 from ..evaluation import optimal_constants
-from ..evaluation.optimal_ablation import check_circuit
 from ..forward import Constants, Hooks, Runner, batch_of, borrowed, parameters, why_not_reused
 from ..graph import Circuit
 from ..intervention import run_circuits
 from ..loans import gives_back
 from ..ranks import together
 from ..recording import different_throughout, record_run
-from ..request import check_ablation, check_tokens, prepare
+from ..request import check_ablation, check_circuit, check_tokens, prepare
 from ..tasks import PairedDataset
 
 Factors = dict[tuple[str, str], float]

@@ -19,6 +19,8 @@ def numbers(result: Any) -> list[torch.Tensor]:
     if isinstance(result, eap.EdgeScores):
         kept = (result.values, result.variance, result.per_example, result.per_position, result.neurons)
         return [x for x in kept if x is not None]
+    if isinstance(result, eap.Circuit):
+        return [result.mask]
     if isinstance(result, list):
         return [x for each in result for x in numbers(each)]
     if isinstance(result, eap.Curve):
@@ -50,5 +52,7 @@ def long_calls(model: Any, data: Any) -> dict[str, Callable[..., Any]]:
         ),
         "learn_mask": partial(eap.learn_mask, model, data, start=scores, steps=3, examples=2),
         "ibcircuit": partial(eap.ibcircuit, model, data, steps=3, examples=2),
+        "prune_gradually": partial(eap.prune_gradually, model, data, start=scores, keep=0.5, n_edges=(3, 60)),
+        "refine": partial(eap.refine, model, eap.random_circuit(scores.graph, 30), data, rounds=4),
         "optimal_constants": partial(optimal_constants, model, circuit, data, steps=3, **SIZE),
     }

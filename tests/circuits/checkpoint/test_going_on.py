@@ -20,8 +20,8 @@ from tests.circuits.checkpoint.calls import long_calls, numbers
 
 NAMES = (
     "eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupted", "eap-conductance", "eap-gp",
-    "information-flow-routes", "exact", "evaluate", "evaluate-mean", "curve", "learn_mask", "ibcircuit",
-    "optimal_constants",
+    "information-flow-routes", "exact", "evaluate", "evaluate-mean", "curve", "learn_mask", "prune_gradually", "refine",
+    "ibcircuit", "optimal_constants",
 )  # fmt: skip
 
 
@@ -144,7 +144,8 @@ def test_after_want_of_memory_it_goes_on_with_other_batches(name, make_model, ma
     right = call()
     with pytest.raises(Stop):
         call(checkpoint=file, progress=counted([], 1))
-    smaller = {"memory": 0} if name in ("learn_mask", "ibcircuit") else {"batch_size": 1, "memory": "1GB"}
+    whole = name in ("learn_mask", "ibcircuit", "prune_gradually", "refine")
+    smaller = {"memory": 0} if whole else {"batch_size": 1, "memory": "1GB"}
     found = call(checkpoint=file, **smaller)
     for a, b in zip(numbers(found), numbers(right), strict=True):
         assert relative(a.double(), b.double()) < 1e-5

@@ -57,15 +57,15 @@ def test_bad_input_is_one_line_before_any_model(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tensor-parallel", "2", "attribute", "tiny"], "tensor_parallel: expected all 1 processes"),
-        (["attribute", "tiny", "--tensor-parallel=2"], "tensor_parallel: expected all 1 processes"),
+        (["--tensor-parallel", "2", "attribute", "tiny"], "tensor_parallel: expected a divisor of 1"),
+        (["attribute", "tiny", "--tensor-parallel=2"], "tensor_parallel: expected a divisor of 1"),
         (
             ["attribute", "tiny", "--tensor-parallel", "2", "--no-weights", "--dry-run"],
             "--tensor-parallel: expected a model with",
         ),
     ],
 )
-def test_a_model_is_divided_among_all_processes(arguments: list[str], message: str, pairs: Path) -> None:
+def test_a_model_is_divided_among_the_processes_that_there_are(arguments: list[str], message: str, pairs: Path) -> None:
     assert message in run(*arguments, "--data", pairs, code=2).stderr
 
 

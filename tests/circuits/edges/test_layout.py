@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from eap_circuits import Graph, InputError
+from eap_circuits.graph import prune
 
 DATA = Path(__file__).parents[2] / "parity" / "data"
 
@@ -158,6 +159,50 @@ def test_layers_with_other_inputs():
     assert Graph.from_dict(json.loads(json.dumps(graph.to_dict()))) == graph
     assert graph != Graph((4, 4, 4), (4, 2, 2), 8)
     assert Graph((4,), (2,), 8, reads=(None,)) == Graph((4,), (2,), 8)
+
+
+def test_parts_of_layers_and_keys_of_earlier_ones():
+    """Layers of the model keep their numbers, and what needs an earlier layer's keys has them as inputs."""
+    reads = (None, None, (("q", 4),), None)
+    graph = Graph((4, 0, 4, 0), (2, 0, 2, 0), 8, reads=reads, keys=(0, 1, 0, 3), per_layer=(False, True) * 2)
+    names = [*(f"a0.h{h}" for h in range(4)), "m0", "p0", *(f"a1.h{h}" for h in range(4)), "m1", "p1"]
+    assert graph.senders == ["input", *names] and graph.numbers == (0, 0, 1, 1)
+    assert graph.receivers[8:] == ["m0", "p0", *(f"a1.h{h}<q>" for h in range(4)), "m1", "p1", "logits"]
+    assert graph.titles == ["layer 0", "p0", "layer 1", "p1"]
+    inputs = {name: [graph.receivers[v] for v in graph.inputs[u]] for u, name in enumerate(graph.senders)}
+    assert inputs["a1.h1"] == ["a1.h1<q>", "a0.h0<k>", "a0.h0<v>"] and inputs["p1"] == ["p1"]
+    assert inputs["a1.h2"] == ["a1.h2<q>", "a0.h1<k>", "a0.h1<v>"]
+    query = graph.with_heads("query")
+    assert [query.receivers[v] for v in query.inputs[query.senders.index("a1.h1")]][1:] == ["a0.h1<k>", "a0.h1<v>"]
+    values = torch.rand(graph.n_senders, graph.n_receivers)
+    torch.testing.assert_close(graph.to_kv(graph.to_query(values)), values)
+    assert Graph.from_dict(json.loads(json.dumps(graph.to_dict()))) == graph
+    assert graph != Graph((4, 0, 4, 0), (2, 0, 2, 0), 8, reads=reads)
+
+
+def test_paths_begin_at_per_layer_embeddings_too():
+    graph = Graph((1, 0), (1, 0), 8, per_layer=(False, True))
+    mask = torch.zeros_like(graph.edge_mask)
+    mask[graph.senders.index("p0"), -1] = True
+    assert torch.equal(prune(graph, mask), mask) and graph.connected(mask).tolist() == [False, False, False, True]
+    mask = torch.zeros_like(graph.edge_mask)
+    mask[graph.senders.index("m0"), graph.receivers.index("p0")] = True
+    assert not prune(graph, mask).any()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"keys": (1, 1)},
+        {"keys": (0,)},
+        {"per_layer": (True, False)},
+        {"per_layer": (False, True)},
+        {"per_layer": (1.5, 0)},
+    ],
+)
+def test_parts_and_keys_that_do_not_fit_are_refused(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        Graph((4, 4), (2, 2), 8, **wrong)
 
 
 @pytest.mark.parametrize(

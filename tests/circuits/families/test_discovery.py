@@ -146,11 +146,11 @@ def test_mixers_without_queries_keys_and_values_are_discovered(kind, fields, out
     [
         # Of the layers one by one, none is the residual stream's.
         ("xlm", {"vocab_size": 59, "emb_dim": 24, "n_layers": 2, "n_heads": 3, "pad_token_id": 2}, "decoder layer"),
-        # Embeddings of each layer.
+        # Several residual streams.
         (
-            "gemma4_text",
-            {**_WIDE, "num_key_value_heads": 2, "vocab_size_per_layer_input": 59, "hidden_size_per_layer_input": 4},
-            "token embeddings for each",
+            "gemma3n_text",
+            {**_WIDE, "num_key_value_heads": 2, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 59},
+            "4 that every layer mixes anew",
         ),
     ],
 )

@@ -19,7 +19,7 @@ from eap_circuits.leaderboard import Settings, leaderboard, of_pairs, write_page
 from eap_circuits.leaderboard.page import edges_at, page
 
 SETTINGS = Settings(scored=2, pairs=3, seeds=(0, 1), steps=2, fractions=(0.1, 0.5, 1.0))
-RANKINGS = ("eap", "learned", "ibcircuit")
+RANKINGS = ("eap", "learned", "pruned", "ibcircuit")
 
 
 @pytest.fixture
@@ -43,6 +43,7 @@ def test_circuits_run_on_pairs_that_no_ranking_saw(model: Any, tasks: dict[str, 
             "eap": eap.attribute(model, few, method="eap"),
             "eap-ig-inputs": start,
             "learned": eap.learn_mask(model, few, start=start, steps=2, seed=seed),
+            "pruned": eap.prune_gradually(model, few, start=start),
             "ibcircuit": eap.ibcircuit(model, few, "kl_divergence", steps=2, seed=seed),
         }
         for ranking, scores in found.items():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -12,6 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from eap_circuits.cli.entry import main as command
 
 
 def on_ranks(count: int, run: Callable[[int], Any], seconds: float = 60) -> list[Any]:
@@ -32,6 +37,17 @@ def trouble(run: Callable[[], Any]) -> str:
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def typed(words: list[str]) -> list[Any]:
+    """The exit code, the output and the errors of a command of eap's on this rank."""
+    sys.argv, code = ["eap", *words], None
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            command()
+        except SystemExit as exit:
+            code = exit.code
+    return [code, out.getvalue(), errors.getvalue()]
 
 
 def _fork(rank: int, count: int, run: Callable[[int], Any], folder: str, seconds: float) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import json
 import os
 import signal
@@ -28,15 +26,15 @@ import eap_circuits as eap  # noqa: E402
 from eap_circuits.budget import memory as budget_memory  # noqa: E402
 from eap_circuits.checkpoint import file as checkpoint_file  # noqa: E402
 from eap_circuits.cli import session  # noqa: E402
-from eap_circuits.cli.entry import main as command  # noqa: E402
 from eap_circuits.forward import runner as forward_runner  # noqa: E402
 from tests.circuits.checkpoint.calls import long_calls, numbers  # noqa: E402
 from tests.circuits.conftest import random_pairs, tiny_model  # noqa: E402
 from tests.circuits.ranks import parts  # noqa: E402
-from tests.circuits.ranks.forked import on_ranks, trouble  # noqa: E402
+from tests.circuits.ranks.forked import on_ranks, trouble, typed  # noqa: E402
 
 MODEL, DATA = tiny_model("gpt2", torch.float32), random_pairs(seed=3, n=5)
 CALLS = long_calls(MODEL, DATA)
+IN_PARTS = ("eap", "clean-corrupted", "eap-ig-activations", "exact", "evaluate-mean")  # of fully_shard
 SCORE = partial(eap.attribute, MODEL, DATA, method="eap", batch_size=1)
 
 
@@ -188,7 +186,12 @@ def want_of_memory() -> list[str]:
 
 
 def ended() -> list[str]:
-    """A rank that dies ends the others within seconds."""
+    """A rank that dies, even before its first call, ends the others within seconds."""
+
+    def absent(rank: int) -> str:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trouble(SCORE)
 
     def run(rank: int) -> list[Any]:
         began = time.monotonic()
@@ -199,6 +202,9 @@ def ended() -> list[str]:
         return [said, trouble(SCORE), time.monotonic() - began]
 
     (first, again, seconds), other = on_ranks(2, run)
+    alone = on_ranks(2, absent)[0]
+    if not alone.startswith("ConnectionError"):
+        return [f"absent: {alone}"]
     fine = first.startswith("ConnectionError") and again.startswith("ConnectionError") and seconds < 10
     return [] if fine and other == "ended" else [f"{first}; {again}; after {seconds:.0f} s; {other}"]
 
@@ -236,7 +242,7 @@ def going_on() -> list[str]:
 
 
 def commands() -> list[str]:
-    """A command shows and writes on rank 0 only; an error of another rank is one line there."""
+    """A command shows and writes on rank 0 only, to one process's bits; an error of another rank is one line there."""
     wrong = []
     with tempfile.TemporaryDirectory() as folder:
         DATA.save(pairs := Path(folder) / "pairs.safetensors")
@@ -245,13 +251,7 @@ def commands() -> list[str]:
             os.makedirs(os.path.join(folder, str(rank)), exist_ok=True)
             os.chdir(os.path.join(folder, str(rank)))
             session.load_model = load
-            sys.argv = ["eap", *words]
-            with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
-                try:
-                    command()
-                except SystemExit as exit:
-                    code = exit.code
-            return [code, out.getvalue(), errors.getvalue(), sorted(os.listdir("."))]
+            return [*typed(words), sorted(os.listdir("."))]
 
         def load(*_: Any) -> Any:
             if dist.get_rank() == 1 and "rank-1-fails" in sys.argv:
@@ -259,11 +259,15 @@ def commands() -> list[str]:
             return MODEL, None
 
         words = ["attribute", "tiny", "--data", str(pairs), "--method", "eap", "-o", "scores.safetensors", "--json"]
-        first, second = on_ranks(2, partial(run, words))
-        if first[0] or '"edges"' not in first[1] or first[3] != ["scores.safetensors"]:
-            wrong.append(f"rank 0: {first}")
-        if second[0] or second[1] or second[2] or second[3]:
-            wrong.append(f"rank 1: {second}")
+        for size in (2, 9):  # three batches, of which the last is smaller; one, so that rank 1 has no work
+            first, second = on_ranks(2, partial(run, [*words, "--batch-size", str(size)]))
+            if first[0] or '"edges"' not in first[1] or first[3] != ["scores.safetensors"]:
+                wrong.append(f"rank 0: {first}")
+            if second[0] or second[1] or second[2] or second[3]:
+                wrong.append(f"rank 1: {second}")
+            found = eap.EdgeScores.load(Path(folder) / "0" / "scores.safetensors")
+            if not same(found, eap.attribute(MODEL, DATA, method="eap", batch_size=size)):
+                wrong.append(f"other bits in batches of {size}")
         first, second = on_ranks(2, partial(run, [*words[:1], "rank-1-fails", *words[2:]]))
         if first[:1] != [2] or "eap: error: rank 1: model: expected a model, found none." not in first[2]:
             wrong.append(f"rank 0 of an error: {first}")
@@ -272,24 +276,56 @@ def commands() -> list[str]:
     return wrong
 
 
+def in_parts(model: Any, mesh: Any) -> Any:
+    """A copy of a GPT-2 of which `fully_shard` keeps a part on each rank."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in (parts := copy.deepcopy(model)).transformer.h:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(parts, mesh=mesh)
+
+
+def in_step(count: int) -> list[str]:
+    """With fully_shard ranks share batches that take the same passes; one without a batch repeats another's."""
+    clean = torch.randint(59, (5, 8), generator=torch.Generator().manual_seed(5))
+    corrupted = torch.cat([clean[:, :3], (clean[:, 3:4] + 1) % 59, clean[:, 4:]], 1)
+    answers = torch.stack([clean[:, 0], (clean[:, 0] + 1) % 59], 1)
+    data = eap.PairedDataset.from_tokens(clean, corrupted, torch.full((5,), 8), answers)
+    right = {name: long_calls(MODEL, data)[name]() for name in IN_PARTS}
+    seen: list[int] = []
+
+    def metric(logits: torch.Tensor, batch: Any) -> torch.Tensor:
+        seen.extend(batch.index.tolist())
+        return logits[:, 0]
+
+    def run(rank: int) -> Any:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        calls = long_calls(parts := in_parts(MODEL, init_device_mesh("cpu", (count,))), data)
+        wrong = [name for name in IN_PARTS if not same(calls[name](), right[name])]
+        eap.attribute(parts, data, metric, method="eap", batch_size=1)
+        return [wrong, sorted(set(seen))]
+
+    found = on_ranks(count, run)
+    wrong, shares = zip(*found, strict=True) if not any(isinstance(own, str) for own in found) else (found, ())
+    if shares != (([0, 2, 4], [1, 3, 4]) if count == 2 else ([0, 3], [1, 4], [2, 3])):
+        return [f"{wrong}, examples by rank {shares}"]
+    return [f"other bits on rank {rank}: {own}" for rank, own in enumerate(wrong) if own]
+
+
 def wrapped() -> list[str]:
     """Copies by DistributedDataParallel, parts by fully_shard, and those that are refused."""
-    names = ("eap", "eap-ig-activations", "exact", "evaluate-mean")
 
     def run(rank: int) -> list[str]:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
         from torch.distributed.tensor import distribute_tensor
 
         mesh, wrong = init_device_mesh("cpu", (2,)), []
         copied = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(MODEL))
         if not same(eap.attribute(copied, DATA, method="eap", batch_size=1), SCORE()):
             wrong.append("DistributedDataParallel")
-        for layer in (parts := copy.deepcopy(MODEL)).transformer.h:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(parts, mesh=mesh)
-        own = long_calls(parts, DATA)
-        wrong += [f"fully_shard, {name}" for name in names if not same(own[name](), RIGHT[name])]
+        own = long_calls(parts := in_parts(MODEL, mesh), DATA)
+        wrong += [f"fully_shard, {name}" for name in IN_PARTS if not same(own[name](), RIGHT[name])]
         held = [
             weight
             for weight in parts.transformer.h.parameters()
@@ -317,6 +353,8 @@ def wrapped() -> list[str]:
 CHECKS: dict[str, Callable[[], list[str]]] = {
     "bits on two ranks": partial(bits, 2),
     "bits on three ranks": partial(bits, 3),
+    "in step on two ranks": partial(in_step, 2),
+    "in step on three ranks": partial(in_step, 3),
     **{
         check.__name__: check
         for check in (order_of_sums, shares, memory, faults, want_of_memory, ended, going_on, commands, wrapped)

@@ -29,10 +29,12 @@ class Browser:
         self.errors: list[str] = []
         self.requests: list[str] = []
         self._loaded = False
+        self._frame: str | None = None  # the session of the page's frame
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
+        self.call("Target.setAutoAttach", autoAttach=True, waitForDebuggerOnStart=False, flatten=True)
         self.size(1280, 900)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
@@ -67,6 +69,8 @@ class Browser:
             self.errors.append(f"dialog {params['message']}")
         elif method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
+        elif method == "Target.attachedToTarget" and params["targetInfo"]["type"] == "iframe":
+            self._frame = params["sessionId"]
         elif method == "Page.loadEventFired":
             self._loaded = True
 
@@ -76,7 +80,7 @@ class Browser:
         self.requests.clear()
         # By way of an empty page, as another hash alone would load nothing.
         for url in ("about:blank", path.as_uri() + (f"#{hash}" if hash else "")):
-            self._loaded = False
+            self._loaded, self._frame = False, None
             self.call("Page.navigate", url=url)
             while not self._loaded:
                 self._next()
@@ -88,11 +92,25 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
+    @contextmanager
+    def frame(self) -> Iterator[None]:
+        """Scripts run in the page's frame, which has a process of its own as its origin is another."""
+        while self._frame is None:
+            self._next()
+        outer, self._session = self._session, self._frame
+        try:
+            for domain in ("Runtime", "Network", "Log"):
+                self.call(f"{domain}.enable")
+            yield
+        finally:
+            self._session = outer
+
     def settle(self) -> None:
         """Wait until what was changed is drawn."""
         self.run(
-            "new Promise(done => { const look = () => (window.explorer?.graph.pending || explorer?.store.waiting)"
-            " ? requestAnimationFrame(look) : done(); requestAnimationFrame(() => requestAnimationFrame(look)); })"
+            "new Promise(done => { const drawing = e => e?.graph.pending || e?.store.waiting,"
+            " look = () => drawing(window.explorer) ? requestAnimationFrame(look) : done();"
+            " requestAnimationFrame(() => requestAnimationFrame(look)); })"
         )
 
     def size(self, width: int, height: int, phone: bool = False) -> None:

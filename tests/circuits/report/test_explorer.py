@@ -162,6 +162,63 @@ def test_mouse_and_keyboard_select_pan_and_zoom(page: Browser, tmp_path: Path) -
     assert page.run("document.querySelector('#node-paths').ariaPressed") == "false"
 
 
+def test_a_group_is_one_node_whose_edges_are_summed(page: Browser, tmp_path: Path) -> None:
+    graph = GRAPHS["kv"]
+    scores = scored(graph)
+    circuit = opened(page, tmp_path, scores)
+    # One of the two heads that share a key stays outside.
+    groups = {"some": ("a0.h1", "a1.h0", "m1"), "others": ("a1.h2", "a1.h3", "m2")}
+    nodes = {name: sorted(map(graph.senders.index, members)) for name, members in groups.items()}
+    given = json.dumps([{"name": name, "nodes": members} for name, members in nodes.items()])
+    page.run(f"explorer.store.set({{groups: {given}}})")
+    page.settle()
+
+    def place(owners: list[int], name: str) -> str:
+        return next((group for group, members in nodes.items() if owners and set(owners) <= set(members)), name)
+
+    wanted: dict[tuple[str, str], float] = {}
+    for u, v in edges(circuit.mask):
+        ends = place([u], graph.senders[u]), place(list(graph.owners[v]), graph.receivers[v])
+        if ends[0] != ends[1]:
+            wanted[ends] = wanted.get(ends, 0.0) + abs(float(scores.values[u, v]))
+    assert len(wanted) < circuit.n_edges
+    lines = """[...explorer.scene.lines].map(e =>
+      [explorer.scene.label(explorer.data.u[e]), explorer.scene.end(e), explorer.scene.sum(e, explorer.data.score)])"""
+    found = page.run(lines)
+    assert len(found) == len(wanted)
+    assert {(start, end): total for start, end, total in found} == pytest.approx(wanted)
+    assert [total for *_, total in found] == sorted((total for *_, total in found), reverse=True)
+    assert shown(page) == edges(circuit.mask)  # only the picture knows of groups
+    page.run(f"explorer.store.set({{node: {nodes['some'][1]}}})")
+    page.settle()
+    text = page.run("document.querySelector('.details').innerText")
+    assert "some, a group of 3 nodes" in text and "a0.h1, a1.h0, m1" in text
+
+
+def test_pinned_nodes_are_grouped_and_opened_by_keyboard_and_in_the_address(page: Browser, tmp_path: Path) -> None:
+    circuit = opened(page, tmp_path, scored(GRAPHS["kv"]))
+    pins = sorted(GRAPHS["kv"].senders.index(name) for name in circuit.nodes[1:4])
+    page.run(f"explorer.store.set({{pins: {[*pins, 0]}}}); explorer.graph.element.focus()")
+    page.key("g")
+    state = "JSON.stringify(explorer.store.state)"
+    grouped = json.loads(page.run(state))
+    assert grouped["groups"] == [{"name": "3 nodes", "nodes": pins}]
+    assert grouped["node"] == pins[0] and grouped["pins"] == [0]
+    page.run("explorer.store.set({groups: [{...explorer.store.state.groups[0], name: 'a # & <b>'}]})")
+    page.settle()
+    page.run("explorer.store.save()")
+    before, hash = page.run(state), page.run("location.hash.slice(1)")
+    page.open(tmp_path / "r.html", hash)
+    assert page.run(state) == before and page.errors == []
+    page.run("explorer.graph.element.focus()")
+    page.key("g")
+    assert json.loads(page.run(state))["groups"] == []
+    assert sorted(json.loads(page.run(state))["pins"]) == [0, *pins]
+    for damaged in ('[["x","a0.h0"]]', '[["x","a0.h0","none"]]', '[[1,"a0.h0","a0.h1"]]', "{}", "[", "7"):
+        page.open(tmp_path / "r.html", f"groups={damaged}")
+        assert page.errors == [] and json.loads(page.run(state))["groups"] == []
+
+
 def test_the_curve_and_the_slider_bring_measured_circuits(page: Browser, tmp_path: Path) -> None:
     scores = scored(GRAPHS["kv"])
     curve = measured(scores)
@@ -230,11 +287,36 @@ def test_hostile_texts_run_nothing_and_the_page_asks_for_nothing(
         "node=m0",
         "edge=0-0",
         "names=%7B%22m0%22%3A%22%3Cimg%20src%3Dx%20onerror%3Dalert(3)%3E%22%7D&node=m0",
+        "groups=%5B%5B%22%3Cimg%20src%3Dx%20onerror%3Dalert(4)%3E%22%2C%22m0%22%2C%22m1%22%5D%5D&node=m0",
     ):
         opened(page, tmp_path, kept, hash=hash, against=scored(scores.graph, 1, task=EVIL), data=data)
         assert page.errors == []
         assert {url.split("#")[0] for url in page.requests} <= {"about:blank", (tmp_path / "r.html").as_uri()}
         assert page.run("document.querySelectorAll('script').length") == 2
+
+
+def test_inside_a_notebook_it_is_a_frame_that_reaches_nothing(page: Browser, tmp_path: Path) -> None:
+    scores = scored(GRAPHS["kv"], task=EVIL)
+    path = tmp_path / "notebook.html"
+    path.write_text(f"<!doctype html><meta charset='utf-8'><body>{scores._repr_html_()}", "utf-8")
+    page.open(path)
+    with page.frame():
+        page.settle()
+        assert shown(page) == edges(scores.select(100).mask)
+        assert page.run("[...document.querySelectorAll('button')].some(b => b.innerText === 'Link')") is False
+        page.run("explorer.store.set({node: 1}); explorer.store.flush(); explorer.store.save()")
+        outside = "(() => { try { return parent.document.title } catch (error) { return error.name } })()"
+        assert page.run(outside) == "SecurityError"
+        assert page.run("fetch('https://example.com').then(() => 'loaded', () => 'refused')") == "refused"
+        # The wheel belongs to the notebook until the graph has been clicked.
+        wheel = "explorer.graph.element.dispatchEvent(new WheelEvent('wheel', {deltaY: -50, cancelable: true}))"
+        assert page.run(wheel) is True
+        page.run("explorer.graph.element.focus()")
+        assert page.run(wheel) is False
+    seen = "(() => { const i = document.querySelector('img'); return i.complete && i.clientWidth * i.clientHeight })()"
+    page.run("document.querySelector('iframe').remove()")
+    assert page.run(seen) > 10_000
+    assert {url.split(":")[0] for url in page.requests} <= {"about", "file", "data", "https"}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -22,6 +22,12 @@ GRAPHS = {
     "query": Graph((4, 4, 4), (2, 2, 2), 8, heads="query"),
     "parallel": Graph((2, 2), (2, 2), 8, parallel=True),
     "one-layer": Graph((1,), (1,), 4),
+    "per-layer": Graph(
+        *((2, 0, 2, 0), (1, 0, 1, 0), 8),
+        reads=(None, None, (("q", 2),), None),
+        keys=(0, 1, 0, 3),
+        per_layer=(False, True) * 2,
+    ),
 }
 
 

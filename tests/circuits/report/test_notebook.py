@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -10,11 +12,14 @@ from html.parser import HTMLParser
 from typing import Any
 
 import networkx
+import numpy as np
 import pytest
 import torch
 
 import eap_circuits as eap
+from eap_circuits.report import inline
 from tests.circuits.report.test_figures import GRAPHS, circuit_of
+from tests.circuits.report.test_html import Page
 
 HOSTILE = "<script>alert('x')</script>"
 
@@ -45,9 +50,13 @@ class Tags(HTMLParser):
         self.open: list[str] = []
         self.seen: list[str] = []
         self.cells: list[str] = []
+        self.frames: list[dict[str, str]] = []
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.open.append(tag)
+        if tag != "img":
+            self.open.append(tag)
+        if tag == "iframe":
+            self.frames.append(dict(attrs))
         self.seen.append(tag)
         if tag in ("td", "th"):
             self.cells.append("")
@@ -60,19 +69,37 @@ class Tags(HTMLParser):
             self.cells[-1] += data
 
 
+def parts_of(page: str) -> tuple[list[str], Tags]:
+    """The pictures of a result's page, and what else it holds."""
+    outside = re.sub(r"srcdoc='[^']*'", "srcdoc=''", page)
+    pictures = re.findall(r"<svg.*?</svg>|<img .*?>", outside, flags=re.DOTALL)
+    tags = Tags()
+    tags.feed(re.sub(r"<svg.*?</svg>", "", outside, flags=re.DOTALL))
+    assert not tags.open and "script" not in tags.seen
+    return pictures, tags
+
+
+def explored(page: str) -> dict[str, Any]:
+    """What the page's explorer shows."""
+    tags = Tags()
+    tags.feed(page)
+    (frame,) = tags.frames
+    assert frame["sandbox"].split() == ["allow-scripts", "allow-downloads"]  # not its embedder's origin
+    assert any("default-src 'none'" in value for _, value in Page(frame["srcdoc"]).attributes)
+    return json.loads(re.search(r'id="explorer-data">(.*?)</script>', frame["srcdoc"])[1])
+
+
 KINDS = ["scores", "nodes", "circuit", "curve", "result", "comparison", "data", "ids"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_results_show_themselves(kind, results):
     page = results[kind]._repr_html_()
-    tags = Tags()
-    tags.feed(re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL))
-    assert not tags.open and "script" not in tags.seen
-    pictures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    pictures, tags = parts_of(page)
     assert len(pictures) == (kind in ("scores", "nodes", "circuit", "curve"))
     for picture in pictures:
-        ElementTree.fromstring(picture)
+        ElementTree.fromstring(picture if picture.startswith("<svg") else f"{picture[:-1]}/>")
+    assert len(tags.frames) == (kind in ("scores", "circuit"))
     if kind == "data":
         assert f"{HOSTILE} 0" in tags.cells and "… and 2 more" in page
     if kind == "result":
@@ -80,6 +107,43 @@ def test_results_show_themselves(kind, results):
     if kind == "scores":
         sender, receiver, score = results[kind].top_edges(1)[0]
         assert tags.cells[3:5] == [sender, receiver] and float(tags.cells[5]) == pytest.approx(score, rel=1e-2)
+
+
+def test_the_explorer_of_an_output_is_small_and_holds_the_circuit_and_the_strongest_edges(monkeypatch):
+    graph = eap.Graph((8,) * 9, (8,) * 9, 8)
+    values = torch.randn(graph.n_senders, graph.n_receivers, generator=torch.Generator().manual_seed(0))
+    scores = eap.EdgeScores(graph, values * graph.edge_mask, per_example=values.repeat(64, 1, 1))
+    circuit = eap.Circuit(graph, graph.edge_mask & (values.abs() < 0.02), scores.values)
+    assert graph.n_edges > inline.EDGES > circuit.n_edges > 0
+    for result, wanted in (
+        (scores, {(u, v) for u, v, _ in scores.top_edges(inline.EDGES)}),
+        (circuit, set(circuit.edges) | {(u, v) for u, v, _ in scores.top_edges(inline.EDGES - circuit.n_edges)}),
+    ):
+        page = result._repr_html_()
+        content = explored(page)
+        u, v = (np.frombuffer(base64.b64decode(content["edges"][end]["data"]), "<u2") for end in "uv")
+        assert {(graph.senders[a], graph.receivers[b]) for a, b in zip(u, v)} == wanted
+        assert content["total"] == graph.n_edges and content["profiles"] == []
+        assert f"the strongest 2,000 of {graph.n_edges:,} edges" in page
+    monkeypatch.setattr(inline, "NAMES", graph.n_senders + graph.n_receivers - 1)
+    for result in (scores, circuit):
+        pictures, tags = parts_of(result._repr_html_())
+        assert pictures[0].startswith("<svg") and not tags.frames
+
+
+def test_an_output_of_the_largest_model_takes_less_than_a_megabyte():
+    graph = eap.Graph((64,) * 30, (64,) * 30, 8)
+    assert graph.n_senders + graph.n_receivers > 0.95 * inline.NAMES
+    values = torch.ones(graph.n_senders, graph.n_receivers) * graph.edge_mask
+    assert len(eap.EdgeScores(graph, values)._repr_html_()) < 1_000_000
+
+
+def test_where_there_is_nothing_to_explore_a_picture_is_shown(results):
+    circuit = results["circuit"]
+    pictures, tags = parts_of(eap.Circuit(circuit.graph, circuit.mask)._repr_html_())
+    assert pictures[0].startswith("<svg") and not tags.frames
+    empty = eap.Circuit(circuit.graph, torch.zeros_like(circuit.mask), circuit.values)
+    assert explored(empty._repr_html_())["circuits"][0]["n_edges"] == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -19,6 +19,8 @@ GRAPHS = {
     "two layers": eap.Graph((1, 1), (1, 1), 8),
     "shared keys": eap.Graph((2, 2), (1, 1), 8),
     "three layers": eap.Graph((1, 1, 1), (1, 1, 1), 8),
+    "per-layer embeddings": eap.Graph((1, 0, 1, 0), (1, 0, 1, 0), 8, per_layer=(False, True) * 2),
+    "keys of an earlier layer": eap.Graph((1, 1), (1, 1), 8, reads=(None, (("q", 1),)), keys=(0, 0)),
 }
 
 
@@ -32,7 +34,9 @@ def sizes(graph: eap.Graph, allowed: Tensor) -> set[int]:
     coming = [sum(1 << i for i, (_, v) in enumerate(edges) if v in inputs[node]) for node in range(graph.n_senders)]
     found = set()
     for kept in range(1 << len(edges)):
-        alive = {n for n in range(graph.n_senders) if kept & leaving[n] and (n == 0 or kept & coming[n])}
+        alive = {
+            n for n, name in enumerate(graph.senders) if kept & leaving[n] and (name[0] in "ip" or kept & coming[n])
+        }
         read = {v for node in alive for v in inputs[node]} | {graph.n_receivers - 1}
         if all(u in alive and v in read for i, (u, v) in enumerate(edges) if kept >> i & 1):
             found.add(kept.bit_count())

@@ -26,6 +26,8 @@ SMALL = (
     Graph((2,), (1,), 8, heads="query"),
     Graph((2,), (2,), 8, parallel=True),
     Graph((1, 1), (1, 1), 8, parallel=True),
+    Graph((1, 0), (1, 0), 8, per_layer=(False, True)),
+    Graph((1, 1), (1, 1), 8, reads=(None, (("q", 1),)), keys=(0, 0)),
 )
 
 

@@ -189,7 +189,7 @@ def of_depth(**fields):
 def test_what_cannot_be_left_out_is_refused_and_nothing_written(make_model, tmp_path):
     changed, circuit = of_depth()
     changed.transformer.h[0].mlp.extra = torch.nn.Linear(2, 2)  # of which its configuration says nothing
-    bert = make_model("bert")
+    bert, gemma = make_model("bert"), make_model("gemma4")
     other = of_nodes(bind(make_model("llama")).graph("kv"), NODES)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
@@ -199,6 +199,7 @@ def test_what_cannot_be_left_out_is_refused_and_nothing_written(make_model, tmp_
         (*of_depth(), "small", "gpt2", "tokenizer: expected a Hugging Face tokenizer, found str"),
         (of_depth()[0], other, "small", None, "circuit: expected one of"),
         (bert, of_nodes(bind(bert).graph("kv"), ["m0"]), "small", None, "whose blocks add to the residual stream"),
+        (gemma, of_nodes(bind(gemma).graph("kv"), ["m0", "p1"]), "small", None, "with keys of their own"),
         (*of_depth(own=True), "small", None, "expected a class of transformers, which from_pretrained loads"),
         (changed, circuit, "small", None, "expected the weights that its configuration says"),
         # Attention is scaled by the layer's number, which is another one without the layer before.

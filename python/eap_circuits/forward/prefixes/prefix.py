@@ -132,6 +132,20 @@ def run_prefixes(model: Any, prefixes: Tensor, shared: int, repeat_kv: list[int]
     return cache
 
 
+def passes_of(batch: Batch) -> tuple[object, ...]:
+    """What decides which passes a batch takes: two for which it is equal take the same, of other tokens."""
+    prefixes = batch.host["prefix"]
+    return (
+        batch.n_examples,
+        batch.shape,
+        len(batch.rows),
+        batch.n_positions,
+        prefixes.shape[1] > 0,
+        len(prefixes) == batch.n_rows,  # then they run together with the corrupted prompts
+        batch.known.shared > 0,
+    )
+
+
 def beginning(model: Any, prefixes: Tensor, shared: int, repeat_kv: list[int]) -> DynamicCache:
     """The cache of the `shared` tokens with which all prefixes begin, if any.
 

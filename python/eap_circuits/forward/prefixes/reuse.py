@@ -15,6 +15,7 @@ from torch import Tensor
 from ...adapters import Architecture
 from ...errors import InputError, expected, out_of_memory, reason
 from ...graph import Graph, Heads
+from ...ranks import is_lost
 from ...tasks import PairedDataset
 from ..batches import Batch, batch_of
 from ..runner import Runner
@@ -102,7 +103,7 @@ def _tried_run(run: Callable[[], Tensor], plain: Tensor, arch: Architecture) -> 
     except InputError:
         raise
     except Exception as error:  # a model's own, of any kind
-        if out_of_memory(error):
+        if out_of_memory(error) or is_lost(error):
             raise
         return reason(error)
     apart = logit_distance(found, plain)

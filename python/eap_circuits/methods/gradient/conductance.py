@@ -57,7 +57,7 @@ class ConductanceMethod(GradientMethod):
         for alpha in (0.0, *(alpha for alpha, _ in passes.path)):
             point = torch.lerp(corrupted, clean, alpha)
             spare.clear()
-            following = record_contributions(runner, point, partial(spare.run, point, weights, loss))
+            following = record_contributions(runner, point, partial(spare.run, point, weights, loss, alphas=[alpha]))
             if here is not None:
                 scores.add((before or here).minus(following), latest, times=0.5)
             before, here = here, following

@@ -83,8 +83,9 @@ class InputPasses:
     def run(self, part: Path) -> None:
         """One pass over some points of the path."""
         side = self._side
-        points = torch.cat([torch.lerp(side.corrupted_embeddings, side.clean_embeddings, a) for a, _ in part])
-        run_pass = partial(self.receivers.run, points, weights_of(self._request, part), self._loss)
+        alphas = [alpha for alpha, _ in part]
+        points = torch.cat([torch.lerp(side.corrupted_embeddings, side.clean_embeddings, a) for a in alphas])
+        run_pass = partial(self.receivers.run, points, weights_of(self._request, part), self._loss, alphas=alphas)
         if self._measured is None:
             self.senders, _ = less_clean(side, self._batch, run_pass)
         else:

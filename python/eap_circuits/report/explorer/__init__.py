@@ -77,7 +77,7 @@ def page_data(
     content = {
         "title": title,
         "total": graph.n_edges,
-        "n_layers": graph.n_layers,
+        "layers": graph.titles,
         "nodes": _nodes(graph),
         "receivers": _receivers(graph),
         "edges": edges,
@@ -144,12 +144,15 @@ def _flags(mask: Tensor, u: Tensor, v: Tensor) -> dict[str, str]:
 
 
 def _nodes(graph: Graph) -> list[dict[str, Any]]:
-    """Name, layer (-1 for `input`), head (-1 if it is none) and receivers of each sender."""
+    """Name, layer (-1 for `input`), head (-1 if it is none) and receivers of each sender; do paths begin there?"""
     place = [(-1, -1)]
     for layer, heads in enumerate(graph.n_heads):
         place += [(layer, head) for head in range(heads)] + [(layer, -1)]
-    rows = zip(graph.senders, place, graph.inputs, strict=True)
-    return [{"name": name, "layer": layer, "head": head, "inputs": inputs} for name, (layer, head), inputs in rows]
+    rows = zip(graph.senders, place, graph.inputs, graph.sources.tolist(), strict=True)
+    return [
+        {"name": name, "layer": layer, "head": head, "inputs": inputs, "source": source}
+        for name, (layer, head), inputs, source in rows
+    ]
 
 
 def _receivers(graph: Graph) -> list[dict[str, Any]]:

@@ -201,7 +201,10 @@ def draw_heatmap(graph: Graph, values: Tensor) -> Figure:
         ax.set_xticks([*range(columns), columns + 1], [*map(str, range(columns)), "MLP"])
         ax.set_xlabel("head", color=INK)
         ax.set_ylabel("layer", color=INK)
-        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+        if graph.per_layer:
+            ax.set_yticks(range(graph.n_layers), [title.removeprefix("layer ") for title in graph.titles])
+        else:
+            ax.yaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_title(f"input: {float(values[0]):+.4g}", loc="left", color=MUTED, fontsize=8)
         ax.tick_params(colors=MUTED, labelcolor=INK, length=0)
         ax.set_facecolor("none")
@@ -230,8 +233,8 @@ def _draw_bars(ax: Axes, placement: Placement) -> None:
     for y, name in ((bottom - 0.15, "input"), (top + 0.15, "logits")):
         _box(ax, middle, y, placement.width, 0.3, facecolor=NODE, edgecolor=MUTED, zorder=6)
         ax.text(middle, y, name, ha="center", va="center_baseline", color=INK, fontsize=8, zorder=7)
-    for layer, y in placement.layers:
-        ax.text(-0.2, y, f"layer {layer}", ha="right", va="center_baseline", color=MUTED, fontsize=7)
+    for title, y in placement.layers:
+        ax.text(-0.2, y, title, ha="right", va="center_baseline", color=MUTED, fontsize=7)
         ax.plot([-0.12, placement.width], [y, y], color=FAINT, linewidth=0.5, zorder=0)
 
 

@@ -50,7 +50,7 @@ class Placement:
     boxes: list[Box] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
     groups: list[tuple[Point, Point]] = field(default_factory=list)
-    layers: list[tuple[int, float]] = field(default_factory=list)
+    layers: list[tuple[str, float]] = field(default_factory=list)
     width: float = 0.0
     height: float = 0.0
     bars: tuple[float, float] = (0.0, 0.0)
@@ -89,7 +89,7 @@ def place(circuit: Circuit, max_edges: int) -> Placement:
     columns: dict[int | None, float] = {head: 0.5 + i for i, head in enumerate(heads_used)}
     columns[None] = len(heads_used) + (0.9 if heads_used else 0.5)
 
-    placement = Placement(layers=[(layer, rows[layer]) for layer in layers])
+    placement = Placement(layers=[(graph.titles[layer], rows[layer]) for layer in layers])
     any_mlp = any(head is None for _, head in where.values())
     placement.width = max(columns[None] + 0.6 if any_mlp else len(heads_used), 3.0)
     placement.height = len(rows) + 1.0 + _MLP_RISE

@@ -9,12 +9,12 @@ export function ranking(score, signed) {
   );
 }
 
-/** Edges on a path from `start` (a sender) to `logits`, as flags. */
-export function downstream(data, flags, start) {
+/** Edges on a path from one of `starts` (senders) to `logits`, as flags. */
+export function downstream(data, flags, starts) {
   const reached = new Uint8Array(data.nodes.length);
   const found = new Uint8Array(data.n);
-  reached[start] = 1;
-  for (let node = start; node < data.nodes.length; node++) {
+  for (const start of starts) reached[start] = 1;
+  for (let node = Math.min(...starts); node < data.nodes.length; node++) {
     if (!reached[node]) continue;
     for (const e of data.from[node]) {
       if (!flags[e]) continue;
@@ -44,9 +44,9 @@ export function upstream(data, flags, end) {
   return found;
 }
 
-/** Only edges on a path from `input` to `logits`. */
+/** Only edges on a path from `input`, or another source, to `logits`. */
 export function prune(data, flags) {
-  const down = downstream(data, flags, 0);
+  const down = downstream(data, flags, data.sources);
   return upstream(data, down, null);
 }
 
@@ -57,11 +57,11 @@ export function strongest(data, order, n) {
   return prune(data, flags);
 }
 
-/** Edges on paths from `input` through a node to `logits`. */
+/** Edges on paths from a source through a node to `logits`. */
 export function through(data, flags, node) {
-  const before = upstream(data, downstream(data, flags, 0), node);
-  const after = upstream(data, downstream(data, flags, node), null);
-  if (!after.includes(1) || (node && !before.includes(1))) return new Uint8Array(data.n);
+  const before = upstream(data, downstream(data, flags, data.sources), node);
+  const after = upstream(data, downstream(data, flags, [node]), null);
+  if (!after.includes(1) || (!data.nodes[node].source && !before.includes(1))) return new Uint8Array(data.n);
   return before.map((x, e) => x | after[e]);
 }
 
@@ -96,7 +96,7 @@ export function widestPath(data, flags, node) {
   const after = search(node);
   if (after.logits < 0) return null;
   const tail = walk(after.last, after.logits, node);
-  if (node === 0) return tail;
+  if (data.nodes[node].source) return tail;
   const before = search(0).last;
   return before[node] < 0 ? null : [...walk(before, before[node], 0), ...tail];
 }

@@ -1,6 +1,6 @@
 // Filters, the search for a node, zoom buttons, the legend, and what can be saved.
 
-import { h, plain, whole } from "./dom.js";
+import { framed, h, plain, whole } from "./dom.js";
 import { toCanvas, toSvg } from "./drawing.js";
 import { initial } from "./state.js";
 
@@ -92,7 +92,7 @@ export class Controls {
         this.clear,
       ),
     );
-    this.filters.open = matchMedia("(min-width: 821px)").matches;
+    this.filters.open = !framed && matchMedia("(min-width: 821px)").matches;
     const button = (text, label, onclick) =>
       h("button", { type: "button", "aria-label": label, title: label, onclick }, text);
     this.tools = h(
@@ -105,7 +105,7 @@ export class Controls {
       button("Fit", "show the whole graph", () => graph.reset()),
       button("SVG", "save the graph as SVG", () => this.saveSvg()),
       button("PNG", "save the view as PNG", () => this.savePng()),
-      button("Link", "copy a link to this view", () => this.copy()),
+      ...(framed ? [] : [button("Link", "copy a link to this view", () => this.copy())]),
     );
     this.said = h("output", { class: "quiet" });
     this.tools.append(this.said);
@@ -142,10 +142,11 @@ export class Controls {
 
   find() {
     const wanted = this.search.value.trim().toLowerCase();
-    const { names } = this.store.state;
-    const node = this.data.nodes.findIndex(
-      (x) => x.name.toLowerCase() === wanted || names[x.name]?.toLowerCase() === wanted,
-    );
+    const { names, groups } = this.store.state;
+    const group = groups.find(({ name }) => name.toLowerCase() === wanted);
+    const node = group
+      ? group.nodes[0]
+      : this.data.nodes.findIndex((x) => x.name.toLowerCase() === wanted || names[x.name]?.toLowerCase() === wanted);
     if (!wanted) return;
     this.said.textContent = node < 0 ? `no node ${this.search.value}` : "";
     if (node < 0) return;

@@ -40,7 +40,9 @@ export function read(raw) {
     nodes: raw.nodes.map((node, i) => ({ ...node, index: i })),
     receivers,
     kinds: kinds.map((kind) => ({ kind, title: SIGNS[kind] })),
-    nLayers: raw.n_layers,
+    nLayers: raw.layers.length,
+    layers: raw.layers, // what they are called
+    sources: raw.nodes.flatMap((node, i) => (node.source ? [i] : [])),
     logits: receivers.length - 1,
     u,
     v,

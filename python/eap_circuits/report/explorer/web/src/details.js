@@ -3,6 +3,7 @@
 import { widestPath } from "./circuits.js";
 import { edgeName } from "./data.js";
 import { h, plain, signed, whole } from "./dom.js";
+import { NAME } from "./state.js";
 
 const LISTED = 12;
 
@@ -13,29 +14,73 @@ export class Details {
   }
 
   update(changed) {
-    const keys = ["node", "edge", "paths", "pins", "circuit", "size", "layers", "kinds", "sign", "least", "part"];
+    const keys = [
+      "node",
+      "edge",
+      "paths",
+      "pins",
+      "groups",
+      "circuit",
+      "size",
+      "layers",
+      "kinds",
+      "sign",
+      "least",
+      "part",
+    ];
     if (changed && !keys.some((key) => changed.has(key))) return;
     const { node, edge } = this.store.state;
     const held = document.activeElement?.id;
     this.element.replaceChildren(
-      ...(node !== null ? this.ofNode(node) : edge !== null ? this.ofEdge(edge) : this.ofNothing()),
+      ...(node !== null
+        ? this.ofNode(this.scene.places.lead[node])
+        : edge !== null
+          ? this.ofEdge(edge)
+          : this.ofNothing()),
+      ...this.pinned(),
+      ...this.groups(),
     );
     if (held && this.element.querySelector(`#${CSS.escape(held)}`)) document.getElementById(held).focus();
   }
 
   ofNothing() {
-    const { pins } = this.store.state;
-    const hint = h(
-      "p",
-      { class: "quiet" },
-      "Select a node or an edge, in the graph, in the table or by its name, to see what it reads and writes.",
-    );
-    if (!pins.length) return [hint];
     return [
-      hint,
+      h(
+        "p",
+        { class: "quiet" },
+        "Select a node or an edge, in the graph, in the table or by its name, to see what it reads and writes.",
+      ),
+    ];
+  }
+
+  pinned() {
+    const { scene } = this;
+    const { pins } = this.store.state;
+    if (!pins.length) return [];
+    const group = h("button", { type: "button", onclick: () => this.regroup(null) }, "Group them");
+    return [
       h("h4", {}, "Pinned"),
       h("ul", { class: "links" }, ...pins.map((i) => h("li", {}, this.nodeButton(i)))),
+      ...(scene.groupable().length > 1 ? [group] : []),
     ];
+  }
+
+  groups() {
+    const { groups } = this.store.state;
+    if (!groups.length) return [];
+    const rows = groups.map(({ name, nodes }) =>
+      h("li", {}, this.nodeButton(nodes[0]), this.opener(nodes[0], `ungroup ${name}`)),
+    );
+    return [h("h4", {}, "Groups"), h("ul", { class: "links" }, ...rows)];
+  }
+
+  opener(node, label) {
+    return h("button", { type: "button", "aria-label": label, onclick: () => this.regroup(node) }, "Ungroup");
+  }
+
+  regroup(node) {
+    this.graph.regroup(node);
+    this.graph.element.focus(); // the button goes
   }
 
   head(title) {
@@ -54,11 +99,10 @@ export class Details {
   }
 
   nodeButton(i) {
-    const { name } = this.data.nodes[i];
     return h(
       "button",
       { type: "button", class: "link", onclick: () => this.store.set({ node: i, edge: null }) },
-      this.store.state.names[name] ?? name,
+      this.scene.label(i),
     );
   }
 
@@ -69,28 +113,36 @@ export class Details {
   ofNode(i) {
     const { data, scene, store, graph } = this;
     const { name } = data.nodes[i];
-    const { pins, paths, names } = store.state;
+    const { pins, paths, names, groups } = store.state;
+    const group = scene.groupOf(i);
+    const nodes = scene.members(i);
     const toggle = (id, text, on, onclick) => h("button", { type: "button", id, "aria-pressed": on, onclick }, text);
     const label = h("input", {
       id: "node-name",
       type: "text",
-      maxlength: 60,
-      value: names[name] ?? "",
+      maxlength: NAME,
+      value: group?.name ?? names[name] ?? "",
       placeholder: "name it",
       autocomplete: "off",
     });
     label.addEventListener("change", () => {
-      const { [name]: _, ...rest } = store.state.names;
-      store.set({ names: label.value.trim() ? { ...rest, [name]: label.value.trim() } : rest });
+      const given = label.value.trim();
+      const { [name]: _, ...rest } = names;
+      if (!group) store.set({ names: given ? { ...rest, [name]: given } : rest });
+      else if (given) store.set({ groups: groups.map((x) => (x === group ? { ...x, name: given } : x)) });
     });
     const from = [];
     const into = [];
-    const inputs = new Set(data.nodes[i].inputs);
-    for (const e of scene.shown) {
-      if (data.u[e] === i) from.push(e);
+    const inputs = new Set(nodes.flatMap((n) => data.nodes[n].inputs));
+    for (const e of scene.lines) {
+      if (nodes.includes(data.u[e])) from.push(e);
       if (inputs.has(data.v[e])) into.push(e);
     }
-    const path = widestPath(data, scene.flags, i);
+    const weakest = (path) => Math.min(...path.map((e) => Math.abs(data.score[e])));
+    const [path] = nodes
+      .map((n) => widestPath(data, scene.flags, n))
+      .filter(Boolean)
+      .sort((a, b) => weakest(b) - weakest(a));
     return [
       this.head(scene.nodeText(i)),
       h(
@@ -99,19 +151,18 @@ export class Details {
         toggle("node-pin", "Pin", pins.includes(i), () => scene.pin(i)),
         toggle("node-paths", "All paths from input to logits", paths, () => store.set({ paths: !paths })),
         toggle("node-centre", "Centre", false, () => graph.centre(i)),
+        ...(group ? [this.opener(i, "ungroup")] : []),
         label,
       ),
+      ...(group ? [h("p", {}, nodes.map((n) => names[data.nodes[n].name] ?? data.nodes[n].name).join(", "))] : []),
       h("h4", {}, "Strongest path through it"),
       path
         ? h("p", { class: "path" }, ...this.pathButtons(path))
         : h("p", { class: "quiet" }, "None among the edges shown."),
-      ...this.list(
-        `Reads (${whole(into.length)})`,
-        into,
-        (e) =>
-          `${data.nodes[data.u[e]].name} → ${data.receivers[data.v[e]].name.replace(name, "") || data.receivers[data.v[e]].name}`,
+      ...this.list(`Reads (${whole(into.length)})`, into, (e) =>
+        group ? scene.label(data.u[e]) : `${scene.label(data.u[e])} → ${scene.end(e).replace(name, "") || name}`,
       ),
-      ...this.list(`Writes to (${whole(from.length)})`, from, (e) => data.receivers[data.v[e]].name),
+      ...this.list(`Writes to (${whole(from.length)})`, from, (e) => scene.end(e)),
     ];
   }
 
@@ -124,11 +175,10 @@ export class Details {
     return parts;
   }
 
-  list(title, edges, text) {
-    const { data } = this;
+  list(title, edges, text, amount = (e) => this.scene.amount(e)) {
     const rows = edges
       .slice(0, LISTED)
-      .map((e) => h("li", {}, this.edgeButton(e, text(e)), h("span", { class: "number" }, signed(data.score[e]))));
+      .map((e) => h("li", {}, this.edgeButton(e, text(e)), h("span", { class: "number" }, amount(e))));
     if (edges.length > LISTED)
       rows.push(h("li", { class: "quiet" }, `and ${whole(edges.length - LISTED)} weaker ones`));
     return [
@@ -149,6 +199,7 @@ export class Details {
       );
     else rows.push(["in the circuit", scene.first[e] ? "yes" : "no"]);
     const owners = data.receivers[data.v[e]].owners;
+    const bundle = scene.bundleOf(e);
     return [
       this.head(edgeName(data, e)),
       h("dl", { class: "facts" }, ...rows.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
@@ -159,6 +210,14 @@ export class Details {
         this.nodeButton(data.u[e]),
         ...(owners.length ? [" to ", ...owners.flatMap((i) => [this.nodeButton(i), " "])] : [" to logits"]),
       ),
+      ...(bundle.length > 1
+        ? this.list(
+            `Drawn as one line (${whole(bundle.length)})`,
+            bundle,
+            (i) => edgeName(data, i),
+            (i) => signed(data.score[i]),
+          )
+        : []),
       ...data.profiles.flatMap((profile) => this.bars(profile, e)),
     ];
   }

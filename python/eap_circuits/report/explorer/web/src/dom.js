@@ -22,6 +22,9 @@ export const plain = (x) =>
         ? x.toExponential(2).replace("-", "−")
         : `${+x.toPrecision(4)}`;
 
+/** Is this page a text inside another, as a notebook's output is? Then it has no address. */
+export const framed = location.protocol === "about:";
+
 const colours = new Map();
 /** A colour of the page's scheme, light or dark. */
 export function colour(name) {

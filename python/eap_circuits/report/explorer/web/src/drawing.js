@@ -10,14 +10,22 @@ const FONT = 'system-ui, "Segoe UI", "DejaVu Sans", sans-serif';
 /** What the picture says of each node: whether it is there, how it stands out, and its text. */
 function marks(graph) {
   const { scene, store, focus } = graph;
-  return graph.data.nodes.map((node, i) => ({
-    present: scene.present[i] || i === 0 || scene.litNodes?.[i],
-    dim: scene.litNodes && !scene.litNodes[i],
-    strong: store.state.node === i || focus === i || store.state.pins.includes(i),
-    focused: focus === i || store.state.node === i,
-    text: store.state.names[node.name] ?? node.name,
-    mlp: node.head < 0,
-  }));
+  const { lead } = scene.places;
+  const { node: chosen, pins } = store.state;
+  return graph.data.nodes.map((node, i) => {
+    const focused = focus === i || (chosen !== null && lead[chosen] === i);
+    const group = scene.members(i).length > 1;
+    return {
+      hidden: lead[i] !== i,
+      present: scene.stands(i) || i === 0 || scene.litNodes?.[i],
+      dim: scene.litNodes && !scene.litNodes[i],
+      strong: focused || group || pins.includes(i),
+      focused,
+      text: scene.label(i),
+      mlp: node.head < 0,
+      group,
+    };
+  });
 }
 
 export function drawRows(context, { place, data, transform }) {
@@ -35,7 +43,7 @@ export function drawRows(context, { place, data, transform }) {
     context.moveTo(place.left, y);
     context.lineTo(place.width, y);
     context.stroke();
-    if (layer % every === 0) context.fillText(`layer ${layer}`, place.left - 4, y);
+    if (layer % every === 0) context.fillText(data.layers[layer], place.left - 4, y);
   }
 }
 
@@ -47,7 +55,7 @@ export function drawNodes(context, graph) {
   context.lineWidth = 1.6 / k;
   context.strokeStyle = colour("muted");
   context.beginPath();
-  for (const { x0, x1, y, receiver } of place.groups) {
+  for (const { x0, x1, y, receiver } of place.shared) {
     if (!scene.read[receiver]) continue;
     context.moveTo(x0, y);
     context.lineTo(x1, y);
@@ -58,6 +66,7 @@ export function drawNodes(context, graph) {
   const all = marks(graph);
   const later = [];
   place.nodes.forEach((node, i) => {
+    if (all[i].hidden) return;
     if (all[i].strong) later.push([node, all[i]]);
     else drawNode(context, node, all[i], k);
   });
@@ -66,13 +75,14 @@ export function drawNodes(context, graph) {
 }
 
 function drawPorts(context, { place, scene, data, transform }) {
+  const { home } = scene.places;
   const size = Math.min(3.2, place.box.height * 0.22);
   if (size * transform.k < 1.2) return;
   for (const kind of ["q", "k", "v", "other", "mlp"]) {
     context.fillStyle = colour({ q: "query", k: "key", v: "value" }[kind] ?? "muted");
     context.beginPath();
     place.ports.forEach((port, i) => {
-      if (!port || !scene.read[i] || data.receivers[i].kind !== kind) return;
+      if (!port || !scene.read[i] || (home[i] < 0 ? data.receivers[i].kind : "other") !== kind) return;
       context.moveTo(port.x, port.y);
       context.lineTo(port.x - size, port.y + 1.6 * size);
       context.lineTo(port.x + size, port.y + 1.6 * size);
@@ -94,6 +104,13 @@ function drawNode(context, node, mark, k) {
   const line = mark.focused ? "accent" : mark.strong ? "ink" : mark.present && !mark.dim ? "muted" : "faint";
   context.strokeStyle = colour(line);
   context.stroke();
+  if (mark.group) {
+    // A second frame around it.
+    const more = 3 / k;
+    context.beginPath();
+    context.roundRect(x - width / 2 - more, y - height / 2 - more, width + 2 * more, height + 2 * more, 5 / k);
+    context.stroke();
+  }
   if (!mark.present && !mark.strong) return;
   const fits = Math.min(11, height * 0.68, (width / Math.max(mark.text.length, 4)) * 1.7);
   const size = mark.strong ? Math.max(fits, 11 / k) : fits;
@@ -113,7 +130,7 @@ export function toSvg(graph, title) {
   ];
   for (let layer = 0; layer < data.nLayers; layer++) {
     parts.push(
-      `<text x="${place.left - 4}" y="${place.rowY(layer).toFixed(1)}" font-size="8" text-anchor="end" fill="${colour("muted")}">layer ${layer}</text>`,
+      `<text x="${place.left - 4}" y="${place.rowY(layer).toFixed(1)}" font-size="8" text-anchor="end" fill="${colour("muted")}">${data.layers[layer]}</text>`,
     );
   }
   parts.push(`<g fill="none" stroke-opacity="0.85">`);
@@ -121,7 +138,7 @@ export function toSvg(graph, title) {
     const e = scene.ordered[i];
     const line = svgPath(1); // rounded to tenths
     edgePath(line, place, data.u[e], data.v[e]);
-    const faint = scene.lit && !scene.lit[e];
+    const faint = i >= scene.litLines;
     const width = (0.8 + 2.4 * Math.sqrt(scene.weight(e))).toFixed(2);
     parts.push(
       `<path d="${line}" stroke="${colour(faint ? "faint" : scene.colourOf(e))}" stroke-width="${width}"><title>${escaped(scene.edgeText(e))}</title></path>`,
@@ -133,7 +150,7 @@ export function toSvg(graph, title) {
       `<rect x="${(node.x - node.width / 2).toFixed(1)}" y="${(node.y - node.height / 2).toFixed(1)}" width="${node.width.toFixed(1)}" height="${node.height.toFixed(1)}" rx="4" fill="${fill}" stroke="${colour("muted")}"/><text x="${node.x.toFixed(1)}" y="${(node.y + 3).toFixed(1)}" font-size="${Math.min(10, node.height * 0.62).toFixed(1)}" fill="${colour("ink")}">${escaped(text)}</text>`,
     );
   marks(graph).forEach((mark, i) => {
-    if (mark.present) box(place.nodes[i], mark.text, colour(mark.mlp ? "node" : "paper"));
+    if (mark.present && !mark.hidden) box(place.nodes[i], mark.text, colour(mark.mlp ? "node" : "paper"));
   });
   box({ ...place.nodes[0], y: place.bars.top - 11 }, "logits", colour("node"));
   return `${parts.join("")}</svg>`;

@@ -3,7 +3,7 @@
 
 import { select } from "d3-selection";
 import { zoom, zoomIdentity } from "d3-zoom";
-import { colour, h, onScheme } from "./dom.js";
+import { colour, framed, h, onScheme } from "./dom.js";
 import { drawNodes, drawRows } from "./drawing.js";
 import { edgePath, layout, Nearness } from "./layout.js";
 
@@ -12,7 +12,7 @@ const SLICE = 8; // milliseconds of drawing in one frame
 const REACH = 6; // how near, in pixels, the pointer must come to an edge
 const SEARCHED = 6000; // strongest edges among which the pointer looks
 const MANY = 800; // with more edges than these, lines are thinner
-const CHUNK = 40; // edges in one stroke
+const CHUNK = 40; // edges in one stroke, of those that are drawn later
 export const ALPHA = 0.85;
 
 export class Graph {
@@ -29,14 +29,17 @@ export class Graph {
         tabindex: 0,
         role: "application",
         "aria-label":
-          "The circuit's graph. Arrow keys go from node to node, Enter selects, P pins, plus and minus zoom, 0 shows all, Escape clears. The table of edges holds the same.",
+          "The circuit's graph. Arrow keys go from node to node, Enter selects, P pins, G groups the pinned nodes or opens a group, plus and minus zoom, 0 shows all, Escape clears. The table of edges holds the same.",
       },
       this.moving,
       this.tip,
     );
     this.transform = zoomIdentity;
     this.focus = null;
+    // Inside another page the wheel moves that page, until the graph has been clicked.
+    const free = (event) => !framed || event.type !== "wheel" || document.activeElement === this.element;
     this.zoom = zoom()
+      .filter((event) => free(event) && (!event.ctrlKey || event.type === "wheel") && !event.button)
       .scaleExtent([0.2, 40])
       .on("zoom", ({ transform, sourceEvent }) => this.moved(transform, sourceEvent));
     select(this.element).call(this.zoom).on("dblclick.zoom", null);
@@ -58,9 +61,17 @@ export class Graph {
       canvas.width = width * this.ratio;
       canvas.height = height * this.ratio;
     }
-    this.place = layout(this.data, width, height);
+    this.arrange();
+  }
+
+  /** Give every node and group its place. */
+  arrange() {
+    const { width, height } = this;
+    if (!width) return;
+    this.place = layout(this.data, width, height, this.store.state.groups);
     this.least = Math.min(width / this.place.width, height / this.place.height, 1);
     this.zoom.scaleExtent([this.least * 0.6, 40]);
+    if (this.focus !== null) this.focus = this.scene.places.lead[this.focus];
     this.show(this.store.state.view);
   }
 
@@ -104,10 +115,10 @@ export class Graph {
     this.drawn = this.transform;
     this.moving.style.transform = "";
     const [weak, strong, nodes] = this.canvases.map((canvas) => this.fresh(canvas));
-    const { ordered: shown, lit } = this.scene;
+    const shown = this.scene.ordered;
     drawRows(weak, this);
     const first = Math.min(shown.length, AT_ONCE);
-    this.strokes(strong, shown, first, 0, lit);
+    this.strokes(strong, shown, first, 0);
     drawNodes(nodes, this);
     this.pending = shown.length - first;
     this.first ??= performance.now();
@@ -117,7 +128,7 @@ export class Graph {
       const start = performance.now();
       while (next > first && performance.now() - start < SLICE) {
         const to = Math.max(first, next - 10 * CHUNK);
-        this.strokes(weak, shown, next, to, lit);
+        this.strokes(weak, shown, next, to);
         next = to;
       }
       this.pending = next - first;
@@ -136,14 +147,15 @@ export class Graph {
   }
 
   /** Stroke the edges shown[to … from - 1], weakest first, so that strong ones lie on top. */
-  strokes(context, shown, from, to, lit) {
+  strokes(context, shown, from, to) {
     const { data, place, scene } = this;
-    for (let end = from; end > to; end -= CHUNK) {
-      const begin = Math.max(to, end - CHUNK);
+    const chunk = from > AT_ONCE ? CHUNK : 1;
+    for (let end = from; end > to; end -= chunk) {
+      const begin = Math.max(to, end - chunk);
       const paths = new Map();
       for (let i = end - 1; i >= begin; i--) {
         const e = shown[i];
-        const group = lit && !lit[e] ? "faint" : scene.colourOf(e);
+        const group = i >= scene.litLines ? "faint" : scene.colourOf(e);
         if (!paths.has(group)) paths.set(group, []);
         paths.get(group).push(e);
       }
@@ -179,13 +191,12 @@ export class Graph {
   }
 
   edgeAt(x, y) {
-    const { shown, lit } = this.scene;
+    const { ordered, litLines } = this.scene;
     const near = new Nearness(x, y);
     let best = REACH / this.transform.k;
     let found = null;
-    for (let i = 0; i < Math.min(shown.length, SEARCHED); i++) {
-      const e = shown[i];
-      if (lit && !lit[e]) continue;
+    for (let i = 0; i < Math.min(ordered.length, SEARCHED, litLines); i++) {
+      const e = ordered[i];
       near.reset();
       edgePath(near, this.place, this.data.u[e], this.data.v[e]);
       if (near.distance < best) {
@@ -238,6 +249,7 @@ export class Graph {
     if (arrows[event.key]) this.focusOn(this.neighbour(arrows[event.key]));
     else if (event.key === "Enter" && this.focus !== null) this.store.set({ node: this.focus, edge: null });
     else if (event.key === "p" && this.focus !== null) this.scene.pin(this.focus);
+    else if (event.key === "g") this.regroup(this.focus ?? state.node);
     else if (event.key === "Escape" && (state.node !== null || state.edge !== null))
       this.store.set({ node: null, edge: null });
     else if (event.key === "+" || event.key === "=") this.zoomBy(1.4);
@@ -245,6 +257,11 @@ export class Graph {
     else if (event.key === "0") this.reset();
     else return;
     event.preventDefault();
+  }
+
+  regroup(node) {
+    if (node !== null && this.scene.groupOf(node)) this.scene.ungroup(node);
+    else this.scene.group();
   }
 
   zoomBy(factor) {
@@ -271,7 +288,7 @@ export class Graph {
     let best = Infinity;
     let found = this.focus ?? this.store.state.node ?? 0;
     nodes.forEach((node, i) => {
-      if (!this.scene.present[i]) return;
+      if (!this.scene.stands(i)) return;
       const along = (node.x - from.x) * dx + (node.y - from.y) * dy;
       const across = Math.abs((node.x - from.x) * dy) + Math.abs((node.y - from.y) * dx);
       if (along > 1 && along + 3 * across < best) {

@@ -4,7 +4,7 @@
 const PORTS = { q: -0.3, k: 0, v: 0.3 };
 const RISE = 0.5; // an MLP stands above its layer's heads, which it reads
 
-export function layout(data, width, height) {
+export function layout(data, width, height, groups = []) {
   const heads = Math.max(1, ...data.nodes.map((node) => node.head + 1));
   const pitchX = Math.max(48, (width - 58) / (heads + 2.15));
   const pitchY = Math.max(22, (height - 60) / (data.nLayers + 0.8));
@@ -25,19 +25,30 @@ export function layout(data, width, height) {
           ...box,
         },
   );
+  // A group stands where the one of its nodes does that is nearest to their middle.
+  const grouped = new Set(groups.flatMap((group) => group.nodes));
+  for (const members of groups.map((group) => group.nodes)) {
+    const mean = (key) => members.reduce((sum, i) => sum + nodes[i][key], 0) / members.length;
+    const [x, y] = [mean("x"), mean("y")];
+    const far = (i) => Math.hypot(nodes[i].x - x, nodes[i].y - y);
+    const place = nodes[members.reduce((best, i) => (far(i) < far(best) ? i : best))];
+    for (const i of members) nodes[i] = place;
+  }
   const ports = data.receivers.map((r) => {
-    const owners = r.owners.map((u) => nodes[u]);
-    if (!owners.length) return null; // logits
+    if (!r.owners.length) return null; // logits
+    const alone = r.owners.filter((u) => !grouped.has(u));
+    const owners = (alone.length ? alone : r.owners).map((u) => nodes[u]);
     const middle = owners.reduce((sum, node) => sum + node.x, 0) / owners.length;
     return {
-      x: middle + (PORTS[r.kind] ?? 0) * box.width,
-      y: owners[0].y + box.height / 2 + (owners.length > 1 ? 3 : 0),
+      x: middle + (alone.length ? (PORTS[r.kind] ?? 0) * box.width : 0),
+      y: owners[0].y + box.height / 2 + (alone.length > 1 ? 3 : 0),
       column: owners[owners.length >> 1].x,
       depth: r.layer / data.nLayers,
     };
   });
   // Heads that share an input stand on a bar.
-  const groups = data.receivers
+  const shared = data.receivers
+    .map((r) => ({ ...r, owners: r.owners.filter((u) => !grouped.has(u)) }))
     .filter((r) => r.owners.length > 1)
     .map((r) => ({
       x0: nodes[r.owners[0]].x - box.width / 2,
@@ -45,7 +56,7 @@ export function layout(data, width, height) {
       y: ports[r.index].y,
       receiver: r.index,
     }));
-  return { nodes, ports, groups, bars, box, rowY, left, width: worldWidth, height: worldHeight, pitchX, pitchY, data };
+  return { nodes, ports, shared, bars, box, rowY, left, width: worldWidth, height: worldHeight, pitchX, pitchY, data };
 }
 
 /** Draw edge u → v with the calls that a canvas, an SVG path and a recorder of points share. */

@@ -4,7 +4,7 @@ import { Controls } from "./controls.js";
 import { Sizes } from "./curve.js";
 import { read } from "./data.js";
 import { Details } from "./details.js";
-import { h } from "./dom.js";
+import { framed, h } from "./dom.js";
 import { ALPHA, Graph } from "./graph.js";
 import { NodeMap } from "./map.js";
 import { Scene } from "./scene.js";
@@ -37,6 +37,7 @@ function start() {
       ...below,
     );
   document.documentElement.classList.add("live");
+  document.documentElement.classList.toggle("framed", framed);
   const looked = [
     "node",
     "edge",
@@ -57,7 +58,8 @@ function start() {
   let resting;
   store.listeners.push((changed) => {
     scene.update(changed);
-    if (looked.some((key) => changed.has(key))) graph.draw();
+    if (changed.has("groups")) graph.arrange();
+    else if (looked.some((key) => changed.has(key))) graph.draw();
     if (changed.has("view") && !changed.has("circuit") && store.state.view === null) graph.show(null);
     for (const panel of [sizes, controls, details]) panel.update(changed);
     for (const key of changed) late.add(key);

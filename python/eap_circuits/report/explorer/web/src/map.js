@@ -87,7 +87,7 @@ export class NodeMap {
     context.textAlign = "right";
     const every = Math.ceil(12 / this.cell.height);
     for (let layer = 0; layer < data.nLayers; layer += every)
-      context.fillText(`layer ${layer}`, this.left - 6, y(layer) + this.cell.height / 2);
+      context.fillText(data.layers[layer], this.left - 6, y(layer) + this.cell.height / 2);
     context.textAlign = "center";
     const below = data.nLayers * this.cell.height + 12;
     const apart = Math.ceil(20 / this.cell.width);

@@ -3,6 +3,7 @@
 import { count, filtered, overlap, ranking, strongest, through } from "./circuits.js";
 import { edgeName } from "./data.js";
 import { plain, signed, whole } from "./dom.js";
+import { bundled, places } from "./groups.js";
 
 const CIRCUIT = ["circuit", "size"];
 const FILTERS = ["layers", "kinds", "sign", "least", "part"];
@@ -24,7 +25,8 @@ export class Scene {
     const touched = (keys) => !changed || keys.some((key) => changed.has(key));
     if (touched([...CIRCUIT, "preview"])) this.choose();
     if (touched([...CIRCUIT, "preview", ...FILTERS])) this.filter();
-    if (touched([...CIRCUIT, "preview", ...FILTERS, ...LIT])) this.light();
+    if (touched([...CIRCUIT, "preview", ...FILTERS, "groups"])) this.gather();
+    if (touched([...CIRCUIT, "preview", ...FILTERS, "groups", ...LIT])) this.light();
   }
 
   choose() {
@@ -55,38 +57,80 @@ export class Scene {
     let next = 0;
     for (let e = 0; e < data.n; e++) if (this.flags[e]) this.shown[next++] = e;
     this.present = new Uint8Array(data.nodes.length);
-    this.read = new Uint8Array(data.receivers.length);
     for (const e of this.shown) {
       this.present[data.u[e]] = 1;
-      this.read[data.v[e]] = 1;
       for (const owner of data.receivers[data.v[e]].owners) this.present[owner] = 1;
     }
+  }
+
+  /** The lines of the picture: each is an edge, the strongest of those that it stands for. */
+  gather() {
+    const { data, store } = this;
+    const { groups } = store.state;
+    this.places = places(data, groups);
+    const bundles = groups.length ? bundled(data, this.shown, this.places) : [];
+    this.bundles = new Map(bundles.flatMap((bundle) => bundle.map((e) => [e, bundle])));
+    this.lines = this.shown;
+    if (groups.length) {
+      const found = bundles.map(([e]) => ({ e, sum: this.sum(e, data.score) }));
+      this.lines = Uint32Array.from(found.sort((a, b) => b.sum - a.sum || a.e - b.e).map(({ e }) => e));
+    }
+    this.read = new Uint8Array(data.receivers.length);
+    for (const e of this.lines) this.read[this.places.port[data.v[e]]] = 1;
+  }
+
+  /** The edges that are drawn as one line with e. */
+  bundleOf(e) {
+    return this.bundles.get(e) ?? [e];
+  }
+
+  groupOf(node) {
+    return this.store.state.groups.find(({ nodes }) => nodes.includes(node));
+  }
+
+  members(node) {
+    return this.groupOf(node)?.nodes ?? [node];
+  }
+
+  /** Does this node, or the group that it is the first of, stand in the graph? */
+  stands(node) {
+    return this.places.lead[node] === node && this.members(node).some((i) => this.present[i]);
   }
 
   light() {
     const { data, store } = this;
     const { node, edge, paths, pins } = store.state;
     this.lit = null;
+    const { lead, home } = this.places;
     if (edge !== null) this.lit = this.flags.map((_, e) => +(e === edge));
-    else if (node !== null && paths) this.lit = through(data, this.flags, node);
+    else if (node !== null && paths) this.lit = this.through(this.members(node));
     else if (node !== null || pins.length) this.lit = this.touching(node !== null ? [node] : pins);
     this.litNodes = null;
-    this.ordered = this.shown;
+    this.ordered = this.lines;
+    this.litLines = Infinity;
     if (!this.lit) return;
-    // What stands out is drawn last; an edge that is selected is drawn even if no circuit has it.
-    const own = edge !== null ? [edge] : this.shown.filter((e) => this.lit[e]);
-    this.ordered = Uint32Array.from([...own, ...this.shown.filter((e) => !this.lit[e])]);
+    const lit = (e) => this.bundleOf(e).some((i) => this.lit[i]);
+    // What stands out comes first, and is drawn last; an edge that is selected is drawn even if no circuit has it.
+    let own = this.lines.filter(lit);
+    if (edge !== null && !own.length && home[data.v[edge]] !== lead[data.u[edge]]) own = [edge];
+    this.ordered = Uint32Array.from([...own, ...this.lines.filter((e) => !lit(e))]);
+    this.litLines = own.length;
     this.litNodes = new Uint8Array(data.nodes.length);
-    if (node !== null) this.litNodes[node] = 1;
-    for (const e of this.ordered) {
-      if (!this.lit[e]) break;
-      this.litNodes[data.u[e]] = 1;
-      for (const owner of data.receivers[data.v[e]].owners) this.litNodes[owner] = 1;
+    if (node !== null) this.litNodes[lead[node]] = 1;
+    for (const e of own) {
+      this.litNodes[lead[data.u[e]]] = 1;
+      for (const owner of data.receivers[data.v[e]].owners) this.litNodes[lead[owner]] = 1;
     }
   }
 
-  touching(nodes) {
+  through(nodes) {
+    const found = nodes.map((node) => through(this.data, this.flags, node));
+    return found.reduce((all, one) => all.map((x, e) => x | one[e]));
+  }
+
+  touching(chosen) {
     const { data } = this;
+    const nodes = chosen.flatMap((i) => this.members(i));
     const from = new Set(nodes);
     const into = new Set(nodes.flatMap((i) => data.nodes[i].inputs));
     return this.flags.map((flag, e) => +(flag && (from.has(data.u[e]) || into.has(data.v[e]))));
@@ -94,27 +138,58 @@ export class Scene {
 
   weight(e) {
     const { data } = this;
-    const own = Math.abs(data.score[e]) / this.largest;
-    const other = data.other?.score ? Math.abs(data.other.score[e]) / this.otherLargest : 0;
+    const own = this.sum(e, data.score) / this.largest;
+    const other = data.other?.score ? this.sum(e, data.other.score) / this.otherLargest : 0;
     const found = Math.max(own, other);
     return found >= 0 ? Math.min(found, 1) : 0;
   }
 
+  /** The sum of the absolute scores of a line's edges. */
+  sum(e, scores) {
+    return this.bundleOf(e).reduce((sum, i) => sum + Math.abs(scores[i]), 0);
+  }
+
   colourOf(e) {
-    if (this.data.other) return this.first[e] ? (this.second[e] ? "both" : "positive") : "negative";
-    return this.data.score[e] < 0 ? "negative" : "positive";
+    const edges = this.bundleOf(e);
+    if (this.data.other) {
+      if (!edges.some((i) => this.first[i])) return "negative";
+      return edges.some((i) => this.second[i]) ? "both" : "positive";
+    }
+    return edges.reduce((sum, i) => sum + this.data.score[i], 0) < 0 ? "negative" : "positive";
+  }
+
+  /** What stands where this node does. */
+  label(node) {
+    const { name } = this.data.nodes[node];
+    return this.groupOf(node)?.name ?? this.store.state.names[name] ?? name;
+  }
+
+  /** What a line enters: a receiver, or a group. */
+  end(e) {
+    const v = this.data.v[e];
+    return this.places.home[v] < 0 ? this.data.receivers[v].name : this.label(this.places.home[v]);
   }
 
   nodeText(i) {
     const { data, store } = this;
     const { name } = data.nodes[i];
     const label = store.state.names[name];
-    const score = data.nodeScores ? `, score ${signed(data.nodeScores[i])}` : "";
-    return `${label ? `${label} (${name})` : name}${score}${this.present[i] ? "" : ", not in what is shown"}`;
+    const group = this.groupOf(i);
+    const nodes = this.members(i);
+    const title = group ? `${group.name}, a group of ${nodes.length} nodes` : label ? `${label} (${name})` : name;
+    const score = data.nodeScores ? `, score ${signed(nodes.reduce((sum, j) => sum + data.nodeScores[j], 0))}` : "";
+    return `${title}${score}${nodes.some((j) => this.present[j]) ? "" : ", not in what is shown"}`;
+  }
+
+  /** The score of a line's edge, or what the scores of its edges sum to. */
+  amount(e) {
+    const n = this.bundleOf(e).length;
+    return n > 1 ? `${plain(this.sum(e, this.data.score))} in ${whole(n)} edges` : signed(this.data.score[e]);
   }
 
   edgeText(e) {
     const { data } = this;
+    if (this.bundleOf(e).length > 1) return `${this.label(data.u[e])} → ${this.end(e)}  ${this.amount(e)}`;
     const other = data.other?.score ? `; ${data.other.second} ${signed(data.other.score[e])}` : "";
     return `${edgeName(data, e)}  ${signed(data.score[e])}${other}`;
   }
@@ -125,7 +200,9 @@ export class Scene {
     const { curve } = data;
     const hidden = this.shown.length < this.size ? ` ${whole(this.shown.length)} pass the filters.` : "";
     const what = circuit ? circuit.label : `The strongest ${whole(store.state.size)}, those on paths`;
-    const edges = `${what}: ${whole(count(this.first))} of ${whole(data.total)} edges.`;
+    const n = count(this.first);
+    const left = circuit?.n_edges > n ? ` Only its strongest ${whole(n)} are in this page.` : "";
+    const edges = `${what}: ${whole(circuit?.n_edges ?? n)} of ${whole(data.total)} edges.${left}`;
     if (!curve) return edges + hidden;
     if (circuit)
       return edges + (circuit.faithfulness === null ? "" : ` Faithfulness ${plain(circuit.faithfulness)}.`) + hidden;
@@ -135,5 +212,32 @@ export class Scene {
   pin(node) {
     const { pins } = this.store.state;
     this.store.set({ pins: pins.includes(node) ? pins.filter((i) => i !== node) : [...pins, node] });
+  }
+
+  /** The pinned nodes that can be grouped: all except `input`; groups among them become part of the new one. */
+  groupable() {
+    const nodes = this.store.state.pins.flatMap((i) => this.members(i)).filter((i) => i > 0);
+    return [...new Set(nodes)].sort((a, b) => a - b);
+  }
+
+  group() {
+    const { pins, groups } = this.store.state;
+    const nodes = this.groupable();
+    if (nodes.length < 2) return;
+    const others = groups.filter((group) => !nodes.includes(group.nodes[0]));
+    this.store.set({
+      groups: [...others, { name: `${nodes.length} nodes`, nodes }],
+      pins: pins.filter((i) => !nodes.includes(i)),
+      node: nodes[0],
+      edge: null,
+    });
+  }
+
+  /** Open a group; its nodes are pinned again, as they were before. */
+  ungroup(node) {
+    const { pins, groups } = this.store.state;
+    const gone = this.groupOf(node);
+    const others = pins.filter((i) => !gone.nodes.includes(i));
+    this.store.set({ groups: groups.filter((group) => group !== gone), pins: [...others, ...gone.nodes] });
   }
 }

@@ -1,5 +1,7 @@
 // What the reader has chosen, and the same in the address, so that a view can be sent as a link.
 
+export const NAME = 60; // characters of a name
+
 export const initial = (data) => ({
   circuit: 0, // index of a circuit of the page, or null if `size` was chosen
   size: null, // the strongest n edges, pruned
@@ -13,6 +15,7 @@ export const initial = (data) => ({
   paths: false,
   pins: [],
   names: {},
+  groups: [], // {name, nodes}: nodes that the graph shows as one, by rising index
   view: null, // {k, x, y}: scale and the middle of what is seen, in parts of the picture
 });
 
@@ -33,6 +36,8 @@ export function toHash(data, state) {
   put("paths", state.paths, false);
   put("pins", state.pins.map((i) => data.nodes[i].name).join("~"), "");
   put("names", Object.keys(state.names).length ? JSON.stringify(state.names) : null, null);
+  const groups = state.groups.map(({ name, nodes }) => [name, ...nodes.map((i) => data.nodes[i].name)]);
+  put("groups", groups.length ? JSON.stringify(groups) : null, null);
   if (state.view) found.set("view", [state.view.k, state.view.x, state.view.y].map((x) => +x.toFixed(4)).join("~"));
   return found.toString();
 }
@@ -75,12 +80,22 @@ export function fromHash(data, text) {
     .split("~")
     .map(node)
     .filter((i) => i >= 0);
-  try {
-    for (const [name, label] of Object.entries(JSON.parse(given.get("names") ?? "{}"))) {
-      if (node(name) >= 0 && typeof label === "string") state.names[name] = label.slice(0, 60);
+  // A damaged address shows the page as it is without it.
+  const json = (key, usual) => {
+    try {
+      return JSON.parse(given.get(key)) ?? usual;
+    } catch {
+      return usual;
     }
-  } catch {
-    // A damaged address shows the page as it is without it.
+  };
+  for (const [name, label] of Object.entries(json("names", {}))) {
+    if (node(name) >= 0 && typeof label === "string") state.names[name] = label.slice(0, NAME);
+  }
+  for (const group of [json("groups", [])].flat()) {
+    if (!Array.isArray(group) || typeof group[0] !== "string") continue;
+    const taken = state.groups.flatMap((x) => x.nodes);
+    const nodes = [...new Set(group.slice(1).map(node))].filter((i) => i > 0 && !taken.includes(i));
+    if (nodes.length > 1) state.groups.push({ name: group[0].slice(0, NAME), nodes: nodes.sort((a, b) => a - b) });
   }
   const view = (given.get("view") ?? "").split("~").map(Number);
   if (view.length === 3 && view.every(Number.isFinite) && view[0] > 0) {

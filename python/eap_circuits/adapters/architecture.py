@@ -45,6 +45,8 @@ class Layer:
     k_norm: nn.Module | None  # a norm of the keys that has its own weights for each key/value head
     inner_norm: bool  # of all heads' values together, before `out`
     ungrouped: tuple[tuple[str, object], ...]  # attributes of `attention` that make it take k and v per query head
+    bare: bool = False  # there is no MLP: nothing looks at `mlp_norm`, `mlp_in` and `mlp_out`
+    memory: Norm | None = None  # of cross-attention: through which k and v read the encoder's residual stream
 
     @property
     def projection_modules(self) -> dict[nn.Module, Projections]:
@@ -70,6 +72,12 @@ class Layer:
         if list(self.projections) == ["q", "k", "v"]:
             return None
         return tuple((name, projection.n_heads) for name, projection in self.projections.items())
+
+    def read_through(self, name: str) -> Norm:
+        """The norm in front of a receiver: one of `projections`, or "mlp"."""
+        if name == "mlp":
+            return self.mlp_norm
+        return self.memory if self.memory is not None and name in ("k", "v") else self.attention_norm
 
     @property
     def mixes_heads(self) -> bool:
@@ -151,6 +159,7 @@ class Architecture:
     device: torch.device
     dtype: torch.dtype
     planned_for: str | None = None
+    encoder: int = 0  # how many of the layers, the first ones, are an encoder's; 0: it is no encoder-decoder
 
     @cached_property
     def team(self) -> int:
@@ -215,6 +224,8 @@ class Architecture:
             parallel=self.parallel,
             heads=heads,
             reads=tuple(layer.reads for layer in self.layers),
+            encoder=self.encoder,
+            bare=any(layer.bare for layer in self.layers),
         )
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -232,5 +243,5 @@ class Architecture:
     @cached_property
     def norms(self) -> list[Norm]:
         """Every norm that receivers read through, in order of depth, without repetition."""
-        norms = [norm for layer in self.layers for norm in (layer.attention_norm, layer.mlp_norm)]
-        return list(dict.fromkeys([*norms, self.final_norm]))
+        names = ((layer, name) for layer in self.layers for name in (*layer.projections, "mlp"))
+        return list(dict.fromkeys([*(layer.read_through(name) for layer, name in names), self.final_norm]))

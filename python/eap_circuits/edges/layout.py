@@ -6,12 +6,13 @@ all `<k>`, all `<v>` inputs and `m{l}`; the last one is `logits`. With `heads="k
 receiver per key/value head, with `heads="query"` one of each per query head. Layers that mix tokens otherwise have the
 inputs that `reads` names instead: `a{l}.h{h}<name>`, or `a{l}<name>` for one that all heads of the layer share.
 
-A graph with spans has all of these once for each span: `a{l}.h{h}@{span}`, and so on (`spans.py`).
+A graph with spans has all of these once for each span: `a{l}.h{h}@{span}`, and so on (`spans.py`). That of an
+encoder-decoder has two residual streams, and other names (`streams.py`).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from ..errors import expected, flag, instance, listed, one_of, refuse_default_device, whole
 from .pruning import on_paths
 from .spans import Spans, by_span, ends, inputs_by_span, spread
+from .streams import Stream, check_encoder, names_of, streams_of
 
 Heads = Literal["kv", "query"]
 Reads = tuple[tuple[str, int], ...]  # the inputs of a layer's heads: (name, how many receivers), in order
@@ -42,6 +44,9 @@ class Graph:
         reads: the inputs of each layer's heads in the kv graph, [L], None for a layer with the usual three; or None if
             all layers have these.
         spans: of which the graph has every node once for each; its edges are those that are on a path. None: no spans.
+        encoder: how many layers, the first ones, are an encoder's; 0: none. Of the others, the decoder's, every second
+            one is cross-attention: its `<k>` and `<v>` read the encoder's residual stream.
+        bare: the decoder's self-attention layers have no MLP.
     """
 
     n_heads: tuple[int, ...]
@@ -51,11 +56,14 @@ class Graph:
     heads: Heads = "kv"
     reads: tuple[Reads | None, ...] | None = None
     spans: Spans | None = None
+    encoder: int = 0
+    bare: bool = False
 
     def __post_init__(self) -> None:
         refuse_default_device()
         one_of("heads", self.heads, ("kv", "query"))
-        object.__setattr__(self, "parallel", flag("parallel", self.parallel))
+        for name in ("parallel", "bare"):
+            object.__setattr__(self, name, flag(name, getattr(self, name)))
         for name in ("n_heads", "n_kv_heads"):
             object.__setattr__(
                 self, name, tuple(whole(name, n, 0) for n in listed(name, getattr(self, name), _PER_LAYER))
@@ -69,6 +77,8 @@ class Graph:
         object.__setattr__(self, "reads", self._checked_reads())
         if self.spans is not None:
             instance("spans", self.spans, Spans)
+        object.__setattr__(self, "encoder", whole("encoder", self.encoder, 0, self.n_layers))
+        check_encoder(self)
 
     def _checked_reads(self) -> tuple[Reads | None, ...] | None:
         if self.reads is None:
@@ -89,9 +99,7 @@ class Graph:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Graph):
             return NotImplemented
-        same = (self.n_heads, self.n_kv_heads, self.parallel, self.heads, self.reads, self.spans) == (
-            other.n_heads, other.n_kv_heads, other.parallel, other.heads, other.reads, other.spans
-        )  # fmt: skip
+        same = all(getattr(self, each.name) == getattr(other, each.name) for each in fields(self) if each.compare)
         return same and (self.d_model == other.d_model or 0 in (self.d_model, other.d_model))
 
     # Index arithmetic.
@@ -106,18 +114,28 @@ class Graph:
         return 1 if self.spans is None else len(self.spans)
 
     @cached_property
-    def _sender_starts(self) -> tuple[int, ...]:
-        starts = [self.n_spans]
-        for h in self.n_heads:
-            starts.append(starts[-1] + (h + 1) * self.n_spans)
-        return tuple(starts)
+    def _senders(self) -> tuple[tuple[int, int], ...]:
+        """Where each layer's senders begin and end. Before the first layer, and the decoder's first, is an `input`."""
+        found, stop = [], 0
+        for layer, h in enumerate(self.n_heads):
+            start = stop + (self.n_spans if layer in (0, self.encoder) else 0)
+            stop = start + (h + self.has_mlp(layer)) * self.n_spans
+            found.append((start, stop))
+        return tuple(found)
 
     @cached_property
     def _receiver_starts(self) -> tuple[int, ...]:
         starts = [0]
         for layer in range(self.n_layers):
-            starts.append(starts[-1] + (sum(n for _, n in self.head_inputs(layer)) + 1) * self.n_spans)
+            starts.append(starts[-1] + sum(n for _, n in self.sites(layer)) * self.n_spans)
         return tuple(starts)
+
+    def has_mlp(self, layer: int) -> bool:
+        return not (self.bare and layer >= self.encoder and not self.crosses(layer))
+
+    def crosses(self, layer: int) -> bool:
+        """Is the layer cross-attention, whose keys and values read the encoder's residual stream?"""
+        return 0 < self.encoder <= layer and (layer - self.encoder) % 2 == 1
 
     def n_kv_receivers(self, layer: int) -> int:
         """How many `<k>` (and as many `<v>`) receivers the layer has."""
@@ -125,7 +143,7 @@ class Graph:
 
     @property
     def n_senders(self) -> int:
-        return self._sender_starts[-1]
+        return self._senders[-1][1]
 
     @property
     def n_receivers(self) -> int:
@@ -133,25 +151,25 @@ class Graph:
 
     def head_senders(self, layer: int) -> slice:
         """Indices of the layer's heads among the senders."""
-        start = self._sender_starts[layer]
+        start = self._senders[layer][0]
         return slice(start, start + self.n_heads[layer] * self.n_spans)
 
     def mlp_sender(self, layer: int) -> int:
         """The index of the layer's MLP among the senders: with spans, that of its first span."""
-        return self._sender_starts[layer + 1] - self.n_spans
+        return self._senders[layer][1] - self.n_spans
 
     def receivers_at(self, layer: int, site: str) -> slice:
-        """Indices of the layer's receivers at `site`: one of `head_inputs`, or "mlp"."""
+        """Indices of the layer's receivers at `site`: one of `sites`."""
         start = self._receiver_starts[layer]
-        for name, count in (*self.head_inputs(layer), ("mlp", 1)):
+        for name, count in self.sites(layer):
             if name == site:
                 return slice(start, start + count * self.n_spans)
             start += count * self.n_spans
         raise KeyError(site)
 
-    def head_receivers(self, layer: int) -> slice:
-        """Indices of the receivers of the layer's heads."""
-        return slice(self._receiver_starts[layer], self._receiver_starts[layer + 1] - self.n_spans)
+    def receivers_of(self, layer: int) -> slice:
+        """Indices of all of the layer's receivers."""
+        return slice(self._receiver_starts[layer], self._receiver_starts[layer + 1])
 
     @property
     def logits_receiver(self) -> slice:
@@ -165,22 +183,42 @@ class Graph:
         reads = self.reads[layer] if self.reads else None
         return tuple((name, n if name in _OF_KEYS else m) for name, m in reads or (("q", h), ("k", n), ("v", n)))
 
-    def attention_reach(self, layer: int) -> int:
-        """How many senders the layer's attention inputs can see."""
-        return self._sender_starts[layer]
+    def sites(self, layer: int) -> Reads:
+        """(name, number of such receivers) of all that reads in a layer, in order: its heads' inputs, then "mlp"."""
+        return (*self.head_inputs(layer), *((("mlp", 1),) if self.has_mlp(layer) else ()))
 
-    def mlp_reach(self, layer: int) -> int:
-        """How many senders the layer's MLP can see."""
-        return self._sender_starts[layer] + (0 if self.parallel else self.n_heads[layer] * self.n_spans)
+    def stream_at(self, layer: int, site: str = "") -> int:
+        """Which of `streams` the layer writes to, or `site` in it reads; the logits' layer is one past the last."""
+        return int(0 < self.encoder <= layer and not (site in _OF_KEYS and self.crosses(layer)))
+
+    def reach_at(self, layer: int, site: str) -> int:
+        """One past the last sender that the layer's receivers at `site` can see; the first is that of their stream."""
+        if self.crosses(layer) and site in _OF_KEYS:
+            return self.input_senders[-1]  # all of the encoder's
+        heads = 0 if self.parallel or site != "mlp" else self.n_heads[layer] * self.n_spans
+        return self._senders[layer][0] + heads
+
+    @cached_property
+    def input_senders(self) -> list[int]:
+        """The senders that are `input`: one, one for each span, or the encoder's and the decoder's."""
+        decoders = [self._senders[self.encoder][0] - 1] if self.encoder else []
+        return [*range(self.n_spans), *decoders]
+
+    @cached_property
+    def streams(self) -> tuple[Stream, ...]:
+        """The residual streams: one, or an encoder's and its decoder's."""
+        return streams_of(self)
 
     # Names and tensors.
 
     @cached_property
     def senders(self) -> list[str]:
         """Sender names, [S]."""
-        names = ["input"]
+        names = ["enc.input" if self.encoder else "input"]
         for layer, h in enumerate(self.n_heads):
-            names += [f"a{layer}.h{i}" for i in range(h)] + [f"m{layer}"]
+            heads, mlp = names_of(self, layer)
+            names += ["dec.input"] if 0 < layer == self.encoder else []
+            names += [*(f"{heads}.h{i}" for i in range(h)), *([mlp] if self.has_mlp(layer) else [])]
         return self._at_spans(names)
 
     @cached_property
@@ -188,10 +226,11 @@ class Graph:
         """Receiver names, [R]."""
         names = []
         for layer in range(self.n_layers):
+            heads, mlp = names_of(self, layer)
             for name, n in self.head_inputs(layer):
                 shared = n == 1 < self.n_heads[layer] and name not in _OF_KEYS
-                names += [f"a{layer}<{name}>"] if shared else [f"a{layer}.h{i}<{name}>" for i in range(n)]
-            names.append(f"m{layer}")
+                names += [f"{heads}<{name}>"] if shared else [f"{heads}.h{i}<{name}>" for i in range(n)]
+            names += [mlp] if self.has_mlp(layer) else []
         return self._at_spans([*names, "logits"])
 
     def _at_spans(self, names: list[str]) -> list[str]:
@@ -199,11 +238,11 @@ class Graph:
 
     @cached_property
     def reach(self) -> Tensor:
-        """reach[v] = how many senders receiver v can see. int64 [R]."""
+        """reach[v] = one past the last sender that receiver v can see: how many, if there is one stream. int64 [R]."""
         reach = torch.empty(self.n_receivers, dtype=torch.int64)
         for layer in range(self.n_layers):
-            reach[self._receiver_starts[layer] : self._receiver_starts[layer + 1]] = self.attention_reach(layer)
-            reach[self.receivers_at(layer, "mlp")] = self.mlp_reach(layer)
+            for site, _ in self.sites(layer):
+                reach[self.receivers_at(layer, site)] = self.reach_at(layer, site)
         reach[self.logits_receiver] = self.n_senders
         return reach
 
@@ -212,11 +251,14 @@ class Graph:
         """edge_mask[u, v]: is there an edge from sender u to receiver v? bool [S, R]."""
         if self.spans is not None:
             return on_paths(self, spread(self.base.edge_mask, self.n_spans) & ends(self.base, self.spans))
-        return torch.arange(self.n_senders)[:, None] < self.reach
+        mask = torch.arange(self.n_senders)[:, None] < self.reach
+        for stream in self.streams[1:]:
+            mask[: stream.senders.start, stream.receivers] = False
+        return mask
 
     @cached_property
     def n_edges(self) -> int:
-        return int(self.reach.sum() if self.spans is None else self.edge_mask.sum())
+        return int(self.edge_mask.sum() if self.spans is not None else sum(each.reach.sum() for each in self.streams))
 
     @cached_property
     def inputs_of(self) -> tuple[Tensor, Tensor]:
@@ -233,8 +275,9 @@ class Graph:
             for site, n in self.head_inputs(layer):
                 receivers.append(self.receivers_at(layer, site).start + heads // (h // n))
                 senders.append(first + heads)
-            receivers.append(torch.tensor([self.receivers_at(layer, "mlp").start]))
-            senders.append(torch.tensor([self.mlp_sender(layer)]))
+            if self.has_mlp(layer):
+                receivers.append(torch.tensor([self.receivers_at(layer, "mlp").start]))
+                senders.append(torch.tensor([self.mlp_sender(layer)]))
         return torch.cat(receivers), torch.cat(senders)
 
     @cached_property
@@ -294,7 +337,7 @@ class Graph:
         query, kv = self.with_heads("query"), self.with_heads("kv")
         index = torch.empty(query.n_receivers, dtype=torch.int64)
         for layer in range(self.n_layers):
-            for site in (*(name for name, _ in self.head_inputs(layer)), "mlp"):
+            for site, _ in self.sites(layer):
                 mine, theirs = query.receivers_at(layer, site), kv.receivers_at(layer, site)
                 n, m = mine.stop - mine.start, theirs.stop - theirs.start
                 index[mine] = theirs.start + torch.arange(n) // (n // m)
@@ -315,7 +358,7 @@ class Graph:
         receivers, senders = self.inputs_of
         fed = torch.zeros(self.n_senders, dtype=torch.bool)
         fed[senders[given[receivers]]] = True
-        fed[: self.n_spans] = True
+        fed[self.input_senders] = True
         return fed
 
     def read(self, present: Tensor) -> Tensor:
@@ -329,19 +372,19 @@ class Graph:
     def between(self, kept: Tensor) -> Tensor:
         """bool [S, R]: all edges among the nodes of these senders, bool [S], `input` and `logits`."""
         kept = kept.clone()
-        kept[: self.n_spans] = True
+        kept[self.input_senders] = True
         return self.edge_mask & kept[:, None] & self.read(kept)
 
     def connected(self, mask: Tensor) -> Tensor:
         """bool [S]: senders with a kept edge going out or, except for `input`, coming in; mask bool [S, R]."""
         present = self.fed(mask.any(0))
-        present[: self.n_spans] = False
+        present[self.input_senders] = False
         return present | mask.any(1)
 
     # Storage.
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: x for name, x in asdict(self).items() if x is not None or name not in ("reads", "spans")}
+        return {name: x for name, x in asdict(self).items() if x or name not in ("reads", "spans", "encoder", "bare")}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Graph:
@@ -350,6 +393,7 @@ class Graph:
 
     def __repr__(self) -> str:
         spans = "" if self.spans is None else f"spans {', '.join(self.spans.names)}; "
+        spans = f"{self.encoder} of them an encoder's, " if self.encoder else spans
         return (
             f"Graph({self.n_layers} layers, heads={self.heads!r}, {spans}{self.n_senders} senders, "
             f"{self.n_receivers} receivers, {self.n_edges} edges)"

@@ -59,4 +59,6 @@ def _graph(fields: dict[str, Any]) -> Graph:
     spans = fields.get("spans")
     if spans is not None:
         spans = Spans(**{name: spans[name] for name in ("names", "sees", "scored")})
-    return Graph(heads, kv_heads, width, parallel, head_kind(fields.get("heads", "kv")), fields.get("reads"), spans)
+    kind, reads = head_kind(fields.get("heads", "kv")), fields.get("reads")
+    encoder, bare = whole("encoder", fields.get("encoder", 0), 0), flag("bare", fields.get("bare", False))
+    return Graph(heads, kv_heads, width, parallel, kind, reads, spans, encoder, bare)

@@ -114,6 +114,7 @@ def learn_mask(
     progress, reuse_prefix = watched(progress), flag("reuse_prefix", reuse_prefix)
     request = prepare(model, data, metric, ablation, None, ablation_data, reuse_prefix, memory)
     request.refuse_parts()
+    request.check_one_stream("learn_mask")
     if not request.metric.differentiable:
         one_of("metric", metric, [each.name for each in METRICS.values() if each.differentiable])
     graph = start.graph

@@ -82,6 +82,7 @@ def acdc(
     threshold, progress = number("threshold", threshold, "a positive number", 5e-324, 1e308), watched(progress)
     one_of("heads", heads, ("kv", "query"))
     request = prepare(model, data, metric, ablation, None, ablation_data, reuse_prefix, memory)
+    request.check_one_stream("acdc")
     if ablation_of(ablation).learned:
         raise expected("ablation", "constants from eap.optimal_constants", repr(ablation))
     graph = request.arch.graph(heads)

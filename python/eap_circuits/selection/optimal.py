@@ -53,7 +53,8 @@ def optimal_edges(
         raise InputError("select(how='optimal'): expected scipy, found none; pip install scipy") from error
     # The fewest edges of a path through each edge; edges that need more than n_edges are out.
     path = torch.ones_like(rank)
-    path[graph.n_spans :] += 1
+    path += 1
+    path[graph.input_senders] -= 1
     path[:, : graph.logits_receiver.start] += 1
     rank = rank.masked_fill(path > n_edges, -torch.inf)
     if not (rank > -torch.inf).any():
@@ -90,7 +91,8 @@ class _Problem:
         self.out = sparse.csc_matrix((ones[:edges], (self.sender, every)), shape=(nodes, edges))
         into = sparse.csc_matrix((ones[:edges], (self.receiver, every)), shape=(graph.n_receivers, edges))
         self.into = (self.owners.T @ into).tocsc()
-        self.inner_u = self.sender >= graph.n_spans  # neither `input`
+        self.inner = np.delete(np.arange(nodes), graph.input_senders)  # senders that are no `input`
+        self.inner_u = np.isin(self.sender, self.inner)  # neither `input`
         self.inner_v = self.receiver < graph.logits_receiver.start  # nor `logits`
 
         order = np.argsort(-self.weight, kind="stable")
@@ -125,7 +127,7 @@ class _Problem:
         """Solve the linear relaxation over all edges: a bound, each edge's reduced cost, the edges with x over ½."""
         from scipy.optimize import linprog
 
-        nodes, inputs = self.graph.n_senders, self.graph.n_spans
+        nodes = self.graph.n_senders
         while True:
             chosen = np.nonzero(self.columns)[0]
             matrix, right = self._rules(chosen)
@@ -139,7 +141,8 @@ class _Problem:
                 bound = float(self.weight[largest].clip(min=0).sum())
                 return bound, np.zeros_like(self.weight), largest
             price = -found.ineqlin.marginals
-            fed = np.concatenate([np.zeros(inputs), price[1 + nodes : 1 + 2 * nodes - inputs]])
+            fed = np.zeros(nodes)
+            fed[self.inner] = price[1 + nodes : 1 + nodes + len(self.inner)]
             reduced = self.weight - price[0] + price[1 : 1 + nodes][self.sender] + (self.owners @ fed)[self.receiver]
             asked = ~self.columns & (reduced > _TOLERANCE)
             if not self._broken(chosen, found.x) and not asked.any():
@@ -200,8 +203,7 @@ class _Problem:
         own = sparse.identity(self.graph.n_senders, format="csr")
         count = sparse.csr_matrix(np.concatenate([np.ones(len(chosen)), np.zeros(self.graph.n_senders)])[None])
         blocks = [count, sparse.hstack([-self.out[:, chosen], own])]
-        inputs = self.graph.n_spans
-        blocks.append(sparse.hstack([-self.into[inputs:, chosen], own[inputs:]]))
+        blocks.append(sparse.hstack([-self.into[:, chosen][self.inner], own[self.inner]]))
         for rule, nodes, ends in ((self.below_u, own, self.sender), (self.below_v, self.owners, self.receiver)):
             edges = np.nonzero(rule & self.columns)[0]
             each = (np.ones(len(edges)), (np.arange(len(edges)), place[edges]))

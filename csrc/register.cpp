@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <initializer_list>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -156,6 +157,26 @@ template <class T> double value(const void* data, int64_t i) {
   else return static_cast<double>(static_cast<const T*>(data)[i]);
 }
 
+// The numbers of a small tensor of one or two dimensions.
+std::vector<double> numbers(const char* op, const Tensor& x) {
+  const int64_t rows = x.dim() == 2 ? x.size(0) : 1, columns = x.size(x.dim() - 1);
+  const int64_t s0 = x.dim() == 2 ? x.stride(0) : 0, s1 = x.stride(x.dim() - 1);
+  const void* const data = x.const_data_ptr();
+  const Dtype dtype = dtype_of(op, x);
+  std::vector<double> found(rows * columns);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0, at = i * s0; j < columns; ++j, at += s1) {
+      double& to = found[i * columns + j];
+      switch (dtype) {
+        case Dtype::f64: to = value<double>(data, at); break;
+        case Dtype::f32: to = value<float>(data, at); break;
+        case Dtype::bf16: to = value<bf16>(data, at); break;
+        case Dtype::f16: to = value<f16>(data, at); break;
+      }
+    }
+  return found;
+}
+
 template <class T> Kept kept(const Tensor& mask) {
   const int64_t S = mask.size(0), R = mask.size(1), s0 = mask.stride(0), s1 = mask.stride(1);
   const void* data = mask.const_data_ptr();
@@ -198,6 +219,100 @@ Tensor masked_read(Tensor base, Tensor delta, Tensor mask) {
   return out;
 }
 
+// The last dimensions of a tensor of up to four.
+Strided strided(const char* op, const Tensor& x) {
+  Strided found{x.const_data_ptr(), dtype_of(op, x), {}};
+  for (int64_t i = 0, first = 4 - x.dim(); i < x.dim(); ++i) found.stride[first + i] = x.stride(i);
+  return found;
+}
+
+bool has_shape(const Tensor& x, std::initializer_list<int64_t> shape) {
+  if (!x.is_cpu() || x.dim() != int64_t(shape.size())) return false;
+  int64_t i = 0;
+  for (int64_t size : shape)
+    if (x.size(i++) != size) return false;
+  return true;
+}
+
+// The tokens that are wanted of N, checked; all without `rows`.
+struct Wanted {
+  std::vector<int64_t> values;
+  const int64_t* data = nullptr;
+  int64_t count;
+
+  Wanted(const char* op, const std::optional<Tensor>& rows, int64_t N) : count(N) {
+    if (!rows) return;
+    values = indices(op, "rows", *rows, count = rows->numel(), N - 1);
+    data = values.data();
+  }
+};
+
+constexpr int64_t kElementsPerTask = 1 << 14;  // fewer cost less than another thread takes to begin
+
+Tensor normalise_rows(Tensor x, double eps, bool centred, std::optional<Tensor> rows, std::optional<Tensor> out) {
+  const char* op = "normalise_rows";
+  STD_TORCH_CHECK(x.dim() == 3 && x.is_cpu(), op, ": expected x [M, N, D] on the CPU");
+  const int64_t M = x.size(0), D = x.size(2);
+  const Wanted wanted(op, rows, x.size(1));
+  STD_TORCH_CHECK(!out || has_shape(*out, {M, wanted.count, D}), op, ": expected out [M, n, D] on the CPU");
+  const bool wide = x.scalar_type() == ScalarType::Double;
+  Tensor r = torch::stable::new_empty(x, {M, wanted.count}, wide ? ScalarType::Double : ScalarType::Float);
+  NormaliseRows kernel{.x = {x.const_data_ptr(), dtype_of(op, x), {x.stride(0), x.stride(1), 0, x.stride(2)}},
+                       .rows = wanted.data,
+                       .points = M,
+                       .count = wanted.count,
+                       .features = D,
+                       .eps = eps,
+                       .centred = centred,
+                       .r = r.mutable_data_ptr(),
+                       .out = out ? out->mutable_data_ptr() : nullptr,
+                       .out_dtype = out ? dtype_of(op, *out) : Dtype::f32,
+                       .out_stride = {},
+                       .rows_per_task = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, D))};
+  for (int i = 0; out && i < 3; ++i) kernel.out_stride[i] = out->stride(i);
+  run_tasks(kernel.tasks(), [&](int64_t task) { kernel.run(task); });
+  return r;
+}
+
+void collapse(Tensor gradient, Tensor values, Tensor r, Tensor weights, Tensor out, Tensor coefficients,
+              int64_t features, bool gathered, std::optional<Tensor> rows, std::optional<Tensor> constant,
+              std::optional<Tensor> gain) {
+  const char* op = "collapse";
+  STD_TORCH_CHECK(gradient.dim() == 4 && gradient.is_cpu(), op, ": expected gradient [M, N, h, K] on the CPU");
+  const int64_t M = gradient.size(0), N = gradient.size(1), h = gradient.size(2), K = gradient.size(3);
+  const Wanted wanted(op, rows, N);
+  const int64_t n = wanted.count;
+  STD_TORCH_CHECK(has_shape(values, {M, gathered ? n : N, h, K}) && has_shape(r, {M, n}) && has_shape(weights, {M}) &&
+                      has_shape(out, {n, h, K}) && has_shape(coefficients, {h, M, n}) &&
+                      (!constant || has_shape(*constant, {h, K})) && (!gain || has_shape(*gain, {K})),
+                  op, ": expected operands of one problem on the CPU");
+  const Dtype dtype = dtype_of(op, out);
+  STD_TORCH_CHECK((dtype == Dtype::f32 || dtype == Dtype::f64) && dtype_of(op, coefficients) == dtype, op,
+                  ": expected out and coefficients both in float32 or both in float64");
+  const std::vector<double> scale = numbers(op, r), weight = numbers(op, weights);
+  std::vector<double> scales(M * n);
+  for (int64_t i = 0; i < M * n; ++i) scales[i] = scale[i] * weight[i / n];
+  Collapse kernel{.gradient = strided(op, gradient),
+                  .values = strided(op, values),
+                  .constant = constant ? strided(op, *constant) : Strided{},
+                  .gain = gain ? strided(op, *gain) : Strided{},
+                  .gathered = gathered,
+                  .rows = wanted.data,
+                  .scales = scales.data(),
+                  .points = M,
+                  .count = n,
+                  .heads = h,
+                  .width = K,
+                  .features = features,
+                  .dtype = dtype,
+                  .out = out.mutable_data_ptr(),
+                  .coefficients = coefficients.mutable_data_ptr(),
+                  .out_stride = {out.stride(0), out.stride(1), out.stride(2)},
+                  .c_stride = {coefficients.stride(0), coefficients.stride(1), coefficients.stride(2)},
+                  .tokens_per_task = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, M * h * K))};
+  run_tasks(kernel.tasks(), [&](int64_t task) { kernel.run(task); });
+}
+
 }  // namespace
 }  // namespace eap
 
@@ -205,6 +320,8 @@ STABLE_TORCH_LIBRARY_IMPL(eap_kernels, CPU, m) {
   m.impl("edge_scores", TORCH_BOX(&eap::edge_scores));
   m.impl("masked_read", TORCH_BOX(&eap::masked_read));
   m.impl("head_space_scores", TORCH_BOX(&eap::head_space_scores));
+  m.impl("normalise_rows", TORCH_BOX(&eap::normalise_rows));
+  m.impl("collapse", TORCH_BOX(&eap::collapse));
 }
 
 // An empty module, so that importing it loads the library.

@@ -19,6 +19,17 @@ struct View {
   int64_t stride[3];
 };
 
+// An array of up to four dimensions in a dtype of its own; of one with fewer the last count.
+struct Strided {
+  const void* data = nullptr;
+  Dtype dtype = Dtype::f32;
+  int64_t stride[4] = {};
+
+  int64_t at(int64_t m, int64_t n, int64_t h, int64_t k) const {
+    return m * stride[0] + n * stride[1] + h * stride[2] + k * stride[3];
+  }
+};
+
 // A rectangle of the result, receivers by senders, that one task works on: what "tile" means everywhere here. Its
 // partial sums of one chunk of the inner dimension are kept at `offset`.
 struct Tile { int64_t row, rows, column, columns, offset; };
@@ -87,6 +98,41 @@ struct MaskedRead {
 
   int64_t tasks() const;
   void plan(int64_t threads);
+  void run(int64_t task) const;
+};
+
+// r[m, n] = 1 / sqrt(mean(y^2) + eps) and out[m, n] = y r, where y = x[m, rows[n]], less its mean where centred
+struct NormaliseRows {
+  Strided x;            // [M, N, 1, D]
+  const int64_t* rows;  // [n], or null for all tokens
+  int64_t points, count, features;
+  double eps;
+  bool centred;
+  void* r;    // [M, n] contiguous, fp64 for fp64, else fp32
+  void* out;  // [M, n, D], or null
+  Dtype out_dtype;
+  int64_t out_stride[3];
+  int64_t rows_per_task;
+
+  int64_t tasks() const;
+  void run(int64_t task) const;
+};
+
+// out[n, h] += sum_m s[m, n] g[m, n, h] and c[h, m, n] = s[m, n] <g[m, n, h], gain (y[m, n, h] - constant[h])> /
+// features
+struct Collapse {
+  Strided gradient, values;  // [M, N, h, K], read at tokens rows[n]; values [M, n, h, K] where gathered
+  Strided constant, gain;    // [h, K] and [K], or no data
+  bool gathered;
+  const int64_t* rows;   // [n], or null for all tokens
+  const double* scales;  // [M, n]
+  int64_t points, count, heads, width, features;
+  Dtype dtype;  // of what is written: fp32 or fp64
+  void *out, *coefficients;
+  int64_t out_stride[3], c_stride[3];
+  int64_t tokens_per_task;
+
+  int64_t tasks() const;
   void run(int64_t task) const;
 };
 

@@ -11,6 +11,8 @@ class Cpu(Backend):
     edge_scores = staticmethod(torch.ops.eap_kernels.edge_scores.default)
     head_space_scores = staticmethod(torch.ops.eap_kernels.head_space_scores.default)
     masked_read = staticmethod(torch.ops.eap_kernels.masked_read.default)
+    normalise_rows = staticmethod(torch.ops.eap_kernels.normalise_rows.default)
+    collapse = staticmethod(torch.ops.eap_kernels.collapse.default)
 
     def missing(self) -> str | None:
         return _native.failure

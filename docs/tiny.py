@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -127,13 +127,14 @@ def tiny(kind: str) -> Any:
         ValueError: it cannot be made small.
     """
     torch.manual_seed(0)
-    kind, _, masked = kind.partition(":")
-    make: Any = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_config
+    kind, _, head = kind.partition(":")
+    autos: dict[str, Any] = {"masked": AutoModelForMaskedLM, "seq2seq": AutoModelForSeq2SeqLM}
+    make: Any = autos.get(head, AutoModelForCausalLM).from_config
     if kind in _DECODERS:  # of a larger model: its configuration is only a part of the type's
         make = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])._from_config
         kind = _DECODERS[kind]
     fields = copy.deepcopy(_fields(CONFIG_MAPPING[kind], kind))
-    if masked:
+    if head:
         fields = {**fields, "pad_token_id": 1, "is_decoder": False}
     config = AutoConfig.for_model(kind, **fields)
     weights = 0

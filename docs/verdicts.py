@@ -1,4 +1,5 @@
-"""What becomes of every causal or masked type of transformers: has it a table, is it discovered, or why is it refused?
+"""What becomes of every type of transformers that is causal, masked or an encoder-decoder: has it a table, is it
+discovered, or why is it refused?
 
 python -m docs.verdicts [TYPE ...]     # all by default; writes docs/results/verdicts.json, says what changed
 
@@ -17,16 +18,20 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "verdicts.json"
 SECONDS = 120
-MASKED = ":masked"
+MASKED, SEQ2SEQ = ":masked", ":seq2seq"
 Verdict = dict[str, str]  # "verdict": "table", "discovered", "refused" or "not tried"; "model": its class; "says"
 
 
 def types() -> list[str]:
-    """The types of `AutoModelForCausalLM`, and behind ":masked" of `AutoModelForMaskedLM`."""
+    """The types of `AutoModelForCausalLM`, behind ":masked" of `AutoModelForMaskedLM`, and behind ":seq2seq" the
+    encoder-decoders of `AutoModelForSeq2SeqLM`."""
+    from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto
 
     masked = (f"{kind}{MASKED}" for kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
-    return sorted([*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *masked])
+    both = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    both = [f"{kind}{SEQ2SEQ}" for kind in both if getattr(CONFIG_MAPPING[kind], "is_encoder_decoder", False)]
+    return sorted([*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *masked, *both])
 
 
 def verdict_of(kind: str) -> Verdict:
@@ -41,7 +46,8 @@ def verdict_of(kind: str) -> Verdict:
         return {"verdict": "not tried", "model": "", "says": f"no model of it can be made offline: {_line(error)}"}
     found = {"model": type(model).__name__}
     try:
-        family = family_of(model.config.model_type)
+        asked = model.config.model_type, getattr(model.config, "is_encoder_decoder", False)
+        family = family_of(*asked)
         if family is not None:
             checks = eap.check_model(model, n_edges=3)
             failed = [check for check in checks if not check.passed]
@@ -64,7 +70,7 @@ def verdict_of(kind: str) -> Verdict:
     if not family.out and not family.mixers:
         nodes = "a node is a whole layer" if family.mlp == ("", "") else "a node is a layer's only block"
     says = "; ".join(filter(None, (nodes, "prompts run whole" if whole else "")))
-    known = family_of(model.config.model_type)
+    known = family_of(*asked)
     return {**found, "verdict": "discovered" if known is None else "table", "says": says}
 
 
@@ -120,12 +126,12 @@ def newest(known: dict[str, Any]) -> str:
     return max(known, key=lambda version: [int(part) for part in version.split(".")], default="")
 
 
-def table(masked: bool = False) -> str:
-    """All causal, or all masked, types and their verdicts under each version of transformers."""
-    known = {
-        version: {kind.removesuffix(MASKED): one for kind, one in found.items() if kind.endswith(MASKED) == masked}
-        for version, found in read().items()
-    }
+def table(head: str = "") -> str:
+    """All causal types, or those behind `MASKED` or `SEQ2SEQ`, and their verdicts by version of transformers."""
+    known: dict[str, dict[str, Verdict]] = {}
+    for version, found in read().items():
+        every = {kind.partition(":"): one for kind, one in found.items()}
+        known[version] = {kind: one for (kind, mark, behind), one in every.items() if mark + behind == head}
     known = {version: found for version, found in known.items() if found}
     versions = sorted(known, key=lambda version: [int(part) for part in version.split(".")], reverse=True)
     lines = []

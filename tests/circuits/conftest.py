@@ -11,13 +11,29 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 from eap_circuits.forward import borrowed
 from eap_circuits.graph import Circuit, Graph
 from eap_circuits.tasks import PairedDataset
 from eap_kernels.testing import relative_error
-from tests.circuits.models import CONFIGS, ENCODERS, FAMILIES, KINDS, MIXERS, NEWER, SINCE, VOCABULARY
+from tests.circuits.models import (
+    CONFIGS,
+    ENCODER_DECODERS,
+    ENCODERS,
+    FAMILIES,
+    KINDS,
+    MIXERS,
+    NEWER,
+    SINCE,
+    VOCABULARY,
+)
 from tests.circuits.untouched import differences, process_state, snapshot
 
 
@@ -31,7 +47,7 @@ def need_transformers(name: str) -> None:
 def tiny_model(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
     """A random model whose every weight matters: gains and biases too are away from 1 and 0."""
     need_transformers(name)
-    every = {**CONFIGS, **MIXERS, **ENCODERS, **NEWER}
+    every = {**CONFIGS, **MIXERS, **ENCODERS, **NEWER, **ENCODER_DECODERS}
     torch.manual_seed(list(every).index(name))
     kind, fields = every[name]
     if any("experts" in name for name in fields):  # grouped products of experts know no float64
@@ -41,6 +57,8 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -
     auto: Any = AutoModelForMaskedLM if name in ENCODERS else AutoModelForCausalLM
     if name.endswith("-classes"):
         auto = AutoModelForSequenceClassification
+    elif name in ENCODER_DECODERS:
+        auto = AutoModelForSeq2SeqLM
     model = auto.from_config(AutoConfig.for_model(kind, **copy.deepcopy(fields)), **settings)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -72,8 +90,12 @@ def random_pairs(seed: int = 0, n: int = 7, longest: int = 11) -> PairedDataset:
 
 
 def pairs_for(name: str, n: int = 3) -> PairedDataset:
-    """Random pairs that suit a tiny model: of classes, or scored at a token in the middle, or at the last one."""
+    """Random pairs that suit a tiny model: of classes, or scored at a token in the middle, behind what a decoder has
+    read, or at the last one."""
     data = random_pairs(n=n)
+    if name in ENCODER_DECODERS:
+        read = torch.arange(3) < torch.arange(n)[:, None] % 4
+        return replace(data, decoder=data.clean[:, :3].where(read, -1))
     if name.endswith("-classes"):
         return replace(data, answers=torch.tensor([[0, 2], [2, 1], [1, 0]]).repeat(n // 3 + 1, 1)[:n])
     return replace(data, scored=data.lengths[:, None] // 2) if name in ENCODERS else data

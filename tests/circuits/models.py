@@ -358,6 +358,40 @@ NEWER: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+_T5 = {
+    **_RANDOM,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+    "d_model": 24,
+    "d_kv": 5,
+    "d_ff": 40,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 3,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+}
+_TWO_SIDES = {
+    **_RANDOM,
+    **_DECODER,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 2,
+    "d_model": 24,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 3,
+    "encoder_ffn_dim": 40,
+    "decoder_layers": 2,
+}
+ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": ("t5", _T5),
+    "mt5": ("mt5", {**_T5, "num_layers": 1, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "bart-two-sides": ("bart", {**_TWO_SIDES, "scale_embedding": True}),
+    "marian-two-sides": ("marian", {**_TWO_SIDES, "scale_embedding": True}),
+    "mbart": ("mbart", {**_TWO_SIDES, "encoder_layers": 1}),
+    "pegasus": ("pegasus", {**_TWO_SIDES, "scale_embedding": True}),
+}
 # Of older transformers: what the model itself cannot do that tests need.
 SINCE = {
     "gemma4": ("5.24", "it has a table"),

@@ -1,6 +1,16 @@
 """The only place that knows Hugging Face module names."""
 
-from ..families import FAMILIES, Call, Family, Mixer, family_of, propose, register_family, whole_layers
+from ..families import (
+    ENCODER_DECODERS,
+    FAMILIES,
+    Call,
+    Family,
+    Mixer,
+    family_of,
+    propose,
+    register_family,
+    whole_layers,
+)
 from ..modules.norms import Kinds, Norm, side_by_side
 from ..modules.offloading import as_given, device_of, is_offloaded, read
 from ..modules.parts import computes_in_parts, is_fully_sharded, is_in_parts, is_shard

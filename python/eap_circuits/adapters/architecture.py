@@ -50,6 +50,8 @@ class Layer:
     inner_norm: bool  # of all heads' values together, before `out`
     ungrouped: tuple[tuple[str, object], ...]  # attributes of `attention` that make it take k and v per query head
     per_layer: bool = False  # no layer, but what the module of the one before makes of per-layer embeddings
+    bare: bool = False  # there is no MLP: nothing looks at `mlp_norm`, `mlp_in` and `mlp_out`
+    memory: Norm | None = None  # of cross-attention: through which k and v read the encoder's residual stream
 
     @property
     def projection_modules(self) -> dict[nn.Module, Projections]:
@@ -75,6 +77,12 @@ class Layer:
         if list(self.projections) == ["q", "k", "v"]:
             return None
         return tuple((name, projection.n_heads) for name, projection in self.projections.items())
+
+    def read_through(self, name: str) -> Norm:
+        """The norm in front of a receiver: one of `projections`, or "mlp"."""
+        if name == "mlp":
+            return self.mlp_norm
+        return self.memory if self.memory is not None and name in ("k", "v") else self.attention_norm
 
     @property
     def mixes_heads(self) -> bool:
@@ -157,6 +165,7 @@ class Architecture:
     device: torch.device
     dtype: torch.dtype
     planned_for: str | None = None
+    encoder: int = 0  # how many of the layers, the first ones, are an encoder's; 0: it is no encoder-decoder
 
     @cached_property
     def team(self) -> Team:
@@ -228,6 +237,8 @@ class Architecture:
             reads=tuple(layer.reads for layer in self.layers),
             keys=tuple(index if layer.keys is None else layer.keys for index, layer in enumerate(self.layers)),
             per_layer=tuple(layer.per_layer for layer in self.layers),
+            encoder=self.encoder,
+            bare=any(layer.bare for layer in self.layers),
         )
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -245,5 +256,5 @@ class Architecture:
     @cached_property
     def norms(self) -> list[Norm]:
         """Every norm that receivers read through, in order of depth, without repetition."""
-        norms = [norm for layer in self.layers for norm in (layer.attention_norm, layer.mlp_norm)]
-        return list(dict.fromkeys([*norms, self.final_norm]))
+        names = ((layer, name) for layer in self.layers for name in (*layer.projections, "mlp"))
+        return list(dict.fromkeys([*(layer.read_through(name) for layer, name in names), self.final_norm]))

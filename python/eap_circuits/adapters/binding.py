@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import expected, refuse_default_device
-from ..families import FAMILIES, Factor, Family, Mixer, Paths, family_of
+from ..families import ENCODER_DECODERS, FAMILIES, Factor, Family, Mixer, Paths, family_of
 from ..modules.norms import Kinds, Norm, is_norm
 from ..modules.offloading import device_of, devices_of
 from ..modules.parts import is_in_parts, parts_of, unknown_parts
@@ -28,12 +29,12 @@ from .wrappers import unwrapped
 
 # Attributes in which attention modules keep the query heads per key/value head, and the number of key/value heads.
 _GROUPS, _KV_HEADS = ("num_key_value_groups",), ("num_key_value_heads", "num_kv_heads")
-_HEADS = "a model with its head, as AutoModelForCausalLM, -MaskedLM or -SequenceClassification loads it"
+_HEADS = "a model with its head, as AutoModelForCausalLM, -MaskedLM, -Seq2SeqLM or -SequenceClassification loads it"
 _HEAD_DIM = ("head_dim", "head_size")
 
 
 def bind(model: nn.Module, family: Family | None = None) -> Architecture:
-    """Find the sites of a Hugging Face causal or masked language model, or of a classifier of prompts.
+    """Find the sites of a Hugging Face language model (causal, masked, encoder-decoder) or of a classifier of prompts.
 
     Args:
         model: the model.
@@ -48,7 +49,11 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
     model_type = getattr(config, "model_type", None)
     if not isinstance(model, nn.Module) or model_type is None:
         raise expected("model", "a Hugging Face language model", type(model).__name__)
-    family = family or family_of(model_type)
+    both = bool(getattr(config, "is_encoder_decoder", False))
+    family = family or family_of(model_type, both)
+    if family is None and both:
+        wanted = f"an encoder-decoder among {', '.join(sorted(ENCODER_DECODERS))}"
+        raise expected("model", wanted, f"{model_type!r} ({type(model).__name__})")
     if family is None:
         known = f"an architecture among {', '.join(sorted(FAMILIES))}, or a table of its own (eap_circuits.discover)"
         wanted = known if _may_fit(model) else _HEADS
@@ -57,13 +62,18 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
         wanted = f"transformers {family.since} or later for {type(model).__name__}"
         raise expected("model", wanted, transformers.__version__)
     # Other packages' models may keep their head elsewhere; what they give is checked in their first run.
-    if _is_own(model) and not _classifies(model) and _head(model) is None:
-        raise expected(type(model).__name__, _HEADS, "a model without one")
+    lacks = _is_own(model) and not _classifies(model) and _head(model) is None
+    if lacks or (family.decoder is not None and _classifies(model)):
+        raise expected(
+            type(model).__name__, _HEADS, "a model without one" if lacks else "an encoder-decoder that classifies"
+        )
     for name, value in family.requires.items():
         if (found := _configured(config, name, value)) != value:
             raise expected(f"{type(model).__name__}.config.{name}", repr(value), repr(found))
     _check_parts(model)
     if is_in_parts(model):
+        if family.decoder is not None:
+            raise expected(type(model).__name__, "whole weights of an encoder-decoder", "parts of them on every rank")
         form_team()
     if torch.device("meta") in devices_of(model):
         raise expected("model", "all weights", "some on the device meta, where only eap.plan works")
@@ -94,8 +104,7 @@ def _may_fit(model: Any) -> bool:
     if not _is_own(model):
         return True
     masked = _is_one_of(model, MODEL_FOR_MASKED_LM_MAPPING_NAMES)
-    right_kind = model.can_generate() or masked or _classifies(model)
-    return bool(right_kind) and not getattr(model.config, "is_encoder_decoder", False)
+    return bool(model.can_generate() or masked or _classifies(model))
 
 
 def _classifies(model: nn.Module) -> bool:
@@ -123,14 +132,12 @@ class _Binder:
 
     def architecture(self) -> Architecture:
         family, layers = self.family, self.layers
-        for layer in _site(self.model, family.layers).children():
+        for layer in self._modules():
             layers.append(self._layer(layer))
             if family.per_layer is not None and _maybe(layer, family.per_layer[0]) is not None:
                 first, last = (_site(layer, path) for path in family.per_layer)
                 layers.append(per_layer_part(layers[-1], self._reads(layer, None, first, self._width), first, last))
             self.unit *= scale_of(layer, family.layer_scale)
-        if not layers:
-            raise expected(f"{type(self.model).__name__}.{family.layers}", "decoder layers", "none")
         embed, width = self.model.get_input_embeddings(), linear_shape(layers[0].out)[0]
         said, classifies, head = family.causal, _classifies(self.model), _head(self.model)
         causal = said if isinstance(said, bool) else bool(getattr(self.config, said, False))
@@ -144,7 +151,7 @@ class _Binder:
         embedding_norm = family.embedding_norm
         inputs = family.per_layer_inputs
         holder = inputs.rpartition(".")[0]
-        return Architecture(
+        bound = Architecture(
             model=self.model,
             family=family,
             layers=layers,
@@ -159,6 +166,28 @@ class _Binder:
             device=device_of(embed),
             dtype=next(p.dtype for p in self.model.parameters() if p.is_floating_point()),
         )
+        return bound if family.decoder is None else self._with_decoder(bound, *family.decoder)
+
+    def _with_decoder(self, encoder: Architecture, attention: Family, cross: Family) -> Architecture:
+        """An encoder's architecture and a decoder's, of which each layer becomes two: self- and cross-attention."""
+        parts = [_Binder(self.model, self.config, part) for part in (attention, cross)]
+        for part in parts:
+            part.norms = self.norms
+        pairs = ([part._layer(module) for part in parts] for module in parts[0]._modules())
+        layers = [each for own, other in pairs for each in (own, replace(other, memory=encoder.final_norm))]
+        return replace(
+            encoder,
+            layers=[*encoder.layers, *layers],
+            final_norm=parts[1]._final_norm(encoder.d_model, layers[-1].module),
+            encoder=len(encoder.layers),
+        )
+
+    def _modules(self) -> list[nn.Module]:
+        """The model's layers, of an encoder-decoder the encoder's."""
+        found = list(_site(self.model, self.family.layers).children())
+        if not found:
+            raise expected(f"{type(self.model).__name__}.{self.family.layers}", "layers", "none")
+        return found
 
     @property
     def _width(self) -> int:
@@ -199,10 +228,11 @@ class _Binder:
         if any(heads % ranks for heads in counts):
             raise expected(f"{type(layer).__name__}'s heads", f"as many on each of {ranks} ranks", min(counts))
         fused = len({p.module for p in projections.values()}) == 1 < len(projections)
-        mlp_norm, mlp_in, mlp_out = self._mlp(layer, width)
-        norm = mlp_norm
         if projections:
             norm = self._reads(layer, family.attention_norm, next(iter(projections.values())).module, width)
+        mlp_norm, mlp_in, mlp_out = (norm, layer, layer) if family.mlp is None else self._mlp(layer, width, family.mlp)
+        if not projections:
+            norm = mlp_norm
         keys = keys_of(self.layers, attention, projections, family.key_sharing)
         attended = projections if keys is None else self.layers[keys].projections
         kept = dict.fromkeys(_GROUPS, 1) | dict.fromkeys(_KV_HEADS, n_heads)
@@ -233,12 +263,13 @@ class _Binder:
             ungrouped=tuple(
                 {**ungrouped, **{k: v(layer) if callable(v) else v for k, v in family.ungrouped.items()}}.items()
             ),
+            bare=family.mlp is None,
         )
 
-    def _mlp(self, layer: nn.Module, width: int) -> tuple[Norm, nn.Module, nn.Module]:
+    def _mlp(self, layer: nn.Module, width: int, path: str | tuple[str, str]) -> tuple[Norm, nn.Module, nn.Module]:
         """The MLP's norm, and the modules at whose input it reads and at whose output it writes."""
         family = self.family
-        first, last = (family.mlp, family.mlp) if isinstance(family.mlp, str) else family.mlp
+        first, last = (path, path) if isinstance(path, str) else path
         beside = _maybe(layer, family.beside)
         if beside is None or family.mlp_post_norm is not None:
             mlp_in = _site(layer, first)

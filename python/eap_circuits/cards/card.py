@@ -124,7 +124,7 @@ def faithfulness_card(
     All circuits run side by side. docs/faithfulness-card.md says how to read the result.
 
     Args:
-        model: a Hugging Face language model, causal or masked, or a classifier of prompts; it comes back as it was.
+        model: a Hugging Face language model (causal, masked, encoder-decoder) or a classifier; it comes back as it was.
         circuit: the circuit.
         data: prompts on which it is measured, best not those that it was chosen by.
         scores: those that chose it, with `keep="examples"`: circuits are then chosen again, as this one was, by the

@@ -126,7 +126,7 @@ def _adopt(model: Any) -> None:
     from ..adapters import family_of, register_family
     from ..selfcheck import discover
 
-    if family_of(model.config.model_type) is None:
+    if family_of(model.config.model_type, getattr(model.config, "is_encoder_decoder", False)) is None:
         with working(f"{type(model).__name__} is not known: looking for its parts …"):
             family, _ = discover(model)
         register_family(family)

@@ -5,5 +5,20 @@ from .layout import Graph, Heads, Reads
 from .pruning import prune
 from .spans import REST, Spans
 from .staircase import beyond, blocks
+from .streams import Stream, check_one_stream, layer_name
 
-__all__ = ["REST", "Graph", "Heads", "Reads", "Spans", "beyond", "blocks", "edge_flags", "numbers", "prune"]
+__all__ = [
+    "REST",
+    "Graph",
+    "Heads",
+    "Reads",
+    "Spans",
+    "Stream",
+    "beyond",
+    "blocks",
+    "check_one_stream",
+    "edge_flags",
+    "layer_name",
+    "numbers",
+    "prune",
+]

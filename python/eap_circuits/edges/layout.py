@@ -7,27 +7,28 @@ receiver per key/value head, with `heads="query"` one of each per query head. La
 inputs that `reads` names instead: `a{l}.h{h}<name>`, or `a{l}<name>` for one that all heads of the layer share.
 What a layer makes of per-layer embeddings is a node behind its MLP, `p{l}`.
 
-A graph with spans has all of these once for each span: `a{l}.h{h}@{span}`, and so on (`spans.py`).
+A graph with spans has all of these once for each span: `a{l}.h{h}@{span}`, and so on (`spans.py`). That of an
+encoder-decoder has two residual streams, and other names (`streams.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import expected, flag, instance, listed, one_of, refuse_default_device, whole
+from ..errors import refuse_default_device
+from .fields import checked_fields
 from .pruning import on_paths
 from .spans import Spans, by_span, ends, inputs_by_span, spread
+from .streams import Stream, names_of, streams_of
 
 Heads = Literal["kv", "query"]
 Reads = tuple[tuple[str, int], ...]  # the inputs of a layer's heads: (name, how many receivers), in order
 _OF_KEYS = ("k", "v")  # of which the query graph has one for each query head
-_PER_LAYER = "a list of whole numbers, one for each layer"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class Graph:
         keys: the layer whose keys and values the heads of each layer attend to, [L]; None if each has its own.
         per_layer: [L], which are no layers of the model but what the one before makes of per-layer embeddings: one
             node, `p{l}`, which the prompt's tokens reach by themselves, as they reach `input`; None if none is.
+        encoder: how many layers, the first ones, are an encoder's; 0: none. Of the others, the decoder's, every second
+            one is cross-attention: its `<k>` and `<v>` read the encoder's residual stream.
+        bare: the decoder's self-attention layers have no MLP.
     """
 
     n_heads: tuple[int, ...]
@@ -58,54 +62,13 @@ class Graph:
     spans: Spans | None = None
     keys: tuple[int, ...] | None = None
     per_layer: tuple[bool, ...] | None = None
+    encoder: int = 0
+    bare: bool = False
 
     def __post_init__(self) -> None:
         refuse_default_device()
-        one_of("heads", self.heads, ("kv", "query"))
-        object.__setattr__(self, "parallel", flag("parallel", self.parallel))
-        for name in ("n_heads", "n_kv_heads"):
-            object.__setattr__(
-                self, name, tuple(whole(name, n, 0) for n in listed(name, getattr(self, name), _PER_LAYER))
-            )
-        object.__setattr__(self, "d_model", whole("d_model", self.d_model, 0))
-        if not self.n_heads or len(self.n_heads) != len(self.n_kv_heads):
-            raise expected("graph", "n_heads and n_kv_heads for each layer", f"{self.n_heads} and {self.n_kv_heads}")
-        for h, g in zip(self.n_heads, self.n_kv_heads, strict=True):
-            if h < 0 or (h and (g < 1 or h % g)):
-                raise expected("graph", "a number of query heads that key/value heads divide", f"{h} and {g}")
-        object.__setattr__(self, "reads", self._checked_reads())
-        object.__setattr__(self, "keys", self._by_layer("keys", partial(whole, least=0), range(self.n_layers)))
-        if any(of > layer or self.n_heads[of] != self.n_heads[layer] for layer, of in enumerate(self.keys or ())):
-            raise expected("keys", "for each layer itself, or one before it with as many heads", self.keys)
-        object.__setattr__(self, "per_layer", self._by_layer("per_layer", flag, (False,) * self.n_layers))
-        if any(one and (not layer or self.n_heads[layer]) for layer, one in enumerate(self.per_layer or ())):
-            raise expected("per_layer", "layers without heads, behind layers of the model", self.per_layer)
-        if self.spans is not None:
-            instance("spans", self.spans, Spans)
-
-    def _checked_reads(self) -> tuple[Reads | None, ...] | None:
-        if self.reads is None:
-            return None
-        wanted = "for each layer none, or (name, number that divides its heads) of each input"
-        try:
-            reads = tuple(tuple((str(x), whole("reads", n, 1)) for x, n in one) if one else None for one in self.reads)
-        except (TypeError, ValueError) as error:
-            raise expected("reads", wanted, repr(self.reads)) from error
-        for h, one in zip(self.n_heads, reads, strict=False):
-            names = [name for name, _ in one or ()]
-            if "mlp" in names or len(set(names)) < len(names) or any(h % n for _, n in one or ()):
-                raise expected("reads", wanted, repr(one))
-        if len(reads) != len(self.n_heads):
-            raise expected("reads", wanted, f"{len(reads)} for {len(self.n_heads)} layers")
-        return reads if any(reads) else None
-
-    def _by_layer(self, name: str, kind: Callable[[str, object], Any], usual: Iterable[object]) -> Any:
-        """A field with a value for each layer; None if these are the usual ones."""
-        given = usual if getattr(self, name) is None else listed(name, getattr(self, name), "a list")
-        found = tuple(kind(name, value) for value in given)
-        if len(found) != self.n_layers:
-            raise expected(name, f"{self.n_layers} values, one for each layer", len(found))
-        return None if found == tuple(usual) else found
+        for name, value in checked_fields(self).items():
+            object.__setattr__(self, name, value)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Graph):
@@ -125,18 +88,28 @@ class Graph:
         return 1 if self.spans is None else len(self.spans)
 
     @cached_property
-    def _sender_starts(self) -> tuple[int, ...]:
-        starts = [self.n_spans]
-        for h in self.n_heads:
-            starts.append(starts[-1] + (h + 1) * self.n_spans)
-        return tuple(starts)
+    def _senders(self) -> tuple[tuple[int, int], ...]:
+        """Where each layer's senders begin and end. Before the first layer, and the decoder's first, is an `input`."""
+        found, stop = [], 0
+        for layer, h in enumerate(self.n_heads):
+            start = stop + (self.n_spans if layer in (0, self.encoder) else 0)
+            stop = start + (h + self.has_mlp(layer)) * self.n_spans
+            found.append((start, stop))
+        return tuple(found)
 
     @cached_property
     def _receiver_starts(self) -> tuple[int, ...]:
         starts = [0]
         for layer in range(self.n_layers):
-            starts.append(starts[-1] + (sum(n for _, n in self.head_inputs(layer)) + 1) * self.n_spans)
+            starts.append(starts[-1] + sum(n for _, n in self.sites(layer)) * self.n_spans)
         return tuple(starts)
+
+    def has_mlp(self, layer: int) -> bool:
+        return not (self.bare and layer >= self.encoder and not self.crosses(layer))
+
+    def crosses(self, layer: int) -> bool:
+        """Is the layer cross-attention, whose keys and values read the encoder's residual stream?"""
+        return 0 < self.encoder <= layer and (layer - self.encoder) % 2 == 1
 
     def n_kv_receivers(self, layer: int) -> int:
         """How many `<k>` (and as many `<v>`) receivers the layer has."""
@@ -144,7 +117,7 @@ class Graph:
 
     @property
     def n_senders(self) -> int:
-        return self._sender_starts[-1]
+        return self._senders[-1][1]
 
     @property
     def n_receivers(self) -> int:
@@ -152,25 +125,25 @@ class Graph:
 
     def head_senders(self, layer: int) -> slice:
         """Indices of the layer's heads among the senders."""
-        start = self._sender_starts[layer]
+        start = self._senders[layer][0]
         return slice(start, start + self.n_heads[layer] * self.n_spans)
 
     def mlp_sender(self, layer: int) -> int:
         """The index of the layer's MLP among the senders: with spans, that of its first span."""
-        return self._sender_starts[layer + 1] - self.n_spans
+        return self._senders[layer][1] - self.n_spans
 
     def receivers_at(self, layer: int, site: str) -> slice:
-        """Indices of the layer's receivers at `site`: one of `head_inputs`, or "mlp"."""
+        """Indices of the layer's receivers at `site`: one of `sites`."""
         start = self._receiver_starts[layer]
-        for name, count in (*self.head_inputs(layer), ("mlp", 1)):
+        for name, count in self.sites(layer):
             if name == site:
                 return slice(start, start + count * self.n_spans)
             start += count * self.n_spans
         raise KeyError(site)
 
-    def head_receivers(self, layer: int) -> slice:
-        """Indices of the receivers of the layer's heads."""
-        return slice(self._receiver_starts[layer], self._receiver_starts[layer + 1] - self.n_spans)
+    def receivers_of(self, layer: int) -> slice:
+        """Indices of all of the layer's receivers."""
+        return slice(self._receiver_starts[layer], self._receiver_starts[layer + 1])
 
     @property
     def logits_receiver(self) -> slice:
@@ -184,13 +157,31 @@ class Graph:
         reads = self.reads[layer] if self.reads else None
         return tuple((name, n if name in _OF_KEYS else m) for name, m in reads or (("q", h), ("k", n), ("v", n)))
 
-    def attention_reach(self, layer: int) -> int:
-        """How many senders the layer's attention inputs can see."""
-        return self._sender_starts[layer]
+    def sites(self, layer: int) -> Reads:
+        """(name, number of such receivers) of all that reads in a layer, in order: its heads' inputs, then "mlp"."""
+        return (*self.head_inputs(layer), *((("mlp", 1),) if self.has_mlp(layer) else ()))
 
-    def mlp_reach(self, layer: int) -> int:
-        """How many senders the layer's MLP can see."""
-        return self._sender_starts[layer] + (0 if self.parallel else self.n_heads[layer] * self.n_spans)
+    def stream_at(self, layer: int, site: str = "") -> int:
+        """Which of `streams` the layer writes to, or `site` in it reads; the logits' layer is one past the last."""
+        return int(0 < self.encoder <= layer and not (site in _OF_KEYS and self.crosses(layer)))
+
+    def reach_at(self, layer: int, site: str) -> int:
+        """One past the last sender that the layer's receivers at `site` can see; the first is that of their stream."""
+        if self.crosses(layer) and site in _OF_KEYS:
+            return self.input_senders[-1]  # all of the encoder's
+        heads = 0 if self.parallel or site != "mlp" else self.n_heads[layer] * self.n_spans
+        return self._senders[layer][0] + heads
+
+    @cached_property
+    def input_senders(self) -> list[int]:
+        """The senders that are `input`: one, one for each span, or the encoder's and the decoder's."""
+        decoders = [self._senders[self.encoder][0] - 1] if self.encoder else []
+        return [*range(self.n_spans), *decoders]
+
+    @cached_property
+    def streams(self) -> tuple[Stream, ...]:
+        """The residual streams: one, or an encoder's and its decoder's."""
+        return streams_of(self)
 
     # Names and tensors.
 
@@ -199,23 +190,14 @@ class Graph:
         """The number of the model's layer that each layer is, or is a part of, [L]."""
         return tuple(layer - sum((self.per_layer or ())[: layer + 1]) for layer in range(self.n_layers))
 
-    def _names(self, layer: int) -> tuple[str, str]:
-        """What the layer's heads and its block are called: "a3" and "m3", or "p3"."""
-        block = "p" if self.per_layer and self.per_layer[layer] else "m"
-        return f"a{self.numbers[layer]}", f"{block}{self.numbers[layer]}"
-
-    @cached_property
-    def titles(self) -> list[str]:
-        """What figures call each layer, [L]: "layer 3", or "p3" of per-layer embeddings."""
-        return [self._names(layer)[1].replace("m", "layer ") for layer in range(self.n_layers)]
-
     @cached_property
     def senders(self) -> list[str]:
         """Sender names, [S]."""
-        names = ["input"]
+        names = ["enc.input" if self.encoder else "input"]
         for layer, h in enumerate(self.n_heads):
-            heads, block = self._names(layer)
-            names += [f"{heads}.h{i}" for i in range(h)] + [block]
+            heads, block = names_of(self, layer)
+            names += ["dec.input"] if 0 < layer == self.encoder else []
+            names += [*(f"{heads}.h{i}" for i in range(h)), *([block] if self.has_mlp(layer) else [])]
         return self._at_spans(names)
 
     @cached_property
@@ -223,11 +205,11 @@ class Graph:
         """Receiver names, [R]."""
         names = []
         for layer in range(self.n_layers):
-            heads, block = self._names(layer)
+            heads, block = names_of(self, layer)
             for name, n in self.head_inputs(layer):
                 shared = n == 1 < self.n_heads[layer] and name not in _OF_KEYS
                 names += [f"{heads}<{name}>"] if shared else [f"{heads}.h{i}<{name}>" for i in range(n)]
-            names.append(block)
+            names += [block] if self.has_mlp(layer) else []
         return self._at_spans([*names, "logits"])
 
     def _at_spans(self, names: list[str]) -> list[str]:
@@ -235,11 +217,11 @@ class Graph:
 
     @cached_property
     def reach(self) -> Tensor:
-        """reach[v] = how many senders receiver v can see. int64 [R]."""
+        """reach[v] = one past the last sender that receiver v can see: how many, if there is one stream. int64 [R]."""
         reach = torch.empty(self.n_receivers, dtype=torch.int64)
         for layer in range(self.n_layers):
-            reach[self._receiver_starts[layer] : self._receiver_starts[layer + 1]] = self.attention_reach(layer)
-            reach[self.receivers_at(layer, "mlp")] = self.mlp_reach(layer)
+            for site, _ in self.sites(layer):
+                reach[self.receivers_at(layer, site)] = self.reach_at(layer, site)
         reach[self.logits_receiver] = self.n_senders
         return reach
 
@@ -248,11 +230,14 @@ class Graph:
         """edge_mask[u, v]: is there an edge from sender u to receiver v? bool [S, R]."""
         if self.spans is not None:
             return on_paths(self, spread(self.base.edge_mask, self.n_spans) & ends(self.base, self.spans))
-        return torch.arange(self.n_senders)[:, None] < self.reach
+        mask = torch.arange(self.n_senders)[:, None] < self.reach
+        for stream in self.streams[1:]:
+            mask[: stream.senders.start, stream.receivers] = False
+        return mask
 
     @cached_property
     def n_edges(self) -> int:
-        return int(self.reach.sum() if self.spans is None else self.edge_mask.sum())
+        return int(self.edge_mask.sum() if self.spans is not None else sum(each.reach.sum() for each in self.streams))
 
     @cached_property
     def inputs_of(self) -> tuple[Tensor, Tensor]:
@@ -270,8 +255,9 @@ class Graph:
             for at, site, n in [*((layer, *read) for read in self.head_inputs(layer)), *attended]:
                 receivers.append(self.receivers_at(at, site).start + heads // (h // n))
                 senders.append(first + heads)
-            receivers.append(torch.tensor([self.receivers_at(layer, "mlp").start]))
-            senders.append(torch.tensor([self.mlp_sender(layer)]))
+            if self.has_mlp(layer):
+                receivers.append(torch.tensor([self.receivers_at(layer, "mlp").start]))
+                senders.append(torch.tensor([self.mlp_sender(layer)]))
         return torch.cat(receivers), torch.cat(senders)
 
     @cached_property
@@ -331,7 +317,7 @@ class Graph:
         query, kv = self.with_heads("query"), self.with_heads("kv")
         index = torch.empty(query.n_receivers, dtype=torch.int64)
         for layer in range(self.n_layers):
-            for site in (*(name for name, _ in self.head_inputs(layer)), "mlp"):
+            for site, _ in self.sites(layer):
                 mine, theirs = query.receivers_at(layer, site), kv.receivers_at(layer, site)
                 n, m = mine.stop - mine.start, theirs.stop - theirs.start
                 index[mine] = theirs.start + torch.arange(n) // (n // m)
@@ -350,8 +336,10 @@ class Graph:
     @cached_property
     def sources(self) -> Tensor:
         """bool [S]: the senders that the prompt's tokens reach by themselves: `input` and per-layer embeddings."""
-        firsts = [0, *(self.mlp_sender(layer) for layer, one in enumerate(self.per_layer or ()) if one)]
-        return torch.isin(torch.arange(self.n_senders) // self.n_spans, torch.tensor(firsts) // self.n_spans)
+        firsts = [self.mlp_sender(layer) for layer, one in enumerate(self.per_layer or ()) if one]
+        found = torch.isin(torch.arange(self.n_senders) // self.n_spans, torch.tensor(firsts) // self.n_spans)
+        found[self.input_senders] = True
+        return found
 
     def _entered(self, given: Tensor) -> Tensor:
         """bool [S]: the senders whose node has one of these receivers, bool [R], as an input."""
@@ -375,7 +363,7 @@ class Graph:
     def between(self, kept: Tensor) -> Tensor:
         """bool [S, R]: all edges among the nodes of these senders, bool [S], `input` and `logits`."""
         kept = kept.clone()
-        kept[: self.n_spans] = True
+        kept[self.input_senders] = True
         return self.edge_mask & kept[:, None] & self.read(kept)
 
     def connected(self, mask: Tensor) -> Tensor:
@@ -385,7 +373,7 @@ class Graph:
     # Storage.
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: x for name, x in asdict(self).items() if x is not None}
+        return {name: x for name, x in asdict(self).items() if x or (x is not None and name not in ("encoder", "bare"))}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Graph:
@@ -394,6 +382,7 @@ class Graph:
 
     def __repr__(self) -> str:
         spans = "" if self.spans is None else f"spans {', '.join(self.spans.names)}; "
+        spans = f"{self.encoder} of them an encoder's, " if self.encoder else spans
         return (
             f"Graph({self.numbers[-1] + 1} layers, heads={self.heads!r}, {spans}{self.n_senders} senders, "
             f"{self.n_receivers} receivers, {self.n_edges} edges)"

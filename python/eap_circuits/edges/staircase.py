@@ -27,7 +27,7 @@ class Block(NamedTuple):
 
 
 def blocks(graph: Graph) -> Iterator[Block]:
-    if graph.spans is not None:  # whose edges are no staircase
+    if graph.spans is not None or graph.encoder:  # whose edges are no staircase
         yield Block(slice(0, graph.n_senders), slice(0, graph.n_receivers), ~graph.edge_mask)
         return
     reach, first = graph.reach, 0  # which grows from receiver to receiver

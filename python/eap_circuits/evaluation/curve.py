@@ -177,7 +177,7 @@ def faithfulness_curve(
     if isinstance(scores, NodeScores):
         if how != "top" or among is not None:
             raise expected("scores", "EdgeScores with another how than 'top', or with among", "NodeScores")
-        nodes = scores.graph.n_senders - scores.graph.n_spans
+        nodes = scores.graph.n_senders - len(scores.graph.input_senders)
         how, circuits = "nodes", tuple(scores.select(int(f * nodes), signed) for f in fractions)
     else:
         circuits = scores.select_sizes([int(f * scores.graph.n_edges) for f in fractions], how, signed, among)

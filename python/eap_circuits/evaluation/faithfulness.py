@@ -149,7 +149,7 @@ def evaluate(
     The model comes back as it was, even after an error. Ranks of a process group share the work, as in `attribute`.
 
     Args:
-        model: a Hugging Face language model, causal or masked, or a classifier of prompts.
+        model: a Hugging Face language model (causal, masked, encoder-decoder) or a classifier of prompts.
         circuit: the circuit, or a list of circuits, which share the ablated and the clean run.
         data: clean and corrupted prompts with answers.
         metric: a name in `METRICS`, or a callable (logits [E, V], batch) -> [E], higher is better; by default the

@@ -39,7 +39,7 @@ def summarise(
     the model expects the answers with, or without, a leading space.
 
     Args:
-        model: a Hugging Face language model, causal or masked, or a classifier of prompts.
+        model: a Hugging Face language model (causal, masked, encoder-decoder) or a classifier of prompts.
         data: clean and corrupted prompts; without answers nothing runs.
         batch_size, memory, progress: as of `evaluate`.
 

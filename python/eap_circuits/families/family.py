@@ -50,7 +50,7 @@ class Family:
         q, k, v: the projections; the same path for all three if they are one module.
         out: attention's output projection, whose input is the heads' values side by side. Without it and without
             mixers each layer is one node, `mlp`.
-        mlp: the module whose input and output are the MLP's, or the two modules (first, last).
+        mlp: the module whose input and output are the MLP's, or the two modules (first, last); None: there is none.
         more: further projections that the heads of attention read, by the names of their receivers, such as a gate;
             their features are divided evenly among the heads.
         mixers: what layers without `out` have instead.
@@ -86,6 +86,9 @@ class Family:
             value per query head.
         requires: configuration fields and the only values that are supported.
         since: the first version of transformers whose model is supported.
+        decoder: of an encoder-decoder, whose encoder the table itself describes: tables of the self-attention and of
+            the cross-attention in each decoder layer, of which only the paths count. What is between the two is the
+            first one's MLP. Keys and values of the second read through the encoder's `final_norm`.
     """
 
     name: str
@@ -98,7 +101,7 @@ class Family:
     k: str = ""
     v: str = ""
     out: str = ""
-    mlp: str | tuple[str, str] = "mlp"
+    mlp: str | tuple[str, str] | None = "mlp"
     more: Mapping[str, str] = field(default_factory=dict)
     mixers: tuple[Mixer, ...] = ()
     beside: str | None = None
@@ -124,3 +127,4 @@ class Family:
     ungrouped: Mapping[str, object] = field(default_factory=dict)
     requires: Mapping[str, object] = field(default_factory=dict)
     since: str = "5"
+    decoder: tuple[Family, Family] | None = None

@@ -7,6 +7,7 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from ..errors import expected
+from .encoder_decoders import ENCODER_DECODERS
 from .family import Family
 from .tables import FAMILIES
 
@@ -25,14 +26,18 @@ def register_family(family: Family) -> None:
         >>> eap.register_family(family)
     """
     _check(family)
-    FAMILIES.update(dict.fromkeys(family.model_types, family))
+    _tables(family.decoder is not None).update(dict.fromkeys(family.model_types, family))
 
 
-def family_of(model_type: str) -> Family | None:
-    """The table of an architecture (`config.model_type`), or None."""
-    if model_type not in FAMILIES:
+def family_of(model_type: str, encoder_decoder: bool = False) -> Family | None:
+    """The table of an architecture (`config.model_type`), or None; a type may have a decoder alone, and both."""
+    if model_type not in _tables(encoder_decoder):
         _load_announced()
-    return FAMILIES.get(model_type)
+    return _tables(encoder_decoder).get(model_type)
+
+
+def _tables(encoder_decoder: bool) -> dict[str, Family]:
+    return ENCODER_DECODERS if encoder_decoder else FAMILIES
 
 
 @cache
@@ -41,7 +46,7 @@ def _load_announced() -> None:
         family = announced.load()
         _check(family)
         for model_type in family.model_types:
-            if FAMILIES.setdefault(model_type, family) != family:
+            if _tables(family.decoder is not None).setdefault(model_type, family) != family:
                 message = f"{model_type}: the table of {announced.value} is not used, as there is one already"
                 warnings.warn(f"{message}; eap_circuits.register_family puts it in its place.", stacklevel=3)
 

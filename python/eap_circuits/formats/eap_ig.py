@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..edges import Graph
+from ..edges import Graph, check_one_stream
 from ..errors import expected
 from ..files import CHECKSUM, check_digest, decoded, digest, parse_json, write_whole
 from .content import Content, checked, flag, head_kind, info_text, read_info, shown, whole
@@ -37,6 +37,7 @@ def check_graph(graph: Graph) -> None:
         raise expected("EAP-IG's formats", "the same number of heads in every layer, one or more", graph.n_heads)
     if graph.spans is not None:
         raise expected("EAP-IG's formats", "a graph without spans", f"spans {', '.join(graph.spans.names)}")
+    check_one_stream("EAP-IG's formats", graph)
     if graph.reads:
         raise expected("EAP-IG's formats", "queries, keys and values in every layer", f"inputs {graph.reads}")
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tasks import PairedDataset
+from ..tasks import PairedDataset, decoder_prompts
 from .replays.known import Known, known_of
 from .uploading import packed
 
@@ -70,6 +70,8 @@ class Batch:
     If answers have several tokens, a pair runs in as many rows as it has answers, side by side: of all these tensors
     except `index`, `answers` and `lengths`, E is then the number of rows. `pair` int64 [E], on the CPU: whose each is.
     `positions`: None if each row is scored at one position, else where the n scored positions are.
+
+    Of an encoder-decoder these are the encoder's prompts, and `decoder` is what the decoder reads.
     """
 
     index: Tensor
@@ -97,6 +99,7 @@ class Batch:
     variant_columns: Tensor | None = None
     pair_weights: Tensor | None = None
     piece: Tensor | None = field(default=None, repr=False)
+    decoder: Batch | None = None
     _moved: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -106,6 +109,15 @@ class Batch:
     @property
     def n_rows(self) -> int:
         return len(self.clean)
+
+    @property
+    def end(self) -> Batch:
+        """The tokens that logits are made of: the decoder's, if there is one."""
+        return self if self.decoder is None else self.decoder
+
+    def at(self, stream: int) -> Batch:
+        """The tokens of one of the graph's streams."""
+        return self.end if stream else self
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -313,6 +325,8 @@ def batch_of(data: PairedDataset, index: Tensor, reuse_prefix: bool, device: tor
         there["positions"] = Positions(**{name: there.pop(name) for name in positions})
     elif (scored == scored[0]).all():
         there["places"] = slice(int(scored[0]), None, len(offset))  # picks without a copy
+    if data.decoder is not None:
+        there["decoder"] = batch_of(decoder_prompts(data), index, False, device)
     return Batch(index=index, host=host, pair=own, piece=piece, **there)
 
 

@@ -19,6 +19,7 @@ from .layers.last_mlp import Scored, ScoredMLP, at_scored
 from .layers.per_layer import give_per_layer
 from .layers.rescaling import Rescaling
 from .layers.rewriting import Rewriting
+from .layers.two_sides import begin_streams, two_sides
 from .prefixes.prefix import Prefix, WholePrompts, beginning, behind, parameters, run_prefixes
 
 Register = Callable[[Hooks], None]
@@ -74,7 +75,7 @@ class Runner:
     ) -> None:
         self.arch = arch
         self.batch = batch
-        self._tokens = tokens
+        self._tokens = None if arch.encoder else tokens  # a bias may follow the head
         # A layer's only block may mix tokens.
         self._pooled = arch.classifies and arch.head is None
         self._every_mlp = every_mlp or self._pooled or not arch.layers[-1].n_heads
@@ -90,27 +91,32 @@ class Runner:
     def embed(self, tokens: Tensor) -> Tensor:
         """What the tokens' embeddings write to the residual stream: int64 [E, T] -> [E, T, D], without gradient."""
         with torch.no_grad():
-            x = self._placed(tokens) if self.arch.family.placed else self.arch.embed(tokens)
+            x = self._placed(tokens) if self.arch.family.placed or self.arch.encoder else self.arch.embed(tokens)
             return x.to(tokens.device)
 
     def _placed(self, tokens: Tensor) -> Tensor:
-        """What a norm of token and position embeddings gives: the model runs up to there."""
+        """What a norm of token and position embeddings gives, or an encoder's first layer reads: the model runs up to
+        there."""
         given: list[Tensor] = []
-        norm = self.arch.embedding_norm
-        assert norm is not None
 
         def stop(y: Tensor) -> None:
             given.append(y)
             raise _Enough
 
         with Hooks(tokens.shape[1]) as hooks, suppress(_Enough):
-            hooks.on_output(norm, stop)
-            self._model(inputs_embeds=self._model.get_input_embeddings()(tokens), use_cache=False)
+            if self.arch.encoder:
+                hooks.on_input(self.arch.layers[0].module, stop)
+                self._model(**two_sides(self.batch, tokens), use_cache=False)
+            else:
+                norm = self.arch.embedding_norm
+                assert norm is not None
+                hooks.on_output(norm, stop)
+                self._model(inputs_embeds=self._model.get_input_embeddings()(tokens), use_cache=False)
         return given[0]
 
     def read_at(self, device: torch.device) -> slice | Tensor:
         """The tokens of [E·T] that logits are made from: the scored ones, or all if whole prompts are classified."""
-        return EVERYWHERE if self._pooled else self.batch.places_on(device)
+        return EVERYWHERE if self._pooled else self.batch.end.places_on(device)
 
     def projection_sites(self, index: int) -> Iterator[tuple[nn.Module, dict[str, slice]]]:
         """Each projection module of a layer, with its features for each name, concatenated and repeated."""
@@ -137,9 +143,11 @@ class Runner:
         points between the corrupted prompts, 0, and the clean ones, 1, if there are any.
         """
         batch, (rows, suffix) = self.batch, embeddings.shape[:2]
-        copies = rows // batch.n_rows
-        scored = torch.cat([batch.corrupted_scored.repeat(corrupted), batch.scored.repeat(copies - corrupted)])
+        copies, end = rows // batch.n_rows, batch.end
+        scored = torch.cat([end.corrupted_scored.repeat(corrupted), end.scored.repeat(copies - corrupted)])
         given = dict(self._given)
+        if self.arch.encoder:  # of these tokens only the shape counts, as its first layer reads `embeddings`
+            given |= two_sides(batch, batch.clean.repeat(copies, 1))
         if not self.arch.causal and (real := batch.real_tokens(copies, corrupted)) is not None:
             given["attention_mask"] = real
         if batch.prefix.shape[1]:
@@ -202,11 +210,13 @@ class Runner:
         inputs = embeddings if self.arch.embedding_scale == 1 else embeddings / self.arch.embedding_scale
         if self.arch.family.placed:  # what comes before the norm is not looked at, and may have another width
             inputs = embeddings.new_zeros(*embeddings.shape[:2], self._model.get_input_embeddings().weight.shape[1])
+        if not self.arch.encoder:
+            given["inputs_embeds"] = inputs
         batch = self.batch
         where = batch.scored_rows(len(embeddings) // batch.n_rows), scored
 
         def first(rows: int) -> Scored:
-            n = rows // batch.n_rows * len(batch.scored)
+            n = rows // batch.n_rows * len(batch.end.scored)
             return where[0][:n], where[1][:n]
 
         last = ScoredMLP(self.arch.layers[-1], first)
@@ -215,6 +225,8 @@ class Runner:
         with Hooks(tokens=1) as single:
             for view in views:
                 view.begin(hooks)
+            if self.arch.encoder:
+                begin_streams(self.arch, embeddings, hooks)
             self._skip_embedding_norm(embeddings, hooks)
             # Before the caller's hooks, which see queries, keys and values one after another, repeated.
             self._concatenate(hooks)
@@ -237,18 +249,18 @@ class Runner:
                 add(module, split.own)
             # Last, after any of the caller's hooks on the final norm: only scored positions get logits.
             self._score(lambda x: at_scored(x, where), hooks)
-            result = self._result(inputs, given)
+            result = self._result(given)
         cut = isinstance(result, Tensor) and result.dim() == 3 and result.shape[1] == 1
         logits = self._checked(result, len(scored) if cut else len(embeddings)).to(embeddings.device)
         return batch.by_example((logits if cut else at_scored(logits, where)).squeeze(1))
 
-    def _result(self, inputs: Tensor, given: dict[str, Any]) -> object:
+    def _result(self, given: dict[str, Any]) -> object:
         """The model's logits, [rows, tokens, V], or [rows, 1, V] of whole prompts."""
         head: Any = self.arch.head
         if self.arch.classifies and head is not None:
             # The classifier itself looks for padding to find the last token, which embeddings do not tell.
-            return head(self._body(inputs_embeds=inputs, **given)[0])
-        logits = getattr(self._model(inputs_embeds=inputs, **given), "logits", None)
+            return head(self._body(**given)[0])
+        logits = getattr(self._model(**given), "logits", None)
         return logits[:, None] if self._pooled and isinstance(logits, Tensor) and logits.dim() == 2 else logits
 
     def _skip_embedding_norm(self, embeddings: Tensor, hooks: Hooks) -> None:

@@ -58,14 +58,15 @@ class NodeScores(Result):
         Raises:
             InputError: a number outside the graph, or scores that are not finite.
         """
-        inputs = self.graph.n_spans
-        signed, nodes = flag("signed", signed), self.graph.n_senders - inputs
+        inputs = self.graph.input_senders
+        signed, nodes = flag("signed", signed), self.graph.n_senders - len(inputs)
         n_nodes = whole("n_nodes", n_nodes, 0, nodes, ", the heads and MLPs of the graph")
         if not self.values.isfinite().all():
             raise expected("node scores", "finite values", "some that are not")
-        rank = self.values if signed else self.values.abs()
+        rank = self.values.clone() if signed else self.values.abs()
+        rank[inputs] = -torch.inf
         kept = torch.zeros(self.graph.n_senders, dtype=torch.bool)
-        kept[inputs + rank[inputs:].argsort(descending=True, stable=True)[:n_nodes]] = True
+        kept[rank.argsort(descending=True, stable=True)[:n_nodes]] = True
         info = {**self.info, "selection": {"how": "nodes", "n_nodes": n_nodes, "signed": signed}}
         return Circuit(self.graph, self.graph.between(kept), info=info)
 

@@ -40,7 +40,8 @@ def random_circuit(graph: Graph, n_edges: int, *, seed: int = 0) -> Circuit:
     seed = whole("seed", seed, *SEEDS)
     rng = random.Random(seed)
     for _ in range(_TRIES):
-        mask = _grown(graph, n_edges, rng) if graph.spans is None else _selected(graph, n_edges, rng)
+        grows = graph.spans is None and not graph.encoder
+        mask = _grown(graph, n_edges, rng) if grows else _selected(graph, n_edges, rng)
         if mask.sum() == n_edges:
             return Circuit(graph, mask, None, {"random": {"n_edges": n_edges, "seed": seed}})
     raise expected("n_edges", "a size that a connected circuit of this graph can have", n_edges)
@@ -53,7 +54,7 @@ def _grown(graph: Graph, n_edges: int, rng: random.Random) -> Tensor:
 
 
 def _selected(graph: Graph, n_edges: int, rng: random.Random) -> Tensor:
-    """By random scores: a path that changes span is completed as that of a selected circuit is."""
+    """By random scores: a path that changes span, or stream, is completed as that of a selected circuit is."""
     generator = torch.Generator().manual_seed(rng.getrandbits(62))
     rank = torch.rand(graph.edge_mask.shape, generator=generator)
     return select_edges(graph, rank, [n_edges], "top", True, exactly=True)[0][0]

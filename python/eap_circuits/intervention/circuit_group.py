@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -65,13 +66,15 @@ def asked_of(graph: Graph, masks: Tensor, at: Tensor | None = None) -> Asked:
     whole = full.all(1) & ~closed
     partial = ~closed & ~whole
     stored, needed = (kept & partial[:, None]).any(2), kept.any(2)
-    for index in range(graph.n_layers):
+    for index in filter(graph.has_mlp, range(graph.n_layers)):
         sender, receiver = graph.mlp_sender(index), graph.receivers_at(index, "mlp").start
         if graph.sources[sender]:
             partial[:, receiver] |= closed[:, receiver] & needed[:, sender]
             closed[:, receiver] &= ~needed[:, sender]
         # An MLP that reads the corrupted run alone gives what it gave there.
         stored[:, sender] &= ~closed[:, receiver]
+    for stream in graph.streams[1:]:
+        stored[:, stream.senders.start] = False  # a decoder's `input`, which is the same in all runs
     return Asked(closed, whole, partial, needed, stored)
 
 
@@ -94,8 +97,14 @@ class CircuitGroup:
         self.mask = masks.to(self.dtype)  # [C, stored, computed], or by span [C, P, stored, computed]
         if not torch.equal(self.mask.to(masks.dtype), masks):
             self.mask = masks.to(runner.arch.accumulate)
-        self._shape = (int(stored.sum()), len(masks), runner.batch.clean.numel(), runner.arch.d_model)
-        self.differences = torch.empty(0)
+        # Of each stream the first sender, and the shape of its differences, cur − corr, [stored, C, N, D].
+        streams = [stream.senders for stream in runner.arch.graph("kv").streams]
+        self._starts = [senders.start for senders in streams]
+        self._shapes = [
+            (int(stored[senders].sum()), len(masks), runner.batch.at(number).clean.numel(), runner.arch.d_model)
+            for number, senders in enumerate(streams)
+        ]
+        self.differences: list[Tensor] = []
 
     @property
     def size(self) -> int:
@@ -119,36 +128,44 @@ class CircuitGroup:
         return slice(self._computed[receivers.start], self._computed[receivers.stop])
 
     def allocate(self, device: torch.device) -> None:
-        """Make room for the differences, cur − corr, [stored, C, N, D]."""
-        self.differences = torch.empty(self._shape, dtype=self.dtype, device=device)
+        """Make room for the differences."""
+        self.differences = [torch.empty(shape, dtype=self.dtype, device=device) for shape in self._shapes]
 
-    def follow(self, device: torch.device) -> None:
-        """What is stored goes with the run to the next of several devices: once, whatever reads it there."""
-        if self.differences.device != device:
-            self.differences = self.differences.to(device)
+    def _room(self, sender: int, device: torch.device) -> tuple[Tensor, int]:
+        """The differences of a sender's stream, and where among them those from this sender on begin.
+
+        What is stored goes with the run to the next of several devices: once, whatever reads it there.
+        """
+        stream = bisect(self._starts, sender) - 1
+        if self.differences[stream].device != device:
+            self.differences[stream] = self.differences[stream].to(device)
+        return self.differences[stream], self._before[sender] - self._before[self._starts[stream]]
 
     def store(self, sender: int, current: Tensor, corrupted: Tensor, scale: float) -> None:
         """Keep a sender's scale · (cur − corr), [C, N, D] or one for all, and [N, D]."""
-        self.follow(current.device)
-        row = self.differences[self._before[sender]]
+        differences, start = self._room(sender, current.device)
+        row = differences[start]
         torch.sub(current.expand_as(row), corrupted, out=row)
         if scale != 1:
             row.mul_(scale)
 
     def store_heads(self, sender: int, difference: Tensor, weight: Tensor) -> None:
         """Keep some heads' cur − corr, from this sender on, given in head space, [h, C·N, K], with their [h, K, D]."""
-        self.follow(difference.device)
-        start = self._before[sender]
-        torch.bmm(difference, weight, out=self.differences[start : start + len(difference)].flatten(1, 2))
+        differences, start = self._room(sender, difference.device)
+        torch.bmm(difference, weight, out=differences[start : start + len(difference)].flatten(1, 2))
 
     def read(self, base: Tensor, receivers: slice, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
         """base [n, D] or [C, n, D] and what receivers keep there of the senders from start to stop, [r, C, n, D].
 
-        Of the receivers those that are `wanted`.
+        Of the receivers those that are `wanted`; the senders are of one stream.
         """
-        self.follow(base.device)
-        mask, differences = self._weights(receivers, start, stop)[0], self.differences[self._rows(start, stop), 0]
+        mask, differences = self._weights(receivers, start, stop)[0], self._stored(start, stop, base.device)[:, 0]
         return masked_read(base if base.dim() == 2 else base[0], differences[:, at], mask.contiguous())[:, None]
+
+    def _stored(self, start: int, stop: int, device: torch.device, beyond: int = 0) -> Tensor:
+        """The differences of the senders from start to stop, and so many rows behind them."""
+        differences, first = self._room(start, device)
+        return differences[first : first + self._before[stop] - self._before[start] + beyond]
 
     def _rows(self, start: int, stop: int) -> slice:
         return slice(self._before[start], self._before[stop])
@@ -165,8 +182,7 @@ class SpanGroup(CircuitGroup):
         self._span, self._scored = runner.batch.host["spans"].flatten(), runner.batch.host["places"]
 
     def read(self, base: Tensor, receivers: slice, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
-        self.follow(base.device)
-        base, differences = base if base.dim() == 2 else base[0], self.differences[self._rows(start, stop), 0]
+        base, differences = base if base.dim() == 2 else base[0], self._stored(start, stop, base.device)[:, 0]
         masks = self._weights(receivers, start, stop)[0]  # [P, stored, computed]
         read = torch.arange(len(self._span)) if at is EVERYWHERE else self._scored  # in the order of `base`
         y = base.new_empty(masks.shape[-1], *base.shape)
@@ -187,7 +203,7 @@ class SharedGroup(CircuitGroup):
 
     def __init__(self, runner: Runner, members: slice, masks: Tensor, asked: Asked) -> None:
         super().__init__(runner, members, masks, asked)
-        self._shape = (self._shape[0] + 1, *self._shape[1:])
+        self._shapes = [(shape[0] + 1, *shape[1:]) for shape in self._shapes]
         self._ready: dict[tuple[int, int], Tensor] = {}  # by the first receiver and sender: weights on a device
 
     def weights(self, receivers: slice, stop: int, start: int = 0) -> Tensor:
@@ -203,13 +219,12 @@ class SharedGroup(CircuitGroup):
         self._ready[receivers.start, start] = weights
 
     def read(self, base: Tensor, receivers: slice, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
-        self.follow(base.device)
-        weights, rows, count = self._ready[receivers.start, start], self._rows(start, stop), len(self.wanted(receivers))
+        weights, count = self._ready[receivers.start, start], len(self.wanted(receivers))
         if weights.dtype != self.dtype:
-            delta = self.differences[rows][:, :, at].transpose(0, 1)
+            delta = self._stored(start, stop, base.device)[:, :, at].transpose(0, 1)
             base = base[None, None] if base.dim() == 2 else base[:, None]
             return masked_read(base.expand(self.size, count, -1, -1), delta, weights).transpose(0, 1)
-        delta = self.differences[rows.start : rows.stop + 1]
+        delta = self._stored(start, stop, base.device, beyond=1)
         if at is not EVERYWHERE:  # a copy, that a row which is stored already is not lost
             delta = delta[:, :, at].clone(memory_format=torch.contiguous_format)
         delta[-1].copy_(base)
@@ -229,12 +244,12 @@ class LearningGroup(CircuitGroup):
     def allocate(self, device: torch.device) -> None:
         mask = self.mask.to(device)
         self._one = self.size == 1
-        self._reads = MaskedReads(mask[0] if self._one else mask, *self._shape[2:])
+        self._reads = MaskedReads(mask[0] if self._one else mask, *self._shapes[0][2:])
         self._device = device
 
     def store(self, sender: int, current: Tensor, corrupted: Tensor, scale: float) -> None:
         difference = ((current - corrupted) * scale).to(self._device)
-        self._write(sender, difference.expand(self._shape[1:])[:, None])
+        self._write(sender, difference.expand(self._shapes[0][1:])[:, None])
 
     def store_heads(self, sender: int, difference: Tensor, weight: Tensor) -> None:
         written = torch.bmm(difference, weight).to(self._device)

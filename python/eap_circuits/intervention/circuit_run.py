@@ -32,7 +32,7 @@ from .circuit_group import (
     numbers,
     together,
 )
-from .grouping import Sites, arrange, attention_of, consecutive, first_of, heads_of, join, shared
+from .grouping import Sites, arrange, attention_of, consecutive, first_of, heads_of, join, read_with, shared
 
 TOKENS_TOGETHER = 2048  # of circuits that run together
 
@@ -89,9 +89,14 @@ class _CircuitsRun:
         self.sites: list[Sites] = [{} for _ in range(graph.n_layers + 1)]  # the logits' last
         for site in receiver_sites(runner.arch, graph):
             self.sites[site.layer][site.name] = site
-        self.writers: list[list[SenderSite]] = [[] for _ in range(graph.n_layers)]  # heads, if there are any, and MLP
-        for writer in sender_sites(runner.arch)[1:]:
-            self.writers[writer.layer].append(writer)
+        # Of each layer its heads, if there are any, and its MLP.
+        self.head_writers: list[list[SenderSite]] = [[] for _ in range(graph.n_layers)]
+        self.mlp_writers: dict[int, SenderSite] = {}
+        for writer in sender_sites(runner.arch):
+            if writer.heads is not None:
+                self.head_writers[writer.layer].append(writer)
+            elif not writer.begins:
+                self.mlp_writers[writer.layer] = writer
         self.ready: dict[str, Tensor] = {}  # the current layer's projections, made when the first is asked for
         self.begun: dict[tuple[CircuitGroup, int], Tensor] = {}  # what a layer's MLP reads from the layers before
         self.indices = Indices()
@@ -113,25 +118,27 @@ class _CircuitsRun:
     def _register(self, hooks: Hooks) -> None:
         asked = self.asked
         for index, layer in enumerate(self.runner.arch.layers):
-            sites, (*heads, mlp) = self.sites[index], self.writers[index]
+            sites, writers = self.sites[index], self.head_writers[index]
             attention = attention_of(sites)
-            receiver = sites["mlp"].receivers.start
             whole = numbers(asked.whole[:, attention].any(1))
             # A norm, and what heads write, are for circuits that read their own residual stream from there on.
-            own = asked.reads_own(receiver)
-            starts = {layer.mlp_norm: receiver, layer.attention_norm: attention.start}
+            own = asked.reads_own(attention.stop)
+            starts = {layer.mlp_norm: attention.stop, layer.attention_norm: attention.start}
             for module, start in {norm.module: start for norm, start in starts.items() if norm.kind}.items():
                 hooks.on_input(module, partial(self._keep, asked.reads_own(start)))
                 hooks.on_output(module, partial(self._fill, asked.reads_own(start)))
             for module, columns in self.runner.projection_sites(index):
                 hooks.on_input(module, partial(self._keep, whole))
                 hooks.on_output(module, partial(self._project, sites, columns, whole))
-            for site in heads:
+            for site in writers:
                 hooks.on_senders(site, partial(self._write_heads, site, own))
                 hooks.on_output(layer.out, partial(self._fill, own))
-            needed = numbers(asked.needed[:, mlp.senders.start] & ~asked.closed[:, receiver])
+            mlp = self.mlp_writers.get(index)
+            if mlp is None:
+                continue
+            needed = numbers(asked.needed[:, mlp.senders.start] & ~asked.closed[:, attention.stop])
             # A layer's only block may be given masks and positions, which have rows for all circuits.
-            run = needed if heads else list(range(self.count))
+            run = needed if writers else list(range(self.count))
             hooks.on_input(layer.mlp_in, partial(self._read_mlp, sites, needed, run))
             hooks.on_senders(mlp, partial(self._write_mlp, mlp, needed, run))
         hooks.on_input(self.runner.arch.final_norm.module, self._read_final)
@@ -233,7 +240,7 @@ class _CircuitsRun:
             circuits += members
             base = begun.get((group, site.layer))
             if base is None:
-                reads.append(group.read(self._tokens(site.norm, at), site.receivers, site.reach, at=at)[0])
+                reads.append(group.read(self._tokens(site.norm, at), site.receivers, site.reach, site.begin, at)[0])
             elif self.graph.parallel:
                 reads.append(base)
             else:
@@ -269,7 +276,7 @@ class _CircuitsRun:
         for group in self.groups:
             start = group.members.start
             if group.wanted(site.receivers):
-                y = group.read(self._tokens(site.norm, scored), site.receivers, site.reach, at=scored)[0]
+                y = group.read(self._tokens(site.norm, scored), site.receivers, site.reach, site.begin, scored)[0]
                 partial = numbers(group.asked.partial[:, site.receivers.start])
                 self._put(rows, [start + c for c in partial], scored, self._some(y, partial).to(x.dtype))
         closed = numbers(self.asked.closed[:, site.receivers.start])
@@ -279,9 +286,10 @@ class _CircuitsRun:
 
     def _project(self, sites: Sites, columns: dict[str, slice], whole: list[int], own: Tensor) -> Tensor:
         """A projection's output with every head's own input: [C·E, T, features]."""
-        if not self.ready:
-            self.ready = self._projections(sites)
-        every, self.ready = self.ready[next(iter(columns))], {k: x for k, x in self.ready.items() if k not in columns}
+        first = next(iter(columns))
+        if first not in self.ready:
+            self.ready |= self._projections(sites, read_with(sites, first))
+        every, self.ready = self.ready[first], {k: x for k, x in self.ready.items() if k not in columns}
         for letter, features in columns.items() if whole else ():
             site = sites[letter]
             there = self.indices.on(own.device, self.asked.whole[whole][:, site.receivers])[:, None, None, :, None]
@@ -295,26 +303,31 @@ class _CircuitsRun:
                 heads[which] = torch.where(there, current, rows)
         return every.flatten(0, 1)
 
-    def _projections(self, sites: Sites) -> dict[str, Tensor]:
-        """Of what each input of the heads is features, [C, E, T, features]; whole receivers are filled in later."""
+    def _projections(self, sites: Sites, some: Sites) -> dict[str, Tensor]:
+        """Of what each input of the heads is features, [C, E, T, features]; whole receivers are filled in later.
+
+        `some`: the inputs that are made, all of which read through one norm.
+        """
         made: dict[str, Tensor] = {}
         found: dict[str, Tensor] = {}
         corrupted = self.corrupted.projections[first_of(sites).layer]
         for _, columns in self.runner.projection_sites(first_of(sites).layer):
+            if some.keys().isdisjoint(columns):
+                continue
             every = torch.cat([corrupted[letter].expand(self.count, -1, -1, -1) for letter in columns], -1)
             for letter, features in columns.items():
                 made[letter], found[letter] = every, every[..., features].unflatten(-1, (sites[letter].count, -1))
         dtype = self.runner.arch.dtype
-        projections = {letter: site.projection for letter, site in sites.items() if site.projection is not None}
+        projections = {letter: site.projection for letter, site in some.items() if site.projection is not None}
         weights = {letter: (each.weight(dtype), each.bias(dtype)) for letter, each in projections.items()}
-        norm, mlp = first_of(sites).norm, sites["mlp"]
+        norm = first_of(some).norm
         for group in self.groups:
-            wanted = group.wanted(attention_of(sites))
+            wanted = group.wanted(attention_of(some))
             if not wanted:
                 continue
-            begins, (readers, reach, _) = self._begins(group, sites), self._reads(group, sites)[0]
-            y = group.read(self._tokens(norm), readers, reach)
-            if begins:
+            y = group.read(self._tokens(norm), *self._read_first(group, sites, some))
+            if self._begins(group, sites):
+                mlp = sites["mlp"]
                 self.begun[group, mlp.layer] = y[-1] + (self._tokens(mlp.norm) - self._tokens(norm))
             x = self._normalised(norm, y[: len(wanted)])  # [r, C, N, D]
             for letter, (weight, bias) in weights.items():
@@ -335,21 +348,28 @@ class _CircuitsRun:
 
     def _begins(self, group: CircuitGroup, sites: Sites) -> bool:
         """What the MLP reads of the senders before attention comes along: they are read from memory once."""
-        attention, mlp = attention_of(sites), sites["mlp"]
+        attention, mlp = attention_of(sites), sites.get("mlp")
+        if mlp is None or len({site.stream for site in sites.values()}) > 1:
+            return False
         apart = self.graph.parallel and not isinstance(group, SharedGroup)
         apart = apart or self._read_at(mlp) is not EVERYWHERE
         return not apart and bool(group.wanted(attention)) and bool(group.wanted(mlp.receivers))
 
-    def _reads(self, group: CircuitGroup, sites: Sites) -> list[tuple[slice, int, int]]:
-        """(receivers, one past the last sender, the first) of each read of a layer."""
-        if "logits" in sites:
-            return [(sites["logits"].receivers, sites["logits"].reach, 0)]
-        attention, mlp = attention_of(sites), sites["mlp"]
+    def _read_first(self, group: CircuitGroup, sites: Sites, some: Sites) -> tuple[slice, int, int]:
+        """(receivers, one past the last sender, the first) of the read for some of the heads' inputs."""
+        receivers, first = attention_of(some), first_of(some)
         if self._begins(group, sites):
-            both = slice(attention.start, mlp.receivers.stop)
-            rest = 0 if self.graph.parallel else first_of(sites).reach  # where the MLP may run first
-            return [(both, first_of(sites).reach, 0), (mlp.receivers, mlp.reach, rest)]
-        return [(attention, first_of(sites).reach, 0), (mlp.receivers, mlp.reach, 0)]
+            receivers = slice(receivers.start, sites["mlp"].receivers.stop)
+        return receivers, first.reach, first.begin
+
+    def _reads(self, group: CircuitGroup, sites: Sites) -> list[tuple[slice, int, int]]:
+        """The same of each read of a layer."""
+        first = {site.norm: name for name, site in reversed(sites.items()) if site.projection}
+        found = [self._read_first(group, sites, read_with(sites, name)) for name in first.values()]
+        for last in (sites[name] for name in ("mlp", "logits") if name in sites):
+            begun = self._begins(group, sites) and not self.graph.parallel  # where the MLP may run first
+            found.append((last.receivers, last.reach, first_of(sites).reach if begun else last.begin))
+        return found
 
     def _send(self) -> None:
         """Send what indexes and weights anything to each device in one piece: one launch, not one for each."""
@@ -363,10 +383,10 @@ class _CircuitsRun:
                     weights += [(group, to, start, group.weights(to, stop, start)) for to, stop, start in reads]
                 for heads in self.heads[index][group].values():
                     lists += [*heads.partial, *([] if consecutive(heads.slots) else [heads.slots])]
-                for writer in self.writers[index][:-1] if "mlp" in sites else ():
+                for writer in self.head_writers[index] if index < self.graph.n_layers else ():
                     if not consecutive(stored := self._stored(group, writer)):
                         lists.append(stored)
-            if "mlp" in sites and (whole := numbers(self.asked.whole[:, attention_of(sites)].any(1))):
+            if whole := numbers(self.asked.whole[:, attention_of(sites)].any(1)):
                 read = [site.receivers for site in sites.values() if site.projection is not None]
                 lists += [self.asked.whole[whole][:, receivers] for receivers in read]
         for device, (lists, weights) in wanted.items():

@@ -37,8 +37,7 @@ def rows_computed(graph: Graph, masks: Sequence[Tensor], device: torch.device) -
         return torch.cat([getattr(one, name) for one in group]).any(0)
 
     def at_once(computed: Tensor) -> int:
-        ends = ((graph.head_receivers(i).start, graph.receivers_at(i, "mlp").stop) for i in range(graph.n_layers))
-        return max(1, *(int(computed[first:last].sum()) for first, last in ends))
+        return max(1, *(int(computed[graph.receivers_of(i)].sum()) for i in range(graph.n_layers)))
 
     return beside + max(3 * at_once(any_of(group, "partial")) + int(any_of(group, "stored").sum()) for group in groups)
 
@@ -106,11 +105,8 @@ def heads_of(group: CircuitGroup, sites: Sites) -> dict[str, Heads]:
     for letter, site in sites.items():
         if site.projection is None:
             continue
-        start, places, first = (
-            site.receivers.start,
-            group.places(site.receivers),
-            group.places(attention_of(sites)).start,
-        )
+        start, places = site.receivers.start, group.places(site.receivers)
+        first = group.places(attention_of(read_with(sites, letter))).start
         heads = torch.tensor(group.wanted(site.receivers), dtype=torch.int64) - start
         place, circuit = group.asked.partial[:, heads + start].T.nonzero().unbind(1)
         slots = (heads // site.repeat_kv).tolist()
@@ -120,12 +116,19 @@ def heads_of(group: CircuitGroup, sites: Sites) -> dict[str, Heads]:
 
 def attention_of(sites: Sites) -> slice:
     """The inputs of a layer's heads."""
-    return slice(first_of(sites).receivers.start, sites["mlp"].receivers.start)
+    start, counts = first_of(sites).receivers.start, (site.count for site in sites.values() if site.projection)
+    return slice(start, start + sum(counts))
 
 
 def first_of(sites: Sites) -> ReceiverSite:
-    """The first input of a layer's heads; all of them read through one norm."""
+    """The first input of a layer's heads."""
     return next(iter(sites.values()))
+
+
+def read_with(sites: Sites, letter: str) -> Sites:
+    """The inputs of a layer's heads that read through one norm with this one: all but where attention is across."""
+    norm = sites[letter].norm
+    return {name: site for name, site in sites.items() if site.norm is norm and site.projection}
 
 
 def join(rows: Iterable[tuple[Tensor, int]]) -> Tensor:

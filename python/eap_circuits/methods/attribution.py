@@ -63,7 +63,7 @@ def attribute(
     torch.distributed all ranks make the same call, share its work and get the same scores (docs/distributed.md).
 
     Args:
-        model: a Hugging Face language model, causal or masked, or a classifier of prompts.
+        model: a Hugging Face language model (causal, masked, encoder-decoder) or a classifier of prompts.
         data: clean and corrupted prompts with answers.
         metric: a differentiable metric's name (docs/metrics.md), or a callable (logits [E, V], batch) -> [E]; higher is
             better. By default the data's own, `data.metric`, which is "logit_diff" unless they say otherwise.
@@ -255,6 +255,9 @@ def _request(
         if not spec.backward:
             raise expected("rules", f"None, as {method!r} has no backward pass", repr(rules))
     kept = to_keep(keep, spec, data)
+    for what, asked in ((f"method {method!r}", not spec.streams), ("keep=", kept), ("rules=", rules)):
+        if asked:
+            common.check_one_stream(what)
     if not spec.selective and edges is not None:
         raise expected("edges", 'None, except for method "exact"', f"some for {method!r}")
     graph = common.arch.graph(heads)

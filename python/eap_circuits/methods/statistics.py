@@ -17,6 +17,7 @@ from eap_kernels import Nodes
 
 from ..budget import dealt_in_memory, free_bytes, zeros
 from ..checkpoint import Checkpoint, remaining
+from ..edges import Stream
 from ..errors import expected, listed, one_of
 from ..forward import Batch, upload
 from ..graph import EdgeScores
@@ -61,8 +62,8 @@ def batch_bytes(request: AttributionRequest, examples: int) -> int:
 class Side(Protocol):
     """Senders or receivers of a batch."""
 
-    def lowered(self, dtype: torch.dtype) -> Callable[[slice], Iterable[Nodes]]:
-        """What makes them in a dtype, some features at a time."""
+    def lowered(self, dtype: torch.dtype, stream: int | None = None) -> Callable[[slice], Iterable[Nodes]]:
+        """What makes them in a dtype, some features at a time; all of them, or those of one of the graph's streams."""
 
 
 class BatchScores:
@@ -144,36 +145,38 @@ class BatchScores:
 
         Args:
             senders, receivers: have those of the whole graph, or of a part of it.
-            reach: int64 [receivers], how many of these senders each receiver sees; by default the graph's.
-            of: which senders and receivers of the graph these are.
+            reach: int64 [receivers], how many of these senders each receiver sees; by default the graph's, stream by
+                stream.
+            of: which senders and receivers of the graph these are, with a reach.
             times: a factor.
         """
-        reach = self._graph.reach if reach is None else reach
         dtype = self._arch.accumulate if self._neurons else self._arch.contraction_dtype
-        delta, grad = senders.lowered(dtype), receivers.lowered(dtype)
         slices, self._in_features = feature_slices(self._arch), True
-        for features in slices[:1] if self._request.only_memory else slices:
-            # In a call, so that no slice is held while the next is made.
-            self._add(list(delta(features)), list(grad(features)), reach, of, features, times)
+        streams = self._graph.streams if reach is None else [Stream(*of, reach)]
+        for number, stream in enumerate(streams):
+            delta, grad = senders.lowered(dtype, number), receivers.lowered(dtype, number)
+            for features in slices[:1] if self._request.only_memory else slices:
+                # In a call, so that no slice is held while the next is made.
+                self._add(list(delta(features)), list(grad(features)), stream, features, times)
 
     def _add(
         self,
         delta: list[Nodes],
         grad: list[Nodes],
-        reach: Tensor,
-        of: tuple[slice, slice],
+        stream: Stream,
         features: slice,
         times: float,
     ) -> None:
+        *of, reach = stream
         if self._neurons:
             neurons = contract_neurons(delta, grad, reach).double()
             self.sums["neurons"][of[0], features] += times * neurons.to(self.batch.rows.device)
             delta, grad = lowered(self._arch, delta), lowered(self._arch, grad)
         if not self._parts:
-            self.sums["total"][of] += times * contract(self._arch, delta, grad, reach).double()
+            self.sums["total"][tuple(of)] += times * contract(self._arch, delta, grad, reach).double()
         for name, parts in self._parts.items():
             for scores, rows in zip(self.sums[name], parts, strict=True):
-                scores[of] += times * contract(self._arch, delta, grad, reach, rows)
+                scores[tuple(of)] += times * contract(self._arch, delta, grad, reach, rows)
 
 
 class Statistics:

@@ -1,6 +1,6 @@
 """Read a pass: what senders write, the gradients at receivers, a reference run, ablations; and backward rules."""
 
-from .ablations import ABLATIONS, Ablation, ablation_of, deviations, different_throughout
+from .ablations import ABLATIONS, Ablation, ablation_of, deviations
 from .backward_rules import RULES, Rules
 from .contraction import contract, contract_neurons, feature_slices, lowered
 from .contributions import BothSides, less_clean, record_both_sides, record_contributions, record_corrupted_side

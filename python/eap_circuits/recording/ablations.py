@@ -7,8 +7,8 @@ all prompts: zero, its mean over all tokens of some prompts, its mean at each po
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,19 +16,8 @@ from torch import Tensor
 from ..adapters import Architecture, SenderSite, sender_sites
 from ..forward import Batch, Constants, Runner, make_batches, passes_of, zeros
 from ..ranks import dealt
-from ..tasks import PairedDataset
+from ..tasks import PairedDataset, different_throughout
 from .contributions import record_senders
-
-
-class _DifferentThroughout(PairedDataset):
-    @cached_property
-    def first_difference(self) -> Tensor:
-        return torch.zeros_like(self.lengths)
-
-
-def different_throughout(data: PairedDataset) -> PairedDataset:
-    """The same prompts, whose activations differ from the first token on, as they do where constants replace them."""
-    return _DifferentThroughout(**{field.name: getattr(data, field.name) for field in fields(data)})
 
 
 def means(

@@ -45,7 +45,7 @@ class Contributions:
 
     Args:
         sites: see `sender_sites`.
-        values: of each site, [n, H·K] of heads, else [n, D].
+        values: of each site, [n, H·K] of heads, else [n, D]; n are the rows of its stream.
     """
 
     sites: Sequence[SenderSite]
@@ -58,9 +58,10 @@ class Contributions:
         """
         return self.lowered(self.values[0].dtype)(features)
 
-    def lowered(self, dtype: torch.dtype) -> Callable[[slice], Iterator[Nodes]]:
-        """`nodes` in this dtype; no weight is widened for a low one."""
-        values = {site: self.values[site.index].to(dtype) for site in self.sites}
+    def lowered(self, dtype: torch.dtype, stream: int | None = None) -> Callable[[slice], Iterator[Nodes]]:
+        """`nodes` in this dtype, or those of one stream; no weight is widened for a low one."""
+        sites = (site for site in self.sites if stream in (None, site.stream))
+        values = {site: self.values[site.index].to(dtype) for site in sites}
 
         def nodes(features: slice) -> Iterator[Nodes]:
             for site, x in values.items():
@@ -120,7 +121,7 @@ def less_clean(side: CorruptedSide, batch: Batch, run: Pass[T]) -> tuple[Contrib
     """
 
     def subtract(site: SenderSite, x: Tensor) -> Tensor:
-        clean = batch.active(site.written(x[: batch.n_rows].detach()))[0]
+        clean = batch.at(site.stream).active(site.written(x[: batch.n_rows].detach()))[0]
         values = side.senders.values
         values[site.index] = torch.sub(values[site.index], clean, alpha=site.factor)
         return values[site.index]
@@ -135,7 +136,7 @@ def record_contributions(runner: Runner, embeddings: Tensor, run: Pass[object]) 
 
     def rows(site: SenderSite, x: Tensor) -> Tensor:
         # A copy: some models add to the MLP's output in place.
-        written = runner.batch.active(site.written(x.detach()))[0]
+        written = runner.batch.at(site.stream).active(site.written(x.detach()))[0]
         return _times(written.to(runner.arch.accumulate, copy=True), site.factor)
 
     sites = sender_sites(runner.arch)
@@ -153,9 +154,9 @@ def _record(
     clean, own = runner.embed(batch.clean), runner.embed(batch.corrupted)
     aligned = own
 
-    def rows(x: Tensor, copy: bool = False) -> Tensor:
-        """[E, T, X] -> [n, X] at the batch's rows; may share memory with x."""
-        every, some = batch.copies(x)
+    def rows(site: SenderSite, x: Tensor, copy: bool = False) -> Tensor:
+        """[E, T, X] -> [n, X] at the rows of the site's stream; may share memory with x."""
+        every, some = batch.at(site.stream).copies(x)
         return (every[0] if some is None else every[0][some]).to(arch.accumulate, copy=copy and some is None)
 
     def ablated(site: SenderSite, corrupted: Tensor, clean: Tensor) -> Tensor:
@@ -163,11 +164,12 @@ def _record(
             corrupted = at_tokens(constants.tensors[site.index], batch)
         # A copy where some models add to it in place, as they do to the MLP's output.
         own = site.heads is None or isinstance(site.heads.out, Place)
-        return _times(rows(corrupted) - rows(clean) if both else rows(corrupted, copy=own), site.factor)
+        found = rows(site, corrupted) - rows(site, clean) if both else rows(site, corrupted, copy=own)
+        return _times(found, site.factor)
 
     def keep(site: SenderSite, x: Tensor) -> Tensor:
         written = site.written(x)
-        return ablated(site, batch.aligned(written[:n]), written[n:])
+        return ablated(site, batch.at(site.stream).aligned(written[:n]), written[n:])
 
     def begin(x: Tensor) -> None:
         nonlocal aligned

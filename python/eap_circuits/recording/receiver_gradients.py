@@ -27,7 +27,7 @@ from eap_kernels import Nodes, collapse
 
 from ..adapters import Norm, Projection, ReceiverSite, joined, read, receiver_sites, side_by_side
 from ..errors import expected
-from ..forward import Hooks, Runner, skip_inactive
+from ..forward import Batch, Hooks, Runner, skip_inactive
 from ..graph import Graph
 from .backward_rules import BackwardRules, Rules
 
@@ -37,6 +37,7 @@ class _Reads:
     """What one norm gives its receivers."""
 
     norm: Norm
+    batch: Batch  # whose tokens it reads
     normalised: Tensor  # x̂ of the points held, [p, n, D]
     scale: Tensor | None = None  # r_k of the latest pass, [m, n]
 
@@ -89,14 +90,14 @@ class ReceiverGradients:
         self._runner = runner
         self._arch = arch = runner.arch
         self._rules = None if rules is None else BackwardRules(rules, arch)
-        n = len(runner.batch.rows)
         self._filled, self._cleared = slice(0, 0), False
         self._weights: dict[torch.device, Tensor] = {}  # of the latest pass, [m]
         sites = [site for site in receiver_sites(arch, graph) if site.reach > since]
-        norms = list(dict.fromkeys(site.norm for site in sites))
+        batches = {site.norm: runner.batch.at(site.stream) for site in sites}
+        n = {norm: len(batch.rows) for norm, batch in batches.items()}
         # Most of what is held.
-        normalised, _ = _zeros([(norm, (points, n, arch.d_model)) for norm in norms], arch.contraction_dtype)
-        self._reads = {norm: _Reads(norm, x) for norm, x in zip(norms, normalised, strict=True)}
+        normalised, _ = _zeros([(norm, (points, n[norm], arch.d_model)) for norm in batches], arch.contraction_dtype)
+        self._reads = {norm: _Reads(norm, batches[norm], x) for norm, x in zip(batches, normalised, strict=True)}
         # Neighbours that read alike are one group, and groups whose gradients are treated alike lie side by side.
         stacks: dict[object, list[list[ReceiverSite]]] = {}
         for _, alike in groupby(sites, _alike):
@@ -105,11 +106,14 @@ class ReceiverGradients:
         shapes = [(len(stack), sum(site.count for site in stack[0]), stack[0][0]) for stack in stacks.values()]
         widths = [site.projection.head_dim if site.projection else arch.d_model for *_, site in shapes]
         gradients, self._sums = _zeros(
-            [(site.norm, (k, n, count, width)) for (k, count, site), width in zip(shapes, widths, strict=True)],
+            [
+                (site.norm, (k, n[site.norm], count, width))
+                for (k, count, site), width in zip(shapes, widths, strict=True)
+            ],
             arch.accumulate,
         )
         coefficients, self._coefficients = _zeros(
-            [(site.norm, (k, count, points, n)) for k, count, site in shapes], arch.accumulate
+            [(site.norm, (k, count, points, n[site.norm])) for k, count, site in shapes], arch.accumulate
         )
         held: list[_Held] = []
         self._stacks: list[tuple[Norm, Tensor, list[_Held]]] = []
@@ -183,8 +187,9 @@ class ReceiverGradients:
         """
         return self.lowered(self._arch.accumulate)(features)
 
-    def lowered(self, dtype: torch.dtype) -> Callable[[slice], Iterator[Nodes]]:
-        """`nodes` in the accumulation dtype, or in a low one: sums are rounded together, and no weight is widened."""
+    def lowered(self, dtype: torch.dtype, stream: int | None = None) -> Callable[[slice], Iterator[Nodes]]:
+        """`nodes`, or one stream's, in the accumulation dtype or a low one: sums are rounded together, and no weight is
+        widened."""
         low = None if dtype == self._arch.accumulate else dtype
         sums, coefficients = (
             {device: piece.to(dtype) if low else piece for device, piece in pieces.items()}
@@ -193,11 +198,12 @@ class ReceiverGradients:
 
         def nodes(features: slice) -> Iterator[Nodes]:
             values: dict[_Held, Tensor] = {}
-            for norm, rows, together in self._stacks:
+            chosen = [held for held in self._held if stream in (None, held.sites[0].stream)]
+            for norm, rows, together in (stack for stack in self._stacks if stack[2][0] in chosen):
                 mean = None if features == slice(None) else norm.mean_backwards(rows)
                 through = norm.backwards(rows[..., features], features=features, mean=mean, low=low)
                 values |= zip(together, through, strict=True)
-            for held in self._held:
+            for held in chosen:
                 norm, weight = held.reads.norm, None
                 if held.parts:
                     values[held] = _like(held.gradient, sums[norm.device])
@@ -235,7 +241,7 @@ class ReceiverGradients:
                 hooks.on_output(held.reads.norm.module, partial(self._tap, held))
 
     def _read(self, reads: _Reads, x: Tensor) -> None:
-        reads.scale = reads.norm.capture(*self._runner.batch.copies(x), reads.normalised[self._filled])
+        reads.scale = reads.norm.capture(*reads.batch.copies(x), reads.normalised[self._filled])
 
     def _tap(self, held: _Held, x: Tensor) -> Tensor:
         """Take the gradient at x, the norm's output, that comes from this one of its readers."""
@@ -249,7 +255,7 @@ class ReceiverGradients:
         kept = y.detach()
 
         def take(gradient: Tensor | None) -> None:
-            values, _ = self._runner.batch.copies(kept[..., features])
+            values, _ = held.reads.batch.copies(kept[..., features])
             values = values.unflatten(-1, (-1, part.projection.head_dim))
             self._add(held, part, values, _given(gradient)[..., features])
 
@@ -261,7 +267,7 @@ class ReceiverGradients:
         That is [m·E, T, X]; `values` are what the projection gives, or x̂ at the batch's rows.
         """
         heads, constant = (part.heads, part.constant) if part else (slice(None), None)
-        g, rows = self._runner.batch.copies(_given(gradient))
+        g, rows = held.reads.batch.copies(_given(gradient))
         assert held.reads.scale is not None
         collapse(
             g.unflatten(-1, (-1, held.gradient.shape[2])),
@@ -290,7 +296,7 @@ def _kind(site: ReceiverSite) -> object:
     if site.projection is not None:
         return site.layer, site.name
     norm = site.norm
-    return norm.device, norm.kind, norm.kind is not None and read(norm.module, "weight") is None
+    return norm.device, site.stream, norm.kind, norm.kind is not None and read(norm.module, "weight") is None
 
 
 def _zeros(

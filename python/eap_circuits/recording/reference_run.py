@@ -23,7 +23,7 @@ class ReceiverInputs:
     Args:
         norm_inputs: what the norms read, [E, T, D].
         projections: for each layer its projections' outputs [E, T, heads·K] by letter, per query head where the graph
-            is.
+            is; T are the tokens of the stream that each reads.
     """
 
     norm_inputs: dict[Norm, Tensor]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ..adapters import Architecture, bind, is_fully_sharded
@@ -15,8 +16,8 @@ from ..forward import Batch, Constants, Indices, Runner, make_batches, why_not_r
 from ..graph import Graph, Heads
 from ..metrics import METRICS, Metric, get_metric
 from ..ranks import rank
-from ..recording import ABLATIONS, Ablation, ablation_of, different_throughout
-from ..tasks import PairedDataset
+from ..recording import ABLATIONS, Ablation, ablation_of
+from ..tasks import PairedDataset, different_throughout
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -54,6 +55,12 @@ class Request:
         """Refuse a model of which each rank has a part, where circuits run with gradients."""
         if is_fully_sharded(self.arch.model):
             raise expected("model", "whole weights, to learn with", "parts of them on every rank (fully_shard)")
+
+    def check_one_stream(self, what: str) -> None:
+        """Refuse an encoder-decoder, whose graph has two residual streams, where `what` is for one."""
+        if self.arch.encoder:
+            found = f"an encoder-decoder, {type(self.arch.model).__name__}"
+            raise expected("model", f"one that is no encoder-decoder, for {what}", found)
 
     def verified(self, heads: Heads) -> Self:
         """The request without prefix reuse if the model's cache cannot serve, which a warning says; the model must be
@@ -116,6 +123,8 @@ def prepare(
             raise expected("ablation", wanted, repr(ablation))
     check_tokens(request.arch, data)
     _check_places(request.arch, data)
+    data = _with_start(request.arch, data)
+    request = replace(request, data=data)
     vocabulary = 0 if request.arch.classifies else _vocabulary(request.arch.model)
     if data.variants is not None and (data.variants >= vocabulary).any():
         data = replace(data, variants=data.variants.where(data.variants < vocabulary, -1))
@@ -153,9 +162,33 @@ def _check_places(arch: Architecture, data: PairedDataset) -> None:
     if arch.classifies and (several or data.scored is not None):
         found = "answers of several tokens" if several else "scored positions"
         raise expected("data", f"classes (ids) as answers, as {name} scores whole prompts", found)
-    if not arch.classifies and not arch.causal and data.scored is None:
+    if not arch.classifies and not arch.causal and not arch.encoder and data.scored is None:
         wanted = f"a mask token in the prompts, or scored positions, as {name} predicts the token in its place"
         raise expected("data", wanted, "answers after the prompts")
+
+
+def _with_start(arch: Architecture, data: PairedDataset) -> PairedDataset:
+    """The data with the token that a decoder behind an encoder starts with; refuses what such a model does not take."""
+    name, model = type(arch.model).__name__, arch.model
+    if not arch.encoder:
+        if data.decoder is not None:
+            raise expected("data", f"none for a decoder (decoder=), as {name} is no encoder-decoder", "some")
+        return data
+    if data.decoder is None:
+        wanted = f"what {name}'s decoder reads behind its start token (decoder=, which may be empty)"
+        raise expected("data", wanted, "none")
+    others = {
+        "answers of several tokens": data.answers.dim() == 4,
+        "scored positions": data.scored is not None,
+        "prompts of unequal lengths": data.alignment is not None,
+    }
+    for found in (what for what, there in others.items() if there):
+        raise expected("data", f"pairs of equal lengths that one token answers, as {name} has an encoder", found)
+    places: tuple[Any, ...] = getattr(model, "generation_config", None), model.config
+    start = next((x for x in (getattr(each, "decoder_start_token_id", None) for each in places) if x is not None), None)
+    if not isinstance(start, int):
+        raise expected(f"{name}.generation_config.decoder_start_token_id", "a token id", repr(start))
+    return replace(data, decoder=torch.cat([torch.full_like(data.lengths[:, None], start), data.decoder], 1))
 
 
 def check_ablation(arch: Architecture, ablation: str | Constants, other: PairedDataset | None) -> Ablation:
@@ -179,6 +212,8 @@ def check_ablation(arch: Architecture, ablation: str | Constants, other: PairedD
 
 def _check_ablation(request: Request) -> None:
     entry = check_ablation(request.arch, request.ablation, request.ablation_data)
+    if not entry.patches:
+        request.check_one_stream(f"ablation {entry.name!r}")
     longest = int(request.data.run_lengths.max())
     if isinstance(request.ablation, Constants):
         covered = len(request.ablation.embedding)
@@ -197,7 +232,7 @@ def _vocabulary(model: Any) -> int:
 def check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> None:
     config: Any = arch.model.config
     vocabulary = _vocabulary(arch.model)
-    for name in ("clean", "corrupted", "answers", "targets"):
+    for name in ("clean", "corrupted", "answers", "targets", "decoder"):
         tokens = getattr(data, name)
         classes = name == "answers" and arch.classifies
         if tokens is None or (classes and label):
@@ -214,6 +249,8 @@ def check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> No
         if place.endswith("position_embeddings") and first is not None:  # RoBERTa counts positions from there
             limit = int(module.num_embeddings) - first - 1
     lengths = data.longer_lengths
+    if data.decoder is not None:
+        lengths = lengths.maximum((data.decoder >= 0).sum(1) + 1)  # with its start token
     longest = int(lengths.argmax())
     if limit is not None and int(lengths[longest]) > limit:
         raise expected(f"{label}example {longest}", f"at most the model's {limit} tokens", f"{int(lengths[longest])}")

@@ -90,7 +90,8 @@ class _Problem:
         self.out = sparse.csc_matrix((ones[:edges], (self.sender, every)), shape=(nodes, edges))
         into = sparse.csc_matrix((ones[:edges], (self.receiver, every)), shape=(graph.n_receivers, edges))
         self.into = (self.owners.T @ into).tocsc()
-        self.inner_u = self.sender >= graph.n_spans  # neither `input`
+        self.inner = np.nonzero(~graph.sources.numpy())[0]  # senders that tokens do not reach by themselves
+        self.inner_u = np.isin(self.sender, self.inner)  # neither `input`
         self.inner_v = self.receiver < graph.logits_receiver.start  # nor `logits`
 
         order = np.argsort(-self.weight, kind="stable")
@@ -125,7 +126,7 @@ class _Problem:
         """Solve the linear relaxation over all edges: a bound, each edge's reduced cost, the edges with x over ½."""
         from scipy.optimize import linprog
 
-        nodes, inner = self.graph.n_senders, ~self.graph.sources.numpy()
+        nodes = self.graph.n_senders
         while True:
             chosen = np.nonzero(self.columns)[0]
             matrix, right = self._rules(chosen)
@@ -140,7 +141,7 @@ class _Problem:
                 return bound, np.zeros_like(self.weight), largest
             price = -found.ineqlin.marginals
             fed = np.zeros(nodes)
-            fed[inner] = price[1 + nodes : 1 + nodes + inner.sum()]
+            fed[self.inner] = price[1 + nodes : 1 + nodes + len(self.inner)]
             reduced = self.weight - price[0] + price[1 : 1 + nodes][self.sender] + (self.owners @ fed)[self.receiver]
             asked = ~self.columns & (reduced > _TOLERANCE)
             if not self._broken(chosen, found.x) and not asked.any():
@@ -201,8 +202,7 @@ class _Problem:
         own = sparse.identity(self.graph.n_senders, format="csr")
         count = sparse.csr_matrix(np.concatenate([np.ones(len(chosen)), np.zeros(self.graph.n_senders)])[None])
         blocks = [count, sparse.hstack([-self.out[:, chosen], own])]
-        inner = np.nonzero(~self.graph.sources.numpy())[0]
-        blocks.append(sparse.hstack([-self.into[:, chosen][inner], own[inner]]))
+        blocks.append(sparse.hstack([-self.into[:, chosen][self.inner], own[self.inner]]))
         for rule, nodes, ends in ((self.below_u, own, self.sender), (self.below_v, self.owners, self.receiver)):
             edges = np.nonzero(rule & self.columns)[0]
             each = (np.ones(len(edges)), (np.arange(len(edges)), place[edges]))

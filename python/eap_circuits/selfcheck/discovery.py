@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import Family, propose, whole_layers
+from ..adapters import ENCODER_DECODERS, Family, propose, whole_layers
 from ..errors import InputError, expected, known_arguments
 from ..forward import borrowed
 from ..loans import gives_back
@@ -41,6 +41,10 @@ def discover(model: nn.Module) -> tuple[Family, list[Check]]:
     Example:
         >>> family, checks = eap.discover(model)
     """
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        wanted = f"an encoder-decoder with a table ({', '.join(sorted(ENCODER_DECODERS))}), as none is discovered"
+        raise expected(type(model).__name__, wanted, repr(config.model_type))
     exact = exact_copy(model)
     embed = exact.get_input_embeddings()
     if not hasattr(embed, "weight"):

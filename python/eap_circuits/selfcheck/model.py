@@ -7,7 +7,7 @@ missing term or a hook that changes the run shows at once.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,8 +22,8 @@ from ..graph import Graph, Heads
 from ..intervention import run_circuits
 from ..loans import FunctionMode, gives_back
 from ..ranks import together
-from ..recording import ReceiverGradients, contract, different_throughout, record_both_sides, record_run
-from ..tasks import PairedDataset
+from ..recording import ReceiverGradients, contract, record_both_sides, record_run
+from ..tasks import PairedDataset, different_throughout
 
 EXACT = 1e-8  # relative error; rounding in a deep float64 model stays far below this
 ONLY_STREAM = "blocks read nothing but the residual stream"
@@ -64,7 +64,7 @@ def check_model(model: nn.Module, *, n_edges: int = 8, seed: int = 0, family: Fa
     It needs memory for a float64 copy of the weights and a few short passes.
 
     Args:
-        model: a Hugging Face causal or masked language model, or a classifier.
+        model: a Hugging Face language model, causal, masked or an encoder-decoder, or a classifier.
         n_edges: how many random edges to compare with finite differences, for each head graph.
         seed: for the random prompts and edges.
         family: the model's table; by default the one registered for its architecture.
@@ -158,6 +158,9 @@ def _random_pairs(arch: Architecture, seed: int) -> PairedDataset:
     predicted = model.config.num_labels if arch.classifies else vocabulary
     answers = torch.stack([clean[:, 0], clean[:, 0] + 1], 1) % predicted
     data = PairedDataset.from_tokens(clean, corrupted, torch.tensor([tokens, tokens, tokens - 2]), answers)
+    if arch.encoder:
+        last = torch.arange(shared) < torch.tensor([shared, shared, shared - 1])[:, None]
+        data = replace(data, decoder=clean[:, :shared].where(last, -1))
     return data if arch.causal else different_throughout(data)
 
 
@@ -184,16 +187,18 @@ def _contributions(arch: Architecture, batch: Batch) -> Check:
     """At every norm the residual stream's difference is the sum of the differences of the senders before it."""
     graph = arch.graph("kv")
     runner = Runner(arch, graph, batch, every_mlp=True)
-    nodes = record_both_sides(runner).senders.nodes()
-    rows = [x.values.transpose(0, 1) if x.weight is None else x.values.transpose(0, 1) @ x.weight for x in nodes]
-    delta = torch.cat([x.to(arch.device) for x in rows])
+    senders = record_both_sides(runner).senders
     runs = [record_run(runner, corrupted).norm_inputs for corrupted in (True, False)]
-    worst = 0.0
-    reaches = {site.norm: site.reach for site in receiver_sites(arch, graph)}
-    for norm, reach in reaches.items():
-        difference = (runs[0][norm] - runs[1][norm]).to(arch.device).flatten(0, 1)[batch.rows]
-        worst = max(worst, _relative(delta[:reach].sum(0), difference))
-    return _same("contributions sum to the residual", worst, f"{len(reaches)} norms")
+    worst, sites = 0.0, {site.norm: site for site in receiver_sites(arch, graph)}
+    for stream in range(len(graph.streams)):
+        nodes = senders.lowered(arch.accumulate, stream)(slice(None))
+        rows = [x.values.transpose(0, 1) if x.weight is None else x.values.transpose(0, 1) @ x.weight for x in nodes]
+        delta = torch.cat([x.to(arch.device) for x in rows])
+        for norm, site in sites.items():
+            if site.stream == stream:
+                difference = (runs[0][norm] - runs[1][norm]).to(arch.device).flatten(0, 1)[batch.at(stream).rows]
+                worst = max(worst, _relative(delta[: site.reach - site.begin].sum(0), difference))
+    return _same("contributions sum to the residual", worst, f"{len(sites)} norms")
 
 
 def _heads(arch: Architecture, data: PairedDataset) -> Check:
@@ -205,7 +210,6 @@ def _heads(arch: Architecture, data: PairedDataset) -> Check:
     graph = arch.graph("kv")
     (batch,) = make_batches(data[[0]], 1, False, arch.device)
     runner = Runner(arch, graph, batch)
-    at = batch.shape[1] // 2
     moves = [
         (index, name, size)
         for index, layer in enumerate(arch.layers)
@@ -218,7 +222,7 @@ def _heads(arch: Architecture, data: PairedDataset) -> Check:
         seen[index] = z.detach()
 
     def add(index: int, columns: dict[str, slice], y: Tensor) -> Tensor:
-        y = y.clone()
+        y, at = y.clone(), y.shape[1] // 2
         for row, (layer, letter, size) in enumerate(moves, 1):
             if layer == index and letter in columns:
                 head = y[row, at, columns[letter]][-arch.layers[index].projections[letter].head_dim :]
@@ -238,7 +242,7 @@ def _heads(arch: Architecture, data: PairedDataset) -> Check:
     wrong = []
     for row, (index, letter, size) in enumerate(moves, 1):
         layer, z = arch.layers[index], seen[index]
-        moved = (z[row] - z[0]).unflatten(-1, (layer.n_heads, -1))
+        moved, at = (z[row] - z[0]).unflatten(-1, (layer.n_heads, -1)), z.shape[1] // 2
         elsewhere, of_query = moved.clone(), "v" in layer.projections and letter not in ("k", "v")
         every = "v" not in layer.projections or layer.inner_norm or (layer.mixes_heads and letter in ("q", "k"))
         heads = slice(0 if every else -1 if of_query else -layer.groups, None)
@@ -280,8 +284,11 @@ def _runs(
 def _plain(model: Any, data: PairedDataset, side: str) -> Tensor:
     """The model's own logits of the last tokens, or of whole prompts, [E, V]: each by itself, without padding."""
     device = model.get_input_embeddings().weight.device
-    own = (ids[None, :n].to(device) for ids, n in zip(getattr(data, side), data.lengths, strict=True))
-    found = (model(input_ids=ids, use_cache=False).logits[0] for ids in own)
+    own = [{"input_ids": ids[None, :n]} for ids, n in zip(getattr(data, side), data.lengths, strict=True)]
+    for given, ids in zip(own, data.decoder if data.decoder is not None else (), strict=False):
+        given["decoder_input_ids"] = ids[None, ids >= 0]
+    every = ({name: ids.to(device) for name, ids in given.items()} for given in own)
+    found = (model(**given, use_cache=False).logits[0] for given in every)
     return torch.stack([logits[-1] if logits.dim() > 1 else logits for logits in found])
 
 
@@ -297,7 +304,11 @@ def _scores(arch: Architecture, heads: Heads, batch: Batch) -> Tensor:
     runner = Runner(arch, graph, batch)
     sides, receivers = record_both_sides(runner), ReceiverGradients(runner, graph, 1)
     receivers.run(sides.clean_embeddings, torch.ones(1), lambda logits: _loss(logits, batch))
-    return contract(arch, sides.senders.nodes(), receivers.nodes(), graph.reach)
+    scores = torch.zeros(graph.n_senders, graph.n_receivers, dtype=arch.accumulate, device=arch.device)
+    for number, (*edges, reach) in enumerate(graph.streams):
+        delta, grad = (side.lowered(arch.accumulate, number)(slice(None)) for side in (sides.senders, receivers))
+        scores[tuple(edges)] = contract(arch, delta, grad, reach)
+    return scores
 
 
 def _finite_differences(arch: Architecture, heads: Heads, batch: Batch, n_edges: int, seed: int) -> Check:

@@ -20,6 +20,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from ..adapters import Architecture, Layer, bind, is_in_parts, linear_shape, sender_sites
+from ..edges import check_one_stream
 from ..errors import expected, known_arguments, warn
 from ..files import check_folder, write_folder
 from ..forward import Hooks, borrowed, logit_distance, logit_tolerance
@@ -72,6 +73,7 @@ def export_model(model: nn.Module, circuit: Circuit, folder: str | os.PathLike[s
         check_tokenizer(tokenizer)
     arch = bind(model)
     check_circuit(circuit, arch)
+    check_one_stream("export", circuit.graph)
     _check(arch)
     kept = circuit.pruned().mask.any(1)
     checkpoint = _Checkpoint(arch, kept)

@@ -18,9 +18,9 @@ from ..graph import Circuit
 from ..intervention import run_circuits
 from ..loans import gives_back
 from ..ranks import together
-from ..recording import different_throughout, record_run
+from ..recording import record_run
 from ..request import check_ablation, check_circuit, check_tokens, prepare
-from ..tasks import PairedDataset
+from ..tasks import PairedDataset, different_throughout
 
 Factors = dict[tuple[str, str], float]
 
@@ -286,6 +286,8 @@ def circuit_model(
     arch = bind(model)
     if arch.classifies:
         raise expected("model", "one that predicts tokens", f"{type(arch.model).__name__}, which scores whole prompts")
+    if arch.encoder:
+        raise expected("model", "one that is no encoder-decoder, for circuit_model", type(arch.model).__name__)
     check_circuit(circuit, arch)
     entry, mask = check_ablation(arch, ablation, ablation_data), _mask(circuit, factors)
     if entry.from_data and ablation_data is None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .mib import mib_tasks
     from .scoring.spans import check_spans, spans_in
     from .summary import MANY, Summary
+    from .throughout import decoder_prompts, different_throughout
 
 # Where each is, by which name. Loaded on first use: `eap tasks` must not wait for torch.
 _HOME = {
@@ -23,6 +24,8 @@ _HOME = {
     "PairedDataset": ("dataset", "PairedDataset"),
     "Summary": ("summary", "Summary"),
     "check_spans": ("scoring.spans", "check_spans"),
+    "decoder_prompts": ("throughout", "decoder_prompts"),
+    "different_throughout": ("throughout", "different_throughout"),
     "mib_tasks": ("mib", "mib_tasks"),
     "spans_in": ("scoring.spans", "spans_in"),
 }
@@ -35,6 +38,8 @@ __all__ = [
     "Summary",
     "Task",
     "check_spans",
+    "decoder_prompts",
+    "different_throughout",
     "load_task",
     "mib_tasks",
     "spans_in",

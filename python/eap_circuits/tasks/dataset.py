@@ -26,7 +26,7 @@ from .tokens.alignment import aligned
 from .tokens.padding import check_shared_mask, integers, real_numbers, unpadded
 
 _GIVEN = ("clean", "corrupted", "lengths", "answers")
-_IDS = (*_GIVEN, "corrupted_lengths", "alignment", "variants", "scored", "targets", "spans")
+_IDS = (*_GIVEN, "corrupted_lengths", "alignment", "variants", "scored", "targets", "spans", "decoder")
 _OF_PAIRS = (*_IDS, "scored_weights", "weights")
 
 
@@ -61,6 +61,8 @@ class PairedDataset(Result):
         alone: `corrupted` repeats `clean`, as there are no corrupted prompts; edges are ablated to constants.
         spans: int64 [E, T], which of the named spans each token of the clean prompt is in, or -1.
         span_names: their names; by default span0, span1 …
+        decoder: int64 [E, T'], what the decoder of an encoder-decoder reads behind its start token, padded with -1; the
+            token that follows is scored. None for other models.
 
     Raises:
         InputError: no examples, a wrong shape or dtype, lengths, positions or alignment out of range, negative ids or
@@ -86,6 +88,7 @@ class PairedDataset(Result):
     alone: bool = False
     spans: Tensor | None = None
     span_names: tuple[str, ...] = ()
+    decoder: Tensor | None = None
 
     def __post_init__(self) -> None:
         for field in _OF_PAIRS:
@@ -178,6 +181,7 @@ class PairedDataset(Result):
         weights: Any = None,
         spans: Any = None,
         span_names: Sequence[str] = (),
+        decoder: Any = None,
     ) -> PairedDataset:
         """Prompt pairs given as tokens; see `PairedDataset`. The arguments are not changed.
 
@@ -185,7 +189,8 @@ class PairedDataset(Result):
             corrupted: None if there are no corrupted prompts.
             lengths: not needed with a mask.
             answers: None if there are none; then `scored` is needed.
-            scored, targets, scored_weights, weights, spans, span_names: positions count from a prompt's first token.
+            scored, targets, scored_weights, weights, spans, span_names, decoder: positions count from a prompt's first
+                token.
             attention_mask: [E, T], 1 or True for the clean prompts' real tokens. Padding may then be on the left, too.
             corrupted_attention_mask: that of the corrupted prompts, if theirs is another one.
 
@@ -210,7 +215,7 @@ class PairedDataset(Result):
         if answers is None and scored is not None:
             answers = torch.empty(len(clean), 2, 0, dtype=torch.int64)
         where = {"scored": scored, "targets": targets, "scored_weights": scored_weights, "weights": weights}
-        where |= {"spans": spans, "span_names": span_names}
+        where |= {"spans": spans, "span_names": span_names, "decoder": decoder}
         pairs = clean, corrupted, lengths, answers, None, name, metric, corrupted_lengths, alignment
         return cls(*pairs, **where, alone=alone)
 

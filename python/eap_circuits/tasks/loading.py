@@ -29,7 +29,10 @@ _IDS = (
 _TEXTS = (("good", "bad"), ("answer", "wrong_answer"), ("correct", "incorrect"))
 _TENSORS = ("clean", "corrupted", "lengths", "answers")
 _MASKS = ("attention_mask", "corrupted_attention_mask")  # in place of lengths
-_OPTIONAL = ("corrupted_lengths", "alignment", "scored", "targets", "scored_weights", "weights", "spans", "variants")
+_OPTIONAL = (
+    *("corrupted_lengths", "alignment", "scored", "targets", "scored_weights", "weights", "spans", "decoder"),
+    "variants",
+)
 _COUNTS = ("scored", "scored_weights", "weight")  # of a record
 _SPANS = ("spans", "span_tokens")
 _FORMAT = "eap-circuits/1"
@@ -137,7 +140,7 @@ def _record(row: Any, label: str) -> Any:
     columns = _answer_columns(row)
     if columns is None and "scored" not in row:
         return row
-    record = {name: _prompt(row[name]) for name in ("clean", "corrupted") if name in row}
+    record = {name: _prompt(row[name]) for name in ("clean", "corrupted", "decoder") if name in row}
     record |= {name: _number_or_list(row[name]) for name in _COUNTS if row.get(name) not in (None, "")}
     for name in _SPANS:
         if row.get(name) not in (None, ""):

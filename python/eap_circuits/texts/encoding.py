@@ -50,12 +50,19 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]], label: str)
     return str(text)
 
 
-def encode_prompts(tokenizer: Any, texts: Sequence[str], special: Sequence[bool]) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: Any, texts: Sequence[str], special: Sequence[bool], encoder: bool = False
+) -> list[list[int]]:
     """The ids of each prompt; where `special`, with the tokenizer's own special tokens and BOS in front.
 
     A BOS that the text begins with is the only one. An EOS that the tokenizer appends is dropped, because the scored
-    position is the text's last token; but not if there is a mask token, as encoders expect it.
+    position is the text's last token; but not if there is a mask token, as encoders expect it. The prompts of an
+    encoder-decoder's encoder have the tokenizer's own special tokens and no others.
     """
+    if encoder:
+        with_theirs = _encode(tokenizer, texts, special=True)
+        every = zip(encode_many(tokenizer, texts), with_theirs, special, strict=True)
+        return [whole if wanted else alone for alone, whole, wanted in every]
     plain = encode_many(tokenizer, texts)
     bos, eos = tokenizer.bos_token_id, getattr(tokenizer, "eos_token_id", None)
     prompts = []

@@ -15,6 +15,7 @@ from .encoding import (
     chat_text,
     check_text,
     check_tokenizer,
+    encode_many,
     encode_prompts,
     mask_id,
     respelled,
@@ -42,15 +43,19 @@ def tokenised(
         raise expected("records", "at least one prompt pair", "none")
     records, labels = _each_corrupted(records, labels)
     texts = [_texts(record, label, tokenizer) for record, label in zip(records, labels, strict=True)]
+    begun = _decoder_texts(records, labels)
     clean, corrupted = (
         # A chat template writes the special tokens itself.
-        encode_prompts(tokenizer, side, [prepend_bos and isinstance(_prompt(record, name), str) for record in records])
+        encode_prompts(
+            tokenizer, side, [prepend_bos and isinstance(_prompt(record, name), str) for record in records], bool(begun)
+        )
         for name, side in zip(_SIDES, zip(*texts, strict=True), strict=True)
     )
     paired, answered, placed = (_in_all(records, labels, name) for name in ("corrupted", "answers", "scored"))
-    masks = None if placed else _masks(labels, tokenizer, clean, corrupted, answered)
+    masks = None if placed or begun else _masks(labels, tokenizer, clean, corrupted, answered)
     answers, odd = [], list[str]()
-    for record, label, prompts, first, second in zip(records, labels, texts, clean, corrupted, strict=True):
+    answerable = begun or [own for own, _ in texts]
+    for record, label, prompt, first, second in zip(records, labels, answerable, clean, corrupted, strict=True):
         numbers = f"{len(first)} and {len(second)}"
         if not first or not second:
             raise expected(label, "at least one token in clean and in corrupted", numbers)
@@ -58,7 +63,7 @@ def tokenised(
             wanted = "the same number of tokens in clean and corrupted (align=True or --align takes others too)"
             raise expected(label, wanted, numbers)
         if answered:
-            answers.append(_answer_sets(record["answers"], label, prompts[0], tokenizer, odd))
+            answers.append(_answer_sets(record["answers"], label, prompt, tokenizer, odd))
     if odd:
         such = f"one of {len(odd)} answers that are" if len(odd) > 1 else "an answer that is"
         warn(
@@ -78,6 +83,7 @@ def tokenised(
         **(_scored(records, labels, clean) if placed else {}),
         **({} if masks is None else {"scored": masks, "targets": _filling(tensor, masks)}),
         "weights": _weights(records, labels),
+        "decoder": _padded(encode_many(tokenizer, begun), -1).long() if begun else None,
         **spans_of(records, labels, [own for own, _ in texts], clean, tokenizer),
     }
 
@@ -129,6 +135,17 @@ def _texts(record: Any, label: str, tokenizer: Any) -> tuple[str, str]:
     if answers is not None and (not isinstance(answers, (list, tuple, Tensor)) or one or len(answers) != 2):
         raise expected(f"{label}, answers", "a list [good, bad]", repr(answers))
     return clean, corrupted
+
+
+def _decoder_texts(records: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> list[str]:
+    """What the decoder of an encoder-decoder reads behind its start token, in each record; [] for other models."""
+    if not _in_all(records, labels, "decoder"):
+        return []
+    for record, label in zip(records, labels, strict=True):
+        if not isinstance(record["decoder"], str):
+            raise expected(f"{label}, decoder", "a text, which may be empty", type(record["decoder"]).__name__)
+        check_text(record["decoder"], f"{label}, decoder")
+    return [record["decoder"] for record in records]
 
 
 def _scored(records: Sequence[Mapping[str, Any]], labels: Sequence[str], clean: Sequence[list[int]]) -> dict[str, Any]:

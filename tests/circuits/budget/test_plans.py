@@ -70,7 +70,7 @@ def test_the_contraction_is_one_product_of_every_edge_and_of_what_norms_read(kin
     graph = eap.attribute(model, data, method="eap").graph
     norms = {}  # what a norm's readers see; in parallel layers there may be two norms all the same
     for layer in range(graph.n_layers):
-        norms[layer, "attention"], norms[layer, "mlp"] = graph.attention_reach(layer), graph.mlp_reach(layer)
+        norms[layer, "attention"], norms[layer, "mlp"] = graph.reach_at(layer, "q"), graph.reach_at(layer, "mlp")
     pairs = graph.n_edges + 4 * (sum(norms.values()) + graph.n_senders)
     tokens = sum(examples * suffix for examples, suffix, _ in plan.batches)
     assert plan.contraction == 2 * graph.d_model * pairs * tokens

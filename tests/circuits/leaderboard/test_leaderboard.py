@@ -128,7 +128,7 @@ def test_the_page_says_what_the_results_say(model: Any, tasks: dict[str, Any], t
         "a lower CMD on 2 of 2 tasks, at no size less faithful on 1 of 2 tasks (first), 30 to 30 times its time."
         in text
     )
-    assert '"ibcircuit" is `ibcircuit` of the next-token divergence for as many.' in text
+    assert '"ibcircuit" is `ibcircuit` of the next-token divergence for as many steps.' in text
     assert "| first | learned |" in text and "1,234 (1,234–1,235)" in text
     files = write_page(results, tmp_path)
     assert (tmp_path / "leaderboard.md").read_text() == text

@@ -43,7 +43,7 @@ def test_conductance_over_every_cut_is_the_metrics_difference(kind, make_model, 
             cuts = []
             for layer in range(graph.n_layers):
                 first = graph.receivers_at(layer, "q").start
-                cuts.append(float(scores.values[: graph.attention_reach(layer), first:].double().sum()))
+                cuts.append(float(scores.values[: graph.reach_at(layer, "q"), first:].double().sum()))
             cuts.append(float(scores.values[:, -1].double().sum()))
             errors.append([abs(cut - (result.clean - result.corrupted)) for cut in cuts])
     scale = float(scores.values.abs().max())

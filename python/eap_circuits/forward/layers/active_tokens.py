@@ -26,7 +26,8 @@ _WORTH = 0.7
 def skip_inactive(arch: Architecture, batch: Batch, copies: int, hooks: Hooks) -> None:
     """Let the layers' linear modules compute gradients only at the active tokens of this many copies of the batch."""
     tokens = batch.clean.numel()
-    if len(batch.rows) > _WORTH * tokens:
+    # An encoder-decoder's layers have two kinds of tokens.
+    if batch.decoder is not None or len(batch.rows) > _WORTH * tokens:
         return
     rows = (torch.arange(copies, device=batch.rows.device)[:, None] * tokens + batch.rows).flatten()
     for layer in arch.layers:

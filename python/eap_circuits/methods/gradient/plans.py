@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...adapters import receiver_sites
 from ...budget import numbers_per_token
 from ..spec import AttributionRequest
 
@@ -81,8 +82,5 @@ def weight_bytes(request: AttributionRequest) -> int:
 def contraction_of(request: AttributionRequest, points: int) -> int:
     """Operations for a token of the products of senders with receivers, and with what norms read at each point."""
     graph, arch = request.graph, request.arch
-    seen = {arch.final_norm: graph.n_senders}
-    for layer, parts in enumerate(arch.layers):
-        seen[parts.attention_norm] = graph.attention_reach(layer)
-        seen[parts.mlp_norm] = graph.mlp_reach(layer)
+    seen = {site.norm: site.reach - site.begin for site in receiver_sites(arch, graph)}
     return 2 * arch.d_model * (graph.n_edges + points * sum(seen.values()))

@@ -160,6 +160,8 @@ def why_not(method: GradientMethod, request: AttributionRequest) -> str | None:
         return "the model is not on a GPU"
     if not method.replayed:
         return f"{method.name} contracts between its passes"
+    if arch.encoder:
+        return "an encoder-decoder's passes have not been captured yet"
     if count() > 1:
         return "processes share the work"
     modules = list(arch.model.modules())

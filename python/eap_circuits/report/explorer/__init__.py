@@ -16,6 +16,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from ...edges import layer_name
 from ...files import digest
 from ...graph import Circuit, EdgeScores, Graph
 from ..curves import CurveLike, jsonable
@@ -77,7 +78,7 @@ def page_data(
     content = {
         "title": title,
         "total": graph.n_edges,
-        "layers": graph.titles,
+        "layers": [layer_name(graph, layer) for layer in range(graph.n_layers)],
         "nodes": _nodes(graph),
         "receivers": _receivers(graph),
         "edges": edges,

@@ -12,6 +12,7 @@ from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from ...edges import layer_name
 from ...graph import Circuit, Graph
 from ..curves import BaselineLike, CurveLike
 from ..tables import BASELINE_NAMES, count, drawn_baselines, number
@@ -192,7 +193,7 @@ def draw_heatmap(graph: Graph, values: Tensor) -> Figure:
         for layer, row in enumerate(grid):
             heads = values[graph.head_senders(layer)].tolist()
             row[: len(heads)] = heads
-            row[-1] = float(values[graph.mlp_sender(layer)])
+            row[-1] = float(values[graph.mlp_sender(layer)]) if graph.has_mlp(layer) else row[-1]
         largest = max((abs(x) for row in grid for x in row if x == x), default=0.0) or 1.0
         size = (1.9 + 0.28 * (columns + 2), 1.1 + 0.2 * len(grid))
         figure = _Picture(figsize=(max(size[0], 4.0), max(size[1], 2.0)), layout="constrained", label="nodes' scores")
@@ -201,11 +202,12 @@ def draw_heatmap(graph: Graph, values: Tensor) -> Figure:
         ax.set_xticks([*range(columns), columns + 1], [*map(str, range(columns)), "MLP"])
         ax.set_xlabel("head", color=INK)
         ax.set_ylabel("layer", color=INK)
-        if graph.per_layer:
-            ax.set_yticks(range(graph.n_layers), [title.removeprefix("layer ") for title in graph.titles])
+        if graph.encoder or graph.per_layer:
+            ax.set_yticks(range(len(grid)), [layer_name(graph, i).removeprefix("layer ") for i in range(len(grid))])
         else:
             ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.set_title(f"input: {float(values[0]):+.4g}", loc="left", color=MUTED, fontsize=8)
+        inputs = (f"{graph.senders[u]}: {float(values[u]):+.4g}" for u in graph.input_senders)
+        ax.set_title(", ".join(inputs), loc="left", color=MUTED, fontsize=8)
         ax.tick_params(colors=MUTED, labelcolor=INK, length=0)
         ax.set_facecolor("none")
         ax.spines[:].set_visible(False)
@@ -277,7 +279,7 @@ def _draw_nodes(ax: Axes, placement: Placement) -> None:
     for (x0, y0), (x1, _) in placement.groups:
         ax.plot([x0, x1], [y0 + 0.035] * 2, color=MUTED, linewidth=1.6, solid_capstyle="round", zorder=5)
     for box in placement.boxes:
-        mlp = box.name.startswith("m")
+        mlp = ".h" not in box.name
         _box(ax, box.x, box.y, WIDTH, HEIGHT, facecolor=NODE if mlp else PAPER, edgecolor=MUTED, zorder=6)
         ax.text(box.x, box.y, box.name, ha="center", va="center_baseline", color=INK, fontsize=7, zorder=7)
 

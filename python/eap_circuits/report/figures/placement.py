@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from ...edges import layer_name
 from ...graph import Circuit
 
 HEIGHT = 0.36  # of a node's box, as is WIDTH
@@ -75,13 +76,13 @@ def place(circuit: Circuit, max_edges: int) -> Placement:
     graph = circuit.graph
     edges = strongest(circuit, max_edges)
     owners = _owners(circuit, edges)
-    shown = {u for u, _ in edges if u} | {u for heads in owners.values() for u in heads}
+    shown = {u for u, _ in edges if u not in graph.input_senders} | {u for heads in owners.values() for u in heads}
 
     where: dict[int, tuple[int, int | None]] = {}  # sender index -> (layer, head or None)
     for layer in range(graph.n_layers):
         heads = graph.head_senders(layer)
         where |= {u: (layer, u - heads.start) for u in range(heads.start, heads.stop) if u in shown}
-        if graph.mlp_sender(layer) in shown:
+        if graph.has_mlp(layer) and graph.mlp_sender(layer) in shown:
             where[graph.mlp_sender(layer)] = (layer, None)
     layers = sorted({layer for layer, _ in where.values()})
     heads_used = sorted({head for _, head in where.values() if head is not None})
@@ -89,7 +90,7 @@ def place(circuit: Circuit, max_edges: int) -> Placement:
     columns: dict[int | None, float] = {head: 0.5 + i for i, head in enumerate(heads_used)}
     columns[None] = len(heads_used) + (0.9 if heads_used else 0.5)
 
-    placement = Placement(layers=[(graph.titles[layer], rows[layer]) for layer in layers])
+    placement = Placement(layers=[(layer_name(graph, layer), rows[layer]) for layer in layers])
     any_mlp = any(head is None for _, head in where.values())
     placement.width = max(columns[None] + 0.6 if any_mlp else len(heads_used), 3.0)
     placement.height = len(rows) + 1.0 + _MLP_RISE
@@ -122,7 +123,7 @@ def _place_lines(
     boxes: dict[int, Box],
     owners: dict[int, list[int]],
 ) -> None:
-    graph = circuit.graph
+    graph, inputs = circuit.graph, circuit.graph.input_senders
     bottom, top = placement.bars
     ports: dict[int, tuple[float, float, str]] = {}
     for v in dict.fromkeys(v for _, v in edges):
@@ -139,12 +140,12 @@ def _place_lines(
     placement.groups = sorted(set(placement.groups))
 
     column = {v: boxes[owners[v][len(owners[v]) // 2]].x for v in ports}
-    rising = _lanes([(column[v], ports[v][1], (u, v)) for u, v in edges if u == 0 and v in ports], -1)
-    leaving = _lanes([(boxes[u].x, -boxes[u].y, (u, v)) for u, v in edges if u and v == graph.n_receivers - 1], +1)
+    rising = _lanes([(column[v], ports[v][1], (u, v)) for u, v in edges if u in inputs and v in ports], -1)
+    leaving = _lanes([(boxes[u].x, -boxes[u].y, (u, v)) for u, v in edges if u in boxes and v not in ports], +1)
     for u, v in edges:
-        if u == 0 and v not in ports:
+        if u in inputs and v not in ports:
             points: tuple[Point, ...] = _straight(0.06, bottom, top)
-        elif u == 0:
+        elif u in inputs:
             points = _rise(rising[u, v], bottom, ports[v][:2])
         elif v not in ports:
             points = _leave((boxes[u].x, boxes[u].y + HEIGHT / 2), leaving[u, v], top)

@@ -31,6 +31,17 @@ def check_shapes(data: PairedDataset) -> None:
         raise expected("answers", wanted, shape)
     if data.variants is not None and data.variants.shape != data.answers.shape:
         raise expected("variants", f"shape {shape}, the shape of answers", list(data.variants.shape))
+    if data.decoder is not None:
+        _check_decoder(data.decoder, n)
+
+
+def _check_decoder(decoder: Tensor, n: int) -> None:
+    if decoder.dim() != 2 or len(decoder) != n:
+        raise expected("decoder", f"shape [{n}, positions], padded with -1", list(decoder.shape))
+    wrong = (decoder < -1).any(1) | ((decoder[:, 1:] >= 0) & (decoder[:, :-1] < 0)).any(1)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise expected(f"decoder[{row}]", "token ids of 0 or more, then padding with -1", decoder[row].tolist())
 
 
 def _check_lengths(name: str, lengths: Tensor, n: int, positions: int) -> None:

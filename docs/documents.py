@@ -14,11 +14,12 @@ from importlib import import_module
 from pathlib import Path
 
 from bench import explorer, tables
-from docs import learning, models, registries, scale, verdicts
+from docs import agreement, learning, models, registries, scale, verdicts
 
 BEGIN, END = "<!-- python -m docs.documents writes this from {} -->\n", "<!-- end -->"
 MEASURED, PERFORMANCE, MODELS = "bench/results", "docs/results/performance.json", "docs/results/models.json"
 VERDICTS = "docs/results/verdicts.json"
+AGREEMENT = "docs/results/agreement.json"
 FUZZ, LEARNING = "docs/results/fuzz.json", "docs/results/learning.json"
 EXPLORER = "docs/results/explorer.json"
 SCALE, LARGE = "docs/results/scale.json", "docs/results/large.json"
@@ -46,6 +47,7 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("docs/models.md", f"{VERDICTS}, masked"): lambda _: verdicts.table(verdicts.MASKED),
     ("docs/models.md", f"{VERDICTS}, seq2seq"): lambda _: verdicts.table(verdicts.SEQ2SEQ),
     ("docs/methods.md", "METHODS"): lambda _: registries.methods(),
+    ("docs/methods.md", AGREEMENT): agreement.table,
     ("docs/methods.md", "QUADRATURES"): lambda _: registries.quadratures(),
     ("docs/metrics.md", "METRICS"): lambda _: registries.metrics(),
     ("docs/metrics.md", "BASELINES"): lambda _: registries.baselines(),

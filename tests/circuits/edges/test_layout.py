@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from eap_circuits import Graph, InputError
+from eap_circuits.edges import layer_name
 from eap_circuits.graph import prune
 
 DATA = Path(__file__).parents[2] / "parity" / "data"
@@ -168,7 +169,7 @@ def test_parts_of_layers_and_keys_of_earlier_ones():
     names = [*(f"a0.h{h}" for h in range(4)), "m0", "p0", *(f"a1.h{h}" for h in range(4)), "m1", "p1"]
     assert graph.senders == ["input", *names] and graph.numbers == (0, 0, 1, 1)
     assert graph.receivers[8:] == ["m0", "p0", *(f"a1.h{h}<q>" for h in range(4)), "m1", "p1", "logits"]
-    assert graph.titles == ["layer 0", "p0", "layer 1", "p1"]
+    assert [layer_name(graph, layer) for layer in range(4)] == ["layer 0", "p0", "layer 1", "p1"]
     inputs = {name: [graph.receivers[v] for v in graph.inputs[u]] for u, name in enumerate(graph.senders)}
     assert inputs["a1.h1"] == ["a1.h1<q>", "a0.h0<k>", "a0.h0<v>"] and inputs["p1"] == ["p1"]
     assert inputs["a1.h2"] == ["a1.h2<q>", "a0.h1<k>", "a0.h1<v>"]

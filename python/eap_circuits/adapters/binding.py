@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +9,6 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-)
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import expected, refuse_default_device
@@ -25,6 +20,7 @@ from ..modules.projections import Place, Projection, Projections, Together, line
 from ..ranks import form_team
 from .architecture import Architecture, Layer
 from .between_layers import keys_of, per_layer_part, scale_of
+from .classes import classifies_prompts, head_of, is_own, may_fit
 from .wrappers import unwrapped
 
 # Attributes in which attention modules keep the query heads per key/value head, and the number of key/value heads.
@@ -56,14 +52,14 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
         raise expected("model", wanted, f"{model_type!r} ({type(model).__name__})")
     if family is None:
         known = f"an architecture among {', '.join(sorted(FAMILIES))}, or a table of its own (eap_circuits.discover)"
-        wanted = known if _may_fit(model) else _HEADS
+        wanted = known if may_fit(model) else _HEADS
         raise expected("model", wanted, f"{model_type!r} ({type(model).__name__})")
     if Version(transformers.__version__) < Version(family.since):
         wanted = f"transformers {family.since} or later for {type(model).__name__}"
         raise expected("model", wanted, transformers.__version__)
     # Other packages' models may keep their head elsewhere; what they give is checked in their first run.
-    lacks = _is_own(model) and not _classifies(model) and _head(model) is None
-    if lacks or (family.decoder is not None and _classifies(model)):
+    lacks = is_own(model) and not classifies_prompts(model) and head_of(model) is None
+    if lacks or (family.decoder is not None and classifies_prompts(model)):
         raise expected(
             type(model).__name__, _HEADS, "a model without one" if lacks else "an encoder-decoder that classifies"
         )
@@ -94,34 +90,6 @@ def _check_parts(model: nn.Module) -> None:
         raise expected(name, wanted, found)
 
 
-def _is_own(model: nn.Module) -> bool:
-    """Is its class one of transformers?"""
-    return type(model).__module__.startswith("transformers.")
-
-
-def _may_fit(model: Any) -> bool:
-    """Is it another package's, or one of transformers' kinds of models that a table can describe?"""
-    if not _is_own(model):
-        return True
-    masked = _is_one_of(model, MODEL_FOR_MASKED_LM_MAPPING_NAMES)
-    return bool(model.can_generate() or masked or _classifies(model))
-
-
-def _classifies(model: nn.Module) -> bool:
-    return _is_one_of(model, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
-
-
-def _is_one_of(model: nn.Module, classes: Mapping[str, str]) -> bool:
-    """Is its class, or one that it is made from, among these, by their names?"""
-    return not {kind.__name__ for kind in type(model).__mro__}.isdisjoint(classes.values())
-
-
-def _head(model: Any) -> nn.Module | None:
-    """What gives each token's logits; classifiers that read the last token have one, too."""
-    head: nn.Module | None = getattr(model, "score", None) if _classifies(model) else model.get_output_embeddings()
-    return head
-
-
 class _Binder:
     def __init__(self, model: Any, config: Any, family: Family) -> None:
         self.model, self.config, self.family = model, config, family
@@ -139,7 +107,7 @@ class _Binder:
                 layers.append(per_layer_part(layers[-1], self._reads(layer, None, first, self._width), first, last))
             self.unit *= scale_of(layer, family.layer_scale)
         embed, width = self.model.get_input_embeddings(), linear_shape(layers[0].out)[0]
-        said, classifies, head = family.causal, _classifies(self.model), _head(self.model)
+        said, classifies, head = family.causal, classifies_prompts(self.model), head_of(self.model)
         causal = said if isinstance(said, bool) else bool(getattr(self.config, said, False))
         if causal and classifies and head is None:
             wanted = "a classifier that reads the last token (its `score`), or whose tokens all see each other"

@@ -4,10 +4,10 @@ from .batches import TOKENS_PER_BATCH, Batch, batch_of, halves, make_batches, so
 from .constants import Constants, at_tokens, zeros
 from .hooks import Hooks, borrowed, unhook
 from .layers.active_tokens import skip_inactive
+from .layers.resume import LayerInputs, record_layer_inputs
 from .prefixes.prefix import parameters, passes_of
 from .prefixes.reuse import logit_distance, logit_tolerance, why_not_reused
 from .replays.captured import Captured, signature
-from .resume import LayerInputs, record_layer_inputs
 from .runner import EVERYWHERE, Register, Runner, each
 from .uploading import Indices, download, upload
 from .want_of_memory import give_back_memory, one_want_of_memory

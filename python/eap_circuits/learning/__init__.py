@@ -1,8 +1,7 @@
 """Circuits found by running circuits again and again: by gradient descent, by pruning, by swaps, or edge by edge."""
 
 from .at_circuit import attribute_circuit
-from .bottleneck import ibcircuit
-from .masks import learn_mask
+from .descent import ibcircuit, learn_mask
 from .pruning import prune_gradually
 from .refining import refine
 from .sequential import acdc

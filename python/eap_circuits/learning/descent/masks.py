@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import Checkpoint, Where, opened, settings_of
-from ..errors import expected, flag, instance, known_arguments, number, whole
-from ..forward import Constants, borrowed, one_want_of_memory
-from ..graph import EdgeScores
-from ..loans import gives_back
-from ..provenance import called
-from ..ranks import together
-from ..request import Progress, Request, prepare, watched
-from ..tasks import PairedDataset
-from .asked import check_gradient, check_start, origin, ranking, sizes_of
-from .descent import DECAY, Descent
+from ...checkpoint import Checkpoint, Where, opened, settings_of
+from ...errors import expected, flag, instance, known_arguments, number, whole
+from ...forward import Constants, borrowed, one_want_of_memory
+from ...graph import EdgeScores
+from ...loans import gives_back
+from ...provenance import called
+from ...ranks import together
+from ...request import Progress, Request, prepare, watched
+from ...tasks import PairedDataset
+from ..asked import check_gradient, check_start, origin, ranking, sizes_of
 from .gates import draw_sizes, open_gates, starting_places
+from .steps import DECAY, Descent
 
 WARM_UP, LAST_RATE = 10, 0.1  # steps until the full rate, and what share of it is left at the end
 LAST_SHARPNESS = 2.0  # of gates at the end; they begin with 1

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ..checkpoint import Checkpoint, Where, opened, settings_of
-from ..errors import expected, known_arguments, number, one_of, whole
-from ..forward import TOKENS_PER_BATCH, Constants, borrowed, one_want_of_memory
-from ..graph import EdgeScores, Graph, Heads
-from ..loans import gives_back
-from ..provenance import called
-from ..ranks import together
-from ..recording import deviations
-from ..request import Progress, Request, prepare, watched
-from ..tasks import PairedDataset
-from .asked import check_gradient, origin
-from .descent import Descent
+from ...checkpoint import Checkpoint, Where, opened, settings_of
+from ...errors import expected, known_arguments, number, one_of, whole
+from ...forward import TOKENS_PER_BATCH, Constants, borrowed, one_want_of_memory
+from ...graph import EdgeScores, Graph, Heads
+from ...loans import gives_back
+from ...provenance import called
+from ...ranks import together
+from ...recording import deviations
+from ...request import Progress, Request, prepare, watched
+from ...tasks import PairedDataset
+from ..asked import check_gradient, origin
+from .steps import Descent
 
 BEGINNING = 5.0  # log-odds of every weight at first: λ = 0.993
 _FLOOR = 1e-8  # Adam's own

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..budget import in_memory
-from ..checkpoint import Checkpoint
-from ..forward import Batch, Constants
-from ..graph import Graph
-from ..ranks import exchange
-from ..request import Progress, Request
-from .lessons import Lessons, tokens_together
+from ...budget import in_memory
+from ...checkpoint import Checkpoint
+from ...forward import Batch, Constants
+from ...graph import Graph
+from ...ranks import exchange
+from ...request import Progress, Request
+from ..lessons import Lessons, tokens_together
 
 DECAY = 0.999  # of Adam's running squares in a step
 

@@ -8,9 +8,9 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from ..adapters import Layer
-from .hooks import Hooks
-from .runner import Register
+from ...adapters import Layer
+from ..hooks import Hooks
+from ..runner import Register
 
 T = TypeVar("T")
 

@@ -1,0 +1,4 @@
+"""Edges' weights that are learned by gradient descent."""
+
+from .bottleneck import ibcircuit as ibcircuit
+from .masks import learn_mask as learn_mask

@@ -252,7 +252,7 @@ def cost() -> dict[str, Any]:
     from eap_circuits.adapters.pretrained import load_model
     from eap_circuits.forward import batch_of, borrowed
     from eap_circuits.intervention import run_circuits
-    from eap_circuits.learning.gates import draw_sizes, open_gates, starting_places
+    from eap_circuits.learning.descent.gates import draw_sizes, open_gates, starting_places
     from eap_circuits.learning.lessons import prepare_lesson
     from eap_circuits.request import prepare
 

@@ -10,7 +10,7 @@ import eap_circuits as eap
 from eap_circuits.adapters import bind
 from eap_circuits.budget import PeakBytes
 from eap_circuits.forward import Constants, batch_of, borrowed
-from eap_circuits.learning import bottleneck
+from eap_circuits.learning.descent import bottleneck
 from eap_circuits.learning.lessons import prepare_lesson, tokens_together
 from eap_circuits.request import prepare
 from tests.circuits.conftest import prompts

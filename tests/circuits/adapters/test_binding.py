@@ -92,7 +92,7 @@ def test_norm_statistics_are_the_norms(family, make_model):
         normalised, scale = norm.statistics(x)
         y = normalised * norm.gain(x) + (0 if norm.bias is None else norm.bias)
         torch.testing.assert_close(y, norm.module(x))
-        assert torch.equal(norm.scale(x), scale)
+        torch.testing.assert_close(norm.scale(x), scale)  # which a kernel may sum in another order
         rows, gathered = torch.tensor([3, 1]), torch.empty(2, 2, arch.d_model)
         torch.testing.assert_close(norm.capture(torch.stack([x, x + 1]), rows, gathered)[0], scale[rows])
         torch.testing.assert_close(gathered[0], normalised[rows])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,20 +63,13 @@ def _agreement(found: dict[str, Any], edges: Tensor) -> dict[str, Any]:
     """Correlations with exact scores, for all pairs and for the first few; and how sure it is which are higher."""
     import torch
 
-    from eap_circuits.graph.agreement import ranks
+    from eap_circuits.graph.agreement import agreement_of
 
     values = {name: scores.per_example[:, edges].double() for name, scores in found.items()}
 
     def correlations(pairs: Tensor) -> dict[str, dict[str, float]]:
         means = {name: each[pairs].mean(0) for name, each in values.items()}
-        exact = means["exact"]
-        return {
-            name: {
-                "pearson": float(torch.corrcoef(torch.stack([means[name], exact]))[0, 1]),
-                "spearman": float(torch.corrcoef(torch.stack([ranks(means[name]), ranks(exact)]))[0, 1]),
-            }
-            for name in METHODS
-        }
+        return {name: asdict(agreement_of(means[name], means["exact"])) for name in METHODS}
 
     generator = torch.Generator().manual_seed(0)
     resampled = [correlations(torch.randint(PAIRS, (PAIRS,), generator=generator)) for _ in range(DRAWS)]

@@ -149,6 +149,17 @@ def write(files: dict[str, str], name: str, save: Callable[[Path], object], path
     return []
 
 
+def conclude(files: dict[str, str], wrong: list[str], as_json: bool) -> None:
+    """Say which files were written, if JSON has not, and raise with what went wrong, if anything did."""
+    from ..errors import InputError
+
+    if not as_json:
+        for file in files.values():
+            say(f"Wrote {file}.")
+    if wrong:
+        raise InputError(" ".join(wrong))
+
+
 def keep_elsewhere(name: str, save: Callable[[Path], object]) -> list[str]:
     """Write a result that is in no file where it can be written; a sentence that says where, or that it cannot."""
     from ..files import DAMAGED

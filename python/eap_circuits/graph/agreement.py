@@ -122,6 +122,11 @@ def score_agreement(first: EdgeScores, second: EdgeScores, *, among: Tensor | No
     a, b = (scores.values[edges].double() for scores in (first, second))
     if not (a.isfinite().all() and b.isfinite().all()):
         raise expected("scores", "finite values", "some that are not")
+    return agreement_of(a, b)
+
+
+def agreement_of(a: Tensor, b: Tensor) -> Agreement:
+    """Of two scorings of n edges, float64 [n] each."""
     return Agreement(_correlation(a, b), _correlation(ranks(a), ranks(b)))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .. import options, session
-from ..console import check_outputs, check_suffix, keep_elsewhere, progress, say, show_json, show_table, write
+from ..console import check_outputs, check_suffix, conclude, keep_elsewhere, progress, say, show_json, show_table, write
 from ..options import option
 
 
@@ -134,7 +134,4 @@ def attribute(
         show_table(table)
         if chosen is not None:
             say(f"Circuit: {chosen.n_edges:,} of {chosen.graph.n_edges:,} edges, {len(chosen.nodes):,} nodes.")
-        for file in files.values():
-            say(f"Wrote {file}.")
-    if wrong:
-        raise InputError(" ".join(wrong))
+    conclude(files, wrong, as_json)

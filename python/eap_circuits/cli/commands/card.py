@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import options, session
-from ..console import check_outputs, check_suffix, keep_elsewhere, progress, say, show_json, show_table, write
+from ..console import check_outputs, check_suffix, conclude, keep_elsewhere, progress, say, show_json, show_table, write
 from ..options import option
 
 
@@ -57,7 +57,7 @@ def card(
     """
     import eap_circuits as eap
 
-    from ...errors import InputError, expected
+    from ...errors import expected
     from ...files import write_json
     from ...report.curves import jsonable
     from ...report.tables import card_line, card_table, cost_table
@@ -122,7 +122,4 @@ def card(
         if found.cost:
             show_table(cost_table(found))
         say(card_line(found))
-        for file in files.values():
-            say(f"Wrote {file}.")
-    if wrong or unseen:
-        raise InputError(" ".join([*wrong, *unseen]))
+    conclude(files, [*wrong, *unseen], as_json)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import options, session
-from ..console import check_outputs, check_suffix, keep_elsewhere, progress, say, show_json, show_table, write
+from ..console import check_outputs, check_suffix, conclude, keep_elsewhere, progress, say, show_json, show_table, write
 from ..options import default, option
 
 
@@ -119,7 +119,6 @@ def curve(
     """
     import eap_circuits as eap
 
-    from ...errors import InputError
     from ...evaluation import FRACTIONS
     from ...report import save_curve, smallest_faithful
     from ...report.tables import areas_line, curve_table
@@ -173,7 +172,4 @@ def curve(
     else:
         show_table(curve_table(measured))
         say(areas_line(measured))
-        for file in files.values():
-            say(f"Wrote {file}.")
-    if wrong or unseen:
-        raise InputError(" ".join([*wrong, *unseen]))
+    conclude(files, [*wrong, *unseen], as_json)

@@ -58,8 +58,6 @@ class Replays:
         self._captured: Captured[Recorded] | None = None
         self._trusted = False
         self._batches = self._replayed = 0
-        layers = request.arch.layers
-        self._weights = sum(weight.numel() for layer in layers for weight in layer.module.parameters())
 
     def __enter__(self) -> Self:
         return self
@@ -135,8 +133,9 @@ class Replays:
             return "a batch's points are contracted in several parts"
         if len(request.data) < FEWEST * batch.n_examples:
             return f"the data make fewer than {FEWEST} such batches"
-        rates, layers = rates_of(request), len(request.arch.layers)
-        if rates is None or _OPERATIONS * tokens * self._weights / rates.passes > LAUNCHES * layers * _SECONDS:
+        rates, layers = rates_of(request), request.arch.layers
+        weights = sum(weight.numel() for layer in layers for weight in layer.module.parameters())
+        if rates is None or _OPERATIONS * tokens * weights / rates.passes > LAUNCHES * len(layers) * _SECONDS:
             return "passes are bound by work, not by launches"
         # The graph's own memory, beside that of batches that run as ever.
         if 2 * pass_bytes(request, tokens) + batch_bytes(request, batch.n_examples) > budget(request):

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ... import options, session
-from ...console import check_outputs, check_suffix, progress, say, show_json, write
+from ...console import check_outputs, check_suffix, conclude, progress, say, show_json, write
 from ...options import option
 
 if TYPE_CHECKING:
     from ....graph import Circuit
+
+_Out = Annotated[
+    Path | None, option("Output", "Save the circuit (.safetensors, or EAP-IG's .json, .pt).", "--out", "-o")
+]
 
 
 def acdc(
@@ -32,9 +36,7 @@ def acdc(
     dtype: options.Dtype = None,
     device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    out: Annotated[
-        Path | None, option("Output", "Save the circuit (.safetensors, or EAP-IG's .json, .pt).", "--out", "-o")
-    ] = None,
+    out: _Out = None,
     as_json: options.Json = False,
 ) -> None:
     """Find the circuit of ACDC: edges go, from the last to the first, if the circuit is hardly worse without them.
@@ -96,9 +98,7 @@ def refine(
     dtype: options.Dtype = None,
     device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    out: Annotated[
-        Path | None, option("Output", "Save the circuit (.safetensors, or EAP-IG's .json, .pt).", "--out", "-o")
-    ] = None,
+    out: _Out = None,
     as_json: options.Json = False,
 ) -> None:
     """Swap edges of a circuit for others as long as its metric comes nearer to the model's; its size stays.
@@ -147,7 +147,6 @@ def refine(
 
 def _show(circuit: Circuit, said: str, out: Path | None, as_json: bool) -> None:
     """Save a circuit, and say how large it is, and more of it."""
-    from ....errors import InputError
 
     files: dict[str, str] = {}
     wrong = write(files, "circuit", circuit.save, out)
@@ -156,7 +155,4 @@ def _show(circuit: Circuit, said: str, out: Path | None, as_json: bool) -> None:
         show_json({"n_edges": circuit.n_edges, "edges": edges, "info": circuit.info, "files": files})
     else:
         say(f"{circuit.n_edges} of {circuit.graph.n_edges} edges are left {said}.")
-        for file in files.values():
-            say(f"Wrote {file}.")
-    if wrong:
-        raise InputError(" ".join(wrong))
+    conclude(files, wrong, as_json)

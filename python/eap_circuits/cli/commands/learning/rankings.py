@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ... import options, session
-from ...console import check_outputs, check_suffix, progress, say, show_json, show_table, write
+from ...console import check_outputs, check_suffix, conclude, progress, show_json, show_table, write
 from ...options import default, option
 
 if TYPE_CHECKING:
     from ....graph import EdgeScores
 
 _PANEL = "Learning"
+_Out = Annotated[
+    Path | None, option("Output", "Save the ranking (.safetensors, or EAP-IG's .json, .pt).", "--out", "-o")
+]
 
 
 def learn(
@@ -46,10 +49,7 @@ def learn(
     dtype: options.Dtype = None,
     device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    out: Annotated[
-        Path | None,
-        option("Output", "Save the ranking (.safetensors, or EAP-IG's .json, .pt).", "--out", "-o"),
-    ] = None,
+    out: _Out = None,
     top: options.Top = 20,
     as_json: options.Json = False,
 ) -> None:
@@ -68,7 +68,7 @@ def learn(
     import eap_circuits as eap
 
     prompts = session.Prompts(task, data, n, seed, align, ablation_data)
-    start = _start(scores, prompts, metric, (smallest, largest), out, checkpoint)
+    start, sizes = _start(scores, prompts, metric, (smallest, largest), out, checkpoint)
 
     loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     pairs = prompts.load(tokenizer)
@@ -82,7 +82,7 @@ def learn(
             rate=rate,
             circuits=circuits,
             examples=examples,
-            n_edges=None if smallest is None or largest is None else (smallest, largest),
+            n_edges=sizes,
             seed=draw,
             ablation=ablation,
             ablation_data=prompts.load_ablation(tokenizer),
@@ -116,10 +116,7 @@ def prune(
     dtype: options.Dtype = None,
     device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    out: Annotated[
-        Path | None,
-        option("Output", "Save the ranking (.safetensors, or EAP-IG's .json, .pt).", "--out", "-o"),
-    ] = None,
+    out: _Out = None,
     top: options.Top = 20,
     as_json: options.Json = False,
 ) -> None:
@@ -137,7 +134,7 @@ def prune(
     import eap_circuits as eap
 
     prompts = session.Prompts(task, data, n, seed, align, ablation_data)
-    start = _start(scores, prompts, metric, (smallest, largest), out, checkpoint)
+    start, sizes = _start(scores, prompts, metric, (smallest, largest), out, checkpoint)
 
     loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     pairs = prompts.load(tokenizer)
@@ -148,7 +145,7 @@ def prune(
             metric,
             start=start,
             keep=keep,
-            n_edges=None if smallest is None or largest is None else (smallest, largest),
+            n_edges=sizes,
             ablation=ablation,
             ablation_data=prompts.load_ablation(tokenizer),
             memory=memory,
@@ -232,8 +229,8 @@ def _start(
     sizes: tuple[int | None, int | None],
     out: Path | None,
     checkpoint: Path | None,
-) -> EdgeScores:
-    """The scores to start from; what is wrong is said before a model is loaded."""
+) -> tuple[EdgeScores, tuple[int, int] | None]:
+    """The scores to start from, and the sizes if they are given; what is wrong is said before a model is loaded."""
     import eap_circuits as eap
 
     from ....errors import expected
@@ -242,17 +239,17 @@ def _start(
     check_outputs(out, checkpoint)
     check_suffix(out, *SUFFIXES)
     prompts.check(metric, gradient=True)
-    if (sizes[0] is None) != (sizes[1] is None):
+    smallest, largest = sizes
+    if (smallest is None) != (largest is None):
         raise expected("--smallest, --largest", "both or neither", "one of them")
     start = eap.EdgeScores.load(scores)
     if out is not None:
         check_savable(out, start.graph)
-    return start
+    return start, None if smallest is None or largest is None else (smallest, largest)
 
 
 def _show(ranking: EdgeScores, out: Path | None, top: int, as_json: bool) -> None:
     """Save a ranking, and show its strongest edges."""
-    from ....errors import InputError
     from ....report.tables import edge_table
 
     files: dict[str, str] = {}
@@ -262,7 +259,4 @@ def _show(ranking: EdgeScores, out: Path | None, top: int, as_json: bool) -> Non
         show_json({"info": ranking.info, "graph": ranking.graph.to_dict(), "edges": table.records(), "files": files})
     else:
         show_table(table)
-        for file in files.values():
-            say(f"Wrote {file}.")
-    if wrong:
-        raise InputError(" ".join(wrong))
+    conclude(files, wrong, as_json)

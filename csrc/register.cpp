@@ -257,11 +257,10 @@ Tensor normalise_rows(Tensor x, double eps, bool centred, std::optional<Tensor> 
   STD_TORCH_CHECK(!out || has_shape(*out, {M, wanted.count, D}), op, ": expected out [M, n, D] on the CPU");
   const bool wide = x.scalar_type() == ScalarType::Double;
   Tensor r = torch::stable::new_empty(x, {M, wanted.count}, wide ? ScalarType::Double : ScalarType::Float);
-  NormaliseRows kernel{.x = {x.const_data_ptr(), dtype_of(op, x), {x.stride(0), x.stride(1), 0, x.stride(2)}},
+  NormaliseRows kernel{.x = view(x),
+                       .dtype = dtype_of(op, x),
                        .rows = wanted.data,
-                       .points = M,
                        .count = wanted.count,
-                       .features = D,
                        .eps = eps,
                        .centred = centred,
                        .r = r.mutable_data_ptr(),

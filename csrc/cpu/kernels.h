@@ -103,9 +103,10 @@ struct MaskedRead {
 
 // r[m, n] = 1 / sqrt(mean(y^2) + eps) and out[m, n] = y r, where y = x[m, rows[n]], less its mean where centred
 struct NormaliseRows {
-  Strided x;            // [M, N, 1, D]
+  View x;  // [M, N, D]
+  Dtype dtype;
   const int64_t* rows;  // [n], or null for all tokens
-  int64_t points, count, features;
+  int64_t count;        // n
   double eps;
   bool centred;
   void* r;    // [M, n] contiguous, fp64 for fp64, else fp32

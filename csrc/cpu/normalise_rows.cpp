@@ -11,20 +11,20 @@ template <class T, int BYTES> struct Body {
   using A = acc_t<T>;
 
   EAP_INLINE static void run(const NormaliseRows& p, int64_t task) {
-    const int64_t begin = task * p.rows_per_task, end = std::min(begin + p.rows_per_task, p.points * p.count);
-    A* const values = scratch<A>(p.features);
+    const int64_t begin = task * p.rows_per_task, end = std::min(begin + p.rows_per_task, p.x.size[0] * p.count);
+    A* const values = scratch<A>(p.x.size[2]);
     for (int64_t i = begin; i < end; ++i) one(p, i / p.count, i % p.count, values);
   }
 
   EAP_INLINE static void one(const NormaliseRows& p, int64_t m, int64_t n, A* values) {
-    const int64_t D = p.features, token = p.rows ? p.rows[n] : n;
+    const int64_t D = p.x.size[2], token = p.rows ? p.rows[n] : n;
     // Load: widened, in the thread's own buffer even where it need not be, as the mean may be taken off.
     const T* const x = static_cast<const T*>(p.x.data) + m * p.x.stride[0] + token * p.x.stride[1];
-    const A* const read = widened<A>(x, p.x.stride[3], D, values);
+    const A* const read = widened<A>(x, p.x.stride[2], D, values);
     if (read != values) std::copy_n(read, D, values);
     // Reduce.
     if (p.centred) {
-      const A mean = sum(values, D) / A(D);
+      const A mean = sum<BYTES>(values, D) / A(D);
       for (int64_t i = 0; i < D; ++i) values[i] -= mean;
     }
     const A r = A(1) / std::sqrt(dot<BYTES>(values, values, D) / A(D) + A(p.eps));
@@ -34,23 +34,12 @@ template <class T, int BYTES> struct Body {
     for (int64_t i = 0; i < D; ++i) values[i] *= r;
     put(values, p.out_dtype, p.out, m * p.out_stride[0] + n * p.out_stride[1], p.out_stride[2], D);
   }
-
-  EAP_INLINE static A sum(const A* x, int64_t count) {
-    constexpr int64_t lanes = 4 * BYTES / int64_t(sizeof(A));
-    A sums[lanes] = {}, rest = 0;
-    int64_t i = 0;
-    for (; i + lanes <= count; i += lanes)
-      for (int64_t j = 0; j < lanes; ++j) sums[j] += x[i + j];
-    for (; i < count; ++i) rest += x[i];
-    for (int64_t j = 0; j < lanes; ++j) rest += sums[j];
-    return rest;
-  }
 };
 
 }  // namespace
 
-int64_t NormaliseRows::tasks() const { return divide_up(points * count, rows_per_task); }
+int64_t NormaliseRows::tasks() const { return divide_up(x.size[0] * count, rows_per_task); }
 
-void NormaliseRows::run(int64_t task) const { dispatch<Body>(x.dtype, *this, task); }
+void NormaliseRows::run(int64_t task) const { dispatch<Body>(dtype, *this, task); }
 
 }  // namespace eap

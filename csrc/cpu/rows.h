@@ -44,16 +44,25 @@ template <class A> EAP_INLINE void put(const A* from, Dtype dtype, void* to, int
   }
 }
 
-template <int BYTES, class A> EAP_INLINE A dot(const A* a, const A* b, int64_t count) {
+// The sum of `term(i)` for i < count.
+template <int BYTES, class A, class Term> EAP_INLINE A sum_of(int64_t count, const Term& term) {
   constexpr int64_t lanes = 4 * BYTES / int64_t(sizeof(A));
   A sums[lanes] = {}, rest = 0;
   int64_t i = 0;
   for (; i + lanes <= count; i += lanes)
-    for (int64_t j = 0; j < lanes; ++j) sums[j] += a[i + j] * b[i + j];
-  for (; i < count; ++i) rest += a[i] * b[i];
+    for (int64_t j = 0; j < lanes; ++j) sums[j] += term(i + j);
+  for (; i < count; ++i) rest += term(i);
   for (int64_t half = lanes / 2; half; half /= 2)
     for (int64_t j = 0; j < half; ++j) sums[j] += sums[j + half];
   return sums[0] + rest;
+}
+
+template <int BYTES, class A> EAP_INLINE A sum(const A* x, int64_t count) {
+  return sum_of<BYTES, A>(count, [=](int64_t i) EAP_INLINE_LAMBDA { return x[i]; });
+}
+
+template <int BYTES, class A> EAP_INLINE A dot(const A* a, const A* b, int64_t count) {
+  return sum_of<BYTES, A>(count, [=](int64_t i) EAP_INLINE_LAMBDA { return a[i] * b[i]; });
 }
 
 }  // namespace eap

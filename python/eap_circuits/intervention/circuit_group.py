@@ -82,11 +82,12 @@ class CircuitGroup:
     """A circuit whose differences are stored and read, or several: each one's of what any of them needs.
 
     Args:
+        graph: the circuits'.
         members: which of the circuits that run together.
         masks, asked: those of all circuits that run together, on the host.
     """
 
-    def __init__(self, runner: Runner, members: slice, masks: Tensor, asked: Asked) -> None:
+    def __init__(self, runner: Runner, graph: Graph, members: slice, masks: Tensor, asked: Asked) -> None:
         self.members, self.asked, masks = members, asked.of(members), masks[members]
         self.dtype = self._dtype(runner.arch)
         stored, computed = self.asked.stored.any(0), self.asked.partial.any(0)
@@ -98,7 +99,7 @@ class CircuitGroup:
         if not torch.equal(self.mask.to(masks.dtype), masks):
             self.mask = masks.to(runner.arch.accumulate)
         # Of each stream the first sender, and the shape of its differences, cur − corr, [stored, C, N, D].
-        streams = [stream.senders for stream in runner.arch.graph("kv").streams]
+        streams = [stream.senders for stream in graph.base.streams]
         self._starts = [senders.start for senders in streams]
         self._shapes = [
             (int(stored[senders].sum()), len(masks), runner.batch.at(number).clean.numel(), runner.arch.d_model)
@@ -177,8 +178,8 @@ class CircuitGroup:
 class SpanGroup(CircuitGroup):
     """A circuit that keeps other edges at other spans: each span's tokens are read by its own mask."""
 
-    def __init__(self, runner: Runner, members: slice, masks: Tensor, asked: Asked) -> None:
-        super().__init__(runner, members, masks, asked)
+    def __init__(self, runner: Runner, graph: Graph, members: slice, masks: Tensor, asked: Asked) -> None:
+        super().__init__(runner, graph, members, masks, asked)
         self._span, self._scored = runner.batch.host["spans"].flatten(), runner.batch.host["places"]
 
     def read(self, base: Tensor, receivers: slice, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
@@ -201,8 +202,8 @@ class SharedGroup(CircuitGroup):
     stored later.
     """
 
-    def __init__(self, runner: Runner, members: slice, masks: Tensor, asked: Asked) -> None:
-        super().__init__(runner, members, masks, asked)
+    def __init__(self, runner: Runner, graph: Graph, members: slice, masks: Tensor, asked: Asked) -> None:
+        super().__init__(runner, graph, members, masks, asked)
         self._shapes = [(shape[0] + 1, *shape[1:]) for shape in self._shapes]
         self._ready: dict[tuple[int, int], Tensor] = {}  # by the first receiver and sender: weights on a device
 

@@ -57,7 +57,7 @@ def run_circuits(
         order, groups = arrange(asked, at_once, row, graph.n_layers)
         some, asked = some[order], asked.of(order)
         with torch.no_grad():
-            stored = [kind(runner, members, some, asked) for members in groups]
+            stored = [kind(runner, graph, members, some, asked) for members in groups]
             logits = _CircuitsRun(runner, graph.base, corrupted, asked, stored).logits()
         # Outside of no_grad, which would otherwise last until the next one is asked for.
         yield from (logits[order.index(circuit)] for circuit in range(len(order)))
@@ -73,7 +73,7 @@ def learning_run(
     receivers that read nothing or everything are not computed.
     """
     asked, size = asked_of(graph, masks.detach(), at), len(masks) if shared(runner.arch.device) else 1
-    groups = [LearningGroup(runner, slice(c, c + size), masks, asked) for c in range(0, len(masks), size)]
+    groups = [LearningGroup(runner, graph, slice(c, c + size), masks, asked) for c in range(0, len(masks), size)]
     return _CircuitsRun(runner, graph, ablated, asked, groups).logits()
 
 

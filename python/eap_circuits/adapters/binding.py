@@ -137,7 +137,7 @@ class _Binder:
         return bound if family.decoder is None else self._with_decoder(bound, *family.decoder)
 
     def _with_decoder(self, encoder: Architecture, attention: Family, cross: Family) -> Architecture:
-        """The encoder's architecture with the decoder's layers. Each of these becomes two: self- and cross-attention."""
+        """The encoder's architecture and the decoder's layers. Each of these becomes two: self- and cross-attention."""
         parts = [_Binder(self.model, self.config, part) for part in (attention, cross)]
         for part in parts:
             part.norms = self.norms

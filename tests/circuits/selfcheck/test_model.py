@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, T5Config
+from transformers import AutoModelForSeq2SeqLM, LongT5Config
 
 from eap_circuits.adapters import FAMILIES, binding
 from eap_circuits.selfcheck import check_model
@@ -64,6 +64,8 @@ def test_self_check_sees_labels_that_only_the_function_contradicts(name, table, 
 
 def test_self_check_of_an_unsupported_model_says_so():
     (check,) = check_model(
-        AutoModelForSeq2SeqLM.from_config(T5Config(num_layers=1, d_model=8, num_heads=2, d_ff=8, d_kv=4, vocab_size=20))
+        AutoModelForSeq2SeqLM.from_config(
+            LongT5Config(num_layers=1, d_model=8, num_heads=2, d_ff=8, d_kv=4, vocab_size=20)
+        )
     )
-    assert not check.passed and "'t5' (T5ForConditionalGeneration)" in check.detail
+    assert not check.passed and "'longt5' (LongT5ForConditionalGeneration)" in check.detail

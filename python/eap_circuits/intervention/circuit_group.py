@@ -132,14 +132,15 @@ class CircuitGroup:
         """Make room for the differences."""
         self.differences = [torch.empty(shape, dtype=self.dtype, device=device) for shape in self._shapes]
 
-    def _room(self, sender: int, device: torch.device) -> tuple[Tensor, int]:
-        """The differences of a sender's stream, and where among them those from this sender on begin.
-
-        What is stored goes with the run to the next of several devices: once, whatever reads it there.
-        """
-        stream = bisect(self._starts, sender) - 1
+    def follow(self, stream: int, device: torch.device) -> None:
+        """What is stored goes with the run to the next of several devices: once, whatever reads it there."""
         if self.differences[stream].device != device:
             self.differences[stream] = self.differences[stream].to(device)
+
+    def _room(self, sender: int, device: torch.device) -> tuple[Tensor, int]:
+        """The differences of a sender's stream, and where among them those from this sender on begin."""
+        stream = bisect(self._starts, sender) - 1
+        self.follow(stream, device)
         return self.differences[stream], self._before[sender] - self._before[self._starts[stream]]
 
     def store(self, sender: int, current: Tensor, corrupted: Tensor, scale: float) -> None:

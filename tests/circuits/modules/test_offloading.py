@@ -166,7 +166,7 @@ FAULTS = [
     (Batch, "_on", lambda batch, device, index: index, scored),
     (contraction, "_to", lambda group, where: group, scored),
     (Norm, "device", FIRST, scored),
-    (circuit_group.CircuitGroup, "follow", lambda circuit, device: None, evaluated),
+    (circuit_group.CircuitGroup, "follow", lambda circuit, stream, device: None, evaluated),
     (Constants, "on", lambda constants, arch: constants.map(lambda x: x.to(FIRST, arch.accumulate)), ablated),
 ]
 

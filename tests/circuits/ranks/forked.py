@@ -57,6 +57,8 @@ def _fork(rank: int, count: int, run: Callable[[int], Any], folder: str, seconds
     try:
         store = dist.FileStore(os.path.join(folder, "store"), count)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=seconds))
+        store.set(f"joined {rank}", "")
+        store.wait([f"joined {each}" for each in range(count)])  # one that dies before breaks the others' joining
         try:
             found = run(rank)
         except BaseException as error:

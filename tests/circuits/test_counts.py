@@ -17,8 +17,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import eap_circuits as eap
 from bench.pretended import Counts, counting, pretending
 from eap_circuits.adapters import bind
+from eap_circuits.budget import replays
 from eap_circuits.errors import InputWarning
-from eap_circuits.methods.gradient import replayed
+from eap_circuits.methods.gradient import method
 
 EXAMPLES, TOKENS, POINTS, VOCABULARY = 8, 6, 3, 59
 SMALL = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None}
@@ -148,7 +149,7 @@ def test_a_replayed_batch_is_a_tenth_of_the_launches(name: str, monkeypatch: pyt
         return many.launches.total() - few.launches.total(), many.own_waits - few.own_waits
 
     plain, waits = more(2)  # too few to be captured
-    monkeypatch.setattr(replayed, "FEWEST", 1)
+    monkeypatch.setattr(replays, "FEWEST", 1)
     again, waits_then = more(5)
     assert again <= plain / 10
     assert waits == waits_then == 1
@@ -156,7 +157,7 @@ def test_a_replayed_batch_is_a_tenth_of_the_launches(name: str, monkeypatch: pyt
 
 @pytest.mark.parametrize("name", MAKE)
 def test_a_layer_is_as_many_launches_as_the_choice_to_replay_assumes(name: str) -> None:
-    assert attributed(name, 3).launches.total() - attributed(name, 2).launches.total() >= replayed.LAUNCHES
+    assert attributed(name, 3).launches.total() - attributed(name, 2).launches.total() >= method.LAUNCHES
 
 
 @pytest.mark.parametrize("name", MAKE)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from bench.pretended import Counts, counting, pretending
 from eap_circuits.adapters import bind
 from eap_circuits.budget import replays
 from eap_circuits.errors import InputWarning
+from eap_circuits.evaluation import circuit_values
 from eap_circuits.methods.gradient import method
 
 EXAMPLES, TOKENS, POINTS, VOCABULARY = 8, 6, 3, 59
@@ -40,6 +41,7 @@ MAKE: dict[str, Callable[[int], Any]] = {
 OF_ATTRIBUTE = {"llama": (19, 108), "gpt2": (19, 110)}
 OF_EVALUATE = {"llama": (28, 120), "gpt2": (33, 109)}
 OF_A_METRIC = 7  # at one circuit's logits
+OF_A_REPLAY = 5  # of circuits: the batch is sent and put in its place, and what was measured joined and brought back
 
 
 def pairs(shared: int = 0, n: int = EXAMPLES) -> eap.PairedDataset:
@@ -73,10 +75,10 @@ def attributed(name: str, layers: int, n: int = EXAMPLES, native: bool = False, 
 
 
 @cache
-def evaluated(name: str, layers: int, copies: int = 1, **settings: Any) -> Counts:
+def evaluated(name: str, layers: int, copies: int = 1, n: int = EXAMPLES, **settings: Any) -> Counts:
     """Of three circuits, so many times."""
     with pretending(shapes=True):
-        model, data = on_device(name, layers), pairs()
+        model, data = on_device(name, layers), pairs(n=n)
         graph = bind(model).graph("kv")
         values = torch.randn(graph.edge_mask.shape, generator=torch.Generator().manual_seed(1)) * graph.edge_mask
         scores = eap.EdgeScores(graph, values, {})
@@ -140,24 +142,34 @@ def test_launches_of_attribution(name: str) -> None:
     assert batch <= OF_ATTRIBUTE[name][1]
 
 
+CALLS: dict[str, Callable[..., Counts]] = {
+    "eap-ig-inputs": partial(attributed, layers=4, native=True),
+    "eap-ig-activations": partial(attributed, layers=2, native=True, method="eap-ig-activations"),
+    "eap-gp": partial(attributed, layers=2, native=True, method="eap-gp"),
+    "evaluate": partial(evaluated, layers=2),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", MAKE)
-def test_a_replayed_batch_is_a_tenth_of_the_launches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four layers, and less of more. Of batches of one pair the fourth and later ones are replayed."""
+def test_a_replayed_batch_is_a_tenth_of_the_launches(name: str, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And less of deeper models. Of batches of one pair the fourth and later ones are replayed."""
 
     def more(n: int) -> tuple[int, int]:
-        few, many = (attributed(name, 4, k, True, batch_size=1) for k in (n - 1, n))
+        few, many = (CALLS[call](name, n=k, batch_size=1) for k in (n - 1, n))
         return many.launches.total() - few.launches.total(), many.own_waits - few.own_waits
 
     plain, waits = more(2)  # too few to be captured
     monkeypatch.setattr(replays, "FEWEST", 1)
     again, waits_then = more(5)
-    assert again <= plain / 10
+    assert again <= (OF_A_REPLAY if call == "evaluate" else plain / 10)
     assert waits == waits_then == 1
 
 
 @pytest.mark.parametrize("name", MAKE)
 def test_a_layer_is_as_many_launches_as_the_choice_to_replay_assumes(name: str) -> None:
-    assert attributed(name, 3).launches.total() - attributed(name, 2).launches.total() >= method.LAUNCHES
+    for call, least in ((attributed, method.LAUNCHES), (evaluated, circuit_values.LAUNCHES)):
+        assert call(name, 3).launches.total() - call(name, 2).launches.total() >= least
 
 
 @pytest.mark.parametrize("name", MAKE)

@@ -124,7 +124,7 @@ def test_a_curve_says_what_was_replayed(make_model) -> None:
 
 def test_circuits_with_spans_are_not_captured(make_model) -> None:
     """Which tokens each mask reads is what the host knows of a batch."""
-    data = replace(alike(), spans=torch.tensor([[0, 0, 1, 1, 1, 2, 2]] * EXAMPLES), span_names=("a", "b"))
+    data = replace(alike(), spans=torch.tensor([[0, 0, 1, 1, 1, -1, -1]] * EXAMPLES), span_names=("a", "b"))
     with pretending():
         model = make_model("gpt2").cuda()
         scores = attributed(model, data, keep="spans", method="eap")

@@ -175,9 +175,10 @@ def a_batch(call: Callable[..., object]) -> dict[str, float]:
 
 
 def run(parts: Iterable[str]) -> None:
-    found: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
     for part in parts:
-        found[part] = {"commit": commit(), "rows": PARTS[part]()}
+        rows = PARTS[part]()
+        found: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+        found[part] = {"commit": commit(), "rows": rows}
         RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     from docs import documents
 

@@ -229,14 +229,11 @@ class _Batches(Replayable[LaterScores, BatchScores]):
         passes, points = method.cut(request, batch, tokens), len(method.repeated(request))
         if passes.held < points:
             return "a batch's points are contracted in several parts"
-        tokens, weights, added = (
-            batch.clean.numel() * passes.together,
-            layer_weights(request),
-            method.times_added(request),
-        )
-        left = pass_bytes(request, tokens) + weights * request.arch.contraction_dtype.itemsize
-        held = pass_bytes(request, tokens) + added * left + batch_bytes(request, batch.n_examples)
-        return Work(_OPERATIONS * tokens * weights, LAUNCHES, held)
+        weights, together = layer_weights(request), batch.clean.numel() * passes.together
+        run = pass_bytes(request, together)
+        left = run + weights * request.arch.contraction_dtype.itemsize
+        held = run + method.times_added(request) * left + batch_bytes(request, batch.n_examples)
+        return Work(_OPERATIONS * together * weights, LAUNCHES, held)
 
 
 def run_along(

@@ -1,6 +1,6 @@
 """Count what calls ask of a GPU, on one that does not exist (bench/pretended), beside the model's own passes.
 
-python -m docs.counts [PART ...]     # docs/results/counts.json and the tables of docs/performance.md
+python -m docs.counts [WORD ...]     # docs/results/counts.json and the tables of docs/performance.md
 
 Of the model's own passes, `attribute` has one forward over the corrupted prompts, and one forward and backward over all
 path points; `evaluate` one forward over the corrupted prompts, and one over all circuits and the clean prompts.
@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -105,14 +105,15 @@ def own_passes(model: Any, rows: int, tokens: int, backward: bool) -> Counts:
 def beside(name: str, call: Callable[..., object], tokens: int = TOKENS, **settings: Any) -> dict[str, float]:
     """Of a call on one batch, beside the model's own passes."""
     backward = call is attribute
-    rows = (POINTS if backward else CIRCUITS + 1) * EXAMPLES
-    with pretending(shapes=True):
+    runs = POINTS if backward else CIRCUITS + 1  # of the prompts, side by side
+    with pretending(shapes=True, native=True):
         model = model_of(name)
         ours = counted(lambda: call(model, pairs(tokens=tokens), **settings))
-        own = own_passes(model, rows, tokens, backward)
+        own = own_passes(model, runs * EXAMPLES, tokens, backward)
     return {
         "launches": ours.launches.total(),
         "own launches": own.launches.total(),
+        "beyond": (ours.launches.total() - own.launches.total()) / LAYERS[name] / (2 if backward else runs),
         "waits": ours.own_waits,
         "bytes beside": ours.bytes / own.bytes - 1,
         "time over own": ours.seconds / own.seconds,
@@ -139,7 +140,7 @@ def head_space_scores(heads: int = 32, shared: int = 8, width: int = 128, layers
     def new(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device="cuda")
 
-    with pretending(shapes=True):
+    with pretending(shapes=True, native=True):
         senders, receivers = [ek.Nodes(new(tokens, 1, features))], []
         for _ in range(layers):
             written = ek.Nodes(new(tokens, heads, width), new(heads, width, features))
@@ -158,13 +159,13 @@ def head_space_scores(heads: int = 32, shared: int = 8, width: int = 128, layers
     return {"launches": found.launches.total(), "waits": found.own_waits, "bytes over least": found.bytes / least}
 
 
-def a_batch(call: Callable[..., object]) -> dict[str, float]:
-    """Launches of a batch of one pair as ever, and of one that is replayed."""
+def a_batch(call: Callable[..., object], native: bool = True) -> dict[str, float]:
+    """Launches of a batch of one pair as ever, and of one that is replayed; `native` as in `pretending`."""
 
     def last(n: int) -> int:
         """Launches of the last of so many."""
         seen: list[int] = []
-        with pretending(shapes=True), counting() as found:
+        with pretending(shapes=True, native=native), counting() as found:
             progress = lambda *_: seen.append(found.launches.total())  # noqa: E731
             call(model_of(GPT2), pairs(n), batch_size=1, progress=progress)
         return seen[-1] - seen[-2]
@@ -174,52 +175,54 @@ def a_batch(call: Callable[..., object]) -> dict[str, float]:
         return {"launches": plain, "replayed": last(5)}
 
 
-def run(parts: Iterable[str]) -> None:
-    for part in parts:
-        rows = PARTS[part]()
-        found: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
-        found[part] = {"commit": commit(), "rows": rows}
-        RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+def rows() -> dict[str, dict[str, Callable[[], dict[str, float]]]]:
+    """How each row of each table is counted."""
+    calls = {
+        f"`{call.__name__}`, {name}": partial(beside, name, call) for name in LAYERS for call in (attribute, evaluate)
+    }
+    for call in (attribute, evaluate):
+        calls[f"`{call.__name__}`, {LLAMA}, memory estimated"] = partial(beside, LLAMA, call, memory=None)
+    calls[f"`attribute`, {WHOLE}, prompts of {LONG} tokens"] = partial(beside, WHOLE, attribute, LONG)
+    operators: dict[str, Callable[[], dict[str, float]]] = {
+        f"`masked_read`, reference, {name}": partial(masked_read, getattr(torch, name))
+        for name in ("float32", "bfloat16")
+    }
+    kinds = (("", True), (", by the reference", False))
+    batches = {
+        f"`attribute`, `{name}`{words}": partial(a_batch, partial(attribute, method=name), native)
+        for words, native in kinds
+        for name in METHODS
+    }
+    return {
+        "calls": calls,
+        "operators": {**operators, "`head_space_scores`": head_space_scores},
+        "batches": {**batches, f"`evaluate`, {CIRCUITS} circuits": partial(a_batch, evaluate)},
+    }
+
+
+def run(wanted: Sequence[str]) -> None:
+    """Count the rows in whose names one of these words is, or all."""
+    for part, counted_rows in rows().items():
+        for name, count in counted_rows.items():
+            if wanted and not any(word in name for word in wanted):
+                continue
+            numbers = count()
+            found: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+            kept = found.get(part, {"rows": {}})["rows"] | {name: numbers}
+            found[part] = {"commit": commit(), "rows": {each: kept[each] for each in counted_rows if each in kept}}
+            RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     from docs import documents
 
     documents.write(ROOT, ["docs/performance.md"])
 
 
-def _calls() -> dict[str, dict[str, float]]:
-    found = {}
-    for name in LAYERS:
-        for call in (attribute, evaluate):
-            found[f"`{call.__name__}`, {name}"] = beside(name, call)
-    for call in (attribute, evaluate):
-        found[f"`{call.__name__}`, {LLAMA}, memory estimated"] = beside(LLAMA, call, memory=None)
-    return {**found, f"`attribute`, {WHOLE}, prompts of {LONG} tokens": beside(WHOLE, attribute, LONG)}
-
-
-def _operators() -> dict[str, dict[str, float]]:
-    dtypes = torch.float32, torch.bfloat16
-    found = {f"`masked_read`, reference, {str(dtype).removeprefix('torch.')}": masked_read(dtype) for dtype in dtypes}
-    return {**found, "`head_space_scores`": head_space_scores()}
-
-
-def _batches() -> dict[str, dict[str, float]]:
-    found = {f"`attribute`, `{method}`": a_batch(partial(attribute, method=method)) for method in METHODS}
-    return {**found, f"`evaluate`, {CIRCUITS} circuits": a_batch(evaluate)}
-
-
-PARTS: dict[str, Callable[[], dict[str, dict[str, float]]]] = {
-    "calls": _calls,
-    "operators": _operators,
-    "batches": _batches,
-}
-
-
 def calls(_: tables.Results) -> str:
-    columns = ["call, one batch", "launches", "the model's own", "waits", "bytes beside those of its own"]
-    columns += ["predicted time over its own"]
-    whole = "launches", "own launches", "waits"
+    columns = ["call, one batch", "launches", "the model's own", "beyond these, by layer and pass or circuit", "waits"]
+    columns += ["bytes beside those of its own", "predicted time over its own"]
 
     def row(each: dict[str, float]) -> list[str]:
-        return [*(f"{each[key]:,}" for key in whole), f"{each['bytes beside']:.2f}", f"{each['time over own']:.2f}"]
+        launches = f"{each['launches']:,}", f"{each['own launches']:,}", f"{each['beyond']:.1f}"
+        return [*launches, f"{each['waits']}", f"{each['bytes beside']:.2f}", f"{each['time over own']:.2f}"]
 
     return _table("calls", columns, row)
 
@@ -246,4 +249,4 @@ def _table(part: str, columns: Sequence[str], row: Callable[[dict[str, float]], 
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:] or PARTS)
+    run(sys.argv[1:])

@@ -24,7 +24,8 @@ from .rates import rates_of
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Left, Found = TypeVar("Left"), TypeVar("Found")
+Left = TypeVar("Left")
+Found = TypeVar("Found")
 # To capture a shape costs about as much as three of its batches.
 FEWEST = 8
 _SECONDS = 4e-6  # the least that a launch takes the host; not yet measured

@@ -52,7 +52,8 @@ class CircuitValues(Replayable[Measurement, Tensor]):
         return self.finish(self.record(batch, tokens), batch)
 
     def record(self, batch: Batch, tokens: int) -> Measurement:
-        request, measured = self._request, None
+        request = self._request
+        measured: Measurement | None = None
         for runs in self._runs:
             runner = request.runner(runs.graph.base, batch)
             record = record_run(runner, True, request.constants)

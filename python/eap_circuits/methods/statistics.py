@@ -125,8 +125,8 @@ class LaterScores(Contractions):
         super().__init__(request, batch)
         self._waiting: list[tuple[list[Nodes], list[Nodes], Stream, slice, float]] = []
 
-    def _add(self, *given: Any) -> None:
-        self._waiting.append(given)
+    def _add(self, delta: list[Nodes], grad: list[Nodes], stream: Stream, features: slice, times: float) -> None:
+        self._waiting.append((delta, grad, stream, features, times))
 
     def of(self, batch: Batch) -> BatchScores:
         """The scores of the batch for which the passes were replayed."""
@@ -147,9 +147,8 @@ class BatchScores(Contractions):
     """
 
     def __init__(self, request: AttributionRequest, batch: Batch) -> None:
-        keep, graph = request.keep, request.graph
-        self.batch, self._arch, self._graph, self._request = batch, request.arch, graph, request
-        self._measured: list[Measurement] = []
+        super().__init__(request, batch)
+        keep, graph, self._arch = request.keep, request.graph, request.arch
         self.sums: dict[str, Tensor] = {}
         self._parts: dict[str, list[Tensor | slice]] = {}
         self.places: dict[str, Tensor] = {}

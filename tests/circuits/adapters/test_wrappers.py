@@ -154,7 +154,7 @@ def test_offloaded_weights_are_fetched_and_left_where_they_were(
 
 def offloaded(base):
     accelerate = pytest.importorskip("accelerate")
-    accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
+    accelerate.cpu_offload(nn.Sequential(base), execution_device=torch.device("cpu"))
     return base
 
 

@@ -72,6 +72,7 @@ def circuits_of(model: Any) -> list[eap.Circuit]:
 
 
 def counted(call: Callable[[], object]) -> Counts:
+    ek.backends()  # a backend is tried once a process, which is a wait
     with counting() as found:
         call()
     return found

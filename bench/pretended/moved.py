@@ -66,7 +66,8 @@ def _operations(name: str, given: list[Tensor], made: list[Tensor]) -> int:
         groups = zip(given[::4], given[1::4], strict=True)
         return sum(2 * x.numel() * weight.shape[-1] for x, weight in groups if weight.dim() == 3)
     if name == "edge_scores":
-        return 2 * given[0].shape[0] * given[1].shape[0] * given[0].shape[1] * given[0].shape[2]
+        reach = given[2]  # on the CPU
+        return 2 * int(reach.sum()) * given[0].shape[1] * given[0].shape[2]
     if name == "masked_read":
         return 2 * given[2].numel() * given[1].shape[-2] * given[1].shape[-1]
     return 0

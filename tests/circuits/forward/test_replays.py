@@ -70,7 +70,7 @@ def agree(found: eap.EdgeScores, right: eap.EdgeScores) -> None:
         ("gpt2", 3, {"reuse_prefix": False, "quadrature": "midpoint"}),
         ("gpt2", 1, {"quadrature": "gauss-legendre", "keep": "neurons"}),
         ("gpt-neox", 1, {"method": "clean-corrupted", "ablation": "mean"}),
-        ("llama", 2, {"method": "eap-ig-activations", "keep": "examples"}),
+        ("gpt2", 2, {"method": "eap-ig-activations", "keep": "examples"}),
         ("gpt2", 2, {"method": "eap-gp"}),
     ],
 )

@@ -231,7 +231,7 @@ def calls(_: tables.Results) -> str:
 def batches(_: tables.Results) -> str:
     def row(each: dict[str, float]) -> list[str]:
         share = each["replayed"] / each["launches"]
-        return [f"{each['launches']:,}", f"{each['replayed']}", f"{100 * share:.1f} %"]
+        return [f"{each['launches']:,}", f"{each['replayed']:,}", f"{100 * share:.1f} %"]
 
     return _table("batches", [f"a batch of one pair, {GPT2}", "launches", "replayed", "share"], row)
 

@@ -37,15 +37,15 @@ class CircuitValues(Replayable[Measurement, Tensor]):
 
     def __init__(self, request: Request, circuits: Sequence[Circuit]) -> None:
         self._request, self._circuits = request, circuits
-        # Those that run, by graph: of a model there are two, each without spans or with some. The circuit of all edges
-        # is the clean run, the circuit without edges the fully ablated run.
+        # Those that run, by graph: with spans or without, by key or by query head. The circuit of all edges is the
+        # clean run, the circuit without edges the fully ablated run.
         first = circuits[0].graph
-        masks = {first: [first.edge_mask]}
-        self._ran: list[int] = []  # their rows in the result
-        for row, item in sorted(enumerate(circuits, 2), key=lambda each: each[1].graph != first):
+        masks, rows = {first: [first.edge_mask]}, {first: list[int]()}
+        for row, item in enumerate(circuits, 2):
             if _runs(item):
                 masks.setdefault(item.graph, []).append(item.mask)
-                self._ran.append(row)
+                rows.setdefault(item.graph, []).append(row)
+        self._ran = [row for each in rows.values() for row in each]  # their rows in the result, as they run
         self._runs = [CircuitRuns(graph, each) for graph, each in masks.items()]
 
     def run(self, batch: Batch, tokens: int) -> Tensor:

@@ -11,7 +11,7 @@ from tests.circuits.conftest import ENCODERS, MIXERS, NEWER, pairs_for, random_c
 from tests.circuits.untouched import snapshot
 
 # In some layers their cache keeps states, not keys and values.
-STATES = {"bamba", "jamba", "lfm2", "mamba", "mamba2", "qwen3-5", "qwen3-next"}
+STATES = {"bamba", "falcon-h1", "jamba", "lfm2", "mamba", "mamba2", "nemotron-h", "qwen3-5", "qwen3-next"}
 # Before the residual stream begins, a norm reads positions too.
 PLACED = {"bart", "bert"}
 REWRITING = {"bart", "bert", "marian", *ENCODERS} - {"modernbert", "modernbert-classes", "llama-classes"}

@@ -28,6 +28,7 @@ from tests.circuits.models import (
     ENCODER_DECODERS,
     ENCODERS,
     FAMILIES,
+    HYBRIDS,
     KINDS,
     MIXERS,
     NEWER,
@@ -47,7 +48,7 @@ def need_transformers(name: str) -> None:
 def tiny_model(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
     """A random model whose every weight matters: gains and biases too are away from 1 and 0."""
     need_transformers(name)
-    every = {**CONFIGS, **MIXERS, **ENCODERS, **NEWER, **ENCODER_DECODERS}
+    every = {**CONFIGS, **MIXERS, **ENCODERS, **NEWER, **ENCODER_DECODERS, **HYBRIDS}
     torch.manual_seed(list(every).index(name))
     kind, fields = every[name]
     if any("experts" in name for name in fields):  # grouped products of experts know no float64
@@ -183,7 +184,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def model_types() -> list[str]:
-    every = (*CONFIGS.values(), *MIXERS.values(), *ENCODERS.values(), *NEWER.values())
+    every = (*CONFIGS.values(), *MIXERS.values(), *ENCODERS.values(), *NEWER.values(), *HYBRIDS.values())
     return [model_type for model_type, _ in every]
 
 

@@ -61,7 +61,8 @@ def image_pairs(
         for side, own in zip(sides, which.split([len(side.shown) for side in sides]), strict=True):
             side.ids[side.places] = vocabulary(arch.model) + own
         data = PairedDataset.from_tokens(
-            *(side.ids for side in sides),
+            sides[0].ids,
+            sides[1].ids,
             answers=answers,
             name=name,
             metric=metric,
@@ -81,7 +82,8 @@ class _Side:
     """
 
     def __init__(self, arch: Architecture, label: str, given: Mapping[str, Tensor]) -> None:
-        ids = instance(f"{label}'s input_ids", instance(label, given, Mapping).get("input_ids"), Tensor)
+        instance(label, given, Mapping)  # type: ignore[type-abstract]
+        ids = instance(f"{label}'s input_ids", given.get("input_ids"), Tensor)
         mask = given.get("attention_mask", torch.ones_like(ids))
         self.ids, self.mask = ids.cpu().clone(), mask.cpu()
         there = {key: x.to(arch.device) if isinstance(x, Tensor) else x for key, x in given.items()}

@@ -7,7 +7,16 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.selfcheck import check_model
-from tests.circuits.conftest import ENCODERS, MIXERS, NEWER, pairs_for, random_circuit, random_edges, tiny_model
+from tests.circuits.conftest import (
+    ENCODERS,
+    HYBRIDS,
+    MIXERS,
+    NEWER,
+    pairs_for,
+    random_circuit,
+    random_edges,
+    tiny_model,
+)
 from tests.circuits.untouched import snapshot
 
 # In some layers their cache keeps states, not keys and values.
@@ -18,7 +27,7 @@ REWRITING = {"bart", "bert", "marian", *ENCODERS} - {"modernbert", "modernbert-c
 pytestmark = pytest.mark.filterwarnings("ignore:.*prefixes are not reused")
 
 
-@pytest.fixture(params=[*MIXERS, *ENCODERS, *NEWER])
+@pytest.fixture(params=[*MIXERS, *ENCODERS, *NEWER, *HYBRIDS])
 def mixer(request):
     return request.param
 

@@ -23,12 +23,12 @@ from eap_circuits.forward import borrowed
 from eap_circuits.graph import Circuit, Graph
 from eap_circuits.tasks import PairedDataset
 from eap_kernels.testing import relative_error
+from tests.circuits.hybrids import HYBRIDS, PICTURES
 from tests.circuits.models import (
     CONFIGS,
     ENCODER_DECODERS,
     ENCODERS,
     FAMILIES,
-    HYBRIDS,
     KINDS,
     MIXERS,
     NEWER,
@@ -184,8 +184,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def model_types() -> list[str]:
-    every = (*CONFIGS.values(), *MIXERS.values(), *ENCODERS.values(), *NEWER.values(), *HYBRIDS.values())
-    return [model_type for model_type, _ in every]
+    every = (CONFIGS, MIXERS, ENCODERS, NEWER, HYBRIDS, PICTURES)
+    return [model_type for kind in every for model_type, _ in kind.values()]
 
 
 @pytest.fixture

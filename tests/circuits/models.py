@@ -403,38 +403,3 @@ SINCE = {
 }
 # One of each way in which families differ, for what does not depend on the modules' names.
 KINDS = ["falcon", "gemma2", "gpt2", "gpt-neox", "llama", "mistral-window", "olmo2", "qwen3-moe"]
-# State spaces beside attention, and layers of one block each.
-HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "falcon-h1": (
-        "falcon_h1",
-        {
-            **_HYBRID,
-            "embedding_multiplier": 1.7,
-            "lm_head_multiplier": 0.6,
-            "mlp_multipliers": [0.8, 1.2],
-            "attention_in_multiplier": 1.3,
-            "attention_out_multiplier": 0.7,
-            "ssm_in_multiplier": 0.6,
-            "ssm_out_multiplier": 1.4,
-            "mamba_d_ssm": 32,
-            "mamba_n_heads": 4,
-            "mamba_d_head": 8,
-            "mamba_n_groups": 2,
-            "mamba_d_state": 4,
-            "mamba_chunk_size": 4,
-        },
-    ),
-    "nemotron-h": (
-        "nemotron_h",
-        {
-            **_GROUPED,
-            "layers_block_type": ["linear_attention", "mlp", "full_attention"],
-            "head_dim": 4,
-            "mamba_num_heads": 4,
-            "mamba_head_dim": 8,
-            "n_groups": 2,
-            "ssm_state_size": 4,
-            "chunk_size": 4,
-        },
-    ),
-}

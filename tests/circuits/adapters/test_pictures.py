@@ -11,34 +11,22 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import eap_circuits as eap
 from tests.circuits.conftest import random_edges, tiny_model
-from tests.circuits.models import CONFIGS, VOCABULARY
+from tests.circuits.hybrids import PICTURED as PLACE
+from tests.circuits.hybrids import PICTURES
 
-PLACE, PADDING = VOCABULARY - 1, 0
+PADDING = 0
 ANSWERS = [[3, 4], [5, 6], [7, 8]]
-_SEES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14}
-FAMILIES = {
-    "gemma3": {
-        "text_config": CONFIGS["gemma3-images"][1]["text_config"],
-        "vision_config": {**_SEES, "image_size": 28},
-        "mm_tokens_per_image": 4,
-        "image_token_id": PLACE,
-    },
-    "llava": {
-        "text_config": {**CONFIGS["llama"][1], "model_type": "llama"},
-        "vision_config": {**_SEES, "image_size": 28, "projection_dim": 8, "model_type": "clip_vision_model"},
-        "image_token_index": PLACE,
-    },
-}
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES])
+@pytest.fixture(scope="module", params=[*PICTURES])
 def model(request):
     return build(request.param)
 
 
 def build(kind):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **copy.deepcopy(FAMILIES[kind]))
+    model_type, fields = PICTURES[kind]
+    config = AutoConfig.for_model(model_type, **copy.deepcopy(fields))
     found = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
         for parameter in found.parameters():
@@ -76,6 +64,10 @@ def differences(model, given):
         found.append(logits[good] - logits[bad])
     hook.remove()
     return torch.stack(found), read
+
+
+def test_self_check_passes(model):
+    assert all(check.passed for check in eap.check_model(model, n_edges=3))
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])

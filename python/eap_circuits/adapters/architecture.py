@@ -51,6 +51,8 @@ class Layer:
     ungrouped: tuple[tuple[str, object], ...]  # attributes of `attention` that make it take k and v per query head
     per_layer: bool = False  # no layer, but what the module of the one before makes of per-layer embeddings
     bare: bool = False  # there is no MLP: nothing looks at `mlp_norm`, `mlp_in` and `mlp_out`
+    beside: bool = False  # no layer, but heads beside those of the one before
+    heads_scale: float = 1.0  # what heads write is also multiplied by this
     memory: Norm | None = None  # of cross-attention: through which k and v read the encoder's residual stream
 
     @property
@@ -69,7 +71,7 @@ class Layer:
     @property
     def caches(self) -> bool:
         """May the model's cache hold something of it?"""
-        return self.keys is None and not self.per_layer
+        return self.keys is None and not self.per_layer and not self.beside
 
     @property
     def reads(self) -> Reads | None:
@@ -103,13 +105,14 @@ class Layer:
         """Each head's linear map from `written` to the residual stream, [H, K, D], or to some of its D features."""
         norm = self.post_norm
         # Rounded once, where there is more to it than the projection.
-        wide = dtype if norm is None and self.scale == 1 else torch.promote_types(dtype, torch.float32)
+        scale = self.scale * self.heads_scale
+        wide = dtype if norm is None and scale == 1 else torch.promote_types(dtype, torch.float32)
         if norm is not None and norm.centred:
             weight = norm.forwards(self._out_weight.at().to(wide).T)[:, features]
         else:
             weight = self._out_weight.at(features).to(wide).T
             weight = weight if norm is None else norm.forwards(weight, features)
-        return (weight if self.scale == 1 else weight * self.scale).to(dtype).unflatten(0, (self.n_heads, -1))
+        return (weight if scale == 1 else weight * scale).to(dtype).unflatten(0, (self.n_heads, -1))
 
     @cached_property
     def _out_weight(self) -> Weight:
@@ -158,6 +161,7 @@ class Architecture:
     parallel: bool
     embedding_norm: nn.Module | None  # between the token embeddings and the residual stream
     embedding_scale: float
+    given_scale: float  # what the model multiplies embeddings by that it is given
     per_layer: tuple[Any, nn.Module] | None  # what gives per-layer embeddings, and what makes their part of the others
     causal: bool  # does no token see later ones?
     classifies: bool  # logits are one row of classes for each prompt
@@ -238,7 +242,8 @@ class Architecture:
             keys=tuple(index if layer.keys is None else layer.keys for index, layer in enumerate(self.layers)),
             per_layer=tuple(layer.per_layer for layer in self.layers),
             encoder=self.encoder,
-            bare=any(layer.bare for layer in self.layers),
+            mlps=tuple(not layer.bare for layer in self.layers),
+            beside=tuple(layer.beside for layer in self.layers),
         )
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ USED = """
 import torch, transformers, eap_kernels, eap_circuits as eap
 assert eap_kernels.backends()["cpu"] is None, eap_kernels.backends()["cpu"]
 assert eap.__version__ == eap_kernels.__version__
-config = transformers.LlamaConfig(64, 32, 64, 2, 4, num_key_value_heads=2)
+sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+config = transformers.LlamaConfig(**sizes)
 model = transformers.LlamaForCausalLM(config).eval()
 data = eap.PairedDataset.from_tokens(torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4, 3]]), answers=torch.tensor([[5, 6]]))
 circuit = eap.attribute(model, data).select(20)
@@ -81,7 +82,15 @@ def left_out(sdist: Path, tracked: list[str]) -> list[str]:
 def lacking(described: str, changelog: str) -> list[str]:
     """What the metadata and the changelog do not yet say of a release."""
     known = Parser().parsestr(described)
-    wanted = ("Summary", "Keywords", "Classifier", "License-Expression", "License-File", "Project-URL", "Requires-Python")
+    wanted = (
+        "Summary",
+        "Keywords",
+        "Classifier",
+        "License-Expression",
+        "License-File",
+        "Project-URL",
+        "Requires-Python",
+    )
     found = [f"pyproject.toml has no {name}" for name in wanted if not known.get_all(name)]
     heading = next((line for line in changelog.splitlines() if line.startswith("## ")), "none")
     if not re.fullmatch(rf"## {re.escape(known['Version'])} — \d{{4}}-\d\d-\d\d", heading):
@@ -127,7 +136,9 @@ def tried(wheel: Path, layout: str) -> None:
         run(python, "-c", USED, cwd=place, **path)
         for typed in (["--version"], ["--help"], ["tasks"], ["info"]):
             run(place / "bin" / "eap", *typed, cwd=place, **path)
-        print(f"release: {wheel.name} works as installed by {'pip, laid out like' if layout == 'conda' else ''} {layout}")
+        print(
+            f"release: {wheel.name} works as installed by {'pip, laid out like' if layout == 'conda' else ''} {layout}"
+        )
 
 
 def main() -> None:
@@ -137,7 +148,9 @@ def main() -> None:
     in_the_way = ["there are changes that are not committed"] if run("git", "status", "--porcelain", cwd=ROOT) else []
     sdist, wheel = build(folder)
     print(f"release: built {sdist.name} and {wheel.name} in {folder}")
-    in_the_way += [f"{sdist.name} lacks {name}" for name in left_out(sdist, run("git", "ls-files", cwd=ROOT).splitlines())]
+    in_the_way += [
+        f"{sdist.name} lacks {name}" for name in left_out(sdist, run("git", "ls-files", cwd=ROOT).splitlines())
+    ]
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         in_the_way += lacking(archive.read(name).decode(), (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))

@@ -90,7 +90,10 @@ def test_isolated_wheel_has_both_packages_and_the_library(tmp_path):
     # Of glibc and GCC's libraries they need no newer versions than manylinux_2_28 has, as torch's own wheels do.
     for name, library in itertools.product(libraries, (b"GLIBC_2", b"GLIBCXX_3.4", b"CXXABI_1.3")):
         found = {int(version) for version in re.findall(rb"%s\.(\d+)" % re.escape(library), packed.read(name))}
-        assert max(found, default=0) <= {b"GLIBC_2": 28, b"GLIBCXX_3.4": 24, b"CXXABI_1.3": 11}[library], (name, library)
+        assert max(found, default=0) <= {b"GLIBC_2": 28, b"GLIBCXX_3.4": 24, b"CXXABI_1.3": 11}[library], (
+            name,
+            library,
+        )
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ PACKAGED = ("csrc", "eap_kernels", "python")
 # What torch's own wheels ask of a system.
 PLATFORM = f"manylinux_2_28_{platform.machine()}"
 OF_TORCH = ("libtorch*", "libc10*")
+LAYOUTS = {"pip": "installed by pip", "uv": "installed by uv", "conda": "installed by pip where all lies as conda has it"}
 USED = """
 import torch, transformers, eap_kernels, eap_circuits as eap
 assert eap_kernels.backends()["cpu"] is None, eap_kernels.backends()["cpu"]
@@ -35,7 +36,8 @@ assert eap.__version__ == eap_kernels.__version__
 sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 config = transformers.LlamaConfig(**sizes)
 model = transformers.LlamaForCausalLM(config).eval()
-data = eap.PairedDataset.from_tokens(torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4, 3]]), answers=torch.tensor([[5, 6]]))
+tokens, corrupted, answers = (torch.tensor([each]) for each in ([1, 2, 3], [1, 4, 3], [5, 6]))
+data = eap.PairedDataset.from_tokens(tokens, corrupted, lengths=torch.tensor([3]), answers=answers)
 circuit = eap.attribute(model, data).select(20)
 print(eap.evaluate(model, circuit, data))
 """
@@ -82,15 +84,7 @@ def left_out(sdist: Path, tracked: list[str]) -> list[str]:
 def lacking(described: str, changelog: str) -> list[str]:
     """What the metadata and the changelog do not yet say of a release."""
     known = Parser().parsestr(described)
-    wanted = (
-        "Summary",
-        "Keywords",
-        "Classifier",
-        "License-Expression",
-        "License-File",
-        "Project-URL",
-        "Requires-Python",
-    )
+    wanted = ("Summary", "Keywords", "Classifier", "License-Expression", "License-File", "Project-URL", "Requires-Python")
     found = [f"pyproject.toml has no {name}" for name in wanted if not known.get_all(name)]
     heading = next((line for line in changelog.splitlines() if line.startswith("## ")), "none")
     if not re.fullmatch(rf"## {re.escape(known['Version'])} — \d{{4}}-\d\d-\d\d", heading):
@@ -136,9 +130,7 @@ def tried(wheel: Path, layout: str) -> None:
         run(python, "-c", USED, cwd=place, **path)
         for typed in (["--version"], ["--help"], ["tasks"], ["info"]):
             run(place / "bin" / "eap", *typed, cwd=place, **path)
-        print(
-            f"release: {wheel.name} works as installed by {'pip, laid out like' if layout == 'conda' else ''} {layout}"
-        )
+        print(f"release: {wheel.name} works, {LAYOUTS[layout]}")
 
 
 def main() -> None:
@@ -148,13 +140,11 @@ def main() -> None:
     in_the_way = ["there are changes that are not committed"] if run("git", "status", "--porcelain", cwd=ROOT) else []
     sdist, wheel = build(folder)
     print(f"release: built {sdist.name} and {wheel.name} in {folder}")
-    in_the_way += [
-        f"{sdist.name} lacks {name}" for name in left_out(sdist, run("git", "ls-files", cwd=ROOT).splitlines())
-    ]
+    in_the_way += [f"{sdist.name} lacks {name}" for name in left_out(sdist, run("git", "ls-files", cwd=ROOT).splitlines())]
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         in_the_way += lacking(archive.read(name).decode(), (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
-    for layout in ("pip", "uv", "conda"):
+    for layout in LAYOUTS:
         tried(wheel, layout)
     if in_the_way:
         sys.exit("\n".join(f"release: {problem}" for problem in in_the_way))

@@ -124,9 +124,7 @@ def test_record_writes_result_ratios_and_tables(elsewhere):
 def test_parts_of_a_gpu_s_benches_are_merged(elsewhere, monkeypatch):
     """Those of another commit say so; those of another driver or of other versions do not stay."""
     path = elsewhere / "bench/results/nvidia-h200.json"
-    record.record(
-        run_json({"test_a[x]": {"speedup": 1.0}, "test_b": {"speedup": 2.0}}) | {"gpu_state": {"before": "35 C"}}
-    )
+    record.record(run_json({"test_a[x]": {"speedup": 1.0}, "test_b": {"speedup": 2.0}}) | {"gpu_state": {"before": "35 C"}})
     monkeypatch.setenv("EAP_COMMIT", "abcdef9876")
     later = {**run_json({"test_b": {"speedup": 3.0}, "test_c": {"speedup": 4.0}}), "datetime": "2026-01-03T00:00:00"}
     record.record(later | {"gpu_state": {"before": "60 C"}})
@@ -160,8 +158,8 @@ def test_a_comparison_fails_on_a_regression_and_writes_nothing(elsewhere):
 
 
 def test_a_cpu_s_result_and_ratios_are_named_apart():
-    facts = {"processor": "Intel(R) Xeon(R) Processor", "cores": 2}
-    assert measure.slug(facts) == "intel-r-xeon-r-processor-2-cores"
+    facts = {"processor": "Intel(R) Xeon(R) Processor", "cores": 2, "instruction_set": "x86-64-v4"}
+    assert measure.slug(facts) == "intel-r-xeon-r-processor-x86-64-v4-2-cores"
     assert record.result_name({"machine": facts}) == "cpu.json"
 
 

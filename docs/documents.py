@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from bench import explorer, tables
-from docs import agreement, counts, learning, models, registries, scale, verdicts
+from docs import agreement, counts, gallery, learning, models, registries, scale, verdicts
 
 BEGIN, END = "<!-- python -m docs.documents writes this from {} -->\n", "<!-- end -->"
 MEASURED, PERFORMANCE, MODELS = "bench/results", "docs/results/performance.json", "docs/results/models.json"
@@ -61,6 +61,7 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
 WHOLE: dict[str, Callable[[], str]] = {
     "docs/reproduction.md": lambda: _page("reproduction", "results.json"),
     "docs/leaderboard.md": lambda: _page("leaderboard", "leaderboard.json"),
+    "docs/gallery.md": gallery.page,
     "python/eap_circuits/cli/choices.json": registries.choices,
 }
 # A bench writes only these: the others need all of eap_circuits.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from ..files import write_whole
 from ..report.figures.style import INK, LETTERS, MUTED, NEGATIVE, PAPER, POSITIVE
@@ -216,10 +217,10 @@ def _beside(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
             if found.worse:
                 size = max(found.worse, key=lambda each: found.worse[each])
                 own = _at(_having(runs, ranking), START, list(found.further).index(size))
-                apart = f" ({max(own) - min(own):.2f})" if own[1:] else ""
+                apart = f" ({max(own) - min(own):.3f})" if own[1:] else ""
                 less = f"{len(found.worse)} of {len(found.further)} sizes, most at {size:,}: "
                 less += f"{found.worse[size]:.3f}{apart}"
-            rows.append((task, ranking, f"{found.edges:.2f}", f"{found.cmd:.2f}", f"{found.time:.2g}", less))
+            rows.append((task, ranking, f"{found.edges:.3f}", f"{found.cmd:.2f}", f"{found.time:.2g}", less))
     return rows
 
 
@@ -288,6 +289,7 @@ def draw_cost(results: Mapping[str, Any]) -> Figure:
         front = [p for p in sorted(points) if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]
         ax.plot(*zip(*front, strict=True), color=MUTED, linewidth=1.2, drawstyle="steps-post", zorder=1)
         ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter(NullFormatter())  # panels are too narrow for labels between powers of ten
         ax.set_yscale("log")
 
     return panels(list(results["tasks"]), panel, "forward passes", f"edges at {FAITHFUL[0]}")

@@ -135,8 +135,8 @@ def test_the_page_says_what_the_results_say(model: Any, tasks: dict[str, Any], t
     )
     assert text.startswith(f"# Leaderboard on {results['request']['model']['name']}, 2 scored pairs")
     assert '"ibcircuit" is `ibcircuit` of the next-token divergence for 2 steps.' in text
-    assert "| first | learned | 0.10 | 0.50 | 30 | no size |" in text
-    assert "| second | learned | 0.50 | 0.50 | 30 | 1 of 2 sizes, most at 10: 0.200 (0.00) |" in text
+    assert "| first | learned | 0.100 | 0.50 | 30 | no size |" in text
+    assert "| second | learned | 0.500 | 0.50 | 30 | 1 of 2 sizes, most at 10: 0.200 (0.000) |" in text
     assert "| first | learned |" in text and "1,234 (1,234–1,235)" in text
     files = write_page(results, tmp_path)
     assert (tmp_path / "leaderboard.md").read_text() == text

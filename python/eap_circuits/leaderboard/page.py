@@ -208,7 +208,7 @@ def _sizes(runs: Runs, ranking: str) -> list[int]:
 
 
 def _beside(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    rows = [("task", "ranking", f"edges at {FAITHFUL[0]}", "CMD", "seconds", "less faithful at")]
+    rows: list[tuple[str, ...]] = [("task", "ranking", f"edges at {FAITHFUL[0]}", "CMD", "seconds", "less faithful at")]
     for task, runs in results["tasks"].items():
         for ranking in _names(runs):
             if ranking == START:

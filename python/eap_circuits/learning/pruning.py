@@ -94,7 +94,7 @@ def prune_gradually(
     examples = whole("examples", examples, 1)
     progress, reuse_prefix = watched(progress), flag("reuse_prefix", reuse_prefix)
     request = prepare(model, data, metric, ablation, None, ablation_data, reuse_prefix, memory)
-    check_gradient(request, "prune_gradually")
+    check_gradient(request)
     check_start(start, request)
     graph = start.graph
     asked = _Asked(keep, examples, *sizes_of(n_edges, graph.n_edges, _SHARES))

@@ -84,14 +84,18 @@ class BackwardRules:
             InputError: a norm of unknown kind; in the pass itself, a layer without an activation function or attention
                 pattern that can be recognised.
         """
-        norms = [replace(self._arch.final_norm, unit=1.0)]  # of what the module itself reads
+        outer = dict.fromkeys([*(x.memory for x in self._arch.layers if x.memory), self._arch.final_norm])
+        norms = [replace(norm, unit=1.0) for norm in outer]  # of what the module itself reads
+        before = None
         for index, (layer, (found, activations)) in enumerate(zip(self._arch.layers, self._parts, strict=True)):
             if layer.per_layer:  # a part of the one before
                 continue
-            norms += found
-            for module in activations:
-                hooks.replace_forward(module, partial(self._activate, module.forward))
-            hooks.replace_forward(layer.module, partial(self._run_layer, index, layer.module.forward))
+            if layer.module is not before:  # which may be self-attention and cross-attention
+                norms += found
+                for module in activations:
+                    hooks.replace_forward(module, partial(self._activate, module.forward))
+                hooks.replace_forward(layer.module, partial(self._run_layer, index, layer.module.forward))
+            before = layer.module
             if self._changes_attention and layer.n_heads:
                 hooks.replace_forward(layer.attention, partial(self._attend, index, layer.attention.forward))
             if self._rules.temperature is not None and layer.n_heads:

@@ -25,7 +25,6 @@ class InputsMethod(GradientMethod):
     """Gradients along the path between the embeddings."""
 
     replayed: ClassVar[bool] = True
-    streams: ClassVar[bool] = True
 
     def between_prompts(self, steps: int, quadrature: str) -> bool:
         return any(alpha != 1 for alpha, _ in self.path(steps, quadrature))

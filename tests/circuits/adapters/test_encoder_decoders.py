@@ -296,6 +296,8 @@ def test_from_a_file_of_texts_to_scores_and_curves(tmp_path):
     out, given = tmp_path / "scores.safetensors", ("--data", tmp_path / "pairs.jsonl")
     run("attribute", tmp_path / "model", *given, "-o", out, "--method", "eap")
     run("curve", tmp_path / "model", out, *given, "-o", tmp_path / "curve.json")
+    run("report", out, "-o", tmp_path / "report.html")
+    assert "dec.x1.h0" in (tmp_path / "report.html").read_text()
     scores = eap.EdgeScores.load(out)
     assert scores.values.any() and scores.graph.encoder == 2
 

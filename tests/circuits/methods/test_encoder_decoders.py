@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind
@@ -13,6 +14,7 @@ from eap_circuits.recording import RULES
 from eap_circuits.selfcheck import StayDouble
 from tests.circuits.conftest import (
     ENCODER_DECODERS,
+    VOCABULARY,
     circuit_of,
     groups_of,
     loss_of,
@@ -22,6 +24,7 @@ from tests.circuits.conftest import (
     random_edges,
     tiny_model,
 )
+from tests.circuits.learning.test_sequential import one_after_another
 from tests.circuits.two_sides import TwoSides, differences, gradients, of_circuit, of_moved, scores
 
 N = 2
@@ -293,3 +296,16 @@ def test_other_families_by_every_method(name):
         without[edge] = False
         result = eap.evaluate(model, eap.Circuit(graph, without), data)
         assert float(found.values[edge]) == pytest.approx(result.clean - result.mean, rel=1e-5, abs=1e-6)
+
+
+def test_acdc_is_the_sequential_algorithm():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+    config = T5Config(vocab_size=VOCABULARY, initializer_factor=8.0, decoder_start_token_id=0, **sizes)
+    model, data = T5ForConditionalGeneration(config).double().eval(), pairs_for("t5", n=N)
+    graph = bind(model).graph("kv")
+    for ablation in ("patching", "zero"):
+        right, _ = one_after_another(model, graph, data, 0.05, "logit_diff", ablation=ablation)
+        found = eap.acdc(model, data, 0.05, "logit_diff", ablation=ablation)
+        assert 0 < int(right.sum()) < graph.n_edges
+        assert torch.equal(found.mask, eap.Circuit(graph, right).pruned().mask)

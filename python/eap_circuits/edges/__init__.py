@@ -21,4 +21,5 @@ __all__ = [
     "layer_name",
     "numbers",
     "prune",
+    "readers_of",
 ]

@@ -96,8 +96,8 @@ class BatchScores:
             places["spans"] = [each.host["spans"].flatten()[each.host["rows"]] for each in streams]
         for name, found in places.items():
             self.places[name] = torch.cat(found).unique()
-            parts = [[(own == place).nonzero()[:, 0] for place in self.places[name]] for own in found]
-            self._parts[name] = [[*upload(device, *rows)] for rows in parts]
+            chosen = [[(own == place).nonzero()[:, 0] for place in self.places[name]] for own in found]
+            self._parts[name] = [[*upload(device, *rows)] for rows in chosen]
         for name, (parts, *_) in self._parts.items():
             self.sums[name] = torch.zeros(len(parts), *shape, dtype=request.arch.accumulate, device=device)
         if not self._parts:

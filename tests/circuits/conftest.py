@@ -136,7 +136,7 @@ def groups_of(graph: Graph) -> list[list[int]]:
     """The senders that move together: the input, and each layer's heads and MLP, found by their names."""
     groups: dict[str, list[int]] = {}
     for u, name in enumerate(graph.senders):
-        groups.setdefault(name.split(".")[0], []).append(u)
+        groups.setdefault(name.split(".h")[0], []).append(u)
     return list(groups.values())
 
 

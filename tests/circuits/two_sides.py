@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.circuits.plain_runs import Run
+from tests.circuits.recording.rules_by_hand import SoftmaxAtTwo, shared
 
 Read = Callable[[int, int, list[Tensor]], Tensor]
 
@@ -31,11 +32,17 @@ def of_circuit(m: Tensor, ablated: list[Tensor]) -> Read:
     return read
 
 
-class TwoSides:
-    """The pieces of a T5 or a BART."""
+def of_moved(group: list[int], alpha: float, clean: Run, delta: list[Tensor]) -> Read:
+    """Of the model, except for a group of senders: they contribute c_u(x) + (1 − α) Δ_u."""
+    moved = {u: clean.c[u].detach() + (1 - alpha) * delta[u] for u in group}
+    return lambda v, first, c: sum(moved.get(u, c[u]) for u in range(first, len(c)))
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.t5 = model, model.config.model_type == "t5"
+
+class TwoSides:
+    """The pieces of a T5 or a BART; under backward rules, these are detached factors."""
+
+    def __init__(self, model: Any, rules: str | None = None) -> None:
+        self.model, self.t5, self.rules = model, model.config.model_type == "t5", rules
         self.body = model if self.t5 else model.model
 
     def run(self, tokens: Tensor, decoder: Tensor, read: Read = of_model, start: Tensor | None = None) -> Run:
@@ -99,7 +106,8 @@ class TwoSides:
         scale = 1.0 if self.t5 else q[0].shape[-1] ** -0.5
         for h, weight in enumerate(out.weight.T.chunk(heads)):
             bias = distances if isinstance(distances, float) else distances[h]
-            c.append((q[h] @ k[h].T * scale + bias).softmax(-1) @ v[h] @ weight)
+            pattern = self.softmax(self.product(q[h], k[h].T) * scale + bias)
+            c.append(self.product(pattern, v[h]) @ weight)
         return 0.0 if out.bias is None else out.bias
 
     def project(self, attention: Any, site: str, head: int, heads: int, x: Tensor) -> Tensor:
@@ -132,16 +140,29 @@ class TwoSides:
     def norm(self, module: Any, x: Tensor) -> Tensor:
         if module is None:
             return x
-        if not self.t5:
-            return functional.layer_norm(x, x.shape[-1:], module.weight, module.bias, module.eps)
-        return x * (x.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt() * module.weight
+        x = x if self.t5 else x - x.mean(-1, keepdim=True)
+        eps = module.variance_epsilon if self.t5 else module.eps
+        scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+        y = x * (scale.detach() if self.rules else scale) * module.weight
+        return y if self.t5 else y + module.bias
 
     def mlp(self, layer: Any, first: str, x: Tensor) -> Tensor:
         """What the last block contributes; BART's takes the stream's place, from the norm `first` to the last one."""
         if self.t5:
-            return layer.layer[-1].DenseReluDense(self.norm(layer.layer[-1].layer_norm, x))
+            mlp = layer.layer[-1].DenseReluDense
+            return mlp.wo(self.activation(mlp.wi(self.norm(layer.layer[-1].layer_norm, x)), functional.relu))
         y = self.norm(getattr(layer, first), x)
-        return self.norm(layer.final_layer_norm, y + layer.fc2(layer.activation_fn(layer.fc1(y)))) - x
+        return self.norm(layer.final_layer_norm, y + layer.fc2(self.activation(layer.fc1(y), functional.gelu))) - x
+
+    def activation(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        return x * (function(x) / x).detach() if self.rules in ("relp", "relp-ah") else function(x)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        return shared(a @ b) if self.rules == "gim" else a @ b
+
+    def softmax(self, x: Tensor) -> Tensor:
+        pattern: Tensor = SoftmaxAtTwo.apply(x) if self.rules == "gim" else x.softmax(-1)
+        return pattern.detach() if self.rules == "relp-ah" else pattern
 
     def unembed(self, x: Tensor) -> Tensor:
         if not self.t5:
@@ -150,14 +171,21 @@ class TwoSides:
         return self.model.lm_head(x * x.shape[-1] ** -0.5 if self.model.config.scale_decoder_outputs else x)
 
 
-def scores(
-    edges: Tensor, clean: Run, corrupted: Run, points: Iterable[tuple[float, Run]], loss: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """S[u, v] of one prompt pair at edges bool [S, R], from (w_k, run) of every path point."""
-    delta = [(b - a).detach() for a, b in zip(clean.c, corrupted.c, strict=True)]
+def differences(clean: list[Tensor], ablated: list[Tensor]) -> list[Tensor]:
+    """Δ_u, [S] of [T, D]."""
+    return [(b - a).detach() for a, b in zip(clean, ablated, strict=True)]
+
+
+def gradients(points: Iterable[tuple[float, Run]], loss: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Σ_k w_k ∂loss/∂x_v of every receiver, [R] of [T, D], from (w_k, run) of every path point."""
+    found = (torch.autograd.grad(w * loss(at.logits), at.x, materialize_grads=True) for w, at in points)
+    return [sum(each) for each in zip(*found, strict=True)]
+
+
+def scores(edges: Tensor, delta: list[Tensor], of_receivers: list[Tensor]) -> Tensor:
+    """S[u, v] of one prompt pair at edges bool [S, R], from its differences and gradients."""
     found = torch.zeros(edges.shape, dtype=torch.float64)
-    for weight, at in points:
-        gradients = torch.autograd.grad(loss(at.logits), at.x, materialize_grads=True)
-        for u, v in edges.nonzero().tolist():
-            found[u, v] += weight * (delta[u] * gradients[v]).sum()
+    for v, gradient in enumerate(of_receivers):
+        for u in edges[:, v].nonzero()[:, 0].tolist():
+            found[u, v] = torch.dot(delta[u].flatten(), gradient.flatten())
     return found

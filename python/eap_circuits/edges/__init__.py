@@ -5,7 +5,7 @@ from .layout import Graph, Heads, Reads
 from .pruning import prune
 from .spans import REST, Spans
 from .staircase import beyond, blocks
-from .streams import Stream, check_one_stream, layer_name
+from .streams import Stream, check_one_stream, layer_name, readers_of
 
 __all__ = [
     "REST",
@@ -21,4 +21,5 @@ __all__ = [
     "layer_name",
     "numbers",
     "prune",
+    "readers_of",
 ]

@@ -51,6 +51,14 @@ def streams_of(graph: Graph) -> tuple[Stream, ...]:
     return tuple(found)
 
 
+def readers_of(graph: Graph, number: int, sender: int) -> slice | Tensor:
+    """The receivers of a stream that see a sender of it, or the senders before it, a slice or int64 [r]."""
+    senders, receivers, reach = graph.streams[number]
+    seen = reach > sender - senders.start
+    # Of one stream they are the last ones.
+    return slice(int((~seen).sum()), None) if isinstance(receivers, slice) else receivers[seen]
+
+
 def names_of(graph: Graph, layer: int) -> tuple[str, str]:
     """What a layer's heads, and what its MLP or other block, are called: "a3" and "m3", or "p3"."""
     if not graph.encoder:

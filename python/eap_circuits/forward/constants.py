@@ -52,7 +52,7 @@ class Constants:
     def replace(self, arch: Architecture, batch: Batch, hooks: Hooks) -> None:
         """Replace what heads and MLPs compute by these, in a pass over a batch without prefixes."""
         for site, constant in zip(sender_sites(arch), self.tensors, strict=True):
-            hooks.on_senders(site, partial(_instead, constant, batch))
+            hooks.on_senders(site, partial(_instead, constant, batch.at(site.stream)))
             if site.heads is not None and site.heads.post_norm is not None:
                 hooks.replace_forward(site.heads.post_norm.module, partial(_without_scale, site.heads.post_norm))
 

@@ -207,12 +207,12 @@ class Hooks(Changes):
         self.note(partial(setattr, module, name, getattr(module, name)))
         setattr(module, name, value)
 
-    def pass_through(self, module: nn.Module, result: object) -> None:
-        """The module returns its first input and computes nothing; `result` is what it returned elsewhere."""
+    def pass_through(self, module: nn.Module, others: tuple[object, ...] | None) -> None:
+        """The module computes nothing and returns its first input, and beside it `others`; None: no tuple."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             x = args[0] if args else kwargs["hidden_states"]
-            return (x, *[None] * (len(result) - 1)) if isinstance(result, (tuple, list)) else x
+            return x if others is None else (x, *others)
 
         self.replace_forward(module, forward)
 

@@ -69,13 +69,12 @@ class GroupPaths:
 
     def _towards(self, group: SenderSite) -> Tensor:
         """Ablated less clean output of the group's module, or embedding, [E, T, D]; zero except at the batch's rows."""
-        batch, (nodes,) = self.runner.batch, replace(self.sides.senders, sites=[group]).nodes()
+        batch, (nodes,) = self.runner.batch.at(group.stream), replace(self.sides.senders, sites=[group]).nodes()
         x = nodes.values.flatten(1)  # [n, D], or [n, H·K]
         x = x if nodes.weight is None else x @ nodes.weight.flatten(0, 1)
-        like = self.sides.clean_embeddings
-        full = x.new_zeros(batch.clean.numel(), like.shape[-1], dtype=like.dtype)
-        full[batch.rows_on(x.device)] = (x / group.scale).to(like.dtype)
-        return full.view_as(like)
+        full = x.new_zeros(batch.clean.numel(), x.shape[1], dtype=self.sides.clean_embeddings.dtype)
+        full[batch.rows_on(x.device)] = (x / group.scale).to(full.dtype)
+        return full.view(*batch.shape, -1)
 
 
 def record_paths(runner: Runner, constants: Constants | None, through: bool, sent: Indices) -> GroupPaths:
@@ -86,7 +85,7 @@ def record_paths(runner: Runner, constants: Constants | None, through: bool, sen
         return runner.record(side.clean_embeddings, each(senders, layers))
 
     layers, (senders, logits) = record_layer_inputs(
-        runner.arch.layers, lambda layers: less_clean(side, runner.batch, partial(run, layers))
+        runner.arch, lambda layers: less_clean(side, runner.batch, partial(run, layers))
     )
     sides = BothSides(senders, side.clean_embeddings, side.corrupted_embeddings, side.corrupted_logits, logits)
     return GroupPaths(runner, sides, layers, through, sent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -73,8 +74,6 @@ def asked_of(graph: Graph, masks: Tensor, at: Tensor | None = None) -> Asked:
             closed[:, receiver] &= ~needed[:, sender]
         # An MLP that reads the corrupted run alone gives what it gave there.
         stored[:, sender] &= ~closed[:, receiver]
-    for stream in graph.streams[1:]:
-        stored[:, stream.senders.start] = False  # a decoder's `input`, which is the same in all runs
     return Asked(closed, whole, partial, needed, stored)
 
 
@@ -137,11 +136,16 @@ class CircuitGroup:
         if self.differences[stream].device != device:
             self.differences[stream] = self.differences[stream].to(device)
 
+    def _place(self, sender: int) -> tuple[int, int]:
+        """A sender's stream, and how many of that stream's senders before it are stored."""
+        stream = bisect(self._starts, sender) - 1
+        return stream, self._before[sender] - self._before[self._starts[stream]]
+
     def _room(self, sender: int, device: torch.device) -> tuple[Tensor, int]:
         """The differences of a sender's stream, and where among them those from this sender on begin."""
-        stream = bisect(self._starts, sender) - 1
+        stream, place = self._place(sender)
         self.follow(stream, device)
-        return self.differences[stream], self._before[sender] - self._before[self._starts[stream]]
+        return self.differences[stream], place
 
     def store(self, sender: int, current: Tensor, corrupted: Tensor, scale: float) -> None:
         """Keep a sender's scale · (cur − corr), [C, N, D] or one for all, and [N, D]."""
@@ -250,26 +254,34 @@ class LearningGroup(CircuitGroup):
     def allocate(self, device: torch.device) -> None:
         mask = self.mask.to(device)
         self._one = self.size == 1
-        self._reads = MaskedReads(mask[0] if self._one else mask, *self._shapes[0][2:])
+        mask = mask[0] if self._one else mask
+        ends = [self._before[start] for start in (*self._starts, len(self._before) - 1)]
+        self._reads = [
+            MaskedReads(mask[..., slice(*rows), :], *shape[2:])
+            for rows, shape in zip(pairwise(ends), self._shapes, strict=True)
+        ]
         self._device = device
 
     def store(self, sender: int, current: Tensor, corrupted: Tensor, scale: float) -> None:
         difference = ((current - corrupted) * scale).to(self._device)
-        self._write(sender, difference.expand(self._shapes[0][1:])[:, None])
+        self._write(sender, difference.expand(self.size, -1, -1)[:, None])
 
     def store_heads(self, sender: int, difference: Tensor, weight: Tensor) -> None:
         written = torch.bmm(difference, weight).to(self._device)
         self._write(sender, written.unflatten(1, (self.size, -1)).transpose(0, 1))
 
     def _write(self, sender: int, written: Tensor) -> None:
-        self._reads.write(self._before[sender], written[0] if self._one else written)
+        stream, place = self._place(sender)
+        self._reads[stream].write(place, written[0] if self._one else written)
 
     def read(self, base: Tensor, receivers: slice, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
         columns = slice(self._computed[receivers.start], self._computed[receivers.stop])
         if base.dim() == 3:
             base = base[0] if self._one else base[:, None].expand(-1, columns.stop - columns.start, -1, -1)
         where = None if at is EVERYWHERE else at if isinstance(at, slice) else at.to(self._device)
-        y = self._reads.read(base.to(self._device), columns, self._rows(start, stop), where).to(base.device)
+        (stream, first), count = self._place(start), self._before[stop] - self._before[start]
+        rows = slice(first, first + count)
+        y = self._reads[stream].read(base.to(self._device), columns, rows, where).to(base.device)
         return y[:, None] if self._one else y.transpose(0, 1)
 
 

@@ -49,14 +49,11 @@ class CircuitsRun:
         self.sites: list[Sites] = [{} for _ in range(graph.n_layers + 1)]  # the logits' last
         for site in receiver_sites(runner.arch, graph):
             self.sites[site.layer][site.name] = site
-        # Of each layer its heads, if there are any, and its MLP.
-        self.head_writers: list[list[SenderSite]] = [[] for _ in range(graph.n_layers)]
-        self.mlp_writers: dict[int, SenderSite] = {}
-        for writer in sender_sites(runner.arch):
-            if writer.heads is not None:
-                self.head_writers[writer.layer].append(writer)
-            elif not writer.begins:
-                self.mlp_writers[writer.layer] = writer
+        # Of each stream its input; of each layer its heads, if there are any, and its MLP.
+        writers, layers = sender_sites(runner.arch), range(graph.n_layers)
+        self.begins = [site for site in writers if site.begins]
+        self.head_writers = [[site for site in writers if site.heads and site.layer == layer] for layer in layers]
+        self.mlp_writers = {site.layer: site for site in writers if not (site.heads or site.begins)}
         self.ready: dict[str, Tensor] = {}  # the current layer's projections, made when the first is asked for
         self.begun: dict[tuple[CircuitGroup, int], Tensor] = {}  # what a layer's MLP reads from the layers before
         # What each group computes of each layer's projections, by letter.
@@ -65,12 +62,11 @@ class CircuitsRun:
     def logits(self) -> Tensor:
         """[C, E, V]"""
         embeddings = self.runner.embed(self.runner.batch.clean)
-        site = sender_sites(self.runner.arch)[0]
         self._send()
         try:
             for group in self.groups:
                 group.allocate(embeddings.device)
-                self._store(group, site, embeddings.flatten(0, 1))
+            self._begin(self.begins[0], embeddings)
             together = embeddings.repeat(self.count, 1, 1)
             logits = self.runner.logits(together, self._register)
         finally:
@@ -80,6 +76,8 @@ class CircuitsRun:
 
     def _register(self, hooks: Hooks) -> None:
         asked = self.asked
+        for site in self.begins[1:]:
+            hooks.on_senders(site, partial(self._begin, site))
         for index, layer in enumerate(self.runner.arch.layers):
             sites, writers = self.sites[index], self.head_writers[index]
             attention = attention_of(sites)
@@ -136,6 +134,10 @@ class CircuitsRun:
         if group.stored[site.senders.start]:
             corrupted = self.corrupted.written[site.index].flatten(0, 1).to(self.dtype)
             group.store(site.senders.start, current.to(self.dtype), corrupted, site.scale)
+
+    def _begin(self, site: SenderSite, x: Tensor) -> None:  # the same for all circuits
+        for group in self.groups:
+            self._store(group, site, self._split(x)[0].flatten(0, 1))
 
     def _write_heads(self, site: SenderSite, own: list[int], z: Tensor) -> Tensor:
         stored = {group: heads for group in self.groups if (heads := self._stored(group, site))}

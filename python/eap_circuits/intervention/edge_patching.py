@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eap_kernels import Nodes
 
-from ..adapters import Norm, ReceiverSite, receiver_sites
+from ..adapters import ReceiverSite, receiver_sites
 from ..forward import Constants, Hooks, LayerInputs, Register, Runner, record_layer_inputs
 from ..graph import Graph
 from ..recording import BothSides, ReceiverInputs, record_both_sides, record_receiver_inputs
@@ -64,7 +64,7 @@ class PatchedEdges:
         self.layers.start_at(start, copies, hooks)
         if start == len(self.runner.arch.layers):
             site, patched = sites["logits"]
-            hooks.on_input(site.norm.module, lambda _: self._patched(site.norm, patched).flatten(0, 1))
+            hooks.on_input(site.norm.module, lambda _: self._patched(site, patched).flatten(0, 1))
             return
         for module, columns in self.runner.projection_sites(start):
             # What the module itself computes is replaced, so it need not see more than one copy.
@@ -89,7 +89,7 @@ class PatchedEdges:
         projection, dtype = site.projection, part.dtype
         assert projection is not None
         copies, which, _ = (torch.tensor(column, device=part.device) for column in zip(*patched, strict=True))
-        x = site.norm(self._patched(site.norm, patched))  # [c, E, T, D]
+        x = site.norm(self._patched(site, patched))  # [c, E, T, D]
         slot = which // site.repeat_kv
         y = torch.einsum("cetd,ckd->cetk", x, projection.weight(dtype)[slot])
         bias = projection.bias(dtype)
@@ -99,17 +99,17 @@ class PatchedEdges:
     def _patch_mlp(self, site: ReceiverSite, patched: Patched, x: Tensor) -> Tensor:
         copies = torch.tensor([copy for copy, _, _ in patched], device=x.device)
         x = x.unflatten(0, (-1, self.runner.batch.n_rows)).clone()
-        x[copies] = site.norm(self._patched(site.norm, patched)).to(x.dtype)
+        x[copies] = site.norm(self._patched(site, patched)).to(x.dtype)
         return x.flatten(0, 1)
 
-    def _patched(self, norm: Norm, patched: Patched) -> Tensor:
-        """x_v + Δ_u before a norm, [c, E, T, D], in the model's dtype."""
-        own = self.clean.norm_inputs[norm]
+    def _patched(self, site: ReceiverSite, patched: Patched) -> Tensor:
+        """x_v + Δ_u before the site's norm, [c, E, T, D], in the model's dtype."""
+        own = self.clean.norm_inputs[site.norm]
         senders = [sender for _, _, sender in patched]
         distinct = sorted(set(senders))
         differences = torch.stack([_expand(*self.senders[sender]).to(own.device) for sender in distinct])  # [s, n, D]
         x = own.to(differences.dtype).flatten(0, 1).repeat(len(distinct), 1, 1)
-        x[:, self.runner.batch.rows_on(x.device)] += differences
+        x[:, self.runner.batch.at(site.stream).rows_on(x.device)] += differences
         x = x.to(own.dtype).unflatten(1, own.shape[:2])
         return x[[distinct.index(sender) for sender in senders]]
 
@@ -123,7 +123,7 @@ def prepare_patching(runner: Runner, graph: Graph, constants: Constants | None =
             runner, lambda x: x[rows:], lambda clean: record_both_sides(runner, constants, clean, layers)
         )
 
-    layers, (clean, sides) = record_layer_inputs(runner.arch.layers, run, slice(rows, None))
+    layers, (clean, sides) = record_layer_inputs(runner.arch, run, slice(rows, None))
     senders = [(group, index) for group in sides.senders.nodes() for index in range(group.values.shape[1])]
     receivers = [(site, head) for site in receiver_sites(runner.arch, graph) for head in range(site.count)]
     return PatchedEdges(runner, sides, senders, receivers, clean, layers)

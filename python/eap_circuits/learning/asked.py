@@ -17,19 +17,18 @@ from ..recording import ablation_of
 from ..request import Request
 
 
-def check_constants(request: Request, call: str) -> None:
-    """Refuse an encoder-decoder, and an ablation for which each circuit would learn constants of its own."""
-    request.check_one_stream(call)
+def check_constants(request: Request) -> None:
+    """Refuse an ablation for which each circuit would learn constants of its own."""
     if ablation_of(request.ablation).learned:
         raise expected("ablation", "constants from eap.optimal_constants", repr(request.ablation))
 
 
-def check_gradient(request: Request, call: str) -> None:
+def check_gradient(request: Request) -> None:
     """Refuse what circuits cannot be run for with a gradient of their masks."""
     request.refuse_parts()
     if not request.metric.differentiable:
         one_of("metric", request.metric.name, [each.name for each in METRICS.values() if each.differentiable])
-    check_constants(request, call)
+    check_constants(request)
 
 
 def check_start(start: EdgeScores, request: Request) -> None:

@@ -69,7 +69,7 @@ def attribute_circuit(
     progress, reuse_prefix = watched(progress), flag("reuse_prefix", reuse_prefix)
     request = prepare(model, data, metric, ablation, None, ablation_data, reuse_prefix, memory)
     check_circuit(circuit, request.arch)
-    check_gradient(request, "attribute_circuit")
+    check_gradient(request)
     graph = circuit.graph
     info = {
         **origin(request, call, graph, "at-circuit", request.arch.accumulate),

@@ -96,7 +96,7 @@ def prune_gradually(
         examples = whole("examples", examples, 1)
     progress, reuse_prefix = watched(progress), flag("reuse_prefix", reuse_prefix)
     request = prepare(model, data, metric, ablation, None, ablation_data, reuse_prefix, memory)
-    check_gradient(request, "prune_gradually")
+    check_gradient(request)
     check_start(start, request)
     graph = start.graph
     few = examples or -(-len(data) // _GROUPS)

@@ -84,7 +84,7 @@ def refine(
     progress, reuse_prefix = watched(progress), flag("reuse_prefix", reuse_prefix)
     request = prepare(model, data, metric, ablation, None, ablation_data, reuse_prefix, memory)
     check_circuit(circuit, request.arch)
-    check_gradient(request, "refine")
+    check_gradient(request)
     graph = circuit.graph
     info = origin(request, call, graph, "refined", request.arch.accumulate)
     settings = partial(settings_of, request, call="refine", circuit=circuit, rounds=rounds, candidates=candidates)

@@ -80,7 +80,7 @@ def acdc(
     threshold, progress = number("threshold", threshold, "a positive number", 5e-324, 1e308), watched(progress)
     one_of("heads", heads, ("kv", "query"))
     request = prepare(model, data, metric, ablation, None, ablation_data, reuse_prefix, memory)
-    check_constants(request, "acdc")
+    check_constants(request)
     graph = request.arch.graph(heads)
     info = origin(request, call, graph, "acdc", request.arch.contraction_dtype)
     settings = partial(settings_of, request, call="acdc", threshold=threshold, heads=heads)

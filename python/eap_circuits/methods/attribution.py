@@ -255,9 +255,10 @@ def _request(
         if not spec.backward:
             raise expected("rules", f"None, as {method!r} has no backward pass", repr(rules))
     kept = to_keep(keep, spec, data)
-    for what, asked in ((f"method {method!r}", not spec.streams), ("keep=", kept), ("rules=", rules)):
-        if asked:
-            common.check_one_stream(what)
+    if "spans" in kept:
+        common.check_one_stream("keep='spans'")
+    if compat is not None:
+        common.check_one_stream("compat=")
     if not spec.selective and edges is not None:
         raise expected("edges", 'None, except for method "exact"', f"some for {method!r}")
     graph = common.arch.graph(heads)

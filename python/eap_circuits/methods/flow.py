@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,14 @@ from .spec import AttributionRequest, Method
 from .statistics import BatchScores, Statistics, score_batches
 
 WORKSPACE = 2**26  # bytes of expanded contributions and proximities held at once
-Site = tuple[Norm, list[int]]  # a norm in front of receivers, and these receivers
+
+
+class Site(NamedTuple):
+    """A norm in front of receivers, these receivers, and how many senders of their stream they see."""
+
+    norm: Norm
+    receivers: list[int]
+    reach: int
 
 
 class FlowMethod(Method):
@@ -54,21 +61,23 @@ def score_batch(request: AttributionRequest, batch: Batch, tokens: int) -> Batch
     """Scores of the batch's examples, whose prompts run whole."""
     graph = request.graph
     record = record_run(Runner(request.arch, graph, batch, every_mlp=True), corrupted=False)
-    lengths = batch.host["sizes"][0, :, None]
-    real = torch.arange(batch.shape[1]) < lengths  # [E, T]
-    rows = real.flatten().nonzero()[:, 0]
-    shares = _shares(request, batch).to(request.arch.accumulate)[:, None]
-    weights = (real.to(request.arch.accumulate) / lengths * shares).flatten()[rows]  # [n]
-    sites = _sites(request, graph)
-    tile = max(1, WORKSPACE // (_per_token(graph, len(sites)) * request.arch.accumulate.itemsize))
     scores = BatchScores(request, batch)
-    site_of = torch.empty(graph.n_receivers, dtype=torch.int64)
-    for site, (_, receivers) in enumerate(sites):
-        site_of[receivers] = site
-    rows, weights, site_of = upload(batch.rows.device, rows, weights, site_of)
-    for some, weight in zip(rows.split(tile), weights.split(tile), strict=True):
-        importance = _importance(request, graph, record, sites, some)  # [n, sites, S]
-        scores.sums["total"] += torch.einsum("n,nvu->uv", weight, importance).double()[:, site_of]
+    for number, (senders, receivers, _) in enumerate(graph.streams):
+        own, sites = batch.at(number), _sites(request, graph, number)
+        lengths = own.host["sizes"][0, :, None]
+        real = torch.arange(own.shape[1]) < lengths  # [E, T]
+        rows = real.flatten().nonzero()[:, 0]
+        shares = _shares(request, own).to(request.arch.accumulate)[:, None]
+        weights = (real.to(request.arch.accumulate) / lengths * shares).flatten()[rows]  # [n]
+        tile = max(1, WORKSPACE // (_per_token(graph, len(sites)) * request.arch.accumulate.itemsize))
+        site_of = torch.empty(graph.n_receivers, dtype=torch.int64)
+        for index, site in enumerate(sites):
+            site_of[site.receivers] = index
+        rows, weights, site_of = upload(batch.rows.device, rows, weights, site_of[receivers])
+        for some, weight in zip(rows.split(tile), weights.split(tile), strict=True):
+            importance = _importance(request, record, sites, number, some)  # [n, sites, S]
+            found = torch.einsum("n,nvu->uv", weight, importance).double()
+            scores.sums["total"][senders, receivers] += found[:, site_of]
     return scores
 
 
@@ -79,11 +88,13 @@ def _shares(request: AttributionRequest, batch: Batch) -> Tensor:
     return (own / batch.pair.bincount())[batch.pair]
 
 
-def _sites(request: AttributionRequest, graph: Graph) -> list[Site]:
-    """In order of depth."""
+def _sites(request: AttributionRequest, graph: Graph, stream: int) -> list[Site]:
+    """Those of a stream, in order of depth."""
     sites: dict[Norm, Site] = {}
     for site in receiver_sites(request.arch, graph):
-        sites.setdefault(site.norm, (site.norm, []))[1].extend(range(site.receivers.start, site.receivers.stop))
+        if site.stream == stream:
+            found = sites.setdefault(site.norm, Site(site.norm, [], site.reach - site.begin))
+            found.receivers.extend(range(site.receivers.start, site.receivers.stop))
     return list(sites.values())
 
 
@@ -93,17 +104,16 @@ def _per_token(graph: Graph, sites: int) -> int:
 
 
 def _importance(
-    request: AttributionRequest, graph: Graph, record: ReferenceRun, sites: list[Site], rows: Tensor
+    request: AttributionRequest, record: ReferenceRun, sites: list[Site], stream: int, rows: Tensor
 ) -> Tensor:
-    """Each sender's share of what each site reads at some tokens, [n, sites, S]."""
-    inputs = (_at(request, record.norm_inputs[norm], rows).to(rows.device) for norm, _ in sites)
+    """Each of a stream's senders' share of what each site reads at some tokens, [n, sites, S]."""
+    inputs = (_at(request, record.norm_inputs[site.norm], rows).to(rows.device) for site in sites)
     read = torch.stack(list(inputs), 1)  # [n, sites, D]
     size = read.abs().sum(-1, keepdim=True)
-    reach = [int(graph.reach[receivers[0]]) for _, receivers in sites]
-    proximity = read.new_zeros(*size.shape[:2], graph.n_senders)
+    proximity = read.new_zeros(*size.shape[:2], sites[-1].reach)
     sender = 0
-    for written in (each.to(rows.device) for each in _contributions(request, record, rows)):
-        first = sum(seen <= sender for seen in reach)  # sites are in order of depth
+    for written in (each.to(rows.device) for each in _contributions(request, record, stream, rows)):
+        first = sum(site.reach <= sender for site in sites)  # they are in order of depth
         following = sender + written.shape[1]
         distance = torch.cdist(read[:, first:], written, p=1)  # no [n, sites, h, D]
         proximity[:, first:, sender:following] = (size[:, first:] - distance).clamp(min=0)
@@ -112,9 +122,11 @@ def _importance(
     return torch.where(total == 0, 0, proximity / total)
 
 
-def _contributions(request: AttributionRequest, record: ReferenceRun, rows: Tensor) -> Iterator[Tensor]:
-    """What each group of senders writes at some tokens, [n, h, D], one group after another."""
+def _contributions(request: AttributionRequest, record: ReferenceRun, stream: int, rows: Tensor) -> Iterator[Tensor]:
+    """What each group of a stream's senders writes at some tokens, [n, h, D], one group after another."""
     for site, written in zip(sender_sites(request.arch), record.written, strict=True):
+        if site.stream != stream:
+            continue
         x, weight = _at(request, written, rows), site.weight(request.arch.accumulate)  # [H, K, D]
         if weight is None:
             yield x[:, None] * site.factor

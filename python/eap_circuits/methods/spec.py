@@ -66,15 +66,14 @@ class Method(ABC):
     tier: Tier
 
     # What methods of a kind can do: compare runs by a metric, take ablations other than patching, run prefixes once,
-    # run backward passes, score only some edges, tell in `plan` what memory they will take, take encoder-decoders; and
-    # what they can keep besides the scores' mean.
+    # run backward passes, score only some edges, tell in `plan` what memory they will take; and what they can keep
+    # besides the scores' mean.
     measures: ClassVar[bool] = True
     ablated: ClassVar[bool] = True
     reuses: ClassVar[bool] = True
     backward: ClassVar[bool] = False
     selective: ClassVar[bool] = False
     planned: ClassVar[bool] = False
-    streams: ClassVar[bool] = False
     keeps: ClassVar[tuple[str, ...]] = ()
 
     @property

@@ -25,7 +25,7 @@ from ..graph import EdgeScores
 from ..ranks import least_share
 from ..recording import contract, contract_neurons, feature_slices, lowered
 from ..request import Measurement, Progress, fetch
-from ..tasks import PairedDataset, spans_in
+from ..tasks import PairedDataset, longest, spans_in
 from .spec import KEEP, AttributionRequest, Method
 
 _EXAMPLES, _POSITIONS = {"variance", "examples"}, {"positions", "positions-from-end"}
@@ -54,7 +54,7 @@ def batch_bytes(request: AttributionRequest, examples: int) -> int:
     """The most bytes that the `BatchScores` of this many examples hold for what is kept."""
     parts = min(examples, len(request.data)) if request.keep & _EXAMPLES else 0
     if request.keep & _POSITIONS:
-        parts += int(request.data.run_lengths.max())
+        parts += max(longest(request.data))
     if "spans" in request.keep:
         parts += len(request.data.span_names) + 1
     return parts * request.graph.n_senders * request.graph.n_receivers * request.arch.accumulate.itemsize
@@ -87,32 +87,36 @@ class Contractions(ABC):
         self,
         senders: Side,
         receivers: Side,
-        reach: Tensor | None = None,
-        of: tuple[slice, slice] = (slice(None), slice(None)),
+        of: tuple[int, Stream] | None = None,
         times: float = 1.0,
     ) -> None:
         """Contract differences of senders with gradients at receivers.
 
         Args:
             senders, receivers: have those of the whole graph, or of a part of it.
-            reach: int64 [receivers], how many of these senders each receiver sees; by default the graph's, stream by
-                stream.
-            of: which senders and receivers of the graph these are, with a reach.
+            of: the number of the only stream that they are of, and which of it they are; by default all streams.
             times: a factor.
         """
         request = self._request
         dtype = request.arch.accumulate if "neurons" in request.keep else request.arch.contraction_dtype
         slices = feature_slices(request.arch)
-        streams = request.graph.streams if reach is None else [Stream(*of, reach)]
-        for number, stream in enumerate(streams):
+        for number, stream in enumerate(request.graph.streams) if of is None else [of]:
             delta, grad = senders.lowered(dtype, number), receivers.lowered(dtype, number)
             for features in slices[:1] if request.only_memory else slices:
                 # In a call, so that no slice is held while the next is made.
-                self._add(list(delta(features)), list(grad(features)), stream, features, times)
+                self._add(list(delta(features)), list(grad(features)), number, stream, features, times)
 
     @abstractmethod
-    def _add(self, delta: list[Nodes], grad: list[Nodes], stream: Stream, features: slice, times: float) -> None:
-        """Some features of senders and receivers of a stream meet."""
+    def _add(
+        self,
+        delta: list[Nodes],
+        grad: list[Nodes],
+        number: int,
+        stream: Stream,
+        features: slice,
+        times: float,
+    ) -> None:
+        """Some features of senders and receivers of a stream, of that number, meet."""
 
 
 class LaterScores(Contractions):
@@ -123,10 +127,18 @@ class LaterScores(Contractions):
 
     def __init__(self, request: AttributionRequest, batch: Batch) -> None:
         super().__init__(request, batch)
-        self._waiting: list[tuple[list[Nodes], list[Nodes], Stream, slice, float]] = []
+        self._waiting: list[tuple[list[Nodes], list[Nodes], int, Stream, slice, float]] = []
 
-    def _add(self, delta: list[Nodes], grad: list[Nodes], stream: Stream, features: slice, times: float) -> None:
-        self._waiting.append((delta, grad, stream, features, times))
+    def _add(
+        self,
+        delta: list[Nodes],
+        grad: list[Nodes],
+        number: int,
+        stream: Stream,
+        features: slice,
+        times: float,
+    ) -> None:
+        self._waiting.append((delta, grad, number, stream, features, times))
 
     def of(self, batch: Batch) -> BatchScores:
         """The scores of the batch for which the passes were replayed."""
@@ -150,28 +162,26 @@ class BatchScores(Contractions):
         super().__init__(request, batch)
         keep, graph, self._arch = request.keep, request.graph, request.arch
         self.sums: dict[str, Tensor] = {}
-        self._parts: dict[str, list[Tensor | slice]] = {}
+        self._parts: dict[str, list[list[Tensor | slice]]] = {}  # rows of each part, stream by stream
         self.places: dict[str, Tensor] = {}
         self._neurons = "neurons" in keep
         self._in_features = False  # are the sums over this rank's features alone?
         shape = graph.n_senders, graph.n_receivers
-        tokens, rows, device = batch.shape[1], batch.host["rows"], batch.rows.device
+        device = batch.rows.device
+        streams = [batch.at(number) for number in range(len(graph.streams))]
         if keep & _EXAMPLES:
-            first = torch.searchsorted(batch.pair, torch.arange(batch.n_examples + 1))
-            ends = torch.searchsorted(rows, first * tokens)
-            self._parts["examples"] = [slice(*both) for both in pairwise(ends.tolist())]
+            self._parts["examples"] = [_by_example(each) for each in streams]
+        places: dict[str, list[Tensor]] = {}  # of each stream's rows
         if keep & _POSITIONS:
-            before = batch.host["start"]
-            if "positions-from-end" in keep:
-                before = before + int(request.data.run_lengths.max()) - batch.host["sizes"][0]
-            self.places["positions"] = before[rows // tokens] + rows % tokens
+            last = max(longest(request.data)) if "positions-from-end" in keep else None
+            places["positions"] = [_positions(each, last) for each in streams]
         if "spans" in keep:
-            self.places["spans"] = batch.host["spans"].flatten()[rows]
-        for name, place in self.places.items():
-            self.places[name], which = place.unique(return_inverse=True)
-            found = ((which == i).nonzero()[:, 0] for i in range(len(self.places[name])))
-            self._parts[name] = [*upload(device, *found)]
-        for name, parts in self._parts.items():
+            places["spans"] = [each.host["spans"].flatten()[each.host["rows"]] for each in streams]
+        for name, found in places.items():
+            self.places[name] = torch.cat(found).unique()
+            chosen = [[(own == place).nonzero()[:, 0] for place in self.places[name]] for own in found]
+            self._parts[name] = [[*upload(device, *rows)] for rows in chosen]
+        for name, (parts, *_) in self._parts.items():
             self.sums[name] = torch.zeros(len(parts), *shape, dtype=request.arch.accumulate, device=device)
         if not self._parts:
             self.sums["total"] = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -199,6 +209,7 @@ class BatchScores(Contractions):
         self,
         delta: list[Nodes],
         grad: list[Nodes],
+        number: int,
         stream: Stream,
         features: slice,
         times: float,
@@ -212,8 +223,23 @@ class BatchScores(Contractions):
         if not self._parts:
             self.sums["total"][tuple(of)] += times * contract(self._arch, delta, grad, reach).double()
         for name, parts in self._parts.items():
-            for scores, rows in zip(self.sums[name], parts, strict=True):
+            for scores, rows in zip(self.sums[name], parts[number], strict=True):
                 scores[tuple(of)] += times * contract(self._arch, delta, grad, reach, rows)
+
+
+def _by_example(batch: Batch) -> list[Tensor | slice]:
+    """The rows of each of its examples."""
+    first = torch.searchsorted(batch.pair, torch.arange(batch.n_examples + 1))
+    ends = torch.searchsorted(batch.host["rows"], first * batch.shape[1])
+    return [slice(*both) for both in pairwise(ends.tolist())]
+
+
+def _positions(batch: Batch, last: int | None) -> Tensor:
+    """The position of each row's token, int64 [n]: from the prompt's start, or such that so many are before the end."""
+    before, rows = batch.host["start"], batch.host["rows"]
+    if last is not None:
+        before = before + last - batch.host["sizes"][0]
+    return before[rows // batch.shape[1]] + rows % batch.shape[1]
 
 
 class Statistics:
@@ -239,7 +265,7 @@ class Statistics:
         if "examples" in keep:
             shapes["examples"] = (self._n, *edges), torch.float32
         if keep & _POSITIONS:
-            shapes["positions"] = (int(request.data.run_lengths.max()), *edges), torch.float64
+            shapes["positions"] = (max(longest(request.data)), *edges), torch.float64
         if "spans" in keep:
             self._spans = spans_in(request.data)
             shapes["spans"] = (len(self._spans), *edges), torch.float64

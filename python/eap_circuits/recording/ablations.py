@@ -16,7 +16,7 @@ from torch import Tensor
 from ..adapters import Architecture, SenderSite, sender_sites
 from ..forward import Batch, Constants, Runner, make_batches, passes_of, zeros
 from ..ranks import dealt
-from ..tasks import PairedDataset, different_throughout
+from ..tasks import PairedDataset, different_throughout, longest
 from .contributions import record_senders
 
 
@@ -34,30 +34,35 @@ def means(
         around: for means of the squared distances from these constants, one for all positions or for each.
     """
     size = positions or 1
-    count = torch.zeros(size, dtype=torch.float64)
     sums = zeros(arch).map(lambda x: x.cpu().double().repeat(size, 1))
     sites = sender_sites(arch)
+    streams = range(sites[-1].stream + 1)
+    count = torch.zeros(len(streams), size, dtype=torch.float64)
 
     def run(batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """How many tokens a batch has at each position, and each site's sums over them."""
-        at = batch.rows % batch.shape[1] if positions else torch.zeros_like(batch.rows)
+        """How many tokens each of a batch's streams has at each position, and each site's sums over them."""
+        own = [batch.at(stream) for stream in streams]
+        at = [each.rows % each.shape[1] if positions else torch.zeros_like(each.rows) for each in own]
 
         def add(site: SenderSite, x: Tensor) -> Tensor:
-            (rows,) = batch.active(site.written(x)).to(arch.accumulate)
+            (rows,) = own[site.stream].active(site.written(x)).to(arch.accumulate)
+            where = at[site.stream].to(rows.device)
             if around is not None:
-                rows = (rows - around.tensors[site.index][at.to(rows.device)]).square()
-            return rows.new_zeros(size, rows.shape[1]).index_add_(0, at.to(rows.device), rows).cpu()
+                rows = (rows - around.tensors[site.index][where]).square()
+            return rows.new_zeros(size, rows.shape[1]).index_add_(0, where, rows).cpu()
 
         runner = Runner(arch, arch.graph("kv"), batch, every_mlp=True)
         embeddings = runner.embed(batch.clean)
         found = [add(sites[0], embeddings), *record_senders(sites, partial(runner.record, embeddings), add)[0]]
-        return torch.bincount(at, minlength=size).cpu(), found
+        return torch.stack([torch.bincount(each, minlength=size) for each in at]).cpu(), found
 
     for _, (tokens, found) in dealt(batches, run, arch.team, passes_of):
         count += tokens
         for total, own in zip(sums.tensors, found, strict=True):
             total += own.double()
-    return sums.map(lambda x: x / count[:, None]).on(arch)
+    # No prompt of a stream may have a position that one of the other's has.
+    seen = [count[site.stream, :, None].clamp(min=1) for site in sites]
+    return Constants.of_tensors(x / n for x, n in zip(sums.tensors, seen, strict=True)).on(arch)
 
 
 def deviations(arch: Architecture, batches: Iterable[Batch], around: Constants) -> Constants:
@@ -68,7 +73,7 @@ def deviations(arch: Architecture, batches: Iterable[Batch], around: Constants) 
 
 def _means_over(arch: Architecture, data: PairedDataset, positional: bool = False) -> Constants:
     batches = make_batches(different_throughout(data), None, False, arch.device)
-    return means(arch, batches, int(data.run_lengths.max()) if positional else None)
+    return means(arch, batches, max(longest(data)) if positional else None)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..adapters import Architecture, Kinds, Norm, as_given, nonlinear_parts
+from ..adapters import Architecture, Kinds, Layer, Norm, as_given, nonlinear_parts
 from ..errors import expected
 from ..forward import Hooks
 from ..loans import FunctionMode
@@ -84,7 +84,8 @@ class BackwardRules:
             InputError: a norm of unknown kind; in the pass itself, a layer without an activation function or attention
                 pattern that can be recognised.
         """
-        norms = [replace(self._arch.final_norm, unit=1.0)]  # of what the module itself reads
+        outer = dict.fromkeys([*(x.memory for x in self._arch.layers if x.memory), self._arch.final_norm])
+        norms = [replace(norm, unit=1.0) for norm in outer]  # of what the module itself reads
         for index, (layer, (found, activations)) in enumerate(zip(self._arch.layers, self._parts, strict=True)):
             if not index or layer.module is not self._arch.layers[index - 1].module:  # else a part of the one before
                 norms += found
@@ -92,7 +93,8 @@ class BackwardRules:
                     hooks.replace_forward(module, partial(self._activate, module.forward))
                 hooks.replace_forward(layer.module, partial(self._run_layer, index, layer.module.forward))
             if self._changes_attention and layer.n_heads:
-                hooks.replace_forward(layer.attention, partial(self._attend, index, layer.attention.forward))
+                module = _attending(layer)
+                hooks.replace_forward(module, partial(self._attend, index, module.forward))
             if self._rules.temperature is not None and layer.n_heads:
                 hooks.on_input(layer.out, _halved_copy)
         for norm in norms:
@@ -122,7 +124,7 @@ class BackwardRules:
         with _Patterns(self):
             out = forward(*args, **kwargs)
         if not self._patterns:
-            name = type(self._arch.layers[index].attention).__name__
+            name = type(_attending(self._arch.layers[index])).__name__
             raise expected("rules", 'attn_implementation "sdpa" or "eager"', f"neither in layer {index} ({name})")
         return out
 
@@ -169,6 +171,15 @@ class BackwardRules:
         # Half, as queries and keys share the gradient of their product.
         soft = torch.softmax(scores / temperature, dim, pattern.dtype) / 2 * temperature
         return pattern.detach() + (soft - soft.detach())
+
+
+def _attending(layer: Layer) -> nn.Module:
+    """The module that computes the attention pattern: the one with the queries, where `attention` has none (BERT)."""
+    read = next(iter(layer.projections.values())).module
+    if any(module is read for module in layer.attention.modules()):
+        return layer.attention
+    holders = (x for x in layer.module.modules() if any(child is read for child in x.children()))
+    return next(holders, layer.attention)
 
 
 class _Products(FunctionMode):

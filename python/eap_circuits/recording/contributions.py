@@ -161,7 +161,7 @@ def _record(
 
     def ablated(site: SenderSite, corrupted: Tensor, clean: Tensor) -> Tensor:
         if constants is not None:
-            corrupted = at_tokens(constants.tensors[site.index], batch)
+            corrupted = at_tokens(constants.tensors[site.index], batch.at(site.stream))
         # A copy where some models add to it in place, as they do to the MLP's output.
         own = site.heads is None or isinstance(site.heads.out, Place)
         found = rows(site, corrupted) - rows(site, clean) if both else rows(site, corrupted, copy=own)

@@ -81,18 +81,20 @@ class ReceiverGradients:
         runner: the model on one batch.
         graph: its edge graph.
         points: how many path points can be held until `clear`.
-        since: only the receivers that can see this sender, which are the last ones of the graph.
+        since: only the receivers that can see this sender; None: all.
         rules: backward rules, if any.
     """
 
-    def __init__(self, runner: Runner, graph: Graph, points: int, rules: Rules | None = None, since: int = 0) -> None:
+    def __init__(
+        self, runner: Runner, graph: Graph, points: int, rules: Rules | None = None, since: int | None = None
+    ) -> None:
         self.graph = graph
         self._runner = runner
         self._arch = arch = runner.arch
         self._rules = None if rules is None else BackwardRules(rules, arch)
         self._filled, self._cleared = slice(0, 0), False
         self._weights: dict[torch.device, Tensor] = {}  # of the latest pass, [m]
-        sites = [site for site in receiver_sites(arch, graph) if site.reach > since]
+        sites = [site for site in receiver_sites(arch, graph) if since is None or site.begin <= since < site.reach]
         batches = {site.norm: runner.batch.at(site.stream) for site in sites}
         n = {norm: len(batch.rows) for norm, batch in batches.items()}
         # Most of what is held.
@@ -285,10 +287,10 @@ class ReceiverGradients:
 
 
 def _alike(site: ReceiverSite) -> object:
-    """The same for neighbours that read one norm through heads of one width and as many to a weight."""
+    """The same for neighbours of a layer that read one norm through heads of one width and as many to a weight."""
     if site.projection is None:
         return site
-    return site.norm, site.projection.head_dim, site.repeat_kv
+    return site.norm, site.layer, site.projection.head_dim, site.repeat_kv
 
 
 def _kind(site: ReceiverSite) -> object:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from ..edges import check_one_stream
 from ..errors import expected
 from ..files import write_whole
 from ..graph import Circuit, EdgeScores
@@ -71,7 +70,6 @@ def write_report(
     Raises:
         InputError: a circuit of another graph than the scores, or a path that cannot be written.
     """
-    check_one_stream("report", scores.graph)
     for name, given in (("circuit", circuit), ("against", against)):
         if given is not None and given.graph != scores.graph:
             raise expected(name, f"one of {scores.graph!r}", f"one of {given.graph!r}")

@@ -20,8 +20,7 @@ _HEIGHT = 640
 
 
 def inline(scores: EdgeScores, circuit: Circuit, still: Figure) -> str | None:
-    """The explorer as an element of a page, of less than 1 MB, or None: it draws neither models with too many nodes for
-    that nor the two streams of an encoder-decoder.
+    """The explorer as an element of a page, of less than 1 MB, or None for models with too many nodes for that.
 
     It is a page of its own in a frame of another origin, which reaches neither the notebook nor the network. The frame
     covers a still picture, which stays where frames are taken out: on GitHub, and in notebooks that are not trusted.
@@ -32,7 +31,7 @@ def inline(scores: EdgeScores, circuit: Circuit, still: Figure) -> str | None:
         still: the picture.
     """
     graph = scores.graph.base
-    if graph.encoder or graph.n_senders + graph.n_receivers > NAMES:
+    if graph.n_senders + graph.n_receivers > NAMES:
         return None
     title, bare = repr(circuit), EdgeScores(scores.graph, scores.values, scores.info, scores.variance)
     page = rendered("frame.html", title, page_data(bare, circuit, None, None, None, title, EDGES))

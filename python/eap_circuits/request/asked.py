@@ -17,7 +17,7 @@ from ..graph import Graph, Heads
 from ..metrics import METRICS, Metric, get_metric
 from ..ranks import rank
 from ..recording import ABLATIONS, Ablation, ablation_of
-from ..tasks import PairedDataset, Pictures, different_throughout
+from ..tasks import PairedDataset, Pictures, different_throughout, longest
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -105,9 +105,12 @@ def prepare(
     instance("data", data, PairedDataset)
     if batch_size is not None:
         batch_size = min(whole("batch_size", batch_size, 1, note=", or None"), _LARGEST_BATCH)
+    arch = bind(model)
+    if ablation_data is not None:
+        ablation_data = _with_start(arch, instance("ablation_data", ablation_data, PairedDataset), "ablation_data")
     request = Request(
-        arch=bind(model),
-        data=data,
+        arch=arch,
+        data=_with_start(arch, data, "data"),
         metric=get_metric(data.metric if metric is None else metric),  # type: ignore[arg-type]
         ablation=ablation,
         ablation_data=ablation_data,
@@ -118,13 +121,12 @@ def prepare(
     _check_ablation(request)
     if compares:
         _check_metric(request.metric, data)
-        if data.alone and ablation_of(ablation).patches:
+        if request.data.alone and ablation_of(ablation).patches:
             wanted = "'zero', 'mean' or constants, as the data have no corrupted prompts"
             raise expected("ablation", wanted, repr(ablation))
+    data = request.data
     check_tokens(request.arch, data)
     _check_places(request.arch, data)
-    data = _with_start(request.arch, data)
-    request = replace(request, data=data)
     known = 0 if request.arch.classifies else vocabulary(request.arch.model)
     if data.variants is not None and (data.variants >= known).any():
         data = replace(data, variants=data.variants.where(data.variants < known, -1))
@@ -167,23 +169,23 @@ def _check_places(arch: Architecture, data: PairedDataset) -> None:
         raise expected("data", wanted, "answers after the prompts")
 
 
-def _with_start(arch: Architecture, data: PairedDataset) -> PairedDataset:
+def _with_start(arch: Architecture, data: PairedDataset, label: str) -> PairedDataset:
     """The data with the token that a decoder behind an encoder starts with; refuses what such a model does not take."""
     name, model = type(arch.model).__name__, arch.model
     if not arch.encoder:
         if data.decoder is not None:
-            raise expected("data", f"none for a decoder (decoder=), as {name} is no encoder-decoder", "some")
+            raise expected(label, f"none for a decoder (decoder=), as {name} is no encoder-decoder", "some")
         return data
     if data.decoder is None:
         wanted = f"what {name}'s decoder reads behind its start token (decoder=, which may be empty)"
-        raise expected("data", wanted, "none")
+        raise expected(label, wanted, "none")
     others = {
         "answers of several tokens": data.answers.dim() == 4,
         "scored positions": data.scored is not None,
         "prompts of unequal lengths": data.alignment is not None,
     }
     for found in (what for what, there in others.items() if there):
-        raise expected("data", f"pairs of equal lengths that one token answers, as {name} has an encoder", found)
+        raise expected(label, f"pairs of equal lengths that one token answers, as {name} has an encoder", found)
     places: tuple[Any, ...] = getattr(model, "generation_config", None), model.config
     start = next((x for x in (getattr(each, "decoder_start_token_id", None) for each in places) if x is not None), None)
     if not isinstance(start, int):
@@ -212,17 +214,17 @@ def check_ablation(arch: Architecture, ablation: str | Constants, other: PairedD
 
 def _check_ablation(request: Request) -> None:
     entry = check_ablation(request.arch, request.ablation, request.ablation_data)
-    if not entry.patches:
-        request.check_one_stream(f"ablation {entry.name!r}")
-    longest = int(request.data.run_lengths.max())
+    needed = longest(request.data)
     if isinstance(request.ablation, Constants):
         covered = len(request.ablation.embedding)
-        if 1 < covered < longest:
-            raise expected("ablation", f"constants for {longest} positions, the data's most, or for all alike", covered)
-    if request.ablation_data is not None:
-        covered = int(request.ablation_data.run_lengths.max())
-        if entry.by_position and covered < longest:
-            raise expected("ablation_data", f"prompts of {longest} tokens, the data's most", f"at most {covered}")
+        if 1 < covered < max(needed):
+            wanted = f"constants for {max(needed)} positions, the data's most, or for all alike"
+            raise expected("ablation", wanted, covered)
+    if request.ablation_data is not None and entry.by_position:
+        given = longest(request.ablation_data)
+        for read, most, covered in zip(("prompts", "decoders"), needed, given, strict=False):
+            if covered < most:
+                raise expected("ablation_data", f"{read} of {most} tokens, the data's most", f"at most {covered}")
 
 
 def vocabulary(model: Any) -> int:
@@ -252,7 +254,7 @@ def check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> No
             limit = int(module.num_embeddings) - first - 1
     lengths = data.longer_lengths
     if data.decoder is not None:
-        lengths = lengths.maximum((data.decoder >= 0).sum(1) + 1)  # with its start token
+        lengths = lengths.maximum((data.decoder >= 0).sum(1))
     longest = int(lengths.argmax())
     if limit is not None and int(lengths[longest]) > limit:
         raise expected(f"{label}example {longest}", f"at most the model's {limit} tokens", f"{int(lengths[longest])}")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .mib import mib_tasks
     from .scoring.spans import check_spans, spans_in
     from .summary import MANY, Summary
-    from .throughout import decoder_prompts, different_throughout
+    from .throughout import decoder_prompts, different_throughout, longest
     from .tokens.pictures import Pictures
 
 # Where each is, by which name. Loaded on first use: `eap tasks` must not wait for torch.
@@ -28,6 +28,7 @@ _HOME = {
     "check_spans": ("scoring.spans", "check_spans"),
     "decoder_prompts": ("throughout", "decoder_prompts"),
     "different_throughout": ("throughout", "different_throughout"),
+    "longest": ("throughout", "longest"),
     "mib_tasks": ("mib", "mib_tasks"),
     "spans_in": ("scoring.spans", "spans_in"),
 }
@@ -44,6 +45,7 @@ __all__ = [
     "decoder_prompts",
     "different_throughout",
     "load_task",
+    "longest",
     "mib_tasks",
     "spans_in",
 ]

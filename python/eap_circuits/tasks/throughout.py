@@ -23,6 +23,12 @@ def different_throughout(data: PairedDataset) -> PairedDataset:
     return _DifferentThroughout(**{field.name: getattr(data, field.name) for field in fields(data)})
 
 
+def longest(data: PairedDataset) -> list[int]:
+    """The most tokens that run of a clean prompt, and of what a decoder reads."""
+    read = [] if data.decoder is None else [(data.decoder >= 0).sum(1)]
+    return [int(tokens.max()) for tokens in (data.run_lengths, *read)]
+
+
 def decoder_prompts(data: PairedDataset) -> PairedDataset:
     """What the decoder of an encoder-decoder reads, the same for both prompts of a pair: its activations differ, as it
     sees the encoder's. It is scored at the last token."""

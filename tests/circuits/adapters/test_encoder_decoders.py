@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 
 import pytest
@@ -20,7 +21,7 @@ from eap_circuits.selfcheck import check_model
 from eap_circuits.tasks import PairedDataset
 from tests.circuits.cli.conftest import run
 from tests.circuits.conftest import ENCODER_DECODERS, loss_of, pairs_for, prompts, random_circuit, tiny_model
-from tests.circuits.two_sides import TwoSides, of_circuit, scores
+from tests.circuits.two_sides import TwoSides, differences, gradients, of_circuit, scores
 
 BY_HAND = ["t5", "bart-two-sides"]
 GRAPH = eap.Graph((2, 2, 2), (2, 2, 2), 8, encoder=1, mlps=(True, False, True))
@@ -162,8 +163,8 @@ def test_scores_are_those_by_hand(by_hand, method):
         decoder, (clean, corrupted) = read(model, data, e), prompts(data, e)
         ends = [hand.begin("encoder", tokens) for tokens in (corrupted, clean)]
         runs = [(w, hand.run(clean, decoder, start=torch.lerp(*ends, alpha))) for alpha, w in points]
-        sides = hand.run(clean, decoder), hand.run(corrupted, decoder)
-        right.append(scores(found.graph.edge_mask, *sides, runs, loss_of(data, e)))
+        delta = differences(hand.run(clean, decoder).c, hand.run(corrupted, decoder).c)
+        right.append(scores(found.graph.edge_mask, delta, gradients(runs, loss_of(data, e))))
     assert close(found.values, torch.stack(right).mean(0))
     alone = eap.attribute(model, data, method=method, steps=2, batch_size=1, heads="query")
     torch.testing.assert_close(alone.values, found.values, rtol=1e-4, atol=1e-7)
@@ -295,6 +296,8 @@ def test_from_a_file_of_texts_to_scores_and_curves(tmp_path):
     out, given = tmp_path / "scores.safetensors", ("--data", tmp_path / "pairs.jsonl")
     run("attribute", tmp_path / "model", *given, "-o", out, "--method", "eap")
     run("curve", tmp_path / "model", out, *given, "-o", tmp_path / "curve.json")
+    run("report", out, "-o", tmp_path / "report.html")
+    assert "dec.x1.h0" in (tmp_path / "report.html").read_text()
     scores = eap.EdgeScores.load(out)
     assert scores.values.any() and scores.graph.encoder == 2
 
@@ -315,6 +318,8 @@ def test_what_is_not_there_yet_is_refused_in_one_sentence():
     model, data = tiny_model("t5"), pairs_for("t5")
     scores = eap.attribute(model, data, method="eap")
     circuit = scores.select(40)
+    attribute, short = partial(eap.attribute, model, data, method="eap"), replace(data, decoder=data.decoder[:, :1])
+    spans = replace(data, spans=torch.zeros_like(data.clean))
     several = replace(data, answers=data.answers[..., None, None].repeat(1, 1, 1, 2))
     start = tiny_model("t5")
     start.config.decoder_start_token_id = start.generation_config.decoder_start_token_id = None
@@ -322,15 +327,10 @@ def test_what_is_not_there_yet_is_refused_in_one_sentence():
         data.clean, data.corrupted, data.lengths, data.answers, corrupted_lengths=data.lengths - 1, decoder=data.decoder
     )
     for call, said in (
-        (lambda: eap.attribute(model, data, method="exact"), "no encoder-decoder, for method 'exact'"),
-        (lambda: eap.attribute(model, data, method="eap-ig-activations"), "for method 'eap-ig-activations'"),
-        (lambda: eap.attribute(model, data, method="information-flow-routes"), "for method 'information-flow-routes'"),
-        (lambda: eap.attribute(model, data, keep="examples"), "no encoder-decoder, for keep="),
-        (lambda: eap.attribute(model, data, rules="relp"), "no encoder-decoder, for rules="),
-        (lambda: eap.attribute(model, data, ablation="zero"), "no encoder-decoder, for ablation 'zero'"),
-        (lambda: eap.evaluate(model, circuit, data, ablation="mean"), "no encoder-decoder, for ablation 'mean'"),
-        (lambda: eap.acdc(model, data, threshold=0.1), "no encoder-decoder, for acdc"),
-        (lambda: eap.learn_mask(model, data, start=scores), "no encoder-decoder, for learn_mask"),
+        (lambda: eap.attribute(model, spans, keep="spans"), "no encoder-decoder, for keep='spans'"),
+        (lambda: eap.attribute(model, data, compat="eap-ig"), "no encoder-decoder, for compat="),
+        (lambda: attribute(ablation="mean", ablation_data=replace(data, decoder=None)), "ablation_data: expected what"),
+        (lambda: attribute(ablation="mean-positional", ablation_data=short), "expected decoders of 3 tokens, the data"),
         (lambda: eap.circuit_model(model, circuit), "no encoder-decoder, for circuit_model"),
         (lambda: eap.export_model(model, circuit, "folder"), "one residual stream, found an encoder-decoder's"),
         (lambda: eap.discover(model), "as none is discovered, found 't5'"),

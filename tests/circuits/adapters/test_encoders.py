@@ -150,3 +150,18 @@ def test_a_saved_model_is_loaded_with_its_head(name, auto, tmp_path, monkeypatch
     for weights in (True, False):
         loaded, _ = pretrained.load_model(str(tmp_path), weights=weights)
         assert type(loaded) is type(model)
+
+
+@pytest.mark.parametrize("name", ["bert-masked", "albert", "distilbert"])
+def test_rules_of_attention_find_the_pattern(name):
+    """A constant one gives queries and keys no gradient; both ways to compute one have GIM's."""
+    model, data = tiny_model(name), pairs_for(name)
+    found = eap.attribute(model, data, method="eap", rules="relp-ah")
+    of_pattern = torch.tensor([v.endswith(("<q>", "<k>")) for v in found.graph.receivers])
+    values = torch.tensor([v.endswith("<v>") for v in found.graph.receivers])
+    assert not found.values[:, of_pattern].any() and found.values[:, values].any()
+    eager = tiny_model(name, attn_implementation="eager")
+    one, other = (eap.attribute(each, data, method="eap", rules="gim").values for each in (model, eager))
+    plain = eap.attribute(model, data, method="eap").values
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(one, plain, rtol=1e-2)

@@ -51,7 +51,7 @@ def test_what_flow_takes_for_contributions_adds_up(family, make_model, make_pair
         runner, rows, sums, reads = Runner(run.arch, run.arch.graph("kv"), batch), batch.rows, [], []
         for corrupted in (False, True):
             record = record_run(runner, corrupted)
-            sums.append(sum(written.sum(1) for written in flow._contributions(run, record, rows)))
+            sums.append(sum(written.sum(1) for written in flow._contributions(run, record, 0, rows)))
             reads.append(record.norm_inputs[run.arch.final_norm].flatten(0, 1)[rows])
     assert relative(sums[0] - sums[1], reads[0] - reads[1]) < 1e-8
 

@@ -25,6 +25,9 @@ from tests.circuits.report.test_html import EVIL
 
 HERE = Path(explorer.__file__).parent
 MIXED = Graph((4, 4), (2, 2), 8, reads=(None, (("x", 4), ("gate", 1))))
+TWO_SIDES = {
+    f"encoder-decoder-{bare}": Graph((2, 2, 3, 3), (2, 2, 3, 3), 8, encoder=2, bare=bare) for bare in (True, False)
+}
 LIT = (
     "explorer.scene.%s.reduce((found, on, e) => on ? [...found, [explorer.data.u[e], explorer.data.v[e]]] : found, [])"
 )
@@ -79,7 +82,10 @@ def test_the_script_is_built_from_its_sources_and_holds_the_licences() -> None:
     assert all(len(path.read_text().splitlines()) < 400 for path in (web / "src").iterdir())
 
 
-@pytest.mark.parametrize("graph", [*GRAPHS.values(), MIXED], ids=[*GRAPHS, "other-mixer"])
+EXPLORED = {**GRAPHS, "other-mixer": MIXED, **TWO_SIDES}
+
+
+@pytest.mark.parametrize("graph", EXPLORED.values(), ids=[*EXPLORED])
 def test_circuits_of_every_size_are_those_of_select(page: Browser, tmp_path: Path, graph: Graph) -> None:
     scores = scored(graph)
     circuit = opened(page, tmp_path, scores)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ...adapters import Layer
+from ...adapters import Architecture
 from ..hooks import Hooks
 from ..runner import Register
 
@@ -20,45 +20,67 @@ class LayerInputs:
     """What the layers read in one run, from which others can start.
 
     Args:
-        layers: all of the model's.
+        arch: the bound model.
         inputs: the residual stream before each layer, [E, T, D].
-        results: the form of each layer's result, with None for tensors.
+        results: what each layer returns beside the residual stream, such as T5's distances between positions; None
+            where it returns one tensor.
+        memory: what the last layer of an encoder in front of a decoder gives, [E, T, D].
     """
 
-    layers: Sequence[Layer]
+    arch: Architecture
     inputs: Sequence[Tensor]
-    results: Sequence[object]
+    results: Sequence[tuple[object, ...] | None]
+    memory: Tensor | None
 
     def start_at(self, index: int, copies: int, hooks: Hooks) -> None:
         """Start a pass over copies of the batch at this layer; one past the last layer: after all of them.
 
         It starts earlier where the layer is a part of the one before, or keys and values of an earlier one are needed.
         """
-        while 0 < index < len(self.layers) and self.layers[index].module is self.layers[index - 1].module:
+        layers, memory = self.arch.layers, self.memory
+        while 0 < index < len(layers) and layers[index].module is layers[index - 1].module:
             index -= 1
-        while (first := min((x.keys for x in self.layers[index:] if x.keys is not None), default=index)) < index:
+        while (first := min((x.keys for x in layers[index:] if x.keys is not None), default=index)) < index:
             index = first
-        for layer, result in zip(self.layers[:index], self.results, strict=False):
-            hooks.pass_through(layer.module, result)
-        if index < len(self.layers):
+        for layer, result in zip(layers[:index], self.results, strict=False):
+            hooks.pass_through(layer.module, result and tuple(self._repeated(x, copies) for x in result))
+        # Before all that reads or changes what layers begin with.
+        if memory is not None and index >= self.arch.encoder:
+            hooks.on_output(layers[self.arch.encoder - 1].module, lambda _: memory.repeat(copies, 1, 1), first=True)
+        if index < len(layers):
             x = self.inputs[index]
-            # Before all that reads or changes what the layer begins with.
-            hooks.on_input(self.layers[index].module, lambda _: x.repeat(copies, 1, 1), first=True)
+            hooks.on_input(layers[index].module, lambda _: x.repeat(copies, 1, 1), first=True)
+
+    def _repeated(self, x: object, copies: int) -> object:
+        """For copies of the batch, if it has a row for each of its rows."""
+        if not isinstance(x, Tensor) or not _by_row(x, len(self.inputs[0])):
+            return x
+        return x.repeat(copies, *[1] * (x.dim() - 1))
+
+
+def _by_row(x: object, rows: int) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 0 and len(x) == rows
 
 
 def record_layer_inputs(
-    layers: Sequence[Layer], run: Callable[[Register], T], rows: slice = slice(None)
+    arch: Architecture, run: Callable[[Register], T], rows: slice = slice(None)
 ) -> tuple[LayerInputs, T]:
     """(What the layers read in some rows of a pass, what `run` returns, which gets the hooks for the pass)."""
     inputs: list[Tensor] = []
-    results: list[object] = []
+    memory: list[Tensor] = []
+    results: list[tuple[object, ...] | None] = []
+
+    def keep(result: Any) -> None:
+        first, *others = result if isinstance(result, (tuple, list)) else (result,)
+        found = (x[rows] if isinstance(x, Tensor) and _by_row(x, len(first)) else x for x in others)
+        results.append(tuple(found) if isinstance(result, (tuple, list)) else None)
 
     def register(hooks: Hooks) -> None:
-        for layer in layers:
+        for layer in arch.layers:
             hooks.on_input(layer.module, lambda x: inputs.append(x[rows]))
-            hooks.on_result(
-                layer.module, lambda y: results.append((None,) * len(y) if isinstance(y, (tuple, list)) else None)
-            )
+            hooks.on_result(layer.module, keep)
+        if arch.encoder:
+            hooks.on_output(arch.layers[arch.encoder - 1].module, lambda y: memory.append(y[rows]))
 
     result = run(register)
-    return LayerInputs(layers, inputs, results), result
+    return LayerInputs(arch, inputs, results, memory[0] if memory else None), result

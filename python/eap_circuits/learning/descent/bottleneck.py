@@ -108,7 +108,7 @@ def ibcircuit(
     one_of("heads", heads, ("kv", "query"))
     progress = watched(progress)
     request = prepare(model, data, metric, "mean-positional", reuse_prefix=False, memory=memory)
-    check_gradient(request, "ibcircuit")
+    check_gradient(request)
     if len(data) < 2:
         raise expected("data", "at least 2 prompts, as noise has their mean and variance", len(data))
     graph = request.arch.graph(heads)

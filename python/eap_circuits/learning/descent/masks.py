@@ -108,7 +108,7 @@ def learn_mask(
     circuits, examples, seed = whole("circuits", circuits, 1), whole("examples", examples, 1), whole("seed", seed, 0)
     progress, reuse_prefix = watched(progress), flag("reuse_prefix", reuse_prefix)
     request = prepare(model, data, metric, ablation, None, ablation_data, reuse_prefix, memory)
-    check_gradient(request, "learn_mask")
+    check_gradient(request)
     check_start(start, request)
     graph = start.graph
     if target is not None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...adapters import SenderSite, sender_sites
+from ...edges import Stream, readers_of
 from ...intervention import record_paths
 from ...recording import ReceiverGradients
 from ..quadrature import Path
@@ -72,7 +73,7 @@ def _add_groups(request: AttributionRequest, scores: Contractions, passes: Passe
             # In the package input embeddings are constants on their own path: what reads only them has no gradient.
             since = 1 if group.module is None and paths.only_tokens else 0
         receivers = ReceiverGradients(runner, graph, passes.held, request.rules, since)
-        readers = slice(int((graph.reach <= since).sum()), None)  # the last ones of the graph
+        readers = readers_of(graph, group.stream, since)
 
         def run(part: Path) -> None:
             alphas = [alpha for alpha, _ in part]
@@ -82,12 +83,12 @@ def _add_groups(request: AttributionRequest, scores: Contractions, passes: Passe
         def contract() -> None:
             reach = graph.reach[readers]
             if every_edge:
-                whole = slice(None), readers
-                scores.add(sides.senders, receivers, reach, whole, 1 / len(groups))
+                whole = Stream(slice(None), readers, reach)
+                scores.add(sides.senders, receivers, (group.stream, whole), 1 / len(groups))
             else:
                 own = replace(sides.senders, sites=[group])
                 seen = torch.full_like(reach, group.senders.stop - group.senders.start)
-                scores.add(own, receivers, seen, (group.senders, readers))
+                scores.add(own, receivers, (group.stream, Stream(group.senders, readers, seen)))
 
         run_along(passes.path, passes, receivers, run, contract)
 

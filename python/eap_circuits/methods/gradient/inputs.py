@@ -7,7 +7,6 @@ EAP-IG (Hanna et al. 2024, arXiv 2403.17806, eq. 4) integrates it along the path
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,8 +22,6 @@ from .method import GradientMethod, Passes, loss_of, run_along, weights_of
 
 class InputsMethod(GradientMethod):
     """Gradients along the path between the embeddings."""
-
-    streams: ClassVar[bool] = True
 
     def between_prompts(self, steps: int, quadrature: str) -> bool:
         return any(alpha != 1 for alpha, _ in self.path(steps, quadrature))

@@ -78,7 +78,7 @@ def page_data(
     content = {
         "title": title,
         "total": graph.n_edges,
-        "layers": [layer_name(graph, layer) for layer in range(graph.n_layers)],
+        "layers": _layers(graph),
         "nodes": _nodes(graph),
         "receivers": _receivers(graph),
         "edges": edges,
@@ -144,11 +144,26 @@ def _flags(mask: Tensor, u: Tensor, v: Tensor) -> dict[str, str]:
     return {"type": "u1", "data": base64.b64encode(packed.tobytes()).decode()}
 
 
+def _layers(graph: Graph) -> list[str]:
+    """What the rows are called: layers, and between an encoder's and its decoder's, the decoder's `input`."""
+    names = [layer_name(graph, layer) for layer in range(graph.n_layers)]
+    if graph.encoder:
+        names.insert(graph.encoder, graph.senders[graph.input_senders[-1]])
+    return names
+
+
+def _row(graph: Graph, layer: int) -> int:
+    """The row of a layer; that after the last is for `logits`."""
+    return layer + (0 < graph.encoder <= layer)
+
+
 def _nodes(graph: Graph) -> list[dict[str, Any]]:
-    """Name, layer (-1 for `input`), head (-1 if it is none) and receivers of each sender; do paths begin there?"""
+    """Name, row (-1 for `input`), head (-1 if it is none) and receivers of each sender; do paths begin there?"""
     place = [(-1, -1)]
     for layer, heads in enumerate(graph.n_heads):
-        place += [(layer, head) for head in range(heads)] + [(layer, -1)] * graph.has_mlp(layer)
+        row = _row(graph, layer)
+        place += [(row - 1, -1)] if 0 < layer == graph.encoder else []
+        place += [*((row, head) for head in range(heads)), *([(row, -1)] if graph.has_mlp(layer) else [])]
     rows = zip(graph.senders, place, graph.inputs, graph.sources.tolist(), strict=True)
     return [
         {"name": name, "layer": layer, "head": head, "inputs": inputs, "source": source}
@@ -157,13 +172,12 @@ def _nodes(graph: Graph) -> list[dict[str, Any]]:
 
 
 def _receivers(graph: Graph) -> list[dict[str, Any]]:
-    """Name, kind, layer (that after the last for `logits`) and owners of each receiver."""
+    """Name, kind, row (that after the last for `logits`) and owners of each receiver."""
     kinds = []
     for layer in range(graph.n_layers):
-        for name, n in graph.head_inputs(layer):
-            kinds += [(name if name in ("q", "k", "v") else "other", layer)] * n
-        kinds += [("mlp", layer)] * graph.has_mlp(layer)
-    kinds.append(("logits", graph.n_layers))
+        for name, n in graph.sites(layer):
+            kinds += [(name if name in ("q", "k", "v", "mlp") else "other", _row(graph, layer))] * n
+    kinds.append(("logits", _row(graph, graph.n_layers)))
     rows = zip(graph.receivers, kinds, graph.owners, strict=True)
     return [{"name": name, "kind": kind, "layer": layer, "owners": owners} for name, (kind, layer), owners in rows]
 

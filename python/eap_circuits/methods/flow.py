@@ -115,11 +115,13 @@ def _importance(
 def _contributions(request: AttributionRequest, record: ReferenceRun, rows: Tensor) -> Iterator[Tensor]:
     """What each group of senders writes at some tokens, [n, h, D], one group after another."""
     for site, written in zip(sender_sites(request.arch), record.written, strict=True):
-        x, weight = _at(request, written, rows), site.weight(request.arch.accumulate)  # [H, K, D]
-        if weight is None:
+        x = _at(request, written, rows)
+        if site.heads is None:
             yield x[:, None] * site.factor
-        else:
-            yield torch.einsum("nhk,hkd->nhd", x.unflatten(1, weight.shape[:2]), weight)
+            continue
+        by_head = x.unflatten(1, (site.heads.n_heads, -1))
+        for some, weight in site.weights(request.arch.accumulate):  # [h, K, D]
+            yield torch.einsum("nhk,hkd->nhd", by_head[:, some], weight)
 
 
 def _at(request: AttributionRequest, x: Tensor, rows: Tensor) -> Tensor:

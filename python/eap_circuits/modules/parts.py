@@ -9,7 +9,7 @@ sees what one process would, and gives the module back its own. So every gradien
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -84,6 +84,35 @@ def by_features(module: nn.Module, dim: int) -> Tensor:
     weight: Any = module.weight
     part: Tensor = weight.detach().redistribute(placements=[Shard(dim)]).to_local()
     return part
+
+
+def is_divided(module: nn.Module, dim: int) -> bool:
+    """Do ranks divide a tensor parallel module's weight in this dimension?"""
+    return computes_in_parts(module) and is_shard(weight := module.weight) and weight.placements[0].is_shard(dim)
+
+
+def in_turn(module: nn.Module, dim: int) -> Iterator[tuple[slice, Tensor]]:
+    """A weight that ranks divide evenly in this dimension: (which features they are, each rank's part), in order.
+
+    One rank after another gives all others its part. The next is on its way while one is used, so a rank holds no more
+    than two. Every rank sees the same parts in the same order, and so finds the same bits.
+    """
+    from torch.distributed import broadcast
+
+    weight: Any = module.weight
+    mesh, own = weight.device_mesh, weight.detach().to_local().contiguous()
+
+    def ask(place: int) -> tuple[Tensor, Any]:
+        part = own if place == mesh.get_local_rank() else torch.empty_like(own)
+        return part, broadcast(part, group=mesh.get_group(), group_src=place, async_op=True)
+
+    coming, each = ask(0), own.shape[dim]
+    for place in range(mesh.size()):
+        part, sent = coming
+        sent.wait()
+        if place + 1 < mesh.size():
+            coming = ask(place + 1)
+        yield slice(place * each, (place + 1) * each), part
 
 
 def add_up(module: nn.Module, x: Tensor) -> None:

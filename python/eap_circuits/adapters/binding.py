@@ -102,6 +102,7 @@ class _Binder:
         family, layers = self.family, self.layers
         for layer in self._modules():
             layers.append(self._layer(layer))
+            layers[-1].check_heads(parts_of(layers[-1].out))
             if family.per_layer is not None and _maybe(layer, family.per_layer[0]) is not None:
                 first, last = (_site(layer, path) for path in family.per_layer)
                 layers.append(per_layer_part(layers[-1], self._reads(layer, None, first, self._width), first, last))
@@ -191,10 +192,7 @@ class _Binder:
         if len(devices) > 1:
             raise expected(type(layer).__name__, "all of a layer on one device", ", ".join(sorted(map(str, devices))))
         attention, out, n_heads, projections = self._mixer(layer)
-        width, ranks = linear_shape(out)[0], parts_of(out)
-        counts = [n_heads, *(p.n_heads for name, p in projections.items() if name in ("k", "v"))]
-        if any(heads % ranks for heads in counts):
-            raise expected(f"{type(layer).__name__}'s heads", f"as many on each of {ranks} ranks", min(counts))
+        width = linear_shape(out)[0]
         fused = len({p.module for p in projections.values()}) == 1 < len(projections)
         if projections:
             norm = self._reads(layer, family.attention_norm, next(iter(projections.values())).module, width)

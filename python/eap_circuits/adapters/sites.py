@@ -5,7 +5,6 @@ These are the only walks over them: code that reads, changes or checks a pass ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -57,11 +56,6 @@ class SenderSite:
     def weight(self, dtype: torch.dtype, features: slice = slice(None)) -> Tensor | None:
         """Each head's way to the residual stream, [H, K, D], or to some of its D features."""
         return self.heads.out_weight(dtype, features) if self.heads else None
-
-    def weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """(Which heads, their `weight`): all at once, or of a tensor parallel model one rank's after another's."""
-        assert self.heads is not None
-        return self.heads.out_weights(dtype)
 
 
 def sender_sites(arch: Architecture) -> list[SenderSite]:

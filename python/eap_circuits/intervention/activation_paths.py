@@ -69,9 +69,8 @@ class GroupPaths:
         """Ablated less clean output of the group's module, or embedding, [E, T, D]; zero except at the batch's rows."""
         batch, x = self.runner.batch, self.sides.senders.values[group.index]  # [n, D], or [n, H·K]
         if group.heads is not None:
-            by_head = x.unflatten(1, (group.heads.n_heads, -1))
-            parts = (by_head[:, some].flatten(1) @ weight.flatten(0, 1) for some, weight in group.weights(x.dtype))
-            x = reduce(torch.add, parts)
+            by_head, weights = x.unflatten(1, (group.heads.n_heads, -1)), group.heads.out_weights(x.dtype)
+            x = reduce(torch.add, (by_head[:, some].flatten(1) @ weight.flatten(0, 1) for some, weight in weights))
         like = self.sides.clean_embeddings
         full = x.new_zeros(batch.clean.numel(), like.shape[-1], dtype=like.dtype)
         full[batch.rows_on(x.device)] = (x / group.scale).to(like.dtype)

@@ -178,13 +178,14 @@ class _CircuitsRun:
         stored = {group: heads for group in self.groups if (heads := self._stored(group, site))}
         if not stored:
             return self._keep(own, z)
-        first, count = site.senders.start, site.senders.stop - site.senders.start
+        first, layer = site.senders.start, site.heads
+        assert layer is not None
         current, corrupted = self._split(site.written(z)), self.corrupted.written[site.index]
         # Values that carry a norm's scale are in float32 whatever the model's dtype.
         wide = torch.promote_types(current.dtype, self.dtype)
         difference = (current.to(wide) - corrupted.to(wide)).to(self.dtype)  # [C, E, T, H·K]
-        rows = {group: difference[group.members].flatten(0, 2).unflatten(1, (count, -1)) for group in stored}
-        for some, weight in site.weights(self.dtype):
+        rows = {group: difference[group.members].flatten(0, 2).unflatten(1, (layer.n_heads, -1)) for group in stored}
+        for some, weight in layer.out_weights(self.dtype):
             for group, by_head in rows.items():
                 if heads := [head for head in stored[group] if some.start <= head < some.stop]:
                     of = self._some(weight, [head - some.start for head in heads])

@@ -121,7 +121,7 @@ class PatchedEdges:
                 yield values
                 continue
             by_head = values.unflatten(1, (site.heads.n_heads, -1))
-            for part, weight in site.weights(values.dtype):
+            for part, weight in site.heads.out_weights(values.dtype):
                 yield from (
                     by_head[:, head] @ weight[head - part.start] for head in heads if part.start <= head < part.stop
                 )

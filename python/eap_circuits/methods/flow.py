@@ -120,7 +120,7 @@ def _contributions(request: AttributionRequest, record: ReferenceRun, rows: Tens
             yield x[:, None] * site.factor
             continue
         by_head = x.unflatten(1, (site.heads.n_heads, -1))
-        for some, weight in site.weights(request.arch.accumulate):  # [h, K, D]
+        for some, weight in site.heads.out_weights(request.arch.accumulate):  # [h, K, D]
             yield torch.einsum("nhk,hkd->nhd", by_head[:, some], weight)
 
 

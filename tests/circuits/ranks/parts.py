@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 import eap_circuits as eap
 from eap_circuits import ranks
-from eap_circuits.adapters import bind, is_in_parts, is_shard, pretrained
+from eap_circuits.adapters import bind, computes_in_parts, is_in_parts, pretrained
 from eap_circuits.checkpoint import file as checkpoint_file
 from eap_circuits.modules import projections
 from eap_circuits.recording import contraction
@@ -81,8 +81,8 @@ def calls_of(model: Any) -> dict[str, Callable[..., Any]]:
 
 @contextmanager
 def never_whole(layers: Any) -> Iterator[None]:
-    """Output projections of which a rank has a part are not put together to be computed with."""
-    divided = [layer.self_attn.o_proj for layer in layers if is_shard(layer.self_attn.o_proj.weight)]
+    """Output projections of which a rank computes a part are not put together."""
+    divided = [layer.self_attn.o_proj for layer in layers if computes_in_parts(layer.self_attn.o_proj)]
 
     def read(module: torch.nn.Module, name: str) -> torch.Tensor | None:
         assert module not in divided or name != "weight", "an output projection is put together"
@@ -156,6 +156,23 @@ def expert_parallel() -> list[str]:
             *wrong_numbers(heads, 2, calls, load_by_experts, divided),
             *wrong_numbers(uneven, 2, calls_of, partial(load_by_experts, tp_plan=whole), divided),
         ]
+
+
+def sharded_further() -> list[str]:
+    """Transformers' own `fully_shard`, and of parts by tensor parallelism: teams in step share batches alike."""
+
+    def load(path: str, ranks: int = 1) -> Any:
+        sizes = {"fsdp_size": 2, "tp_size": ranks // 2}
+        parts = {"distributed_config": DistributedConfig(**sizes)} if ranks > 1 else {}
+        return AutoModelForCausalLM.from_pretrained(path, dtype="auto", **parts).eval()
+
+    def calls(model: Any) -> dict[str, Callable[..., Any]]:
+        every = long_calls(model, DATA)
+        return {**calls_of(model), **{name: every[name] for name in ("eap", "exact", "evaluate-mean")}}
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = saved("llama", folder)
+        return [each for ranks in (2, 4) for each in wrong_numbers(path, ranks, calls, load)]
 
 
 def tensor_parallel_commands() -> list[str]:
@@ -335,7 +352,8 @@ CHECKS = {
     check.__name__: check
     for check in (tensor_parallel, tensor_parallel_shares, tensor_parallel_faults, tensor_parallel_ended)
 }
-LATER = {check.__name__: check for check in (tensor_parallel_commands, expert_parallel)}  # than transformers 5.22
+# Than transformers 5.22.
+LATER = {check.__name__: check for check in (tensor_parallel_commands, expert_parallel, sharded_further)}
 MAKES_COPIES = False
 if importlib.util.find_spec("transformers.distributed.tensor_parallel") is None:
     CHECKS = dict.fromkeys([*CHECKS, *LATER], refused)

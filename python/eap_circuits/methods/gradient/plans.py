@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from ...adapters import receiver_sites
+from ...adapters import Architecture, Weight, linear_shape, parts_of, receiver_sites
 from ...budget import numbers_per_token
+from ...errors import expected
 from ..spec import AttributionRequest
 
 # For each token a pass keeps about this many numbers for the backward for every weight, divided by the width.
@@ -77,6 +80,39 @@ def weight_bytes(request: AttributionRequest) -> int:
     model = request.arch.model
     found = {id(x): x.numel() * x.itemsize for each in (model.parameters(), model.buffers()) for x in each}
     return sum(found.values())
+
+
+def check_divisible(arch: Architecture, ranks: int) -> None:
+    """Raises InputError if tensor parallelism cannot divide the model among so many ranks."""
+    name = type(arch.model).__name__
+    if arch.encoder:
+        raise expected(name, "whole weights of an encoder-decoder", f"parts of them on {ranks} ranks")
+    # Some plans name only what gives the logits.
+    if not any("*" in rule for rule in getattr(arch.model, "_tp_plan", None) or ()):
+        raise expected(name, f"a tp_plan in transformers, to be divided among {ranks} ranks", "none for its layers")
+    for layer in arch.layers:
+        layer.check_heads(ranks)
+
+
+def hold_features(arch: Architecture) -> None:
+    """Bring about what contraction keeps of a tensor parallel model's weights, before memory is measured."""
+    for weight in _head_weights(arch):
+        weight.hold()
+
+
+def held_bytes(arch: Architecture, ranks: int = 1) -> int:
+    """The bytes of that on each rank, of a model that so many divide, or are to divide."""
+    ranks = max(ranks, parts_of(arch.layers[0].out))
+    if ranks == 1 or arch.d_model % ranks:
+        return 0
+    return sum(math.prod(linear_shape(weight.module)) for weight in _head_weights(arch)) * arch.dtype.itemsize // ranks
+
+
+def _head_weights(arch: Architecture) -> Iterator[Weight]:
+    """Of the heads' projections, each module's."""
+    for layer in arch.layers:
+        yield from (next(iter(each.values())).whole for each in layer.projection_modules.values())
+        yield layer.whole_out
 
 
 def contraction_of(request: AttributionRequest, points: int) -> int:

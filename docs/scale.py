@@ -59,6 +59,7 @@ def predict(model: Any, gpus: int) -> dict[str, Any]:
 
     import eap_circuits as eap
     from bench.large import pairs
+    from eap_circuits.recording.contraction import COPIED_BYTES, NARROWEST
 
     config = model.config
     width, layers = config.hidden_size, config.num_hidden_layers
@@ -89,12 +90,16 @@ def predict(model: Any, gpus: int) -> dict[str, Any]:
     sums_of = 2 * (2 * 2 + STEPS * 7) * width
     gathered = STEPS * 2 * (2 * heads + 2 * kv) * each + heads * each
     bytes_ = (sums_of + gathered) * torch.bfloat16.itemsize * layers * TOKENS * PAIRS / batches
-    seconds = (team - 1) / team * bytes_ / NVLINK
-    if sharded:  # a part's weights, for the corrupted run, and for the forward and the backward of every other pass
-        times = 1 + 2 * math.ceil(STEPS / min(points for *_, points in plan.batches))
-        seconds += (copies - 1) / copies * times * weights / team / (NVLINK if gpus <= MACHINE else INFINIBAND)
-    sums = 8 * graph.n_senders * graph.n_receivers
     out = heads * each * width * torch.bfloat16.itemsize
+    attention = 2 * out * layers * (heads + kv) / heads / team  # a part's weights of heads, by features for contraction
+    seconds = (team - 1) / team * (bytes_ + attention) / NVLINK
+    if sharded:  # all weights of a part, for the corrupted run, and for the forward and the backward of other passes
+        times = 1 + 2 * math.ceil(STEPS / min(points for *_, points in plan.batches))
+        at_once = COPIED_BYTES // (attention * team / width) // NARROWEST * NARROWEST  # features
+        slices = math.ceil(width / team / max(NARROWEST, at_once))
+        put_together = (copies - 1) / copies * (times * weights / team + slices * attention)
+        seconds += put_together / (NVLINK if gpus <= MACHINE else INFINIBAND)
+    sums = 8 * graph.n_senders * graph.n_receivers
     return {
         "weights": weights,
         "parts": parts,
@@ -102,7 +107,6 @@ def predict(model: Any, gpus: int) -> dict[str, Any]:
         "copies": copies,
         "projection": out,
         "projections32": 2 * out * layers,
-        "by features": 2 * out * layers * (heads + kv) // heads // team,
         "tokens": max(examples * suffix * points for examples, suffix, points in plan.batches),
         "bytes": plan.bytes,
         "fits": plan.bytes <= plan.budget,
@@ -163,15 +167,15 @@ def predictions(_: Results) -> str:
 def projections(_: Results) -> str:
     """What output projections take on each GPU of a tensor parallel model."""
     rows = [
-        "| model | a pass on | one layer's, whole | in turn, at most | all layers' in float32 | for contraction |",
-        "|---|---|---|---|---|---|",
+        "| model | a pass on | one layer's, whole | in turn, at most | all layers' in float32 |",
+        "|---|---|---|---|---|",
     ]
     for name, sizes in json.loads(RESULT.read_text())["models"].items():
         # The numbers are those of a team, whatever the number of copies.
         plans = [plan for plan in sizes.values() if plan.get("team", 1) > 1]
         for plan in plans[:1]:
             one = plan["projection"]
-            shown = (one, 2 * one / plan["team"], plan["projections32"], plan["by features"])
+            shown = (one, 2 * one / plan["team"], plan["projections32"])
             rows.append(f"| {name} | {plan['team']} | {' | '.join(f'{x / 1e9:.2g} GB' for x in shown)} |")
     return "\n".join([*rows, ""])
 

@@ -104,19 +104,19 @@ class Layer:
         """
         if self.post_norm is None:
             return z
-        parts = (z[..., some] @ weight.T.to(z.dtype) for some, weight in self.whole_out.in_turn())
+        parts = (z[..., some] @ weight.T.to(z.dtype) for some, weight in self._out_weight.in_turn())
         return z * self.post_norm.scale(reduce(torch.add, parts))[..., None]
 
     def out_weight(self, dtype: torch.dtype, features: slice = slice(None)) -> Tensor:
         """Each head's linear map from `written` to the residual stream, [H, K, D], or to some of its D features."""
         if self.post_norm is not None and self.post_norm.centred:
-            return self._by_head(self.whole_out.at(), dtype)[..., features]
-        return self._by_head(self.whole_out.at(features), dtype, features)
+            return self._by_head(self._out_weight.at(), dtype)[..., features]
+        return self._by_head(self._out_weight.at(features), dtype, features)
 
     def out_weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """(Heads, their `out_weight`): all at once, or of a tensor parallel model one rank's after another's."""
         width = linear_shape(self.out)[1] // self.n_heads
-        for some, weight in self.whole_out.in_turn():
+        for some, weight in self._out_weight.in_turn():
             yield slice(some.start // width, some.stop // width), self._by_head(weight, dtype)
 
     def _by_head(self, weight: Tensor, dtype: torch.dtype, features: slice = slice(None)) -> Tensor:
@@ -129,8 +129,7 @@ class Layer:
         return weight.to(dtype).unflatten(0, (-1, linear_shape(self.out)[1] // self.n_heads))
 
     @cached_property
-    def whole_out(self) -> Weight:
-        """The projection's own weight."""
+    def _out_weight(self) -> Weight:
         return Weight(self.out, 0)
 
     def per_query_head(self) -> list[tuple[nn.Module, str, object]]:

@@ -11,7 +11,7 @@ sees what one process would, and gives the module back its own. So every gradien
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -91,12 +91,20 @@ def own_features(module: nn.Module, width: int) -> slice:
     return slice(mesh.get_local_rank() * each, (mesh.get_local_rank() + 1) * each)
 
 
-def by_features(module: nn.Module, dim: int) -> Tensor:
-    """Of a weight that ranks divide by heads the part of this rank's `own_features`, which are in this dimension."""
-    from torch.distributed.tensor import Shard
+def by_features(module: nn.Module, dim: int, features: slice) -> Tensor:
+    """Of a weight that ranks divide by heads some of this rank's `own_features`, which are in this dimension.
 
-    part: Tensor = _by_rank(module).redistribute(placements=[Shard(dim)]).to_local()
-    return part
+    All ranks ask at once, each for as many at the same place among its own.
+    """
+    from torch.distributed import all_to_all_single
+
+    mesh, weight = _mesh(module), _by_rank(module).to_local().movedim(dim, 0)  # [D, this rank's heads]
+    each = len(weight) // mesh.size()
+    first = features.start - mesh.get_local_rank() * each
+    given = weight.unflatten(0, (-1, each))[:, first : first + features.stop - features.start].contiguous()
+    found = torch.empty_like(given)
+    all_to_all_single(found, given, group=mesh.get_group())
+    return found.movedim(0, 1).flatten(1).movedim(0, dim)
 
 
 def is_divided(module: nn.Module, dim: int) -> bool:
@@ -137,12 +145,16 @@ def add_up(module: nn.Module, x: Tensor) -> None:
 
 def unknown_parts(model: nn.Module) -> str | None:
     """What kind of parts a model is in that nothing here knows how to put together; None: there are no such."""
-    meshes, early = _meshes(model), "weights in parts by something else than a tp_plan of transformers 5.17 or later"
-    sharded, divided = is_fully_sharded(model), any(map(computes_in_parts, model.modules()))
+    early = "weights in parts by something else than a tp_plan of transformers 5.17 or later"
+    sharded, divided = is_fully_sharded(model), [module for module in model.modules() if computes_in_parts(module)]
+    both = sharded and bool(divided)
     # Heads and experts may be divided over two meshes, but both by the same ranks, which run the same tokens.
-    known = [mesh for mesh in meshes if mesh.ndim == 1 + (sharded and divided)]
-    if any(mesh.mesh.tolist() != known[0].mesh.tolist() for mesh in known) or any(
-        mesh not in known and not (sharded and mesh.ndim == 1) for mesh in meshes
+    meshes = _meshes(own for module in divided for own in module.parameters(recurse=False))
+    if not divided:
+        meshes = _meshes(model.parameters())
+    if any(
+        mesh.ndim != 1 + both or mesh.mesh.tolist() != meshes[0].mesh.tolist() or (both and mesh != meshes[0])
+        for mesh in meshes
     ):
         return "weights in parts over several meshes, or several dimensions of one"
     if sharded and not divided:
@@ -151,23 +163,23 @@ def unknown_parts(model: nn.Module) -> str | None:
         return early
     for module in model.modules():
         shards = [weight for weight in module.parameters(recurse=False) if is_shard(weight)]
-        if not computes_in_parts(module):
-            if shards and not sharded:
-                return early
-            shards = []
-        if hasattr(module, "_hf_quantized_needs_local_tp") or any(weight.dtype not in FLOATS for weight in shards):
-            return "quantised weights in parts"
+        if shards and module not in divided and not sharded:
+            return early
         if meshes and type(module).__module__.startswith("peft."):
             return "adapters of PEFT around weights in parts"
+    for module in divided:
+        shards = [weight for weight in module.parameters(recurse=False) if is_shard(weight)]
+        if hasattr(module, "_hf_quantized_needs_local_tp") or any(weight.dtype not in FLOATS for weight in shards):
+            return "quantised weights in parts"
         if any(weight is getattr(module, "weight", None) and weight.dim() == 1 for weight in shards):
             return "a norm in parts (sequence parallelism)"
     return None
 
 
-def _meshes(model: nn.Module) -> list[Any]:
-    """The device meshes over which weights are in parts, without repetition."""
+def _meshes(weights: Iterable[Tensor]) -> list[Any]:
+    """The device meshes over which they are in parts, without repetition."""
     found: list[Any] = []
-    for weight in model.parameters():
+    for weight in weights:
         if is_shard(weight) and (mesh := weight.device_mesh) not in found:  # type: ignore[attr-defined]
             found.append(mesh)
     return found
@@ -175,7 +187,7 @@ def _meshes(model: nn.Module) -> list[Any]:
 
 def _mesh(module: nn.Module) -> Any:
     """That over which tensor parallelism divides a module: the last dimension of its weight's."""
-    mesh = _meshes(module)[0]
+    mesh = _meshes(module.parameters(recurse=False))[0]
     return mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[-1]]
 
 

@@ -34,13 +34,9 @@ class Weight:
         if features == slice(None):
             return self._whole
         own = own_features(self.module, linear_shape(self.module)[self.dim])
-        weight = self._whole if own == slice(None) else self._own
-        return weight.narrow(self.dim, features.start - (own.start or 0), features.stop - features.start)
-
-    def hold(self) -> None:
-        """Of a tensor parallel module, make what `at` its `own_features` keeps."""
-        if own_features(self.module, linear_shape(self.module)[self.dim]) != slice(None):
-            self._own  # noqa: B018
+        if own != slice(None) and is_divided(self.module, 1 - self.dim):
+            return by_features(self.module, self.dim, features)
+        return self._whole.narrow(self.dim, features.start, features.stop - features.start)
 
     def in_turn(self) -> Iterator[tuple[slice, Tensor]]:
         """(Which of the heads' features, the weight there): all at once, or of a tensor parallel module one rank's
@@ -57,18 +53,13 @@ class Weight:
     def _made(self) -> Tensor:
         return linear_weight(self.module)
 
-    @cached_property
-    def _own(self) -> Tensor:
-        return by_features(self.module, self.dim)
-
 
 @dataclass(frozen=True, eq=False)
 class Projection:
     """The heads' slices of a projection from the normalised residual stream.
 
     `rows` are the features of the module's output that belong to these heads, in head order; `sent` holds them on
-    devices, by their number too, for all projections that begin with the same rows. `of` is the module's weight, where
-    another projection has it already.
+    devices, by their number too, for all projections that begin with the same rows.
     """
 
     module: nn.Module
@@ -76,7 +67,6 @@ class Projection:
     n_heads: int
     head_dim: int
     sent: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict, repr=False)
-    of: Weight | None = field(default=None, repr=False)
 
     @property
     def width(self) -> int:
@@ -84,7 +74,7 @@ class Projection:
 
     def weight(self, dtype: torch.dtype, features: slice = slice(None)) -> Tensor:
         """[heads, K, D], or some of the D features."""
-        return self._picked(self.whole.at(features)).to(dtype).unflatten(0, (self.n_heads, -1))
+        return self._picked(self._weight.at(features)).to(dtype).unflatten(0, (self.n_heads, -1))
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """[heads, K] or None"""
@@ -101,9 +91,8 @@ class Projection:
         return x[self.sent[key]]
 
     @cached_property
-    def whole(self) -> Weight:
-        """The module's weight, of which some rows are the heads'."""
-        return self.of or Weight(self.module, 1)
+    def _weight(self) -> Weight:
+        return Weight(self.module, 1)
 
 
 def joined(projections: Sequence[Projection]) -> Projection:
@@ -115,7 +104,7 @@ def joined(projections: Sequence[Projection]) -> Projection:
         else:
             rows = torch.cat([_numbers(rows), _numbers(each.rows)])
     heads = sum(each.n_heads for each in projections)
-    return Projection(first.module, rows, heads, first.head_dim, first.sent, first.whole)
+    return Projection(first.module, rows, heads, first.head_dim, first.sent)
 
 
 def _numbers(rows: slice | Tensor) -> Tensor:

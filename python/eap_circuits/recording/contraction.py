@@ -15,7 +15,7 @@ from ..adapters import Architecture, linear_shape
 
 # Of attention's weights, copied for contraction at once; kernels take few features at a time anyway, but not too few.
 COPIED_BYTES = 2**28
-_NARROWEST = 64
+NARROWEST = 64
 
 
 def contract(
@@ -78,7 +78,7 @@ def feature_slices(arch: Architecture) -> list[slice]:
     """
     heads = sum(linear_shape(layer.out)[1] + sum(p.width for p in layer.projections.values()) for layer in arch.layers)
     most = COPIED_BYTES // (max(heads, 1) * arch.contraction_dtype.itemsize)
-    width = max(_NARROWEST, most // _NARROWEST * _NARROWEST)
+    width = max(NARROWEST, most // NARROWEST * NARROWEST)
     if width >= arch.d_model:
         return [arch.features]
     first, last, _ = arch.features.indices(arch.d_model)

@@ -50,9 +50,6 @@ def test_weights_and_time_of_a_plan_for_gpus(make_model, make_pairs):
     with_weights = eap.plan(model, data, device="cuda", memory="1GiB", gpus=2)
     plan = eap.plan(copy.deepcopy(model).to("meta"), data, device="cuda", memory="1GiB", gpus=2)
     assert plan == with_weights
-    # Of attention's weights each of two keeps one half more, by other features.
-    held = sum(x.nbytes for name, x in model.named_parameters() if "self_attn" in name and name.endswith("weight")) // 2
-    assert plan.bytes == eap.plan(model, data, device="cuda", memory="1GiB").bytes + held
     assert plan.weights == sum(x.nbytes for x in {*model.parameters(), *model.buffers()})
     assert plan.device == "cuda" and plan.gpus == 2 and plan.budget == 2**30
     seconds = plan.passes / plan.rates.passes + plan.contraction / plan.rates.contraction

@@ -34,7 +34,7 @@ from ...request import Measurement, Progress
 from ..quadrature import Path, Quadrature
 from ..spec import KEEP, AttributionRequest, Method
 from ..statistics import BatchScores, Statistics, batch_bytes, score_batches
-from .plans import Plan, contraction_of, held_bytes, hold_features, pass_bytes, rates_of, weight_bytes
+from .plans import Plan, contraction_of, pass_bytes, rates_of, weight_bytes
 from .replayed import Recorded, Replays
 
 T = TypeVar("T")
@@ -105,9 +105,7 @@ class GradientMethod(Method):
         self, request: AttributionRequest, statistics: Statistics, checkpoint: Checkpoint, progress: Progress | None
     ) -> None:
         most = most_tokens(request.arch.device_kind)
-        tokens, per_batch = most, most
-        if self.planned:
-            tokens, per_batch = self._tokens(request, self._costs(request), held_bytes(request.arch))
+        tokens, per_batch = self._tokens(request, self._costs(request)) if self.planned else (most, most)
         with Replays(self, request) as replays:
 
             def score(batch: Batch, tokens: int) -> BatchScores:
@@ -121,11 +119,11 @@ class GradientMethod(Method):
         # Looked up once: what is free changes from one moment to the next.
         allowed = budget(request)
         request = replace(request, memory=allowed)
-        cost, held = self._costs(request), held_bytes(request.arch, gpus)
-        tokens, per_batch = self._tokens(request, cost, held)
+        cost = self._costs(request)
+        tokens, per_batch = self._tokens(request, cost)
         batches = list(request.batches(per_batch))
         shapes = [(batch.n_examples, batch.shape[1], self.cut(request, batch, tokens).together) for batch in batches]
-        needed = max(cost(batch).bytes(shape[0], shape[2]) for batch, shape in zip(batches, shapes, strict=True)) + held
+        needed = max(cost(batch).bytes(shape[0], shape[2]) for batch, shape in zip(batches, shapes, strict=True))
         if needed > allowed:
             warn(
                 f"plan: expected a run within {allowed:,} bytes, found that one example and path point take {needed:,}."
@@ -147,7 +145,7 @@ class GradientMethod(Method):
         held = min(points, max(HELD_POINTS, HELD_BYTES // max(per_point, 1)))
         return Passes(request.path, max(1, min(held, tokens // batch.clean.numel())), held)
 
-    def _tokens(self, request: AttributionRequest, cost: Callable[[Batch], Cost], held: int) -> tuple[int, int]:
+    def _tokens(self, request: AttributionRequest, cost: Callable[[Batch], Cost]) -> tuple[int, int]:
         """The most tokens of a pass within the budget, and those of a batch.
 
         Fewer examples with more of their points in a pass take less memory, as senders and receivers are held for each
@@ -158,7 +156,7 @@ class GradientMethod(Method):
         rough = pass_bytes(request, at_once) + batch_bytes(request, request.batch_size or most)
         best = 0, 0
         for together in range(1, min(points, HELD_POINTS) + 1):
-            tokens = tokens_within(request, most, rough, cost, per_batch=most, beside=held, together=together)
+            tokens = tokens_within(request, most, rough, cost, per_batch=most, together=together)
             best = max(best, (tokens, tokens // together), key=lambda pair: pair[0])
             if tokens == most or request.batch_size is not None:
                 break
@@ -167,7 +165,6 @@ class GradientMethod(Method):
     def _costs(self, request: AttributionRequest) -> Callable[[Batch], Cost]:
         """`_cost` of batches, measured once for those that are about alike, of which the longest come first."""
         costs: dict[tuple[int, int], Cost] = {}
-        hold_features(request.arch)  # else it would look like what the first example takes
 
         def cost(batch: Batch) -> Cost:
             tokens, prefix = batch.example_tokens, batch.prefix.shape[1]

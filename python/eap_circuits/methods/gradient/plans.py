@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from ...adapters import Architecture, Weight, linear_shape, parts_of, receiver_sites
+from ...adapters import Architecture, receiver_sites
 from ...budget import numbers_per_token
 from ...errors import expected
 from ..spec import AttributionRequest
@@ -92,27 +90,6 @@ def check_divisible(arch: Architecture, ranks: int) -> None:
         raise expected(name, f"a tp_plan in transformers, to be divided among {ranks} ranks", "none for its layers")
     for layer in arch.layers:
         layer.check_heads(ranks)
-
-
-def hold_features(arch: Architecture) -> None:
-    """Bring about what contraction keeps of a tensor parallel model's weights, before memory is measured."""
-    for weight in _head_weights(arch):
-        weight.hold()
-
-
-def held_bytes(arch: Architecture, ranks: int = 1) -> int:
-    """The bytes of that on each rank, of a model that so many divide, or are to divide."""
-    ranks = max(ranks, parts_of(arch.layers[0].out))
-    if ranks == 1 or arch.d_model % ranks:
-        return 0
-    return sum(math.prod(linear_shape(weight.module)) for weight in _head_weights(arch)) * arch.dtype.itemsize // ranks
-
-
-def _head_weights(arch: Architecture) -> Iterator[Weight]:
-    """Of the heads' projections, each module's."""
-    for layer in arch.layers:
-        yield from (next(iter(each.values())).whole for each in layer.projection_modules.values())
-        yield layer.whole_out
 
 
 def contraction_of(request: AttributionRequest, points: int) -> int:

@@ -43,7 +43,8 @@ def is_fully_sharded(model: nn.Module) -> bool:
 
 def computes_in_parts(module: nn.Module) -> bool:
     """Is it a tensor parallel module, whose forward transformers has wrapped in the exchange that goes with it?"""
-    return "forward" in vars(module) and any(map(is_shard, module.parameters(recurse=False)))
+    # Norms have another forward during backward rules, and may be in parts by `fully_shard`.
+    return "forward" in vars(module) and any(is_shard(x) and x.dim() > 1 for x in module.parameters(recurse=False))
 
 
 def run_whole(module: nn.Module, *inputs: Tensor) -> Tensor:
@@ -147,15 +148,8 @@ def unknown_parts(model: nn.Module) -> str | None:
     """What kind of parts a model is in that nothing here knows how to put together; None: there are no such."""
     early = "weights in parts by something else than a tp_plan of transformers 5.17 or later"
     sharded, divided = is_fully_sharded(model), [module for module in model.modules() if computes_in_parts(module)]
-    both = sharded and bool(divided)
-    # Heads and experts may be divided over two meshes, but both by the same ranks, which run the same tokens.
-    meshes = _meshes(own for module in divided for own in module.parameters(recurse=False))
-    if not divided:
-        meshes = _meshes(model.parameters())
-    if any(
-        mesh.ndim != 1 + both or mesh.mesh.tolist() != meshes[0].mesh.tolist() or (both and mesh != meshes[0])
-        for mesh in meshes
-    ):
+    meshes = _meshes(model.parameters())
+    if not _fit(meshes, sharded, bool(divided)):
         return "weights in parts over several meshes, or several dimensions of one"
     if sharded and not divided:
         return None
@@ -171,9 +165,21 @@ def unknown_parts(model: nn.Module) -> str | None:
         shards = [weight for weight in module.parameters(recurse=False) if is_shard(weight)]
         if hasattr(module, "_hf_quantized_needs_local_tp") or any(weight.dtype not in FLOATS for weight in shards):
             return "quantised weights in parts"
-        if any(weight is getattr(module, "weight", None) and weight.dim() == 1 for weight in shards):
-            return "a norm in parts (sequence parallelism)"
     return None
+
+
+def _fit(meshes: list[Any], sharded: bool, divided: bool) -> bool:
+    """Are they the meshes of `fully_shard`, of tensor parallelism, or, over two dimensions, of both?"""
+    if not sharded:
+        # Heads and experts may be divided over two, but both by the same ranks, which run the same tokens.
+        return all(mesh.ndim == 1 and mesh.mesh.tolist() == meshes[0].mesh.tolist() for mesh in meshes)
+    known = max(meshes, key=lambda mesh: mesh.ndim, default=None)
+    if known is None or known.ndim != 1 + divided:
+        return known is None
+    # What no tp_plan divides is over the first dimension alone.
+    fine = [known, known[known.mesh_dim_names[0]]] if divided else [known]
+    named = [(each.mesh_dim_names, each.mesh.tolist()) for each in fine]
+    return all((mesh.mesh_dim_names, mesh.mesh.tolist()) in named for mesh in meshes)
 
 
 def _meshes(weights: Iterable[Tensor]) -> list[Any]:

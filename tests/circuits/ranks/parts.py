@@ -307,8 +307,8 @@ def tensor_parallel_ended() -> list[str]:
 
 
 def tensor_parallel_faults() -> list[str]:
-    """A rank that fails alone, in the middle of a pass of all, ends the others with its sentence once it has ended. Also
-    what is refused, and that memory is as planned."""
+    """A rank that fails alone, in the middle of a pass of all, ends the others with its sentence once it has ended.
+    Also what is refused, and that memory is as planned."""
     wrong = []
 
     def failing(logits: torch.Tensor, batch: Any) -> torch.Tensor:

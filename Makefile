@@ -58,7 +58,7 @@ tutorials:
 
 # Two processes of one thread each: tests are small, and OpenMP threads that spin while they wait slow everything down
 # when other processes use the cores.
-PYTEST := OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile $(if $(CI),-p tests.skips)
+PYTEST := OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(if $(CI),-p tests.skips)
 test: $(VENV)/.test
 	$(PYTEST) -m "not slow" $(TESTS)
 

@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from eap_kernels.info import processor
+from eap_kernels.info import instruction_set, processor
 from eap_kernels.testing import timing
 from eap_kernels.testing.timing import PRETENDED, Run
 
@@ -91,7 +91,7 @@ def machine() -> dict[str, object]:
     facts: dict[str, object] = {
         "processor": processor(),
         "cores": os.cpu_count(),
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "instruction_set": instruction_set(),
     }
     if DEVICE == "cuda":
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -118,6 +118,6 @@ def state() -> str:
 
 
 def slug(facts: Mapping[str, object]) -> str:
-    """A machine's name as a folder: its GPU, else its processor and cores."""
-    name = str(facts.get("gpu") or f"{facts['processor']} {facts['cores']} cores")
+    """A machine's name as a folder: its GPU, else its processor, instruction set and cores."""
+    name = str(facts.get("gpu") or "{processor} {instruction_set} {cores} cores".format(**facts))
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -10,6 +10,7 @@ import eap_kernels
 from eap_kernels import _auto, _native
 from eap_kernels.tune import choices
 from eap_kernels.tune.choices import cache_folder as cache_folder
+from eap_kernels.tune.choices import instruction_set as instruction_set
 from eap_kernels.tune.choices import processor as processor
 
 
@@ -29,7 +30,7 @@ def facts() -> dict[str, str]:
     else:
         lines["compiler"] = build.compiler
         lines["instruction sets"] = ", ".join(build.instruction_sets)
-        lines["instruction set in use"] = build.instruction_set()
+        lines["instruction set in use"] = instruction_set()
         lines["cuda architectures"] = ", ".join(build.cuda_architectures) or f"none: {build.cuda_failure}"
     return lines | _choices()
 

@@ -47,7 +47,7 @@ def in_turns(
 ) -> dict[str, float]:
     """Seconds per call of each run, in the order A B C C B A in one process. Noise only adds time, so minima count.
 
-    Without `rounds`, it takes as many as fit in `budget` seconds, from 2 to 7.
+    Without `rounds`, it takes as many as fit in `budget` seconds, from 1 to 7.
     """
     once = {}
     for name, run in runs.items():
@@ -60,7 +60,7 @@ def in_turns(
     if PRETENDED:
         rounds = 1
     if rounds is None:
-        rounds = min(7, max(2, int(budget / (2 * sum(counts[name] * once[name] for name in runs)))))
+        rounds = min(7, max(1, int(budget / (2 * sum(counts[name] * once[name] for name in runs)))))
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(rounds):
         for name in (*runs, *reversed(list(runs))):

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from eap_kernels import _native
 from eap_kernels._schemas import OPERATORS
 
 # What is measured on each type of device. A CPU has a measured rule for the rest, and a GPU takes the reference.
@@ -72,6 +73,12 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
+def instruction_set() -> str:
+    """What the CPU's kernels use, by which processors of one name differ; torch's word where there are no kernels."""
+    build = _native.build_info()
+    return build.instruction_set() if build else torch.backends.cpu.get_cpu_capability()
+
+
 def name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
@@ -90,6 +97,8 @@ def key(kind: str, name: str) -> dict[str, str]:
             found["triton"] = version("triton")
         except PackageNotFoundError:
             found["triton"] = "none"
+    else:
+        found["instruction_set"] = instruction_set()
     return found
 
 

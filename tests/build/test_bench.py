@@ -158,8 +158,8 @@ def test_a_comparison_fails_on_a_regression_and_writes_nothing(elsewhere):
 
 
 def test_a_cpu_s_result_and_ratios_are_named_apart():
-    facts = {"processor": "Intel(R) Xeon(R) Processor", "cores": 2}
-    assert measure.slug(facts) == "intel-r-xeon-r-processor-2-cores"
+    facts = {"processor": "Intel(R) Xeon(R) Processor", "cores": 2, "instruction_set": "x86-64-v4"}
+    assert measure.slug(facts) == "intel-r-xeon-r-processor-x86-64-v4-2-cores"
     assert record.result_name({"machine": facts}) == "cpu.json"
 
 

@@ -17,6 +17,8 @@ from eap_kernels import _native
 from eap_kernels.testing.shapes import MODELS
 from tests.build.building import ROOT, build, copy_of_the_sources
 
+pytestmark = pytest.mark.long
+
 SOURCES = ("edge_scores", "edge_scores_sm90", "masked_read")
 ARCHITECTURES = ("80", "90a", "100")
 DIRECT = -1

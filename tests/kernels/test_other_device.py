@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from eap_kernels._schemas import OPERATORS
+
+pytestmark = pytest.mark.long
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]

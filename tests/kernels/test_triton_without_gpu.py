@@ -17,6 +17,8 @@ import torch
 
 from eap_kernels.triton import configs
 
+pytestmark = pytest.mark.long
+
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 NAMES = ("edge_scores", "masked_read", "normalise_rows", "collapse", "triton_kernels")

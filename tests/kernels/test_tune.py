@@ -19,6 +19,8 @@ from eap_kernels.tune import child as in_child
 from eap_kernels.tune import choices, devices
 from tests.kernels.test_dispatch import OnGpu
 
+pytestmark = pytest.mark.long
+
 CARD, DEVICE = "NVIDIA Test", torch.device("cuda", 0)
 # A child without torch: it tries three backends, each of which does as it is told.
 CHILD = """
@@ -210,6 +212,15 @@ def test_what_was_measured_under_another_key_does_not_count(child, log, monkeypa
         (tmp_path / file).write_text("changed")
         digests.add(choices._digest())
     assert len(digests) == 3
+
+
+def test_processors_of_one_name_and_other_instructions_have_a_choice_each(monkeypatch):
+    paths = {choices.path(torch.device("cpu"))}
+    monkeypatch.setattr(choices, "instruction_set", lambda: "another")
+    choices.key.cache_clear()
+    paths.add(choices.path(torch.device("cpu")))
+    choices.key.cache_clear()
+    assert len(paths) == 2
 
 
 def deterministic(monkeypatch):

@@ -21,6 +21,8 @@ from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import differences, plain_run
 from tests.circuits.plain_runs import scores as scores_by_hand
 
+pytestmark = pytest.mark.long
+
 DATA = Path(__file__).parent / "data"
 FAMILIES = ("gpt2", "llama", "qwen2", "neox", "gemma2")
 PERCENTS = (2, 5, 10, 20, 50, 100)

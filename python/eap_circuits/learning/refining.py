@@ -164,6 +164,8 @@ class _State:
 
     def _apart(self, circuits: list[Tensor]) -> Tensor:
         """How far circuits' metric is from the model's, float64 [C]: means over the pairs."""
+        if not circuits:
+            return self._own.new_empty(0)
         self.ran += len(circuits)
         return (self.runs.values(circuits) - self._own).abs().mean(1)
 

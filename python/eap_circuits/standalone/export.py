@@ -190,17 +190,21 @@ class _Checkpoint:
                         self.weights[f"{self.names[part]}.{name}"].zero_()
 
     def drop_layers(self) -> None:
-        """Leave out layers that are not used; what one adds whatever its heads do moves to the MLP before it."""
+        """Leave out layers that are not used; what one adds whatever its heads do moves to the MLP before it.
+
+        One of each kind stays: where a model mixes kinds, its class looks for each in its cache.
+        """
         kept: list[int] = []
         moved: list[tuple[nn.Module, Tensor]] = []
+        kinds = {type(each.layer.attention) for each in self.layers if not each.idle}
         for index, each in enumerate(self.layers):
-            fixed = _fixed(each.layer)
+            kind, fixed = type(each.layer.attention), _fixed(each.layer)
             place = _last_bias(self.layers[kept[-1]].layer) if kept else None
-            if not each.idle or (fixed is not None and place is None):
+            if not each.idle or kind not in kinds or (fixed is not None and place is None):
                 kept.append(index)
+                kinds.add(kind)
             elif fixed is not None and place is not None:
                 moved.append((place, fixed))
-        kept = kept or [0]
         if len(kept) == len(self.layers):
             return
         by_layer = {

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 COMMANDS = ("demo", "data", "attribute", "learn", "evaluate", "curve", "report", "tasks", "check", "info")
 SOURCES = [str(folder) for folder in (Path(__file__).parents[3] / "python", Path(__file__).parents[3])]
 

@@ -61,6 +61,13 @@ def test_no_swap_of_edges_whose_gradient_asks_for_it_helps_any_more(model, data,
     assert (distances(model, swapped, data) > after - 1e-4 * before).all()
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_circuit_of_nothing_or_of_everything_stays(whole, model, data, circuit):
+    edges = circuit.graph.edge_mask
+    mask = edges if whole else torch.zeros_like(edges)
+    assert torch.equal(eap.refine(model, eap.Circuit(circuit.graph, mask), data).mask, mask)
+
+
 @pytest.mark.parametrize("metric", ["prob_diff", "kl_divergence"])
 def test_it_refines_by_any_metric_and_goes_on_after_a_stop(metric, model, data, circuit, tmp_path, monkeypatch):
     monkeypatch.setattr("eap_circuits.checkpoint.file.SECONDS_BETWEEN_SAVES", 0.0)

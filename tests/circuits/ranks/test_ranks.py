@@ -17,6 +17,8 @@ import eap_circuits as eap
 from eap_kernels.testing import relative_error
 from tests.circuits.ranks import parts
 
+pytestmark = pytest.mark.long
+
 NAMES = (
     "bits on two ranks", "bits on three ranks", "order_of_sums", "shares", "memory", "faults", "want_of_memory",
     "ended", "going_on", "commands", "wrapped", "in step on two ranks", "in step on three ranks", "tensor_parallel",

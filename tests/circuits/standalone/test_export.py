@@ -156,6 +156,18 @@ def test_nothing_is_left_of_a_circuit_without_nodes(make_model, tmp_path):
     assert small.config.layer_types == ["sliding_attention"] and small.config.num_attention_heads == 1
 
 
+@pytest.mark.parametrize(("name", "norm"), [("jamba", "final_layernorm"), ("lfm2", "embedding_norm")])
+def test_one_layer_of_each_kind_stays(name, norm, make_model, tmp_path):
+    """The classes of hybrids look for each in their cache, even where nothing of it is used."""
+    model, tokens = make_model(name), torch.arange(10)[None]
+    empty = of_nodes(bind(model).graph("kv"), [])
+    with StayDouble(), torch.no_grad():
+        small = eap.export_model(model, empty, tmp_path / "small").double()
+        read = model.get_input_embeddings()(tokens)
+        torch.testing.assert_close(logits(small, tokens), model.lm_head(getattr(model.model, norm)(read)))
+        assert small.generate(tokens, max_new_tokens=2, do_sample=False).shape == (1, 12)
+
+
 def test_the_tokenizer_comes_along_and_an_empty_folder_is_taken(make_model, tmp_path):
     tokenizer = TOKENIZERS["single digits"]()
     model, folder = make_model("llama", torch.bfloat16), tmp_path / "small"

@@ -176,8 +176,8 @@ def _fit(meshes: list[Any], sharded: bool, divided: bool) -> bool:
     known = max(meshes, key=lambda mesh: mesh.ndim, default=None)
     if known is None or known.ndim != 1 + divided:
         return known is None
-    # What no tp_plan divides is over the first dimension alone.
-    fine = [known, known[known.mesh_dim_names[0]]] if divided else [known]
+    # What no tp_plan divides is over the first dimension alone, and what a pass has put together over the last.
+    fine = [known, *(known[name] for name in known.mesh_dim_names)] if divided else [known]
     named = [(each.mesh_dim_names, each.mesh.tolist()) for each in fine]
     return all((mesh.mesh_dim_names, mesh.mesh.tolist()) in named for mesh in meshes)
 

@@ -45,7 +45,7 @@ def ensemble(scores: Sequence[EdgeScores], *, how: str = "mean") -> EdgeScores:
     found = torch.stack([each.values[edges].double() for each in scores])
     if how == "rank-mean":
         found = torch.stack([ranks(each.abs()) / graph.n_edges for each in found])
-    values = torch.zeros(edges.shape)
+    values = torch.zeros(edges.shape, dtype=torch.float32)
     values[edges] = found.mean(0).float()
     methods = sorted({str(each.info.get("method")) for each in scores})
     additive = how == "mean" and all(each.info.get("additive", True) for each in scores)

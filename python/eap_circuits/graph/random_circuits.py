@@ -56,7 +56,7 @@ def _grown(graph: Graph, n_edges: int, rng: random.Random) -> Tensor:
 def _selected(graph: Graph, n_edges: int, rng: random.Random) -> Tensor:
     """By random scores: a path that changes span, or stream, is completed as that of a selected circuit is."""
     generator = torch.Generator().manual_seed(rng.getrandbits(62))
-    rank = torch.rand(graph.edge_mask.shape, generator=generator)
+    rank = torch.rand(graph.edge_mask.shape, generator=generator, dtype=torch.float32)
     return select_edges(graph, rank, [n_edges], "top", True, exactly=True)[0][0]
 
 

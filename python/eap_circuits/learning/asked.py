@@ -76,6 +76,6 @@ def ranking(graph: Graph, order: Tensor, info: dict[str, Any]) -> EdgeScores:
     Args:
         order: [n], the edges' numbers from the weakest to the strongest.
     """
-    values = torch.zeros(graph.edge_mask.shape)
+    values = torch.zeros(graph.edge_mask.shape, dtype=torch.float32)
     values[graph.edge_mask] = ((order.argsort() + 1).double() / graph.n_edges).float()
     return EdgeScores(graph, values, info)

@@ -194,11 +194,17 @@ def test_another_default_dtype_changes_nothing(dtype, make_model, make_pairs):
 
     def results():
         scores = [eap.attribute(model, data, steps=3, method=method, rules=rules).values for method, rules in cases]
-        circuit = eap.attribute(model, data, method="eap", ablation="mean").select(30)
+        start = eap.attribute(model, data, method="eap", ablation="mean")
+        circuit = start.select(30)
         return [
             *scores,
             eap.evaluate(model, circuit, data).values,
             eap.optimal_constants(model, circuit, data, steps=1).embedding,
+            eap.learn_mask(model, data, start=start, steps=2).values,
+            eap.prune_gradually(model, data, start=start, keep=0.4, n_edges=(3, 60)).values,
+            eap.ibcircuit(model, data, steps=2).values,
+            eap.ensemble([start, start]).values,
+            eap.random_circuit(start.graph, 30).mask,
         ]
 
     cases = [("eap-ig-inputs", "gim"), ("information-flow-routes", None), ("eap-ig-activations", None), ("exact", None)]

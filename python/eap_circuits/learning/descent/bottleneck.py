@@ -122,7 +122,7 @@ def ibcircuit(
     with opened(checkpoint, request.arch.model, settings) as kept, borrowed(request.arch.model):
         request = request.verified(heads).with_constants()
         log_odds = _learn(request, graph, asked, kept, progress)
-    values = torch.zeros(graph.edge_mask.shape)
+    values = torch.zeros(graph.edge_mask.shape, dtype=torch.float32)
     values[graph.edge_mask] = log_odds.sigmoid()
     return EdgeScores(graph, values, info)
 
@@ -138,10 +138,9 @@ def information(log_odds: Tensor) -> Tensor:
 
 def draw_noise(means: Constants, spread: Constants, generator: torch.Generator) -> Constants:
     """What every sender writes in place of its contribution: one draw for all prompts, at each position."""
-    pairs = zip(means.tensors, spread.tensors, strict=True)
-    return Constants.of_tensors(
-        [mean + deviation * torch.randn(mean.shape, generator=generator).to(mean) for mean, deviation in pairs]
-    )
+    drawn = [torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x) for x in means.tensors]
+    every = zip(means.tensors, spread.tensors, drawn, strict=True)
+    return Constants.of_tensors([mean + deviation * x for mean, deviation, x in every])
 
 
 def _learn(request: Request, graph: Graph, asked: _Asked, checkpoint: Checkpoint, progress: Progress | None) -> Tensor:
@@ -149,7 +148,7 @@ def _learn(request: Request, graph: Graph, asked: _Asked, checkpoint: Checkpoint
     means = request.constants
     assert means is not None
     spread = deviations(request.arch, request.batches(TOKENS_PER_BATCH), means)
-    start = torch.full((graph.n_edges,), BEGINNING)
+    start = torch.full((graph.n_edges,), BEGINNING, dtype=torch.float32)
     descent = Descent(request, graph, start, start.sigmoid(), asked.examples, asked.seed, checkpoint)
     for _ in descent.steps(asked.steps, progress):
         noise = draw_noise(means, spread, descent.generator())

@@ -21,7 +21,7 @@ def starting_places(scores: Tensor) -> Tensor:
     """Places of edges by their absolute scores [n]; of equal scores the first is the strongest."""
     n = len(scores)
     order = scores.abs().argsort(descending=True, stable=True)
-    places = torch.empty(n)
+    places = torch.empty(n, dtype=torch.float32)
     places[order] = -torch.log(torch.arange(1, n + 1) / n)
     return places
 
@@ -46,6 +46,6 @@ def open_gates(places: Tensor, sizes: Sequence[int], generator: torch.Generator 
     """
     above = places - thresholds(places, sizes)[:, None]
     if generator is not None:
-        uniform = torch.rand(above.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
+        uniform = torch.rand(above.shape, generator=generator, dtype=torch.float32).clamp(1e-6, 1 - 1e-6)
         above = above + NOISE / sharpness * uniform.logit()
     return (torch.sigmoid(above * sharpness / SOFTNESS) * (HIGH - LOW) + LOW).clamp(0, 1)

@@ -184,7 +184,7 @@ def sharded_further() -> list[str]:
 
     with tempfile.TemporaryDirectory() as folder:
         path = saved("llama", folder)
-        return [each for ranks in (2, 4) for each in wrong_numbers(path, ranks, calls, load)]
+        return [*wrong_numbers(path, 2, calls_of, load), *wrong_numbers(path, 4, calls, load)]
 
 
 def tensor_parallel_commands() -> list[str]:

@@ -195,7 +195,7 @@ def ended() -> list[str]:
         return trouble(SCORE)
 
     def connecting(rank: int) -> str:
-        ranks.SECONDS_TO_CONNECT = 1.0
+        ranks.SECONDS_TO_CONNECT = 0.5
         if rank == 1:
             dist.new_group = lambda **_: os.kill(os.getpid(), signal.SIGKILL)
         return trouble(SCORE)
@@ -203,7 +203,7 @@ def ended() -> list[str]:
     def late(rank: int) -> str:
         ranks.SECONDS_TO_CONNECT = 0.5
         SCORE()
-        time.sleep(rank)
+        time.sleep(0.7 * rank)
         return trouble(SCORE)
 
     def run(rank: int) -> list[Any]:

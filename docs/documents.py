@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from bench import explorer, tables
-from docs import agreement, learning, models, registries, scale, verdicts
+from docs import agreement, counts, learning, models, registries, scale, verdicts
 
 BEGIN, END = "<!-- python -m docs.documents writes this from {} -->\n", "<!-- end -->"
 MEASURED, PERFORMANCE, MODELS = "bench/results", "docs/results/performance.json", "docs/results/models.json"
@@ -22,12 +22,16 @@ VERDICTS = "docs/results/verdicts.json"
 AGREEMENT = "docs/results/agreement.json"
 FUZZ, LEARNING = "docs/results/fuzz.json", "docs/results/learning.json"
 EXPLORER = "docs/results/explorer.json"
+COUNTS = "docs/results/counts.json"
 SCALE, LARGE = "docs/results/scale.json", "docs/results/large.json"
 # What stands between the markers, by document and source.
 TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("README.md", MEASURED): tables.readme,
     ("docs/performance.md", PERFORMANCE): tables.shares,
     ("docs/performance.md", MEASURED): tables.model_shapes,
+    ("docs/performance.md", COUNTS): counts.calls,
+    ("docs/performance.md", f"{COUNTS}, operators"): counts.operators,
+    ("docs/performance.md", f"{COUNTS}, batches"): counts.batches,
     ("docs/ops/edge_scores.md", MEASURED): tables.edge_scores,
     ("docs/ops/masked_read.md", MEASURED): tables.masked_read,
     ("docs/ops/head_space_scores.md", MEASURED): tables.head_space_scores,

@@ -59,7 +59,7 @@ def predict(model: Any, gpus: int) -> dict[str, Any]:
 
     import eap_circuits as eap
     from bench.large import pairs
-    from eap_circuits.recording.contraction import COPIED_BYTES, NARROWEST
+    from eap_circuits.recording.contraction import COPIED_BYTES, NARROWEST, ON_A_GPU
 
     config = model.config
     width, layers = config.hidden_size, config.num_hidden_layers
@@ -95,7 +95,7 @@ def predict(model: Any, gpus: int) -> dict[str, Any]:
     seconds = (team - 1) / team * (bytes_ + attention) / NVLINK
     if sharded:  # all weights of a part, for the corrupted run, and for the forward and the backward of other passes
         times = 1 + 2 * math.ceil(STEPS / min(points for *_, points in plan.batches))
-        at_once = COPIED_BYTES // (attention * team / width) // NARROWEST * NARROWEST  # features
+        at_once = ON_A_GPU * COPIED_BYTES // (attention * team / width) // NARROWEST * NARROWEST  # features
         slices = math.ceil(width / team / max(NARROWEST, at_once))
         put_together = (copies - 1) / copies * (times * weights / team + slices * attention)
         seconds += put_together / (NVLINK if gpus <= MACHINE else INFINIBAND)

@@ -3,6 +3,7 @@
     with pretending(), counting() as counts:
         eap.attribute(model, data)
     print(counts.launches.total(), counts.waits.total(), counts.waits.most_common(5))
+    print(counts.bytes, counts.seconds)         # predicted; see moved.py
 
 A kernel is an operator on the device that is no view, allocates nothing alone, and has elements; some count more than
 once (`_MORE`).
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from bench.pretended.graphs import indices, waits
+from bench.pretended.moved import LAUNCH, moved, seconds
 from bench.pretended.tensors import (
     Pretend,
     attention_backward,
@@ -52,6 +54,13 @@ class Counts:
 
     launches: Counter[Site] = field(default_factory=Counter)
     waits: Counter[Site] = field(default_factory=Counter)
+    bytes: int = 0
+    on_device: float = 0.0  # seconds
+
+    @property
+    def seconds(self) -> float:
+        """Predicted: the host runs ahead of the device until it has to wait for it."""
+        return max(self.on_device, self.launches.total() * LAUNCH)
 
     @property
     def own_waits(self) -> int:
@@ -90,6 +99,9 @@ def _count(counts: Counts, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         return
     masks = sum(isinstance(x, Pretend) and x.dtype == torch.bool for x in indices(name, args))
     counts.launches[name, site] += _MORE.get(name, 1) + 3 * masks
+    size = moved(name, func, args, kwargs, out)
+    counts.bytes += size
+    counts.on_device += seconds(name, args, kwargs, out, size)
 
 
 def _site() -> str:

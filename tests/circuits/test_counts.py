@@ -17,8 +17,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import eap_circuits as eap
 from bench.pretended import Counts, counting, pretending
 from eap_circuits.adapters import bind
+from eap_circuits.budget import replays
 from eap_circuits.errors import InputWarning
-from eap_circuits.methods.gradient import replayed
+from eap_circuits.evaluation import circuit_values
+from eap_circuits.methods.gradient import method
 
 EXAMPLES, TOKENS, POINTS, VOCABULARY = 8, 6, 3, 59
 SMALL = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None}
@@ -39,6 +41,7 @@ MAKE: dict[str, Callable[[int], Any]] = {
 OF_ATTRIBUTE = {"llama": (19, 108), "gpt2": (19, 110)}
 OF_EVALUATE = {"llama": (28, 120), "gpt2": (33, 109)}
 OF_A_METRIC = 7  # at one circuit's logits
+OF_A_REPLAY = 5  # of circuits: the batch is sent and put in its place, and what was measured joined and brought back
 
 
 def pairs(shared: int = 0, n: int = EXAMPLES) -> eap.PairedDataset:
@@ -65,17 +68,19 @@ def counted(call: Callable[[], object]) -> Counts:
 
 
 @cache
-def attributed(name: str, layers: int, n: int = EXAMPLES, native: bool = False, **settings: Any) -> Counts:
+def attributed(
+    name: str, layers: int, n: int = EXAMPLES, native: bool = False, points: int = POINTS, **settings: Any
+) -> Counts:
     with pretending(shapes=True, native=native):
         model, data = on_device(name, layers), pairs(n=n)
-        return counted(lambda: eap.attribute(model, data, steps=POINTS, memory="1TB", **settings))
+        return counted(lambda: eap.attribute(model, data, steps=points, memory="1TB", **settings))
 
 
 @cache
-def evaluated(name: str, layers: int, copies: int = 1, **settings: Any) -> Counts:
+def evaluated(name: str, layers: int, copies: int = 1, n: int = EXAMPLES, **settings: Any) -> Counts:
     """Of three circuits, so many times."""
     with pretending(shapes=True):
-        model, data = on_device(name, layers), pairs()
+        model, data = on_device(name, layers), pairs(n=n)
         graph = bind(model).graph("kv")
         values = torch.randn(graph.edge_mask.shape, generator=torch.Generator().manual_seed(1)) * graph.edge_mask
         scores = eap.EdgeScores(graph, values, {})
@@ -139,24 +144,41 @@ def test_launches_of_attribution(name: str) -> None:
     assert batch <= OF_ATTRIBUTE[name][1]
 
 
-@pytest.mark.parametrize("name", MAKE)
-def test_a_replayed_batch_is_a_tenth_of_the_launches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four layers, and less of more. Of batches of one pair the fourth and later ones are replayed."""
+REPLAYED: list[tuple[str, Callable[..., Counts], dict[str, Any]]] = [
+    ("llama", attributed, {"layers": 4, "native": True}),
+    ("gpt2", attributed, {"layers": 4, "native": True}),
+    ("gpt2", attributed, {"layers": 2, "native": True, "method": "eap-ig-activations", "points": 2}),
+    ("gpt2", attributed, {"layers": 2, "native": True, "method": "eap-gp", "points": 2}),
+    ("llama", evaluated, {"layers": 2}),
+    ("gpt2", evaluated, {"layers": 2}),
+]
 
-    def more(n: int) -> tuple[int, int]:
-        few, many = (attributed(name, 4, k, True, batch_size=1) for k in (n - 1, n))
-        return many.launches.total() - few.launches.total(), many.own_waits - few.own_waits
 
-    plain, waits = more(2)  # too few to be captured
-    monkeypatch.setattr(replayed, "FEWEST", 1)
-    again, waits_then = more(5)
-    assert again <= plain / 10
+@pytest.mark.parametrize(("name", "call", "settings"), REPLAYED)
+def test_a_replayed_batch_is_a_tenth_of_the_launches(
+    name: str, call: Callable[..., Counts], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And less of deeper models. Of batches of one pair the fourth and later ones are replayed."""
+
+    def last(n: int) -> tuple[int, int]:
+        """Launches and waits of the last of so many."""
+        seen: list[tuple[int, int]] = []
+        with counting() as found:
+            progress = lambda *_: seen.append((found.launches.total(), found.own_waits))  # noqa: E731
+            call(name, n=n, batch_size=1, progress=progress, **settings)
+        return seen[-1][0] - seen[-2][0], seen[-1][1] - seen[-2][1]
+
+    plain, waits = last(2)  # too few to be captured
+    monkeypatch.setattr(replays, "FEWEST", 1)
+    again, waits_then = last(5)
+    assert again <= (OF_A_REPLAY if call is evaluated else plain / 10)
     assert waits == waits_then == 1
 
 
 @pytest.mark.parametrize("name", MAKE)
 def test_a_layer_is_as_many_launches_as_the_choice_to_replay_assumes(name: str) -> None:
-    assert attributed(name, 3).launches.total() - attributed(name, 2).launches.total() >= replayed.LAUNCHES
+    for call, least in ((attributed, method.LAUNCHES), (evaluated, circuit_values.LAUNCHES)):
+        assert call(name, 3).launches.total() - call(name, 2).launches.total() >= least
 
 
 @pytest.mark.parametrize("name", MAKE)

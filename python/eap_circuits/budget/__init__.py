@@ -22,3 +22,5 @@ from .memory import (
     most_tokens,
     zeros,
 )
+from .rates import Rates, rates_of
+from .replays import Replayable, Replays, Work, layer_weights

@@ -12,38 +12,19 @@ from torch import Tensor, nn
 
 from eap_kernels import explain
 
-from ..budget import (
-    Cost,
-    bytes_without_gradient,
-    dealt_in_memory,
-    measure_cost,
-    most_tokens,
-    tokens_in_all,
-    tokens_within,
-)
+from ..budget import Replays, dealt_in_memory
 from ..checkpoint import Checkpoint, Where, opened, remaining, settings_of
 from ..display import Result, library
 from ..errors import known_arguments, warn
-from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, one_want_of_memory, zeros
-from ..graph import Circuit, Graph
-from ..intervention import TOKENS_TOGETHER, rows_computed, run_circuits
+from ..forward import TOKENS_PER_BATCH, Constants, borrowed, one_want_of_memory, zeros
+from ..graph import Circuit
 from ..loans import gives_back
 from ..provenance import called, provenance
 from ..ranks import together
-from ..recording import ablation_of, record_run
-from ..request import (
-    DRAWS,
-    Measurement,
-    Progress,
-    Request,
-    as_circuits,
-    check_circuit,
-    fetch,
-    prepare,
-    variance_by_rounding,
-    watched,
-)
+from ..recording import ablation_of
+from ..request import Progress, Request, as_circuits, check_circuit, prepare, watched
 from ..tasks import PairedDataset
+from .circuit_values import CircuitValues
 from .optimal_ablation import optimal_constants
 
 
@@ -193,7 +174,7 @@ def evaluate(
     settings = partial(settings_of, request, call="evaluate", circuits=circuits, **spans)
     with opened(checkpoint, request.arch.model, settings) as kept:
         run = _with_own_constants if learned else _evaluate
-        evaluated = [replace(result, info=info) for result in run(request, circuits, kept, progress)]
+        evaluated = [replace(result, info=info | result.info) for result in run(request, circuits, kept, progress)]
     return _said(evaluated)[0] if isinstance(circuit, Circuit) else _said(evaluated)
 
 
@@ -207,18 +188,19 @@ def _evaluate(
         checkpoint.keep({"values": results, "finished": finished})
         heads = {item.graph.heads for item in circuits}
         request = request.verified("query" if "query" in heads else "kv").with_constants()
-        tokens = checkpoint.tokens(_tokens_together(request, circuits))
+        values = CircuitValues(request, circuits)
+        tokens = checkpoint.tokens(values.tokens_together())
         batches = remaining(data, request.batches(min(tokens, TOKENS_PER_BATCH)), finished)
-        run = partial(_values, request, circuits)
-        for batch, found in dealt_in_memory(data, batches, tokens, run, request.arch.team):
-            results[:, batch.index] = found
-            finished[batch.index] = True
-            checkpoint.save()
-            if progress is not None:
-                progress(int(finished.sum()), len(data))
+        with Replays(request, values) as replays:
+            for batch, found in dealt_in_memory(data, batches, tokens, replays.run, request.arch.team):
+                results[:, batch.index] = found
+                finished[batch.index] = True
+                checkpoint.save()
+                if progress is not None:
+                    progress(int(finished.sum()), len(data))
     # Rounding averages out over examples, but not below what similar ones have in common.
     rounding = float(results[-1].mean().sqrt()) * max(3 / len(data) ** 0.5, 0.5)
-    return [EvaluationResult(row, results[0], results[1], rounding) for row in results[2:-1]]
+    return [EvaluationResult(row, results[0], results[1], rounding, replays.told()) for row in results[2:-1]]
 
 
 def _said(results: list[EvaluationResult]) -> list[EvaluationResult]:
@@ -240,78 +222,6 @@ def _operator(request: Request, circuits: Sequence[Circuit]) -> str:
     nothing = torch.empty(shape, dtype=request.arch.contraction_dtype, device=request.arch.device)
     largest = max(circuits, key=lambda circuit: circuit.n_edges)
     return explain("masked_read", nothing, nothing, largest.graph.per_span(largest.mask).any(0))
-
-
-def _values(request: Request, circuits: Sequence[Circuit], batch: Batch, tokens: int) -> Tensor:
-    """The metric of the clean run, the fully ablated run and each circuit; last, the variance of the first two by
-    rounding. float64 [3 + C, E]."""
-    measured: list[Measurement] = []
-    ran: list[int] = []  # the rows of the circuits that ran, in order
-    for graph in _graphs(circuits):
-        runner = request.runner(graph.base, batch)
-        record = record_run(runner, True, request.constants)
-        rows = [row for row, item in enumerate(circuits, 2) if item.graph == graph and _runs(item)]
-        masks = [circuits[row - 2].mask for row in rows]
-        # The circuit of all edges is the clean run, the circuit without edges the fully ablated run.
-        outputs = run_circuits(runner, graph, record, masks if measured else [graph.edge_mask, *masks], tokens)
-        if not measured:
-            clean = next(outputs)
-            # Whatever the ablation, metrics get the logits of the corrupted run.
-            patched = request.constants is None
-            corrupted = record.logits if patched else runner.logits(runner.embed(batch.corrupted), None, 1)
-            measured.append(Measurement(request, batch, clean, corrupted))
-            for logits in (clean, record.logits):
-                measured[0].values(logits)
-                measured[0].moved(logits)
-        for logits in outputs:
-            measured[0].values(logits)
-        ran += rows
-    values, _ = fetch(measured)
-    found = torch.empty(3 + len(circuits), batch.n_examples, dtype=torch.float64)
-    sides, own = values[: 2 * (1 + DRAWS)], values[2 * (1 + DRAWS) :]
-    (found[0], *near_clean), (found[1], *near_ablated) = sides[: 1 + DRAWS], sides[1 + DRAWS :]
-    found[-1] = variance_by_rounding(sides[0], near_clean) + variance_by_rounding(sides[1 + DRAWS], near_ablated)
-    if request.constants is None and batch.alignment is None:
-        # If both prompts are equal, so are their values, even if the two runs round differently.
-        equal = (request.data.clean[batch.index] == request.data.corrupted[batch.index]).all(1)
-        found[1, equal] = found[0, equal]
-    for row, item in enumerate(circuits, 2):
-        if not _runs(item):
-            found[row] = found[0 if item.n_edges else 1]
-    for row, value in zip(ran, own, strict=True):
-        found[row] = value
-    return found
-
-
-def _graphs(circuits: Sequence[Circuit]) -> list[Graph]:
-    """The circuits' graphs, each once: of a model there are two, each without spans or with some."""
-    return list(dict.fromkeys(item.graph for item in circuits))
-
-
-def _runs(circuit: Circuit) -> bool:
-    return 0 < circuit.n_edges < circuit.graph.n_edges
-
-
-def _tokens_together(request: Request, circuits: Sequence[Circuit]) -> int:
-    """How many tokens of circuits can run together within the budget."""
-    device = request.arch.device
-    largest = max(circuits, key=lambda item: rows_computed(item.graph, [item.mask], device))
-    rows = max(
-        rows_computed(graph, [item.mask for item in circuits if item.graph == graph], device)
-        for graph in _graphs(circuits)
-    )
-    most = max(TOKENS_TOGETHER, most_tokens(device.type))
-    kept = min(tokens_in_all(request, 1), TOKENS_PER_BATCH)
-    at_once = min(tokens_in_all(request, len(circuits) + 1), most)  # beside the clean run
-    rough = bytes_without_gradient(request, kept, at_once, rows * request.arch.d_model)
-
-    def measured(few: Batch, copies: int) -> None:
-        _values(request, [largest] * copies, few, copies * few.clean.numel())
-
-    def cost(batch: Batch) -> Cost:
-        return measure_cost(request.data, batch, measured)
-
-    return tokens_within(request, most, rough, cost)
 
 
 def _with_own_constants(

@@ -1,6 +1,6 @@
 """Change a pass: circuits, single edges, paths of activations."""
 
 from .activation_paths import record_paths
-from .circuit_run import TOKENS_TOGETHER, learning_run, run_circuits
+from .circuit_runs import TOKENS_TOGETHER, CircuitRuns, learning_run, run_circuits
 from .edge_patching import PatchedEdges, prepare_patching
 from .grouping import rows_computed

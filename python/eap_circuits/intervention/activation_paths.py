@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import SenderSite
-from ..forward import Constants, Hooks, LayerInputs, Register, Runner, each, record_layer_inputs, upload
+from ..forward import Constants, Hooks, Indices, LayerInputs, Register, Runner, each, record_layer_inputs
 from ..recording import BothSides, less_clean, record_corrupted_side
 
 _ROUNDING = 2**-6  # relative; of embeddings scaled in bfloat16, with room
@@ -29,12 +29,14 @@ class GroupPaths:
         sides: what both of its sides gave.
         layers: what the layers read in the clean run.
         through: run from the embeddings on, so that gradients also reach the layers before the group.
+        sent: lists that were sent to the model's devices.
     """
 
     runner: Runner
     sides: BothSides
     layers: LayerInputs
     through: bool
+    sent: Indices
 
     @property
     def only_tokens(self) -> bool:
@@ -61,7 +63,7 @@ class GroupPaths:
             self.layers.start_at(group.layer, len(alphas), hooks)
         # Before the group all is the clean run's, so the module gives the clean contribution itself.
         towards = self._towards(group)
-        (left,) = upload(towards.device, (1 - torch.tensor(alphas, dtype=torch.float64)).to(towards.dtype))
+        left = self.sent.on(towards.device, 1 - torch.tensor(alphas, dtype=torch.float64)).to(towards.dtype)
         moved = (left[:, None, None, None] * towards).flatten(0, 1).requires_grad_()
         hooks.on_output(group.module, lambda y: y.detach() + moved)
 
@@ -77,7 +79,7 @@ class GroupPaths:
         return full.view_as(like)
 
 
-def record_paths(runner: Runner, constants: Constants | None = None, through: bool = False) -> GroupPaths:
+def record_paths(runner: Runner, constants: Constants | None, through: bool, sent: Indices) -> GroupPaths:
     """Run the corrupted prompts of a batch and then the clean ones, for the paths between them; see `GroupPaths`."""
     side = record_corrupted_side(runner, constants)
 
@@ -88,4 +90,4 @@ def record_paths(runner: Runner, constants: Constants | None = None, through: bo
         runner.arch.layers, lambda layers: less_clean(side, runner.batch, partial(run, layers))
     )
     sides = BothSides(senders, side.clean_embeddings, side.corrupted_embeddings, side.corrupted_logits, logits)
-    return GroupPaths(runner, sides, layers, through)
+    return GroupPaths(runner, sides, layers, through, sent)

@@ -216,6 +216,10 @@ class SharedGroup(CircuitGroup):
         # Columns of a whole number of 16 bytes, without which tensor cores multiply at a fraction of their rate.
         return pad(mask, (0, -mask.shape[2] % 8, 0, 1), value=1)
 
+    def is_ready(self, receivers: slice, start: int) -> bool:
+        """Have the weights of a read been taken?"""
+        return (receivers.start, start) in self._ready
+
     def ready(self, receivers: slice, start: int, weights: Tensor) -> None:
         """Take the weights of a read, where its layer computes."""
         self._ready[receivers.start, start] = weights

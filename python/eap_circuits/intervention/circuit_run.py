@@ -11,7 +11,8 @@ Masks are read on the host; what indexes the device is made there, too, so that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -21,71 +22,30 @@ from ..adapters import Norm, ReceiverSite, SenderSite, receiver_sites, sender_si
 from ..forward import EVERYWHERE, Hooks, Indices, Runner
 from ..graph import Graph
 from ..recording import ReferenceRun
-from .circuit_group import (
-    Asked,
-    CircuitGroup,
-    LearningGroup,
-    Places,
-    SharedGroup,
-    SpanGroup,
-    asked_of,
-    numbers,
-    together,
-)
-from .grouping import Sites, arrange, attention_of, consecutive, first_of, heads_of, join, read_with, shared
-
-TOKENS_TOGETHER = 2048  # of circuits that run together
+from .circuit_group import Asked, CircuitGroup, Places, SharedGroup, numbers
+from .grouping import Sites, attention_of, consecutive, first_of, heads_of, join, read_with
 
 
-def run_circuits(
-    runner: Runner, graph: Graph, corrupted: ReferenceRun, masks: Sequence[Tensor], tokens: int = TOKENS_TOGETHER
-) -> Iterator[Tensor]:
-    """Logits [E, V] of each circuit at the scored positions, in order.
+@dataclass(frozen=True)
+class Together:
+    """Circuits that run together: what is known before they run, and what a device was sent of it.
 
-    Args:
-        graph: of masks that keep other edges at other spans, the one with spans.
-        masks: bool or floating [S, R] each; values between 0 and 1 keep an edge in part.
-        tokens: the most that circuits which run together have.
+    `order`: of the groups' circuits, which of these they are.
     """
-    arch, at_once = runner.arch, shared(runner.arch.device) and graph.spans is None
-    one = CircuitGroup if graph.spans is None else SpanGroup
-    count = max(1, tokens // runner.batch.clean.numel())
-    row = runner.batch.clean.numel() * arch.d_model * arch.dtype.itemsize
-    for start in range(0, len(masks), count):
-        some = together(graph, masks[start : start + count])
-        asked, kind = asked_of(graph, some), SharedGroup if at_once else one
-        order, groups = arrange(asked, at_once, row, graph.n_layers)
-        some, asked = some[order], asked.of(order)
-        with torch.no_grad():
-            stored = [kind(runner, graph, members, some, asked) for members in groups]
-            logits = _CircuitsRun(runner, graph.base, corrupted, asked, stored).logits()
-        # Outside of no_grad, which would otherwise last until the next one is asked for.
-        yield from (logits[order.index(circuit)] for circuit in range(len(order)))
+
+    order: list[int]
+    asked: Asked
+    groups: Sequence[CircuitGroup]
+    indices: Indices = field(default_factory=Indices)
 
 
-def learning_run(
-    runner: Runner, graph: Graph, ablated: ReferenceRun, masks: Tensor, at: Tensor | None = None
-) -> Tensor:
-    """Logits [C, E, V] of circuits, with a gradient.
-
-    They are differentiable in the constants that the ablated run was made of, and in masks [C, S, R] of the CPU: at the
-    edges that these keep in part, and at the edges `at`, bool [S, R]. Of others the gradient may be missing, as
-    receivers that read nothing or everything are not computed.
-    """
-    asked, size = asked_of(graph, masks.detach(), at), len(masks) if shared(runner.arch.device) else 1
-    groups = [LearningGroup(runner, graph, slice(c, c + size), masks, asked) for c in range(0, len(masks), size)]
-    return _CircuitsRun(runner, graph, ablated, asked, groups).logits()
-
-
-class _CircuitsRun:
+class CircuitsRun:
     """Circuits side by side, one after another along the batch dimension."""
 
-    def __init__(
-        self, runner: Runner, graph: Graph, corrupted: ReferenceRun, asked: Asked, groups: Sequence[CircuitGroup]
-    ) -> None:
-        self.runner, self.graph, self.corrupted, self.groups = runner, graph, corrupted, groups
-        self.asked, self.count = asked, len(asked)
-        self.dtype = groups[0].dtype if groups else runner.arch.accumulate
+    def __init__(self, runner: Runner, graph: Graph, corrupted: ReferenceRun, some: Together) -> None:
+        self.runner, self.graph, self.corrupted = runner, graph, corrupted
+        self.asked, self.groups, self.indices, self.count = some.asked, some.groups, some.indices, len(some.asked)
+        self.dtype = self.groups[0].dtype if self.groups else runner.arch.accumulate
         self.sites: list[Sites] = [{} for _ in range(graph.n_layers + 1)]  # the logits' last
         for site in receiver_sites(runner.arch, graph):
             self.sites[site.layer][site.name] = site
@@ -99,20 +59,23 @@ class _CircuitsRun:
                 self.mlp_writers[writer.layer] = writer
         self.ready: dict[str, Tensor] = {}  # the current layer's projections, made when the first is asked for
         self.begun: dict[tuple[CircuitGroup, int], Tensor] = {}  # what a layer's MLP reads from the layers before
-        self.indices = Indices()
         # What each group computes of each layer's projections, by letter.
-        self.heads = [{group: heads_of(group, sites) for group in groups} for sites in self.sites]
+        self.heads = [{group: heads_of(group, sites) for group in self.groups} for sites in self.sites]
 
     def logits(self) -> Tensor:
         """[C, E, V]"""
         embeddings = self.runner.embed(self.runner.batch.clean)
         site = sender_sites(self.runner.arch)[0]
         self._send()
-        for group in self.groups:
-            group.allocate(embeddings.device)
-            self._store(group, site, embeddings.flatten(0, 1))
-        together = embeddings.repeat(self.count, 1, 1)
-        logits = self.runner.logits(together, self._register)
+        try:
+            for group in self.groups:
+                group.allocate(embeddings.device)
+                self._store(group, site, embeddings.flatten(0, 1))
+            together = embeddings.repeat(self.count, 1, 1)
+            logits = self.runner.logits(together, self._register)
+        finally:
+            for group in self.groups:
+                group.differences = []
         return logits.unflatten(0, (-1, self.runner.batch.n_examples))
 
     def _register(self, hooks: Hooks) -> None:
@@ -382,8 +345,9 @@ class _CircuitsRun:
             lists, weights = wanted.setdefault(next(iter(sites.values())).norm.device, ([], []))
             for group in self.groups:
                 if isinstance(group, SharedGroup):
-                    reads = [read for read in self._reads(group, sites) if group.wanted(read[0])]
-                    weights += [(group, to, start, group.weights(to, stop, start)) for to, stop, start in reads]
+                    for to, stop, start in self._reads(group, sites):
+                        if group.wanted(to) and not group.is_ready(to, start):
+                            weights.append((group, to, start, group.weights(to, stop, start)))
                 for heads in self.heads[index][group].values():
                     lists += [*heads.partial, *([] if consecutive(heads.slots) else [heads.slots])]
                 for writer in self.head_writers[index] if index < self.graph.n_layers else ():

@@ -6,6 +6,7 @@ the score of that example or position, and all of these contractions together co
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any, Protocol
@@ -66,7 +67,78 @@ class Side(Protocol):
         """What makes them in a dtype, some features at a time; all of them, or those of one of the graph's streams."""
 
 
-class BatchScores:
+class Contractions(ABC):
+    """What the passes of a batch leave to be contracted, part by part, and the metric of these passes."""
+
+    def __init__(self, request: AttributionRequest, batch: Batch) -> None:
+        self.batch, self._request = batch, request
+        self._measured: list[Measurement] = []
+
+    def measurement(self, clean: Tensor, corrupted: Tensor) -> Measurement:
+        """What measures the metric of the batch's passes, given logits [E, V] of both prompts."""
+        self.include(Measurement(self._request, self.batch, clean, corrupted))
+        return self._measured[-1]
+
+    def include(self, measured: Measurement) -> None:
+        """Check what it measured when the sums are fetched."""
+        self._measured.append(measured)
+
+    def add(
+        self,
+        senders: Side,
+        receivers: Side,
+        reach: Tensor | None = None,
+        of: tuple[slice, slice] = (slice(None), slice(None)),
+        times: float = 1.0,
+    ) -> None:
+        """Contract differences of senders with gradients at receivers.
+
+        Args:
+            senders, receivers: have those of the whole graph, or of a part of it.
+            reach: int64 [receivers], how many of these senders each receiver sees; by default the graph's, stream by
+                stream.
+            of: which senders and receivers of the graph these are, with a reach.
+            times: a factor.
+        """
+        request = self._request
+        dtype = request.arch.accumulate if "neurons" in request.keep else request.arch.contraction_dtype
+        slices = feature_slices(request.arch)
+        streams = request.graph.streams if reach is None else [Stream(*of, reach)]
+        for number, stream in enumerate(streams):
+            delta, grad = senders.lowered(dtype, number), receivers.lowered(dtype, number)
+            for features in slices[:1] if request.only_memory else slices:
+                # In a call, so that no slice is held while the next is made.
+                self._add(list(delta(features)), list(grad(features)), stream, features, times)
+
+    @abstractmethod
+    def _add(self, delta: list[Nodes], grad: list[Nodes], stream: Stream, features: slice, times: float) -> None:
+        """Some features of senders and receivers of a stream meet."""
+
+
+class LaterScores(Contractions):
+    """Contractions of passes that are captured: they wait until the passes are replayed for a batch.
+
+    What is added must not change any more. The weights of nodes are made by the passes, too.
+    """
+
+    def __init__(self, request: AttributionRequest, batch: Batch) -> None:
+        super().__init__(request, batch)
+        self._waiting: list[tuple[list[Nodes], list[Nodes], Stream, slice, float]] = []
+
+    def _add(self, delta: list[Nodes], grad: list[Nodes], stream: Stream, features: slice, times: float) -> None:
+        self._waiting.append((delta, grad, stream, features, times))
+
+    def of(self, batch: Batch) -> BatchScores:
+        """The scores of the batch for which the passes were replayed."""
+        scores = BatchScores(self._request, batch)
+        for given in self._waiting:
+            scores._add(*given)
+        for measured in self._measured:
+            scores.include(measured.of(batch))
+        return scores
+
+
+class BatchScores(Contractions):
     """Scores of one batch, added up as its path points are contracted.
 
     `sums` holds "total" float64 [S, R], or, where asked for, float32 (or float64) "examples" [E, S, R], "positions" and
@@ -75,9 +147,8 @@ class BatchScores:
     """
 
     def __init__(self, request: AttributionRequest, batch: Batch) -> None:
-        keep, graph = request.keep, request.graph
-        self.batch, self._arch, self._graph, self._request = batch, request.arch, graph, request
-        self._measured: list[Measurement] = []
+        super().__init__(request, batch)
+        keep, graph, self._arch = request.keep, request.graph, request.arch
         self.sums: dict[str, Tensor] = {}
         self._parts: dict[str, list[Tensor | slice]] = {}
         self.places: dict[str, Tensor] = {}
@@ -108,15 +179,6 @@ class BatchScores:
             shape = graph.n_senders, graph.d_model
             self.sums["neurons"] = torch.zeros(shape, dtype=torch.float64, device=device)
 
-    def measurement(self, clean: Tensor, corrupted: Tensor) -> Measurement:
-        """What measures the metric of the batch's passes, given logits [E, V] of both prompts."""
-        self.include(Measurement(self._request, self.batch, clean, corrupted))
-        return self._measured[-1]
-
-    def include(self, measured: Measurement) -> None:
-        """Check what it measured when the sums are fetched."""
-        self._measured.append(measured)
-
     def fetch(self) -> dict[str, Tensor]:
         """Bring the sums to the host, and check what was measured there; raises InputError if it is not finite.
 
@@ -133,32 +195,6 @@ class BatchScores:
         self.sums |= {name: self.sums[name].cpu() for name in self._parts}
         return self.sums | {f"places of {name}": places for name, places in self.places.items()}
 
-    def add(
-        self,
-        senders: Side,
-        receivers: Side,
-        reach: Tensor | None = None,
-        of: tuple[slice, slice] = (slice(None), slice(None)),
-        times: float = 1.0,
-    ) -> None:
-        """Contract differences of senders with gradients at receivers.
-
-        Args:
-            senders, receivers: have those of the whole graph, or of a part of it.
-            reach: int64 [receivers], how many of these senders each receiver sees; by default the graph's, stream by
-                stream.
-            of: which senders and receivers of the graph these are, with a reach.
-            times: a factor.
-        """
-        dtype = self._arch.accumulate if self._neurons else self._arch.contraction_dtype
-        slices, self._in_features = feature_slices(self._arch), True
-        streams = self._graph.streams if reach is None else [Stream(*of, reach)]
-        for number, stream in enumerate(streams):
-            delta, grad = senders.lowered(dtype, number), receivers.lowered(dtype, number)
-            for features in slices[:1] if self._request.only_memory else slices:
-                # In a call, so that no slice is held while the next is made.
-                self._add(list(delta(features)), list(grad(features)), stream, features, times)
-
     def _add(
         self,
         delta: list[Nodes],
@@ -168,6 +204,7 @@ class BatchScores:
         times: float,
     ) -> None:
         *of, reach = stream
+        self._in_features = True
         if self._neurons:
             neurons = contract_neurons(delta, grad, reach).double()
             self.sums["neurons"][of[0], features] += times * neurons.to(self.batch.rows.device)

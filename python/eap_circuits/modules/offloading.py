@@ -35,6 +35,13 @@ def read(module: nn.Module, name: str) -> Tensor | None:
         return getattr(module, name).detach().clone()
 
 
+def read_part(module: nn.Module, name: str, dim: int, features: slice) -> Tensor:
+    """Some features of an offloaded module's parameter, fetched by themselves."""
+    hook: Any = module._hf_hook
+    whole: Tensor = hook.weights_map[name]
+    return whole.narrow(dim, features.start, features.stop - features.start).to(hook.execution_device, copy=True)
+
+
 def device_of(*modules: nn.Module) -> torch.device:
     """The device on which a module computes; where it has no parameters, the next one's."""
     for part in chain.from_iterable(module.modules() for module in modules):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..shapes import Shape
-from .offloading import device_of, is_offloaded, read
+from .offloading import device_of, is_offloaded, read, read_part
 from .parts import FLOATS, by_features, in_turn, is_divided, is_shard, own_features
 
 # Of a fused projection's features: "concatenated": all of q, then k, then v; "grouped": for each key/value head its
@@ -30,10 +30,15 @@ class Weight:
     dim: int
 
     def at(self, features: slice = slice(None)) -> Tensor:
-        """All of it, or at some of the stream's features: of a tensor parallel module, some of its `own_features`."""
+        """All of it, or at some of the stream's features: of a tensor parallel module, some of its `own_features`.
+
+        One that is not at hand is kept only if all of it is asked for: where it is not, that of all layers is large.
+        """
         if features == slice(None):
             return self._whole
         own = own_features(self.module, linear_shape(self.module)[self.dim])
+        if own == slice(None) and not is_at_hand(self.module):
+            return linear_part(self.module, self.dim, features)
         if own != slice(None) and is_divided(self.module, 1 - self.dim):
             return by_features(self.module, self.dim, features)
         return self._whole.narrow(self.dim, features.start, features.stop - features.start)
@@ -161,8 +166,25 @@ def linear_weight(module: nn.Module) -> Tensor:
     weight = read(module, "weight")
     if isinstance(module, (nn.Linear, Conv1D)) and weight is not None and _plain(weight):
         return weight.T if isinstance(module, Conv1D) else weight
+    return _of_units(module, slice(None))
+
+
+def linear_part(module: nn.Module, dim: int, features: slice) -> Tensor:
+    """`linear_weight` at some features of a dimension, of which no more is fetched or kept."""
+    own: Any = getattr(module, "weight", None)
+    if isinstance(module, (nn.Linear, Conv1D)) and is_offloaded(module) and _plain(own):
+        turned = isinstance(module, Conv1D)
+        weight = read_part(module, "weight", 1 - dim if turned else dim, features)
+        return weight.T if turned else weight
+    if dim and not isinstance(module, Place):
+        return _of_units(module, features)
+    return linear_weight(module).narrow(dim, features.start, features.stop - features.start).clone()
+
+
+def _of_units(module: nn.Module, features: slice) -> Tensor:
+    """What a linear module gives for unit vectors, its weight [out, features in]."""
     dtype = next((p.dtype for p in module.parameters() if p.dtype in FLOATS), torch.float32)
-    units = torch.eye(linear_shape(module)[1], dtype=dtype, device=device_of(module))
+    units = torch.eye(linear_shape(module)[1], dtype=dtype, device=device_of(module))[features]
     with torch.no_grad():
         return (module.forward(units) - module.forward(torch.zeros_like(units[:1]))).T
 

@@ -14,7 +14,8 @@ from eap_kernels import Nodes, head_space_scores
 from ..adapters import Architecture, linear_shape
 
 # Of attention's weights, copied for contraction at once; kernels take few features at a time anyway, but not too few.
-COPIED_BYTES = 2**28
+# On a GPU so many times as much, as there every slice is launches for every layer.
+COPIED_BYTES, ON_A_GPU = 2**28, 8
 NARROWEST = 64
 
 
@@ -77,7 +78,8 @@ def feature_slices(arch: Architecture) -> list[slice]:
     slices together cost what the whole costs, as every weight is copied once.
     """
     heads = sum(linear_shape(layer.out)[1] + sum(p.width for p in layer.projections.values()) for layer in arch.layers)
-    most = COPIED_BYTES // (max(heads, 1) * arch.contraction_dtype.itemsize)
+    copied = COPIED_BYTES * (ON_A_GPU if arch.device_kind == "cuda" else 1)
+    most = copied // (max(heads, 1) * arch.contraction_dtype.itemsize)
     width = max(NARROWEST, most // NARROWEST * NARROWEST)
     if width >= arch.d_model:
         return [arch.features]

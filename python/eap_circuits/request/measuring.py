@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import warn
-from ..forward import Batch, download, upload
+from ..forward import Batch, download
 from ..metrics import POSITIONS, MetricBatch, check_finite, check_metric_values, misspelled
 from .asked import Request
 
@@ -88,7 +88,7 @@ class Measurement:
         if not self._noise:
             seeds = (torch.Generator().manual_seed(draw) for draw in range(DRAWS))
             drawn = [torch.randn(sum(wide.shape), generator=seed).to(wide.dtype) for seed in seeds]
-            self._noise = upload(wide.device, *drawn)
+            self._noise = [self.request.sent.on(wide.device, numbers) for numbers in drawn]
         for numbers in self._noise:
             # Each example takes the numbers from another one on.
             near = wide + step * size * numbers.unfold(0, wide.shape[1], 1)[: len(wide)]

@@ -15,7 +15,7 @@ import eap_circuits as eap
 from docs import verdicts
 from eap_circuits.adapters import ENCODER_DECODERS as TABLES
 from eap_circuits.adapters import bind, pretrained
-from eap_circuits.intervention import circuit_run
+from eap_circuits.intervention import circuit_runs
 from eap_circuits.selfcheck import check_model
 from eap_circuits.tasks import PairedDataset
 from tests.circuits.cli.conftest import run
@@ -172,7 +172,7 @@ def test_scores_are_those_by_hand(by_hand, method):
 @pytest.mark.parametrize("together", [False, True])
 def test_circuits_are_those_by_hand(by_hand, together, monkeypatch):
     if together:  # as on a GPU
-        monkeypatch.setattr(circuit_run, "shared", lambda device: True)
+        monkeypatch.setattr(circuit_runs, "shared", lambda device: True)
     model, hand, data = by_hand
     graph = bind(model).graph("kv")
     circuits = [random_circuit(graph, seed, share) for seed, share in enumerate((0.3, 0.6, 0.9))]

@@ -90,17 +90,32 @@ def test_statistics_curves_and_constants(both, make_pairs):
     agree(*(constants.tensors for constants in learned))
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_replayed_batches(kind, both):
-    """One pair each, behind a prefix of its own; the graph is compared with a batch that is not replayed, too."""
+def alike():
+    """Pairs of one shape, each behind a prefix of its own."""
     clean = torch.randint(3, 59, (9, 7), generator=torch.Generator().manual_seed(0))
     corrupted = clean.clone()
     corrupted[:, 2] = (clean[:, 2] + 1) % 59
-    data = eap.PairedDataset.from_tokens(clean, corrupted, torch.full((9,), 7), clean[:, :2])
+    return eap.PairedDataset.from_tokens(clean, corrupted, torch.full((9,), 7), clean[:, :2])
+
+
+@pytest.mark.parametrize("method", ["eap-ig-inputs", "eap-ig-activations", "eap-gp"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_replayed_batches(kind, method, both):
+    """The graph is compared with a batch that is not replayed, too."""
     models = both(kind)
-    scores = [eap.attribute(model, data, steps=2, batch_size=1) for model in reversed(models)]
+    scores = [eap.attribute(model, alike(), method=method, steps=2, batch_size=1) for model in reversed(models)]
     agree([scores[0].values], [scores[1].values])
     assert scores[0].info["replayed"] == "6 of 9 batches"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_replayed_batches_of_circuits(kind, both):
+    models = both(kind)
+    scores = eap.attribute(models[0], alike(), method="eap")
+    circuits = [scores.select(n) for n in (3, 40)]
+    found, right = (eap.evaluate(model, circuits, alike(), batch_size=1) for model in reversed(models))
+    agree([result.values for result in found], [result.values for result in right])
+    assert found[0].info["replayed"] == "6 of 9 batches"
 
 
 def test_a_model_in_bfloat16_is_as_near_to_the_truth_as_on_the_cpu(gpu, make_model, make_pairs, relative):

@@ -15,11 +15,13 @@ from torch import Tensor
 import eap_circuits as eap
 from bench.pretended import graphs, pretending
 from bench.pretended.tensors import state
-from eap_circuits.budget import memory
+from eap_circuits.adapters import bind
+from eap_circuits.budget import memory, replays
 from eap_circuits.errors import InputWarning
+from eap_circuits.evaluation import circuit_values
 from eap_circuits.forward import upload
 from eap_circuits.forward.replays import captured
-from eap_circuits.methods.gradient import replayed
+from eap_circuits.methods.gradient import method
 
 EXAMPLES, TOKENS, VOCABULARY = 5, 7, 59
 REPLAYED = f"{EXAMPLES - 3} of {EXAMPLES} batches"
@@ -28,7 +30,7 @@ REPLAYED = f"{EXAMPLES - 3} of {EXAMPLES} batches"
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Batches of one example are enough to be captured, and no graph is left behind."""
-    monkeypatch.setattr(replayed, "FEWEST", 1)
+    monkeypatch.setattr(replays, "FEWEST", 1)
     yield
     assert not graphs.alive and not captured._capturing and state["stream"] is None
 
@@ -68,6 +70,8 @@ def agree(found: eap.EdgeScores, right: eap.EdgeScores) -> None:
         ("gpt2", 3, {"reuse_prefix": False, "quadrature": "midpoint"}),
         ("gpt2", 1, {"quadrature": "gauss-legendre", "keep": "neurons"}),
         ("gpt-neox", 1, {"method": "clean-corrupted", "ablation": "mean"}),
+        ("gpt2", 2, {"method": "eap-ig-activations", "keep": "examples"}),
+        ("gpt2", 2, {"method": "eap-gp"}),
     ],
 )
 def test_replayed_batches_get_the_scores_of_others(make_model, name, shared, settings) -> None:
@@ -76,6 +80,59 @@ def test_replayed_batches_get_the_scores_of_others(make_model, name, shared, set
     agree(found, right)
     if right.per_example is not None:
         torch.testing.assert_close(found.per_example, right.per_example, rtol=1e-4, atol=1e-5)
+
+
+CIRCUITS = (0.05, 0.3, 0.9)
+
+
+def evaluated(model: Any, data: eap.PairedDataset, **settings: Any) -> list[eap.EvaluationResult]:
+    """Of three circuits, of which the last two have parts in common."""
+    graph = bind(model).graph(settings.pop("heads", "kv"))
+    values = torch.randn(graph.edge_mask.shape, generator=torch.Generator().manual_seed(1)) * graph.edge_mask
+    scores = eap.EdgeScores(graph, values, {})
+    circuits = [scores.select(int(share * graph.n_edges)) for share in CIRCUITS]
+    return eap.evaluate(model, circuits, data, **{"batch_size": 1, **settings})
+
+
+@pytest.mark.parametrize(
+    ("name", "shared", "settings"),
+    [
+        ("llama", 2, {}),
+        ("gpt2", 3, {"ablation": "mean", "reuse_prefix": False}),
+        ("llama", 0, {"heads": "query", "metric": "kl_divergence", "apart": True}),
+    ],
+)
+def test_replayed_batches_of_circuits_get_the_values_of_others(make_model, monkeypatch, name, shared, settings) -> None:
+    """Also where circuits run one after another."""
+    data, settings = alike(shared), dict(settings)
+    if settings.pop("apart", False):
+        monkeypatch.setattr(circuit_values, "TOKENS_TOGETHER", 1)
+        monkeypatch.setattr(circuit_values, "most_tokens", lambda _: 1)
+    right = evaluated(make_model(name), data, **settings)
+    with pretending():
+        found = evaluated(make_model(name).cuda(), data, **settings)
+    for one, other in zip(found, right, strict=True):
+        assert one.info["replayed"] == REPLAYED
+        for side in ("values", "clean_values", "corrupted_values"):
+            torch.testing.assert_close(getattr(one, side), getattr(other, side), rtol=1e-4, atol=1e-5)
+
+
+def test_a_curve_says_what_was_replayed(make_model) -> None:
+    with pretending():
+        model, data = make_model("gpt2").cuda(), alike()
+        scores = attributed(model, data, method="eap")
+        curve = eap.faithfulness_curve(model, scores, data, (0.1, 0.5, 1), batch_size=1)
+    assert curve.info["replayed"] == REPLAYED
+
+
+def test_circuits_with_spans_are_not_captured(make_model) -> None:
+    """Which tokens each mask reads is what the host knows of a batch."""
+    data = replace(alike(), spans=torch.tensor([[0, 0, 1, 1, 1, -1, -1]] * EXAMPLES), span_names=("a", "b"))
+    with pretending():
+        model = make_model("gpt2").cuda()
+        scores = attributed(model, data, keep="spans", method="eap")
+        result = eap.evaluate(model, scores.by_span().select(30), data, batch_size=1)
+    assert result.info["replayed"].endswith("the passes depend on what the host knows of 'spans'")
 
 
 def test_weights_of_pairs_and_spelling_are_those_of_the_batch_that_is_replayed(make_model) -> None:
@@ -176,9 +233,9 @@ def test_replays_that_differ_are_left_out(make_model, monkeypatch, fault) -> Non
         return self.found
 
     monkeypatch.setattr(captured.Captured, "replay", replay)
-    with pytest.warns(InputWarning, match=r"^GPT2LMHeadModel: passes are not replayed, as scores differ"):
+    with pytest.warns(InputWarning, match=r"^GPT2LMHeadModel: passes are not replayed, as results differ"):
         found, right = both(lambda: make_model("gpt2"), alike(n=4))
-    assert found.info["replayed"] == "0 of 4 batches: scores differ then"
+    assert found.info["replayed"] == "0 of 4 batches: results differ then"
     agree(found, right)
 
 
@@ -199,7 +256,7 @@ def test_memory_is_given_back_before_a_batch_runs_again(make_model, monkeypatch)
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"method": "eap-ig-activations"}, "eap-ig-activations contracts between its passes"),
+        ({"method": "eap-conductance"}, "eap-conductance contracts between its passes"),
         ({"metric": lambda logits, batch: logits[:, 0]}, "the metric is one's own, and may compute on the host"),
         ({"ablation": "mean-positional"}, "the passes depend on what the host knows of 'start'"),
         ({"batch_size": 2}, "no two batches in a row are of one shape"),
@@ -225,9 +282,9 @@ def test_a_model_with_hooks_is_not_captured(make_model) -> None:
 def test_large_passes_and_few_batches_are_not_captured(make_model, monkeypatch) -> None:
     with pretending():
         model = make_model("gpt2").cuda()
-        monkeypatch.setattr(replayed, "LAUNCHES", 0)
+        monkeypatch.setattr(method, "LAUNCHES", 0)
         assert attributed(model, alike(n=3)).info["replayed"].endswith("passes are bound by work, not by launches")
-        monkeypatch.setattr(replayed, "FEWEST", 8)
+        monkeypatch.setattr(replays, "FEWEST", 8)
         assert attributed(model, alike(n=3)).info["replayed"].endswith("the data make fewer than 8 such batches")
 
 

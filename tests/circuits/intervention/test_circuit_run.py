@@ -11,7 +11,7 @@ import torch
 from bench.pretended import pretending
 from eap_circuits.adapters import bind
 from eap_circuits.forward import Runner, make_batches
-from eap_circuits.intervention import circuit_run, grouping, run_circuits
+from eap_circuits.intervention import circuit_runs, grouping, run_circuits
 from eap_circuits.recording import record_run
 from eap_circuits.selfcheck import StayDouble
 from tests.circuits.conftest import prompts
@@ -34,7 +34,7 @@ def mixed_mask(graph, generator):
 @pytest.mark.parametrize("together", ["apart", "in one group", "in groups"])
 def test_any_masks_give_their_definition(together, kind, make_model, make_pairs, monkeypatch):
     if together != "apart":  # as on a GPU
-        monkeypatch.setattr(circuit_run, "shared", lambda device: True)
+        monkeypatch.setattr(circuit_runs, "shared", lambda device: True)
     if together == "in groups":
         monkeypatch.setattr(grouping, "_ANOTHER_GROUP", 0)
     model, data = make_model(kind), make_pairs(seed=4, n=1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eap_circuits.forward import borrowed, make_batches
-from eap_circuits.intervention import circuit_run, run_circuits
+from eap_circuits.intervention import circuit_runs, run_circuits
 from eap_circuits.learning.lessons import prepare_lesson
 from eap_circuits.recording import record_run
 from eap_circuits.request import Measurement, prepare
@@ -16,7 +16,7 @@ def test_it_is_the_slope_of_the_metric_of_soft_circuits(
     kind, heads, reuse, ablation, make_model, make_pairs, monkeypatch
 ):
     if not reuse:  # as off the CPU
-        monkeypatch.setattr(circuit_run, "shared", lambda device: True)
+        monkeypatch.setattr(circuit_runs, "shared", lambda device: True)
     model, data = make_model(kind), make_pairs(seed=3, n=3)
     with StayDouble(), borrowed(model):
         run = prepare(model, data, "logit_diff", ablation, None, reuse_prefix=reuse).with_constants()

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import eap_circuits as eap
-from eap_circuits.adapters import Norm
+from bench.pretended import pretending
+from eap_circuits.adapters import Norm, bind
 from eap_circuits.budget import PeakBytes
 from eap_circuits.recording import contraction
 
@@ -98,3 +99,13 @@ def test_what_slices_take_is_predicted(make_pairs, monkeypatch):
     with PeakBytes() as count:
         eap.attribute(model, data, steps=2)
     assert abs(plan.bytes - count.peak) <= 0.1 * count.peak
+
+
+def test_slices_of_an_8b_model_on_a_gpu_are_few():
+    """Each is launches for every layer."""
+    shape = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 32}
+    config = AutoConfig.for_model("llama", vocab_size=59, intermediate_size=64, **shape)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with pretending(shapes=True):
+        assert len(contraction.feature_slices(bind(model.to("cuda")))) == 2

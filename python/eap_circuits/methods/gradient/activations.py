@@ -16,13 +16,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...adapters import SenderSite
-from ...forward import Batch
+from ...adapters import SenderSite, sender_sites
 from ...intervention import record_paths
 from ...recording import ReceiverGradients
 from ..quadrature import Path
 from ..spec import AttributionRequest
-from ..statistics import BatchScores
+from ..statistics import Contractions
 from .inputs import score_along_inputs
 from .method import GradientMethod, Passes, loss_of, run_along, weights_of
 
@@ -36,27 +35,30 @@ class ActivationsMethod(GradientMethod):
         # The clean prompts are a point of every group's path: one pass over them is that point of all.
         return [point for point in request.path if point[0] != 1.0] or request.path
 
-    def score(self, request: AttributionRequest, batch: Batch, passes: Passes) -> BatchScores:
+    def times_added(self, request: AttributionRequest) -> int:
+        return 1 + len(sender_sites(request.arch))
+
+    def score(self, request: AttributionRequest, scores: Contractions, passes: Passes) -> None:
         clean = [point for point in passes.path if point[0] == 1.0 and not _every_edge(request)]
-        scores = score_along_inputs(request, batch, Passes(clean, 1, 1)) if clean else BatchScores(request, batch)
+        if clean:
+            score_along_inputs(request, scores, Passes(clean, 1, 1))
         path = [point for point in passes.path if point not in clean]
         if path:
-            _add_groups(request, batch, passes._replace(path=path), scores)
-        return scores
+            _add_groups(request, scores, passes._replace(path=path))
 
 
 def _every_edge(request: AttributionRequest) -> bool:
     return request.compat == "eap-ig"
 
 
-def _add_groups(request: AttributionRequest, batch: Batch, passes: Passes, scores: BatchScores) -> None:
+def _add_groups(request: AttributionRequest, scores: Contractions, passes: Passes) -> None:
     """Add the scores along the groups' paths.
 
     A run starts at its group's layer, from the clean run's residual stream: what comes before is the clean run.
     """
-    graph, every_edge = request.graph, _every_edge(request)
+    graph, batch, every_edge = request.graph, scores.batch, _every_edge(request)
     runner = request.runner(graph, batch)
-    paths = record_paths(runner, request.constants, through=every_edge)
+    paths = record_paths(runner, request.constants, every_edge, request.sent)
     sides, groups = paths.sides, paths.sides.senders.sites
 
     measured = scores.measurement(sides.clean_logits, sides.corrupted_logits)

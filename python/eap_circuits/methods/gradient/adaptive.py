@@ -21,7 +21,7 @@ from ...budget import end_of_phase
 from ...forward import Batch, Runner
 from ...recording import ReceiverGradients, record_both_sides
 from ..spec import AttributionRequest
-from ..statistics import BatchScores
+from ..statistics import Contractions
 from .method import GradientMethod, Passes, loss_of, run_along, weights_of
 
 
@@ -33,11 +33,11 @@ class AdaptiveMethod(GradientMethod):
     def between_prompts(self, steps: int, quadrature: str) -> bool:
         return True
 
-    def score(self, request: AttributionRequest, batch: Batch, passes: Passes) -> BatchScores:
-        """Scores of the batch's examples; of the path's points only the weights count."""
+    def score(self, request: AttributionRequest, scores: Contractions, passes: Passes) -> None:
+        """Of the path's points only the weights count."""
+        batch = scores.batch
         runner = request.runner(request.graph, batch)
         side = record_both_sides(runner, request.constants)
-        scores = BatchScores(request, batch)
         measured = scores.measurement(side.clean_logits, side.corrupted_logits)
         points = list(zip(_descent(request, batch, len(passes.path)), passes.path, strict=True))
         end_of_phase()
@@ -52,7 +52,6 @@ class AdaptiveMethod(GradientMethod):
             receivers.run(torch.cat([point for point, _ in part]), weights, loss)
 
         run_along(points, passes, receivers, run, lambda: scores.add(side.senders, receivers))
-        return scores
 
 
 def _descent(request: AttributionRequest, batch: Batch, steps: int) -> list[Tensor]:

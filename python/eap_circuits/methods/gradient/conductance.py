@@ -18,10 +18,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...forward import Batch
 from ...recording import ReceiverGradients, record_both_sides, record_contributions
 from ..spec import AttributionRequest
-from ..statistics import BatchScores
+from ..statistics import Contractions
 from .method import GradientMethod, Passes, loss_of, weights_of
 
 
@@ -30,22 +29,22 @@ class ConductanceMethod(GradientMethod):
 
     ablated: ClassVar[bool] = False
     planned: ClassVar[bool] = False
+    replayed: ClassVar[bool] = False  # of two sets of receivers each is used again
 
     def between_prompts(self, steps: int, quadrature: str) -> bool:
         return True
 
-    def score(self, request: AttributionRequest, batch: Batch, passes: Passes) -> BatchScores:
-        """Scores of the batch's examples; the path has the segments' ends after α = 0.
+    def score(self, request: AttributionRequest, scores: Contractions, passes: Passes) -> None:
+        """The path has the segments' ends after α = 0.
 
         With half of each segment's gradient at either end, the gradient at point k meets ½ (c_u(k − 1) − c_u(k + 1)): a
         point's scores can be taken once the next has run. One point runs at a time.
         """
-        graph = request.graph
+        graph, batch = request.graph, scores.batch
         runner = request.runner(graph, batch)
         sides = record_both_sides(runner)
         clean, corrupted = sides.clean_embeddings, sides.corrupted_embeddings
 
-        scores = BatchScores(request, batch)
         measured = scores.measurement(sides.clean_logits, sides.corrupted_logits)
 
         def loss(x: Tensor) -> Tensor:
@@ -64,4 +63,3 @@ class ConductanceMethod(GradientMethod):
             spare, latest = latest, spare
         assert before is not None and here is not None, "a path has two ends"
         scores.add(before.minus(here), latest, times=0.5)
-        return scores

@@ -17,40 +17,31 @@ from ...recording import BothSides, ReceiverGradients, less_clean, record_both_s
 from ...request import Measurement
 from ..quadrature import Path
 from ..spec import AttributionRequest
-from ..statistics import BatchScores
-from .method import GradientMethod, Passes, chunks, loss_of, run_along, weights_of
+from ..statistics import Contractions
+from .method import GradientMethod, Passes, loss_of, run_along, weights_of
 
 
 class InputsMethod(GradientMethod):
     """Gradients along the path between the embeddings."""
 
-    replayed: ClassVar[bool] = True
     streams: ClassVar[bool] = True
 
     def between_prompts(self, steps: int, quadrature: str) -> bool:
         return any(alpha != 1 for alpha, _ in self.path(steps, quadrature))
 
-    def score(self, request: AttributionRequest, batch: Batch, passes: Passes) -> BatchScores:
-        return score_along_inputs(request, batch, passes)
-
-    def record(self, request: AttributionRequest, batch: Batch, passes: Passes) -> InputPasses:
-        along = InputPasses(request, batch, passes)
-        for part in chunks(along.path, passes.together):
-            along.run(part)
-        return along
+    def score(self, request: AttributionRequest, scores: Contractions, passes: Passes) -> None:
+        score_along_inputs(request, scores, passes)
 
 
-def score_along_inputs(request: AttributionRequest, batch: Batch, passes: Passes) -> BatchScores:
-    """Scores of the batch's examples."""
-    along = InputPasses(request, batch, passes)
-    scores = BatchScores(request, batch)
+def score_along_inputs(request: AttributionRequest, scores: Contractions, passes: Passes) -> None:
+    """Add the scores along the path."""
+    along = InputPasses(request, scores.batch, passes)
 
     def contract() -> None:
         scores.add(along.senders, along.receivers)
 
     run_along(along.path, passes, along.receivers, along.run, contract)
     scores.include(along.measured)
-    return scores
 
 
 class InputPasses:

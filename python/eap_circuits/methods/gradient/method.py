@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -18,11 +17,16 @@ from eap_kernels import Nodes, explain
 
 from ...budget import (
     Cost,
+    Replayable,
+    Replays,
+    Work,
     budget,
     end_of_phase,
+    layer_weights,
     measure_cost,
     measured_operations,
     most_tokens,
+    rates_of,
     tokens_in_all,
     tokens_within,
 )
@@ -33,16 +37,20 @@ from ...recording import ReceiverGradients
 from ...request import Measurement, Progress
 from ..quadrature import Path, Quadrature
 from ..spec import KEEP, AttributionRequest, Method
-from ..statistics import BatchScores, Statistics, batch_bytes, score_batches
-from .plans import Plan, contraction_of, pass_bytes, rates_of, weight_bytes
-from .replayed import Recorded, Replays
+from ..statistics import BatchScores, Contractions, LaterScores, Statistics, batch_bytes, score_batches
+from .plans import Plan, contraction_of, pass_bytes, weight_bytes
 
 T = TypeVar("T")
+C = TypeVar("C", bound=Contractions)
 
 # Normalised inputs of this many path points are held before they are contracted. With fewer, contractions would take
 # longer than the passes; more would only take memory. The usual path is contracted once.
 HELD_POINTS = 5
 HELD_BYTES = 128 * 2**20
+# A batch is at least this many launches for each layer (tests/circuits/test_counts.py counts).
+LAUNCHES = 70
+# Operations of a forward and backward pass for a weight and a token: gradients of weights are not wanted.
+_OPERATIONS = 4
 # Batches of at least this share of the tokens that were measured, and with prefixes that are little longer, cost as
 # much by the token.
 _ALIKE, _LONGER = 0.25, 1.1
@@ -69,8 +77,8 @@ class GradientMethod(Method):
     backward: ClassVar[bool] = True
     keeps: ClassVar[tuple[str, ...]] = KEEP
     planned: ClassVar[bool] = True
-    # May passes be captured and replayed? `record` then is all passes of a batch.
-    replayed: ClassVar[bool] = False
+    # May passes be captured and replayed? What `score` adds must not change any more then.
+    replayed: ClassVar[bool] = True
 
     @property
     def stepped(self) -> bool:
@@ -89,13 +97,13 @@ class GradientMethod(Method):
         return request.path
 
     @abstractmethod
-    def score(self, request: AttributionRequest, batch: Batch, passes: Passes) -> BatchScores:
-        """Scores of the batch's examples. Calls `end_of_phase` where what is held changes, the same number of times
-        for all numbers of examples and points."""
+    def score(self, request: AttributionRequest, scores: Contractions, passes: Passes) -> None:
+        """Run a batch and add what its edges score. Calls `end_of_phase` where what is held changes, the same number of
+        times for all numbers of examples and points."""
 
-    def record(self, request: AttributionRequest, batch: Batch, passes: Passes) -> Recorded:
-        """All passes of a batch whose points are contracted at once; what they leave is not contracted yet."""
-        raise NotImplementedError
+    def times_added(self, request: AttributionRequest) -> int:
+        """How many times `score` adds senders and receivers of a batch whose points are contracted at once, at most."""
+        return 1
 
     def operator(self, request: AttributionRequest) -> str:
         nothing = torch.empty(0, 1, 1, dtype=request.arch.contraction_dtype, device=request.arch.device)
@@ -106,12 +114,9 @@ class GradientMethod(Method):
     ) -> None:
         most = most_tokens(request.arch.device_kind)
         tokens, per_batch = self._tokens(request, self._costs(request)) if self.planned else (most, most)
-        with Replays(self, request) as replays:
-
-            def score(batch: Batch, tokens: int) -> BatchScores:
-                return replays.score(batch, self.cut(request, batch, tokens))
-
-            score_batches(request, tokens, score, statistics, checkpoint, progress, per_batch)
+        refused = None if self.replayed else f"{self.name} contracts between its passes"
+        with Replays(request, _Batches(self, request), refused) as replays:
+            score_batches(request, tokens, replays.run, statistics, checkpoint, progress, per_batch)
         statistics.notes |= replays.told()
 
     def plan(self, request: AttributionRequest, gpus: int = 1) -> Plan:
@@ -182,15 +187,53 @@ class GradientMethod(Method):
         request = replace(request, only_memory=True)
 
         def measured(few: Batch, points: int) -> None:
-            self.score(request, few, Passes(path[:points], points, held))
+            self.score(request, BatchScores(request, few), Passes(path[:points], points, held))
 
         cost = measure_cost(request.data, batch, measured, len(path) > 1)
         if len(path) == len(request.path):
             return cost
         # What is run once beside the repeated points counts, too.
         points = len(request.path)
-        whole = partial(self.score, request, passes=Passes(request.path, points, points))
+
+        def whole(few: Batch) -> None:
+            self.score(request, BatchScores(request, few), Passes(request.path, points, points))
+
         return replace(cost, work=(0, measured_operations(request.data, batch, whole), 0))
+
+
+class _Batches(Replayable[LaterScores, BatchScores]):
+    """Scores of one batch after another."""
+
+    def __init__(self, method: GradientMethod, request: AttributionRequest) -> None:
+        self._method, self._request = method, request
+
+    def run(self, batch: Batch, tokens: int) -> BatchScores:
+        return self._scored(BatchScores(self._request, batch), tokens)
+
+    def record(self, batch: Batch, tokens: int) -> LaterScores:
+        return self._scored(LaterScores(self._request, batch), tokens)
+
+    def _scored(self, scores: C, tokens: int) -> C:
+        passes = self._method.cut(self._request, scores.batch, tokens)
+        self._method.score(self._request, scores, passes)
+        return scores
+
+    def finish(self, left: LaterScores, batch: Batch) -> BatchScores:
+        return left.of(batch)
+
+    def numbers(self, found: BatchScores) -> Iterable[Tensor]:
+        return found.sums.values()
+
+    def work(self, batch: Batch, tokens: int) -> Work | str:
+        request, method = self._request, self._method
+        passes, points = method.cut(request, batch, tokens), len(method.repeated(request))
+        if passes.held < points:
+            return "a batch's points are contracted in several parts"
+        weights, together = layer_weights(request), batch.clean.numel() * passes.together
+        run = pass_bytes(request, together)
+        left = run + weights * request.arch.contraction_dtype.itemsize
+        held = run + method.times_added(request) * left + batch_bytes(request, batch.n_examples)
+        return Work(_OPERATIONS * together * weights, LAUNCHES, held)
 
 
 def run_along(

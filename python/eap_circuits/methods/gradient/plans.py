@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import torch
 
 from ...adapters import Architecture, receiver_sites
-from ...budget import numbers_per_token
+from ...budget import Rates, numbers_per_token
 from ...errors import expected
 from ..spec import AttributionRequest
 
 # For each token a pass keeps about this many numbers for the backward for every weight, divided by the width.
 _NUMBERS_PER_WEIGHT = 2
-# Of one H100, in floating-point operations a second, for models in low precision and in float32. Passes: half of what a
-# large matrix product was measured at (bench/results), as the passes of whole models were not measured yet. The
-# contraction: as `head_space_scores` was measured on the shapes of Llama-3.1-8B.
-_LOW = 3.9e14, 1.0e14
-_FLOAT32 = 2.6e13, 1.5e13
-
-
-class Rates(NamedTuple):
-    """Floating-point operations a second."""
-
-    passes: float
-    contraction: float
 
 
 @dataclass(frozen=True)
@@ -59,13 +44,6 @@ class Plan:
     contraction: int = 0
     rates: Rates | None = None
     seconds: float | None = None
-
-
-def rates_of(request: AttributionRequest) -> Rates | None:
-    """Those of one device of the kind that the request runs on."""
-    if request.arch.device_kind != "cuda":
-        return None
-    return Rates(*(_LOW if request.arch.contraction_dtype == torch.bfloat16 else _FLOAT32))
 
 
 def pass_bytes(request: AttributionRequest, tokens: int) -> int:

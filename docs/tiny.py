@@ -108,7 +108,7 @@ OWN: dict[str, dict[str, Any]] = {
     "longcat_flash": {"num_key_value_heads": 4, "head_dim": 4, "num_layers": 2},
     "mamba2": {"num_heads": 8, "expand": 2, "n_groups": 1},
     "modernbert-decoder": {"pad_token_id": 0},
-    "nemotron_h": {"n_groups": 1},
+    "nemotron_h": {"n_groups": 1, "layers_block_type": ["linear_attention", "mlp", "full_attention"]},
     "prophetnet": {"pad_token_id": 1},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": 3 * ["local"]},
     "roc_bert": {"is_decoder": True, "enable_pronunciation": False, "enable_shape": False},

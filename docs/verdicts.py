@@ -95,7 +95,8 @@ def run(kinds: list[str]) -> None:
     import eap_circuits.selfcheck  # noqa: F401
 
     version, known = transformers.__version__, read()
-    before = known.get(version) or known.get(newest(known), {})
+    against = version if version in known else newest(known)
+    before, changed = known.get(against, {}), list[str]()
     now: dict[str, Verdict] = {}
     context = multiprocessing.get_context("fork")
     for kind in kinds:
@@ -109,7 +110,11 @@ def run(kinds: list[str]) -> None:
             now[kind] = {"verdict": "not tried", "model": "", "says": f"no verdict within {SECONDS} s"}
         process.join()
         old, new = (f"{x['verdict']}: {x['says']}" if x else "unknown" for x in (before.get(kind), now[kind]))
-        print(f"{kind}: {new}" + ("" if old == new else f"   CHANGED, was {old}"), flush=True)
+        print(f"{kind}: {new}", flush=True)
+        changed += [] if old == new else [f"{kind}: {new}\n    was {old}"]
+    gone = sorted(set(before) - set(types()))
+    print(f"\n{len(changed)} of {len(kinds)} changed against transformers {against}; gone: {', '.join(gone) or 'none'}")
+    print("\n".join(changed))
     known = read()  # another run may have ended in the meantime
     now = {**known.get(version, {}), **now}
     known[version] = {kind: now[kind] for kind in sorted(now)}

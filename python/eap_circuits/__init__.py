@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from .learning import acdc, attribute_circuit, ibcircuit, learn_mask, prune_gradually, refine
     from .methods import Plan, attribute, plan
     from .metrics import METRICS
+    from .request import image_pairs
     from .selfcheck import check_model, discover
     from .standalone import CircuitModel, circuit_model, export_model
     from .tasks import PairedDataset, load_task
@@ -108,6 +109,7 @@ _HOME = {
     "Plan": "methods",
     "attribute": "methods",
     "plan": "methods",
+    "image_pairs": "request",
     "METRICS": "metrics",
     "CircuitModel": "standalone",
     "circuit_model": "standalone",

@@ -23,6 +23,7 @@ from eap_circuits.forward import borrowed
 from eap_circuits.graph import Circuit, Graph
 from eap_circuits.tasks import PairedDataset
 from eap_kernels.testing import relative_error
+from tests.circuits.hybrids import HYBRIDS, PICTURES
 from tests.circuits.models import (
     CONFIGS,
     ENCODER_DECODERS,
@@ -47,7 +48,7 @@ def need_transformers(name: str) -> None:
 def tiny_model(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
     """A random model whose every weight matters: gains and biases too are away from 1 and 0."""
     need_transformers(name)
-    every = {**CONFIGS, **MIXERS, **ENCODERS, **NEWER, **ENCODER_DECODERS}
+    every = {**CONFIGS, **MIXERS, **ENCODERS, **NEWER, **ENCODER_DECODERS, **HYBRIDS}
     torch.manual_seed(list(every).index(name))
     kind, fields = every[name]
     if any("experts" in name for name in fields):  # grouped products of experts know no float64
@@ -183,8 +184,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def model_types() -> list[str]:
-    every = (*CONFIGS.values(), *MIXERS.values(), *ENCODERS.values(), *NEWER.values())
-    return [model_type for model_type, _ in every]
+    every = (CONFIGS, MIXERS, ENCODERS, NEWER, HYBRIDS, PICTURES)
+    return [model_type for kind in every for model_type, _ in kind.values()]
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 
 import eap_circuits as eap
 from eap_circuits.families import registry
+from tests.circuits.adapters.test_pictures import build, seen
 from tests.circuits.generated.generated_tasks import TOKENIZERS
 
 FUNCTIONS = [name for name in eap.__all__ if inspect.isfunction(getattr(eap, name))]
@@ -33,7 +34,9 @@ def test_a_public_function_has_an_example_that_runs(
         **{"scores": scores, "other_scores": other_scores, "first": scores, "second": other_scores},
         **{"circuit": scores.select(20), "other_circuit": other_scores.select(20)},
         "tokenizer": TOKENIZERS["single digits"](),
+        "vision_model": build("llava"),
     }
+    given |= {f"{side}_inputs": seen(given["vision_model"], n) for n, side in enumerate(("clean", "corrupted"))}
     for example in examples:
         if example.want:
             assert repr(eval(example.source, given)) == example.want.strip()

@@ -52,6 +52,8 @@ class Layer:
     ungrouped: tuple[tuple[str, object], ...]  # attributes of `attention` that make it take k and v per query head
     per_layer: bool = False  # no layer, but what the module of the one before makes of per-layer embeddings
     bare: bool = False  # there is no MLP: nothing looks at `mlp_norm`, `mlp_in` and `mlp_out`
+    beside: bool = False  # no layer, but heads beside those of the one before
+    heads_scale: float = 1.0  # what heads write is also multiplied by this
     memory: Norm | None = None  # of cross-attention: through which k and v read the encoder's residual stream
 
     @property
@@ -70,7 +72,7 @@ class Layer:
     @property
     def caches(self) -> bool:
         """May the model's cache hold something of it?"""
-        return self.keys is None and not self.per_layer
+        return self.keys is None and not self.per_layer and not self.beside
 
     @property
     def reads(self) -> Reads | None:
@@ -123,9 +125,10 @@ class Layer:
         """`out_weight` from the projection's own weight [features, heads' features]."""
         norm = self.post_norm
         # Rounded once, where there is more to it than the projection.
-        weight = weight.to(dtype if norm is None and self.scale == 1 else torch.promote_types(dtype, torch.float32)).T
+        scale = self.scale * self.heads_scale
+        weight = weight.to(dtype if norm is None and scale == 1 else torch.promote_types(dtype, torch.float32)).T
         weight = weight if norm is None else norm.forwards(weight, features)
-        weight = weight if self.scale == 1 else weight * self.scale
+        weight = weight if scale == 1 else weight * scale
         return weight.to(dtype).unflatten(0, (-1, linear_shape(self.out)[1] // self.n_heads))
 
     @cached_property
@@ -175,6 +178,7 @@ class Architecture:
     parallel: bool
     embedding_norm: nn.Module | None  # between the token embeddings and the residual stream
     embedding_scale: float
+    given_scale: float  # what the model multiplies embeddings by that it is given
     per_layer: tuple[Any, nn.Module] | None  # what gives per-layer embeddings, and what makes their part of the others
     causal: bool  # does no token see later ones?
     classifies: bool  # logits are one row of classes for each prompt
@@ -255,7 +259,8 @@ class Architecture:
             keys=tuple(index if layer.keys is None else layer.keys for index, layer in enumerate(self.layers)),
             per_layer=tuple(layer.per_layer for layer in self.layers),
             encoder=self.encoder,
-            bare=any(layer.bare for layer in self.layers),
+            mlps=tuple(not layer.bare for layer in self.layers),
+            beside=tuple(layer.beside for layer in self.layers),
         )
 
     def embed(self, tokens: Tensor) -> Tensor:

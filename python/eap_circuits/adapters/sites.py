@@ -73,7 +73,8 @@ def sender_sites(arch: Architecture) -> list[SenderSite]:
         out = layer.out if layer.post_norm is None else layer.post_norm.module
         mlp = slice(graph.mlp_sender(index), graph.mlp_sender(index) + 1)
         if layer.n_heads:
-            sites.append(SenderSite(len(sites), graph.head_senders(index), index, out, layer.scale, layer, stream))
+            scale = layer.scale * layer.heads_scale
+            sites.append(SenderSite(len(sites), graph.head_senders(index), index, out, scale, layer, stream))
         if graph.has_mlp(index):
             sites.append(SenderSite(len(sites), mlp, index, layer.mlp_out, layer.scale, stream=stream))
     return sites

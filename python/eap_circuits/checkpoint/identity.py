@@ -95,6 +95,8 @@ def data_identity(data: PairedDataset) -> dict[str, str]:
     Not of spans, which matter only to what is by span.
     """
     held = {field.name: getattr(data, field.name) for field in fields(data) if field.name != "spans"}
+    if data.pictures is not None:
+        held["pictures"] = data.pictures.embeddings
     return {name: tensor_digest(x) for name, x in held.items() if isinstance(x, Tensor)}
 
 

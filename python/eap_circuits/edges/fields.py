@@ -22,7 +22,7 @@ def checked_fields(graph: Graph) -> dict[str, Any]:
         InputError: see the messages.
     """
     one_of("heads", graph.heads, ("kv", "query"))
-    found: dict[str, Any] = {name: flag(name, getattr(graph, name)) for name in ("parallel", "bare")}
+    found: dict[str, Any] = {"parallel": flag("parallel", graph.parallel)}
     for name in ("n_heads", "n_kv_heads"):
         found[name] = tuple(whole(name, n, 0) for n in listed(name, getattr(graph, name), _PER_LAYER))
     n_heads, n_kv_heads = found["n_heads"], found["n_kv_heads"]
@@ -39,10 +39,19 @@ def checked_fields(graph: Graph) -> dict[str, Any]:
     parts = found["per_layer"] = _by_layer("per_layer", graph.per_layer, flag, (False,) * len(n_heads))
     if any(one and (not layer or n_heads[layer]) for layer, one in enumerate(parts or ())):
         raise expected("per_layer", "layers without heads, behind layers of the model", parts)
+    mlps = found["mlps"] = _by_layer("mlps", graph.mlps, flag, (True,) * len(n_heads))
+    if any(not one and not n_heads[layer] for layer, one in enumerate(mlps or ())):
+        raise expected("mlps", "an MLP in each layer without heads", mlps)
+    beside = found["beside"] = _by_layer("beside", graph.beside, flag, (False,) * len(n_heads))
+    for layer, one in enumerate(beside or ()):
+        if one and (not layer or not n_heads[layer] or not n_heads[layer - 1] or mlps is None or mlps[layer - 1]):
+            raise expected("beside", "layers with heads, behind layers with heads and no MLP", beside)
     if graph.spans is not None:
         instance("spans", graph.spans, Spans)
     found["encoder"] = whole("encoder", graph.encoder, 0, len(n_heads))
-    _check_encoder(graph.spans, **{name: found[name] for name in ("n_heads", "encoder", "bare", "parallel", "reads")})
+    _check_encoder(
+        graph.spans, **{name: found[name] for name in ("n_heads", "encoder", "parallel", "mlps", "beside", "reads")}
+    )
     return found
 
 
@@ -72,13 +81,12 @@ def _by_layer(name: str, given: Any, kind: Callable[[str, Any], Any], usual: Ite
     return None if found == usual else found
 
 
-def _check_encoder(spans: object, n_heads: Any, encoder: int, bare: bool, parallel: bool, reads: object) -> None:
+def _check_encoder(spans: object, n_heads: Any, encoder: int, parallel: bool, mlps: Any, **others: object) -> None:
     """Refuse a graph with an encoder that is no encoder-decoder's."""
     if not encoder:
-        if bare:
-            raise expected("bare", "False without an encoder", "True")
         return
     decoder = len(n_heads) - encoder
-    if decoder < 2 or decoder % 2 or parallel or reads or spans is not None or 0 in n_heads:
+    bare = mlps is not None and not all((*mlps[:encoder], *mlps[encoder + 1 :: 2]))
+    if decoder < 2 or decoder % 2 or parallel or any(others.values()) or bare or spans is not None or 0 in n_heads:
         wanted = "layers of attention and an MLP one after another, the decoder's in pairs, and no spans"
         raise expected("encoder", wanted, f"{encoder} of {len(n_heads)} layers of another graph")

@@ -5,7 +5,8 @@ depth: `input`, then for each layer its heads `a{l}.h{h}` and its MLP `m{l}`. Re
 all `<k>`, all `<v>` inputs and `m{l}`; the last one is `logits`. With `heads="kv"` a layer has one `<k>` and one `<v>`
 receiver per key/value head, with `heads="query"` one of each per query head. Layers that mix tokens otherwise have the
 inputs that `reads` names instead: `a{l}.h{h}<name>`, or `a{l}<name>` for one that all heads of the layer share.
-What a layer makes of per-layer embeddings is a node behind its MLP, `p{l}`.
+What a layer makes of per-layer embeddings is a node behind its MLP, `p{l}`. Heads of a second mixer beside a layer's
+first one are `b{l}.h{h}`.
 
 A graph with spans has all of these once for each span: `a{l}.h{h}@{span}`, and so on (`spans.py`). That of an
 encoder-decoder has two residual streams, and other names (`streams.py`).
@@ -50,7 +51,9 @@ class Graph:
             node, `p{l}`, which the prompt's tokens reach by themselves, as they reach `input`; None if none is.
         encoder: how many layers, the first ones, are an encoder's; 0: none. Of the others, the decoder's, every second
             one is cross-attention: its `<k>` and `<v>` read the encoder's residual stream.
-        bare: the decoder's self-attention layers have no MLP.
+        mlps: [L], which have an MLP; None if all do.
+        beside: [L], which are no layers of the model but further heads of the one before, which read what its heads
+            read and write beside them; only the last such layer may have an MLP. None if none is.
     """
 
     n_heads: tuple[int, ...]
@@ -63,7 +66,8 @@ class Graph:
     keys: tuple[int, ...] | None = None
     per_layer: tuple[bool, ...] | None = None
     encoder: int = 0
-    bare: bool = False
+    mlps: tuple[bool, ...] | None = None
+    beside: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
         refuse_default_device()
@@ -105,7 +109,11 @@ class Graph:
         return tuple(starts)
 
     def has_mlp(self, layer: int) -> bool:
-        return not (self.bare and layer >= self.encoder and not self.crosses(layer))
+        return self.mlps is None or self.mlps[layer]
+
+    def first_beside(self, layer: int) -> int:
+        """The first of the layers that stand side by side with this one."""
+        return next(first for first in range(layer, -1, -1) if not (self.beside and self.beside[first]))
 
     def crosses(self, layer: int) -> bool:
         """Is the layer cross-attention, whose keys and values read the encoder's residual stream?"""
@@ -169,8 +177,9 @@ class Graph:
         """One past the last sender that the layer's receivers at `site` can see; the first is that of their stream."""
         if self.crosses(layer) and site in _OF_KEYS:
             return self.input_senders[-1]  # all of the encoder's
-        heads = 0 if self.parallel or site != "mlp" else self.n_heads[layer] * self.n_spans
-        return self._senders[layer][0] + heads
+        if site == "mlp" and not self.parallel:
+            return self._senders[layer][0] + self.n_heads[layer] * self.n_spans
+        return self._senders[self.first_beside(layer)][0]
 
     @cached_property
     def input_senders(self) -> list[int]:
@@ -188,7 +197,9 @@ class Graph:
     @cached_property
     def numbers(self) -> tuple[int, ...]:
         """The number of the model's layer that each layer is, or is a part of, [L]."""
-        return tuple(layer - sum((self.per_layer or ())[: layer + 1]) for layer in range(self.n_layers))
+        none = (False,) * self.n_layers
+        parts = [a or b for a, b in zip(self.per_layer or none, self.beside or none, strict=True)]
+        return tuple(layer - sum(parts[: layer + 1]) for layer in range(self.n_layers))
 
     @cached_property
     def senders(self) -> list[str]:
@@ -373,7 +384,7 @@ class Graph:
     # Storage.
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: x for name, x in asdict(self).items() if x or (x is not None and name not in ("encoder", "bare"))}
+        return {name: x for name, x in asdict(self).items() if x or (x is not None and name != "encoder")}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Graph:

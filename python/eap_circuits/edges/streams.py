@@ -55,7 +55,8 @@ def names_of(graph: Graph, layer: int) -> tuple[str, str]:
     """What a layer's heads, and what its MLP or other block, are called: "a3" and "m3", or "p3"."""
     if not graph.encoder:
         number, block = graph.numbers[layer], "p" if graph.per_layer and graph.per_layer[layer] else "m"
-        return f"a{number}", f"{block}{number}"
+        letter = chr(ord("a") + layer - graph.first_beside(layer))
+        return f"{letter}{number}", f"{block}{number}"
     if layer < graph.encoder:
         return f"enc.a{layer}", f"enc.m{layer}"
     own = (layer - graph.encoder) // 2
@@ -63,9 +64,10 @@ def names_of(graph: Graph, layer: int) -> tuple[str, str]:
 
 
 def layer_name(graph: Graph, layer: int) -> str:
-    """What pictures call a layer: "layer 3", or "p3" of per-layer embeddings; an encoder-decoder says whose."""
+    """What pictures call a layer: "layer 3", "p3" of per-layer embeddings, "b3" of heads beside, and whose."""
     heads, block = names_of(graph, layer)
-    return heads if graph.encoder else block.replace("m", "layer ")
+    apart = graph.encoder or graph.first_beside(layer) != layer
+    return heads if apart else block.replace("m", "layer ")
 
 
 def check_one_stream(what: str, graph: Graph) -> None:

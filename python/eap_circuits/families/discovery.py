@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, combinations, permutations
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import InputError, expected
 from ..modules.norms import is_norm
+from .around import Call, centred, frame_of, inside, refusal, same
 from .family import Family, Mixer
 
 # Attributes in which mixers keep their number of heads.
@@ -30,16 +29,6 @@ _REWRITES = {
     **dict.fromkeys(("beside", "mlp_post_norm", "residual_multiplier")),
     **{"parallel": False, "rewrites": True},
 }
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One call of a module: its path, and its first input and output, [B, T, X] or the module's own shape."""
-
-    path: str
-    module: nn.Module
-    input: Tensor
-    output: Tensor
 
 
 def propose(model: nn.Module, calls: Sequence[Call], embeddings: Tensor) -> list[Family]:
@@ -53,7 +42,7 @@ def propose(model: nn.Module, calls: Sequence[Call], embeddings: Tensor) -> list
     Raises:
         InputError: there are no decoder layers, or they do not add attention and an MLP to a residual stream.
     """
-    frame = _frame(model, calls, embeddings)
+    frame = frame_of(model, calls, embeddings)
     sites = [_LayerSites(model, one, frame.inside(one)) for one in frame.kinds]
     table = replace(frame.table, **_merged(model, [site.common() for site in sites]))
     mixers = [site.mixers() for site in sites]
@@ -78,63 +67,20 @@ def whole_layers(model: nn.Module, calls: Sequence[Call], embeddings: Tensor) ->
 
     The arguments are those of `propose`.
     """
-    frame = _frame(model, calls, embeddings)
+    frame = frame_of(model, calls, embeddings)
     blocks = {_only_block(one, frame.inside(one)) for one in frame.kinds}
     found = blocks.pop() if len(blocks) == 1 else None
     one = [] if found is None else [replace(frame.table, mlp_norm=found[0], mlp=found[1])]
     return [*one, replace(frame.table, mlp=("", ""), rewrites=True)]
 
 
-@dataclass(frozen=True, eq=False)
-class _Frame:
-    """What is around the layers, and one layer of each kind."""
-
-    table: Family  # without the fields on a layer's sites
-    calls: list[Call]
-    kinds: list[Call]
-
-    def inside(self, layer: Call) -> list[Call]:
-        return [call for call in self.calls if _inside(call, layer)]
-
-
-def _frame(model: nn.Module, calls: Sequence[Call], embeddings: Tensor) -> _Frame:
-    config: Any = model.config
-    text = config.get_text_config()
-    if streams := getattr(text, "altup_num_inputs", 0):
-        raise _refusal(model, "one residual stream, as Gemma 4's", f"{streams} that every layer mixes anew (AltUp)")
-    if getattr(text, "hidden_size_per_layer_input", 0):
-        raise _refusal(model, "a table that says where per-layer embeddings are, as Gemma 4 has", "none")
-    shape = embeddings.shape
-    flat = [Call(c.path, c.module, _flat(c.input, shape), _flat(c.output, shape)) for c in calls]
-    stack = _stack(model, flat)
-    layers = [call for call in flat if call.path.rpartition(".")[0] == stack]
-    kinds = {tuple((name, type(part)) for name, part in layer.module.named_modules()): layer for layer in layers}
-    outside = [call for call in flat if not call.path.startswith(stack + ".")]
-    width = layers[0].input.shape[-1]
-    embedding = _embedding(model, outside, layers[0].input, embeddings.flatten(0, 1), shape[0])
-    ends = [call for call in outside if call.path and _same(call.input, layers[-1].output)]
-    ends.sort(key=lambda call: not is_norm(call.module, width))  # or, without a norm, the head itself
-    if not ends:
-        raise _refusal(model, "a norm or a head that reads what the last decoder layer gives", "none")
-    table = Family(
-        name=config.model_type,
-        model_types=(config.model_type,),
-        layers=stack,
-        final_norm=ends[0].path if is_norm(ends[0].module, width) else "",
-        attention_norm=None,
-        mlp_norm=None,
-        **embedding,
-    )
-    return _Frame(table, flat, list(kinds.values()))
-
-
 def _only_block(layer: Call, calls: list[Call]) -> tuple[str | None, str | tuple[str, str]] | None:
     """(the norm through which it reads, its module or its first and last) if one call adds all that a layer adds."""
-    added, width = _centred(layer.output - layer.input), layer.output.shape[-1]
-    adds = [c for c in calls if c.output.shape == added.shape and _same(_centred(c.output), added)]
-    norms = [c for c in calls if _same(c.input, layer.input) and is_norm(c.module, width)]
+    added, width = centred(layer.output - layer.input), layer.output.shape[-1]
+    adds = [c for c in calls if c.output.shape == added.shape and same(centred(c.output), added)]
+    norms = [c for c in calls if same(c.input, layer.input) and is_norm(c.module, width)]
     read = norms[0].output if norms else layer.input
-    first = next((c for c in calls if c not in norms and _same(c.input, read)), None)
+    first = next((c for c in calls if c not in norms and same(c.input, read)), None)
     if first is None or not adds:
         return None
     last = min(adds, key=lambda c: c.path.count("."))
@@ -155,7 +101,7 @@ def _merged(model: nn.Module, tables: list[dict[str, Any]]) -> dict[str, Any]:
         if name in ("attention_norm", "mlp_norm") and None in found and len(found) == 2:
             found.remove(None)  # an identity may stand in its place
         if len(found) > 1 and not paths:
-            raise _refusal(model, f"one {name.replace('_', ' ')} in all layers", " and ".join(map(repr, found)))
+            raise refusal(model, f"one {name.replace('_', ' ')} in all layers", " and ".join(map(repr, found)))
         merged[name] = found[0] if len(found) == 1 else tuple(found)
     return merged
 
@@ -170,9 +116,7 @@ class _LayerSites:
         self.attention, self.mlp, self.beside, self.scale = self._contributions()
         self.k_norms: dict[str, str] = {}  # by the path of the projection whose output they take
         self.post, self.inner = self._before_post_norm(self.attention)
-        place = next(
-            (i for i, c in enumerate(self.calls) if _is_linear(c) and _same(c.output, self.inner.output)), None
-        )
+        place = next((i for i, c in enumerate(self.calls) if _is_linear(c) and same(c.output, self.inner.output)), None)
         self.out = None if place is None else self.calls[place]
         before = self.calls[: self.calls.index(self.inner) if place is None else place]
         self.norm, self.linears = self._read([c for c in before if _is_linear(c)], [layer.input])
@@ -207,11 +151,11 @@ class _LayerSites:
             ]
             found.append(Mixer(out=self._short(self.out), reads=reads, heads=tuple(numbers[:1])))
         read = self.layer.input if self.norm is None else self.norm.output
-        readers = [c for c in self.calls if _same(c.input, read) and not is_norm(c.module, self.width)]
+        readers = [c for c in self.calls if same(c.input, read) and not is_norm(c.module, self.width)]
         if readers:
             found.append(Mixer(module=(self._short(readers[0]), self._short(self.inner))))
         if not found:
-            raise _refusal(self.model, "a mixer that reads the residual stream", f"{self.inner.path!r}, which does not")
+            raise refusal(self.model, "a mixer that reads the residual stream", f"{self.inner.path!r}, which does not")
         return found
 
     def common(self) -> dict[str, Any]:
@@ -229,13 +173,13 @@ class _LayerSites:
         after = self.layer.output - self.scale * self.mlp.output
         if self.beside is not None:
             after = after - self.scale * self.beside.output
-        own = [c for c in self.calls if c not in linears and not _inside(c, out)]
-        begins = [c for c in own if _inside(last, c) or c.path == last.path] or own
+        own = [c for c in self.calls if c not in linears and not inside(c, out)]
+        begins = [c for c in own if inside(last, c) or c.path == last.path] or own
         mlp_norm, firsts = self._read(begins, [after, x])
         if not firsts:
             mlp_norm, firsts = self._read([c for c in own if not is_norm(c.module, self.width)], [after, x])
         if not firsts:
-            raise _refusal(self.model, "an MLP that reads the residual stream", f"{last.path!r}, which does not")
+            raise refusal(self.model, "an MLP that reads the residual stream", f"{last.path!r}, which does not")
         reads = mlp_norm.input if mlp_norm is not None else firsts[0].input
         first_path, last_path = self._short(firsts[0]), self._short(last)
         return {
@@ -244,7 +188,7 @@ class _LayerSites:
             "beside": None if self.beside is None else self._short(self.beside),
             "mlp": first_path if first_path == last_path else (first_path, last_path),
             "mlp_post_norm": None if mlp_post is None else self._short(mlp_post),
-            "parallel": _same(reads, x),
+            "parallel": same(reads, x),
             "residual_multiplier": None if self.scale == 1 else self.scale,
         }
 
@@ -253,31 +197,31 @@ class _LayerSites:
 
     def _contributions(self) -> tuple[Call, Call, Call | None, float]:
         """The outermost two or three calls whose outputs add up to what the layer added, and the factor of the sum."""
-        added = _centred(self.layer.output - self.layer.input)
+        added = centred(self.layer.output - self.layer.input)
         candidates = [c for c in self.calls if c.output.shape == added.shape and not isinstance(c.module, nn.Dropout)]
         found: list[tuple[int, int, Call, Call, Call | None, float]] = []
         outer = [c for c in candidates if "." not in self._short(c)]
         for first, second, *third in chain(combinations(candidates, 2), combinations(outer, 3)):
             # A bias may be added outside of any module.
-            both = _centred(sum((c.output for c in third), first.output + second.output))
+            both = centred(sum((c.output for c in third), first.output + second.output))
             scale = float((added * both).sum() / both.square().sum().clamp(min=1e-30))
             scale = 1.0 if abs(scale - 1) < 1e-5 else scale
-            if _same(both * scale, added) and not _same(first.output, second.output):
+            if same(both * scale, added) and not same(first.output, second.output):
                 depth = sum(c.path.count(".") for c in (first, second, *third))
                 found.append((depth, len(found), first, second, third[0] if third else None, scale))
         found = found or self._post_norm(candidates)
         if not found:
             wanted = "layers that add a mixer's and an MLP's output to the residual stream, as Llama's and Jamba's do"
-            raise _refusal(self.model, wanted, self._instead(added))
+            raise refusal(self.model, wanted, self._instead(added))
         return min(found, key=lambda one: one[:2])[2:]
 
     def _post_norm(self, candidates: list[Call]) -> list[tuple[int, int, Call, Call, Call | None, float]]:
         """The same of a layer that ends in a norm of the residual stream: its mixer, and the last norm."""
         norms = [c for c in self.calls if is_norm(c.module, self.width)]
-        ends = [c for c in norms if _same(c.output, self.layer.output)]
+        ends = [c for c in norms if same(c.output, self.layer.output)]
         for first in norms if ends else ():
-            mixed = _centred(first.input - self.layer.input)
-            mixers = [c for c in candidates if c not in norms and _same(_centred(c.output), mixed)]
+            mixed = centred(first.input - self.layer.input)
+            mixers = [c for c in candidates if c not in norms and same(centred(c.output), mixed)]
             if first is not ends[0] and mixers:
                 self.first = first
                 mixer = min(mixers, key=lambda c: c.path.count("."))
@@ -287,9 +231,9 @@ class _LayerSites:
     def _instead(self, added: Tensor) -> str:
         """What a layer does that adds no such contributions."""
         norms = [c for c in self.calls if is_norm(c.module, self.width)]
-        if any(_same(c.output, self.layer.output) for c in norms):
+        if any(same(c.output, self.layer.output) for c in norms):
             return "a norm of the residual stream itself at their end (post-norm)"
-        if any(_same(_centred(c.output), added) for c in self.calls if c.output.shape == added.shape):
+        if any(same(centred(c.output), added) for c in self.calls if c.output.shape == added.shape):
             return "layers with only one of them"
         return "a residual stream that is also scaled, gated or normalised"
 
@@ -297,19 +241,19 @@ class _LayerSites:
         """(the norm, the outermost call before it) if a contribution comes out of a norm, else (None, the call)."""
         if not is_norm(call.module, self.width):
             return None, call
-        before = [c for c in self.calls if c is not call and _same(c.output, call.input)]
+        before = [c for c in self.calls if c is not call and same(c.output, call.input)]
         if not before:
-            raise _refusal(self.model, f"a module before the norm {call.path!r}", "none")
+            raise refusal(self.model, f"a module before the norm {call.path!r}", "none")
         return call, min(before, key=lambda c: c.path.count("."))
 
     def _read(self, readers: list[Call], residuals: list[Tensor]) -> tuple[Call | None, list[Call]]:
         """(the norm they read through, the readers) for the first of the residuals that any reader reads."""
         for x in residuals:
-            for norm in (c for c in self.calls if _same(c.input, x) and is_norm(c.module, self.width)):
-                through = [c for c in readers if c is not norm and _same(c.input, norm.output)]
+            for norm in (c for c in self.calls if same(c.input, x) and is_norm(c.module, self.width)):
+                through = [c for c in readers if c is not norm and same(c.input, norm.output)]
                 if through:
                     return norm, through
-            plain = [c for c in readers if _same(c.input, x) and not is_norm(c.module, self.width)]
+            plain = [c for c in readers if same(c.input, x) and not is_norm(c.module, self.width)]
             if plain:
                 return None, plain
         return None, []
@@ -329,71 +273,9 @@ class _LayerSites:
         for linear in linears:
             values = linear.output.flatten().sort().values
             for call in weighted:
-                if call.input.numel() == values.numel() and _same(call.input.flatten().sort().values, values):
+                if call.input.numel() == values.numel() and same(call.input.flatten().sort().values, values):
                     self.k_norms.setdefault(self._short(linear), self._short(call))
-
-
-def _flat(x: Tensor, shape: torch.Size) -> Tensor:
-    """[B, T, X] -> [B·T, X]; other shapes stay."""
-    return x.flatten(0, 1) if x.dim() == 3 and x.shape[:2] == shape[:2] else x
-
-
-def _centred(x: Tensor) -> Tensor:
-    """x [N, D] less its mean over the tokens."""
-    return x - x.mean(0)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool((a - b).norm() <= 1e-4 * b.norm())
 
 
 def _is_linear(call: Call) -> bool:
     return isinstance(call.module, (nn.Linear, Conv1D))
-
-
-def _inside(call: Call, other: Call) -> bool:
-    return call.path.startswith(other.path + ".")
-
-
-def _refusal(model: nn.Module, wanted: str, found: str) -> InputError:
-    return expected(type(model).__name__, wanted, found)
-
-
-def _stack(model: nn.Module, calls: list[Call]) -> str:
-    """The path of the longest list of modules that all take and return the residual stream."""
-    wide = {c.path for c in calls if c.input.dim() == 2 and c.input.shape == c.output.shape}
-    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    lengths = {path: len(x) for path, x in lists if all(f"{path}.{index}" in wide for index in range(len(x)))}
-    if not any(lengths.values()):
-        wanted = "a list of decoder layers that take and return one residual stream, as Llama's"
-        raise _refusal(model, wanted, "none")
-    return max(lengths, key=lengths.__getitem__)
-
-
-def _embedding(
-    model: nn.Module, calls: list[Call], entered: Tensor, embeddings: Tensor, prompts: int
-) -> dict[str, Any]:
-    """The table's fields on what is between the token embeddings and the first layer.
-
-    Differences between prompts are compared, as positions add the same to every prompt.
-    """
-
-    def apart(x: Tensor) -> Tensor:
-        x = x.unflatten(0, (prompts, -1))
-        return x[1:] - x[:1]
-
-    for call in [None, *calls]:
-        x = embeddings if call is None else call.output
-        if x.shape != entered.shape or (call is not None and not _same(call.input, embeddings)):
-            continue
-        factor = float((apart(entered) * apart(x)).sum() / apart(x).square().sum())
-        factor = 1.0 if abs(factor - 1) < 1e-5 else factor
-        if _same(apart(x) * factor, apart(entered)) and (call is None or factor == 1):
-            if call is None:
-                return {} if factor == 1 else {"embedding_multiplier": factor}
-            return {"embedding_norm": call.path}
-    for call in calls:
-        if _same(call.output, entered):  # usually a norm of the sum of tokens and positions
-            return {"embedding_norm": call.path, "placed": True}
-    wanted = "token embeddings, perhaps scaled or normalised, that start the residual stream, as Llama's and BLOOM's do"
-    raise _refusal(model, wanted, "something else")

@@ -24,6 +24,8 @@ class Mixer:
         by_head: likewise, but with a receiver for each head, among which its features are divided evenly.
         heads: where their number is: attributes of the module that holds `out`, or configuration fields; without any
             there is one.
+        read_factor, write_factor: what the norm's output is multiplied by before the projections, and what `out` gives
+            before it is added to the residual stream (`Factor`).
     """
 
     out: str | None = None
@@ -31,6 +33,8 @@ class Mixer:
     reads: Mapping[str, str] = field(default_factory=dict)
     by_head: Mapping[str, str] = field(default_factory=dict)
     heads: tuple[str, ...] = ()
+    read_factor: Factor | None = None
+    write_factor: Factor | None = None
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,12 @@ class Family:
         out: attention's output projection, whose input is the heads' values side by side. Without it and without
             mixers each layer is one node, `mlp`.
         mlp: the module whose input and output are the MLP's, or the two modules (first, last); None: there is none.
+        one_block: a layer has attention, or one of `mixers`, or else `mlp`: no two of them.
         more: further projections that the heads of attention read, by the names of their receivers, such as a gate;
             their features are divided evenly among the heads.
         mixers: what layers without `out` have instead.
+        beside_attention: what layers have beside attention: it reads through the same norm, and both are added up.
+        read_factor, write_factor: those of attention, as in `Mixer`.
         beside: a module that reads what the MLP reads and runs after it; the outputs are added (shared experts).
         rewrites: the MLP's modules are all that follows attention, and what the last one gives takes the place of the
             residual stream (a norm after the sum): the MLP writes how it changes the stream.
@@ -82,6 +89,7 @@ class Family:
         causal: whether no token sees later ones; or the configuration field that says so.
         embedding_multiplier, residual_multiplier: factors of the embeddings and of every block's output: numbers,
             the configuration fields that hold them, or functions of the model.
+        scales_given: the model also multiplies embeddings that it is given in place of tokens.
         ungrouped: attributes to set on the attention module, besides the usual counts, so that it takes one key and
             value per query head.
         requires: configuration fields and the only values that are supported.
@@ -103,7 +111,11 @@ class Family:
     out: str = ""
     mlp: str | tuple[str, str] | None = "mlp"
     more: Mapping[str, str] = field(default_factory=dict)
+    one_block: bool = False
     mixers: tuple[Mixer, ...] = ()
+    beside_attention: tuple[Mixer, ...] = ()
+    read_factor: Factor | None = None
+    write_factor: Factor | None = None
     beside: str | None = None
     rewrites: bool = False
     v_norm: str | None = None
@@ -124,6 +136,7 @@ class Family:
     causal: bool | str = True
     embedding_multiplier: Factor | None = None
     residual_multiplier: Factor | None = None
+    scales_given: bool = True
     ungrouped: Mapping[str, object] = field(default_factory=dict)
     requires: Mapping[str, object] = field(default_factory=dict)
     since: str = "5"

@@ -59,6 +59,8 @@ def _graph(fields: dict[str, Any]) -> Graph:
     spans = fields.get("spans")
     if spans is not None:
         spans = Spans(**{name: spans[name] for name in ("names", "sees", "scored")})
-    kind, more = head_kind(fields.get("heads", "kv")), (fields.get("keys"), fields.get("per_layer"))
-    encoder, bare = whole("encoder", fields.get("encoder", 0), 0), flag("bare", fields.get("bare", False))
-    return Graph(heads, kv_heads, width, parallel, kind, fields.get("reads"), spans, *more, encoder, bare)
+    more = {name: fields.get(name) for name in ("reads", "keys", "per_layer", "mlps", "beside")}
+    encoder = whole("encoder", fields.get("encoder", 0), 0)
+    return Graph(
+        heads, kv_heads, width, parallel, head_kind(fields.get("heads", "kv")), spans=spans, encoder=encoder, **more
+    )

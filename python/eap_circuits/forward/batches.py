@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tasks import PairedDataset, decoder_prompts
+from ..tasks import PairedDataset, Pictures, decoder_prompts
 from .replays.known import Known, known_of
 from .uploading import packed
 
@@ -71,7 +71,8 @@ class Batch:
     except `index`, `answers` and `lengths`, E is then the number of rows. `pair` int64 [E], on the CPU: whose each is.
     `positions`: None if each row is scored at one position, else where the n scored positions are.
 
-    Of an encoder-decoder these are the encoder's prompts, and `decoder` is what the decoder reads.
+    Of an encoder-decoder these are the encoder's prompts, and `decoder` is what the decoder reads. `pictures` are the
+    dataset's.
     """
 
     index: Tensor
@@ -100,6 +101,7 @@ class Batch:
     pair_weights: Tensor | None = None
     piece: Tensor | None = field(default=None, repr=False)
     decoder: Batch | None = None
+    pictures: Pictures | None = None
     _moved: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -147,6 +149,13 @@ class Batch:
         clean, other = self.sizes
         each = torch.cat([other.repeat(corrupted), clean.repeat(copies - corrupted)])
         return (torch.arange(tokens, device=each.device) < each[:, None]).long()
+
+    def picture_types(self, copies: int, corrupted: int) -> dict[str, Tensor]:
+        """The argument that marks pictures' tokens in m copies, the first of them corrupted, int64 [m·E, T], if any."""
+        if self.pictures is None or not self.pictures.types:
+            return {}
+        tokens = torch.cat([self.corrupted.repeat(corrupted, 1), self.clean.repeat(copies - corrupted, 1)])
+        return {self.pictures.types: (tokens >= self.pictures.first).long()}
 
     def scored_rows(self, copies: int) -> Tensor:
         """The row of each scored position of m copies of the batch, int64."""
@@ -327,7 +336,8 @@ def batch_of(data: PairedDataset, index: Tensor, reuse_prefix: bool, device: tor
         there["places"] = slice(int(scored[0]), None, len(offset))  # picks without a copy
     if data.decoder is not None:
         there["decoder"] = batch_of(decoder_prompts(data), index, False, device)
-    return Batch(index=index, host=host, pair=own, piece=piece, **there)
+    pictures = None if data.pictures is None else data.pictures.to(device)
+    return Batch(index=index, host=host, pair=own, piece=piece, pictures=pictures, **there)
 
 
 def _scored(

@@ -78,7 +78,7 @@ class Runner:
         self._tokens = None if arch.encoder else tokens  # a bias may follow the head
         # A layer's only block may mix tokens.
         self._pooled = arch.classifies and arch.head is None
-        self._every_mlp = every_mlp or self._pooled or not arch.layers[-1].n_heads
+        self._every_mlp = every_mlp or self._pooled or arch.layers[-1].bare or not arch.layers[-1].n_heads
         # Key/value copies per layer.
         self.repeat_kv = [layer.groups if graph.heads == "query" else 1 for layer in arch.layers]
         self._cached = [n for layer, n in zip(arch.layers, self.repeat_kv, strict=True) if layer.caches]
@@ -90,7 +90,10 @@ class Runner:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """What the tokens' embeddings write to the residual stream: int64 [E, T] -> [E, T, D], without gradient."""
+        shown = self.batch.pictures
         with torch.no_grad():
+            if shown is not None:
+                return shown.embed(tokens, self.arch.embed)
             x = self._placed(tokens) if self.arch.family.placed or self.arch.encoder else self.arch.embed(tokens)
             return x.to(tokens.device)
 
@@ -150,6 +153,7 @@ class Runner:
             given |= two_sides(batch, batch.clean.repeat(copies, 1))
         if not self.arch.causal and (real := batch.real_tokens(copies, corrupted)) is not None:
             given["attention_mask"] = real
+        given |= batch.picture_types(copies, corrupted)
         if batch.prefix.shape[1]:
             if self._prefix is None:
                 once = [1] * len(self._cached)
@@ -207,7 +211,7 @@ class Runner:
         A module's hooks run in the order in which they are added, each on the last one's result. The caller's hooks,
         `register`, come between those that bring values into the form that they expect and those that undo it.
         """
-        inputs = embeddings if self.arch.embedding_scale == 1 else embeddings / self.arch.embedding_scale
+        inputs = embeddings if self.arch.given_scale == 1 else embeddings / self.arch.given_scale
         if self.arch.family.placed:  # what comes before the norm is not looked at, and may have another width
             inputs = embeddings.new_zeros(*embeddings.shape[:2], self._model.get_input_embeddings().weight.shape[1])
         if not self.arch.encoder:

@@ -64,7 +64,8 @@ class Projection:
     """The heads' slices of a projection from the normalised residual stream.
 
     `rows` are the features of the module's output that belong to these heads, in head order; `sent` holds them on
-    devices, by their number too, for all projections that begin with the same rows.
+    devices, by their number too, for all projections that begin with the same rows. The module reads `factor` times
+    what the norm gives.
     """
 
     module: nn.Module
@@ -72,6 +73,7 @@ class Projection:
     n_heads: int
     head_dim: int
     sent: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict, repr=False)
+    factor: float = 1.0
 
     @property
     def width(self) -> int:
@@ -79,7 +81,8 @@ class Projection:
 
     def weight(self, dtype: torch.dtype, features: slice = slice(None)) -> Tensor:
         """[heads, K, D], or some of the D features."""
-        return self._picked(self._weight.at(features)).to(dtype).unflatten(0, (self.n_heads, -1))
+        weight = self._picked(self._weight.at(features)).to(dtype).unflatten(0, (self.n_heads, -1))
+        return weight if self.factor == 1 else weight * self.factor
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """[heads, K] or None"""
@@ -109,7 +112,7 @@ def joined(projections: Sequence[Projection]) -> Projection:
         else:
             rows = torch.cat([_numbers(rows), _numbers(each.rows)])
     heads = sum(each.n_heads for each in projections)
-    return Projection(first.module, rows, heads, first.head_dim, first.sent)
+    return Projection(first.module, rows, heads, first.head_dim, first.sent, first.factor)
 
 
 def _numbers(rows: slice | Tensor) -> Tensor:

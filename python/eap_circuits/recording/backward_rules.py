@@ -86,12 +86,11 @@ class BackwardRules:
         """
         norms = [replace(self._arch.final_norm, unit=1.0)]  # of what the module itself reads
         for index, (layer, (found, activations)) in enumerate(zip(self._arch.layers, self._parts, strict=True)):
-            if layer.per_layer:  # a part of the one before
-                continue
-            norms += found
-            for module in activations:
-                hooks.replace_forward(module, partial(self._activate, module.forward))
-            hooks.replace_forward(layer.module, partial(self._run_layer, index, layer.module.forward))
+            if not index or layer.module is not self._arch.layers[index - 1].module:  # else a part of the one before
+                norms += found
+                for module in activations:
+                    hooks.replace_forward(module, partial(self._activate, module.forward))
+                hooks.replace_forward(layer.module, partial(self._run_layer, index, layer.module.forward))
             if self._changes_attention and layer.n_heads:
                 hooks.replace_forward(layer.attention, partial(self._attend, index, layer.attention.forward))
             if self._rules.temperature is not None and layer.n_heads:

@@ -3,3 +3,4 @@
 from .asked import Progress, Request, check_ablation, check_tokens, parse_bytes, prepare, watched
 from .circuits import as_circuits, check_circuit, check_kind
 from .measuring import DRAWS, Measurement, fetch, variance_by_rounding
+from .pictures import image_pairs

@@ -17,7 +17,7 @@ from ..graph import Graph, Heads
 from ..metrics import METRICS, Metric, get_metric
 from ..ranks import rank
 from ..recording import ABLATIONS, Ablation, ablation_of
-from ..tasks import PairedDataset, different_throughout
+from ..tasks import PairedDataset, Pictures, different_throughout
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -112,7 +112,7 @@ def prepare(
         ablation=ablation,
         ablation_data=ablation_data,
         batch_size=batch_size,
-        reuse_prefix=flag("reuse_prefix", reuse_prefix),
+        reuse_prefix=flag("reuse_prefix", reuse_prefix) and data.pictures is None,
         memory=parse_bytes(memory),
     )
     _check_ablation(request)
@@ -125,9 +125,9 @@ def prepare(
     _check_places(request.arch, data)
     data = _with_start(request.arch, data)
     request = replace(request, data=data)
-    vocabulary = 0 if request.arch.classifies else _vocabulary(request.arch.model)
-    if data.variants is not None and (data.variants >= vocabulary).any():
-        data = replace(data, variants=data.variants.where(data.variants < vocabulary, -1))
+    known = 0 if request.arch.classifies else vocabulary(request.arch.model)
+    if data.variants is not None and (data.variants >= known).any():
+        data = replace(data, variants=data.variants.where(data.variants < known, -1))
         request = replace(request, data=data)
     # Constants stand in for contributions from the first token on; or the first token sees the others.
     throughout = not (request.arch.causal and ablation_of(ablation).patches)
@@ -225,19 +225,21 @@ def _check_ablation(request: Request) -> None:
             raise expected("ablation_data", f"prompts of {longest} tokens, the data's most", f"at most {covered}")
 
 
-def _vocabulary(model: Any) -> int:
+def vocabulary(model: Any) -> int:
+    """How many token embeddings a model has."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 
 def check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> None:
     config: Any = arch.model.config
-    vocabulary = _vocabulary(arch.model)
+    shown = 0 if data.pictures is None else _pictured(arch, data.pictures, label)
     for name in ("clean", "corrupted", "answers", "targets", "decoder"):
         tokens = getattr(data, name)
         classes = name == "answers" and arch.classifies
         if tokens is None or (classes and label):
             continue
-        most = int(config.num_labels) if classes else vocabulary
+        most = int(config.num_labels) if classes else vocabulary(arch.model)
+        most += shown if name in ("clean", "corrupted") else 0
         beyond = (tokens >= most).flatten(1).any(1).nonzero()
         if len(beyond):
             example = int(beyond[0])
@@ -254,6 +256,17 @@ def check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> No
     longest = int(lengths.argmax())
     if limit is not None and int(lengths[longest]) > limit:
         raise expected(f"{label}example {longest}", f"at most the model's {limit} tokens", f"{int(lengths[longest])}")
+
+
+def _pictured(arch: Architecture, pictures: Pictures, label: str) -> int:
+    """How many tokens of pictures there are; refuses those of another model."""
+    made_for, right = (pictures.first, pictures.embeddings.shape[-1]), (vocabulary(arch.model), arch.d_model)
+    if made_for != right or arch.family.placed or arch.encoder or arch.per_layer is not None:
+        wanted = (
+            f"pictures as {type(arch.model).__name__} sees them (image_pairs), ids from {right[0]}, width {right[1]}"
+        )
+        raise expected(f"{label}data", wanted, f"ids from {made_for[0]}, width {made_for[1]}")
+    return len(pictures.embeddings)
 
 
 def parse_bytes(memory: object) -> int | None:

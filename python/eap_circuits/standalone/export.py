@@ -151,7 +151,7 @@ class _Checkpoint:
         self.names = {module: name for name, module in self._original.named_modules()}
         graph = arch.graph("kv")  # "query" has the same senders
         self.layers = [
-            _Used(layer, kept[graph.head_senders(index)], bool(kept[graph.mlp_sender(index)]))
+            _Used(layer, kept[graph.head_senders(index)], not layer.bare and bool(kept[graph.mlp_sender(index)]))
             for index, layer in enumerate(arch.layers)
         ]
         if not self._fits(self.config, self.weights):
@@ -183,7 +183,7 @@ class _Checkpoint:
                 columns = (~each.heads).repeat_interleave(linear_shape(layer.out)[1] // layer.n_heads)
                 weight = self.weights[f"{self.names[layer.out]}.weight"]
                 weight.index_fill_(feature_dim(layer.out, out=False), columns.nonzero()[:, 0], 0)
-            if not each.mlp:
+            if not each.mlp and not layer.bare:
                 # Without weights anywhere in it an MLP, or a mixture of them, gives zero, and so does a norm behind it.
                 for part in (layer.mlp_in, *getattr(layer.mlp_out, "parts", (layer.mlp_out,))):
                     for name, _ in part.named_parameters():

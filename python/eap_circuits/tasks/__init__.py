@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .scoring.spans import check_spans, spans_in
     from .summary import MANY, Summary
     from .throughout import decoder_prompts, different_throughout
+    from .tokens.pictures import Pictures
 
 # Where each is, by which name. Loaded on first use: `eap tasks` must not wait for torch.
 _HOME = {
@@ -22,6 +23,7 @@ _HOME = {
     "MIB_ENTRIES": ("mib", "ENTRIES"),
     "MIB_MODELS": ("mib", "MODELS"),
     "PairedDataset": ("dataset", "PairedDataset"),
+    "Pictures": ("tokens.pictures", "Pictures"),
     "Summary": ("summary", "Summary"),
     "check_spans": ("scoring.spans", "check_spans"),
     "decoder_prompts": ("throughout", "decoder_prompts"),
@@ -35,6 +37,7 @@ __all__ = [
     "MIB_MODELS",
     "TASKS",
     "PairedDataset",
+    "Pictures",
     "Summary",
     "Task",
     "check_spans",

@@ -24,6 +24,7 @@ from .scoring.spans import checked_spans
 from .summary import Summary, columns_of, summary_of
 from .tokens.alignment import aligned
 from .tokens.padding import check_shared_mask, integers, real_numbers, unpadded
+from .tokens.pictures import Pictures, first_difference
 
 _GIVEN = ("clean", "corrupted", "lengths", "answers")
 _IDS = (*_GIVEN, "corrupted_lengths", "alignment", "variants", "scored", "targets", "spans", "decoder")
@@ -63,6 +64,7 @@ class PairedDataset(Result):
         span_names: their names; by default span0, span1 …
         decoder: int64 [E, T'], what the decoder of an encoder-decoder reads behind its start token, padded with -1; the
             token that follows is scored. None for other models.
+        pictures: what tokens beyond the model's own write (`image_pairs`).
 
     Raises:
         InputError: no examples, a wrong shape or dtype, lengths, positions or alignment out of range, negative ids or
@@ -89,6 +91,7 @@ class PairedDataset(Result):
     spans: Tensor | None = None
     span_names: tuple[str, ...] = ()
     decoder: Tensor | None = None
+    pictures: Pictures | None = None
 
     def __post_init__(self) -> None:
         for field in _OF_PAIRS:
@@ -182,6 +185,7 @@ class PairedDataset(Result):
         spans: Any = None,
         span_names: Sequence[str] = (),
         decoder: Any = None,
+        pictures: Pictures | None = None,
     ) -> PairedDataset:
         """Prompt pairs given as tokens; see `PairedDataset`. The arguments are not changed.
 
@@ -189,8 +193,8 @@ class PairedDataset(Result):
             corrupted: None if there are no corrupted prompts.
             lengths: not needed with a mask.
             answers: None if there are none; then `scored` is needed.
-            scored, targets, scored_weights, weights, spans, span_names, decoder: positions count from a prompt's first
-                token.
+            scored, targets, scored_weights, weights, spans, span_names, decoder, pictures: positions count from a
+                prompt's first token.
             attention_mask: [E, T], 1 or True for the clean prompts' real tokens. Padding may then be on the left, too.
             corrupted_attention_mask: that of the corrupted prompts, if theirs is another one.
 
@@ -215,7 +219,7 @@ class PairedDataset(Result):
         if answers is None and scored is not None:
             answers = torch.empty(len(clean), 2, 0, dtype=torch.int64)
         where = {"scored": scored, "targets": targets, "scored_weights": scored_weights, "weights": weights}
-        where |= {"spans": spans, "span_names": span_names, "decoder": decoder}
+        where |= {"spans": spans, "span_names": span_names, "decoder": decoder, "pictures": pictures}
         pairs = clean, corrupted, lengths, answers, None, name, metric, corrupted_lengths, alignment
         return cls(*pairs, **where, alone=alone)
 
@@ -304,8 +308,11 @@ class PairedDataset(Result):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a `.safetensors` file for `from_file`, whole or not at all."""
-        found = {name: getattr(self, name) for name in _OF_PAIRS}
+        found: dict[str, Tensor | None] = {name: getattr(self, name) for name in _OF_PAIRS}
         texts = {name: getattr(self, name) for name in ("name", "metric", "prompts", "seed", "alone", "span_names")}
+        if self.pictures is not None:
+            found["pictures"] = self.pictures.embeddings
+            texts["pictures"] = {"first": self.pictures.first, "types": self.pictures.types}
         write_tokens(path, found, texts)
 
     # Using one.
@@ -349,12 +356,7 @@ class PairedDataset(Result):
         In aligned pairs it is the first position that is compared with another token or position, or that other
         position if it is earlier.
         """
-        differ = self.clean != self.corrupted
-        if self.alignment is not None:
-            position = torch.arange(differ.shape[1])
-            differ = (differ | (self.alignment != position)) & (position < self.lengths[:, None])
-        first = torch.where(differ.any(1), differ.int().argmax(1), self.lengths - 1)
-        return first if self.alignment is None else first.minimum(self.alignment.gather(1, first[:, None])[:, 0])
+        return first_difference(self)
 
     @cached_property
     def first_needed(self) -> Tensor:

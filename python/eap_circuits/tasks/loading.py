@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from ..errors import InputError, expected, near, reason
 from ..files import DAMAGED, parse_json, write_whole
+from .tokens.pictures import Pictures
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".safetensors", ".pt")
 # Pairs of columns (good, bad): ids, under the names in EAP-IG's tables; then texts.
@@ -219,6 +220,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "seed": texts.get("seed"),
         "alone": bool(texts.get("alone")),
         "span_names": texts.get("span_names", ()),
+        "pictures": Pictures(content["pictures"], **texts["pictures"]) if "pictures" in texts else None,
     }
 
 

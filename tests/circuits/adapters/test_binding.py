@@ -24,7 +24,8 @@ from transformers import (
 
 import eap_circuits as eap
 from docs import verdicts
-from eap_circuits.adapters import FAMILIES, Place, bind, binding, joined, linear_shape
+from eap_circuits.adapters import FAMILIES, Place, bind, joined, linear_shape
+from eap_circuits.adapters.binding import binder
 from eap_circuits.forward.prefixes import prefix
 from eap_circuits.graph import Graph
 from eap_circuits.selfcheck import StayDouble
@@ -347,6 +348,6 @@ def test_layers_with_different_head_counts(make_model):
 def test_a_model_of_too_old_a_transformers_is_refused(make_model, monkeypatch):
     """Whose own forward does not heed the positions that it is given."""
     model = make_model("ministral3")
-    monkeypatch.setattr(binding.transformers, "__version__", "5.3.0")
+    monkeypatch.setattr(binder.transformers, "__version__", "5.3.0")
     with pytest.raises(eap.InputError, match=r"expected transformers 5.4 or later for Ministral3\w+, found 5.3.0"):
         bind(model)

@@ -23,7 +23,7 @@ from tests.circuits.conftest import ENCODER_DECODERS, loss_of, pairs_for, prompt
 from tests.circuits.two_sides import TwoSides, of_circuit, scores
 
 BY_HAND = ["t5", "bart-two-sides"]
-GRAPH = eap.Graph((2, 2, 2), (2, 2, 2), 8, encoder=1, bare=True)
+GRAPH = eap.Graph((2, 2, 2), (2, 2, 2), 8, encoder=1, mlps=(True, False, True))
 
 
 @pytest.fixture(params=ENCODER_DECODERS)
@@ -73,13 +73,13 @@ def test_a_small_graph_by_hand():
         right[slice(*seen[receiver]), v] = True
     assert torch.equal(GRAPH.edge_mask, right) and GRAPH.n_edges == int(right.sum())
     assert GRAPH.input_senders == [0, 4]
-    between = replace(GRAPH, bare=False)
+    between = replace(GRAPH, mlps=None)
     assert between.senders[7] == "dec.n0" and between.receivers[13] == "dec.n0"
 
 
 def test_a_graph_that_is_no_encoder_decoders_is_refused():
-    for wrong in ({"encoder": 2}, {"encoder": 3}, {"parallel": True}, {"encoder": 0}, {"n_heads": (2, 0, 2)}):
-        with pytest.raises(eap.InputError, match=r"^(encoder|bare): expected .*, found .*\.$"):
+    for wrong in ({"encoder": 2}, {"encoder": 3}, {"parallel": True}, {"n_heads": (2, 0, 2)}):
+        with pytest.raises(eap.InputError, match=r"^(encoder|mlps): expected .*, found .*\.$"):
             replace(GRAPH, **wrong)
 
 
@@ -99,7 +99,7 @@ def paths(circuit):
 @pytest.mark.parametrize("exactly", [False, True])
 def test_chosen_edges_are_on_paths_through_both_streams(how, exactly):
     generator = torch.Generator().manual_seed(0)
-    graph = replace(GRAPH, bare=False)
+    graph = replace(GRAPH, mlps=None)
     found = eap.EdgeScores(graph, torch.randn(graph.n_senders, graph.n_receivers, generator=generator))
     for n in (3, 12, 40):
         circuit = found.select(n, how=how, exactly=exactly)
@@ -112,7 +112,7 @@ def test_chosen_edges_are_on_paths_through_both_streams(how, exactly):
 
 def test_the_best_circuit_of_a_few_edges_is_the_best_of_all():
     """Against all sets of so many edges of a small part of the graph."""
-    graph = eap.Graph((1, 1, 1), (1, 1, 1), 8, encoder=1, bare=True)
+    graph = eap.Graph((1, 1, 1), (1, 1, 1), 8, encoder=1, mlps=(True, False, True))
     values = torch.rand(graph.n_senders, graph.n_receivers, generator=torch.Generator().manual_seed(3))
     among = graph.edge_mask.nonzero()[torch.randperm(graph.n_edges, generator=torch.Generator().manual_seed(1))[:12]]
     mask = torch.zeros_like(graph.edge_mask)

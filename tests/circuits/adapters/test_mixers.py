@@ -7,18 +7,27 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.selfcheck import check_model
-from tests.circuits.conftest import ENCODERS, MIXERS, NEWER, pairs_for, random_circuit, random_edges, tiny_model
+from tests.circuits.conftest import (
+    ENCODERS,
+    HYBRIDS,
+    MIXERS,
+    NEWER,
+    pairs_for,
+    random_circuit,
+    random_edges,
+    tiny_model,
+)
 from tests.circuits.untouched import snapshot
 
 # In some layers their cache keeps states, not keys and values.
-STATES = {"bamba", "jamba", "lfm2", "mamba", "mamba2", "qwen3-5", "qwen3-next"}
+STATES = {"bamba", "falcon-h1", "jamba", "lfm2", "mamba", "mamba2", "nemotron-h", "qwen3-5", "qwen3-next"}
 # Before the residual stream begins, a norm reads positions too.
 PLACED = {"bart", "bert"}
 REWRITING = {"bart", "bert", "marian", *ENCODERS} - {"modernbert", "modernbert-classes", "llama-classes"}
 pytestmark = pytest.mark.filterwarnings("ignore:.*prefixes are not reused")
 
 
-@pytest.fixture(params=[*MIXERS, *ENCODERS, *NEWER])
+@pytest.fixture(params=[*MIXERS, *ENCODERS, *NEWER, *HYBRIDS])
 def mixer(request):
     return request.param
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -212,3 +213,37 @@ def test_parts_and_keys_that_do_not_fit_are_refused(wrong):
 def test_other_inputs_that_do_not_fit_are_refused(reads):
     with pytest.raises(InputError, match="reads"):
         Graph((4,), (2,), 8, reads=reads)
+
+
+def test_mixers_side_by_side_and_layers_of_one_block():
+    reads, more = (
+        (None, (("in", 1),), None, None),
+        {"mlps": (False, True, False, True), "beside": (False, True, False, False)},
+    )
+    graph = Graph((2, 3, 1, 0), (1, 3, 1, 1), 8, reads=reads, **more)
+    assert graph.senders == ["input", "a0.h0", "a0.h1", "b0.h0", "b0.h1", "b0.h2", "m0", "a1.h0", "m2"]
+    seen = {name: graph.senders[: int(graph.reach[v])] for v, name in enumerate(graph.receivers)}
+    assert seen["a0.h1<q>"] == seen["a0.h0<k>"] == seen["b0<in>"] == ["input"]
+    assert seen["m0"] == ["input", "a0.h0", "a0.h1", "b0.h0", "b0.h1", "b0.h2"]
+    assert seen["a1.h0<q>"] == [*seen["m0"], "m0"]
+    assert seen["m2"] == [*seen["a1.h0<q>"], "a1.h0"]
+    assert graph.inputs[graph.senders.index("b0.h2")] == [graph.receivers.index("b0<in>")]
+    assert graph.edge_mask.sum() == graph.n_edges == sum(map(len, seen.values()))
+    assert Graph.from_dict(graph.to_dict()) == graph
+    parallel = replace(graph, parallel=True)
+    assert parallel.reach[parallel.receivers.index("m0")] == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mlps": (True,)},
+        {"mlps": (True, False)},
+        {"beside": (True, False)},
+        {"beside": (False, True)},
+        {"beside": (False, True), "n_heads": (2, 2), "n_kv_heads": (1, 1)},
+    ],
+)
+def test_layers_that_lack_what_stands_beside_them_are_refused(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        Graph(**{"n_heads": (2, 0), "n_kv_heads": (1, 0), "d_model": 8, **wrong})

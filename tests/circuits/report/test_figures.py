@@ -28,6 +28,7 @@ GRAPHS = {
         keys=(0, 1, 0, 3),
         per_layer=(False, True) * 2,
     ),
+    "beside": Graph((2, 1, 2, 0), (1, 1, 1, 0), 8, mlps=(False, True) * 2, beside=(False, True, False, False)),
 }
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, LongT5Config
 
-from eap_circuits.adapters import FAMILIES, binding
+from eap_circuits.adapters import FAMILIES
+from eap_circuits.adapters.binding import binder
 from eap_circuits.selfcheck import check_model
 
 
@@ -16,7 +17,7 @@ def test_self_check_passes_on_every_family_and_fails_on_a_broken_site(family, ma
     checks = check_model(make_model(family, dtype=torch.float32), n_edges=3)
     assert all(check.passed for check in checks), [check for check in checks if not check.passed]
     # Keys taken for values, and contributions half as large again as they are.
-    right = binding._Binder._layer
+    right = binder._Binder._layer
 
     def wrong(*args):
         layer = right(*args)
@@ -24,19 +25,19 @@ def test_self_check_passes_on_every_family_and_fails_on_a_broken_site(family, ma
         exchanged = {**q, "k": q["v"], "v": q["k"]} if "k" in q else q
         return dataclasses.replace(layer, projections=exchanged, scale=1.5 * layer.scale)
 
-    monkeypatch.setattr(binding._Binder, "_layer", wrong)
+    monkeypatch.setattr(binder._Binder, "_layer", wrong)
     failed = {check.name for check in check_model(make_model(family, dtype=torch.float32)) if not check.passed}
     assert {"contributions sum to the residual", "all edges kept is the model on clean prompts"} <= failed
 
 
 def test_self_check_sees_the_wrong_norm(make_model, monkeypatch):
-    right = binding._Binder._layer
+    right = binder._Binder._layer
 
     def wrong(*args):
         layer = right(*args)
         return dataclasses.replace(layer, mlp_norm=layer.attention_norm)
 
-    monkeypatch.setattr(binding._Binder, "_layer", wrong)
+    monkeypatch.setattr(binder._Binder, "_layer", wrong)
     failed = {check.name for check in check_model(make_model("llama")) if not check.passed}
     assert "contributions sum to the residual" in failed
 

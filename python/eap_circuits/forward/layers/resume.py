@@ -34,7 +34,7 @@ class LayerInputs:
 
         It starts earlier where the layer is a part of the one before, or keys and values of an earlier one are needed.
         """
-        if index < len(self.layers) and self.layers[index].per_layer:
+        while 0 < index < len(self.layers) and self.layers[index].module is self.layers[index - 1].module:
             index -= 1
         while (first := min((x.keys for x in self.layers[index:] if x.keys is not None), default=index)) < index:
             index = first

@@ -38,7 +38,7 @@ def keeps_states(model: Any) -> bool:
         layers = DynamicCache(config=model.config).layers
     except Exception:  # of a configuration that says too little
         return False
-    return any(not isinstance(layer, DynamicLayer) for layer in layers)
+    return any(not isinstance(layer, DynamicLayer) or hasattr(layer, "recurrent_states") for layer in layers)
 
 
 class Prefix:

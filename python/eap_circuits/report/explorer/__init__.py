@@ -148,7 +148,7 @@ def _nodes(graph: Graph) -> list[dict[str, Any]]:
     """Name, layer (-1 for `input`), head (-1 if it is none) and receivers of each sender; do paths begin there?"""
     place = [(-1, -1)]
     for layer, heads in enumerate(graph.n_heads):
-        place += [(layer, head) for head in range(heads)] + [(layer, -1)]
+        place += [(layer, head) for head in range(heads)] + [(layer, -1)] * graph.has_mlp(layer)
     rows = zip(graph.senders, place, graph.inputs, graph.sources.tolist(), strict=True)
     return [
         {"name": name, "layer": layer, "head": head, "inputs": inputs, "source": source}
@@ -162,7 +162,7 @@ def _receivers(graph: Graph) -> list[dict[str, Any]]:
     for layer in range(graph.n_layers):
         for name, n in graph.head_inputs(layer):
             kinds += [(name if name in ("q", "k", "v") else "other", layer)] * n
-        kinds.append(("mlp", layer))
+        kinds += [("mlp", layer)] * graph.has_mlp(layer)
     kinds.append(("logits", graph.n_layers))
     rows = zip(graph.receivers, kinds, graph.owners, strict=True)
     return [{"name": name, "kind": kind, "layer": layer, "owners": owners} for name, (kind, layer), owners in rows]

@@ -202,7 +202,7 @@ def draw_heatmap(graph: Graph, values: Tensor) -> Figure:
         ax.set_xticks([*range(columns), columns + 1], [*map(str, range(columns)), "MLP"])
         ax.set_xlabel("head", color=INK)
         ax.set_ylabel("layer", color=INK)
-        if graph.encoder or graph.per_layer:
+        if graph.encoder or graph.per_layer or graph.beside:
             ax.set_yticks(range(len(grid)), [layer_name(graph, i).removeprefix("layer ") for i in range(len(grid))])
         else:
             ax.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import expected
-from ..modules.norms import Norm
-from ..modules.offloading import read
-from ..modules.projections import Place, Projections, linear_shape
-from ..shapes import Shape
-from .architecture import Layer
+from ...errors import expected
+from ...modules.norms import Norm
+from ...modules.offloading import read
+from ...modules.projections import Place, Projections, linear_shape
+from ...shapes import Shape
+from ..architecture import Layer
 
 
 def keys_of(layers: Sequence[Layer], attention: nn.Module, projections: Projections, alike: str | None) -> int | None:

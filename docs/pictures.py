@@ -5,10 +5,12 @@ python -m docs.pictures [--draw-only]     # needs chromium
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import eap_circuits as eap
@@ -38,23 +40,27 @@ def run() -> None:
 
 
 def draw() -> None:
-    from PIL import Image
-
     scores = eap.EdgeScores.load(RESULTS / "smollm2-ioi.safetensors")
     curve = load_curve(RESULTS / "smollm2-ioi-curve.json")
+    beside(DOCS / "img" / "smollm2-ioi.png", draw_circuit(scores.select(SHOWN, how="greedy")), draw_curve(curve))
+
+
+def beside(picture: Path, *figures: Any) -> None:
+    """One picture of several figures, side by side."""
+    from PIL import Image
+
     parts = []
-    for name, figure in (("circuit", draw_circuit(scores.select(SHOWN, how="greedy"))), ("curve", draw_curve(curve))):
-        path = DOCS / "img" / f"{name}.png"
-        figure.savefig(path, dpi=110, facecolor="white", bbox_inches="tight")
-        parts.append(Image.open(path).convert("RGB"))
-        path.unlink()
+    for figure in figures:
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=110, facecolor="white", bbox_inches="tight")
+        parts.append(Image.open(drawn).convert("RGB"))
     height = max(part.height for part in parts)
-    page = Image.new("RGB", (sum(part.width for part in parts) + 40, height), "white")
+    page = Image.new("RGB", (sum(part.width for part in parts) + 40 * (len(parts) - 1), height), "white")
     left = 0
     for part in parts:
         page.paste(part, (left, (height - part.height) // 2))
         left += part.width + 40
-    page.quantize(64).save(DOCS / "img" / "smollm2-ioi.png", optimize=True)
+    save(page, picture)
 
 
 def draw_explorer() -> None:
@@ -84,7 +90,14 @@ def shoot(page: Browser, name: str) -> None:
 
     picture = DOCS / "img" / f"{name}.png"
     page.shot(picture)
-    Image.open(picture).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(picture, optimize=True)
+    save(Image.open(picture).convert("RGB"), picture)
+
+
+def save(image: Any, picture: Path) -> None:
+    """With few colours, and none of them mixed from others."""
+    from PIL import Image
+
+    image.quantize(256, dither=Image.Dither.NONE).save(picture, optimize=True)
 
 
 if __name__ == "__main__":

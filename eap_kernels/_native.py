@@ -22,7 +22,7 @@ def _load() -> str | None:
 
 
 def build_info() -> ModuleType | None:
-    """The module that describes the native build, or None where it was not built for this Python."""
+    """The module that describes the native build, or None where there is none."""
     try:
         return importlib.import_module("eap_kernels._build_info")
     except ImportError:

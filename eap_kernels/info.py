@@ -26,7 +26,7 @@ def facts() -> dict[str, str]:
         lines[f"backend {backend}"] = "available" if reason is None else f"missing: {reason}"
     build = _native.build_info()
     if build is None:
-        lines["native build"] = "no description for this Python version"
+        lines["native build"] = "not described"
     else:
         lines["compiler"] = build.compiler
         lines["instruction sets"] = ", ".join(build.instruction_sets)

@@ -2,13 +2,15 @@
 
 python tests/build/release.py [FOLDER]     # dist by default; `make release` in the tests' environment
 
-The sources are those of the last commit. A wheel is built from the source distribution, so that it is tried as well. Nothing is
-uploaded: the last line says with which command to.
+The sources are those of the last commit. A wheel is built from the source distribution, so that it is tried as well. With
+EAP_CUDA=1 and nvcc it holds the CUDA kernels, too, and works where there is no CUDA. auditwheel checks that it loads wherever
+torch's own wheels do. Nothing is uploaded: the last line says with which command to.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -23,10 +25,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGED = ("csrc", "eap_kernels", "python")
+# What torch's own wheels ask of a system.
+PLATFORM = f"manylinux_2_28_{platform.machine()}"
+OF_TORCH = ("libtorch*", "libc10*")
+LAYOUTS = {"pip": "installed by pip", "uv": "installed by uv", "conda": "installed by pip where all lies as conda has it"}
 USED = """
-import eap_kernels, eap_circuits
+import torch, transformers, eap_kernels, eap_circuits as eap
 assert eap_kernels.backends()["cpu"] is None, eap_kernels.backends()["cpu"]
-assert eap_circuits.attribute and eap_circuits.__version__ == eap_kernels.__version__
+assert eap.__version__ == eap_kernels.__version__
+sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+config = transformers.LlamaConfig(**sizes)
+model = transformers.LlamaForCausalLM(config).eval()
+tokens, corrupted, answers = (torch.tensor([each]) for each in ([1, 2, 3], [1, 4, 3], [5, 6]))
+data = eap.PairedDataset.from_tokens(tokens, corrupted, lengths=torch.tensor([3]), answers=answers)
+circuit = eap.attribute(model, data).select(20)
+print(eap.evaluate(model, circuit, data))
 """
 
 
@@ -52,7 +65,13 @@ def build(folder: Path) -> tuple[Path, Path]:
     (sdist,) = folder.glob("*.tar.gz")
     wheel = ("wheel", "--no-deps", "--no-build-isolation", "-w", folder, sdist)
     run(sys.executable, "-m", "pip", *wheel, EAP_REQUIRE_EXT="1")
-    return sdist, next(folder.glob("*.whl"))
+    (wheel,) = folder.glob("*.whl")
+    if sys.platform == "linux":
+        excluded = [word for name in OF_TORCH for word in ("--exclude", name)]
+        run("auditwheel", "repair", "--plat", PLATFORM, "--only-plat", *excluded, "-w", folder, wheel)
+        wheel.unlink()
+        (wheel,) = folder.glob("*.whl")
+    return sdist, wheel
 
 
 def left_out(sdist: Path, tracked: list[str]) -> list[str]:
@@ -76,23 +95,42 @@ def lacking(described: str, changelog: str) -> list[str]:
     return found
 
 
-def tried(wheel: Path, installer: str) -> None:
+def like_conda(place: Path) -> None:
+    """An interpreter of its own, where conda has one, and no environment of another."""
+    version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    hidden = shutil.ignore_patterns("site-packages", "test", "__pycache__", "config-*")
+    shutil.copytree(Path(sys.base_prefix, "lib", version), place / "lib" / version, ignore=hidden)
+    (place / "bin").mkdir()
+    shutil.copy(Path(sys.base_prefix, "bin", version), place / "bin" / "python")
+    run(place / "bin" / "python", "-m", "ensurepip")
+
+
+def libraries_like_conda(place: Path) -> None:
+    """Move torch's libraries to where conda-forge has them, beside all others."""
+    for library in [path for path in place.glob("lib/*/site-packages/torch/lib/*.so*") if not path.is_symlink()]:
+        library.rename(place / "lib" / library.name)
+        library.symlink_to(place / "lib" / library.name)
+
+
+def tried(wheel: Path, layout: str) -> None:
     """Install the wheel into an environment with nothing else, and use it there without a compiler."""
     versions = ROOT / "tests" / "versions" / "newest.txt"
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder, "bare")
-        venv.create(place, with_pip=True)
+        like_conda(place) if layout == "conda" else venv.create(place, with_pip=True)
         python = place / "bin" / "python"
         pip = [python, "-m", "pip", "install", "-q", "--no-compile"]
         uv = [shutil.which("uv") or "uv", "pip", "install", "-q", "--python", python]
         # The torch of this environment: uv may not know the index of its build.
         run(*pip, f"torch=={metadata.version('torch')}")
-        run(*(uv if installer == "uv" else pip), "-c", versions, f"{wheel}[circuits]")
+        if layout == "conda":
+            libraries_like_conda(place)
+        run(*(uv if layout == "uv" else pip), "-c", versions, f"{wheel}[circuits]")
         path = {"PATH": str(place / "bin"), "EAP_TUNE": "0"}
         run(python, "-c", USED, cwd=place, **path)
         for typed in (["--version"], ["--help"], ["tasks"], ["info"]):
             run(place / "bin" / "eap", *typed, cwd=place, **path)
-        print(f"release: {installer} installs {wheel.name}, and it works")
+        print(f"release: {wheel.name} works, {LAYOUTS[layout]}")
 
 
 def main() -> None:
@@ -106,8 +144,8 @@ def main() -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         in_the_way += lacking(archive.read(name).decode(), (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
-    for installer in ("pip", "uv"):
-        tried(wheel, installer)
+    for layout in LAYOUTS:
+        tried(wheel, layout)
     if in_the_way:
         sys.exit("\n".join(f"release: {problem}" for problem in in_the_way))
     print(f"release: nothing is in the way: twine upload {sdist} {wheel}")

@@ -54,8 +54,8 @@ def described_build():
     """What describes the native build: skips where there is none, unless the native build is required."""
     build = _native.build_info()
     if build is None and "cpu" in os.environ.get("EAP_REQUIRE", "").split(","):
-        pytest.fail("EAP_REQUIRE asks for cpu: the native build has no description for this Python")
-    return build or pytest.skip("the native build has no description for this Python")
+        pytest.fail("EAP_REQUIRE asks for cpu, and nothing describes the native build")
+    return build or pytest.skip("nothing describes the native build")
 
 
 @given(schedules())

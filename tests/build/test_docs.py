@@ -53,7 +53,7 @@ def test_tests_that_the_comparison_names_exist():
 def test_tutorials_are_committed_without_outputs():
     """`make docs` runs them: outputs in the repository would be a second copy, which grows old."""
     pages = sorted(ROOT.glob("docs/tutorials/*.ipynb"))
-    assert len(pages) == 6
+    assert len(pages) == 8
     for page in pages:
         cells = [cell for cell in json.loads(page.read_text())["cells"] if cell["cell_type"] == "code"]
         assert not any(cell["outputs"] or cell["execution_count"] for cell in cells), page.name

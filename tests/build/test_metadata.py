@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import itertools
 import os
 import pkgutil
 import re
@@ -79,10 +80,20 @@ def test_isolated_wheel_has_both_packages_and_the_library(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert "-cp310-abi3-" in wheel.name
-    names = zipfile.ZipFile(wheel).namelist()
-    for name in ("eap_kernels/_C.abi3.so", "eap_kernels/py.typed", "eap_circuits/py.typed"):
+    packed = zipfile.ZipFile(wheel)
+    names = packed.namelist()
+    for name in ("eap_kernels/py.typed", "eap_circuits/py.typed"):
         assert name in names
     assert not [n for n in names if n.startswith(("tests", "bench", "csrc"))]
+    libraries = sorted(name for name in names if ".so" in name)
+    assert libraries == ["eap_kernels/_C.abi3.so", "eap_kernels/_build_info.abi3.so"], "one build for every Python"
+    # Of glibc and GCC's libraries they need no newer versions than manylinux_2_28 has, as torch's own wheels do.
+    for name, library in itertools.product(libraries, (b"GLIBC_2", b"GLIBCXX_3.4", b"CXXABI_1.3")):
+        found = {int(version) for version in re.findall(rb"%s\.(\d+)" % re.escape(library), packed.read(name))}
+        assert max(found, default=0) <= {b"GLIBC_2": 28, b"GLIBCXX_3.4": 24, b"CXXABI_1.3": 11}[library], (
+            name,
+            library,
+        )
 
 
 @pytest.mark.slow

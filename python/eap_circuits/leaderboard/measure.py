@@ -27,11 +27,12 @@ from ..reproduction.record import Record
 from ..request import Progress, prepare
 from ..tasks import PairedDataset, load_task
 
-LEARNED, PRUNED, IBCIRCUIT = "learned", "pruned", "ibcircuit"
-RANKINGS = (*METHODS, LEARNED, PRUNED, IBCIRCUIT)
+LEARNED, PRUNED, PRUNED_LEARNED, IBCIRCUIT = "learned", "pruned", "pruned-learned", "ibcircuit"
+RANKINGS = (*METHODS, LEARNED, PRUNED, PRUNED_LEARNED, IBCIRCUIT)
 START = "eap-ig-inputs"  # what learning starts from, and what all others are compared with
+_FROM = {LEARNED: START, PRUNED: START, PRUNED_LEARNED: PRUNED}  # whose scores a ranking starts from
 # Where none are named: exact patching takes hours, and IBCircuit as long as learning.
-DEFAULT = ("eap", START, "eap-gp", "eap-ig-activations", "information-flow-routes", LEARNED, PRUNED)
+DEFAULT = ("eap", START, "eap-gp", "eap-ig-activations", "information-flow-routes", LEARNED, PRUNED, PRUNED_LEARNED)
 
 Draw = Callable[[int], PairedDataset]  # seed -> pairs
 
@@ -97,8 +98,8 @@ def leaderboard(
         tasks: the pairs of each by seed, as of `of_task` and `of_pairs`.
         folder: an existing folder.
         rankings: names in `METHODS`; "learned" and "pruned" are `learn_mask` and `prune_gradually` of the data's own
-            metric, from the scores of EAP-IG, which is always measured; "ibcircuit" is `ibcircuit` of the divergence,
-            as it was published.
+            metric, from the scores of EAP-IG, which is always measured; "pruned-learned" is `learn_mask` from what was
+            pruned; "ibcircuit" is `ibcircuit` of the divergence, as it was published.
         settings: what to measure.
         watch: called with the name of the next step; its context yields a function of (examples done, examples in all).
 
@@ -126,41 +127,50 @@ def leaderboard(
             few, others = data[: settings.scored], data[settings.scored :]
             record.at("data", task).require(str(seed), data_identity(data))
             entry, runs = record.at("tasks", task, str(seed)), found[task].setdefault(str(seed), {})
+            ranked = _Ranked(model, few, seed, settings.steps)
             for ranking in wanted:
                 with watch(f"{task}, seed {seed}: {ranking}") as bar:
-                    run = partial(_measured, model, few, others, ranking, seed, settings, bar)
-                    runs[ranking] = entry.get(ranking, run)
+                    runs[ranking] = entry.get(ranking, partial(_measured, ranked, ranking, others, settings, bar))
     return {**record.content, "tasks": found}
 
 
 def _measured(
-    model: nn.Module,
-    few: PairedDataset,
-    others: PairedDataset,
-    ranking: str,
-    seed: int,
-    settings: Settings,
-    progress: Progress,
+    ranked: _Ranked, ranking: str, others: PairedDataset, settings: Settings, progress: Progress
 ) -> dict[str, Any]:
     """A ranking's cost and its circuits."""
-    seconds, scores = _timed(lambda: _ranked(model, few, ranking, seed, settings, progress))
+    model, few = ranked.model, ranked.data
+    seconds, scores = ranked(ranking, progress)
     forward = min(_timed(lambda: _forward(model, few))[0] for _ in range(3))
     curve = faithfulness_curve(model, scores, others, settings.fractions, how=HOW)
     found = {name: value for name, value in curve.to_dict().items() if name not in ("info", "baselines")}
     return {"seconds": seconds, "forwards": seconds / forward, "curve": found}
 
 
-def _ranked(
-    model: nn.Module, data: PairedDataset, ranking: str, seed: int, settings: Settings, progress: Progress
-) -> EdgeScores:
-    if ranking == IBCIRCUIT:
-        return ibcircuit(model, data, "kl_divergence", steps=settings.steps, seed=seed, progress=progress)
-    if ranking in METHODS:
-        return attribute(model, data, method=ranking, progress=progress)
-    start = attribute(model, data, method=START)
-    if ranking == PRUNED:
-        return prune_gradually(model, data, start=start, progress=progress)
-    return learn_mask(model, data, start=start, steps=settings.steps, seed=seed, progress=progress)
+class _Ranked:
+    """Rankings of these pairs, each made once, with the seconds that it took; those of what it starts from are part of
+    them."""
+
+    def __init__(self, model: nn.Module, data: PairedDataset, seed: int, steps: int) -> None:
+        self.model, self.data, self._seed, self._steps = model, data, seed, steps
+        self._made: dict[str, tuple[float, EdgeScores]] = {}
+
+    def __call__(self, ranking: str, progress: Progress | None = None) -> tuple[float, EdgeScores]:
+        if ranking not in self._made:
+            before, start = self(_FROM[ranking]) if ranking in _FROM else (0.0, None)
+            seconds, scores = _timed(lambda: self._rank(ranking, start, progress))
+            self._made[ranking] = before + seconds, scores
+        return self._made[ranking]
+
+    def _rank(self, ranking: str, start: EdgeScores | None, progress: Progress | None) -> EdgeScores:
+        model, data = self.model, self.data
+        learning: Any = {"steps": self._steps, "seed": self._seed, "progress": progress}
+        if start is None:
+            if ranking == IBCIRCUIT:
+                return ibcircuit(model, data, "kl_divergence", **learning)
+            return attribute(model, data, method=ranking, progress=progress)
+        if ranking == PRUNED:
+            return prune_gradually(model, data, start=start, progress=progress)
+        return learn_mask(model, data, start=start, **learning)
 
 
 def _forward(model: nn.Module, data: PairedDataset) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from ..files import write_whole
 from ..report.figures.style import INK, LETTERS, MUTED, NEGATIVE, PAPER, POSITIVE
 from ..reproduction.figures import panels
 from ..reproduction.page import FORMATS, markdown
-from .measure import IBCIRCUIT, LEARNED, PRUNED, START
+from .measure import IBCIRCUIT, LEARNED, PRUNED, PRUNED_LEARNED, START
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,8 +25,8 @@ if TYPE_CHECKING:
 PAGE = "leaderboard.md"
 FAITHFUL = (0.85, 0.95)
 _COLOURS = {"eap": NEGATIVE, START: POSITIVE, LEARNED: INK}
-# What a ranking is hoped to reach beside EAP-IG.
-_SHARE, _COST = 0.2, 50.0
+# Of EAP-IG's edges, what a ranking is hoped to need.
+_SHARE = 0.2
 Runs = Mapping[str, Mapping[str, Any]]  # seed -> ranking -> what was measured
 
 
@@ -54,22 +57,20 @@ def page(results: Mapping[str, Any]) -> str:
     seeds = list(next(iter(results["tasks"].values())))
     over = f"means (least–most) over seeds {', '.join(seeds)}" if seeds[1:] else f"of seed {seeds[0]}"
     over += _fewer(results, seeds)
-    learning = f"`learn_mask` for {settings['steps']} steps from the scores of `{START}`"
-    measured = _names(*results["tasks"].values())
-    if PRUNED in measured:
-        learning += f', "{PRUNED}" is `prune_gradually` from them'
-    if IBCIRCUIT in measured:
-        learning += f', "{IBCIRCUIT}" is `ibcircuit` of the next-token divergence for as many steps'
     parts = [
-        f"# Leaderboard on {request['model']['name']}",
+        f"# Leaderboard on {request['model']['name']}, {settings['scored']} scored pairs",
         "Written by `eap leaderboard` from `leaderboard/leaderboard.json`. Every ranking sees the same "
         f"{settings['scored']} prompt pairs of a task; circuits are grown from the logits by absolute score and run on "
         f"{settings['pairs']} others, with the corrupted prompt's values outside. A seed is one of the pairs, and of "
-        f'what learning draws. "{LEARNED}" is {learning}.',
+        f"what learning draws. {_explained(_names(*results['tasks'].values()), settings['steps'])}".rstrip(),
         "\n".join(f"- {sentence}" for sentence in _verdicts(results)),
         "![Faithfulness against edges kept](leaderboard/faithfulness.png)",
         "![Cost against edges kept](leaderboard/cost.png)",
         markdown(_rows(results)),
+        f"Beside `{START}`, in multiples of its edges, CMD and seconds. A ranking is less faithful at a size where its "
+        "mean distance from faithfulness 1 is greater. Where it is greater by most is named, with the difference, and "
+        f"in brackets the one between the most and the least faithful seed of `{START}` there.",
+        markdown(_beside(results)),
         f'All numbers are {over}. "Edges" is the size of the smallest circuit of a curve that is at least as faithful; '
         "the whole model always is. CPR is the area under faithfulness over the share of edges kept (more is better), "
         "CMD the area between it and 1 (less is better), as MIB defines them "
@@ -149,32 +150,94 @@ def _cell(form: str, values: Sequence[float]) -> str:
     return texts[0] if len(set(texts)) == 1 else f"{texts[0]} ({texts[1]}–{texts[2]})"
 
 
+def _explained(measured: Sequence[str], steps: int) -> str:
+    """What the rankings are that are no methods of `attribute`."""
+    meanings = {
+        LEARNED: f"`learn_mask` for {steps} steps from the scores of `{START}`",
+        PRUNED: f"`prune_gradually` from the scores of `{START}`",
+        PRUNED_LEARNED: f"`learn_mask` for {steps} steps from what was pruned",
+        IBCIRCUIT: f"`ibcircuit` of the next-token divergence for {steps} steps",
+    }
+    return " ".join(f'"{name}" is {meaning}.' for name, meaning in meanings.items() if name in measured)
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """A ranking beside EAP-IG on one task: its edges, CMD and time as shares of EAP-IG's, and how much further than
+    EAP-IG's its circuits are from faithfulness 1, by size below the whole model's: {edges: distance}."""
+
+    edges: float
+    cmd: float
+    time: float
+    further: Mapping[int, float]
+
+    @property
+    def worse(self) -> dict[int, float]:
+        return {size: by for size, by in self.further.items() if by > 0}
+
+
+def _compared(runs: Runs, ranking: str) -> _Beside:
+    """By means over the seeds that the ranking has."""
+    shared = _having(runs, ranking)
+
+    def ratio(measure: Callable[[Mapping[str, Any]], Any]) -> float:
+        own, other = (_mean(_of(shared, name, measure)) for name in (ranking, START))
+        return own / other if other else math.inf
+
+    further = {}
+    for index, size in enumerate(_sizes(shared, START)[:-1]):
+        own, other = (_mean([abs(1 - f) for f in _at(shared, name, index)]) for name in (ranking, START))
+        further[size] = own - other
+    return _Beside(
+        ratio(lambda run: edges_at(run["curve"], FAITHFUL[0])),
+        ratio(lambda run: run["curve"]["cmd"]),
+        ratio(lambda run: run["seconds"]),
+        further,
+    )
+
+
+def _at(runs: Runs, ranking: str, index: int) -> list[float]:
+    """Faithfulness of each seed's circuit of this size."""
+    return _of(runs, ranking, lambda run: run["curve"]["faithfulness"][index])
+
+
+def _sizes(runs: Runs, ranking: str) -> list[int]:
+    """The circuits' edges, means over seeds."""
+    curves = [run[ranking]["curve"] for run in _having(runs, ranking).values()]
+    return [round(_mean(sizes)) for sizes in zip(*(curve["n_edges"] for curve in curves), strict=True)]
+
+
+def _beside(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("task", "ranking", f"edges at {FAITHFUL[0]}", "CMD", "seconds", "less faithful at")]
+    for task, runs in results["tasks"].items():
+        for ranking in _names(runs):
+            if ranking == START:
+                continue
+            found, less = _compared(runs, ranking), "no size"
+            if found.worse:
+                size = max(found.worse, key=lambda each: found.worse[each])
+                own = _at(_having(runs, ranking), START, list(found.further).index(size))
+                apart = f" ({max(own) - min(own):.3f})" if own[1:] else ""
+                less = f"{len(found.worse)} of {len(found.further)} sizes, most at {size:,}: "
+                less += f"{found.worse[size]:.3f}{apart}"
+            rows.append((task, ranking, f"{found.edges:.3f}", f"{found.cmd:.2f}", f"{found.time:.2g}", less))
+    return rows
+
+
 def _verdicts(results: Mapping[str, Any]) -> list[str]:
     """Each ranking beside EAP-IG, by means over the seeds that it has."""
     tasks, sentences = results["tasks"], []
     for ranking in _rankings(results):
         if ranking == START:
             continue
-
-        def both(measure: Callable[[Mapping[str, Any]], Any], runs: Runs, own: str = ranking) -> tuple[float, float]:
-            shared = _having(runs, own)
-            return _mean(_of(shared, own, measure)), _mean(_of(shared, START, measure))
-
-        fewer, closer, never, ratios = [], [], [], []
-        for task, runs in tasks.items():
-            own, other = both(lambda run: edges_at(run["curve"], FAITHFUL[0]), runs)
-            fewer += [task] * (own <= _SHARE * other)
-            own, other = both(lambda run: run["curve"]["cmd"], runs)
-            closer += [task] * (own < other)
-            sizes = range(len(next(iter(_having(runs, ranking).values()))[ranking]["curve"]["fractions"]))
-            points = [both(lambda run, i=i: run["curve"]["faithfulness"][i], runs) for i in sizes]  # type: ignore[misc]
-            never += [task] * all(own >= other for own, other in points)
-            own, other = both(lambda run: run["seconds"], runs)
-            ratios.append(own / other)
+        found = {task: _compared(runs, ranking) for task, runs in tasks.items()}
+        times = [each.time for each in found.values()]
         sentences.append(
             f"`{ranking}` beside `{START}`: at most a fifth of the edges at faithfulness {FAITHFUL[0]} on "
-            f"{_among(fewer, tasks)}, a lower CMD on {_among(closer, tasks)}, at no size less faithful on "
-            f"{_among(never, tasks)}, {min(ratios):.2g} to {max(ratios):.2g} times its time."
+            f"{_among([task for task, each in found.items() if each.edges <= _SHARE], tasks)}, a lower CMD on "
+            f"{_among([task for task, each in found.items() if each.cmd < 1], tasks)}, at no size less faithful on "
+            f"{_among([task for task, each in found.items() if not each.worse], tasks)}, "
+            f"{min(times):.2g} to {max(times):.2g} times its time."
         )
     return sentences
 
@@ -226,6 +289,7 @@ def draw_cost(results: Mapping[str, Any]) -> Figure:
         front = [p for p in sorted(points) if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]
         ax.plot(*zip(*front, strict=True), color=MUTED, linewidth=1.2, drawstyle="steps-post", zorder=1)
         ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter(NullFormatter())  # panels are too narrow for labels between powers of ten
         ax.set_yscale("log")
 
     return panels(list(results["tasks"]), panel, "forward passes", f"edges at {FAITHFUL[0]}")

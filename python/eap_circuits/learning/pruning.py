@@ -23,6 +23,7 @@ from .asked import check_gradient, check_start, origin, ranking, sizes_of
 from .lessons import Runs, tokens_together
 
 _SHARES = 0.0005, 0.2  # of all edges, at which pruning ends and begins
+_GROUPS = 4  # of pairs, by default: a round's passes are few and full, however many pairs there are
 _ASCENTS = 100  # towards the multipliers of a round
 
 
@@ -47,7 +48,7 @@ def prune_gradually(
     *,
     start: EdgeScores,
     keep: float = 0.75,
-    examples: int = 4,
+    examples: int | None = None,
     n_edges: int | tuple[int, int] | None = None,
     ablation: str | Constants = "patching",
     ablation_data: PairedDataset | None = None,
@@ -69,7 +70,7 @@ def prune_gradually(
             data's own, `data.metric`.
         start: the ranking to start from, by absolute score, such as those of `attribute`.
         keep: the share of its edges that a circuit keeps in a round.
-        examples: how many pairs are few: whose metric is kept as a mean.
+        examples: how many pairs are few: whose metric is kept as a mean; by default a quarter of all.
         n_edges: the sizes at which pruning ends and begins, or the one at which it ends; by default 0.05 % and 20 % of
             all edges. What lies beyond keeps the order in which it was.
         ablation, ablation_data: what edges outside the circuit carry, as in `evaluate`; not "optimal".
@@ -91,13 +92,15 @@ def prune_gradually(
     """
     call = called(prune_gradually, locals())
     keep = number("keep", keep, "a share between 0 and 1", 5e-324, 1 - 2**-53)
-    examples = whole("examples", examples, 1)
+    if examples is not None:
+        examples = whole("examples", examples, 1)
     progress, reuse_prefix = watched(progress), flag("reuse_prefix", reuse_prefix)
     request = prepare(model, data, metric, ablation, None, ablation_data, reuse_prefix, memory)
     check_gradient(request, "prune_gradually")
     check_start(start, request)
     graph = start.graph
-    asked = _Asked(keep, examples, *sizes_of(n_edges, graph.n_edges, _SHARES))
+    few = examples or -(-len(data) // _GROUPS)
+    asked = _Asked(keep, few, *sizes_of(n_edges, graph.n_edges, _SHARES))
     info = {
         **origin(request, call, graph, "pruned", request.arch.accumulate),
         "additive": False,

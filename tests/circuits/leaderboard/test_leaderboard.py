@@ -19,7 +19,7 @@ from eap_circuits.leaderboard import Settings, leaderboard, of_pairs, write_page
 from eap_circuits.leaderboard.page import edges_at, page
 
 SETTINGS = Settings(scored=2, pairs=3, seeds=(0, 1), steps=2, fractions=(0.1, 0.5, 1.0))
-RANKINGS = ("eap", "learned", "pruned", "ibcircuit")
+RANKINGS = ("eap", "learned", "pruned", "pruned-learned", "ibcircuit")
 
 
 @pytest.fixture
@@ -39,11 +39,13 @@ def test_circuits_run_on_pairs_that_no_ranking_saw(model: Any, tasks: dict[str, 
         few, others = data[:2], data[2:]
         assert len(others) == 3 and not (few.clean[:, None] == others.clean[None]).all(-1).any()
         start = eap.attribute(model, few)
+        pruned = eap.prune_gradually(model, few, start=start)
         found = {
             "eap": eap.attribute(model, few, method="eap"),
             "eap-ig-inputs": start,
             "learned": eap.learn_mask(model, few, start=start, steps=2, seed=seed),
-            "pruned": eap.prune_gradually(model, few, start=start),
+            "pruned": pruned,
+            "pruned-learned": eap.learn_mask(model, few, start=pruned, steps=2, seed=seed),
             "ibcircuit": eap.ibcircuit(model, few, "kl_divergence", steps=2, seed=seed),
         }
         for ranking, scores in found.items():
@@ -53,6 +55,9 @@ def test_circuits_run_on_pairs_that_no_ranking_saw(model: Any, tasks: dict[str, 
             right = [result.faithfulness for result in eap.evaluate(model, circuits, others)]
             assert entry["curve"]["faithfulness"] == pytest.approx(right, abs=1e-12)
             assert entry["seconds"] > 0 and entry["forwards"] > 0
+        runs = results["tasks"]["first"][str(seed)]
+        for later, earlier in {"pruned-learned": "pruned", "pruned": "eap-ig-inputs"}.items():
+            assert runs[later]["seconds"] > runs[earlier]["seconds"], "what it starts from is part of its cost"
     first, second = (tasks["first"](seed).clean for seed in SETTINGS.seeds)
     assert not torch.equal(first, second), "a seed is one of the pairs"
 
@@ -128,7 +133,10 @@ def test_the_page_says_what_the_results_say(model: Any, tasks: dict[str, Any], t
         "a lower CMD on 2 of 2 tasks, at no size less faithful on 1 of 2 tasks (first), 30 to 30 times its time."
         in text
     )
-    assert '"ibcircuit" is `ibcircuit` of the next-token divergence for as many steps.' in text
+    assert text.startswith(f"# Leaderboard on {results['request']['model']['name']}, 2 scored pairs")
+    assert '"ibcircuit" is `ibcircuit` of the next-token divergence for 2 steps.' in text
+    assert "| first | learned | 0.100 | 0.50 | 30 | no size |" in text
+    assert "| second | learned | 0.500 | 0.50 | 30 | 1 of 2 sizes, most at 10: 0.200 (0.000) |" in text
     assert "| first | learned |" in text and "1,234 (1,234–1,235)" in text
     files = write_page(results, tmp_path)
     assert (tmp_path / "leaderboard.md").read_text() == text

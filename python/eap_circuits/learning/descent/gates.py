@@ -22,7 +22,7 @@ def starting_places(scores: Tensor) -> Tensor:
     n = len(scores)
     order = scores.abs().argsort(descending=True, stable=True)
     places = torch.empty(n, dtype=torch.float32)
-    places[order] = -torch.log(torch.arange(1, n + 1) / n)
+    places[order] = -torch.log(torch.arange(1, n + 1, dtype=torch.float32) / n)
     return places
 
 
@@ -35,7 +35,7 @@ def thresholds(places: Tensor, sizes: Sequence[int]) -> Tensor:
 
 def draw_sizes(count: int, smallest: int, largest: int, generator: torch.Generator) -> list[int]:
     """One size from each of `count` equal parts of the logarithms between the two."""
-    part = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    part = (torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float32)) / count
     return [round(math.exp(math.log(smallest) + x * math.log(largest / smallest))) for x in part.tolist()]
 
 

@@ -29,8 +29,9 @@ def leaderboard(
         str | None,
         option(
             "Scoring",
-            "Methods of [bold]eap attribute[/bold], [bold]learned[/bold], [bold]pruned[/bold], [bold]ibcircuit[/bold]; "
-            "commas between.  " + default("all but exact, eap-conductance and ibcircuit"),
+            "Methods of [bold]eap attribute[/bold], [bold]learned[/bold], [bold]pruned[/bold], "
+            "[bold]pruned-learned[/bold], [bold]ibcircuit[/bold]; commas between.  "
+            + default("all but exact, eap-conductance and ibcircuit"),
         ),
     ] = None,
     steps: Annotated[int, option("Scoring", "Steps of learning.", min=1)] = 200,

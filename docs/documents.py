@@ -46,6 +46,7 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("docs/report.md", EXPLORER): explorer.table,
     ("docs/learning.md", f"{LEARNING}, pruning"): learning.prunings,
     ("docs/scale.md", SCALE): scale.predictions,
+    ("docs/scale.md", f"{SCALE}, projections"): scale.projections,
     ("docs/scale.md", LARGE): scale.measured,
     ("docs/models.md", f"{MODELS}, checks"): lambda _: models.checks(),
     ("docs/models.md", f"{MODELS}, tests"): lambda _: models.tests(),

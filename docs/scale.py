@@ -53,12 +53,17 @@ def model_of(kind: str, fields: dict[str, Any]) -> Any:
 
 
 def predict(model: Any, gpus: int) -> dict[str, Any]:
-    """The plan on so many GPUs, of which as few as hold the weights share a copy of the model."""
+    """The plan on so many GPUs, of which as few as hold the weights share a copy by tensor parallelism; where key/value
+    heads are fewer, as many as these, and `fully_shard` divides each part among the rest."""
     import torch
 
     import eap_circuits as eap
     from bench.large import pairs
+    from eap_circuits.recording.contraction import COPIED_BYTES, NARROWEST, ON_A_GPU
 
+    config = model.config
+    width, layers = config.hidden_size, config.num_hidden_layers
+    heads, kv, each = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     room = GPU_BYTES * (1 - SPARE)
     weights = sum(x.numel() * x.itemsize for x in model.parameters())
     parts = 1
@@ -66,39 +71,51 @@ def predict(model: Any, gpus: int) -> dict[str, Any]:
         parts *= 2
     if parts > gpus:
         return {"weights": weights, "parts": parts}
-    data, copies = pairs(model.config.vocab_size, PAIRS, TOKENS), gpus // parts
-    asked: dict[str, Any] = {"device": "cuda", "gpus": parts, "memory": int(room - weights / parts), "steps": STEPS}
+    team = math.gcd(parts, kv, MACHINE)  # which runs a pass
+    copies, sharded = gpus // team, team < parts
+    parts = gpus if sharded else parts
+    # Weights of the layer that runs and of the next are put together.
+    beside = weights / parts + sharded * 2 * weights / layers / team
+    data = pairs(config.vocab_size, PAIRS, TOKENS)
+    asked: dict[str, Any] = {"device": "cuda", "gpus": team, "memory": int(room - beside), "steps": STEPS}
     plan = eap.plan(model, data, **asked)
     if len(plan.batches) < copies:  # so that there is one for each copy
         plan = eap.plan(model, data, batch_size=PAIRS // copies, **asked)
-    config = model.config
-    width, layers = config.hidden_size, config.num_hidden_layers
-    graph = eap.Graph((config.num_attention_heads,) * layers, (config.num_key_value_heads,) * layers, width)
+    graph = eap.Graph((heads,) * layers, (kv,) * layers, width)
     turns, batches = math.ceil(len(plan.batches) / copies), len(plan.batches)
     assert plan.rates is not None
     # For each token and layer, as docs/distributed.md has it: a forward sums up two numbers of the stream's width over
     # the parts, a backward five; heads are put together on both ways of a path point, and in the corrupted run what
     # they write.
-    heads, kv, each = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     sums_of = 2 * (2 * 2 + STEPS * 7) * width
     gathered = STEPS * 2 * (2 * heads + 2 * kv) * each + heads * each
-    bytes_ = (parts - 1) / parts * (sums_of + gathered) * torch.bfloat16.itemsize * layers * TOKENS * PAIRS / batches
-    link = NVLINK if parts <= MACHINE else INFINIBAND
+    bytes_ = (sums_of + gathered) * torch.bfloat16.itemsize * layers * TOKENS * PAIRS / batches
+    out = heads * each * width * torch.bfloat16.itemsize
+    attention = 2 * out * layers * (heads + kv) / heads / team  # a part's weights of heads, by features for contraction
+    seconds = (team - 1) / team * (bytes_ + attention) / NVLINK
+    if sharded:  # all weights of a part, for the corrupted run, and for the forward and the backward of other passes
+        times = 1 + 2 * math.ceil(STEPS / min(points for *_, points in plan.batches))
+        at_once = ON_A_GPU * COPIED_BYTES // (attention * team / width) // NARROWEST * NARROWEST  # features
+        slices = math.ceil(width / team / max(NARROWEST, at_once))
+        put_together = (copies - 1) / copies * (times * weights / team + slices * attention)
+        seconds += put_together / (NVLINK if gpus <= MACHINE else INFINIBAND)
     sums = 8 * graph.n_senders * graph.n_receivers
     return {
         "weights": weights,
         "parts": parts,
+        "team": team,
         "copies": copies,
+        "projection": out,
+        "projections32": 2 * out * layers,
         "tokens": max(examples * suffix * points for examples, suffix, points in plan.batches),
         "bytes": plan.bytes,
         "fits": plan.bytes <= plan.budget,
         "batches": batches,
         "edges": graph.n_edges,
-        "divides": kv % parts == 0,
         "seconds": {
-            "passes": turns * plan.passes / batches / parts / plan.rates.passes,
-            "contraction": turns * plan.contraction / batches / parts / plan.rates.contraction,
-            "parts": turns * bytes_ / link,
+            "passes": turns * plan.passes / batches / team / plan.rates.passes,
+            "contraction": turns * plan.contraction / batches / team / plan.rates.contraction,
+            "parts": turns * seconds,
             "ranks": turns * (copies - 1) * sums / GLOO if copies > 1 else 0.0,
         },
         "rates": list(plan.rates),
@@ -121,27 +138,46 @@ def predictions(_: Results) -> str:
 
     found = json.loads(RESULT.read_text())
     rows = [
-        "| model | H100 | a copy on | weights on each | tokens a pass | besides | passes | contraction | between parts "
-        "| between copies | limit |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | H100 | a copy on | divided by | weights on each | tokens a pass | besides | passes | contraction "
+        "| between parts | between copies | limit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, sizes in found["models"].items():
         for gpus, plan in sizes.items():
             each = f"{plan['weights'] / plan['parts'] / 1e9:.0f} GB"
             if "seconds" not in plan:
-                rows.append(f"| {name} | {gpus} | {plan['parts']} | {each} | | | | | | | memory: weights do not fit |")
+                rows.append(
+                    f"| {name} | {gpus} | {plan['parts']} | | {each} | | | | | | | memory: weights do not fit |"
+                )
                 continue
             times, memory = plan["seconds"], f"{plan['bytes'] / 1e9:.0f} GB"
             shown = [
                 duration(times[part]) if times[part] else "" for part in ("passes", "contraction", "parts", "ranks")
             ]
             limit = LIMITS[max(times, key=times.__getitem__)] if plan["fits"] else "memory: activations do not fit"
-            limit += "" if plan["divides"] else "; not taken by this version, as key/value heads do not divide"
-            cells = [name, gpus, str(plan["parts"]), each, f"{plan['tokens']:,}", memory, *shown, limit]
+            team, again = plan["team"], plan["parts"] // plan["team"]
+            way = f"tp {team}{f' × fsdp {again}' if again > 1 else ''}" if plan["parts"] > 1 else ""
+            cells = [name, gpus, str(plan["parts"]), way, each, f"{plan['tokens']:,}", memory, *shown, limit]
             rows.append(f"| {' | '.join(cells)} |")
     versions = found["versions"]
     made = f"torch {versions['torch']}, transformers {versions['transformers']}; commit {found['commit'][:7]}."
     return "\n".join([*rows, "", made, ""])
+
+
+def projections(_: Results) -> str:
+    """What output projections take on each GPU of a tensor parallel model."""
+    rows = [
+        "| model | a pass on | one layer's, whole | in turn, at most | all layers' in float32 |",
+        "|---|---|---|---|---|",
+    ]
+    for name, sizes in json.loads(RESULT.read_text())["models"].items():
+        # The numbers are those of a team, whatever the number of copies.
+        plans = [plan for plan in sizes.values() if plan.get("team", 1) > 1]
+        for plan in plans[:1]:
+            one = plan["projection"]
+            shown = (one, 2 * one / plan["team"], plan["projections32"])
+            rows.append(f"| {name} | {plan['team']} | {' | '.join(f'{x / 1e9:.2g} GB' for x in shown)} |")
+    return "\n".join([*rows, ""])
 
 
 _CASES = {

@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 SECONDS_TO_TELL = 30.0  # how long a rank that failed waits for the others to hear why
 SECONDS_IN_TEAM = 5.0  # the same inside a team, whose ranks fail together or wait in a pass for the one that failed
+SECONDS_TO_CONNECT = 60.0  # how long ranks that have just met take to make their process group, at most
 _SECONDS_UNTIL_SAID = 60.0  # how long a rank waits for others before it says so
 _LONGEST_WAIT = timedelta(hours=2)
 _calls: list[str] = []  # the public calls that are running, the outermost first
@@ -367,9 +368,13 @@ def _own_group() -> Any:
     if _groups.get("lost") is world:
         raise ConnectionError("a rank ended before")
     if _groups.get("world") is not world:
+        patience = _LONGEST_WAIT
         if torch.device("cpu") in getattr(world, "_device_types", ()):
             dist.all_reduce(torch.zeros(1))  # where a rank has ended this fails, and a new group would wait for it
-        _groups.update(world=world, own=dist.new_group(backend="gloo", timeout=_LONGEST_WAIT))
+            patience = timedelta(seconds=SECONDS_TO_CONNECT)  # as one may end now
+        own = dist.new_group(backend="gloo", timeout=patience)
+        dist.distributed_c10d._set_pg_timeout(_LONGEST_WAIT, own)
+        _groups.update(world=world, own=own)
     return _groups["own"]
 
 

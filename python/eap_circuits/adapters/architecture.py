@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..edges import Reads
+from ..errors import expected
 from ..families import Family
 from ..graph import Graph, Heads
 from ..modules.norms import Norm
@@ -86,6 +87,12 @@ class Layer:
             return self.mlp_norm
         return self.memory if self.memory is not None and name in ("k", "v") else self.attention_norm
 
+    def check_heads(self, ranks: int) -> None:
+        """Raises InputError if so many tensor parallel ranks cannot have equally many heads each."""
+        counts = [self.n_heads, *(each.n_heads for name, each in self.projections.items() if name in ("k", "v"))]
+        if any(heads % ranks for heads in counts):
+            raise expected(f"{type(self.module).__name__}'s heads", f"as many on each of {ranks} ranks", min(counts))
+
     @property
     def mixes_heads(self) -> bool:
         """Does one norm of all heads' queries or keys together make the heads depend on each other?"""
@@ -99,20 +106,30 @@ class Layer:
         """
         if self.post_norm is None:
             return z
-        return z * self.post_norm.scale(z @ self._out_weight.at().T.to(z.dtype))[..., None]
+        parts = (z[..., some] @ weight.T.to(z.dtype) for some, weight in self._out_weight.in_turn())
+        return z * self.post_norm.scale(reduce(torch.add, parts))[..., None]
 
     def out_weight(self, dtype: torch.dtype, features: slice = slice(None)) -> Tensor:
         """Each head's linear map from `written` to the residual stream, [H, K, D], or to some of its D features."""
+        if self.post_norm is not None and self.post_norm.centred:
+            return self._by_head(self._out_weight.at(), dtype)[..., features]
+        return self._by_head(self._out_weight.at(features), dtype, features)
+
+    def out_weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """(Heads, their `out_weight`): all at once, or of a tensor parallel model one rank's after another's."""
+        width = linear_shape(self.out)[1] // self.n_heads
+        for some, weight in self._out_weight.in_turn():
+            yield slice(some.start // width, some.stop // width), self._by_head(weight, dtype)
+
+    def _by_head(self, weight: Tensor, dtype: torch.dtype, features: slice = slice(None)) -> Tensor:
+        """`out_weight` from the projection's own weight [features, heads' features]."""
         norm = self.post_norm
         # Rounded once, where there is more to it than the projection.
         scale = self.scale * self.heads_scale
-        wide = dtype if norm is None and scale == 1 else torch.promote_types(dtype, torch.float32)
-        if norm is not None and norm.centred:
-            weight = norm.forwards(self._out_weight.at().to(wide).T)[:, features]
-        else:
-            weight = self._out_weight.at(features).to(wide).T
-            weight = weight if norm is None else norm.forwards(weight, features)
-        return (weight if scale == 1 else weight * scale).to(dtype).unflatten(0, (self.n_heads, -1))
+        weight = weight.to(dtype if norm is None and scale == 1 else torch.promote_types(dtype, torch.float32)).T
+        weight = weight if norm is None else norm.forwards(weight, features)
+        weight = weight if scale == 1 else weight * scale
+        return weight.to(dtype).unflatten(0, (-1, linear_shape(self.out)[1] // self.n_heads))
 
     @cached_property
     def _out_weight(self) -> Weight:

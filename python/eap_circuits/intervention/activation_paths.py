@@ -7,8 +7,8 @@ stop at the group, because none is wanted before it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -69,9 +69,10 @@ class GroupPaths:
 
     def _towards(self, group: SenderSite) -> Tensor:
         """Ablated less clean output of the group's module, or embedding, [E, T, D]; zero except at the batch's rows."""
-        batch, (nodes,) = self.runner.batch.at(group.stream), replace(self.sides.senders, sites=[group]).nodes()
-        x = nodes.values.flatten(1)  # [n, D], or [n, H·K]
-        x = x if nodes.weight is None else x @ nodes.weight.flatten(0, 1)
+        batch, x = self.runner.batch.at(group.stream), self.sides.senders.values[group.index]  # [n, D], or [n, H·K]
+        if group.heads is not None:
+            by_head, weights = x.unflatten(1, (group.heads.n_heads, -1)), group.heads.out_weights(x.dtype)
+            x = reduce(torch.add, (by_head[:, some].flatten(1) @ weight.flatten(0, 1) for some, weight in weights))
         full = x.new_zeros(batch.clean.numel(), x.shape[1], dtype=self.sides.clean_embeddings.dtype)
         full[batch.rows_on(x.device)] = (x / group.scale).to(full.dtype)
         return full.view(*batch.shape, -1)

@@ -143,15 +143,18 @@ class CircuitsRun:
         stored = {group: heads for group in self.groups if (heads := self._stored(group, site))}
         if not stored:
             return self._keep(own, z)
-        first, weight = site.senders.start, site.weight(self.dtype)
-        assert weight is not None
+        first, layer = site.senders.start, site.heads
+        assert layer is not None
         current, corrupted = self._split(site.written(z)), self.corrupted.written[site.index]
         # Values that carry a norm's scale are in float32 whatever the model's dtype.
         wide = torch.promote_types(current.dtype, self.dtype)
         difference = (current.to(wide) - corrupted.to(wide)).to(self.dtype)  # [C, E, T, H·K]
-        for group, heads in stored.items():
-            by_head = difference[group.members].flatten(0, 2).unflatten(1, weight.shape[:2]).transpose(0, 1)
-            group.store_heads(first + heads[0], self._some(by_head, heads), self._some(weight, heads))
+        rows = {group: difference[group.members].flatten(0, 2).unflatten(1, (layer.n_heads, -1)) for group in stored}
+        for some, weight in layer.out_weights(self.dtype):
+            for group, by_head in rows.items():
+                if heads := [head for head in stored[group] if some.start <= head < some.stop]:
+                    of = self._some(weight, [head - some.start for head in heads])
+                    group.store_heads(first + heads[0], self._some(by_head.transpose(0, 1), heads), of)
         return self._keep(own, z)
 
     def _stored(self, group: CircuitGroup, site: SenderSite) -> list[int]:

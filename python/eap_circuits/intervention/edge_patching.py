@@ -7,15 +7,16 @@ Many edges run together, one after another along the batch dimension.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
-from eap_kernels import Nodes
-
-from ..adapters import ReceiverSite, receiver_sites
+from ..adapters import ReceiverSite, SenderSite, receiver_sites, sender_sites
 from ..forward import Constants, Hooks, LayerInputs, Register, Runner, record_layer_inputs
 from ..graph import Graph
 from ..recording import BothSides, ReceiverInputs, record_both_sides, record_receiver_inputs
@@ -31,14 +32,13 @@ class PatchedEdges:
     Args:
         runner: the model on the batch.
         sides: what both of its sides gave.
-        senders: (a group of nodes, which of them) for each sender's Δ.
-        receivers: (site, head) of each receiver.
+        senders, receivers: (site, head) of each.
         clean, layers: what receivers and what layers read in the clean run.
     """
 
     runner: Runner
     sides: BothSides
-    senders: list[tuple[Nodes, int]]
+    senders: list[tuple[SenderSite, int]]
     receivers: list[tuple[ReceiverSite, int]]
     clean: ReceiverInputs
     layers: LayerInputs
@@ -107,11 +107,24 @@ class PatchedEdges:
         own = self.clean.norm_inputs[site.norm]
         senders = [sender for _, _, sender in patched]
         distinct = sorted(set(senders))
-        differences = torch.stack([_expand(*self.senders[sender]).to(own.device) for sender in distinct])  # [s, n, D]
+        differences = torch.stack([x.to(own.device) for x in self._differences(distinct)])  # [s, n, D]
         x = own.to(differences.dtype).flatten(0, 1).repeat(len(distinct), 1, 1)
         x[:, self.runner.batch.at(site.stream).rows_on(x.device)] += differences
         x = x.to(own.dtype).unflatten(1, own.shape[:2])
         return x[[distinct.index(sender) for sender in senders]]
+
+    def _differences(self, senders: list[int]) -> Iterator[Tensor]:
+        """Δ of senders in the graph's order, in residual space, [n, D] each."""
+        for site, some in groupby((self.senders[sender] for sender in senders), itemgetter(0)):
+            values, heads = self.sides.senders.values[site.index], [head for _, head in some]
+            if site.heads is None:
+                yield values
+                continue
+            by_head = values.unflatten(1, (site.heads.n_heads, -1))
+            for part, weight in site.heads.out_weights(values.dtype):
+                yield from (
+                    by_head[:, head] @ weight[head - part.start] for head in heads if part.start <= head < part.stop
+                )
 
 
 def prepare_patching(runner: Runner, graph: Graph, constants: Constants | None = None) -> PatchedEdges:
@@ -124,14 +137,6 @@ def prepare_patching(runner: Runner, graph: Graph, constants: Constants | None =
         )
 
     layers, (clean, sides) = record_layer_inputs(runner.arch, run, slice(rows, None))
-    senders = [(group, index) for group in sides.senders.nodes() for index in range(group.values.shape[1])]
+    senders = [(site, i) for site in sender_sites(runner.arch) for i in range(site.senders.stop - site.senders.start)]
     receivers = [(site, head) for site in receiver_sites(runner.arch, graph) for head in range(site.count)]
     return PatchedEdges(runner, sides, senders, receivers, clean, layers)
-
-
-def _expand(group: Nodes, index: int) -> Tensor:
-    """A sender's Δ in residual space, [n, D]."""
-    values = group.values[:, index]
-    if group.weight is None:
-        return values
-    return values @ group.weight[index * len(group.weight) // group.values.shape[1]]

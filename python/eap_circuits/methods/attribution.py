@@ -22,7 +22,7 @@ from ..request import Progress, prepare, watched
 from ..shapes import Weightless
 from ..tasks import PairedDataset
 from .exact import edges_to_score
-from .gradient import GradientMethod, Plan
+from .gradient import GradientMethod, Plan, check_divisible
 from .quadrature import QUADRATURES
 from .registry import METHODS
 from .spec import AttributionRequest
@@ -181,13 +181,13 @@ def plan(
 
     Args:
         device: "cuda" or "cpu", the kind of device to plan for, whatever this machine has; by default the model's.
-        gpus: how many of them share one model, each with its part of the weights and of the work, as in tensor
-            parallelism. By memory it also holds for `device_map` and `fully_shard`, whose GPUs do not share the time.
+        gpus: how many of them divide one model by tensor parallelism, each with its part of the weights and of the
+            work.
         memory: as in `attribute`, on each GPU.
 
     Raises:
-        InputError: what `attribute` refuses, methods that are not planned, such as "exact", and another machine's
-            device without `memory=`.
+        InputError: what `attribute` refuses, methods that are not planned, such as "exact", another machine's device
+            without `memory=`, and a model that cannot be divided among so many GPUs.
 
     Example:
         >>> eap.plan(model, data, steps=30).bytes  # besides model and data
@@ -206,6 +206,8 @@ def plan(
             request = replace(request, arch=replace(request.arch, planned_for=kind), memory=memory)
         if gpus > 1 and request.arch.device_kind != "cuda":
             raise expected("gpus", "1, except for device='cuda'", gpus)
+        if gpus > 1:
+            check_divisible(request.arch, gpus)
         with borrowed(request.arch.model), shapes.mode:
             return spec.plan(request.verified(heads).with_constants(), gpus)
 

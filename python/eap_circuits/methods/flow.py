@@ -127,11 +127,13 @@ def _contributions(request: AttributionRequest, record: ReferenceRun, stream: in
     for site, written in zip(sender_sites(request.arch), record.written, strict=True):
         if site.stream != stream:
             continue
-        x, weight = _at(request, written, rows), site.weight(request.arch.accumulate)  # [H, K, D]
-        if weight is None:
+        x = _at(request, written, rows)
+        if site.heads is None:
             yield x[:, None] * site.factor
-        else:
-            yield torch.einsum("nhk,hkd->nhd", x.unflatten(1, weight.shape[:2]), weight)
+            continue
+        by_head = x.unflatten(1, (site.heads.n_heads, -1))
+        for some, weight in site.heads.out_weights(request.arch.accumulate):  # [h, K, D]
+            yield torch.einsum("nhk,hkd->nhd", by_head[:, some], weight)
 
 
 def _at(request: AttributionRequest, x: Tensor, rows: Tensor) -> Tensor:

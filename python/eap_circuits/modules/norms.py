@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -211,8 +210,9 @@ def kind_of(module: nn.Module, width: int) -> Kind:
         raise refusal
     said = [float(getattr(module, name)) for name in _EPS if isinstance(getattr(module, name, None), float)]
     generator = torch.Generator().manual_seed(0)
-    probe: Any = copy.copy(module)
-    probe.__dict__.pop("_hf_hook", None)  # it would fetch offloaded weights, but these are random
+    probe: Any = object.__new__(type(module))  # as copying one that `fully_shard` has changed would make a new module
+    vars(probe).update(vars(module))
+    vars(probe).pop("_hf_hook", None)  # it would fetch offloaded weights, but these are random
     random = {
         name: nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float32), requires_grad=False)
         for name, shape in weights.items()

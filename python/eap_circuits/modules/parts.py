@@ -1,5 +1,7 @@
 """Weights of which each rank has a part, by `fully_shard` (FSDP2), by tensor parallelism (a `tp_plan`), or by experts.
 
+Tensor parallelism may divide a model, and `fully_shard` each part again, over the first of a mesh's two dimensions.
+
 With `fully_shard` a pass makes them whole, and activations are whole, too. Tensor parallel modules compute with parts:
 of queries, keys, values and what the heads give each rank has its own heads' features; all other activations that we
 see, experts' among them, are whole and alike on all ranks. `Split` shows hooks all heads' features, so that a rank
@@ -9,7 +11,7 @@ sees what one process would, and gives the module back its own. So every gradien
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -41,93 +43,171 @@ def is_fully_sharded(model: nn.Module) -> bool:
 
 def computes_in_parts(module: nn.Module) -> bool:
     """Is it a tensor parallel module, whose forward transformers has wrapped in the exchange that goes with it?"""
-    return "forward" in vars(module) and any(map(is_shard, module.parameters(recurse=False)))
+    # Norms have another forward during backward rules, and may be in parts by `fully_shard`.
+    return "forward" in vars(module) and any(is_shard(x) and x.dim() > 1 for x in module.parameters(recurse=False))
 
 
 def run_whole(module: nn.Module, *inputs: Tensor) -> Tensor:
     """A module that is run by itself, outside of the model's pass, in which its weights would be made whole."""
     shards = {name: x for name, x in module.named_parameters() if is_shard(x)}
-    if not shards or computes_in_parts(module):
+    sharded = is_fully_sharded(module) or any(x.device_mesh.ndim > 1 for x in shards.values())  # type: ignore[attr-defined]
+    if not shards or (computes_in_parts(module) and not sharded):
         return module(*inputs)
-    whole = {name: x.detach().full_tensor() for name, x in shards.items()}  # type: ignore[attr-defined]
-    return torch.func.functional_call(module, whole, inputs)
+    whole = {f"module.{name}": x.detach().full_tensor() for name, x in shards.items()}  # type: ignore[attr-defined]
+    return torch.func.functional_call(_Alone(module), whole, inputs)
+
+
+class _Alone(nn.Module):
+    """Runs a module without its hooks, with which a pass of the whole model would begin, and without any exchange."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        found: Tensor = type(self.module).forward(self.module, *inputs)
+        return found
 
 
 def team(model: nn.Module) -> Team:
     """Which ranks run each pass together, as each has a part of the model's weights."""
-    if is_fully_sharded(model):
-        return Team(in_step=True)
-    for mesh in _meshes(model):
-        ranks = _ranks(mesh)
+    in_step = is_fully_sharded(model)
+    for module in filter(computes_in_parts, model.modules()):
+        ranks: list[int] = _mesh(module).mesh.flatten().tolist()
         size, start = len(ranks), ranks[0]
-        return Team(size if ranks == list(range(start, start + size)) and start % size == 0 else count())
-    return ALONE
+        return Team(size if ranks == list(range(start, start + size)) and start % size == 0 else count(), in_step)
+    return Team(in_step=True) if in_step else ALONE
 
 
 def parts_of(module: nn.Module) -> int:
     """Among how many ranks tensor parallelism divides what a module computes."""
-    return next((mesh.size() for mesh in _meshes(module)), 1) if computes_in_parts(module) else 1
+    return int(_mesh(module).size()) if computes_in_parts(module) else 1
 
 
 def own_features(module: nn.Module, width: int) -> slice:
     """This rank's even part of the residual stream's features, if tensor parallelism divides the module; else all."""
-    if not computes_in_parts(module) or width % (mesh := _meshes(module)[0]).size():
+    if not computes_in_parts(module) or width % (mesh := _mesh(module)).size():
         return slice(None)
     each = width // mesh.size()
     return slice(mesh.get_local_rank() * each, (mesh.get_local_rank() + 1) * each)
 
 
-def by_features(module: nn.Module, dim: int) -> Tensor:
-    """Of a weight that ranks divide by heads the part of this rank's `own_features`, which are in this dimension."""
-    from torch.distributed.tensor import Shard
+def by_features(module: nn.Module, dim: int, features: slice) -> Tensor:
+    """Of a weight that ranks divide by heads some of this rank's `own_features`, which are in this dimension.
 
-    weight: Any = module.weight
-    part: Tensor = weight.detach().redistribute(placements=[Shard(dim)]).to_local()
-    return part
+    All ranks ask at once, each for as many at the same place among its own.
+    """
+    from torch.distributed import all_to_all_single
+
+    mesh, weight = _mesh(module), _by_rank(module).to_local().movedim(dim, 0)  # [D, this rank's heads]
+    each = len(weight) // mesh.size()
+    first = features.start - mesh.get_local_rank() * each
+    given = weight.unflatten(0, (-1, each))[:, first : first + features.stop - features.start].contiguous()
+    found = torch.empty_like(given)
+    all_to_all_single(found, given, group=mesh.get_group())
+    return found.movedim(0, 1).flatten(1).movedim(0, dim)
+
+
+def is_divided(module: nn.Module, dim: int) -> bool:
+    """Do ranks divide a tensor parallel module's weight in this dimension?"""
+    weight: Any = module.weight if computes_in_parts(module) else None
+    return is_shard(weight) and bool(weight.placements[-1].is_shard(dim))
+
+
+def in_turn(module: nn.Module, dim: int) -> Iterator[tuple[slice, Tensor]]:
+    """A weight that ranks divide evenly in this dimension: (which features they are, each rank's part), in order.
+
+    One rank after another gives all others its part. The next is on its way while one is used, so a rank holds no more
+    than two. Every rank sees the same parts in the same order, and so finds the same bits.
+    """
+    from torch.distributed import broadcast
+
+    mesh, own = _mesh(module), _by_rank(module).to_local().contiguous()
+
+    def ask(place: int) -> tuple[Tensor, Any]:
+        part = own if place == mesh.get_local_rank() else torch.empty_like(own)
+        return part, broadcast(part, group=mesh.get_group(), group_src=place, async_op=True)
+
+    coming, each = ask(0), own.shape[dim]
+    for place in range(mesh.size()):
+        part, sent = coming
+        sent.wait()
+        if place + 1 < mesh.size():
+            coming = ask(place + 1)
+        yield slice(place * each, (place + 1) * each), part
 
 
 def add_up(module: nn.Module, x: Tensor) -> None:
     """Let x be the sum over the ranks that divide the module."""
     from torch.distributed import all_reduce
 
-    all_reduce(x, group=_meshes(module)[0].get_group())
+    all_reduce(x, group=_mesh(module).get_group())
 
 
 def unknown_parts(model: nn.Module) -> str | None:
     """What kind of parts a model is in that nothing here knows how to put together; None: there are no such."""
-    meshes, early = _meshes(model), "weights in parts by something else than a tp_plan of transformers 5.17 or later"
-    # Heads and experts may be divided over two meshes, but both by the same ranks, which run the same tokens.
-    if any(mesh.ndim > 1 or _ranks(mesh) != _ranks(meshes[0]) for mesh in meshes):
+    early = "weights in parts by something else than a tp_plan of transformers 5.17 or later"
+    sharded, divided = is_fully_sharded(model), [module for module in model.modules() if computes_in_parts(module)]
+    meshes = _meshes(model.parameters())
+    if not _fit(meshes, sharded, bool(divided)):
         return "weights in parts over several meshes, or several dimensions of one"
-    if is_fully_sharded(model):
+    if sharded and not divided:
         return None
     if (getattr(model, "_tp_size", None) or 1) > 1 and not meshes:
         return early
     for module in model.modules():
         shards = [weight for weight in module.parameters(recurse=False) if is_shard(weight)]
-        if shards and not computes_in_parts(module):
+        if shards and module not in divided and not sharded:
             return early
-        if hasattr(module, "_hf_quantized_needs_local_tp") or any(weight.dtype not in FLOATS for weight in shards):
-            return "quantised weights in parts"
         if meshes and type(module).__module__.startswith("peft."):
             return "adapters of PEFT around weights in parts"
-        if any(weight is getattr(module, "weight", None) and weight.dim() == 1 for weight in shards):
-            return "a norm in parts (sequence parallelism)"
+    for module in divided:
+        shards = [weight for weight in module.parameters(recurse=False) if is_shard(weight)]
+        if hasattr(module, "_hf_quantized_needs_local_tp") or any(weight.dtype not in FLOATS for weight in shards):
+            return "quantised weights in parts"
     return None
 
 
-def _meshes(model: nn.Module) -> list[Any]:
-    """The device meshes over which weights are in parts, without repetition."""
+def _fit(meshes: list[Any], sharded: bool, divided: bool) -> bool:
+    """Are they the meshes of `fully_shard`, of tensor parallelism, or, over two dimensions, of both?"""
+    if not sharded:
+        # Heads and experts may be divided over two, but both by the same ranks, which run the same tokens.
+        return all(mesh.ndim == 1 and mesh.mesh.tolist() == meshes[0].mesh.tolist() for mesh in meshes)
+    known = max(meshes, key=lambda mesh: mesh.ndim, default=None)
+    if known is None or known.ndim != 1 + divided:
+        return known is None
+    # What no tp_plan divides is over the first dimension alone, and what a pass has put together over the last.
+    fine = [known, *(known[name] for name in known.mesh_dim_names)] if divided else [known]
+    named = [(each.mesh_dim_names, each.mesh.tolist()) for each in fine]
+    return all((mesh.mesh_dim_names, mesh.mesh.tolist()) in named for mesh in meshes)
+
+
+def _meshes(weights: Iterable[Tensor]) -> list[Any]:
+    """The device meshes over which they are in parts, without repetition."""
     found: list[Any] = []
-    for weight in model.parameters():
+    for weight in weights:
         if is_shard(weight) and (mesh := weight.device_mesh) not in found:  # type: ignore[attr-defined]
             found.append(mesh)
     return found
 
 
-def _ranks(mesh: Any) -> list[int]:
-    ranks: list[int] = mesh.mesh.flatten().tolist()
-    return ranks
+def _mesh(module: nn.Module) -> Any:
+    """That over which tensor parallelism divides a module: the last dimension of its weight's."""
+    mesh = _meshes(module.parameters(recurse=False))[0]
+    return mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[-1]]
+
+
+def _by_rank(module: nn.Module) -> Any:
+    """A tensor parallel module's weight as it computes with it: what `fully_shard` divides further is put together."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    weight: Any = module.weight
+    weight = weight.detach()
+    if weight.device_mesh.ndim == 1:
+        return weight
+    *others, own = weight.placements
+    part = weight.redistribute(placements=[Replicate() for _ in others] + [own]).to_local()
+    return DTensor.from_local(part, _mesh(module), [own], run_check=False)
 
 
 class Split:
@@ -140,8 +220,7 @@ class Split:
     """
 
     def __init__(self, module: nn.Module, width: int, name: str) -> None:
-        weight: Any = module.weight
-        self._mesh, self._width, self._name = weight.device_mesh, width, name
+        self._mesh, self._width, self._name = _mesh(module), width, name
         self._size, self._rank = self._mesh.size(), self._mesh.get_local_rank()
         self._parted = False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..shapes import Shape
 from .offloading import device_of, is_offloaded, read, read_part
-from .parts import FLOATS, by_features, is_shard, own_features
+from .parts import FLOATS, by_features, in_turn, is_divided, is_shard, own_features
 
 # Of a fused projection's features: "concatenated": all of q, then k, then v; "grouped": for each key/value head its
 # query heads, its key and its value; "sharded": in each of four equal parts, queries, then values, then keys.
@@ -39,8 +39,16 @@ class Weight:
         own = own_features(self.module, linear_shape(self.module)[self.dim])
         if own == slice(None) and not is_at_hand(self.module):
             return linear_part(self.module, self.dim, features)
-        weight = self._whole if own == slice(None) else self._own
-        return weight.narrow(self.dim, features.start - (own.start or 0), features.stop - features.start)
+        if own != slice(None) and is_divided(self.module, 1 - self.dim):
+            return by_features(self.module, self.dim, features)
+        return self._whole.narrow(self.dim, features.start, features.stop - features.start)
+
+    def in_turn(self) -> Iterator[tuple[slice, Tensor]]:
+        """(Which of the heads' features, the weight there): all at once, or of a tensor parallel module one rank's
+        after another's."""
+        if is_divided(self.module, 1 - self.dim):
+            return in_turn(self.module, 1 - self.dim)
+        return iter([(slice(0, linear_shape(self.module)[1 - self.dim]), self._whole)])
 
     @property
     def _whole(self) -> Tensor:
@@ -49,10 +57,6 @@ class Weight:
     @cached_property
     def _made(self) -> Tensor:
         return linear_weight(self.module)
-
-    @cached_property
-    def _own(self) -> Tensor:
-        return by_features(self.module, self.dim)
 
 
 @dataclass(frozen=True, eq=False)

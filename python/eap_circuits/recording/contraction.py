@@ -15,8 +15,8 @@ from ..adapters import Architecture, linear_shape
 
 # Of attention's weights, copied for contraction at once; kernels take few features at a time anyway, but not too few.
 # On a GPU so many times as much, as there every slice is launches for every layer.
-COPIED_BYTES, _ON_A_GPU = 2**28, 8
-_NARROWEST = 64
+COPIED_BYTES, ON_A_GPU = 2**28, 8
+NARROWEST = 64
 
 
 def contract(
@@ -78,9 +78,9 @@ def feature_slices(arch: Architecture) -> list[slice]:
     slices together cost what the whole costs, as every weight is copied once.
     """
     heads = sum(linear_shape(layer.out)[1] + sum(p.width for p in layer.projections.values()) for layer in arch.layers)
-    copied = COPIED_BYTES * (_ON_A_GPU if arch.device_kind == "cuda" else 1)
+    copied = COPIED_BYTES * (ON_A_GPU if arch.device_kind == "cuda" else 1)
     most = copied // (max(heads, 1) * arch.contraction_dtype.itemsize)
-    width = max(_NARROWEST, most // _NARROWEST * _NARROWEST)
+    width = max(NARROWEST, most // NARROWEST * NARROWEST)
     if width >= arch.d_model:
         return [arch.features]
     first, last, _ = arch.features.indices(arch.d_model)

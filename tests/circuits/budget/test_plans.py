@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import eap_circuits as eap
 from eap_circuits.methods.gradient import method as gradient
 from eap_circuits.report.tables import duration, plan_table
+from tests.circuits.conftest import pairs_for
 
 
 def equal_pairs():
@@ -46,13 +47,13 @@ def test_fused_attention_counts_like_products(make_model, make_pairs):
 
 def test_weights_and_time_of_a_plan_for_gpus(make_model, make_pairs):
     model, data = make_model("llama", torch.bfloat16), make_pairs()
-    with_weights = eap.plan(model, data, device="cuda", memory="1GiB", gpus=8)
-    plan = eap.plan(copy.deepcopy(model).to("meta"), data, device="cuda", memory="1GiB", gpus=8)
+    with_weights = eap.plan(model, data, device="cuda", memory="1GiB", gpus=2)
+    plan = eap.plan(copy.deepcopy(model).to("meta"), data, device="cuda", memory="1GiB", gpus=2)
     assert plan == with_weights
     assert plan.weights == sum(x.nbytes for x in {*model.parameters(), *model.buffers()})
-    assert plan.device == "cuda" and plan.gpus == 8 and plan.budget == 2**30
+    assert plan.device == "cuda" and plan.gpus == 2 and plan.budget == 2**30
     seconds = plan.passes / plan.rates.passes + plan.contraction / plan.rates.contraction
-    assert plan.seconds == pytest.approx(seconds / 8)
+    assert plan.seconds == pytest.approx(seconds / 2)
     here = eap.plan(model, data, memory="1GiB")
     assert here.device == "cpu" and here.gpus == 1 and here.seconds is None and here.rates is None
     assert plan.tokens == 8 * here.tokens and plan.passes == here.passes
@@ -115,6 +116,20 @@ def test_plans_that_cannot_be_made(asked, message, make_model, make_pairs, monke
         eap.plan(make_model("llama"), make_pairs(), **asked)
 
 
+@pytest.mark.parametrize(
+    ("family", "gpus", "message"),
+    [
+        ("llama", 4, "LlamaDecoderLayer's heads: expected as many on each of 4 ranks, found 2."),
+        ("gpt2", 2, "GPT2LMHeadModel: expected a tp_plan in transformers, to be divided among 2 ranks, found none for"),
+        ("t5", 2, "T5ForConditionalGeneration: expected whole weights of an encoder-decoder, found parts of them on 2"),
+    ],
+)
+def test_what_a_run_on_parts_would_refuse_is_not_planned(family, gpus, message, make_model):
+    """The first sentence is a run's (`tests/circuits/ranks/parts.py`); the others transformers does not divide."""
+    with pytest.raises(eap.InputError, match=re.escape(message)):
+        eap.plan(make_model(family), pairs_for(family), device="cuda", memory="1GiB", gpus=gpus)
+
+
 def test_a_run_that_does_not_fit_is_said(make_model, make_pairs):
     with pytest.warns(UserWarning, match="plan: expected a run within 1,000 bytes, found that one example"):
         plan = eap.plan(make_model("llama"), make_pairs(), memory=1000)
@@ -125,14 +140,14 @@ def test_command(tmp_path, make_model, make_pairs, monkeypatch):
     model, data = make_model("llama", torch.float32), make_pairs()
     monkeypatch.setattr("eap_circuits.adapters.pretrained.load_model", lambda name, **_: (model, None))
     data.save(tmp_path / "pairs.safetensors")
-    command = ["attribute", "tiny", "--data", str(tmp_path / "pairs.safetensors"), "--gpus", "8", "--device", "cuda"]
+    command = ["attribute", "tiny", "--data", str(tmp_path / "pairs.safetensors"), "--gpus", "2", "--device", "cuda"]
     from eap_circuits.cli import app
 
     result = CliRunner().invoke(app, [*command, "--dry-run", "--memory", "1GiB", "--json"])
     assert result.exit_code == 0, result.stderr
-    found, plan = json.loads(result.stdout), eap.plan(model, data, device="cuda", gpus=8, memory="1GiB")
-    assert found["gpus"] == 8 and found["seconds"] == plan.seconds and found["weights"] == plan.weights
-    assert "on each of 8 GPUs" in plan_table(plan).title and "26 TFLOP/s" in plan_table(plan).title
+    found, plan = json.loads(result.stdout), eap.plan(model, data, device="cuda", gpus=2, memory="1GiB")
+    assert found["gpus"] == 2 and found["seconds"] == plan.seconds and found["weights"] == plan.weights
+    assert "on each of 2 GPUs" in plan_table(plan).title and "26 TFLOP/s" in plan_table(plan).title
     assert "--gpus: expected --dry-run with it" in CliRunner().invoke(app, command).stderr
 
 

@@ -10,7 +10,8 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -22,8 +23,10 @@ from transformers.utils import logging as transformers_logging
 
 import eap_circuits as eap
 from eap_circuits import ranks
-from eap_circuits.adapters import bind, is_in_parts, pretrained
+from eap_circuits.adapters import bind, computes_in_parts, is_in_parts, pretrained
+from eap_circuits.budget import PeakBytes
 from eap_circuits.checkpoint import file as checkpoint_file
+from eap_circuits.modules import projections
 from eap_circuits.recording import contraction
 from tests.circuits.checkpoint.calls import long_calls, numbers
 from tests.circuits.conftest import random_pairs, tiny_model
@@ -77,6 +80,20 @@ def calls_of(model: Any) -> dict[str, Callable[..., Any]]:
     }
 
 
+@contextmanager
+def never_whole(layers: Any) -> Iterator[None]:
+    """Output projections of which a rank computes a part are not put together."""
+    divided = [layer.self_attn.o_proj for layer in layers if computes_in_parts(layer.self_attn.o_proj)]
+
+    def read(module: torch.nn.Module, name: str) -> torch.Tensor | None:
+        assert module not in divided or name != "weight", "an output projection is put together"
+        return plain(module, name)
+
+    plain = projections.read
+    with mock.patch.object(projections, "read", read):
+        yield
+
+
 def wrong_numbers(
     path: str,
     ranks: int,
@@ -93,7 +110,8 @@ def wrong_numbers(
         model = load(path, ranks)
         weight = model.model.layers[0].get_parameter(divided)
         assert weight.to_local().numel() * ranks == weight.numel()
-        return {name: numbers(call()) for name, call in calls(model).items()}
+        with never_whole(model.model.layers):
+            return {name: numbers(call()) for name, call in calls(model).items()}
 
     wrong, (first, *others) = [], on_ranks(ranks, run)
     for found in (first, *others):
@@ -113,13 +131,14 @@ def wrong_numbers(
 
 
 def tensor_parallel() -> list[str]:
-    """One process's results from parts of models: of grouped heads, of norms of queries and keys, of experts."""
+    """One process's results from parts of models: of grouped heads, of norms of queries and keys, of experts, of a norm
+    behind the heads."""
     with tempfile.TemporaryDirectory() as folder:
         return [
             *wrong_numbers(saved("llama", folder), 2, partial(every_call, os.path.join(folder, "run.safetensors"))),
             *wrong_numbers(saved("qwen3", folder), 2, calls_of),
             *wrong_numbers(saved("mixtral", folder, torch.float32), 2, calls_of),
-            *wrong_numbers(saved("mistral-window", folder), 3, calls_of),
+            *wrong_numbers(saved("gemma2", folder, num_key_value_heads=3), 3, calls_of),
         ]
 
 
@@ -135,10 +154,37 @@ def expert_parallel() -> list[str]:
             every = every_call(os.path.join(folder, "run.safetensors"), model)
             return {**calls_of(model), **{name: every[name] for name in ("eap", "exact", "learn_mask")}}
 
+        def refused(rank: int) -> str:
+            """Ranks that share experts, but no heads: transformers gives each other tokens."""
+            config = DistributedConfig(tp_size=1, ep_size=2, fsdp_size=2)
+            model = AutoModelForCausalLM.from_pretrained(heads, distributed_config=config)
+            return trouble(lambda: eap.attribute(model, DATA))
+
+        sentence = (
+            "expected weights that are whole, on GPUs by device_map, or in parts by fully_shard (FSDP2) or a tp_plan"
+        )
         return [
             *wrong_numbers(heads, 2, calls, load_by_experts, divided),
             *wrong_numbers(uneven, 2, calls_of, partial(load_by_experts, tp_plan=whole), divided),
+            *(said for said in on_ranks(2, refused) if sentence not in said),
         ]
+
+
+def sharded_further() -> list[str]:
+    """Transformers' own `fully_shard`, and of parts by tensor parallelism: teams in step share batches alike."""
+
+    def load(path: str, ranks: int = 1) -> Any:
+        sizes = {"fsdp_size": 2, "tp_size": ranks // 2}
+        parts = {"distributed_config": DistributedConfig(**sizes)} if ranks > 1 else {}
+        return AutoModelForCausalLM.from_pretrained(path, dtype="auto", **parts).eval()
+
+    def calls(model: Any) -> dict[str, Callable[..., Any]]:
+        every = long_calls(model, DATA)
+        return {**calls_of(model), **{name: every[name] for name in ("eap", "exact", "evaluate-mean")}}
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = saved("llama", folder)
+        return [*wrong_numbers(path, 2, calls_of, load), *wrong_numbers(path, 4, calls, load)]
 
 
 def tensor_parallel_commands() -> list[str]:
@@ -261,7 +307,8 @@ def tensor_parallel_ended() -> list[str]:
 
 
 def tensor_parallel_faults() -> list[str]:
-    """A rank that fails alone, in the middle of a pass of all, ends the others with its sentence once it has ended."""
+    """A rank that fails alone, in the middle of a pass of all, ends the others with its sentence once it has ended.
+    Also what is refused, and that memory is as planned."""
     wrong = []
 
     def failing(logits: torch.Tensor, batch: Any) -> torch.Tensor:
@@ -275,9 +322,13 @@ def tensor_parallel_faults() -> list[str]:
 
     def run(path: str, rank: int) -> Any:
         ranks.SECONDS_IN_TEAM = 0.5
-        model = load(path, 2)
+        model, alike = load(path, 2), DATA[[0] * 5]
+        planned = eap.plan(model, alike, batch_size=5).bytes
+        with PeakBytes() as count:
+            eap.attribute(model, alike, batch_size=5)
         placed = partial(pretrained.load_model, path, device="cpu", tensor_parallel=2)
         return [
+            "as planned" if abs(planned - count.peak) <= 0.1 * count.peak else f"{count.peak} bytes, not {planned}",
             trouble(partial(load, path, 3)),
             trouble(placed),
             trouble(lambda: eap.check_model(model)),
@@ -293,13 +344,14 @@ def tensor_parallel_faults() -> list[str]:
     if not all(said[0].startswith(sentence) and said[1].startswith("RuntimeError: shape") for said in heads):
         wrong.append(f"uneven heads: {heads}")
     sentences = (
+        "as planned",
         "InputError: tensor_parallel: expected a divisor of 2",
         "InputError: device: expected none",
         "InputError: model: expected whole weights",
         ("RuntimeError: rank 1: ValueError: boom", "ValueError: boom"),
     )
     for rank, found in enumerate(both):
-        for said, expected in zip(found if isinstance(found, list) else [found] * 4, sentences, strict=True):
+        for said, expected in zip(found if isinstance(found, list) else [found] * 5, sentences, strict=True):
             expected = expected if isinstance(expected, str) else expected[rank]
             if not said.startswith(expected):
                 wrong.append(f"rank {rank}: {said}, not {expected}")
@@ -318,7 +370,8 @@ CHECKS = {
     check.__name__: check
     for check in (tensor_parallel, tensor_parallel_shares, tensor_parallel_faults, tensor_parallel_ended)
 }
-LATER = {check.__name__: check for check in (tensor_parallel_commands, expert_parallel)}  # than transformers 5.22
+# Than transformers 5.22.
+LATER = {check.__name__: check for check in (tensor_parallel_commands, expert_parallel, sharded_further)}
 MAKES_COPIES = False
 if importlib.util.find_spec("transformers.distributed.tensor_parallel") is None:
     CHECKS = dict.fromkeys([*CHECKS, *LATER], refused)

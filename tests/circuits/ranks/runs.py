@@ -23,6 +23,7 @@ here = Path(__file__).resolve()
 sys.path[:0] = [str(here.parents[3] / "python"), str(here.parents[3])]
 
 import eap_circuits as eap  # noqa: E402
+from eap_circuits import ranks  # noqa: E402
 from eap_circuits.budget import memory as budget_memory  # noqa: E402
 from eap_circuits.checkpoint import file as checkpoint_file  # noqa: E402
 from eap_circuits.cli import session  # noqa: E402
@@ -186,11 +187,23 @@ def want_of_memory() -> list[str]:
 
 
 def ended() -> list[str]:
-    """A rank that dies, even before its first call, ends the others within seconds."""
+    """A rank that dies, even before its first call or while the ranks connect, ends the others within seconds."""
 
     def absent(rank: int) -> str:
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        return trouble(SCORE)
+
+    def connecting(rank: int) -> str:
+        ranks.SECONDS_TO_CONNECT = 0.5
+        if rank == 1:
+            dist.new_group = lambda **_: os.kill(os.getpid(), signal.SIGKILL)
+        return trouble(SCORE)
+
+    def late(rank: int) -> str:
+        ranks.SECONDS_TO_CONNECT = 0.5
+        SCORE()
+        time.sleep(0.7 * rank)
         return trouble(SCORE)
 
     def run(rank: int) -> list[Any]:
@@ -202,9 +215,12 @@ def ended() -> list[str]:
         return [said, trouble(SCORE), time.monotonic() - began]
 
     (first, again, seconds), other = on_ranks(2, run)
-    alone = on_ranks(2, absent)[0]
-    if not alone.startswith("ConnectionError"):
-        return [f"absent: {alone}"]
+    for dies in (absent, connecting):
+        alone = on_ranks(2, dies)[0]
+        if not alone.startswith("ConnectionError"):
+            return [f"{dies.__name__}: {alone}"]
+    if (both := on_ranks(2, late)) != ["nothing", "nothing"]:
+        return [f"late: {both}"]
     fine = first.startswith("ConnectionError") and again.startswith("ConnectionError") and seconds < 10
     return [] if fine and other == "ended" else [f"{first}; {again}; after {seconds:.0f} s; {other}"]
 

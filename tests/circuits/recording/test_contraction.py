@@ -21,7 +21,7 @@ def narrow(monkeypatch):
 
     def change():
         monkeypatch.setattr(contraction, "COPIED_BYTES", 1)
-        monkeypatch.setattr(contraction, "_NARROWEST", 8)
+        monkeypatch.setattr(contraction, "NARROWEST", 8)
 
     return change
 

@@ -102,7 +102,10 @@ class _Binder:
     def architecture(self) -> Architecture:
         family, layers = self.family, self.layers
         for layer in self._modules():
-            layers += self._side_by_side(layer, self._layer(layer))
+            found = list(self._side_by_side(layer, self._layer(layer)))
+            for each in found:
+                each.check_heads(parts_of(each.out))
+            layers += found
             if family.per_layer is not None and maybe(layer, family.per_layer[0]) is not None:
                 first, last = (site(layer, path) for path in family.per_layer)
                 layers.append(
@@ -183,10 +186,7 @@ class _Binder:
         if len(devices) > 1:
             raise expected(type(layer).__name__, "all of a layer on one device", ", ".join(sorted(map(str, devices))))
         attention, out, n_heads, projections = self.mixers.mixer(layer)
-        width, ranks = linear_shape(out)[0], parts_of(out)
-        counts = [n_heads, *(p.n_heads for name, p in projections.items() if name in ("k", "v"))]
-        if any(heads % ranks for heads in counts):
-            raise expected(f"{type(layer).__name__}'s heads", f"as many on each of {ranks} ranks", min(counts))
+        width = linear_shape(out)[0]
         fused = len({p.module for p in projections.values()}) == 1 < len(projections)
         if projections:
             norm = self._reads(layer, family.attention_norm, next(iter(projections.values())).module, width)

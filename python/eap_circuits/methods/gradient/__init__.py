@@ -5,4 +5,4 @@ from .adaptive import AdaptiveMethod
 from .conductance import ConductanceMethod
 from .inputs import InputsMethod
 from .method import GradientMethod
-from .plans import Plan
+from .plans import Plan, check_divisible

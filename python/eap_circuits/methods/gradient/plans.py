@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...adapters import receiver_sites
+from ...adapters import Architecture, receiver_sites
 from ...budget import Rates, numbers_per_token
+from ...errors import expected
 from ..spec import AttributionRequest
 
 # For each token a pass keeps about this many numbers for the backward for every weight, divided by the width.
@@ -55,6 +56,18 @@ def weight_bytes(request: AttributionRequest) -> int:
     model = request.arch.model
     found = {id(x): x.numel() * x.itemsize for each in (model.parameters(), model.buffers()) for x in each}
     return sum(found.values())
+
+
+def check_divisible(arch: Architecture, ranks: int) -> None:
+    """Raises InputError if tensor parallelism cannot divide the model among so many ranks."""
+    name = type(arch.model).__name__
+    if arch.encoder:
+        raise expected(name, "whole weights of an encoder-decoder", f"parts of them on {ranks} ranks")
+    # Some plans name only what gives the logits.
+    if not any("*" in rule for rule in getattr(arch.model, "_tp_plan", None) or ()):
+        raise expected(name, f"a tp_plan in transformers, to be divided among {ranks} ranks", "none for its layers")
+    for layer in arch.layers:
+        layer.check_heads(ranks)
 
 
 def contraction_of(request: AttributionRequest, points: int) -> int:

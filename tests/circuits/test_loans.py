@@ -10,7 +10,7 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.forward import Hooks, borrowed
-from eap_circuits.loans import Changes, SharedChange, gives_back
+from eap_circuits.modules.loans import Changes, SharedChange, gives_back
 from tests.circuits.untouched import process_state, snapshot
 
 
@@ -82,7 +82,7 @@ def test_an_interruption_of_a_run_loses_nothing(rules, model, make_pairs):
     def run():
         eap.attribute(model, data, method="eap", heads="query", rules=rules, reuse_prefix=False)
 
-    files = ("loans.py", "hooks.py", "grad_mode.py", "contextlib.py", "runner.py", "backward_rules.py")
+    files = ("loans.py", "hooks.py", "grad_mode.py", "contextlib.py", "runner.py", "backward_rules.py", "gradients.py")
     run()  # what only a first run does would be counted, but not come again
     before, process = snapshot(model), process_state()
     _, events = interrupted(run, "line", 0, files)

@@ -7,7 +7,7 @@ from torch.overrides import _len_torch_function_stack
 from transformers import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from eap_circuits import loans
+from eap_circuits.modules import loans
 
 
 def snapshot(model):

@@ -18,7 +18,7 @@ from ..display import Result, library
 from ..errors import known_arguments, warn
 from ..forward import TOKENS_PER_BATCH, Constants, borrowed, one_want_of_memory, zeros
 from ..graph import Circuit
-from ..loans import gives_back
+from ..modules.loans import gives_back
 from ..provenance import called, provenance
 from ..ranks import together
 from ..recording import ablation_of

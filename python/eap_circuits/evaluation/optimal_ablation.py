@@ -14,7 +14,7 @@ from ..errors import known_arguments, number, whole
 from ..forward import Batch, Constants, Runner, borrowed, one_want_of_memory
 from ..graph import Circuit
 from ..intervention import learning_run
-from ..loans import gives_back
+from ..modules.loans import gives_back
 from ..ranks import together
 from ..recording import deviations, record_run
 from ..request import Measurement, Progress, Request, check_circuit, fetch, prepare, watched

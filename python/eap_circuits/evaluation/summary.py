@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..budget import dealt_in_memory
 from ..errors import instance, known_arguments, warn
 from ..forward import TOKENS_PER_BATCH, Batch, Runner, borrowed, one_want_of_memory
-from ..loans import gives_back
 from ..metrics import answer_logprobs
+from ..modules.loans import gives_back
 from ..ranks import together
 from ..request import Measurement, Progress, fetch, prepare, watched
 from ..tasks import MANY, PairedDataset, Summary

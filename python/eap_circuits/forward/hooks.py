@@ -12,7 +12,7 @@ from torch import nn
 
 from ..adapters import Place, SenderSite, Together, as_given
 from ..errors import expected
-from ..loans import Changes, SharedChange
+from ..modules.loans import Changes, SharedChange
 from .layers.grouped_attention import SHARED_KEYS
 
 if TYPE_CHECKING:

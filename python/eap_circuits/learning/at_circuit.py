@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import flag, known_arguments
 from ..forward import Constants, borrowed, one_want_of_memory
 from ..graph import Circuit, EdgeScores
-from ..loans import gives_back
+from ..modules.loans import gives_back
 from ..provenance import called
 from ..ranks import together
 from ..request import Progress, check_circuit, prepare, watched

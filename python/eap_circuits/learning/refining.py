@@ -13,7 +13,7 @@ from ..edges import prune
 from ..errors import flag, known_arguments, whole
 from ..forward import Constants, borrowed, one_want_of_memory
 from ..graph import Circuit
-from ..loans import gives_back
+from ..modules.loans import gives_back
 from ..provenance import called
 from ..ranks import together
 from ..request import Progress, Request, check_circuit, prepare, watched

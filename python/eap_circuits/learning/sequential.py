@@ -19,7 +19,7 @@ from ..errors import known_arguments, number, one_of
 from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, one_want_of_memory
 from ..graph import Circuit, Graph, Heads
 from ..intervention import TOKENS_TOGETHER, rows_computed
-from ..loans import gives_back
+from ..modules.loans import gives_back
 from ..provenance import called
 from ..ranks import together
 from ..request import Progress, Request, prepare, watched

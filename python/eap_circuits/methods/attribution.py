@@ -14,12 +14,12 @@ from ..checkpoint import Where, opened, settings_of
 from ..errors import expected, flag, known_arguments, one_of, shown, whole
 from ..forward import Constants, borrowed, one_want_of_memory
 from ..graph import Circuit, EdgeScores, Heads
-from ..loans import gives_back
+from ..modules.loans import gives_back
+from ..modules.shapes import Weightless
 from ..provenance import called, provenance
 from ..ranks import together
 from ..recording import RULES, ablation_of
 from ..request import Progress, prepare, watched
-from ..shapes import Weightless
 from ..tasks import PairedDataset
 from .exact import edges_to_score
 from .gradient import GradientMethod, Plan, check_divisible

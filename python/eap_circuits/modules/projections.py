@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..shapes import Shape
 from .offloading import device_of, is_offloaded, read, read_part
 from .parts import FLOATS, by_features, in_turn, is_divided, is_shard, own_features
+from .shapes import Shape
 
 # Of a fused projection's features: "concatenated": all of q, then k, then v; "grouped": for each key/value head its
 # query heads, its key and its value; "sharded": in each of four equal parts, queries, then values, then keys.

@@ -1,8 +1,8 @@
 """Read a pass: what senders write, the gradients at receivers, a reference run, ablations; and backward rules."""
 
 from .ablations import ABLATIONS, Ablation, ablation_of, deviations
-from .backward_rules import RULES, Rules
 from .contraction import contract, contract_neurons, feature_slices, lowered
 from .contributions import BothSides, less_clean, record_both_sides, record_contributions, record_corrupted_side
 from .receiver_gradients import ReceiverGradients
 from .reference_run import ReceiverInputs, ReferenceRun, record_receiver_inputs, record_run
+from .rules import RULES, Rules

@@ -8,7 +8,7 @@ at the projection's output, x̂ and r the norm's normalised input and scale, γ 
 P = I for RMSNorm and I − 11ᵀ/D for LayerNorm. Summed over path points k with weights w_k, the first term needs only
 ĝ_v = Σ_k w_k r_k g_{v,k}; the second needs x̂_k and the number c_{v,k} = w_k r_k ⟨x̂_k, γ ⊙ W_vᵀ g_{v,k}⟩ / D. This inner
 product is that of g_{v,k} with the projection's output less its constant part, so W_vᵀ g_{v,k} is never formed. MLP and
-logits receivers are the same with W = I. Under backward rules (`backward_rules.py`) r is a constant, and there is no
+logits receivers are the same with W = I. Under backward rules (`rules/`) r is a constant, and there is no
 second term. tests/circuits/plain_runs.py specifies a receiver's gradient by plain autograd.
 """
 
@@ -29,7 +29,7 @@ from ..adapters import Norm, Projection, ReceiverSite, joined, read, receiver_si
 from ..errors import expected
 from ..forward import Batch, Hooks, Runner, skip_inactive
 from ..graph import Graph
-from .backward_rules import BackwardRules, Rules
+from .rules import BackwardRules, Rules
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..adapters import Architecture, bind
 from ..errors import expected, instance, known_arguments
 from ..forward import Hooks, Runner, batch_of, borrowed, logit_distance, logit_tolerance, one_want_of_memory
-from ..loans import gives_back
+from ..modules.loans import gives_back
 from ..ranks import together
 from ..tasks import PairedDataset, Pictures
 from .asked import vocabulary

@@ -11,7 +11,7 @@ from torch import nn
 from ..adapters import ENCODER_DECODERS, Family, propose, whole_layers
 from ..errors import InputError, expected, known_arguments
 from ..forward import borrowed
-from ..loans import gives_back
+from ..modules.loans import gives_back
 from ..ranks import together
 from .model import ONLY_STREAM, Check, StayDouble, check_model, exact_copy
 from .tracing import trace

@@ -20,7 +20,7 @@ from ..errors import whole as whole_number
 from ..forward import Batch, Hooks, Runner, borrowed, make_batches, why_not_reused
 from ..graph import Graph, Heads
 from ..intervention import run_circuits
-from ..loans import FunctionMode, gives_back
+from ..modules.loans import FunctionMode, gives_back
 from ..ranks import together
 from ..recording import ReceiverGradients, contract, record_both_sides, record_run
 from ..tasks import PairedDataset, different_throughout

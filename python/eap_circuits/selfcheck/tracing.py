@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters import Call
 from ..forward import unhook
-from ..loans import Changes
+from ..modules.loans import Changes
 
 
 def trace(model: nn.Module, tokens: Tensor) -> list[Call]:

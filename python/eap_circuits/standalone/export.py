@@ -25,7 +25,7 @@ from ..errors import expected, known_arguments, warn
 from ..files import check_folder, write_folder
 from ..forward import Hooks, borrowed, logit_distance, logit_tolerance
 from ..graph import Circuit
-from ..loans import gives_back
+from ..modules.loans import gives_back
 from ..modules.projections import feature_dim, is_at_hand
 from ..ranks import together
 from ..request import check_circuit

@@ -16,7 +16,7 @@ from ..evaluation import optimal_constants
 from ..forward import Constants, Hooks, Runner, batch_of, borrowed, parameters, why_not_reused
 from ..graph import Circuit
 from ..intervention import run_circuits
-from ..loans import gives_back
+from ..modules.loans import gives_back
 from ..ranks import together
 from ..recording import record_run
 from ..request import check_ablation, check_circuit, check_tokens, prepare

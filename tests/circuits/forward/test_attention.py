@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import eap_circuits as eap
 from eap_circuits.forward.layers.grouped_attention import SHARED_KEYS
-from eap_circuits.loans import Changes
+from eap_circuits.modules.loans import Changes
 from eap_circuits.request import asked
 
 

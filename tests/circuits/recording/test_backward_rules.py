@@ -9,7 +9,8 @@ from torch.nn import functional
 from eap_circuits.adapters import bind
 from eap_circuits.forward import Hooks, borrowed
 from eap_circuits.recording import RULES, Rules
-from eap_circuits.recording.backward_rules import BackwardRules, _Attention
+from eap_circuits.recording.rules import BackwardRules
+from eap_circuits.recording.rules.gradients import Attention
 from eap_circuits.selfcheck import StayDouble
 from tests.circuits.recording.rules_by_hand import SoftmaxAtTwo
 
@@ -139,7 +140,7 @@ def test_attention_written_out_is_attention(mask, groups, relative):
         allowed[..., 0] = True
         options["attn_mask"] = allowed if mask == "bool" else torch.where(allowed, tensor(2, 1, 4, 7).detach(), -1e9)
     right = functional.scaled_dot_product_attention(q, k, v, **options)
-    found = _Attention.apply(q, k, v, options, lambda pattern, scores, dim: pattern)
+    found = Attention.apply(q, k, v, options, lambda pattern, scores, dim: pattern)
     assert torch.equal(found, right)
     g = torch.randn(right.shape, generator=generator, dtype=torch.float64)
     for a, b in zip(*(torch.autograd.grad(z, (q, k, v), g) for z in (found, right)), strict=True):

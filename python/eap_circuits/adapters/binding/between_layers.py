@@ -12,7 +12,7 @@ from ...errors import expected
 from ...modules.norms import Norm
 from ...modules.offloading import read
 from ...modules.projections import Place, Projections, linear_shape
-from ...shapes import Shape
+from ...modules.shapes import Shape
 from ..architecture import Layer
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...loans import SharedChange
+from ...modules.loans import SharedChange
 
 _SDPA = "sdpa"
 

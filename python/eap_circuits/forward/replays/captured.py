@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ...loans import Changes
+from ...modules.loans import Changes
 from ..batches import Batch
 from ..uploading import NOTHING_IS_SENT
 

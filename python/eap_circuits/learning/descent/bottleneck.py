@@ -19,7 +19,7 @@ from ...checkpoint import Checkpoint, Where, opened, settings_of
 from ...errors import expected, known_arguments, number, one_of, whole
 from ...forward import TOKENS_PER_BATCH, Constants, borrowed, one_want_of_memory
 from ...graph import EdgeScores, Graph, Heads
-from ...loans import gives_back
+from ...modules.loans import gives_back
 from ...provenance import called
 from ...ranks import together
 from ...recording import deviations

@@ -13,7 +13,7 @@ from ...checkpoint import Checkpoint, Where, opened, settings_of
 from ...errors import expected, flag, instance, known_arguments, number, whole
 from ...forward import Constants, borrowed, one_want_of_memory
 from ...graph import EdgeScores
-from ...loans import gives_back
+from ...modules.loans import gives_back
 from ...provenance import called
 from ...ranks import together
 from ...request import Progress, Request, prepare, watched

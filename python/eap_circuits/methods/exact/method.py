@@ -10,17 +10,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..budget import Cost, bytes_without_gradient, in_memory, measure_cost, tokens_within
-from ..checkpoint import Checkpoint, remaining
-from ..errors import expected
-from ..forward import TOKENS_PER_BATCH, Batch
-from ..graph import Circuit, Graph
-from ..intervention import TOKENS_TOGETHER, PatchedEdges, prepare_patching
-from ..ranks import alike, dealt
-from ..request import Measurement, Progress, fetch
+from ...budget import Cost, bytes_without_gradient, in_memory, measure_cost, tokens_within
+from ...checkpoint import Checkpoint, remaining
+from ...errors import expected
+from ...forward import TOKENS_PER_BATCH, Batch
+from ...graph import Circuit, Graph
+from ...intervention import TOKENS_TOGETHER, PatchedEdges, prepare_patching
+from ...ranks import alike, dealt
+from ...request import Measurement, Progress, fetch
+from ..spec import AttributionRequest, Method
+from ..statistics import Statistics
 from .edges_measured import EdgesMeasured
-from .spec import AttributionRequest, Method
-from .statistics import Statistics
 
 
 def edges_to_score(graph: Graph, edges: object) -> Tensor:

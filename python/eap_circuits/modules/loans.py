@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from .errors import expected
+from ..errors import expected
 
 if TYPE_CHECKING:
     from typing_extensions import Self

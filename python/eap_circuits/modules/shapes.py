@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import expected
+from ..errors import expected
 from .loans import Changes
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..budget import zeros
-from ..checkpoint import Checkpoint
-from ..forward import Batch
-from .statistics import Statistics
+from ...budget import zeros
+from ...checkpoint import Checkpoint
+from ...forward import Batch
+from ..statistics import Statistics
 
 _SUMMED = ("total", "squares")
 

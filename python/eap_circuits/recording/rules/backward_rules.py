@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..adapters import Architecture, Kinds, Layer, Norm, as_given, nonlinear_parts
-from ..errors import expected
-from ..forward import Hooks
-from ..loans import FunctionMode
+from ...adapters import Architecture, Kinds, Layer, Norm, nonlinear_parts
+from ...errors import expected
+from ...forward import Hooks
+from ...modules.loans import FunctionMode
+from .gradients import ATTENTION, Attention, Changed, half, halved_copy, is_slope, normalise, slope
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,7 @@ RULES: dict[str, Rules] = {
     )
 }
 _PRODUCTS = (torch.Tensor.mul, torch.mul, torch.Tensor.mul_)
-_SLOPES = ("SigmoidBackward0", "MulBackward0")
 _SOFTMAX = (functional.softmax, torch.softmax, torch.Tensor.softmax)
-_ATTENTION = functional.scaled_dot_product_attention
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
@@ -96,9 +95,9 @@ class BackwardRules:
                 module = _attending(layer)
                 hooks.replace_forward(module, partial(self._attend, index, module.forward))
             if self._rules.temperature is not None and layer.n_heads:
-                hooks.on_input(layer.out, _halved_copy)
+                hooks.on_input(layer.out, halved_copy)
         for norm in norms:
-            hooks.replace_forward(norm.module, partial(_normalise, norm, norm.module.forward))
+            hooks.replace_forward(norm.module, partial(normalise, norm, norm.module.forward))
 
     @cached_property
     def _parts(self) -> list[tuple[list[Norm], list[nn.Module]]]:
@@ -131,7 +130,7 @@ class BackwardRules:
     def _activate(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         self._activations += 1
         if self._rules.identity:
-            y: Tensor = _Changed.apply(x, forward, _slope)
+            y: Tensor = Changed.apply(x, forward, slope)
             return y
         self._active = True  # products inside it are no gates
         try:
@@ -145,17 +144,17 @@ class BackwardRules:
         # A router's or a shared expert's weight is one number per token: not a gate of features.
         if not both or a.shape != b.shape or self._active:
             return product
-        if _is_slope(b, a):
+        if is_slope(b, a):
             self._activations += 1
             return a * b.detach() if self._rules.identity else product
-        product.register_hook(_half)
+        product.register_hook(half)
         return product
 
     def attended(self, **given: Any) -> Tensor:
         """scaled_dot_product_attention under the rules."""
         self._patterns += 1
         q, k, v = (given.pop(name) for name in _ARGUMENTS[:3])
-        z: Tensor = _Attention.apply(q, k, v, given, self._pattern)
+        z: Tensor = Attention.apply(q, k, v, given, self._pattern)
         return z
 
     def softened(self, pattern: Tensor, scores: Tensor, dim: int) -> Tensor:
@@ -203,108 +202,10 @@ class _Patterns(FunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is _ATTENTION and torch.is_grad_enabled():
+        if func is ATTENTION and torch.is_grad_enabled():
             return self._rules.attended(**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs)
         out = func(*args, **kwargs)
         if func in _SOFTMAX and torch.is_grad_enabled():
             scores = args[0] if args else kwargs["input"]
             return self._rules.softened(out, scores, args[1] if len(args) > 1 else kwargs["dim"])
         return out
-
-
-class _Changed(torch.autograd.Function):
-    """forward(x), whose gradient is `rule(x, y)` of that with respect to y."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], rule: Callable[..., Any]) -> Tensor:
-        y = forward(x)
-        ctx.backward_of = rule(x, y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.backward_of(*gradients), None, None
-
-
-def _slope(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-    ratio = torch.where(x == 0, 0, y / x)
-    return lambda gradient: gradient * ratio
-
-
-def _is_slope(b: Tensor, a: Tensor) -> bool:
-    """Is b = σ(βa)? Their product is then an activation function that some models write out."""
-    node, names = b.grad_fn, []
-    while node is not a.grad_fn:
-        if node is None or node.name() not in _SLOPES:
-            return False
-        names.append(node.name())
-        parents = [parent for parent, _ in node.next_functions if parent is not None]
-        node = parents[0] if len(parents) == 1 else None
-    return "SigmoidBackward0" in names
-
-
-def _normalise(norm: Norm, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    x = as_given(norm.module, x)
-
-    def rule(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-        scale = norm.scale(x)[..., None]
-        return lambda gradient: (norm.backwards(gradient.to(scale.dtype)) * scale).to(gradient.dtype)
-
-    y: Tensor = _Changed.apply(x, forward, rule)
-    return y
-
-
-def _half(gradient: Tensor) -> Tensor:
-    return gradient / 2
-
-
-def _halved_copy(z: Tensor) -> Tensor | None:
-    if not z.requires_grad:  # of a pass whose gradients end after it
-        return None
-    z = z.view_as(z)
-    z.register_hook(_half)
-    return z
-
-
-class _Attention(torch.autograd.Function):
-    """scaled_dot_product_attention with the gradient of `pattern`; only the backward pass writes it out."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], pattern: Any) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.options, ctx.pattern = options, pattern
-        return _ATTENTION(q, k, v, **options)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        dtype = torch.promote_types(gradients[0].dtype, torch.float32)
-        with torch.enable_grad():
-            q, k, v = inputs = [x.detach().to(dtype).requires_grad_() for x in ctx.saved_tensors]
-            z = _attention(q, k, v, ctx.pattern, **ctx.options)
-        # Queries and keys of a constant pattern get zeros, as hooks on them expect a gradient.
-        found = torch.autograd.grad(z, inputs, gradients[0].to(dtype), materialize_grads=True)
-        return *(x.to(gradients[0].dtype) for x in found), None, None
-
-
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Callable[[Tensor, Tensor, int], Tensor],
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """As torch documents scaled_dot_product_attention, in eval mode, with `pattern` of the softmax and its input."""
-    if enable_gqa:
-        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    return pattern(scores.softmax(-1), scores, -1) @ v

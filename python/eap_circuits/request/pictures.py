@@ -31,7 +31,6 @@ def image_pairs(
     answers: object,
     *,
     name: str = "data",
-    metric: str = "logit_diff",
 ) -> PairedDataset:
     """Prompt pairs with pictures, which may differ in the picture, in the text or in both.
 
@@ -44,7 +43,7 @@ def image_pairs(
         clean, corrupted: what the model's processor returns for the prompts of one side: `input_ids` and, if there is
             padding, `attention_mask`, int64 [E, T]; the pictures (`pixel_values`), and whatever else the model takes.
         answers: int64 [E, 2] (good, bad) token ids, or sets of them; see `PairedDataset`.
-        name, metric: see `PairedDataset`.
+        name: see `PairedDataset`.
 
     Raises:
         InputError: prompts without pictures; or a model in which pictures do more than stand in place of tokens, as in
@@ -65,7 +64,6 @@ def image_pairs(
             sides[1].ids,
             answers=answers,
             name=name,
-            metric=metric,
             attention_mask=sides[0].mask,
             corrupted_attention_mask=sides[1].mask,
             pictures=Pictures(distinct, vocabulary(arch.model), sides[0].types),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits.methods import exact
+from eap_circuits.methods.exact import method as exact
 from tests.circuits.conftest import circuit_of, random_edges
 
 

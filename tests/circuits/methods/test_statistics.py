@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits.methods import exact
+from eap_circuits.methods.exact import method as exact
 from eap_circuits.methods.gradient import method as gradient
 from eap_circuits.request import asked
 from eap_circuits.selfcheck import StayDouble

@@ -10,8 +10,7 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.budget import PeakBytes
-from eap_circuits.evaluation import faithfulness
-from eap_circuits.intervention import PatchedEdges
+from eap_circuits.intervention import CircuitRuns, PatchedEdges
 from eap_circuits.methods.gradient import inputs
 from eap_circuits.methods.gradient import method as gradient
 from eap_circuits.request import parse_bytes
@@ -104,12 +103,11 @@ def fails_above(tokens, monkeypatch):
     # Some say nothing.
     errors = cycle([partial(torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate\nmore lines"), MemoryError])
 
-    def run(method, request, batch, passes):
-        found = original(method, request, batch, passes)
-        if batch.clean.numel() * passes.together > tokens:
+    def run(method, request, scores, passes):
+        original(method, request, scores, passes)
+        if scores.batch.clean.numel() * passes.together > tokens:
             raise next(errors)()
-        scored.extend(batch.index.tolist())
-        return found
+        scored.extend(scores.batch.index.tolist())
 
     monkeypatch.setattr(inputs.InputsMethod, "score", run)
     return scored
@@ -151,14 +149,14 @@ def test_evaluation_goes_on_with_less_at_once(make_model, monkeypatch):
     scores = eap.attribute(model, data, method="eap")
     circuits = [scores.select(n) for n in (10, 40, 90)]
     right = eap.evaluate(model, circuits, data)
-    original = faithfulness.run_circuits
+    original = CircuitRuns.on
 
-    def run(runner, graph, corrupted, masks, tokens):
-        if min(tokens // runner.batch.clean.numel(), len(masks)) * runner.batch.clean.numel() > 50:
+    def run(runs, runner, corrupted, tokens):
+        if min(tokens // runner.batch.clean.numel(), len(runs.masks)) * runner.batch.clean.numel() > 50:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
-        return original(runner, graph, corrupted, masks, tokens)
+        return original(runs, runner, corrupted, tokens)
 
-    monkeypatch.setattr(faithfulness, "run_circuits", run)
+    monkeypatch.setattr(CircuitRuns, "on", run)
     for found, whole in zip(eap.evaluate(model, circuits, data), right):
         assert torch.allclose(found.values, whole.values, rtol=1e-9, atol=1e-9)
 

@@ -358,12 +358,9 @@ NEWER: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+_BOTH = {**_RANDOM, "vocab_size": VOCABULARY, "pad_token_id": 0, "decoder_start_token_id": 0, "d_model": 24}
 _T5 = {
-    **_RANDOM,
-    "vocab_size": VOCABULARY,
-    "pad_token_id": 0,
-    "decoder_start_token_id": 0,
-    "d_model": 24,
+    **_BOTH,
     "d_kv": 5,
     "d_ff": 40,
     "num_layers": 2,
@@ -373,12 +370,9 @@ _T5 = {
     "relative_attention_max_distance": 12,
 }
 _TWO_SIDES = {
-    **_RANDOM,
+    **_BOTH,
     **_DECODER,
-    "vocab_size": VOCABULARY,
-    "pad_token_id": 0,
     "decoder_start_token_id": 2,
-    "d_model": 24,
     "encoder_layers": 2,
     "encoder_attention_heads": 3,
     "encoder_ffn_dim": 40,

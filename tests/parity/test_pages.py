@@ -56,7 +56,7 @@ def test_a_pages_examples_run_one_after_another(name, model, tokenizer, tmp_path
         for kind, block in BLOCK.findall(PAGES[name]):
             if kind == "text" and block.startswith("clean,"):
                 Path("pairs.csv").write_text(block)
-            elif kind == "python" and "eap." in block:
+            elif kind == "python" and "eap." in block and "image_pairs" not in block:  # which need another model
                 exec(block.replace("n=64", "n=2"), space)
 
 

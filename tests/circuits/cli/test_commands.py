@@ -14,7 +14,7 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.cli import session
-from eap_circuits.evaluation import faithfulness
+from eap_circuits.evaluation import circuit_values
 from eap_circuits.selfcheck import Check
 from tests.circuits.cli.conftest import run
 
@@ -36,8 +36,13 @@ def test_memory_bounds_evaluate_and_curve(
 ) -> None:
     eap.EdgeScores.load(saved).select(n_edges=200).save(tmp_path / "c.json")
     asked = []
-    original = faithfulness.tokens_within
-    monkeypatch.setattr(faithfulness, "tokens_within", lambda *given: asked.append(given[0].memory) or original(*given))
+    original = circuit_values.tokens_within
+
+    def within(*given: Any) -> int:
+        asked.append(given[0].memory)
+        return original(*given)
+
+    monkeypatch.setattr(circuit_values, "tokens_within", within)
     run("evaluate", "tiny", tmp_path / "c.json", "--data", pairs, "--memory", "7MB")
     run("curve", "tiny", saved, "--data", pairs, "--fractions", "0.5", "--baselines", "none", "--memory", "8MB")
     assert asked == [7_000_000, 8_000_000]
@@ -51,16 +56,16 @@ def test_evaluate_and_curve_go_on_from_their_checkpoints(
     tmp_path: Path, saved: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     eap.EdgeScores.load(saved).select(n_edges=200).save(tmp_path / "c.json")
-    original = faithfulness._values
+    original = circuit_values.CircuitValues.run
     options = ("--data", pairs, "--json", "--checkpoint")
     commands = [
         ("evaluate", "tiny", tmp_path / "c.json", *options, tmp_path / "e.safetensors"),
         ("curve", "tiny", saved, "--fractions", "0.5", "--baselines", "none", *options, tmp_path / "k.safetensors"),
     ]
     for command in commands:
-        monkeypatch.setattr(faithfulness, "_values", original)
+        monkeypatch.setattr(circuit_values.CircuitValues, "run", original)
         first = _undated(run(*command).stdout)
-        monkeypatch.setattr(faithfulness, "_values", lambda *_: pytest.fail("what is done is done again"))
+        monkeypatch.setattr(circuit_values.CircuitValues, "run", lambda *_: pytest.fail("what is done is done again"))
         assert _undated(run(*command).stdout) == first
     run("evaluate", "tiny", tmp_path / "c.json", *options, tmp_path / "k.safetensors", code=2)
 

@@ -221,9 +221,18 @@ def exact_fails(above, monkeypatch, later=0):
     return measured
 
 
-@pytest.mark.parametrize("keep", [None, "examples"])
-@pytest.mark.parametrize(("fits", "later"), [(600, 0), (200, 0), (40, 0), (12, 0), (40, 3)])
-@pytest.mark.parametrize("batch_size", [None, 7])
+@pytest.mark.parametrize(
+    ("fits", "later", "batch_size", "keep"),
+    [
+        (600, 0, None, None),
+        (200, 0, 7, "examples"),
+        (40, 0, None, "examples"),
+        (12, 0, 7, None),
+        (12, 0, None, "examples"),
+        (40, 3, None, None),
+        (40, 3, 7, "examples"),
+    ],
+)
 def test_exact_goes_on_with_less_at_once(fits, later, batch_size, keep, make_model, relative, monkeypatch):
     """Fewer edges side by side, then fewer examples; no edge of an example is lost or counted twice."""
     model, data = make_model("gpt2"), longer_pairs()

@@ -26,8 +26,7 @@ from tests.circuits.report.test_html import EVIL
 HERE = Path(explorer.__file__).parent
 MIXED = Graph((4, 4), (2, 2), 8, reads=(None, (("x", 4), ("gate", 1))))
 TWO_SIDES = {
-    f"encoder-decoder-{bare}": Graph((2, 2, 3, 3), (2, 2, 3, 3), 8, encoder=2, mlps=(True, True, not bare, True))
-    for bare in (True, False)
+    f"decoder-{x}": Graph((2, 2, 3, 3), (2, 2, 3, 3), 8, encoder=2, mlps=(True, True, x, True)) for x in (True, False)
 }
 LIT = (
     "explorer.scene.%s.reduce((found, on, e) => on ? [...found, [explorer.data.u[e], explorer.data.v[e]]] : found, [])"

@@ -89,7 +89,7 @@ def evaluate(model: Any, data: eap.PairedDataset, **settings: Any) -> None:
 
 
 def own_passes(model: Any, rows: int, tokens: int, backward: bool) -> Counts:
-    """One over a batch's corrupted prompts, and one over so many rows."""
+    """A pass over a batch's corrupted prompts, and one over this many rows, perhaps with a backward pass."""
 
     def run() -> None:
         for prompts, gradient in ((EXAMPLES, False), (rows, backward)):

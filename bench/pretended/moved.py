@@ -49,7 +49,7 @@ def moved(name: str, func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 
 def seconds(name: str, args: Any, kwargs: Any, out: Any, size: int) -> float:
-    """Of a kernel that moves so many bytes, on the device."""
+    """What a kernel that moves this many bytes takes on the device."""
     given, made = tensors_of([*args, *kwargs.values()]), tensors_of([out])
     rate = _RATE.get(given[0].dtype, math.inf) if given else math.inf
     return max(size / BANDWIDTH, _operations(name, given, made) / rate)

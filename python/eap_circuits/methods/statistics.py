@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -67,6 +67,24 @@ class Side(Protocol):
         """What makes them in a dtype, some features at a time; all of them, or those of one of the graph's streams."""
 
 
+class Part(NamedTuple):
+    """Some features of senders and receivers of a stream, which are contracted with each other.
+
+    Args:
+        delta, grad: differences of the senders, gradients at the receivers.
+        number, stream: the stream's number, and which of it they are.
+        features: of the residual stream.
+        times: a factor.
+    """
+
+    delta: list[Nodes]
+    grad: list[Nodes]
+    number: int
+    stream: Stream
+    features: slice
+    times: float
+
+
 class Contractions(ABC):
     """What the passes of a batch leave to be contracted, part by part, and the metric of these passes."""
 
@@ -104,19 +122,11 @@ class Contractions(ABC):
             delta, grad = senders.lowered(dtype, number), receivers.lowered(dtype, number)
             for features in slices[:1] if request.only_memory else slices:
                 # In a call, so that no slice is held while the next is made.
-                self._add(list(delta(features)), list(grad(features)), number, stream, features, times)
+                self._add(Part(list(delta(features)), list(grad(features)), number, stream, features, times))
 
     @abstractmethod
-    def _add(
-        self,
-        delta: list[Nodes],
-        grad: list[Nodes],
-        number: int,
-        stream: Stream,
-        features: slice,
-        times: float,
-    ) -> None:
-        """Some features of senders and receivers of a stream, of that number, meet."""
+    def _add(self, part: Part) -> None:
+        """Its senders and receivers meet."""
 
 
 class LaterScores(Contractions):
@@ -127,24 +137,16 @@ class LaterScores(Contractions):
 
     def __init__(self, request: AttributionRequest, batch: Batch) -> None:
         super().__init__(request, batch)
-        self._waiting: list[tuple[list[Nodes], list[Nodes], int, Stream, slice, float]] = []
+        self._waiting: list[Part] = []
 
-    def _add(
-        self,
-        delta: list[Nodes],
-        grad: list[Nodes],
-        number: int,
-        stream: Stream,
-        features: slice,
-        times: float,
-    ) -> None:
-        self._waiting.append((delta, grad, number, stream, features, times))
+    def _add(self, part: Part) -> None:
+        self._waiting.append(part)
 
     def of(self, batch: Batch) -> BatchScores:
         """The scores of the batch for which the passes were replayed."""
         scores = BatchScores(self._request, batch)
-        for given in self._waiting:
-            scores._add(*given)
+        for part in self._waiting:
+            scores._add(part)
         for measured in self._measured:
             scores.include(measured.of(batch))
         return scores
@@ -205,16 +207,8 @@ class BatchScores(Contractions):
         self.sums |= {name: self.sums[name].cpu() for name in self._parts}
         return self.sums | {f"places of {name}": places for name, places in self.places.items()}
 
-    def _add(
-        self,
-        delta: list[Nodes],
-        grad: list[Nodes],
-        number: int,
-        stream: Stream,
-        features: slice,
-        times: float,
-    ) -> None:
-        *of, reach = stream
+    def _add(self, part: Part) -> None:
+        delta, grad, number, (*of, reach), features, times = part
         self._in_features = True
         if self._neurons:
             neurons = contract_neurons(delta, grad, reach).double()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from torch import Tensor
 
@@ -53,12 +53,10 @@ class LayerInputs:
 
     def _repeated(self, x: object, copies: int) -> object:
         """For copies of the batch, if it has a row for each of its rows."""
-        if not isinstance(x, Tensor) or not _by_row(x, len(self.inputs[0])):
-            return x
-        return x.repeat(copies, *[1] * (x.dim() - 1))
+        return x.repeat(copies, *[1] * (x.dim() - 1)) if _by_row(x, len(self.inputs[0])) else x
 
 
-def _by_row(x: object, rows: int) -> bool:
+def _by_row(x: object, rows: int) -> TypeGuard[Tensor]:
     return isinstance(x, Tensor) and x.dim() > 0 and len(x) == rows
 
 
@@ -72,7 +70,7 @@ def record_layer_inputs(
 
     def keep(result: Any) -> None:
         first, *others = result if isinstance(result, (tuple, list)) else (result,)
-        found = (x[rows] if isinstance(x, Tensor) and _by_row(x, len(first)) else x for x in others)
+        found = (x[rows] if _by_row(x, len(first)) else x for x in others)
         results.append(tuple(found) if isinstance(result, (tuple, list)) else None)
 
     def register(hooks: Hooks) -> None:

@@ -64,6 +64,17 @@ def test_values_are_ranks_of_the_graph_s_edges(model, data, scores):
         learned.node_scores()
 
 
+def test_edges_beyond_the_largest_size_drawn_keep_their_order(model, data, scores):
+    n, largest = scores.graph.n_edges, 40
+    learned = eap.learn_mask(model, data, start=scores, steps=20, n_edges=(10, largest))
+    before, after = (each.values[scores.graph.edge_mask].abs() for each in (scores, learned))
+    order = after.argsort()
+    assert (before[order[: n - largest]].diff() >= 0).all()
+    drawn = set(order[-largest:].tolist())
+    assert drawn != set(before.argsort()[-largest:].tolist()), "others have come in"
+    assert (before[order[-largest:]].diff() < 0).any(), "inside they have another order"
+
+
 def test_a_seed_gives_the_same_bits_and_another_one_others(model, data, scores):
     learn = [eap.learn_mask(model, data, start=scores, steps=3, seed=seed).values for seed in (1, 1, 2)]
     assert torch.equal(learn[0], learn[1]) and not torch.equal(learn[0], learn[2])

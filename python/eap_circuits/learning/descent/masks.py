@@ -84,7 +84,8 @@ def learn_mask(
         rate: Adam's learning rate, in units of the logarithm of a circuit's size.
         circuits: how many circuits run in a step, one from each of as many equal parts of the sizes' logarithms.
         examples: how many pairs each step runs them on.
-        n_edges: the size to learn, or the smallest and the largest of the sizes; by default 0.1 % and 20 % of all.
+        n_edges: the size to learn, or the smallest and the largest of the sizes; by default 0.1 % and 20 % of all
+            edges. What lies beyond keeps the order in which it was.
         seed: of the sizes, the noise of gates, and the order of pairs.
         ablation, ablation_data: what edges outside the circuit carry, as in `evaluate`; not "optimal".
         reuse_prefix: as in `attribute`.
@@ -127,8 +128,8 @@ def learn_mask(
     )
     with opened(checkpoint, request.arch.model, settings) as kept, borrowed(request.arch.model):
         request = request.verified(graph.heads).with_constants()
-        places = _learn(request, start, target, asked, kept, progress)
-    return ranking(graph, places.argsort(stable=True), info)
+        order = _learn(request, start, target, asked, kept, progress)
+    return ranking(graph, order, info)
 
 
 def _learn(
@@ -139,7 +140,7 @@ def _learn(
     checkpoint: Checkpoint,
     progress: Progress | None,
 ) -> Tensor:
-    """The places of the edges, [n]."""
+    """The edges' numbers [n], from the weakest to the strongest."""
     places = starting_places(start.values[start.graph.edge_mask])
     (widest,) = open_gates(places, [asked.largest], None)
     descent = Descent(request, start.graph, places, widest, asked.examples, asked.seed, checkpoint)
@@ -151,7 +152,18 @@ def _learn(
         falling = 1 - (1 - LAST_RATE) * step / asked.steps
         rate = asked.rate * falling * min(1, (step + 1) / WARM_UP)
         descent.move(slope, rate, _usual_slope(descent.squares, step))
-    return descent.places.detach()
+    return order_of(descent.places.detach(), places, asked.largest)
+
+
+def order_of(places: Tensor, before: Tensor, largest: int) -> Tensor:
+    """The edges' numbers [n], from the weakest to the strongest: the strongest of them, as many as the largest circuit
+    that was drawn has, by their places [n], and all others by those before, [n].
+
+    No circuit ended among the others. Only the noise of gates moved them, and half of all edges are mostly others.
+    """
+    order = places.argsort(stable=True)
+    others, drawn = order.tensor_split([len(order) - largest])
+    return torch.cat([others[before[others].argsort(stable=True)], drawn])
 
 
 def _usual_slope(squares: Tensor, step: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from torch import nn
 from ..adapters import bind
 from ..checkpoint import data_identity
 from ..errors import SEEDS, expected, listed, one_of, whole
-from ..evaluation import FRACTIONS, faithfulness_curve
+from ..evaluation import FRACTIONS, Curve, evaluate, faithfulness_curve
 from ..forward import TOKENS_PER_BATCH, borrowed
 from ..graph import EdgeScores
 from ..learning import ibcircuit, learn_mask, prune_gradually
@@ -33,6 +34,7 @@ START = "eap-ig-inputs"  # what learning starts from, and what all others are co
 _FROM = {LEARNED: START, PRUNED: START, PRUNED_LEARNED: PRUNED}  # whose scores a ranking starts from
 # Where none are named: exact patching takes hours, and IBCircuit as long as learning.
 DEFAULT = ("eap", START, "eap-gp", "eap-ig-activations", "information-flow-routes", LEARNED, PRUNED, PRUNED_LEARNED)
+FAITHFUL = (0.85, 0.95)  # of which the smallest circuits are looked for
 
 Draw = Callable[[int], PairedDataset]  # seed -> pairs
 
@@ -47,6 +49,8 @@ class Settings:
         seeds: of the pairs, and of what learning draws; tables say mean, least and most over them.
         steps: steps of learning.
         fractions: sizes of the circuits, as shares of all edges.
+        bisections: how many more sizes to try, for each of `FAITHFUL`, between the curve's first that is as faithful
+            and the one before.
     """
 
     scored: int = 16
@@ -54,10 +58,11 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 200
     fractions: tuple[float, ...] = (0.0005, *FRACTIONS)
+    bisections: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("scored", "pairs", "steps"):
-            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
+        for name, least in {"scored": 1, "pairs": 1, "steps": 1, "bisections": 0}.items():
+            object.__setattr__(self, name, whole(name, getattr(self, name), least))
         seeds = tuple(whole("seeds", seed, *SEEDS) for seed in listed("seeds", self.seeds, "a list of whole numbers"))
         if not seeds or len(set(seeds)) < len(seeds):
             raise expected("seeds", "one or more different ones", list(seeds) or "none")
@@ -143,7 +148,32 @@ def _measured(
     forward = min(_timed(lambda: _forward(model, few))[0] for _ in range(3))
     curve = faithfulness_curve(model, scores, others, settings.fractions, how=HOW)
     found = {name: value for name, value in curve.to_dict().items() if name not in ("info", "baselines")}
-    return {"seconds": seconds, "forwards": seconds / forward, "curve": found}
+    between = _between(model, scores, others, curve, settings.bisections)
+    return {"seconds": seconds, "forwards": seconds / forward, "curve": found, "between": between}
+
+
+def _between(
+    model: nn.Module, scores: EdgeScores, data: PairedDataset, curve: Curve, bisections: int
+) -> list[tuple[int, float]]:
+    """(edges, faithfulness) of circuits that narrow down where a curve first is as faithful as each of `FAITHFUL`."""
+    sizes = [int(f * scores.graph.n_edges) for f in curve.fractions]
+    ends: dict[float, tuple[int, int]] = {}
+    found: list[tuple[int, float]] = []
+    for least in FAITHFUL:
+        first = next((i for i, f in enumerate(curve.faithfulness) if f >= least), 0)
+        if first > 0:
+            ends[least] = sizes[first - 1], sizes[first]
+    for _ in range(bisections if ends else 0):
+        middles = {least: round(math.sqrt(low * high)) for least, (low, high) in ends.items()}
+        wanted = sorted(set(middles.values()))
+        circuits = scores.select_sizes(wanted, HOW)
+        values = [result.faithfulness for result in evaluate(model, circuits, data)]
+        found += zip((circuit.n_edges for circuit in circuits), values, strict=True)
+        faithfulness = dict(zip(wanted, values, strict=True))
+        for least, middle in middles.items():
+            low, high = ends[least]
+            ends[least] = (low, middle) if faithfulness[middle] >= least else (middle, high)
+    return found
 
 
 class _Ranked:

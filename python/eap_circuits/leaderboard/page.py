@@ -17,13 +17,12 @@ from ..files import write_whole
 from ..report.figures.style import INK, LETTERS, MUTED, NEGATIVE, PAPER, POSITIVE
 from ..reproduction.figures import panels
 from ..reproduction.page import FORMATS, markdown
-from .measure import IBCIRCUIT, LEARNED, PRUNED, PRUNED_LEARNED, START
+from .measure import FAITHFUL, IBCIRCUIT, LEARNED, PRUNED, PRUNED_LEARNED, START
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PAGE = "leaderboard.md"
-FAITHFUL = (0.85, 0.95)
 _COLOURS = {"eap": NEGATIVE, START: POSITIVE, LEARNED: INK}
 # Of EAP-IG's edges, what a ranking is hoped to need.
 _SHARE = 0.2
@@ -57,6 +56,8 @@ def page(results: Mapping[str, Any]) -> str:
     seeds = list(next(iter(results["tasks"].values())))
     over = f"means (least–most) over seeds {', '.join(seeds)}" if seeds[1:] else f"of seed {seeds[0]}"
     over += _fewer(results, seeds)
+    more = settings.get("bisections")
+    between = f" Between a curve's first such size and the one before, {more} more ran, by bisection in ratios."
     parts = [
         f"# Leaderboard on {request['model']['name']}, {settings['scored']} scored pairs",
         "Written by `eap leaderboard` from `leaderboard/leaderboard.json`. Every ranking sees the same "
@@ -71,9 +72,9 @@ def page(results: Mapping[str, Any]) -> str:
         "mean distance from faithfulness 1 is greater. Where it is greater by most is named, with the difference, and "
         f"in brackets the one between the most and the least faithful seed of `{START}` there.",
         markdown(_beside(results)),
-        f'All numbers are {over}. "Edges" is the size of the smallest circuit of a curve that is at least as faithful; '
-        "the whole model always is. CPR is the area under faithfulness over the share of edges kept (more is better), "
-        "CMD the area between it and 1 (less is better), as MIB defines them "
+        f'All numbers are {over}. "Edges" is the size of the smallest circuit that was run and is at least as '
+        f"faithful; the whole model always is.{between if more else ''} CPR is the area under faithfulness over the "
+        "share of edges kept (more is better), CMD the area between it and 1 (less is better), as MIB defines them "
         "([arXiv 2504.13151](https://arxiv.org/abs/2504.13151)). Cost is in seconds, and in the model's own forward "
         "passes over the same clean prompts; that of learning includes the scores it starts from.",
         f"Machine: {where['machine']}. {', '.join(f'{name} {version}' for name, version in where['versions'].items())}."
@@ -110,10 +111,11 @@ def _fewer(results: Mapping[str, Any], seeds: Sequence[str]) -> str:
     return f" (except for {'; '.join(found)})" if found else ""
 
 
-def edges_at(curve: Mapping[str, Any], least: float) -> int:
-    """The size of the smallest circuit of a curve that is at least this faithful; that of the largest if none is."""
-    sizes = zip(curve["n_edges"], curve["faithfulness"], strict=True)
-    return min((n for n, f in sizes if f is not None and f >= least), default=max(curve["n_edges"]))
+def edges_at(run: Mapping[str, Any], least: float) -> int:
+    """The size of the smallest circuit that was run and is at least this faithful; that of the largest if none is."""
+    curve = run["curve"]
+    ran = [*zip(curve["n_edges"], curve["faithfulness"], strict=True), *run.get("between", ())]
+    return min((n for n, f in ran if f is not None and f >= least), default=max(curve["n_edges"]))
 
 
 def _of(runs: Runs, ranking: str, measure: Callable[[Mapping[str, Any]], float | None]) -> list[float]:
@@ -128,7 +130,7 @@ def _mean(values: Sequence[float]) -> float:
 _COLUMNS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "CPR": (".3f", lambda run: run["curve"]["cpr"]),
     "CMD": (".3f", lambda run: run["curve"]["cmd"]),
-    **{f"edges at {f}": (",.0f", partial(lambda f, run: edges_at(run["curve"], f), f)) for f in FAITHFUL},
+    **{f"edges at {f}": (",.0f", partial(lambda f, run: edges_at(run, f), f)) for f in FAITHFUL},
     "seconds": (",.1f", lambda run: run["seconds"]),
     "forwards": (",.0f", lambda run: run["forwards"]),
 }
@@ -164,16 +166,17 @@ def _explained(measured: Sequence[str], steps: int) -> str:
 @dataclass(frozen=True)
 class _Beside:
     """A ranking beside EAP-IG on one task: its edges, CMD and time as shares of EAP-IG's, and how much further than
-    EAP-IG's its circuits are from faithfulness 1, by size below the whole model's: {edges: distance}."""
+    EAP-IG's its circuits are from faithfulness 1, by size below the whole model's and seed: {edges: distances}."""
 
     edges: float
     cmd: float
     time: float
-    further: Mapping[int, float]
+    further: Mapping[int, Sequence[float]]
 
     @property
     def worse(self) -> dict[int, float]:
-        return {size: by for size, by in self.further.items() if by > 0}
+        means = {size: _mean(by) for size, by in self.further.items()}
+        return {size: by for size, by in means.items() if by > 0}
 
 
 def _compared(runs: Runs, ranking: str) -> _Beside:
@@ -184,15 +187,15 @@ def _compared(runs: Runs, ranking: str) -> _Beside:
         own, other = (_mean(_of(shared, name, measure)) for name in (ranking, START))
         return own / other if other else math.inf
 
-    further = {}
-    for index, size in enumerate(_sizes(shared, START)[:-1]):
-        own, other = (_mean([abs(1 - f) for f in _at(shared, name, index)]) for name in (ranking, START))
-        further[size] = own - other
+    def further(index: int) -> list[float]:
+        pairs = [[run[name]["curve"]["faithfulness"][index] for name in (ranking, START)] for run in shared.values()]
+        return [abs(1 - own) - abs(1 - other) for own, other in pairs if own is not None and other is not None]
+
     return _Beside(
-        ratio(lambda run: edges_at(run["curve"], FAITHFUL[0])),
+        ratio(lambda run: edges_at(run, FAITHFUL[0])),
         ratio(lambda run: run["curve"]["cmd"]),
         ratio(lambda run: run["seconds"]),
-        further,
+        {size: further(index) for index, size in enumerate(_sizes(shared, START)[:-1])},
     )
 
 
@@ -217,8 +220,10 @@ def _beside(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
             if found.worse:
                 size = max(found.worse, key=lambda each: found.worse[each])
                 own = _at(_having(runs, ranking), START, list(found.further).index(size))
+                every = sum(min(by) > 0 for by in found.further.values() if by)
+                always = f" ({every} in every seed)" if own[1:] else ""
                 apart = f" ({max(own) - min(own):.3f})" if own[1:] else ""
-                less = f"{len(found.worse)} of {len(found.further)} sizes, most at {size:,}: "
+                less = f"{len(found.worse)} of {len(found.further)} sizes{always}, most at {size:,}: "
                 less += f"{found.worse[size]:.3f}{apart}"
             rows.append((task, ranking, f"{found.edges:.3f}", f"{found.cmd:.2f}", f"{found.time:.2g}", less))
     return rows
@@ -283,7 +288,7 @@ def draw_cost(results: Mapping[str, Any]) -> Figure:
         runs, points = results["tasks"][task], []
         for ranking, colour in colours.items():
             cost = _mean(_of(runs, ranking, lambda run: run["forwards"]))
-            size = _mean(_of(runs, ranking, lambda run: edges_at(run["curve"], FAITHFUL[0])))
+            size = _mean(_of(runs, ranking, lambda run: edges_at(run, FAITHFUL[0])))
             points.append((cost, size))
             ax.plot(cost, size, "o", color=colour, markersize=6, label=ranking, zorder=3)
         front = [p for p in sorted(points) if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]

@@ -16,6 +16,7 @@ import eap_circuits as eap
 from eap_circuits.cli import app, session
 from eap_circuits.errors import InputError
 from eap_circuits.leaderboard import Settings, leaderboard, of_pairs, write_page
+from eap_circuits.leaderboard.measure import FAITHFUL
 from eap_circuits.leaderboard.page import edges_at, page
 
 SETTINGS = Settings(scored=2, pairs=3, seeds=(0, 1), steps=2, fractions=(0.1, 0.5, 1.0))
@@ -109,8 +110,37 @@ def test_what_does_not_belong_together_is_refused(
 
 def test_the_size_at_a_faithfulness_is_that_of_the_smallest_circuit_that_has_it() -> None:
     curve = {"n_edges": [10, 20, 40, 100], "faithfulness": [0.2, 0.9, 0.8, 1.0]}
-    assert [edges_at(curve, least) for least in (0.1, 0.85, 0.95, 1.1)] == [10, 20, 100, 100]
-    assert edges_at({"n_edges": [10, 100], "faithfulness": [None, None]}, 0.85) == 100
+    assert [edges_at({"curve": curve}, least) for least in (0.1, 0.85, 0.95, 1.1)] == [10, 20, 100, 100]
+    assert edges_at({"curve": {"n_edges": [10, 100], "faithfulness": [None, None]}}, 0.85) == 100
+    between = [(14, 0.8), (17, 0.86), (63, 0.7), (80, 0.96)]
+    assert [edges_at({"curve": curve, "between": between}, least) for least in (0.1, 0.85, 0.95)] == [10, 17, 80]
+
+
+def test_sizes_between_those_of_the_curve_close_in_on_the_first_that_is_faithful(
+    model: Any, tasks: dict[str, Any], tmp_path: Path
+) -> None:
+    results = leaderboard(model, {"first": tasks["first"]}, tmp_path, rankings=["eap"], settings=SETTINGS)
+    for seed in SETTINGS.seeds:
+        data, run = tasks["first"](seed), results["tasks"]["first"][str(seed)]["eap"]
+        scores = eap.attribute(model, data[:2], method="eap")
+
+        def ran(size: int, scores: Any = scores, others: Any = data[2:]) -> tuple[int, float]:
+            circuit = scores.select(size, how="greedy")
+            return circuit.n_edges, eap.evaluate(model, circuit, others).faithfulness
+
+        right = set()
+        for least in FAITHFUL:
+            sizes = [int(f * scores.graph.n_edges) for f in SETTINGS.fractions]
+            reached = [f >= least for f in run["curve"]["faithfulness"]]
+            low, high = sizes[reached.index(True) - 1], sizes[reached.index(True)]
+            assert not reached[0]
+            for _ in range(3):
+                middle = round((low * high) ** 0.5)
+                right.add(ran(middle))
+                low, high = (low, middle) if ran(middle)[1] >= least else (middle, high)
+            assert edges_at(run, least) == ran(high)[0]
+        assert {n for n, _ in run["between"]} == {n for n, _ in right}
+        assert sorted(f for _, f in run["between"]) == pytest.approx(sorted(f for _, f in right), abs=1e-12)
 
 
 def test_the_page_says_what_the_results_say(model: Any, tasks: dict[str, Any], tmp_path: Path) -> None:
@@ -133,10 +163,13 @@ def test_the_page_says_what_the_results_say(model: Any, tasks: dict[str, Any], t
         "a lower CMD on 2 of 2 tasks, at no size less faithful on 1 of 2 tasks (first), 30 to 30 times its time."
         in text
     )
+    assert "Between a curve's first such size and the one before, 3 more ran, by bisection in ratios." in text
     assert text.startswith(f"# Leaderboard on {results['request']['model']['name']}, 2 scored pairs")
     assert '"ibcircuit" is `ibcircuit` of the next-token divergence for 2 steps.' in text
     assert "| first | learned | 0.100 | 0.50 | 30 | no size |" in text
-    assert "| second | learned | 0.500 | 0.50 | 30 | 1 of 2 sizes, most at 10: 0.200 (0.000) |" in text
+    assert (
+        "| second | learned | 0.500 | 0.50 | 30 | 1 of 2 sizes (1 in every seed), most at 10: 0.200 (0.000) |" in text
+    )
     assert "| first | learned |" in text and "1,234 (1,234–1,235)" in text
     files = write_page(results, tmp_path)
     assert (tmp_path / "leaderboard.md").read_text() == text
@@ -144,6 +177,9 @@ def test_the_page_says_what_the_results_say(model: Any, tasks: dict[str, Any], t
     assert sorted(path.stem for path in pictures) == ["cost", "faithfulness"]
     for path in pictures:
         assert f"(leaderboard/{path.name})" in text and path.read_bytes().startswith(b"\x89PNG")
+    # A seed in which the ranking is no less faithful there.
+    results["tasks"]["second"]["1"]["learned"]["curve"]["faithfulness"] = [0.4, 0.9, 1.0]
+    assert "1 of 2 sizes (0 in every seed), most at 10: 0.050 (0.000) |" in page(results)
     # A ranking that some seeds do not have yet is compared on those that it has.
     for runs in results["tasks"].values():
         runs["1"]["eap-ig-inputs"]["curve"]["cmd"] = 0.0
@@ -152,6 +188,9 @@ def test_the_page_says_what_the_results_say(model: Any, tasks: dict[str, Any], t
     text = page(results)
     assert "(except for `learned` of 0)" in text and "| second | learned |" in text
     assert "a lower CMD on 2 of 2 tasks" in text
+    # So it was before sizes between those of curves were tried.
+    del results["request"]["settings"]["bisections"]
+    assert "bisection" not in page(results)
     # One that some tasks do not have is in the table, and compared with nothing.
     for runs in results["tasks"]["second"].values():
         del runs["ibcircuit"]

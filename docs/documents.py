@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from bench import explorer, tables
-from docs import agreement, counts, gallery, learning, models, registries, scale, verdicts
+from docs import agreement, counts, elsewhere, gallery, learning, models, registries, scale, verdicts
 
 BEGIN, END = "<!-- python -m docs.documents writes this from {} -->\n", "<!-- end -->"
 MEASURED, PERFORMANCE, MODELS = "bench/results", "docs/results/performance.json", "docs/results/models.json"
@@ -22,6 +22,7 @@ VERDICTS = "docs/results/verdicts.json"
 AGREEMENT = "docs/results/agreement.json"
 FUZZ, LEARNING = "docs/results/fuzz.json", "docs/results/learning.json"
 EXPLORER = "docs/results/explorer.json"
+ELSEWHERE = "docs/results/elsewhere.json"
 LEADERBOARD = "docs/leaderboard/leaderboard.json"
 COUNTS = "docs/results/counts.json"
 SCALE, LARGE = "docs/results/scale.json", "docs/results/large.json"
@@ -45,6 +46,7 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("docs/leaderboard.md", LEADERBOARD): lambda _: _page("leaderboard", LEADERBOARD),
     ("docs/report.md", EXPLORER): explorer.table,
     ("docs/learning.md", f"{LEARNING}, pruning"): learning.prunings,
+    ("docs/learning.md", ELSEWHERE): elsewhere.table,
     ("docs/scale.md", SCALE): scale.predictions,
     ("docs/scale.md", f"{SCALE}, projections"): scale.projections,
     ("docs/scale.md", LARGE): scale.measured,

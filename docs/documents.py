@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from bench import explorer, tables
-from docs import agreement, counts, elsewhere, gallery, learning, models, registries, scale, verdicts
+from docs import agreement, counts, elsewhere, fifth, gallery, learning, models, registries, scale, verdicts
 
 BEGIN, END = "<!-- python -m docs.documents writes this from {} -->\n", "<!-- end -->"
 MEASURED, PERFORMANCE, MODELS = "bench/results", "docs/results/performance.json", "docs/results/models.json"
@@ -22,7 +22,7 @@ VERDICTS = "docs/results/verdicts.json"
 AGREEMENT = "docs/results/agreement.json"
 FUZZ, LEARNING = "docs/results/fuzz.json", "docs/results/learning.json"
 EXPLORER = "docs/results/explorer.json"
-ELSEWHERE = "docs/results/elsewhere.json"
+ELSEWHERE, FIFTH = "docs/results/elsewhere.json", "docs/results/fifth.json"
 LEADERBOARD = "docs/leaderboard/leaderboard.json"
 COUNTS = "docs/results/counts.json"
 SCALE, LARGE = "docs/results/scale.json", "docs/results/large.json"
@@ -44,6 +44,7 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("docs/learning.md", f"{LEARNING}, cost"): learning.costs,
     ("docs/learning.md", f"{LEARNING}, control"): learning.controls,
     ("docs/leaderboard.md", LEADERBOARD): lambda _: _page("leaderboard", LEADERBOARD),
+    ("docs/leaderboard.md", FIFTH): fifth.table,
     ("docs/report.md", EXPLORER): explorer.table,
     ("docs/learning.md", f"{LEARNING}, pruning"): learning.prunings,
     ("docs/learning.md", ELSEWHERE): elsewhere.table,

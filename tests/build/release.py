@@ -2,9 +2,9 @@
 
 python tests/build/release.py [FOLDER]     # dist by default; `make release` in the tests' environment
 
-The sources are those of the last commit. A wheel is built from the source distribution, so that it is tried as well. With
-EAP_CUDA=1 and nvcc it holds the CUDA kernels, too, and works where there is no CUDA. auditwheel checks that it loads wherever
-torch's own wheels do. Nothing is uploaded: the last line says with which command to.
+The sources are those of the last commit. A wheel is built from the source distribution, so that it is tried as well.
+With EAP_CUDA=1 and nvcc it holds the CUDA kernels, too, and works where there is no CUDA. auditwheel checks that it
+loads wherever torch's own wheels do. Nothing is uploaded: the last line says with which command to.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ PACKAGED = ("csrc", "eap_kernels", "python")
 # What torch's own wheels ask of a system.
 PLATFORM = f"manylinux_2_28_{platform.machine()}"
 OF_TORCH = ("libtorch*", "libc10*")
-LAYOUTS = {"pip": "installed by pip", "uv": "installed by uv", "conda": "installed by pip where all lies as conda has it"}
+LAYOUTS = {
+    "pip": "installed by pip",
+    "uv": "installed by uv",
+    "conda": "installed by pip where all lies as conda has it",
+}
 USED = """
 import torch, transformers, eap_kernels, eap_circuits as eap
 assert eap_kernels.backends()["cpu"] is None, eap_kernels.backends()["cpu"]
@@ -84,7 +88,15 @@ def left_out(sdist: Path, tracked: list[str]) -> list[str]:
 def lacking(described: str, changelog: str) -> list[str]:
     """What the metadata and the changelog do not yet say of a release."""
     known = Parser().parsestr(described)
-    wanted = ("Summary", "Keywords", "Classifier", "License-Expression", "License-File", "Project-URL", "Requires-Python")
+    wanted = (
+        "Summary",
+        "Keywords",
+        "Classifier",
+        "License-Expression",
+        "License-File",
+        "Project-URL",
+        "Requires-Python",
+    )
     found = [f"pyproject.toml has no {name}" for name in wanted if not known.get_all(name)]
     heading = next((line for line in changelog.splitlines() if line.startswith("## ")), "none")
     if not re.fullmatch(rf"## {re.escape(known['Version'])} — \d{{4}}-\d\d-\d\d", heading):
@@ -140,7 +152,9 @@ def main() -> None:
     in_the_way = ["there are changes that are not committed"] if run("git", "status", "--porcelain", cwd=ROOT) else []
     sdist, wheel = build(folder)
     print(f"release: built {sdist.name} and {wheel.name} in {folder}")
-    in_the_way += [f"{sdist.name} lacks {name}" for name in left_out(sdist, run("git", "ls-files", cwd=ROOT).splitlines())]
+    in_the_way += [
+        f"{sdist.name} lacks {name}" for name in left_out(sdist, run("git", "ls-files", cwd=ROOT).splitlines())
+    ]
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         in_the_way += lacking(archive.read(name).decode(), (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))

@@ -188,17 +188,27 @@ def suffix_of(path: str | os.PathLike[str], suffixes: Collection[str]) -> str:
     return suffix.lower()
 
 
+def check_file(path: str | os.PathLike[str], name: str | None = None) -> Path:
+    """Return the path if a file is there, else raise `InputError`; `name` is what the error calls it."""
+    path = _path(path)
+    name = str(path) if name is None else name
+    try:
+        if path.is_file():
+            return path
+        found = "a folder" if path.is_dir() else "something that is no file" if path.exists() else "nothing there"
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read ({_why(error)}).") from error
+    raise expected(name, "a file", found)
+
+
 def read_whole(path: str | os.PathLike[str]) -> bytes:
     """A file's bytes, read at once, so that a later change of the file does not matter.
 
     Raises:
         InputError: no file, one that cannot be read, does not fit into memory, or changed while it was read.
     """
-    path = _path(path)
+    path = check_file(path)
     try:
-        if not path.is_file():
-            found = "a folder" if path.is_dir() else "something that is no file" if path.exists() else "nothing there"
-            raise expected(str(path), "a file", found)
         with path.open("rb") as file:
             before = os.fstat(file.fileno())
             if before.st_size > memory_bytes():

@@ -11,7 +11,7 @@ import eap_kernels as ek
 from eap_kernels import testing
 from eap_kernels.integrations import auto_circuit, eap_ig
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(

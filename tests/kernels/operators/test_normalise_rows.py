@@ -1,7 +1,5 @@
 """normalise_rows of every backend against the float64 oracle."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -10,9 +8,8 @@ from torch.library import opcheck
 
 import eap_kernels as ek
 from eap_kernels import testing
+from tests.kernels.conftest import QUICK
 
-# Fewer and smaller cases, for Triton's interpreter in `make test`.
-QUICK = os.environ.get("EAP_QUICK") == "1"
 CASES = st.fixed_dictionaries(
     {
         "points": st.integers(0, 3),

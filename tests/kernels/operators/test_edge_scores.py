@@ -249,7 +249,7 @@ BAD = {
         (D, G, REACH, torch.zeros(3, 2, requires_grad=True)),
         {},
         ValueError,
-        "expected an out that does not require grad",
+        "expected out that does not require grad",
     ),
     "out overlaps": (
         (SHARED.view(3, 4, 5), G, REACH, SHARED[54:].view(3, 2)),

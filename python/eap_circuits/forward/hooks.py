@@ -58,9 +58,7 @@ class borrowed(Changes):
     def _take(self) -> None:
         model = self._model
         for device in {x.device.type for x in model.parameters()} - {"meta"}:
-            if torch.is_autocast_enabled(device):
-                wanted = "off (a model that is to compute in half precision is loaded in that dtype)"
-                raise expected("torch.autocast", wanted, f"on for the device type {device!r}")
+            refuse_autocast(device)
         self.claim(model)
         modes = [(module, module.training) for module in model.modules()]
         # By their names: accelerate puts others in the place of those that it offloads.
@@ -75,14 +73,16 @@ class borrowed(Changes):
         for module, _ in modes:
             # In eval mode its layers round what they are given, or on a CPU pack their weights and give no gradients.
             module.training = type(module).__module__.startswith("bitsandbytes.")
-        _freeze(flags)
+        _restore([], [(part, name, False) for part, name, _ in flags])
         outside.__enter__()
         torch.set_grad_enabled(True)
 
 
-def _freeze(flags: list[tuple[nn.Module, str, bool]]) -> None:
-    for part, name, _ in flags:
-        _parameter(part, name).requires_grad_(False)
+def refuse_autocast(device: str) -> None:
+    """Refuse what computes in other dtypes than the weights'."""
+    if torch.is_autocast_enabled(device):
+        wanted = "off (a model that is to compute in half precision is loaded in that dtype)"
+        raise expected("torch.autocast", wanted, f"on for the device type {device!r}")
 
 
 def _restore(modes: list[tuple[nn.Module, bool]], flags: list[tuple[nn.Module, str, bool]]) -> None:

@@ -14,7 +14,7 @@ from ..adapters import Architecture, computes_in_parts, concatenate, device_of, 
 from ..errors import expected
 from ..graph import Graph
 from .batches import Batch
-from .hooks import Hooks
+from .hooks import Hooks, refuse_autocast
 from .layers.last_mlp import Scored, ScoredMLP, at_scored
 from .layers.per_layer import give_per_layer
 from .layers.rescaling import Rescaling
@@ -227,6 +227,8 @@ class Runner:
         views: list[Rewriting | Rescaling] = [Rewriting(layer) for layer in self.arch.layers if layer.rewrites]
         views += [Rescaling(norm) for norm in self.arch.norms if norm.unit != 1]
         with Hooks(tokens=1) as single:
+            # Some turn it on themselves: a model that accelerate has prepared for mixed precision.
+            hooks.on_input(self.arch.layers[0].module, lambda x: refuse_autocast(x.device.type))
             for view in views:
                 view.begin(hooks)
             if self.arch.encoder:

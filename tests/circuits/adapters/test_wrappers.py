@@ -131,6 +131,64 @@ def test_learned_prompts_are_refused(make_model):
         bind(peft.get_peft_model(make_model("llama"), config))
 
 
+def test_adapters_of_several_kinds(make_model, make_pairs, relative):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    names = ["q_proj", "v_proj", "o_proj", "down_proj"]
+    low = peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+    model = peft.get_peft_model(make_model("llama"), low, mixed=True)
+    model.add_adapter("other", peft.LoHaConfig(r=2, target_modules=names, init_weights=False))
+    model.set_adapter(["default", "other"])
+    model = model.double().eval()
+    agree(model, copy.deepcopy(model).merge_and_unload(), make_pairs(), relative)
+
+
+def test_the_self_check_of_a_model_inside_others(make_model):
+    inside = nn.DataParallel(torch.compile(make_model("llama"), backend="eager"))
+    assert all(check.passed for check in check_model(inside))
+
+
+def test_the_self_check_refuses_a_forward_that_a_copy_would_share(make_model, make_pairs, relative):
+    model, plain = make_model("gpt2"), make_model("gpt2")
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    agree(model, plain, make_pairs(), relative)
+    with pytest.raises(eap.InputError, match=r"GPT2LMHeadModel: expected forward methods of the modules' own"):
+        check_model(model)
+
+
+def test_a_model_that_turns_autocast_on_itself_is_refused(make_model, make_pairs):
+    """As accelerate prepares models for mixed precision."""
+    model = make_model("llama", torch.float32)
+    forward = model.forward
+    model.forward = torch.autocast("cpu", torch.bfloat16)(forward)
+    with pytest.raises(eap.InputError, match=r"torch.autocast: expected off .*, found on for the device type 'cpu'"):
+        eap.attribute(model, make_pairs())
+
+
+@pytest.mark.parametrize("part", ["layer", "self_attn", "mlp"])
+def test_modules_that_are_in_several_layers_are_refused(part, make_model):
+    """Their hooks would run for each, and where layers are listed, they would be one."""
+    model = make_model("llama")
+    layers = model.model.layers
+    if part == "layer":
+        layers[1] = layers[0]
+    else:
+        setattr(layers[1], part, getattr(layers[0], part))
+    with pytest.raises(eap.InputError, match=r"layers: expected layers that share no module .* of layer 1 in one bef"):
+        bind(model)
+    if part == "layer":  # shared weights are no harm
+        layers[1] = copy.deepcopy(layers[0], {id(x): x for x in layers[0].parameters()})
+        assert bind(model).graph("kv").n_layers == len(layers)
+
+
+def test_calls_inside_of_transforms_are_refused(make_model, make_pairs):
+    model, data = make_model("llama"), make_pairs()
+    for transform in (torch.func.grad, torch.func.vmap):
+        with pytest.raises(eap.InputError, match=r"the call: expected one outside of torch\.func's transforms"):
+            transform(lambda x: (eap.attribute(model, data), x.sum())[1])(torch.ones(2))
+
+
 def test_compiled(make_model, make_pairs, relative):
     model = make_model("llama")
     agree(torch.compile(model), model, make_pairs(), relative)

@@ -41,6 +41,8 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
         InputError: another object, an unsupported architecture, a missing head or site, or a layer on several devices.
     """
     refuse_default_device()
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise expected("the call", "one outside of torch.func's transforms (grad, vmap)", "one inside of them")
     model = unwrapped(model)
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
@@ -159,9 +161,17 @@ class _Binder:
 
     def _modules(self) -> list[nn.Module]:
         """The model's layers, of an encoder-decoder the encoder's."""
-        found = list(site(self.model, self.family.layers).children())
+        name = f"{type(self.model).__name__}.{self.family.layers}"
+        found = list(site(self.model, self.family.layers)._modules.values())
         if not found:
-            raise expected(f"{type(self.model).__name__}.{self.family.layers}", "layers", "none")
+            raise expected(name, "layers", "none")
+        seen: set[nn.Module] = set()
+        for number, layer in enumerate(found):
+            weighted = {part for part in layer.modules() if part._parameters}
+            if shared := next(iter(weighted & seen), None):
+                wanted = "layers that share no module (a copy may share its weights)"
+                raise expected(name, wanted, f"a {type(shared).__name__} of layer {number} in one before it, too")
+            seen |= weighted
         return found
 
     def _parallel(self) -> bool:

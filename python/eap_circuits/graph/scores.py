@@ -137,6 +137,7 @@ class EdgeScores(Result):
         signed, prune, exactly = flag("signed", signed), flag("prune", prune), flag("exactly", exactly)
         if exactly and not prune:
             raise expected("select(exactly=True)", "prune=True, as all its edges are on paths", "prune=False")
+        seconds = number("seconds", seconds, "a number of at least 0", 0)
         if threshold is not None:
             threshold = number("threshold", threshold, "a number")
         if positive_ratio is not None:

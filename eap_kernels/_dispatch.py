@@ -66,7 +66,7 @@ def _byte_range(x: Tensor) -> tuple[int, int]:
 
 
 def _share_memory(x: Tensor) -> bool:
-    """Do any two of a tensor's entries?"""
+    """Do any two entries of a tensor lie at one place?"""
     reach, apart = 0, True
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         apart &= size < 2 or stride > reach  # beyond all that the smaller strides span

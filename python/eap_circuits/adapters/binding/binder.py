@@ -162,7 +162,8 @@ class _Binder:
     def _modules(self) -> list[nn.Module]:
         """The model's layers, of an encoder-decoder the encoder's."""
         name = f"{type(self.model).__name__}.{self.family.layers}"
-        found = list(site(self.model, self.family.layers)._modules.values())
+        # Not children(), which names a module that is there twice once.
+        found = [each for each in site(self.model, self.family.layers)._modules.values() if each is not None]
         if not found:
             raise expected(name, "layers", "none")
         seen: set[nn.Module] = set()

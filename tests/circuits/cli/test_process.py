@@ -109,9 +109,8 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 def test_a_terminal_that_knows_ascii_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    for typed in (("attribute", "--help"), ("tasks",)):
-        result = eap(*typed)
-        assert result.stdout.isascii() and "?" in result.stdout and result.stderr == ""
+    result = eap("attribute", "--help")  # whose formulas are no ASCII
+    assert result.stdout.isascii() and "?" in result.stdout and result.stderr == ""
 
 
 def test_unknown_options_and_numbers_out_of_range_are_refused() -> None:

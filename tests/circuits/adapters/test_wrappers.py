@@ -185,3 +185,96 @@ def test_parts_of_weights_are_not_kept(kind):
                 for projection in layer.projections.values():
                     projection.weight(torch.float32, features)
     assert 0 < count.peak < 5 * 64 * 64 * 4  # 6 layers have 24 such weights; of one its units and the like are held
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
+def test_device_map_on_the_cpu(device_map, tmp_path, make_model, make_pairs, relative):
+    pytest.importorskip("accelerate")
+    right = make_model("qwen3", torch.float32)
+    right.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map, max_memory={"cpu": "8GiB"})
+    agree(model, right, make_pairs(), relative)
+
+
+def test_weights_on_meta_alone_are_refused(make_model):
+    with pytest.raises(eap.InputError, match="meta"):
+        bind(make_model("llama").to("meta"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"attn_implementation": "eager"}])
+def test_half_precision(kind, settings, make_model, make_pairs):
+    """Scores are float32 and finite; the circuit of all edges is the model, to bfloat16."""
+    data = make_pairs(seed=9)
+    model = make_model(kind, dtype=torch.bfloat16, **settings)
+    found = eap.attribute(model, data, heads="query")
+    assert found.values.dtype == torch.float32 and found.values.isfinite().all()
+    full = eap.Circuit.from_mask(found.graph, found.graph.edge_mask)
+    result = eap.evaluate(model, full, data)
+    with torch.no_grad():
+        largest = max(float(model(data.clean).logits.abs().max()), 1.0)
+    assert float((result.values - result.clean_values).abs().max()) <= 2 * 2**-8 * largest
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "mixtral", "qwen2-moe", "qwen3-moe"])
+def test_experts_run_in_any_way(name, make_model, make_pairs, relative):
+    """Grouped products too, also where no token reaches the experts."""
+    eager, grouped = (make_model(name, torch.float32, experts_implementation=way) for way in ("eager", "grouped_mm"))
+    agree(grouped, eager, make_pairs(), relative, 1e-5)
+
+
+def pretend(name, **fields):
+    """An object of a class that TransformerLens might have."""
+    made = type(name, (nn.Module,), {"__module__": f"transformer_lens.{name}"})()
+    for field, value in fields.items():
+        object.__setattr__(made, field, value)
+    return made
+
+
+class Config:
+    model_name, tokenizer_name = "gpt2-small", "gpt2"
+
+
+def test_hooked_transformer_is_refused_with_the_line_that_loads_the_model():
+    with pytest.raises(eap.InputError, match=r"AutoModelForCausalLM.from_pretrained\('gpt2'\)"):
+        bind(pretend("HookedTransformer", cfg=Config))
+
+
+class Bridge(nn.Module):
+    """As TransformerLens wraps a module: what it computes itself does not matter."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.add_module("_original_component", inner)
+
+    def forward(self, *args, **kwargs):
+        raise AssertionError("a bridge ran")
+
+
+def test_bridge_is_looked_through_and_left_alone(make_model, make_pairs, relative):
+    right = make_model("llama")
+    model = copy.deepcopy(right)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = Bridge(layer.self_attn.q_proj)
+        layer.self_attn = Bridge(layer.self_attn)
+    model.model.embed_tokens = Bridge(model.model.embed_tokens)
+    before = [(name, id(module), len(module._forward_hooks)) for name, module in model.named_modules()]
+    bridge = pretend("TransformerBridge", cfg=Config, original_model=model)
+    agree(bridge, right, make_pairs(), relative)
+    assert before == [(name, id(module), len(module._forward_hooks)) for name, module in model.named_modules()]
+    object.__setattr__(bridge, "compatibility_mode", True)
+    with pytest.raises(eap.InputError, match="from_pretrained"):
+        eap.attribute(bridge, make_pairs())
+
+
+def test_real_bridge(tmp_path, make_model, make_pairs, relative):
+    lens = pytest.importorskip("transformer_lens.model_bridge")
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    model = make_model("llama", torch.float32)
+    model.save_pretrained(tmp_path)
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    names = {"unk_token": "a", "bos_token": "a", "eos_token": "b", "pad_token": "a"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(tmp_path)
+    bridge = lens.TransformerBridge.boot_transformers(str(tmp_path), device="cpu")
+    agree(bridge, model, make_pairs(), relative, 1e-5)

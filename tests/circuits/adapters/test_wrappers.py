@@ -266,15 +266,49 @@ def test_bridge_is_looked_through_and_left_alone(make_model, make_pairs, relativ
         eap.attribute(bridge, make_pairs())
 
 
-def test_real_bridge(tmp_path, make_model, make_pairs, relative):
+@pytest.fixture
+def make_bridge(tmp_path):
+    """A real bridge around what a model's weights are saved as."""
     lens = pytest.importorskip("transformer_lens.model_bridge")
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
+    def make(model):
+        model.save_pretrained(tmp_path)
+        words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+        names = {"unk_token": "a", "bos_token": "a", "eos_token": "b", "pad_token": "a"}
+        PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(tmp_path)
+        return lens.TransformerBridge.boot_transformers(str(tmp_path), device="cpu")
+
+    return make
+
+
+def test_real_bridge(make_bridge, make_model, make_pairs, relative):
     model = make_model("llama", torch.float32)
-    model.save_pretrained(tmp_path)
-    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    names = {"unk_token": "a", "bos_token": "a", "eos_token": "b", "pad_token": "a"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(tmp_path)
-    bridge = lens.TransformerBridge.boot_transformers(str(tmp_path), device="cpu")
-    agree(bridge, model, make_pairs(), relative, 1e-5)
+    agree(make_bridge(model), model, make_pairs(), relative, 1e-5)
+
+
+def test_edge_attribution_of_transformer_lens(make_bridge, make_model, make_pairs, relative):
+    """It takes gradients at the corrupted prompt: its scores are EAP's of the exchanged pair, with the other sign."""
+    bridge, data = make_bridge(make_model("gpt2", torch.float32)), make_pairs()
+    from transformer_lens.tools.analysis import EdgeAttributionConfig, attribution_patch
+
+    n, (good, bad) = int(data.lengths[0]), data.answers[0].tolist()
+    clean, corrupted = data.clean[:1, :n], data.corrupted[:1, :n]
+    config = EdgeAttributionConfig(granularity="edge")
+    theirs = attribution_patch(bridge, clean, corrupted, lambda x: x[0, -1, good] - x[0, -1, bad], config)
+
+    exchanged = eap.PairedDataset.from_tokens(corrupted, clean, data.lengths[:1], data.answers[:1])
+    ours = eap.attribute(bridge, exchanged, method="eap", heads="query", keep="positions")
+    into = {"q_input": "<q>", "k_input": "<k>", "v_input": "<v>"}
+
+    def name(node):
+        if node.head is not None:
+            return f"a{node.layer}.h{node.head}{into.get(node.kind, '')}"
+        return {"embed": "input", "logits": "logits"}.get(node.kind, f"m{node.layer}")
+
+    found = torch.zeros_like(ours.per_position)
+    for (writer, reader), score in theirs.edge_scores.items():
+        u, v = ours.graph.senders.index(name(writer)), ours.graph.receivers.index(name(reader))
+        found[writer.position, u, v] = -score
+    assert relative(found, ours.per_position) < 1e-5

@@ -397,4 +397,27 @@ def test_examples_have_the_prompts_that_were_scored_and_no_others(
         )
         write_report(tmp_path / "r.html", scores, curve.circuits[0], curve, given)
         text = (tmp_path / "r.html").read_text()
-        assert (f"circuit {float(curve.results[0].values[0]):.3f}" in text) == own
+        result = curve.results[0]
+        kept = (result.values[0] - result.corrupted_values[0]) / (result.clean_values[0] - result.corrupted_values[0])
+        numbers = (float(x) for x in (result.clean_values[0], result.values[0], result.corrupted_values[0], kept))
+        assert ("".join(f'<td class="number">{x:.3f}</td>' for x in numbers) in text) == own
+
+
+@pytest.mark.parametrize("keep", ["positions", "positions-from-end"])
+def test_positions_have_the_first_prompts_tokens(make_model: Any, make_pairs: Any, keep: str) -> None:
+    data = replace(make_pairs(n=3), prompts=(("clean", "corrupted"),) * 3)
+    scores = eap.attribute(make_model("llama"), data, method="eap", keep=keep)
+    tokenizer = SimpleNamespace(decode=lambda token: f" word {token}")
+    circuit = scores.select(20)
+    (profile,) = json.loads(explorer.page_data(scores, circuit, None, None, data, "", tokenizer))["profiles"]
+    tokens = data.clean[0, : data.lengths[0]].tolist()
+    labels = [label for label in profile["labels"] if "word" in label]
+    if keep == "positions":
+        assert labels == [f"position {i}: ' word {token}'" for i, token in enumerate(tokens)]
+        assert profile["labels"][: len(tokens)] == labels
+    else:
+        assert labels == [f"{i} from the end: ' word {token}'" for i, token in enumerate(tokens, 1 - len(tokens))]
+        assert profile["labels"][-len(tokens) :] == labels
+    other = replace(data, prompts=(("another", "one"),) * 3)
+    for given, reader in ((other, tokenizer), (data, None)):
+        assert "word" not in explorer.page_data(scores, circuit, None, None, given, "", reader)

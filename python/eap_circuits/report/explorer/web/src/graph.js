@@ -9,6 +9,7 @@ import { edgePath, layout, Nearness } from "./layout.js";
 
 const AT_ONCE = 1000; // edges drawn before the first slice
 const SLICE = 8; // milliseconds of drawing in one frame
+const REST = 120; // milliseconds after the last of many changes, as the slider makes them, until slices follow
 const REACH = 6; // how near, in pixels, the pointer must come to an edge
 const SEARCHED = 6000; // strongest edges among which the pointer looks
 const MANY = 800; // with more edges than these, lines are thinner
@@ -93,7 +94,7 @@ export class Graph {
   moved(transform, byHand) {
     this.transform = transform;
     if (this.quiet) return;
-    cancelAnimationFrame(this.slice);
+    this.stop();
     const from = this.drawn ?? transform;
     const k = transform.k / from.k;
     this.moving.style.transform = `translate(${transform.x - k * from.x}px, ${transform.y - k * from.y}px) scale(${k})`;
@@ -111,7 +112,7 @@ export class Graph {
 
   draw() {
     if (!this.place) return;
-    cancelAnimationFrame(this.slice);
+    this.stop();
     this.drawn = this.transform;
     this.moving.style.transform = "";
     const [weak, strong, nodes] = this.canvases.map((canvas) => this.fresh(canvas));
@@ -121,7 +122,10 @@ export class Graph {
     this.strokes(strong, shown, first, 0);
     drawNodes(nodes, this);
     this.pending = shown.length - first;
-    this.first ??= performance.now();
+    const now = performance.now();
+    const changing = now - this.changed < REST;
+    this.changed = now;
+    this.first ??= now;
     if (!this.pending) return;
     let next = shown.length;
     const step = () => {
@@ -134,7 +138,17 @@ export class Graph {
       this.pending = next - first;
       if (next > first) this.slice = requestAnimationFrame(step);
     };
-    this.slice = requestAnimationFrame(step);
+    const begin = () => {
+      this.slice = requestAnimationFrame(step);
+    };
+    if (changing) this.later = setTimeout(begin, REST);
+    else begin();
+  }
+
+  /** No more slices of what was drawn last. */
+  stop() {
+    clearTimeout(this.later);
+    cancelAnimationFrame(this.slice);
   }
 
   fresh(canvas) {

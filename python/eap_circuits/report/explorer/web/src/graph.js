@@ -8,6 +8,7 @@ import { drawNodes, drawRows } from "./drawing.js";
 import { edgePath, layout, Nearness } from "./layout.js";
 
 const AT_ONCE = 1000; // edges drawn before the first slice
+const CHANGING = 300; // the same, while one change follows another
 const SLICE = 8; // milliseconds of drawing in one frame
 const REST = 120; // milliseconds after the last of many changes, as the slider makes them, until slices follow
 const REACH = 6; // how near, in pixels, the pointer must come to an edge
@@ -118,14 +119,14 @@ export class Graph {
     const [weak, strong, nodes] = this.canvases.map((canvas) => this.fresh(canvas));
     const shown = this.scene.ordered;
     drawRows(weak, this);
-    const first = Math.min(shown.length, AT_ONCE);
-    this.strokes(strong, shown, first, 0);
-    drawNodes(nodes, this);
-    this.pending = shown.length - first;
     const now = performance.now();
     const changing = now - this.changed < REST;
     this.changed = now;
-    this.first ??= now;
+    const first = Math.min(shown.length, changing ? CHANGING : AT_ONCE);
+    this.strokes(strong, shown, first, 0);
+    drawNodes(nodes, this);
+    this.pending = shown.length - first;
+    this.first ??= performance.now();
     if (!this.pending) return;
     let next = shown.length;
     const step = () => {

@@ -268,12 +268,13 @@ def _profiles(
             labels = [f"{i}: {clean}" for i, clean in enumerate(prompts)]
         elif one == "position":
             from_end = "positions-from-end" in str(scores.info.get("keep"))
+            last = len(values) - 1
             if from_end:
-                labels = [f"{i - len(values) + 1} from the end" for i in range(len(values))]
+                labels = [f"{i - last} from the end" for i in range(len(values))]
             if tokens:
                 title = "By position, with the first prompt's tokens"
             for i, token in enumerate(tokens, len(values) - len(tokens) if from_end else 0):
-                labels[i] += f": {token!r}"
+                labels[i] = f"{i - last if from_end else i}: {token!r}"
         elif one == "span" and isinstance(scores.info.get("spans"), dict):
             labels = [str(name) for name in scores.info["spans"]["names"]]
         packed = _packed(values[:, u[:n], v[:n]].float().reshape(-1))

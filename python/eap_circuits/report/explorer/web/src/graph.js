@@ -8,7 +8,8 @@ import { drawNodes, drawRows } from "./drawing.js";
 import { edgePath, layout, Nearness } from "./layout.js";
 
 const AT_ONCE = 1000; // edges drawn before the first slice
-const CHANGING = 300; // the same, while one change follows another
+const CHANGING = 200; // the same, while one change follows another
+const LAG = 80; // milliseconds by which nodes may be late meanwhile
 const SLICE = 8; // milliseconds of drawing in one frame
 const REST = 120; // milliseconds after the last of many changes, as the slider makes them, until slices follow
 const REACH = 6; // how near, in pixels, the pointer must come to an edge
@@ -116,7 +117,7 @@ export class Graph {
     this.stop();
     this.drawn = this.transform;
     this.moving.style.transform = "";
-    const [weak, strong, nodes] = this.canvases.map((canvas) => this.fresh(canvas));
+    const [weak, strong] = this.canvases.slice(0, 2).map((canvas) => this.fresh(canvas));
     const shown = this.scene.ordered;
     drawRows(weak, this);
     const now = performance.now();
@@ -124,10 +125,9 @@ export class Graph {
     this.changed = now;
     const first = Math.min(shown.length, changing ? CHANGING : AT_ONCE);
     this.strokes(strong, shown, first, 0);
-    drawNodes(nodes, this);
+    if (!changing || now - this.nodes.at > LAG || this.transform !== this.nodes.transform) this.drawNodes();
     this.pending = shown.length - first;
     this.first ??= performance.now();
-    if (!this.pending) return;
     let next = shown.length;
     const step = () => {
       const start = performance.now();
@@ -140,10 +140,19 @@ export class Graph {
       if (next > first) this.slice = requestAnimationFrame(step);
     };
     const begin = () => {
-      this.slice = requestAnimationFrame(step);
+      if (this.pending) this.slice = requestAnimationFrame(step);
     };
-    if (changing) this.later = setTimeout(begin, REST);
-    else begin();
+    if (!changing) begin();
+    else
+      this.later = setTimeout(() => {
+        this.drawNodes();
+        begin();
+      }, REST);
+  }
+
+  drawNodes() {
+    this.nodes = { at: performance.now(), transform: this.transform };
+    drawNodes(this.fresh(this.canvases[2]), this);
   }
 
   /** No more slices of what was drawn last. */
@@ -318,6 +327,6 @@ export class Graph {
     if (node === this.focus) return;
     this.focus = node;
     this.said.textContent = node === null ? "" : this.scene.nodeText(node);
-    if (this.place) drawNodes(this.fresh(this.canvases[2]), this);
+    if (this.place) this.drawNodes();
   }
 }

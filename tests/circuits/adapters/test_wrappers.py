@@ -243,3 +243,130 @@ def test_parts_of_weights_are_not_kept(kind):
                 for projection in layer.projections.values():
                     projection.weight(torch.float32, features)
     assert 0 < count.peak < 5 * 64 * 64 * 4  # 6 layers have 24 such weights; of one its units and the like are held
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
+def test_device_map_on_the_cpu(device_map, tmp_path, make_model, make_pairs, relative):
+    pytest.importorskip("accelerate")
+    right = make_model("qwen3", torch.float32)
+    right.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map, max_memory={"cpu": "8GiB"})
+    agree(model, right, make_pairs(), relative)
+
+
+def test_weights_on_meta_alone_are_refused(make_model):
+    with pytest.raises(eap.InputError, match="meta"):
+        bind(make_model("llama").to("meta"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"attn_implementation": "eager"}])
+def test_half_precision(kind, settings, make_model, make_pairs):
+    """Scores are float32 and finite; the circuit of all edges is the model, to bfloat16."""
+    data = make_pairs(seed=9)
+    model = make_model(kind, dtype=torch.bfloat16, **settings)
+    found = eap.attribute(model, data, heads="query")
+    assert found.values.dtype == torch.float32 and found.values.isfinite().all()
+    full = eap.Circuit.from_mask(found.graph, found.graph.edge_mask)
+    result = eap.evaluate(model, full, data)
+    with torch.no_grad():
+        largest = max(float(model(data.clean).logits.abs().max()), 1.0)
+    assert float((result.values - result.clean_values).abs().max()) <= 2 * 2**-8 * largest
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "mixtral", "qwen2-moe", "qwen3-moe"])
+def test_experts_run_in_any_way(name, make_model, make_pairs, relative):
+    """Grouped products too, also where no token reaches the experts."""
+    eager, grouped = (make_model(name, torch.float32, experts_implementation=way) for way in ("eager", "grouped_mm"))
+    agree(grouped, eager, make_pairs(), relative, 1e-5)
+
+
+def pretend(name, **fields):
+    """An object of a class that TransformerLens might have."""
+    made = type(name, (nn.Module,), {"__module__": f"transformer_lens.{name}"})()
+    for field, value in fields.items():
+        object.__setattr__(made, field, value)
+    return made
+
+
+class Config:
+    model_name, tokenizer_name = "gpt2-small", "gpt2"
+
+
+def test_hooked_transformer_is_refused_with_the_line_that_loads_the_model():
+    with pytest.raises(eap.InputError, match=r"AutoModelForCausalLM.from_pretrained\('gpt2'\)"):
+        bind(pretend("HookedTransformer", cfg=Config))
+
+
+class Bridge(nn.Module):
+    """As TransformerLens wraps a module: what it computes itself does not matter."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.add_module("_original_component", inner)
+
+    def forward(self, *args, **kwargs):
+        raise AssertionError("a bridge ran")
+
+
+def test_bridge_is_looked_through_and_left_alone(make_model, make_pairs, relative):
+    right = make_model("llama")
+    model = copy.deepcopy(right)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = Bridge(layer.self_attn.q_proj)
+        layer.self_attn = Bridge(layer.self_attn)
+    model.model.embed_tokens = Bridge(model.model.embed_tokens)
+    before = [(name, id(module), len(module._forward_hooks)) for name, module in model.named_modules()]
+    bridge = pretend("TransformerBridge", cfg=Config, original_model=model)
+    agree(bridge, right, make_pairs(), relative)
+    assert before == [(name, id(module), len(module._forward_hooks)) for name, module in model.named_modules()]
+    object.__setattr__(bridge, "compatibility_mode", True)
+    with pytest.raises(eap.InputError, match="from_pretrained"):
+        eap.attribute(bridge, make_pairs())
+
+
+@pytest.fixture
+def make_bridge(tmp_path):
+    """A real bridge around what a model's weights are saved as."""
+    lens = pytest.importorskip("transformer_lens.model_bridge")
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    def make(model):
+        model.save_pretrained(tmp_path)
+        words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+        names = {"unk_token": "a", "bos_token": "a", "eos_token": "b", "pad_token": "a"}
+        PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(tmp_path)
+        return lens.TransformerBridge.boot_transformers(str(tmp_path), device="cpu")
+
+    return make
+
+
+def test_real_bridge(make_bridge, make_model, make_pairs, relative):
+    model = make_model("llama", torch.float32)
+    agree(make_bridge(model), model, make_pairs(), relative, 1e-5)
+
+
+def test_edge_attribution_of_transformer_lens(make_bridge, make_model, make_pairs, relative):
+    """It takes gradients at the corrupted prompt: its scores are EAP's of the exchanged pair, with the other sign."""
+    bridge, data = make_bridge(make_model("gpt2", torch.float32)), make_pairs()
+    from transformer_lens.tools.analysis import EdgeAttributionConfig, attribution_patch
+
+    n, (good, bad) = int(data.lengths[0]), data.answers[0].tolist()
+    clean, corrupted = data.clean[:1, :n], data.corrupted[:1, :n]
+    config = EdgeAttributionConfig(granularity="edge")
+    theirs = attribution_patch(bridge, clean, corrupted, lambda x: x[0, -1, good] - x[0, -1, bad], config)
+
+    exchanged = eap.PairedDataset.from_tokens(corrupted, clean, data.lengths[:1], data.answers[:1])
+    ours = eap.attribute(bridge, exchanged, method="eap", heads="query", keep="positions")
+    into = {"q_input": "<q>", "k_input": "<k>", "v_input": "<v>"}
+
+    def name(node):
+        if node.head is not None:
+            return f"a{node.layer}.h{node.head}{into.get(node.kind, '')}"
+        return {"embed": "input", "logits": "logits"}.get(node.kind, f"m{node.layer}")
+
+    found = torch.zeros_like(ours.per_position)
+    for (writer, reader), score in theirs.edge_scores.items():
+        u, v = ours.graph.senders.index(name(writer)), ours.graph.receivers.index(name(reader))
+        found[writer.position, u, v] = -score
+    assert relative(found, ours.per_position) < 1e-5

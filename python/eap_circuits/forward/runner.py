@@ -15,6 +15,7 @@ from ..errors import expected
 from ..graph import Graph
 from .batches import Batch
 from .hooks import Hooks
+from .layers.fused_norms import fuse_norms
 from .layers.last_mlp import Scored, ScoredMLP, at_scored
 from .layers.per_layer import give_per_layer
 from .layers.rescaling import Rescaling
@@ -227,6 +228,7 @@ class Runner:
         views: list[Rewriting | Rescaling] = [Rewriting(layer) for layer in self.arch.layers if layer.rewrites]
         views += [Rescaling(norm) for norm in self.arch.norms if norm.unit != 1]
         with Hooks(tokens=1) as single:
+            fuse_norms(self.arch, single)
             for view in views:
                 view.begin(hooks)
             if self.arch.encoder:
@@ -297,6 +299,7 @@ class Runner:
     def _for_cache(self) -> Iterator[None]:
         """For passes that only fill the key/value cache."""
         with Hooks(tokens=1) as hooks:
+            fuse_norms(self.arch, hooks)
             if not self._every_mlp:
                 scored = self.batch.scored
                 last = ScoredMLP(

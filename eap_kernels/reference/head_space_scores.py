@@ -18,11 +18,13 @@ def expanded(
     tokens = len(range(*rows.indices(first.shape[0])))
     out = first.new_empty((sum(group[0].shape[1] for group in groups), tokens, features), dtype=dtype)
     parts = out.split([group[0].shape[1] for group in groups])
-    plain = [(to, group[0][rows]) for to, group in zip(parts, groups, strict=True) if group[1].dim() < 3]
+    plain = [
+        (to, group[0][rows].transpose(0, 1)) for to, group in zip(parts, groups, strict=True) if group[1].dim() < 3
+    ]
+    # All nodes without a weight at once: on a GPU, of rows that lie in memory like those of `out`, in one launch.
+    plain = [(to[0], x[0]) if len(to) == 1 else (to, x) for to, x in plain]
     if plain:
-        # All nodes without a weight at once: on a GPU, of rows that lie in memory like those of `out`, in one launch.
-        pairs = ((to[0], x[:, 0]) if len(to) == 1 else (to, x.transpose(0, 1)) for to, x in plain)
-        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        torch._foreach_copy_([to for to, _ in plain], [x for _, x in plain])
     for to, (values, weight, coefficients, normalised) in zip(parts, groups, strict=True):
         if weight.dim() == 3:
             x = values[rows].transpose(0, 1).to(dtype)  # [h, n, K]

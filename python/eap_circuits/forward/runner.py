@@ -228,7 +228,7 @@ class Runner:
         views: list[Rewriting | Rescaling] = [Rewriting(layer) for layer in self.arch.layers if layer.rewrites]
         views += [Rescaling(norm) for norm in self.arch.norms if norm.unit != 1]
         with Hooks(tokens=1) as single:
-            fuse_norms(self.arch, single)
+            fuse_norms(self.arch, hooks)
             for view in views:
                 view.begin(hooks)
             if self.arch.encoder:

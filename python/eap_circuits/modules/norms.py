@@ -235,10 +235,12 @@ def kind_of(module: nn.Module, width: int) -> Kind:
             y = type(module).forward(probe, x)
     except TypeError as error:  # a norm that takes a gate, too
         raise refusal from error
+    rows = x.view(len(x), -1, width)
+    normalised = torch.empty_like(rows)
     for eps, centred, offset in product(said or _USUAL_EPS, (False, True), (0.0, 1.0)):
         kind = Kind(centred, offset, eps)
         norm = Norm(probe, kind)
-        norm.capture(x.view(len(x), -1, width), None, normalised := torch.empty_like(x).view(len(x), -1, width))
+        norm.capture(rows, None, normalised)
         right = normalised.view_as(x) * norm.gain(x) + (0 if norm.bias is None else norm.bias)
         if torch.allclose(y, right, rtol=1e-3, atol=1e-4):
             return kind

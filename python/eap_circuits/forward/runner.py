@@ -15,6 +15,7 @@ from ..errors import expected
 from ..graph import Graph
 from .batches import Batch
 from .hooks import Hooks, refuse_autocast
+from .layers.fused_norms import fuse_norms
 from .layers.last_mlp import Scored, ScoredMLP, at_scored
 from .layers.per_layer import give_per_layer
 from .layers.rescaling import Rescaling
@@ -229,6 +230,7 @@ class Runner:
         with Hooks(tokens=1) as single:
             # Some turn it on themselves: a model that accelerate has prepared for mixed precision.
             hooks.on_input(self.arch.layers[0].module, lambda x: refuse_autocast(x.device.type))
+            fuse_norms(self.arch, hooks)
             for view in views:
                 view.begin(hooks)
             if self.arch.encoder:
@@ -299,6 +301,7 @@ class Runner:
     def _for_cache(self) -> Iterator[None]:
         """For passes that only fill the key/value cache."""
         with Hooks(tokens=1) as hooks:
+            fuse_norms(self.arch, hooks)
             if not self._every_mlp:
                 scored = self.batch.scored
                 last = ScoredMLP(

@@ -32,31 +32,23 @@ class Weight:
     def at(self, features: slice = slice(None)) -> Tensor:
         """All of it, or at some of the stream's features: of a tensor parallel module, some of its `own_features`.
 
-        One that is not at hand is kept only if all of it is asked for: where it is not, that of all layers is large.
+        One that is not at hand is made at each use and never kept: those of all layers are a third of a model.
         """
         if features == slice(None):
-            return self._whole
+            return linear_weight(self.module)
         own = own_features(self.module, linear_shape(self.module)[self.dim])
         if own == slice(None) and not is_at_hand(self.module):
             return linear_part(self.module, self.dim, features)
         if own != slice(None) and is_divided(self.module, 1 - self.dim):
             return by_features(self.module, self.dim, features)
-        return self._whole.narrow(self.dim, features.start, features.stop - features.start)
+        return linear_weight(self.module).narrow(self.dim, features.start, features.stop - features.start)
 
     def in_turn(self) -> Iterator[tuple[slice, Tensor]]:
         """(Which of the heads' features, the weight there): all at once, or of a tensor parallel module one rank's
         after another's."""
         if is_divided(self.module, 1 - self.dim):
             return in_turn(self.module, 1 - self.dim)
-        return iter([(slice(0, linear_shape(self.module)[1 - self.dim]), self._whole)])
-
-    @property
-    def _whole(self) -> Tensor:
-        return linear_weight(self.module) if is_at_hand(self.module) else self._made
-
-    @cached_property
-    def _made(self) -> Tensor:
-        return linear_weight(self.module)
+        return iter([(slice(0, linear_shape(self.module)[1 - self.dim]), linear_weight(self.module))])
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,8 +185,7 @@ def _of_units(module: nn.Module, features: slice) -> Tensor:
 
 
 def is_at_hand(module: nn.Module) -> bool:
-    """Is `linear_weight` the module's own tensor? Others are made once and kept, but not those that are put together
-    from all ranks' parts: keeping them would undo that each has only a part."""
+    """Is `linear_weight` the module's own tensor, or put together from all ranks' parts?"""
     weight = getattr(module, "weight", None)
     if not isinstance(module, (nn.Linear, Conv1D)) or not isinstance(weight, Tensor) or is_offloaded(module):
         return False

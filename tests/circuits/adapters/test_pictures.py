@@ -10,6 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import eap_circuits as eap
+from bench.pretended import pretending
+from eap_circuits.request import prepare
 from tests.circuits.conftest import random_edges, tiny_model
 from tests.circuits.hybrids import PICTURED as PLACE
 from tests.circuits.hybrids import PICTURES
@@ -116,6 +118,15 @@ def test_methods_and_ablations_take_them(model, method):
     full = eap.Circuit.from_mask(scores.graph, scores.graph.edge_mask)
     for ablation in ("zero", "mean"):
         assert eap.evaluate(model, full, pairs, ablation=ablation).faithfulness == pytest.approx(1, abs=1e-6)
+
+
+def test_pictures_are_sent_to_a_device_once_a_call(model):
+    pairs = eap.image_pairs(model, seen(model, 1), seen(model, 2), ANSWERS)
+    with pretending():
+        request = prepare(copy.deepcopy(model).cuda(), pairs, None, batch_size=1)
+        found = {id(batch.pictures.embeddings) for batch in request.batches(100)}
+        assert found == {id(request.data.pictures.embeddings)} and request.data.pictures.embeddings.is_cuda
+    assert pairs.pictures.embeddings.is_cpu
 
 
 def test_pictures_are_tokens_that_differ(model, tmp_path):

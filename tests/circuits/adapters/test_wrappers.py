@@ -15,6 +15,7 @@ from eap_circuits.adapters import bind, linear_weight, sender_sites
 from eap_circuits.budget import PeakBytes
 from eap_circuits.modules.projections import linear_part
 from eap_circuits.selfcheck import check_model
+from tests.circuits.conftest import random_circuit
 
 
 def results(model, data):
@@ -226,23 +227,47 @@ def test_parts_of_weights_that_are_elsewhere(kind, dim):
     assert found.untyped_storage().nbytes() <= 3 * 8 * found.element_size()
 
 
-@pytest.mark.parametrize("kind", [EightBit, offloaded])
-def test_parts_of_weights_are_not_kept(kind):
-    """Those of all layers together would be as much as their whole weights."""
+# What an offloaded weight is on the host counts once, where it is read first.
+ELSEWHERE = pytest.mark.parametrize(("kind", "counted"), [(EightBit, 0), (offloaded, 1)])
+
+
+@ELSEWHERE
+def test_weights_that_are_elsewhere_are_not_kept(kind, counted):
+    """Neither whole nor in parts, which together would be as much."""
     config = AutoConfig.for_model("llama", vocab_size=59, hidden_size=64, num_hidden_layers=6, num_attention_heads=4)
     model = AutoModelForCausalLM.from_config(config)
     for layer in model.model.layers:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(layer.self_attn, name, kind(getattr(layer.self_attn, name)))
-    arch = bind(model)
+    arch, one = bind(model), 64 * 64 * 4
     with PeakBytes() as count:
-        for features in (slice(0, 32), slice(32, 64)):
+        for features in (slice(None), slice(0, 32), slice(32, 64)):
             for site in sender_sites(arch):
                 site.weight(torch.float32, features)
             for layer in arch.layers:
                 for projection in layer.projections.values():
                     projection.weight(torch.float32, features)
-    assert 0 < count.peak < 5 * 64 * 64 * 4  # 6 layers have 24 such weights; of one its units and the like are held
+    # 6 layers have 24 such weights; of one its units and the like are held.
+    assert 0 < count.peak < (24 * counted + 5) * one
+
+
+@ELSEWHERE
+def test_circuits_hold_weights_that_are_elsewhere_for_a_layer_at_a_time(kind, counted, make_pairs):
+    width, layers, peaks = 128, 6, []
+    sizes = {"hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 32, "max_position_embeddings": 32}
+    config = AutoConfig.for_model("opt", vocab_size=59, num_hidden_layers=layers, num_attention_heads=4, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for changed in (False, True):
+        for layer in model.model.decoder.layers if changed else ():
+            for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                setattr(layer.self_attn, name, kind(getattr(layer.self_attn, name)))
+        circuit = random_circuit(bind(model).graph("kv"), 0, 0.5)
+        with PeakBytes() as count:
+            eap.evaluate(model, circuit, make_pairs(), memory="1GB")
+        peaks.append(count.peak)
+    layer = 4 * width * width * 4
+    # Two of six, with what they are made of.
+    assert peaks[1] - peaks[0] < (layers * counted + 2) * layer
 
 
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from ..edges import Reads
 from ..errors import expected
@@ -270,6 +271,15 @@ class Architecture:
         if self.embedding_norm is not None:
             x = run_whole(self.embedding_norm, x)
         return x if self.embedding_scale == 1 else x * self.embedding_scale
+
+    @cached_property
+    def keeps_states(self) -> bool:
+        """Does the cache that transformers makes for the model hold states, not only keys and values?"""
+        try:
+            layers = DynamicCache(config=self.model.config).layers
+        except Exception:  # of a configuration that says too little
+            return False
+        return any(hasattr(layer, "recurrent_states") for layer in layers)
 
     def before_post_norms(self) -> Architecture:
         """The published EAP-IG package's definition: a head's contribution is what enters a norm after attention."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..tasks import PairedDataset, Pictures, decoder_prompts
 from .replays.known import Known, known_of
-from .uploading import packed
+from .replays.uploading import packed
 
 TOKENS_PER_BATCH = 1024  # a pass this large keeps a processor busy
 _PREFIX_SHARE = 4  # whole prompts run once, without gradient, so they may have this many times a pass's tokens
@@ -277,6 +277,8 @@ def batch_of(data: PairedDataset, index: Tensor, reuse_prefix: bool, device: tor
     first = data.first_difference[index][own]
     start = data.first_needed[index][own] if reuse_prefix else torch.zeros_like(first)
     lengths, longer, others = rows.lengths[chosen], rows.longer_lengths[chosen], rows.corrupted_lengths
+    if int((longer - start).max()) == 1:  # a single token goes other ways in some models, without gradients
+        start = (start - 1).clamp(min=0)
     offset = torch.arange(int((longer - start).max()))
     position = start[:, None] + offset  # [E, T]
     active = (position >= first[:, None]) & (position < lengths[:, None])

@@ -20,7 +20,7 @@ from .layers.per_layer import give_per_layer
 from .layers.rescaling import Rescaling
 from .layers.rewriting import Rewriting
 from .layers.two_sides import begin_streams, two_sides
-from .prefixes.prefix import Prefix, WholePrompts, beginning, behind, parameters, run_prefixes
+from .prefixes.prefix import Prefix, WholePrompts, beginning, behind, parameters, run_by_length, run_prefixes
 
 Register = Callable[[Hooks], None]
 EVERYWHERE = slice(None)
@@ -158,7 +158,10 @@ class Runner:
             if self._prefix is None:
                 once = [1] * len(self._cached)
                 with torch.no_grad(), self._for_cache():
-                    ran = run_prefixes(self._body, batch.prefix, batch.known.shared, once)
+                    if self.arch.keeps_states:
+                        ran = run_by_length(self._body, batch)
+                    else:
+                        ran = run_prefixes(self._body, batch.prefix, batch.known.shared, once)
                 self._prefix = Prefix(batch, ran, batch.prefix_of, once)
             given = self._prefix.arguments(self._model, suffix, copies)
             if self._place:
@@ -175,11 +178,11 @@ class Runner:
         """The same without gradient, for hooks that only read.
 
         If every example has a prefix of its own, the first run of one copy includes the prefixes: whole prompts, in one
-        pass.
+        pass. It leaves no states behind the prefixes, where the cache holds some.
         """
         batch = self.batch
         with torch.no_grad():
-            apart = len(embeddings) != len(batch.prefix) or self.arch.per_layer is not None
+            apart = len(embeddings) != len(batch.prefix) or self.arch.per_layer is not None or self.arch.keeps_states
             if self._prefix is not None or not batch.prefix.shape[1] or apart:
                 return self.logits(embeddings, register, corrupted)
             prefixes, shared = batch.prefix[batch.prefix_of], batch.known.shared

@@ -1,4 +1,4 @@
-"""Configurations of tiny models with mixers side by side, with layers of one block, and with pictures."""
+"""Configurations of tiny models with mixers side by side, with layers of several kinds, and with pictures."""
 
 from __future__ import annotations
 
@@ -46,6 +46,23 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
 # Vision-language models that take pictures of 28 by 28 pixels, in place of four tokens `PICTURED`.
 PICTURED = VOCABULARY - 1
 _SEES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14}
+_SEES_PATCHES = {
+    **{"depth": 2, "num_heads": 2, "patch_size": 2, "spatial_merge_size": 2, "temporal_patch_size": 2},
+    **{"hidden_size": 8, "intermediate_size": 8, "out_hidden_size": 24},
+}
+_TURNED = {**CONFIGS["llama"][1], "num_attention_heads": 3, "num_key_value_heads": 1}
+
+
+def _on_axes(**sees: Any) -> dict[str, Any]:
+    """Of a model in which positions of pictures' tokens have three axes."""
+    return {
+        "text_config": {**_TURNED, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
+        "vision_config": {**_SEES_PATCHES, **sees},
+        "image_token_id": PICTURED,
+        "video_token_id": PICTURED - 1,
+    }
+
+
 PICTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": (
         "gemma3",
@@ -64,4 +81,8 @@ PICTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "image_token_index": PICTURED,
         },
     ),
+    "qwen2-vl": ("qwen2_vl", _on_axes(embed_dim=8, hidden_size=24, mlp_ratio=1)),
+    "qwen2-5-vl": ("qwen2_5_vl", _on_axes(window_size=8, fullatt_block_indexes=[1])),
 }
+# Its first layers read pictures again.
+STACKED = ("qwen3_vl", _on_axes(num_position_embeddings=16, deepstack_visual_indexes=[0]))

@@ -150,12 +150,12 @@ class Batch:
         each = torch.cat([other.repeat(corrupted), clean.repeat(copies - corrupted)])
         return (torch.arange(tokens, device=each.device) < each[:, None]).long()
 
-    def picture_types(self, copies: int, corrupted: int) -> dict[str, Tensor]:
-        """The argument that marks pictures' tokens in m copies, the first of them corrupted, int64 [m·E, T], if any."""
-        if self.pictures is None or not self.pictures.types:
+    def picture_arguments(self, copies: int, corrupted: int) -> dict[str, Tensor]:
+        """What the model's forward gets for pictures in m copies, the first of them corrupted, if there are any."""
+        if self.pictures is None:
             return {}
         tokens = torch.cat([self.corrupted.repeat(corrupted, 1), self.clean.repeat(copies - corrupted, 1)])
-        return {self.pictures.types: (tokens >= self.pictures.first).long()}
+        return self.pictures.arguments(tokens)
 
     def scored_rows(self, copies: int) -> Tensor:
         """The row of each scored position of m copies of the batch, int64."""

@@ -134,6 +134,15 @@ class Hooks(Changes):
         self.note(partial(unhook, module, before))
         module.register_forward_pre_hook(before, with_kwargs=True, prepend=first)
 
+    def on_argument(self, module: nn.Module, name: str, hook: Callable[[Any], object]) -> None:
+        """Call `hook` with what the module gets by this keyword; None if nothing."""
+
+        def before(_: nn.Module, __: object, kwargs: dict[str, Any]) -> None:
+            hook(kwargs.get(name))
+
+        self.note(partial(unhook, module, before))
+        module.register_forward_pre_hook(before, with_kwargs=True)
+
     def on_output(self, module: nn.Module, hook: _Hook, first: bool = False) -> None:
         """Call `hook(y)` with the module's (first) output; what it returns, if anything, takes its place.
 

@@ -153,7 +153,7 @@ class Runner:
             given |= two_sides(batch, batch.clean.repeat(copies, 1))
         if not self.arch.causal and (real := batch.real_tokens(copies, corrupted)) is not None:
             given["attention_mask"] = real
-        given |= batch.picture_types(copies, corrupted)
+        given |= batch.picture_arguments(copies, corrupted)
         if batch.prefix.shape[1]:
             if self._prefix is None:
                 once = [1] * len(self._cached)

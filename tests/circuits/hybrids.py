@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.circuits.models import CONFIGS, VOCABULARY
+from tests.circuits.models import CONFIGS, NEWER, VOCABULARY
 
 _PLAIN = CONFIGS["llama"][1]
-# State spaces beside attention, and layers of one block each.
+# State spaces beside attention, layers of one block each, norms at two places, and norms with a gate.
 HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-h1": (
         "falcon_h1",
@@ -40,6 +40,49 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
             "n_groups": 2,
             "ssm_state_size": 4,
             "chunk_size": 4,
+        },
+    ),
+    "olmo-hybrid": (
+        "olmo_hybrid",
+        {
+            **_PLAIN,
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_hidden_layers": 2,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 6,
+            "linear_value_head_dim": 6,
+        },
+    ),
+    # Experts beside the MLP, which read the residual stream through a norm of their own, and a router.
+    "gemma4-experts": (
+        "gemma4_text",
+        {
+            **NEWER["gemma4-large"][1],
+            "enable_moe_block": True,
+            "num_experts": 3,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 8,
+        },
+    ),
+    "axk2": (
+        "axk2",
+        {
+            **_PLAIN,
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 6,
+            "q_lora_rank": 10,
+            "kv_lora_rank": 8,
+            "qk_nope_head_dim": 4,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 6,
+            "n_routed_experts": 3,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "index_topk": 64,
+            "index_head_dim": 8,
+            "index_n_heads": 2,
+            "gated_norm_rank": 4,
         },
     ),
 }

@@ -23,7 +23,7 @@ from ..graph import Graph, Heads
 from ..modules.norms import Norm
 from ..modules.offloading import device_of, is_offloaded, read
 from ..modules.parts import Split, add_up, computes_in_parts, own_features, run_whole, team
-from ..modules.projections import Order, Projections, Weight, linear_shape
+from ..modules.projections import Order, Projections, Together, Weight, linear_shape
 from ..ranks import Team
 
 
@@ -81,6 +81,11 @@ class Layer:
         if list(self.projections) == ["q", "k", "v"]:
             return None
         return tuple((name, projection.n_heads) for name, projection in self.projections.items())
+
+    @property
+    def mlp_runs_whole(self) -> bool:
+        """Does the MLP run at all tokens of all rows, as the layer itself puts together what several modules give?"""
+        return isinstance(self.mlp_in, Together)
 
     def read_through(self, name: str) -> Norm:
         """The norm in front of a receiver: one of `projections`, or "mlp"."""

@@ -122,6 +122,8 @@ class Hooks(Changes):
         """
         if isinstance(module, Place):
             return self._on_place(module, hook)
+        if isinstance(module, Together):
+            return self._on_shared(module.parts, hook)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if args:
@@ -163,6 +165,18 @@ class Hooks(Changes):
 
     def _on_place(self, place: Place, hook: _Hook) -> None:
         (self.on_input if place.reads else self.on_output)(place.at, hook)
+
+    def _on_shared(self, parts: Sequence[nn.Module], hook: _Hook) -> None:
+        """Call `hook` with what the first one reads; what it returns, if anything, all others read, too."""
+        given: list[torch.Tensor | None] = []
+
+        def begin(x: torch.Tensor) -> torch.Tensor | None:
+            given[:] = [hook(x)]
+            return given[0]
+
+        self.on_input(parts[0], begin)
+        for part in parts[1:]:
+            self.on_input(part, lambda _: given[0])
 
     def _on_sum(self, parts: Sequence[nn.Module], hook: _Hook) -> None:
         """Call `hook` with the sum of outputs; what it returns comes out of the last part, and zeros of the others."""

@@ -76,9 +76,10 @@ class Runner:
         self.arch = arch
         self.batch = batch
         self._tokens = None if arch.encoder else tokens  # a bias may follow the head
-        # A layer's only block may mix tokens.
         self._pooled = arch.classifies and arch.head is None
-        self._every_mlp = every_mlp or self._pooled or arch.layers[-1].bare or not arch.layers[-1].n_heads
+        last = arch.layers[-1]
+        # A layer's only block may mix tokens.
+        self._every_mlp = every_mlp or self._pooled or last.bare or not last.n_heads or last.mlp_runs_whole
         # Key/value copies per layer.
         self.repeat_kv = [layer.groups if graph.heads == "query" else 1 for layer in arch.layers]
         self._cached = [n for layer, n in zip(arch.layers, self.repeat_kv, strict=True) if layer.caches]

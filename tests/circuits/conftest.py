@@ -184,8 +184,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def model_types() -> list[str]:
-    every = (CONFIGS, MIXERS, ENCODERS, NEWER, HYBRIDS, PICTURES)
-    return [model_type for kind in every for model_type, _ in kind.values()] + [STACKED[0]]
+    every = (CONFIGS, MIXERS, ENCODERS, NEWER, HYBRIDS, PICTURES, STACKED)
+    return [model_type for kind in every for model_type, _ in kind.values()]
 
 
 @pytest.fixture

@@ -128,4 +128,4 @@ PICTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-5-vl": ("qwen2_5_vl", _on_axes(window_size=8, fullatt_block_indexes=[1])),
 }
 # Its first layers read pictures again.
-STACKED = ("qwen3_vl", _on_axes(num_position_embeddings=16, deepstack_visual_indexes=[0]))
+STACKED = {"qwen3-vl": ("qwen3_vl", _on_axes(num_position_embeddings=16, deepstack_visual_indexes=[0]))}

@@ -22,11 +22,12 @@ ANSWERS = [[3, 4], [5, 6], [7, 8]]
 
 @pytest.fixture(scope="module", params=[*PICTURES])
 def model(request):
-    return build(*PICTURES[request.param])
+    return build(request.param)
 
 
-def build(model_type, fields):
+def build(kind):
     torch.manual_seed(0)
+    model_type, fields = {**PICTURES, **STACKED}[kind]
     config = AutoConfig.for_model(model_type, **copy.deepcopy(fields))
     found = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
@@ -171,7 +172,7 @@ def test_what_is_no_picture_in_place_of_tokens_is_refused(model):
 
 def test_a_picture_that_changes_the_mask_unsaid_is_refused():
     """Gemma 3 marks the first three of its four tokens, which then see each other, and not the last."""
-    model = build(*PICTURES["gemma3"])
+    model = build("gemma3")
     clean, corrupted = seen(model, 1), seen(model, 2)
     for given in (clean, corrupted):
         given["token_type_ids"] = given["token_type_ids"] * (torch.arange(11) < 5)
@@ -180,7 +181,7 @@ def test_a_picture_that_changes_the_mask_unsaid_is_refused():
 
 
 def test_pictures_that_later_layers_read_again_are_refused():
-    model = build(*STACKED)
+    model = build("qwen3-vl")
     with pytest.raises(
         eap.InputError, match=r"^model: expected a model in which pictures only stand .*, found Qwen3VL"
     ):
@@ -191,7 +192,7 @@ def test_pictures_that_later_layers_read_again_are_refused():
 @pytest.mark.parametrize("kind", ["qwen2-vl", "qwen2-5-vl"])
 def test_positions_of_several_pictures_are_the_models_own(kind):
     """Tokens of pictures stand on rows and columns, and the text behind is as much nearer as these overlap."""
-    model = build(*PICTURES[kind])
+    model = build(kind)
     ids = torch.tensor([[1, PLACE, PLACE, PLACE, PLACE, 2, 3, PLACE, PLACE, 4, 5]])
     given = {"input_ids": ids, "mm_token_type_ids": (ids == PLACE).long()}
     given["image_grid_thw"] = torch.tensor([[1, 4, 4], [1, 2, 4]])

@@ -216,7 +216,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "seed": texts.get("seed"),
         "alone": bool(texts.get("alone")),
         "span_names": texts.get("span_names", ()),
-        "pictures": Pictures(content["pictures"], **texts["pictures"]) if "pictures" in texts else None,
+        "pictures": Pictures(content["pictures"], **texts["pictures"], shifts=content.get("picture_shifts"))
+        if "pictures" in texts
+        else None,
     }
 
 

@@ -100,11 +100,16 @@ class _Binder:
         self.norms: dict[nn.Module, Norm] = {}  # one for each module, as runs look up norms by identity
         self.layers: list[Layer] = []  # so far
         self.unit = 1.0  # what these have multiplied the residual stream by
+        self.others = [_Binder(model, config, other) for other in family.others]
+        for other in self.others:
+            other.kinds, other.norms, other.layers = self.kinds, self.norms, self.layers
 
     def architecture(self) -> Architecture:
         family, layers = self.family, self.layers
         for layer in self._modules():
-            found = list(self._side_by_side(layer, self._layer(layer)))
+            part = next((other for other in self.others if other.mixers.in_layer(layer)), self)
+            part.unit = self.unit
+            found = list(part._side_by_side(layer, part._layer(layer)))
             for each in found:
                 each.check_heads(parts_of(each.out))
             layers += found
@@ -267,6 +272,10 @@ class _Binder:
         """The MLP's norm, and the modules at whose input it reads and at whose output it writes."""
         family = self.family
         first, last = (path, path) if isinstance(path, str) else path
+        more = [module for name in family.mlp_reads if (module := maybe(layer, name)) is not None]
+        if more and family.mlp_norm is not None:
+            readers = Together([site(layer, family.mlp_norm), *more])
+            return self._reads(layer, None, readers, width), readers, site(layer, family.mlp_post_norm or last)
         beside = maybe(layer, family.beside)
         if beside is None or family.mlp_post_norm is not None:
             mlp_in = site(layer, first)

@@ -46,7 +46,8 @@ def _instead_of(original: Callable[..., Any], hook_of: Callable[[Any], str]) -> 
         writers = [writer for writer, reader in edges[:end] if reader.kind == "logits"]
         gradients = [corrupt_cache.gradients.get(reader.hook_name) for reader in readers]
         if any(each is None for each in gradients):
-            return original(clean_cache, corrupt_cache, edges)  # which says what is missing
+            theirs: dict[Any, float] = original(clean_cache, corrupt_cache, edges)  # which says what is missing
+            return theirs
         written = ((hook_of(writer), writer) for writer in writers)
         clean, corrupt = clean_cache.activations, corrupt_cache.activations
         delta = torch.stack([_rows(clean[hook], writer) - _rows(corrupt[hook], writer) for hook, writer in written])

@@ -280,8 +280,9 @@ class Architecture:
     @cached_property
     def keeps_states(self) -> bool:
         """Does the cache that transformers makes for the model hold states, not only keys and values?"""
+        model: Any = self.model
         try:
-            layers = DynamicCache(config=self.model.config).layers
+            layers = DynamicCache(config=model.config).layers
         except Exception:  # of a configuration that says too little
             return False
         return any(hasattr(layer, "recurrent_states") for layer in layers)

@@ -59,7 +59,7 @@ class Prefix:
         self._kept: list[tuple[Tensor, Tensor] | None] = []
         for layer, n in zip(self._layers, repeat_kv, strict=True):
             keys, values = (getattr(layer, name, None) for name in ("keys", "values"))
-            self._kept.append(None if keys is None else (place(keys[:, ::n]), place(values[:, ::n])))
+            self._kept.append(None if keys is None or values is None else (place(keys[:, ::n]), place(values[:, ::n])))
         self._longest = longest
         # Where all layers hold states, nothing can look at places without a token.
         self._masked = not batch.known.even and any(self._kept)

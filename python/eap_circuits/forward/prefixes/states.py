@@ -29,7 +29,8 @@ def cache_with_states(model: Any) -> Cache:
     layers: list[Any] = DynamicCache(config=model.config).layers
     for index, layer in enumerate(layers):
         if isinstance(layer, DynamicLayer):
-            layers[index] = both(number_of_states=layer.number_of_states) if holds_states(layer) else DynamicLayer()
+            states = getattr(layer, "number_of_states", None)
+            layers[index] = DynamicLayer() if states is None else both(number_of_states=states)
     return Cache(layers=layers)
 
 
@@ -62,7 +63,7 @@ def _picked(states: _States, rows: Tensor) -> _States:
     return {number: None if x is None else x[rows.to(x.device)] for number, x in states.items()}
 
 
-class GoesOn(_StatesLayer):  # type: ignore[misc]
+class GoesOn(_StatesLayer):
     """The states of a cache's layer, [E, ...], for copies of a batch. A pass goes on from them; what it leaves is
     dropped.
 
@@ -80,7 +81,9 @@ class GoesOn(_StatesLayer):  # type: ignore[misc]
 
     def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **_: Any) -> Tensor:
         """What the convolution reads: what came before, then the pass's own."""
-        return torch.cat([self.conv_states[state_idx], conv_states], -1)
+        before = self.conv_states[state_idx]
+        assert before is not None
+        return torch.cat([before, conv_states], -1)
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **_: Any) -> Tensor:
         """Nothing is kept."""

@@ -22,7 +22,7 @@ from ..families import Family
 from ..graph import Graph, Heads
 from ..modules.norms import Norm
 from ..modules.offloading import device_of, is_offloaded, read
-from ..modules.parts import Split, add_up, computes_in_parts, own_features, run_whole, team
+from ..modules.parts import Shares, Split, add_up, computes_in_parts, own_features, run_whole, team
 from ..modules.projections import Order, Projections, Together, Weight, linear_shape
 from ..ranks import Team
 
@@ -224,6 +224,16 @@ class Architecture:
         """The residual stream's features in which this rank contracts senders and receivers: all of them, or of a
         tensor parallel model a part."""
         return own_features(self.layers[0].out, self.d_model)
+
+    @property
+    def width(self) -> int:
+        """How many `features` there are."""
+        return len(range(self.d_model)[self.features])
+
+    @cached_property
+    def shares(self) -> Shares:
+        """What ranks send each other where circuits store and read this rank's `features`."""
+        return Shares(None if self.features == slice(None) else self.layers[0].out)
 
     def add_up(self, scores: Tensor) -> None:
         """Let sums over this rank's `features` be sums over all of them."""

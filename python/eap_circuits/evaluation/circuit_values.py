@@ -117,7 +117,7 @@ class CircuitValues(Replayable[Measurement, Tensor]):
 
     def _bytes(self, kept: int, at_once: int) -> int:
         """Roughly what passes hold that record `kept` tokens and run so many of circuits at once."""
-        return bytes_without_gradient(self._request, kept, at_once, self._rows * self._request.arch.d_model)
+        return bytes_without_gradient(self._request, kept, at_once, self._rows * self._request.arch.width)
 
     @cached_property
     def _rows(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .offloading import device_of, is_offloaded, read, read_part
-from .parts import FLOATS, by_features, in_turn, is_divided, is_shard, own_features
+from .parts import FLOATS, by_features, in_turn, is_divided, is_shard, own_features, own_part
 from .shapes import Shape
 
 # Of a fused projection's features: "concatenated": all of q, then k, then v; "grouped": for each key/value head its
@@ -73,7 +73,19 @@ class Projection:
 
     def weight(self, dtype: torch.dtype, features: slice = slice(None)) -> Tensor:
         """[heads, K, D], or some of the D features."""
-        weight = self._picked(self._weight.at(features)).to(dtype).unflatten(0, (self.n_heads, -1))
+        return self._by_head(self._picked(self._weight.at(features)), dtype)
+
+    def of_heads(self, heads: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """`weight` and `bias` of some heads. A weight that a tensor parallel module has on this rank is not sent."""
+        own, bias = None, self.bias(dtype)
+        if isinstance(self.rows, slice):
+            first, last = (self.rows.start + head * self.head_dim for head in (heads.start, heads.stop))
+            own = own_part(self.module, 0, slice(first, last))
+        weight = self.weight(dtype)[heads] if own is None else self._by_head(own, dtype)
+        return weight, None if bias is None else bias[heads]
+
+    def _by_head(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        weight = weight.to(dtype).unflatten(0, (-1, self.head_dim))
         return weight if self.factor == 1 else weight * self.factor
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:

@@ -20,3 +20,4 @@ from .binding import bind
 from .nonlinear import nonlinear_parts
 from .pretrained import DEMO_MODEL, load_model
 from .sites import ReceiverSite, SenderSite, receiver_sites, sender_sites
+from .wrappers import unwrapped

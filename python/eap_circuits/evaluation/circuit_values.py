@@ -25,7 +25,7 @@ from ..intervention import TOKENS_TOGETHER, CircuitRuns, rows_computed
 from ..recording import record_run
 from ..request import DRAWS, Measurement, Request, fetch, variance_by_rounding
 
-# A batch is at least this many launches for each layer (tests/circuits/test_counts.py counts).
+# A batch is at least this many launches for each layer (tests/circuits/budget/test_counts.py counts).
 LAUNCHES = 45
 # Operations of a forward pass for a weight and a token.
 _OPERATIONS = 2

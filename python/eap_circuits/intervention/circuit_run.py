@@ -99,7 +99,7 @@ class CircuitsRun:
                 continue
             needed = numbers(asked.needed[:, mlp.senders.start] & ~asked.closed[:, attention.stop])
             # A layer's only block may be given masks and positions, which have rows for all circuits.
-            run = needed if writers else list(range(self.count))
+            run = needed if writers and not layer.mlp_runs_whole else list(range(self.count))
             hooks.on_input(layer.mlp_in, partial(self._read_mlp, sites, needed, run))
             hooks.on_senders(mlp, partial(self._write_mlp, mlp, needed, run))
         hooks.on_input(self.runner.arch.final_norm.module, self._read_final)

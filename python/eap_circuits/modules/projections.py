@@ -112,7 +112,7 @@ def _numbers(rows: slice | Tensor) -> Tensor:
 
 
 class Together(nn.Module):
-    """Modules that read the same and whose outputs are added up, in the order in which they run."""
+    """Modules that read the same, in the order in which they run; what they give counts as the sum of it."""
 
     parts: tuple[nn.Module, ...]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -283,9 +284,10 @@ def parse_bytes(memory: object) -> int | None:
         except InputError as error:
             raise expected("memory", wanted, shown(memory)) from error
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([a-zA-Z]*)\s*", memory)
-    if not found or found[2].lower() not in _UNITS:
+    size = float(found[1]) * _UNITS.get(found[2].lower(), math.nan) if found else math.nan
+    if not size < math.inf:
         raise expected("memory", wanted, repr(memory))
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+    return int(size)
 
 
 def watched(progress: Progress | bool | None) -> Progress | None:

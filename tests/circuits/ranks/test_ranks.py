@@ -32,7 +32,7 @@ NAMES = (
 def found() -> dict[str, list[str]]:
     """What is wrong, by check; all in one process that forks, as imports take longest."""
     script = Path(__file__).with_name("runs.py")
-    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600)
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=1200)
     assert ran.returncode == 0, ran.stderr
     return dict(json.loads(ran.stdout.splitlines()[-1]))
 

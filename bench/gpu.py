@@ -82,27 +82,25 @@ class Stage(NamedTuple):
 def kernel_tests() -> dict[str, list[str]]:
     """Tests of what runs only on the GPU, each in its own process, so that a failing kernel harms no other."""
     # Triton compiles for every kind of stride and size: fewer random cases.
-    quick = ["env", "EAP_QUICK=1"]
+    quick, folder = ["env", "EAP_QUICK=1"], "tests/kernels"
 
     def of(impl: str) -> dict[str, list[str]]:
         command = [*(quick if impl == "triton" else []), *TEST, "-k", f"{impl}-cuda"]
-        return {
-            f"{impl} {op}": [*command, *(SPREAD if op == "masked_read" else []), f"tests/kernels/test_{op}.py"]
-            for op in TESTED
-        }
+        spread = {"masked_read": SPREAD}
+        return {f"{impl} {op}": [*command, *spread.get(op, []), f"{folder}/operators/test_{op}.py"] for op in TESTED}
 
     return {
         **{label: command for impl in KERNELS for label, command in of(impl).items()},
         "models": [*TEST, *SPREAD, "tests/circuits/forward/test_on_gpu.py"],
         # As the sanitizer runs it: Triton's kernels are compiled before, which under it would take minutes.
         **{f"{impl} odd shapes": [sys.executable, "bench/sanitize.py", impl] for impl in KERNELS},
-        "triton tiles": [*quick, *TEST, "tests/kernels/test_triton_kernels.py"],
+        "triton tiles": [*quick, *TEST, f"{folder}/on_triton/test_triton_kernels.py"],
         **of("reference"),
         "integrations": [
             *TEST,
             "-k",
             "cuda",
-            *(f"tests/kernels/test_integrations_{x}.py" for x in ("auto_circuit", "eap_ig")),
+            *(f"{folder}/integrations/test_integrations_{x}.py" for x in ("auto_circuit", "eap_ig")),
         ],
     }
 

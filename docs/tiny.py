@@ -25,7 +25,7 @@ def _each(value: Any, *names: str) -> dict[str, Any]:
 
 _SMALL = {
     **_each(32, "hidden_size", "n_embd", "d_model", "dim", "dim_model", "embedding_size", "word_embed_proj_dim"),
-    **_each(32, "embed_dim", "lru_width", "emb_dim"),
+    **_each(32, "embed_dim", "lru_width", "emb_dim", "hidden_size_global"),
     **_each(48, "intermediate_size", "n_inner", "d_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "dim_ff"),
     **_each(48, "d_ff", "ffn_hidden_size", "dff", "intermediate_size_mlp", "feed_forward_size"),
     **_each(16, "moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"),
@@ -71,6 +71,12 @@ _AS_DECODER = (
 )
 _PADDED = ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod")
 _DECODERS = {kind: f"{kind}_decoder" for kind in ("musicgen", "musicgen_melody")}
+_DOTS3 = {
+    **_each(4, "num_key_value_heads", "swa_num_attention_heads", "swa_num_key_value_heads", "swa_qk_nope_head_dim"),
+    **_each(8, "swa_head_dim", "swa_v_head_dim", "index_head_dim", "index_n_heads"),
+    **_each(12, "swa_q_lora_rank", "swa_kv_lora_rank"),
+    "shared_experts_intermediate_size": 16,
+}
 OWN: dict[str, dict[str, Any]] = {
     **{
         kind: {"num_key_value_heads": 4}
@@ -95,10 +101,17 @@ OWN: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "dots1": {"n_shared_experts": 1},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note": {
+        "text_config": _DOTS3,
+        "vision_config": {"mlp_layer_types": 3 * ["dense"], "adapter_in_dim": 16, "adapter_out_dim": 32},
+        "audio_config": {"adapter_input_size": 16, "adapter_out_dim": 32, "downsample_hidden_size": 8},
+    },
+    "dots3_note_text": _DOTS3,
     "falcon_h1": {**_STATES, "mamba_d_ssm": 64},
     "gemma4": {"text_config": {"pad_token_id": 0}, **_PICTURED},
-    "gemma4_assistant": {"text_config": {**_NO_LAYER_INPUTS, "num_kv_shared_layers": 3}},
+    "gemma4_assistant": {
+        "text_config": {**_NO_LAYER_INPUTS, "num_kv_shared_layers": 4, "model_type": "gemma4_text"},
+    },
     "gemma4_unified": {"text_config": {"pad_token_id": 0}, **_PICTURED},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "granitemoehybrid": {**_STATES, "layer_types": ["mamba", "attention", "mamba"]},
@@ -137,6 +150,10 @@ def tiny(kind: str) -> Any:
     if head:
         fields = {**fields, "pad_token_id": 1, "is_decoder": False}
     config = AutoConfig.for_model(kind, **fields)
+    if kind == "gemma3n":  # its own vision model needs timm; here nobody looks at pictures
+        eyes, own = AutoConfig.for_model("siglip_vision_model", **_PICTURES, num_hidden_layers=1), config.vision_config
+        eyes.vocab_size, eyes.vocab_offset, eyes.rms_norm_eps = own.vocab_size, own.vocab_offset, own.rms_norm_eps
+        vars(config)["vision_config"] = eyes  # past the check of its type
     weights = 0
     # Older ones have tensors with values, which cannot be made there.
     with suppress(NotImplementedError, RuntimeError), torch.device("meta"):
@@ -165,11 +182,13 @@ def _fields(config: type, kind: str = "") -> dict[str, Any]:
         found |= dict.fromkeys(_SPECIAL) | needed
     own = OWN.get(kind, {})
     parts = [name for name in getattr(config, "sub_configs", {}) if name not in found]
-    whole = config() if parts else None
+    whole = config() if any("model_type" not in own.get(name, {}) for name in parts) else None
     for name in parts:
-        part = getattr(whole, name, None)
+        model_type = own.get(name, {}).get("model_type")
+        part = getattr(whole, name, None) if model_type is None else CONFIG_MAPPING[model_type]
         if part is not None and not isinstance(part, dict):
-            model_type = getattr(part, "model_type", "")
-            found[name] = {**_fields(type(part), model_type), "model_type": model_type, **own.get(name, {})}
+            model_type = model_type or getattr(part, "model_type", "")
+            kind_of_part = part if isinstance(part, type) else type(part)
+            found[name] = {**_fields(kind_of_part, model_type), "model_type": model_type, **own.get(name, {})}
     found |= {name: value for name, value in own.items() if name not in found or name not in parts}
     return found

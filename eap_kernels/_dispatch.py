@@ -21,7 +21,7 @@ from eap_kernels.reference import Backend
 P = ParamSpec("P")
 T = TypeVar("T")
 # Ours and PyTorch's; of an allocation inside our library the stable ABI names only the operator that failed.
-_WANT_OF_MEMORY = ("bad_alloc", "can't allocate memory", "aten::new_empty")
+_WANT_OF_MEMORY = ("bad_alloc", "can't allocate memory", "aten::new_empty", "Storage size calculation overflowed")
 
 
 def in_memory(call: Callable[P, T]) -> Callable[P, T]:
@@ -65,9 +65,26 @@ def _byte_range(x: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * x.element_size()
 
 
+def _share_memory(x: Tensor) -> bool:
+    """Do any two entries of a tensor lie at one place?"""
+    reach, apart = 0, True
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        apart &= size < 2 or stride > reach  # beyond all that the smaller strides span
+        reach += stride * (size - 1)
+    if apart or not x.numel():
+        return False
+    places = torch.zeros((), dtype=torch.int64, device="cpu")
+    for stride, size in zip(x.stride(), x.shape, strict=True):
+        places = places[..., None] + stride * torch.arange(size, device="cpu")
+    return len(places.unique()) < x.numel()
+
+
 def _check_memory(op: str, out: Tensor, operands: Iterable[tuple[str, Tensor]]) -> None:
-    if 0 in out.stride() and any(s == 0 and n > 1 for n, s in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError(f"{op}: expected every entry of out to have its own memory, got an expanded out")
+    if _share_memory(out):
+        found = f"an out with strides {list(out.stride())}"
+        raise ValueError(f"{op}: expected every entry of out to have its own memory, got {found}")
+    if out.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{op}: expected an out that may be written to, got one of inference mode outside of it")
     first, last = _byte_range(out)
     for name, x in operands:
         low, high = _byte_range(x)

@@ -248,9 +248,15 @@ def _fail(op: str, expected: str, got: object, error: type[Exception] = ValueErr
     raise error(f"{op}: expected {expected}, got {got}")
 
 
-def _check_floating(op: str, name: str, x: Tensor, shape: str, like: Tensor | None = None) -> None:
+def _check_tensor(op: str, name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         _fail(op, f"{name} to be a tensor", type(x).__name__, TypeError)
+    if x.layout != torch.strided or x.is_nested:
+        _fail(op, f"{name} to be a dense tensor", "a nested one" if x.is_nested else x.layout, TypeError)
+
+
+def _check_floating(op: str, name: str, x: Tensor, shape: str, like: Tensor | None = None) -> None:
+    _check_tensor(op, name, x)
     if x.dtype not in _FLOATS:
         _fail(op, f"{name} in float64, float32, bfloat16 or float16", x.dtype, TypeError)
     if x.dim() != shape.count(",") + 1:
@@ -268,8 +274,7 @@ def _check_like(op: str, name: str, x: Tensor, delta: Tensor) -> None:
 
 
 def _check_index(op: str, name: str, x: Tensor, count: int) -> None:
-    if not isinstance(x, Tensor):
-        _fail(op, f"{name} to be a tensor", type(x).__name__, TypeError)
+    _check_tensor(op, name, x)
     if x.dtype != torch.int64:
         _fail(op, f"{name} in int64", x.dtype, TypeError)
     if list(x.shape) != [count]:
@@ -278,12 +283,10 @@ def _check_index(op: str, name: str, x: Tensor, count: int) -> None:
 
 def _check_read(base: Tensor, delta: Tensor, mask: Tensor) -> None:
     op = "masked_read"
-    if not isinstance(mask, Tensor):
-        _fail(op, "mask to be a tensor", type(mask).__name__, TypeError)
+    _check_tensor(op, "mask", mask)
     own = isinstance(delta, Tensor) and delta.dim() == 4 and mask.dim() == 3
     _check_floating(op, "delta", delta, "[C, S, N, D]" if own else "[S, N, D]")
-    if not isinstance(base, Tensor):
-        _fail(op, "base to be a tensor", type(base).__name__, TypeError)
+    _check_tensor(op, "base", base)
     _check_like(op, "base", base, delta)
     if mask.dtype != torch.bool and mask.dtype not in _FLOATS:
         _fail(op, "a bool or floating mask", mask.dtype, TypeError)
@@ -329,8 +332,7 @@ def _check_nodes(group: Nodes, like: Tensor, tokens: int, features: int) -> None
 def _check_out(
     op: str, out: Tensor, senders: int, receivers: int, segmented: bool, wide: torch.dtype, device: torch.device
 ) -> None:
-    if not isinstance(out, Tensor):
-        _fail(op, "out to be a tensor", type(out).__name__, TypeError)
+    _check_tensor(op, "out", out)
     if out.dtype != wide:
         _fail(op, f"out in {wide}", out.dtype, TypeError)
     if out.device != device:
@@ -338,5 +340,11 @@ def _check_out(
     if out.dim() != 2 + segmented or list(out.shape[-2:]) != [senders, receivers]:
         shape = f"[segments, {senders}, {receivers}]" if segmented else f"[{senders}, {receivers}]"
         _fail(op, f"out of shape {shape}", list(out.shape))
-    if out.requires_grad:
-        _fail(op, "an out that does not require grad", "requires_grad=True")
+    _check_written(op, "out", out)
+
+
+def _check_written(op: str, name: str, x: Tensor) -> None:
+    if x.requires_grad:
+        _fail(op, f"{name} that does not require grad", "requires_grad=True")
+    if x.is_neg():
+        _fail(op, f"{name} whose values stand in its memory", "a view that negates it")

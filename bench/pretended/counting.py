@@ -23,17 +23,9 @@ from typing import Any
 import torch
 
 from bench.pretended.graphs import indices, waits
+from bench.pretended.library import attention_backward, attention_forward, rms_norm, rms_norm_backward
 from bench.pretended.moved import LAUNCH, moved, seconds
-from bench.pretended.tensors import (
-    Pretend,
-    attention_backward,
-    attention_forward,
-    expanded,
-    observers,
-    replayed,
-    rms_norm,
-    tensors_of,
-)
+from bench.pretended.tensors import Pretend, expanded, observers, replayed, tensors_of
 
 Site = tuple[str, str]  # (operator or reason, file:line of the package)
 _PACKAGES = ("eap_circuits", "eap_kernels")
@@ -41,8 +33,10 @@ _FREE = {"_unsafe_view", "_reshape_alias", "detach", "alias", "lift_fresh", "emp
          "new_empty", "new_empty_strided", "view_as", "resize_", "set_"}  # fmt: skip
 _MORE = {"nonzero": 3, "_unique2": 8, "unique_dim": 10, "unique_consecutive": 6, "sort": 3, "topk": 2, "cumsum": 2,
          "attention_backward": 3, "masked_select": 4}  # fmt: skip
+# Of what is done to many tensors at once: elements of a block, and blocks of a launch.
+_BLOCK, _BLOCKS = 1 << 16, 320
 # Kernels that are no operators of torch's.
-_WHOLE = (attention_forward, attention_backward, expanded, rms_norm, replayed)
+_WHOLE = (attention_forward, attention_backward, expanded, rms_norm, rms_norm_backward, replayed)
 
 
 @dataclass
@@ -98,7 +92,10 @@ def _count(counts: Counts, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     if view or name in ("_local_scalar_dense", "is_nonzero") or empty:
         return
     masks = sum(isinstance(x, Pretend) and x.dtype == torch.bool for x in indices(name, args))
-    counts.launches[name, site] += _MORE.get(name, 1) + 3 * masks
+    launches = _MORE.get(name, 1)
+    if name.startswith("_foreach"):
+        launches = -(-sum(-(-x.numel() // _BLOCK) for x in tensors_of(args[:1])) // _BLOCKS)
+    counts.launches[name, site] += launches + 3 * masks
     size = moved(name, func, args, kwargs, out)
     counts.bytes += size
     counts.on_device += seconds(name, args, kwargs, out, size)

@@ -18,7 +18,7 @@ from bench.pretended.tensors import Pretend, tensors_of
 # the host's seconds for a launch.
 BANDWIDTH, LAUNCH = 3.0e12, 4e-6
 _RATE = {torch.bfloat16: 798e12, torch.float16: 798e12, torch.float32: 67e12, torch.float64: 67e12}
-_WRITTEN_ONLY = ("copy_", "zero_", "fill_", "normal_", "uniform_")
+_WRITTEN_ONLY = ("copy_", "_foreach_copy_", "zero_", "fill_", "normal_", "uniform_")
 _GATHERS = ("index", "index_select", "gather", "embedding")
 _SCATTERS = ("index_put_", "_index_put_impl_", "index_copy_", "index_add_", "masked_fill_")
 _PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -34,6 +33,8 @@ _aten = torch.ops.aten
 _INDEXING = (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default)
 _QUESTIONS = ("isnan", "isinf", "eq", "ne", "lt", "le", "gt", "ge")  # answered where there are no values
 _WIDENED = ("mm", "bmm", "addmm", "baddbmm")
+# Functions of the library's that are one kernel each, and what computes them (library.py).
+LIBRARY: dict[Any, Callable[..., Tensor]] = {}
 # What the device is at: without values, under which stream (None: its own), capturing into which tape, and whether
 # torch warns where the host waits; what graphs.py does before an operator, or before a wait.
 state: dict[str, Any] = {"shapes": False, "stream": None, "tape": None, "told of waits": False, "guard": None}
@@ -61,11 +62,7 @@ def untold() -> Iterator[None]:
 
 
 def expanded(*_: Any) -> None:
-    """Stands for Triton's expansion of rows when observers are told of it, and `rms_norm` for the library's kernel."""
-
-
-def rms_norm(*_: Any) -> None:
-    pass
+    """Stands for Triton's expansion of rows when observers are told of it."""
 
 
 def replayed(*_: Any) -> None:
@@ -168,13 +165,8 @@ class Functions(TorchFunctionMode):
             return args[0].to(CUDA, **{k: v for k, v in kwargs.items() if k == "non_blocking"})
         if func is Tensor.pin_memory and not isinstance(args[0], Pretend):
             return args[0]
-        if func is functional.scaled_dot_product_attention and isinstance(args[0], Pretend):
-            return _attention(*args, **kwargs)
-        if func is functional.rms_norm and isinstance(args[0], Pretend):
-            with untold():
-                out = func(*args, **kwargs)
-            tell("op", rms_norm, args, kwargs, out)
-            return out
+        if func in LIBRARY and isinstance(args[0], Pretend):
+            return LIBRARY[func](*args, **kwargs)
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             return func(args[0], index_of(args[1]), *args[2:])
         if kwargs.get("pin_memory"):
@@ -227,7 +219,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     elif func.namespace == "aten" and func._overloadname == "dtype" and name in _WIDENED and device == CUDA:
         # Low precision in, wide sums out: CUDA's alone.
         wide = lambda: getattr(torch, name)(*(held[id(x)].to(args[-1]) for x in tensors))  # noqa: E731
-        out = Pretend(_recorded(wide, held.values()))
+        out = Pretend(recorded(wide, held.values()))
     elif valueless and name == "copy_" and not isinstance(args[0], Pretend):
         out = args[0].fill_(1)
     elif valueless and name == "_to_copy" and device == CPU:
@@ -242,14 +234,14 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         if valueless and func in _INDEXING:
             taken[1] = [n for x in args[1] for n in _numbers(x)]
         call = partial(func, *tree_map(give, taken), **given)
-        made = _recorded(call, held.values()) if device == CUDA and not valueless else call()
+        made = recorded(call, held.values()) if device == CUDA and not valueless else call()
         out = tree_map(lambda y: _on(y, device, back), made)
     if any(isinstance(x, Pretend) for x in (*tensors, *tensors_of([out]))):
         tell("op", func, args, kwargs, out)
     return out
 
 
-def _recorded(call: Callable[[], Any], given: Iterable[Tensor]) -> Any:
+def recorded(call: Callable[[], Any], given: Iterable[Tensor]) -> Any:
     """What a call gives of tensors of the CPU; where it is captured, replays make it again."""
     made = call()
     if state["tape"] is not None:
@@ -336,61 +328,3 @@ def _free(func: Any, place: int, x: Tensor) -> bool:
     if func.namespace == "eap_kernels":
         return x.dtype == torch.int64  # how far receivers see
     return x.dim() == 0 or (place > 0 and func in _INDEXING and x.dtype in (torch.int64, torch.bool))
-
-
-# --- attention as one kernel
-
-
-def attention_forward(*_: Any) -> None:
-    """Stands for the fused kernel when observers are told of it, as `attention_backward` does."""
-
-
-def attention_backward(*_: Any) -> None:
-    pass
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any, mask: Any, given: dict[str, Any]) -> Tensor:
-        held = [x.held for x in (q, k, v)]
-        if any(x.is_meta for x in held):
-            batch, heads, tokens, _ = q.shape
-            out = torch.empty(batch, tokens, heads, v.shape[-1], dtype=q.dtype, device=META).transpose(1, 2)
-        else:
-            masked = None if mask is None else mask.held
-            out = _recorded(partial(functional.scaled_dot_product_attention, *held, masked, **given), held)
-        ctx.save_for_backward(q, k, v, *([] if mask is None else [mask]))
-        ctx.given = given
-        found = Pretend(out)
-        tell("op", attention_forward, (q, k, v, mask), given, found)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Any) -> Any:
-        q, k, v, *mask = ctx.saved_tensors
-        held = [x.held for x in (q, k, v)]
-        if any(x.is_meta for x in (*held, gradient.held)):
-            found = [torch.empty_like(x, device=META) for x in held]
-        else:
-            slopes = partial(_slopes, held, mask[0].held if mask else None, gradient.held, ctx.given)
-            found = _recorded(slopes, held)
-        made = [Pretend(x) for x in found]
-        tell("op", attention_backward, (q, k, v, *mask, gradient), ctx.given, made)
-        return *made, None, None
-
-
-def _slopes(held: list[Tensor], mask: Tensor | None, gradient: Tensor, given: dict[str, Any]) -> list[Tensor]:
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_(True) for x in held]
-        out = functional.scaled_dot_product_attention(*inputs, mask, **given)
-        return list(torch.autograd.grad(out, inputs, gradient))
-
-
-def _attention(q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
-               scale: float | None = None, enable_gqa: bool = False) -> Tensor:  # fmt: skip
-    given = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-    for x in (k, v, *([] if attn_mask is None else [attn_mask])):
-        if not isinstance(x, Pretend):
-            raise RuntimeError("scaled_dot_product_attention: expected all tensors on one device")
-    found: Tensor = _Attention.apply(q, k, v, attn_mask, given)
-    return found

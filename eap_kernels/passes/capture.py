@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eap_kernels import _dispatch
-from eap_kernels.ops import _check_floating, _fail
+from eap_kernels.ops import _check_floating, _check_tensor, _check_written, _fail
 
 
 @_dispatch.in_memory
@@ -146,8 +146,7 @@ def _check_rows(op: str, rows: Tensor | None, x: Tensor) -> int:
     """How many tokens of x [M, N, ...] are wanted."""
     if rows is None:
         return x.shape[1]
-    if not isinstance(rows, Tensor):
-        _fail(op, "rows to be a tensor", type(rows).__name__, TypeError)
+    _check_tensor(op, "rows", rows)
     if rows.dtype != torch.int64:
         _fail(op, "rows in int64", rows.dtype, TypeError)
     if rows.dim() != 1:
@@ -165,8 +164,3 @@ def _check_operand(op: str, name: str, x: Tensor, shape: list[int], like: Tensor
         _fail(op, f"{name} of shape {shape}", list(x.shape))
     if x.device != like.device:
         _fail(op, f"{name} on {like.device}", x.device)
-
-
-def _check_written(op: str, name: str, x: Tensor) -> None:
-    if x.requires_grad:
-        _fail(op, f"{name} that does not require grad", "requires_grad=True")

@@ -19,7 +19,7 @@ class MaskedReads:
     Each `read` is a `masked_read`: y[v] = base[v] + sum_u mask[u, v] * delta[u]. To differentiate through a stack of
     contributions that is made anew for every read, all of it would be copied each time, and as many gradients of its
     size be added up. Here a contribution is stored once. Its gradient, sum_v mask[u, v] * dL/dy[v], is one
-    `masked_read` of all later receivers' gradients, and the mask's gradient is one `edge_scores` at the end of the
+    `masked_read` of the gradients of all reads of it, and the mask's gradient is one `edge_scores` at the end of the
     backward pass. Differentiable once, in bases, contributions and mask.
 
     Args:
@@ -52,6 +52,8 @@ class MaskedReads:
     def write(self, sender: int, delta: Tensor) -> None:
         """Store the contributions of senders from this one on, [s, N, D] or [C, s, N, D]; each is written once."""
         stored = self._stored
+        if not isinstance(delta, Tensor):
+            _fail("contributions as a tensor", type(delta).__name__)
         wanted = list(stored.delta.shape)
         wanted[-3] = delta.shape[-3] if delta.dim() == len(wanted) else 0
         if list(delta.shape) != wanted or not 0 <= sender <= stored.delta.shape[-3] - wanted[-3]:
@@ -63,14 +65,19 @@ class MaskedReads:
         self._written = _write(self._written, delta, sender, stored)
 
     def read(self, base: Tensor, receivers: slice, senders: slice, at: slice | Tensor | None = None) -> Tensor:
-        """What receivers read of senders that have been written, [r, n, D] or [C, r, n, D].
+        """What receivers read of senders that have been written, [r, n, D] or [C, r, n, D]; as often as you like.
 
         Args:
-            base: [n, D], or one for each receiver, or for each circuit and receiver; a read's result may be the base
-                of another read of the same receivers, from the senders after those.
+            base: [n, D], or one for each receiver, or for each circuit and receiver; such as what the same receivers
+                have read of other senders.
             receivers, senders: which of the mask's columns and rows; with start and stop.
             at: which n of the N tokens; None: all.
         """
+        *_, n_senders, n_receivers = self._stored.mask.shape
+        for name, chosen, size in (("senders", senders, n_senders), ("receivers", receivers, n_receivers)):
+            plain = isinstance(chosen, slice) and chosen.indices(size) == (chosen.start, chosen.stop, 1)
+            if not plain or chosen.start > chosen.stop:
+                _fail(f"{name} as a slice with a start and a stop from 0 to {size}", chosen)
         if not all(self._stored.written[senders]):
             _fail("a read of senders that have been written", f"{senders} with {sum(self._stored.written)} of them")
         return _read(self._written, base, receivers, senders, at, self._stored)
@@ -80,20 +87,42 @@ class _Stored:
     """Contributions, and the gradients of what was read of them."""
 
     def __init__(self, mask: Tensor, tokens: int, features: int) -> None:
-        *lead, senders, receivers = mask.shape
+        *lead, senders, _ = mask.shape
         self.mask = mask
         self.delta = mask.new_empty(*lead, senders, tokens, features)
         self.written = [False] * senders
-        self.reach = [0] * receivers
+        # Of every receiver of one read after another: its column of the mask, and the senders from … to that are read.
+        self.columns: list[int] = []
+        self.starts: list[int] = []
+        self.stops: list[int] = []
         self._gradients: Tensor | None = None
+        self._pass = -1
+
+    def note(self, receivers: slice, senders: slice) -> slice:
+        """Where the gradients of a read are among those of all reads."""
+        first, count = len(self.columns), receivers.stop - receivers.start
+        self.columns += range(receivers.start, receivers.stop)
+        self.starts += [senders.start] * count
+        self.stops += [senders.stop] * count
+        return slice(first, first + count)
 
     @property
     def gradients(self) -> Tensor:
-        """Of each receiver's read, [..., R, N, D]; zero until it is known."""
-        if self._gradients is None:
+        """Of all that was read, [..., reads, N, D]; zero where this backward pass has not come yet."""
+        this = torch._C._current_graph_task_id()
+        if self._gradients is None or self._pass != this:
+            self._gradients = None  # an earlier pass's, which may have come along other reads
             *lead, _, tokens, features = self.delta.shape
-            self._gradients = self.mask.new_zeros(*lead, self.mask.shape[-1], tokens, features)
+            self._gradients = self.mask.new_zeros(*lead, len(self.columns), tokens, features)
+            noted = torch.tensor([self.columns, self.starts, self.stops], dtype=torch.int64)
+            self.noted, self._pass = noted.to(self.mask.device), this
         return self._gradients
+
+    def weights(self, senders: slice) -> Tensor:
+        """The mask's entries with which these senders were read, [..., s, reads]; zero where they were not."""
+        columns, starts, stops = self.noted
+        rows = torch.arange(senders.start, senders.stop, device=self.mask.device)[:, None]
+        return self.mask[..., senders, :][..., columns].where((starts <= rows) & (rows < stops), 0)
 
 
 def _at(x: Tensor, nodes: slice, tokens: slice | Tensor | None) -> Tensor:
@@ -106,20 +135,25 @@ class _Begin(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mask: Tensor, stored: _Stored) -> Tensor:
+        ctx.save_for_backward(mask)  # only so that torch refuses one that has changed by then
         ctx.stored = stored
         return mask.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
-        stored = ctx.stored
-        scores = torch.zeros_like(stored.mask, dtype=accumulation_dtype(stored.mask.dtype))
-        reach = torch.tensor(stored.reach)
-        kept = stored.delta, stored.gradients, scores
+        (mask,), stored = ctx.saved_tensors, ctx.stored
+        wide, gradients = accumulation_dtype(mask.dtype), stored.gradients
+        scores = gradients.new_zeros([*mask.shape[:-1], len(stored.columns)], dtype=wide)
+        stops = torch.tensor(stored.stops, dtype=torch.int64)
+        kept = stored.delta, gradients, scores
         for circuit in zip(*kept, strict=True) if scores.dim() == 3 else [kept]:
             delta, gradients, out = circuit
-            edge_scores(delta, gradients, reach, out)
-        return scores.to(stored.mask.dtype), None
+            edge_scores(delta, gradients, stops, out)
+        columns, starts, _ = stored.noted
+        if any(stored.starts):
+            scores.masked_fill_(torch.arange(len(stored.written), device=mask.device)[:, None] < starts, 0)
+        return torch.zeros_like(mask, dtype=wide).index_add_(-1, columns, scores).to(mask.dtype), None
 
 
 class _Write(torch.autograd.Function):
@@ -137,7 +171,7 @@ class _Write(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             gradients = stored.gradients
             nothing = gradients.new_zeros(()).expand(gradients.shape[-2:])
-            to_delta = masked_read(nothing, gradients, stored.mask[..., ctx.rows, :].mT)
+            to_delta = masked_read(nothing, gradients, stored.weights(ctx.rows).mT)
         return to_written, to_delta, None, None
 
 
@@ -152,16 +186,18 @@ class _Read(torch.autograd.Function):
         at: slice | Tensor | None,
         stored: _Stored,
     ) -> Tensor:
-        ctx.receivers, ctx.at, ctx.stored, ctx.dims = receivers, at, stored, base.dim()
-        for receiver in range(receivers.start, receivers.stop):
-            stored.reach[receiver] = max(stored.reach[receiver], senders.stop)
+        ctx.rows, ctx.at, ctx.stored, ctx.dims = stored.note(receivers, senders), at, stored, base.dim()
         return masked_read(base, _at(stored.delta, senders, at), stored.mask[..., senders, receivers])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        kept = ctx.stored.gradients[..., ctx.receivers, :, :]
-        kept[(...,) if ctx.at is None else (..., ctx.at, slice(None))] = gradient
+        kept = ctx.stored.gradients[..., ctx.rows, :, :]
+        if isinstance(ctx.at, Tensor):  # maybe a token more than once
+            tokens = torch.arange(kept.shape[-2], device=kept.device)[ctx.at]
+            kept.index_add_(-2, tokens, gradient)
+        else:
+            _at(kept, slice(None), ctx.at).copy_(gradient)
         to_base = None
         if ctx.needs_input_grad[1]:
             over = list(range(gradient.dim() - ctx.dims))

@@ -17,17 +17,20 @@ def expanded(
     first = groups[0][0]
     tokens = len(range(*rows.indices(first.shape[0])))
     out = first.new_empty((sum(group[0].shape[1] for group in groups), tokens, features), dtype=dtype)
-    start = 0
-    for values, weight, coefficients, normalised in groups:
-        x = values[rows].transpose(0, 1).to(dtype)  # [h, n, K]
-        to = out[start : start + len(x)]
-        start += len(x)
+    parts = out.split([group[0].shape[1] for group in groups])
+    plain = [
+        (to, group[0][rows].transpose(0, 1)) for to, group in zip(parts, groups, strict=True) if group[1].dim() < 3
+    ]
+    # All nodes without a weight at once: on a GPU, of rows that lie in memory like those of `out`, in one launch.
+    plain = [(to[0], x[0]) if len(to) == 1 else (to, x) for to, x in plain]
+    if plain:
+        torch._foreach_copy_([to for to, _ in plain], [x for _, x in plain])
+    for to, (values, weight, coefficients, normalised) in zip(parts, groups, strict=True):
         if weight.dim() == 3:
+            x = values[rows].transpose(0, 1).to(dtype)  # [h, n, K]
             # Nodes that share a weight are one product with it.
             alike = len(weight), len(x) // max(len(weight), 1) * tokens
             torch.bmm(x.reshape(*alike, x.shape[2]), weight.to(dtype), out=to.view(*alike, features))
-        else:
-            to.copy_(x)
         if normalised.dim() == 3:
             along = coefficients[:, :, rows].to(dtype).permute(2, 0, 1)  # [n, h, M]
             to.transpose(0, 1).baddbmm_(along, normalised[:, rows].to(dtype).transpose(0, 1), alpha=-1)

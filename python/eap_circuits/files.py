@@ -41,9 +41,9 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     if follows():  # rank 0 writes
         return path
     target = _target(path)
-    mode = _mode(path, target)
+    mode = _mode(str(path), target.lstat, "written")
     if mode is not None and not stat.S_ISREG(mode):
-        raise expected(str(path), "a file to write", "a folder" if stat.S_ISDIR(mode) else _kind(mode))
+        raise expected(str(path), "a file to write", _kind(mode))
     folder = target.parent
     if not folder.is_dir():
         raise expected(str(path), "a folder that exists", f"no folder {str(folder)!r}")
@@ -67,7 +67,7 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
     if follows():
         return path
     target = _target(path)
-    mode = _mode(path, target)
+    mode = _mode(str(path), target.lstat, "written")
     spare = target.with_name(f".eap-{secrets.token_hex(8)}{path.suffix}")
     try:
         # A private file is never readable to others, not even for a moment; a new one is what the umask makes it.
@@ -151,17 +151,19 @@ def _target(path: Path) -> Path:
         raise InputError(f"{str(path)!r}: cannot be a file's name ({reason(error)}).") from error
 
 
-def _mode(path: Path, target: Path) -> int | None:
+def _mode(name: str, look: Callable[[], os.stat_result], done: str) -> int | None:
     """The type and permissions of what stands there; None for nothing."""
     try:
-        return target.lstat().st_mode
+        return look().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be written ({_why(error)}).") from error
+        raise InputError(f"{name}: cannot be {done} ({_why(error)}).") from error
 
 
-def _kind(mode: int) -> str:
+def _kind(mode: int | None) -> str:
+    if mode is None or stat.S_ISDIR(mode):
+        return "nothing there" if mode is None else "a folder"
     return "a link that leads nowhere" if stat.S_ISLNK(mode) else "something that is no file"
 
 
@@ -188,17 +190,23 @@ def suffix_of(path: str | os.PathLike[str], suffixes: Collection[str]) -> str:
     return suffix.lower()
 
 
+def check_file(path: str | os.PathLike[str], name: str | None = None) -> Path:
+    """Return the path if a file is there, else raise `InputError`; `name` is what the error calls it."""
+    path = _path(path)
+    mode = _mode(name or str(path), path.stat, "read")
+    if mode is None or not stat.S_ISREG(mode):
+        raise expected(name or str(path), "a file", _kind(mode))
+    return path
+
+
 def read_whole(path: str | os.PathLike[str]) -> bytes:
     """A file's bytes, read at once, so that a later change of the file does not matter.
 
     Raises:
         InputError: no file, one that cannot be read, does not fit into memory, or changed while it was read.
     """
-    path = _path(path)
+    path = check_file(path)
     try:
-        if not path.is_file():
-            found = "a folder" if path.is_dir() else "something that is no file" if path.exists() else "nothing there"
-            raise expected(str(path), "a file", found)
         with path.open("rb") as file:
             before = os.fstat(file.fileno())
             if before.st_size > memory_bytes():
@@ -234,13 +242,7 @@ def parse_json(text: str | bytes) -> Any:
     Raises:
         ValueError, RecursionError: anything else.
     """
-    return json.loads(decoded(text) if isinstance(text, bytes) else text, object_pairs_hook=_once)
-
-
-def json_value(text: str, start: int) -> tuple[Any, int]:
-    """The JSON value that begins here, as `parse_json` reads it, and where it ends."""
-    found: tuple[Any, int] = _DECODER.raw_decode(text, start)
-    return found
+    return json.loads(decoded(text) if isinstance(text, bytes) else text, object_pairs_hook=each_once)
 
 
 def decoded(data: bytes) -> str:
@@ -251,7 +253,7 @@ def decoded(data: bytes) -> str:
         raise ValueError(f"a byte that is not UTF-8, at {error.start}") from error
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object's members; of two members with the same name the parser by itself would drop one."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -261,9 +263,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"{name!r} comes twice")
             seen.add(name)
     return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
 # Checksums.

@@ -1,4 +1,4 @@
-"""Processes that share the work of a call: with `modules/parts.py` the only place that knows `torch.distributed`.
+"""Processes that share the work of a call: with `modules/parts/` the only place that knows `torch.distributed`.
 
 Inside an initialised process group every rank makes the same calls with the same arguments. Batches are dealt, and what
 one rank finds all receive, in the order of the batches. So every rank adds up the same numbers in the same order as one

@@ -2,9 +2,11 @@
 
 python tests/build/release.py [FOLDER]     # dist by default; `make release` in the tests' environment
 
-The sources are those of the last commit. A wheel is built from the source distribution, so that it is tried as well. With
-EAP_CUDA=1 and nvcc it holds the CUDA kernels, too, and works where there is no CUDA. auditwheel checks that it loads wherever
-torch's own wheels do. Nothing is uploaded: the last line says with which command to.
+The sources are those of the last commit. Their README gets links to `Source`, the repository's address in
+pyproject.toml, as a registry's page has no files beside it; without an address nothing may be uploaded. A wheel is
+built from the source distribution, so that it is tried as well. With EAP_CUDA=1 and nvcc it holds the CUDA kernels,
+too, and works where there is no CUDA. auditwheel checks that it loads wherever torch's own wheels do. Nothing is
+uploaded: the last line says with which command to.
 """
 
 from __future__ import annotations
@@ -28,7 +30,12 @@ PACKAGED = ("csrc", "eap_kernels", "python")
 # What torch's own wheels ask of a system.
 PLATFORM = f"manylinux_2_28_{platform.machine()}"
 OF_TORCH = ("libtorch*", "libc10*")
-LAYOUTS = {"pip": "installed by pip", "uv": "installed by uv", "conda": "installed by pip where all lies as conda has it"}
+RELATIVE = re.compile(r"(?P<picture>!?)\[(?P<text>[^\]]*)\]\((?!https?:|#)(?P<target>[^)]+)\)")
+LAYOUTS = {
+    "pip": "installed by pip",
+    "uv": "installed by uv",
+    "conda": "installed by pip where all lies as conda has it",
+}
 USED = """
 import torch, transformers, eap_kernels, eap_circuits as eap
 assert eap_kernels.backends()["cpu"] is None, eap_kernels.backends()["cpu"]
@@ -60,6 +67,11 @@ def build(folder: Path) -> tuple[Path, Path]:
         run("git", "archive", "-o", archive, "HEAD", cwd=ROOT)
         with tarfile.open(archive) as tree:
             tree.extractall(copy, filter="data")
+        readme = Path(copy, "README.md")
+        project = Path(copy, "pyproject.toml").read_text(encoding="utf-8")
+        if source := re.search(r'^Source = "([^"]+)"', project, re.M):
+            commit = run("git", "rev-parse", "HEAD", cwd=ROOT).strip()
+            readme.write_text(absolute(readme.read_text(encoding="utf-8"), source[1], commit), encoding="utf-8")
         backend = f"import setuptools.build_meta as b; b.build_sdist({str(folder)!r})"
         run(sys.executable, "-c", backend, cwd=Path(copy))
     (sdist,) = folder.glob("*.tar.gz")
@@ -74,6 +86,16 @@ def build(folder: Path) -> tuple[Path, Path]:
     return sdist, wheel
 
 
+def absolute(page: str, source: str, commit: str) -> str:
+    """A page whose links lead to the repository's files, as they were at that commit."""
+
+    def link(found: re.Match[str]) -> str:
+        kind = "raw" if found["picture"] else "blob"
+        return f"{found['picture']}[{found['text']}]({source.rstrip('/')}/{kind}/{commit}/{found['target']})"
+
+    return RELATIVE.sub(link, page)
+
+
 def left_out(sdist: Path, tracked: list[str]) -> list[str]:
     """Files of the packages that git has and the source distribution lacks."""
     with tarfile.open(sdist) as archive:
@@ -84,12 +106,20 @@ def left_out(sdist: Path, tracked: list[str]) -> list[str]:
 def lacking(described: str, changelog: str) -> list[str]:
     """What the metadata and the changelog do not yet say of a release."""
     known = Parser().parsestr(described)
-    wanted = ("Summary", "Keywords", "Classifier", "License-Expression", "License-File", "Project-URL", "Requires-Python")
+    wanted = (
+        "Summary",
+        "Keywords",
+        "Classifier",
+        "License-Expression",
+        "License-File",
+        "Project-URL",
+        "Requires-Python",
+    )
     found = [f"pyproject.toml has no {name}" for name in wanted if not known.get_all(name)]
     heading = next((line for line in changelog.splitlines() if line.startswith("## ")), "none")
     if not re.fullmatch(rf"## {re.escape(known['Version'])} — \d{{4}}-\d\d-\d\d", heading):
         found.append(f"CHANGELOG.md begins with {heading!r}, not with {known['Version']} and a date")
-    relative = re.findall(r"\]\((?!https?:|#)([^)]+)\)", known.get_payload())
+    relative = [link["target"] for link in RELATIVE.finditer(known.get_payload())]
     if relative:
         found.append(f"README.md has {len(relative)} links that a registry's page cannot follow, such as {relative[0]}")
     return found
@@ -140,7 +170,9 @@ def main() -> None:
     in_the_way = ["there are changes that are not committed"] if run("git", "status", "--porcelain", cwd=ROOT) else []
     sdist, wheel = build(folder)
     print(f"release: built {sdist.name} and {wheel.name} in {folder}")
-    in_the_way += [f"{sdist.name} lacks {name}" for name in left_out(sdist, run("git", "ls-files", cwd=ROOT).splitlines())]
+    in_the_way += [
+        f"{sdist.name} lacks {name}" for name in left_out(sdist, run("git", "ls-files", cwd=ROOT).splitlines())
+    ]
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         in_the_way += lacking(archive.read(name).decode(), (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))

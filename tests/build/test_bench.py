@@ -8,8 +8,8 @@ import torch
 
 import eap_kernels as ek
 from bench import choices, measure, record, regressions, tables
-from docs import documents
 from bench.kernels import bench_edge_scores, head_space, shapes
+from docs import documents
 from eap_circuits.graph import Graph
 from eap_kernels.testing import timing
 
@@ -124,7 +124,9 @@ def test_record_writes_result_ratios_and_tables(elsewhere):
 def test_parts_of_a_gpu_s_benches_are_merged(elsewhere, monkeypatch):
     """Those of another commit say so; those of another driver or of other versions do not stay."""
     path = elsewhere / "bench/results/nvidia-h200.json"
-    record.record(run_json({"test_a[x]": {"speedup": 1.0}, "test_b": {"speedup": 2.0}}) | {"gpu_state": {"before": "35 C"}})
+    record.record(
+        run_json({"test_a[x]": {"speedup": 1.0}, "test_b": {"speedup": 2.0}}) | {"gpu_state": {"before": "35 C"}}
+    )
     monkeypatch.setenv("EAP_COMMIT", "abcdef9876")
     later = {**run_json({"test_b": {"speedup": 3.0}, "test_c": {"speedup": 4.0}}), "datetime": "2026-01-03T00:00:00"}
     record.record(later | {"gpu_state": {"before": "60 C"}})

@@ -41,13 +41,25 @@ def test_links_and_pictures_of_the_docs_exist():
             assert target.startswith("http") or (page.parent / target).exists(), (page.name, target)
 
 
-def test_tests_that_the_comparison_names_exist():
-    page = (ROOT / "docs/comparison.md").read_text()
-    paths = re.findall(r"`(tests/[\w/]+\.py)`", page)
-    names = re.findall(r"`(test_\w+)`", page)
-    code = "".join(path.read_text() for path in ROOT.glob("tests/circuits/**/test_*.py"))
-    assert len(paths) > 15 and all((ROOT / path).is_file() for path in paths)
-    assert len(names) > 5 and all(f"def {name}(" in code for name in names)
+def test_tests_that_pages_name_exist():
+    code = "".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")):
+        for path in re.findall(r"`(tests/[\w/.-]+)`", page.read_text()):
+            assert (ROOT / path).exists(), (page.name, path)
+        for name in re.findall(r"`(test_\w+)`", page.read_text()):
+            assert f"def {name}(" in code, (page.name, name)
+
+
+def test_each_feature_compared_is_shown_by_a_test_or_a_picture():
+    tables = (
+        (ROOT / "docs/comparison.md")
+        .read_text()
+        .split("| feature | here; what shows it | elsewhere |\n|---|---|---|\n")[1:]
+    )
+    rows = [row.split(" | ") for table in tables for row in table.partition("\n\n")[0].splitlines()]
+    assert len(rows) > 25
+    for feature, here, _ in rows:
+        assert re.search(r"`tests/[\w/]+\.py`|`test_\w+`|\[picture\]\(img/", here), feature
 
 
 def test_tutorials_are_committed_without_outputs():

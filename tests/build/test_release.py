@@ -2,8 +2,9 @@
 
 import io
 import tarfile
+from pathlib import Path
 
-from tests.build.release import lacking, left_out
+from tests.build.release import absolute, lacking, left_out
 
 METADATA = """Metadata-Version: 2.4
 Name: eap-kernels
@@ -31,6 +32,19 @@ def test_what_is_missing_is_named():
     assert "unreleased" in heading
     assert "2 links" in links and "docs/a.md" in links
     assert len(lacking(METADATA, "## 1.1.0 — 2026-11-01\n")) == 1
+
+
+def test_links_lead_to_the_files_of_the_commit():
+    page = "![a](docs/a.png) [b](docs/b.md#c), [d](#e), [f](https://example.org/f.md)"
+    found = absolute(page, "https://example.org/us/it/", "abc")
+    assert found.startswith(
+        "![a](https://example.org/us/it/raw/abc/docs/a.png) [b](https://example.org/us/it/blob/abc/docs/b.md#c)"
+    )
+    assert "[d](#e), [f](https://example.org/f.md)" in found
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    changelog = "## 1.2.0 — 2026-12-01\n"
+    assert len(lacking(METADATA + readme, changelog)) == 1
+    assert lacking(METADATA + absolute(readme, "https://example.org/us/it", "abc"), changelog) == []
 
 
 def test_sources_that_are_not_packed_are_named(tmp_path):

@@ -200,6 +200,7 @@ FUNCTIONS: dict[str, Function] = {
             "prune": flag,
             "positive_ratio": either(none, number(0, 1)),
             "among": either(none, mask),
+            "seconds": number(0, float("inf")),
         },
     ),
     "select by threshold": Function(

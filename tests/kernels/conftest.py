@@ -1,11 +1,15 @@
 """Backends and dtypes that every operator is tested on."""
 
+import os
+
 import pytest
 import torch
 
 from eap_kernels import testing
 from eap_kernels.tune import choices
 
+# Fewer and smaller cases, for Triton's interpreter in `make test`.
+QUICK = os.environ.get("EAP_QUICK") == "1"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

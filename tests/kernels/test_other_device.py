@@ -13,7 +13,7 @@ pytestmark = pytest.mark.long
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
-TESTS = [str(FOLDER / f"test_{op}.py") for op in OPERATORS]
+TESTS = [str(FOLDER / "operators" / f"test_{op}.py") for op in OPERATORS]
 
 
 def test_the_operators_tests_pass_on_a_pretended_device():

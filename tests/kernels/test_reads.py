@@ -1,9 +1,26 @@
 """All reads of a run, against autograd through a run written out with einsum, in float64."""
 
+import random
+
 import pytest
 import torch
 
 import eap_kernels
+
+
+class Plain:
+    """What `MaskedReads` does, by einsum."""
+
+    def __init__(self, mask):
+        self.mask, self.written = mask, {}
+
+    def write(self, sender, delta):
+        self.written |= {sender + i: row for i, row in enumerate(delta.split(1, -3))}
+
+    def read(self, base, receivers, senders, at):
+        delta = torch.cat([self.written[u] for u in range(senders.start, senders.stop)], -3)
+        delta = delta if at is None else delta[..., at, :]
+        return base + torch.einsum("...uv,...und->...vnd", self.mask[..., senders, receivers], delta)
 
 
 def run(mask, read, write):
@@ -27,25 +44,66 @@ def run(mask, read, write):
 def test_gradients_are_those_of_autograd(circuits):
     lead = [] if circuits is None else [circuits]
     mask = torch.rand(*lead, 3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    reach = torch.tensor([1, 2, 3, 3])
-    mask = mask * (torch.arange(3)[:, None] < reach)
     found, right = mask.clone().requires_grad_(), mask.clone().requires_grad_()
 
     reads = eap_kernels.MaskedReads(found, tokens=5, features=4)
     value, leaves = run(found, lambda base, v, u, at: reads.read(base, v, u, at), reads.write)
     slopes = torch.autograd.grad(value, [found, *leaves])
 
-    written = {}
-
-    def read(base, receivers, senders, at):
-        delta = torch.cat([written[u] for u in range(senders.start, senders.stop)], -3)
-        delta = delta if at is None else delta[..., at, :]
-        return base + torch.einsum("...uv,...und->...vnd", right[..., senders, receivers], delta)
-
-    value_there, leaves = run(right, read, written.__setitem__)
+    plain = Plain(right)
+    value_there, leaves = run(right, plain.read, plain.write)
     assert torch.allclose(value, value_there, rtol=1e-12)
     for one, two in zip(slopes, torch.autograd.grad(value_there, [right, *leaves]), strict=True):
         assert torch.allclose(one, two, rtol=1e-10, atol=1e-12)
+
+
+def drawn(seed, mask, read, write, leaves):
+    """Any receivers read any senders that are there by then, at any tokens, again and again; two values of what they
+    read."""
+    draw = random.Random(seed)
+    *lead, n_senders, n_receivers = mask.shape
+    seen, written = [], 0
+    for leaf in leaves:  # [4, D] each
+        if written < n_senders and (not written or draw.random() < 0.3):
+            write(written, (leaf * (1 + sum(y.sin().mean() for y in seen))).expand(*lead, 1, *leaf.shape))
+            written += 1
+            continue
+        u, v = (slice(*sorted(draw.sample(range(most + 1), 2))) for most in (written, n_receivers))
+        at = draw.choice([None, None, slice(1, 3), torch.tensor([2, 0]), torch.tensor([1, 1, 3]), leaf[:, 0] > 0])
+        before = [y for y in seen if y.shape[-3:] == (v.stop - v.start, *leaf.shape)]
+        base = draw.choice(before) if before and draw.random() < 0.5 else leaf
+        seen.append(read(base if at is None else base[..., at, :], v, u, at))
+    return [sum(y.sin().sum() for y in part) for part in (seen[::2], seen[1::2])]
+
+
+@pytest.mark.parametrize("circuits", [None, 2])
+@pytest.mark.parametrize("seed", range(12))
+def test_any_reads_in_any_order_and_two_backward_passes(seed, circuits):
+    lead = [] if circuits is None else [circuits]
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.randn(*lead, 4, 5, generator=generator, dtype=torch.float64)
+    given = torch.randn(12, 4, 3, generator=generator, dtype=torch.float64)
+    slopes = []
+    for kind in (lambda mask: eap_kernels.MaskedReads(mask, tokens=4, features=3), Plain):
+        own, leaves = mask.clone().requires_grad_(), given.clone().requires_grad_()
+        reads = kind(own)
+        values = drawn(seed, own, reads.read, reads.write, leaves)
+        # The second pass goes along other reads than the first.
+        slopes.append([torch.autograd.grad(value, [leaves, own], retain_graph=True) for value in values])
+    for found, right in zip(*slopes):
+        for one, two in zip(found, right):
+            assert torch.allclose(one, two, rtol=1e-10, atol=1e-11)
+
+
+def test_a_mask_that_has_changed_has_no_gradient():
+    mask = torch.rand(2, 2, requires_grad=True)
+    reads = eap_kernels.MaskedReads(mask, tokens=1, features=3)
+    reads.write(0, torch.ones(2, 1, 3))
+    y = reads.read(torch.zeros(1, 3), slice(0, 2), slice(0, 2))
+    with torch.no_grad():
+        mask.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_what_does_not_fit_is_refused():
@@ -60,3 +118,11 @@ def test_what_does_not_fit_is_refused():
     reads.write(0, torch.ones(1, 1, 2))
     with pytest.raises(ValueError, match="expected each sender to be written once"):
         reads.write(0, torch.ones(1, 1, 2))
+    with pytest.raises(ValueError, match="MaskedReads: expected contributions as a tensor, got int"):
+        reads.write(1, 3)
+    whole = slice(0, 1)
+    for wrong in (slice(None), slice(0, 4), slice(-1, 1), slice(1, 0), slice(0, 1, 2), 1):
+        with pytest.raises(ValueError, match="expected receivers as a slice with a start and a stop from 0 to 3, got"):
+            reads.read(torch.zeros(1, 2), wrong, whole)
+        with pytest.raises(ValueError, match="expected senders as a slice with a start and a stop from 0 to 2, got"):
+            reads.read(torch.zeros(1, 2), whole, wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import warnings
 from pathlib import Path
 
@@ -10,16 +11,18 @@ import pytest
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import eap_circuits as eap
 from eap_circuits.adapters.pretrained import load_tokenizer
+from eap_circuits.cli import app, session
 from eap_circuits.errors import InputWarning
 from eap_circuits.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
 FILES = (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
-BLOCK = re.compile(r"```(python|text)\n(.*?)```", re.S)
+BLOCK = re.compile(r"```(python|text|bash)\n(.*?)```", re.S)
 PROMPTS = r"load_task|from_records|from_tokens|from_file"
 WITH_PROMPTS = [name for name, page in PAGES.items() if any(re.search(PROMPTS, x) for _, x in BLOCK.findall(page))]
 
@@ -58,6 +61,21 @@ def test_a_pages_examples_run_one_after_another(name, model, tokenizer, tmp_path
                 Path("pairs.csv").write_text(block)
             elif kind == "python" and "eap." in block and "image_pairs" not in block:  # which need another model
                 exec(block.replace("n=64", "n=2"), space)
+
+
+def test_readme_leads_from_a_table_to_an_explorer(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(session, "load_model", lambda *_, **__: (model, tokenizer))
+    blocks = [block for _, block in BLOCK.findall(PAGES["README.md"])]
+    table = next(i for i, block in enumerate(blocks) if block.startswith("clean,"))
+    Path("pairs.csv").write_text(blocks[table])
+    for line in blocks[table + 1].splitlines():
+        program, *typed = shlex.split(line, comments=True)
+        assert program == "eap"
+        done = CliRunner().invoke(app, typed)
+        assert done.exit_code == 0, (line, done.output, done.exception)
+    page = Path("report.html").read_text()
+    assert 'id="explorer-data"' in page and "The opposite of hot is" in page
 
 
 def test_the_pages_are_found():

@@ -13,10 +13,11 @@ from ..families import (
 )
 from ..modules.norms import Kinds, Norm, side_by_side
 from ..modules.offloading import as_given, device_of, is_offloaded, read
-from ..modules.parts import computes_in_parts, is_fully_sharded, is_in_parts, is_shard
+from ..modules.parts import Shares, computes_in_parts, is_fully_sharded, is_in_parts, is_shard
 from ..modules.projections import Place, Projection, Together, concatenate, joined, linear_shape, linear_weight, restore
 from .architecture import Architecture, Layer
 from .binding import bind
 from .nonlinear import nonlinear_parts
 from .pretrained import DEMO_MODEL, load_model
 from .sites import ReceiverSite, SenderSite, receiver_sites, sender_sites
+from .wrappers import unwrapped

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from ..edges import Reads
 from ..errors import expected
@@ -21,8 +22,8 @@ from ..families import Family
 from ..graph import Graph, Heads
 from ..modules.norms import Norm
 from ..modules.offloading import device_of, is_offloaded, read
-from ..modules.parts import Split, add_up, computes_in_parts, own_features, run_whole, team
-from ..modules.projections import Order, Projections, Weight, linear_shape
+from ..modules.parts import Shares, Split, add_up, computes_in_parts, own_features, run_whole, team
+from ..modules.projections import Order, Projections, Together, Weight, linear_shape
 from ..ranks import Team
 
 
@@ -80,6 +81,11 @@ class Layer:
         if list(self.projections) == ["q", "k", "v"]:
             return None
         return tuple((name, projection.n_heads) for name, projection in self.projections.items())
+
+    @property
+    def mlp_runs_whole(self) -> bool:
+        """Does the MLP run at all tokens of all rows, as the layer itself puts together what several modules give?"""
+        return isinstance(self.mlp_in, Together)
 
     def read_through(self, name: str) -> Norm:
         """The norm in front of a receiver: one of `projections`, or "mlp"."""
@@ -219,6 +225,16 @@ class Architecture:
         tensor parallel model a part."""
         return own_features(self.layers[0].out, self.d_model)
 
+    @property
+    def width(self) -> int:
+        """How many `features` there are."""
+        return len(range(self.d_model)[self.features])
+
+    @cached_property
+    def shares(self) -> Shares:
+        """What ranks send each other where circuits store and read this rank's `features`."""
+        return Shares(None if self.features == slice(None) else self.layers[0].out)
+
     def add_up(self, scores: Tensor) -> None:
         """Let sums over this rank's `features` be sums over all of them."""
         if self.features != slice(None):
@@ -270,6 +286,16 @@ class Architecture:
         if self.embedding_norm is not None:
             x = run_whole(self.embedding_norm, x)
         return x if self.embedding_scale == 1 else x * self.embedding_scale
+
+    @cached_property
+    def keeps_states(self) -> bool:
+        """Does the cache that transformers makes for the model hold states, not only keys and values?"""
+        model: Any = self.model
+        try:
+            layers = DynamicCache(config=model.config).layers
+        except Exception:  # of a configuration that says too little
+            return False
+        return any(hasattr(layer, "recurrent_states") for layer in layers)
 
     def before_post_norms(self) -> Architecture:
         """The published EAP-IG package's definition: a head's contribution is what enters a norm after attention."""

@@ -84,6 +84,7 @@ def _auto_class(config: Any) -> Any:
         "MaskedLM": "MASKED_LM",
         "SequenceClassification": "SEQUENCE_CLASSIFICATION",
         "Seq2SeqLM": "SEQ_TO_SEQ_CAUSAL_LM",
+        "ImageTextToText": "IMAGE_TEXT_TO_TEXT",
     }
     for kind, names in kinds.items():
         known = getattr(modeling_auto, f"MODEL_FOR_{names}_MAPPING_NAMES").values()

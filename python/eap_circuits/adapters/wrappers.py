@@ -23,6 +23,8 @@ def unwrapped(model: Any) -> nn.Module:
         if getattr(model.active_peft_config, "is_prompt_learning", False):
             raise expected("model", "adapters inside the model's layers", "learned prompts before its tokens")
         model = model.get_base_model()
+    elif type(model).__name__ == "PeftMixedModel":
+        model = model.base_model.model
     if type(model).__module__.partition(".")[0] == "transformer_lens":
         inner = getattr(model, "original_model", None)
         if inner is None or getattr(model, "compatibility_mode", False):

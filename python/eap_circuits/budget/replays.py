@@ -182,6 +182,8 @@ def why_not(request: Request) -> str | None:
         return "the model is not on a GPU"
     if arch.encoder:
         return "an encoder-decoder's passes have not been captured yet"
+    if arch.keeps_states and request.reuse_prefix:
+        return "passes behind states of prefixes have not been captured yet"
     if count() > 1:
         return "processes share the work"
     modules = list(arch.model.modules())

@@ -96,7 +96,7 @@ def data_identity(data: PairedDataset) -> dict[str, str]:
     """
     held = {field.name: getattr(data, field.name) for field in fields(data) if field.name != "spans"}
     if data.pictures is not None:
-        held["pictures"] = data.pictures.embeddings
+        held |= {"pictures": data.pictures.embeddings, "picture_shifts": data.pictures.shifts}
     return {name: tensor_digest(x) for name, x in held.items() if isinstance(x, Tensor)}
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import inspect
+import io
 import os
+import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import islice
@@ -139,6 +141,8 @@ def eap(
 
 def main() -> None:
     """The console entry point."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks
     join()
     if rank() > 0:
         with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):

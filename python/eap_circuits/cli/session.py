@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import expected, one_of
+from ..files import check_file
 from .console import note, working
 
 if TYPE_CHECKING:
@@ -33,10 +34,9 @@ class Prompts:
         if (self.task is None) == (self.data is None):
             found = "neither" if self.task is None else "both"
             raise expected("--task, --data", "one of them (eap tasks lists the tasks)", found)
-        if self.data is not None and not self.data.is_file():
-            raise expected(f"--data {self.data}", "a file", "nothing there")
-        if self.ablation_data is not None and not self.ablation_data.is_file():
-            raise expected(f"--ablation-data {self.ablation_data}", "a file", "nothing there")
+        for option, path in (("--data", self.data), ("--ablation-data", self.ablation_data)):
+            if path is not None:
+                check_file(path, f"{option} {path}")
         if self.data is None:
             check_align(self.align, f"--task {self.task}")
         if metric is not None and gradient:

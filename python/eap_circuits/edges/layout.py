@@ -388,13 +388,12 @@ class Graph:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Graph:
+        """The graph of what `to_dict` gave; raises `InputError` or `TypeError` for anything else."""
         spans = fields.get("spans")
         return cls(**{**fields, "spans": Spans(**spans) if isinstance(spans, dict) else spans})
 
     def __repr__(self) -> str:
-        spans = "" if self.spans is None else f"spans {', '.join(self.spans.names)}; "
-        spans = f"{self.encoder} of them an encoder's, " if self.encoder else spans
-        return (
-            f"Graph({self.numbers[-1] + 1} layers, heads={self.heads!r}, {spans}{self.n_senders} senders, "
-            f"{self.n_receivers} receivers, {self.n_edges} edges)"
-        )
+        parts = "" if self.spans is None else f"spans {', '.join(self.spans.names)}; "
+        parts = f"{self.encoder} of them an encoder's, " if self.encoder else parts
+        sizes = f"{self.n_senders} senders, {self.n_receivers} receivers, {self.n_edges} edges"
+        return f"Graph({self.numbers[-1] + 1} layers, heads={self.heads!r}, {parts}{sizes})"

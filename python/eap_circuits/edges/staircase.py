@@ -15,10 +15,10 @@ _ENTRIES = 2**20  # of a block: few enough to stay in a processor's cache
 
 
 class Block(NamedTuple):
-    """Senders `rows`, and the receivers `columns` from the first that one of them reaches; flat and in order, the edges
-    of one block after another's are in the order of the whole.
+    """The edges of the senders `rows`; `columns` are the receivers from the first that any of them reaches to the last.
 
-    `none` bool [rows, k]: which of the first k columns' entries are no edges; all other entries are.
+    Block after block, flattened, the edges come in the order of the whole mask's. `none` bool [rows, k]: which entries
+    of the first k columns are no edges; all other entries are.
     """
 
     rows: slice

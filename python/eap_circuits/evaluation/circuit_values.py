@@ -25,7 +25,7 @@ from ..intervention import TOKENS_TOGETHER, CircuitRuns, rows_computed
 from ..recording import record_run
 from ..request import DRAWS, Measurement, Request, fetch, variance_by_rounding
 
-# A batch is at least this many launches for each layer (tests/circuits/test_counts.py counts).
+# A batch is at least this many launches for each layer (tests/circuits/budget/test_counts.py counts).
 LAUNCHES = 45
 # Operations of a forward pass for a weight and a token.
 _OPERATIONS = 2
@@ -117,7 +117,7 @@ class CircuitValues(Replayable[Measurement, Tensor]):
 
     def _bytes(self, kept: int, at_once: int) -> int:
         """Roughly what passes hold that record `kept` tokens and run so many of circuits at once."""
-        return bytes_without_gradient(self._request, kept, at_once, self._rows * self._request.arch.d_model)
+        return bytes_without_gradient(self._request, kept, at_once, self._rows * self._request.arch.width)
 
     @cached_property
     def _rows(self) -> int:

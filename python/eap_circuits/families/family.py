@@ -19,7 +19,8 @@ class Mixer:
     Args:
         out: the output projection; its input is divided evenly among the heads. None: the heads are not told apart,
             and what `module` reads and writes is the input and the output of one.
-        module: the whole mixer, if `out` is None, or the two modules (first, last).
+        module: the whole mixer, if `out` is None, or the two modules (first, last). With `out`: what reads the residual
+            stream for all heads, where that is nothing linear (a norm with a gate).
         reads: what reads the residual stream, a receiver each, by name; a path may be absent in some models.
         by_head: likewise, but with a receiver for each head, among which its features are divided evenly.
         heads: where their number is: attributes of the module that holds `out`, or configuration fields; without any
@@ -61,6 +62,8 @@ class Family:
         mixers: what layers without `out` have instead.
         beside_attention: what layers have beside attention: it reads through the same norm, and both are added up.
         read_factor, write_factor: those of attention, as in `Mixer`.
+        mlp_reads: modules that read the residual stream beside the MLP's norm, and whose outputs the layer joins to the
+            MLP's (a router, the norm of its experts). They may be absent; else the MLP reads the stream as it is.
         beside: a module that reads what the MLP reads and runs after it; the outputs are added (shared experts).
         rewrites: the MLP's modules are all that follows attention, and what the last one gives takes the place of the
             residual stream (a norm after the sum): the MLP writes how it changes the stream.
@@ -94,6 +97,8 @@ class Family:
             value per query head.
         requires: configuration fields and the only values that are supported.
         since: the first version of transformers whose model is supported.
+        others: tables of layers that differ in more than their mixer; only their paths inside a layer count. The first
+            that names the mixer of a layer describes it, else this table does.
         decoder: of an encoder-decoder, whose encoder the table itself describes: tables of the self-attention and of
             the cross-attention in each decoder layer, of which only the paths count. What is between the two is the
             first one's MLP. Keys and values of the second read through the encoder's `final_norm`.
@@ -116,6 +121,7 @@ class Family:
     beside_attention: tuple[Mixer, ...] = ()
     read_factor: Factor | None = None
     write_factor: Factor | None = None
+    mlp_reads: tuple[str, ...] = ()
     beside: str | None = None
     rewrites: bool = False
     v_norm: str | None = None
@@ -140,4 +146,5 @@ class Family:
     ungrouped: Mapping[str, object] = field(default_factory=dict)
     requires: Mapping[str, object] = field(default_factory=dict)
     since: str = "5"
+    others: tuple[Family, ...] = ()
     decoder: tuple[Family, Family] | None = None

@@ -9,10 +9,10 @@ from typing import Any
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from ..edges import Graph, Spans
+from ..edges import Graph
 from ..errors import expected
 from ..files import CHECKSUM, check_digest, digest, parse_json, write_whole
-from .content import Content, flag, head_kind, info_text, read_info, shown, whole
+from .content import Content, info_text, read_info, shown
 
 
 def write(path: str | os.PathLike[str], kind: dict[str, str], content: Content) -> None:
@@ -42,7 +42,7 @@ def read(data: bytes, *forms: str) -> Content:
     tensors = load(data)
     if CHECKSUM in metadata:
         check_digest(metadata.pop(CHECKSUM), metadata, tensors)
-    graph = _graph(parse_json(metadata["graph"]))
+    graph = Graph.from_dict(parse_json(metadata["graph"]))
     return Content(graph, tensors, read_info(metadata["info"]))
 
 
@@ -51,16 +51,3 @@ def _metadata(data: bytes) -> dict[str, Any]:
     if size > len(data) - 8:
         raise ValueError(f"a header of {size} bytes in a file of {len(data)}")
     return dict(parse_json(data[8 : 8 + size]).get("__metadata__") or {})
-
-
-def _graph(fields: dict[str, Any]) -> Graph:
-    heads, kv_heads = (tuple(whole(name, n, 0) for n in fields[name]) for name in ("n_heads", "n_kv_heads"))
-    width, parallel = whole("d_model", fields["d_model"], 0), flag("parallel", fields.get("parallel", False))
-    spans = fields.get("spans")
-    if spans is not None:
-        spans = Spans(**{name: spans[name] for name in ("names", "sees", "scored")})
-    more = {name: fields.get(name) for name in ("reads", "keys", "per_layer", "mlps", "beside")}
-    encoder = whole("encoder", fields.get("encoder", 0), 0)
-    return Graph(
-        heads, kv_heads, width, parallel, head_kind(fields.get("heads", "kv")), spans=spans, encoder=encoder, **more
-    )

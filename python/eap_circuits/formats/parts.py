@@ -8,10 +8,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ..files import json_object, json_value, parse_json
+from ..files import each_once, json_object, parse_json
 
 _CHARACTERS = 2**20
 _SPACE = re.compile(r"[ \t\n\r]*")
+_VALUES = json.JSONDecoder(object_pairs_hook=each_once)  # one after another, as `parse_json` reads them
 
 
 def read_members(text: str, large: str, take: Callable[[dict[str, Any], dict[str, Any]], None]) -> dict[str, Any]:
@@ -28,14 +29,14 @@ def read_members(text: str, large: str, take: Callable[[dict[str, Any], dict[str
     if text[end : end + 1] == "}":
         return found
     while True:
-        name, end = json_value(text, end)
+        name, end = _VALUES.raw_decode(text, end)
         if not isinstance(name, str) or name in found:
             raise ValueError(f"{name!r} comes twice" if name in found else f"a name that is no text, {name!r}")
         end = _after(text, end, ":")
         if name == large and text[end : end + 1] == "{":
             end, found[name] = _parts(text, end, partial(take, found)), None
         else:
-            found[name], end = json_value(text, end)
+            found[name], end = _VALUES.raw_decode(text, end)
         end = _SPACE.match(text, end).end()  # type: ignore[union-attr]
         if text[end : end + 1] != ",":
             if text[end : end + 1] != "}" or text[end + 1 :].strip(" \t\n\r"):
@@ -65,7 +66,7 @@ def _parts(text: str, start: int, take: Callable[[dict[str, Any]], None]) -> int
             continue
         # Either the object ends here, or a member is longer than what was looked at.
         try:
-            part, end = json_value("{" + text[start:stop], 0)
+            part, end = _VALUES.raw_decode("{" + text[start:stop], 0)
         except ValueError:
             if stop >= len(text):
                 raise

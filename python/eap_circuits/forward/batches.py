@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..tasks import PairedDataset, Pictures, decoder_prompts
 from .replays.known import Known, known_of
-from .uploading import packed
+from .replays.uploading import packed
 
 TOKENS_PER_BATCH = 1024  # a pass this large keeps a processor busy
 _PREFIX_SHARE = 4  # whole prompts run once, without gradient, so they may have this many times a pass's tokens
@@ -150,12 +150,12 @@ class Batch:
         each = torch.cat([other.repeat(corrupted), clean.repeat(copies - corrupted)])
         return (torch.arange(tokens, device=each.device) < each[:, None]).long()
 
-    def picture_types(self, copies: int, corrupted: int) -> dict[str, Tensor]:
-        """The argument that marks pictures' tokens in m copies, the first of them corrupted, int64 [m·E, T], if any."""
-        if self.pictures is None or not self.pictures.types:
+    def picture_arguments(self, copies: int, corrupted: int) -> dict[str, Tensor]:
+        """What the model's forward gets for pictures in m copies, the first of them corrupted, if there are any."""
+        if self.pictures is None:
             return {}
         tokens = torch.cat([self.corrupted.repeat(corrupted, 1), self.clean.repeat(copies - corrupted, 1)])
-        return {self.pictures.types: (tokens >= self.pictures.first).long()}
+        return self.pictures.arguments(tokens)
 
     def scored_rows(self, copies: int) -> Tensor:
         """The row of each scored position of m copies of the batch, int64."""
@@ -277,6 +277,8 @@ def batch_of(data: PairedDataset, index: Tensor, reuse_prefix: bool, device: tor
     first = data.first_difference[index][own]
     start = data.first_needed[index][own] if reuse_prefix else torch.zeros_like(first)
     lengths, longer, others = rows.lengths[chosen], rows.longer_lengths[chosen], rows.corrupted_lengths
+    if int((longer - start).max()) == 1:  # a single token goes other ways in some models, without gradients
+        start = (start - 1).clamp(min=0)
     offset = torch.arange(int((longer - start).max()))
     position = start[:, None] + offset  # [E, T]
     active = (position >= first[:, None]) & (position < lengths[:, None])

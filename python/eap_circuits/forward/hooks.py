@@ -58,9 +58,7 @@ class borrowed(Changes):
     def _take(self) -> None:
         model = self._model
         for device in {x.device.type for x in model.parameters()} - {"meta"}:
-            if torch.is_autocast_enabled(device):
-                wanted = "off (a model that is to compute in half precision is loaded in that dtype)"
-                raise expected("torch.autocast", wanted, f"on for the device type {device!r}")
+            refuse_autocast(device)
         self.claim(model)
         modes = [(module, module.training) for module in model.modules()]
         # By their names: accelerate puts others in the place of those that it offloads.
@@ -75,14 +73,16 @@ class borrowed(Changes):
         for module, _ in modes:
             # In eval mode its layers round what they are given, or on a CPU pack their weights and give no gradients.
             module.training = type(module).__module__.startswith("bitsandbytes.")
-        _freeze(flags)
+        _restore([], [(part, name, False) for part, name, _ in flags])
         outside.__enter__()
         torch.set_grad_enabled(True)
 
 
-def _freeze(flags: list[tuple[nn.Module, str, bool]]) -> None:
-    for part, name, _ in flags:
-        _parameter(part, name).requires_grad_(False)
+def refuse_autocast(device: str) -> None:
+    """Refuse what computes in other dtypes than the weights'."""
+    if torch.is_autocast_enabled(device):
+        wanted = "off (a model that is to compute in half precision is loaded in that dtype)"
+        raise expected("torch.autocast", wanted, f"on for the device type {device!r}")
 
 
 def _restore(modes: list[tuple[nn.Module, bool]], flags: list[tuple[nn.Module, str, bool]]) -> None:
@@ -122,6 +122,8 @@ class Hooks(Changes):
         """
         if isinstance(module, Place):
             return self._on_place(module, hook)
+        if isinstance(module, Together):
+            return self._on_shared(module.parts, hook)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if args:
@@ -133,6 +135,15 @@ class Hooks(Changes):
         self.hooked.add(module)
         self.note(partial(unhook, module, before))
         module.register_forward_pre_hook(before, with_kwargs=True, prepend=first)
+
+    def on_argument(self, module: nn.Module, name: str, hook: Callable[[Any], object]) -> None:
+        """Call `hook` with what the module gets by this keyword; None if nothing."""
+
+        def before(_: nn.Module, __: object, kwargs: dict[str, Any]) -> None:
+            hook(kwargs.get(name))
+
+        self.note(partial(unhook, module, before))
+        module.register_forward_pre_hook(before, with_kwargs=True)
 
     def on_output(self, module: nn.Module, hook: _Hook, first: bool = False) -> None:
         """Call `hook(y)` with the module's (first) output; what it returns, if anything, takes its place.
@@ -154,6 +165,18 @@ class Hooks(Changes):
 
     def _on_place(self, place: Place, hook: _Hook) -> None:
         (self.on_input if place.reads else self.on_output)(place.at, hook)
+
+    def _on_shared(self, parts: Sequence[nn.Module], hook: _Hook) -> None:
+        """Call `hook` with what the first one reads; what it returns, if anything, all others read, too."""
+        given: list[torch.Tensor | None] = []
+
+        def begin(x: torch.Tensor) -> torch.Tensor | None:
+            given[:] = [hook(x)]
+            return given[0]
+
+        self.on_input(parts[0], begin)
+        for part in parts[1:]:
+            self.on_input(part, lambda _: given[0])
 
     def _on_sum(self, parts: Sequence[nn.Module], hook: _Hook) -> None:
         """Call `hook` with the sum of outputs; what it returns comes out of the last part, and zeros of the others."""

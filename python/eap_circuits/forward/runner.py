@@ -14,13 +14,14 @@ from ..adapters import Architecture, computes_in_parts, concatenate, device_of, 
 from ..errors import expected
 from ..graph import Graph
 from .batches import Batch
-from .hooks import Hooks
+from .hooks import Hooks, refuse_autocast
+from .layers.fused_norms import fuse_norms
 from .layers.last_mlp import Scored, ScoredMLP, at_scored
 from .layers.per_layer import give_per_layer
 from .layers.rescaling import Rescaling
 from .layers.rewriting import Rewriting
 from .layers.two_sides import begin_streams, two_sides
-from .prefixes.prefix import Prefix, WholePrompts, beginning, behind, parameters, run_prefixes
+from .prefixes.prefix import Prefix, WholePrompts, beginning, behind, parameters, run_by_length, run_prefixes
 
 Register = Callable[[Hooks], None]
 EVERYWHERE = slice(None)
@@ -76,9 +77,10 @@ class Runner:
         self.arch = arch
         self.batch = batch
         self._tokens = None if arch.encoder else tokens  # a bias may follow the head
-        # A layer's only block may mix tokens.
         self._pooled = arch.classifies and arch.head is None
-        self._every_mlp = every_mlp or self._pooled or arch.layers[-1].bare or not arch.layers[-1].n_heads
+        last = arch.layers[-1]
+        # A layer's only block may mix tokens.
+        self._every_mlp = every_mlp or self._pooled or last.bare or not last.n_heads or last.mlp_runs_whole
         # Key/value copies per layer.
         self.repeat_kv = [layer.groups if graph.heads == "query" else 1 for layer in arch.layers]
         self._cached = [n for layer, n in zip(arch.layers, self.repeat_kv, strict=True) if layer.caches]
@@ -153,12 +155,15 @@ class Runner:
             given |= two_sides(batch, batch.clean.repeat(copies, 1))
         if not self.arch.causal and (real := batch.real_tokens(copies, corrupted)) is not None:
             given["attention_mask"] = real
-        given |= batch.picture_types(copies, corrupted)
+        given |= batch.picture_arguments(copies, corrupted)
         if batch.prefix.shape[1]:
             if self._prefix is None:
                 once = [1] * len(self._cached)
                 with torch.no_grad(), self._for_cache():
-                    ran = run_prefixes(self._body, batch.prefix, batch.known.shared, once)
+                    if self.arch.keeps_states:
+                        ran = run_by_length(self._body, batch)
+                    else:
+                        ran = run_prefixes(self._body, batch.prefix, batch.known.shared, once)
                 self._prefix = Prefix(batch, ran, batch.prefix_of, once)
             given = self._prefix.arguments(self._model, suffix, copies)
             if self._place:
@@ -175,11 +180,11 @@ class Runner:
         """The same without gradient, for hooks that only read.
 
         If every example has a prefix of its own, the first run of one copy includes the prefixes: whole prompts, in one
-        pass.
+        pass. It leaves no states behind the prefixes, where the cache holds some.
         """
         batch = self.batch
         with torch.no_grad():
-            apart = len(embeddings) != len(batch.prefix) or self.arch.per_layer is not None
+            apart = len(embeddings) != len(batch.prefix) or self.arch.per_layer is not None or self.arch.keeps_states
             if self._prefix is not None or not batch.prefix.shape[1] or apart:
                 return self.logits(embeddings, register, corrupted)
             prefixes, shared = batch.prefix[batch.prefix_of], batch.known.shared
@@ -227,6 +232,9 @@ class Runner:
         views: list[Rewriting | Rescaling] = [Rewriting(layer) for layer in self.arch.layers if layer.rewrites]
         views += [Rescaling(norm) for norm in self.arch.norms if norm.unit != 1]
         with Hooks(tokens=1) as single:
+            # Some turn it on themselves: a model that accelerate has prepared for mixed precision.
+            hooks.on_input(self.arch.layers[0].module, lambda x: refuse_autocast(x.device.type))
+            fuse_norms(self.arch, hooks)
             for view in views:
                 view.begin(hooks)
             if self.arch.encoder:
@@ -297,6 +305,7 @@ class Runner:
     def _for_cache(self) -> Iterator[None]:
         """For passes that only fill the key/value cache."""
         with Hooks(tokens=1) as hooks:
+            fuse_norms(self.arch, hooks)
             if not self._every_mlp:
                 scored = self.batch.scored
                 last = ScoredMLP(

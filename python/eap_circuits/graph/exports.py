@@ -39,8 +39,13 @@ def to_dot(circuit: Circuit) -> str:
     lines = ["digraph circuit {", "  rankdir=BT;", "  node [shape=box];"]
     for sender, node, kind, attributes in _joined(circuit):
         more = f', weight={abs(attributes["score"]):.6g}, tooltip="{attributes["score"]:.6g}"' if attributes else ""
-        lines.append(f'  "{sender}" -> "{node}" [label="{kind}"{more}];')
+        lines.append(f'  {_quoted(sender)} -> {_quoted(node)} [label="{kind}"{more}];')
     return "\n".join([*lines, "}", ""])
+
+
+def _quoted(name: str) -> str:
+    """A name as Graphviz reads it: those of spans may hold any character."""
+    return '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _joined(circuit: Circuit) -> Iterator[tuple[str, str, str, dict[str, float]]]:

@@ -15,7 +15,7 @@ from ..edges import Graph, Spans, numbers
 from ..edges import prune as pruned
 from ..errors import expected, flag, instance, known_arguments, listed, number, warn, whole
 from ..formats import hub
-from ..selection import select_edges
+from ..selection import SECONDS, select_edges
 from . import exports
 from .circuit import Circuit
 from .confidence import bootstrap_confidence, normal_confidence
@@ -77,7 +77,7 @@ class EdgeScores(Result):
         prune: bool = True,
         positive_ratio: float | None = None,
         among: Tensor | None = None,
-        seconds: float = 30.0,
+        seconds: float = SECONDS,
         exactly: bool = False,
     ) -> Circuit:
         """Choose a circuit.
@@ -104,8 +104,7 @@ class EdgeScores(Result):
         Raises:
             InputError: an unknown `how`, a size outside the graph, scores that are not finite, a mask of another shape.
         """
-        asked = {name: value for name, value in locals().items() if name not in ("self", "n_edges")}
-        return self._selected([n_edges], **asked)[0]
+        return self._selected([n_edges], how, signed, threshold, prune, positive_ratio, among, seconds, exactly)[0]
 
     @known_arguments
     def select_sizes(
@@ -120,23 +119,25 @@ class EdgeScores(Result):
         Raises:
             InputError: what `select` refuses.
         """
-        return self._selected(listed("n_edges", n_edges, "a list of whole numbers"), how, signed, among=among)
+        sizes = listed("n_edges", n_edges, "a list of whole numbers")
+        return self._selected(sizes, how, signed, None, True, None, among, SECONDS, False)
 
     def _selected(
         self,
         sizes: Sequence[int | None],
         how: str,
         signed: bool,
-        threshold: float | None = None,
-        prune: bool = True,
-        positive_ratio: float | None = None,
-        among: Tensor | None = None,
-        seconds: float = 30.0,
-        exactly: bool = False,
+        threshold: float | None,
+        prune: bool,
+        positive_ratio: float | None,
+        among: Tensor | None,
+        seconds: float,
+        exactly: bool,
     ) -> tuple[Circuit, ...]:
         signed, prune, exactly = flag("signed", signed), flag("prune", prune), flag("exactly", exactly)
         if exactly and not prune:
             raise expected("select(exactly=True)", "prune=True, as all its edges are on paths", "prune=False")
+        seconds = number("seconds", seconds, "a number of at least 0", 0)
         if threshold is not None:
             threshold = number("threshold", threshold, "a number")
         if positive_ratio is not None:

@@ -97,11 +97,12 @@ class CircuitGroup:
         self.mask = masks.to(self.dtype)  # [C, stored, computed], or by span [C, P, stored, computed]
         if not torch.equal(self.mask.to(masks.dtype), masks):
             self.mask = masks.to(runner.arch.accumulate)
-        # Of each stream the first sender, and the shape of its differences, cur − corr, [stored, C, N, D].
+        # Of each stream the first sender, and the shape of its differences, cur − corr, [stored, C, N, D]. Of a tensor
+        # parallel model, here and in what is stored and read D are only this rank's features.
         streams = [stream.senders for stream in graph.base.streams]
         self._starts = [senders.start for senders in streams]
         self._shapes = [
-            (int(stored[senders].sum()), len(masks), runner.batch.at(number).clean.numel(), runner.arch.d_model)
+            (int(stored[senders].sum()), len(masks), runner.batch.at(number).clean.numel(), runner.arch.width)
             for number, senders in enumerate(streams)
         ]
         self.differences: list[Tensor] = []
@@ -248,11 +249,15 @@ class LearningGroup(CircuitGroup):
     """Circuits with nothing written in place, so that what is read has a gradient: in what senders write, in what they
     are ablated to, and in the masks."""
 
+    def __init__(self, runner: Runner, graph: Graph, members: slice, masks: Tensor, asked: Asked) -> None:
+        super().__init__(runner, graph, members, masks, asked)
+        self._shares = runner.arch.shares
+
     def _dtype(self, arch: Architecture) -> torch.dtype:
         return arch.accumulate
 
     def allocate(self, device: torch.device) -> None:
-        mask = self.mask.to(device)
+        mask = self._shares.summed(self.mask.to(device))
         self._one = self.size == 1
         mask = mask[0] if self._one else mask
         ends = [self._before[start] for start in (*self._starts, len(self._before) - 1)]

@@ -23,7 +23,7 @@ from ..forward import EVERYWHERE, Hooks, Indices, Runner
 from ..graph import Graph
 from ..recording import ReferenceRun
 from .circuit_group import Asked, CircuitGroup, Places, SharedGroup, numbers
-from .grouping import Sites, attention_of, consecutive, first_of, heads_of, join, read_with
+from .grouping import Sites, attention_of, by_rank, consecutive, first_of, heads_of, join, read_with
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class CircuitsRun:
         self.runner, self.graph, self.corrupted = runner, graph, corrupted
         self.asked, self.groups, self.indices, self.count = some.asked, some.groups, some.indices, len(some.asked)
         self.dtype = self.groups[0].dtype if self.groups else runner.arch.accumulate
+        self.shares = runner.arch.shares
         self.sites: list[Sites] = [{} for _ in range(graph.n_layers + 1)]  # the logits' last
         for site in receiver_sites(runner.arch, graph):
             self.sites[site.layer][site.name] = site
@@ -57,7 +58,7 @@ class CircuitsRun:
         self.ready: dict[str, Tensor] = {}  # the current layer's projections, made when the first is asked for
         self.begun: dict[tuple[CircuitGroup, int], Tensor] = {}  # what a layer's MLP reads from the layers before
         # What each group computes of each layer's projections, by letter.
-        self.heads = [{group: heads_of(group, sites) for group in self.groups} for sites in self.sites]
+        self.heads = [{group: heads_of(group, sites, self.shares) for group in self.groups} for sites in self.sites]
 
     def logits(self) -> Tensor:
         """[C, E, V]"""
@@ -99,7 +100,7 @@ class CircuitsRun:
                 continue
             needed = numbers(asked.needed[:, mlp.senders.start] & ~asked.closed[:, attention.stop])
             # A layer's only block may be given masks and positions, which have rows for all circuits.
-            run = needed if writers else list(range(self.count))
+            run = needed if writers and not layer.mlp_runs_whole else list(range(self.count))
             hooks.on_input(layer.mlp_in, partial(self._read_mlp, sites, needed, run))
             hooks.on_senders(mlp, partial(self._write_mlp, mlp, needed, run))
         hooks.on_input(self.runner.arch.final_norm.module, self._read_final)
@@ -132,8 +133,8 @@ class CircuitsRun:
     def _store(self, group: CircuitGroup, site: SenderSite, current: Tensor) -> None:
         """Of the embeddings or an MLP, [N, D] of all circuits alike or [C, N, D]."""
         if group.stored[site.senders.start]:
-            corrupted = self.corrupted.written[site.index].flatten(0, 1).to(self.dtype)
-            group.store(site.senders.start, current.to(self.dtype), corrupted, site.scale)
+            corrupted = self.shares.own(self.corrupted.written[site.index]).flatten(0, 1).to(self.dtype)
+            group.store(site.senders.start, self.shares.own(current).to(self.dtype), corrupted, site.scale)
 
     def _begin(self, site: SenderSite, x: Tensor) -> None:  # the same for all circuits
         for group in self.groups:
@@ -148,13 +149,11 @@ class CircuitsRun:
         current, corrupted = self._split(site.written(z)), self.corrupted.written[site.index]
         # Values that carry a norm's scale are in float32 whatever the model's dtype.
         wide = torch.promote_types(current.dtype, self.dtype)
-        difference = (current.to(wide) - corrupted.to(wide)).to(self.dtype)  # [C, E, T, H·K]
-        rows = {group: difference[group.members].flatten(0, 2).unflatten(1, (layer.n_heads, -1)) for group in stored}
-        for some, weight in layer.out_weights(self.dtype):
-            for group, by_head in rows.items():
-                if heads := [head for head in stored[group] if some.start <= head < some.stop]:
-                    of = self._some(weight, [head - some.start for head in heads])
-                    group.store_heads(first + heads[0], self._some(by_head.transpose(0, 1), heads), of)
+        difference = self.shares.summed((current.to(wide) - corrupted.to(wide)).to(self.dtype))  # [C, E, T, H·K]
+        weight = layer.out_weight(self.dtype, self.runner.arch.features)
+        for group, heads in stored.items():
+            by_head = difference[group.members].flatten(0, 2).unflatten(1, (layer.n_heads, -1)).transpose(0, 1)
+            group.store_heads(first + heads[0], self._some(by_head, heads), self._some(weight, heads))
         return self._keep(own, z)
 
     def _stored(self, group: CircuitGroup, site: SenderSite) -> list[int]:
@@ -176,7 +175,8 @@ class CircuitsRun:
 
     def _places(self, device: torch.device, chosen: list[int]) -> Places:
         if consecutive(chosen):
-            return slice(chosen[0], chosen[0] + len(chosen))
+            start = chosen[0] if chosen else 0
+            return slice(start, start + len(chosen))
         return self.indices.on(device, chosen)
 
     # Receivers.
@@ -186,11 +186,11 @@ class CircuitsRun:
         return self.corrupted.norm_inputs[norm]
 
     def _tokens(self, norm: Norm, at: Places = EVERYWHERE) -> Tensor:
-        """The same at some tokens as [n, D], in the accumulation dtype."""
-        return self._base(norm).flatten(0, 1)[at].to(self.dtype)
+        """The same at some tokens as [n, D], in the accumulation dtype; of D this rank's features."""
+        return self.shares.own(self._base(norm)).flatten(0, 1)[at].to(self.dtype)
 
     def _normalised(self, norm: Norm, y: Tensor) -> Tensor:
-        """The norm of y [..., n, D], in the model's dtype."""
+        """The norm of y [..., n, D], all features, in the model's dtype."""
         dtype = self._base(norm).dtype
         return norm(y.to(dtype)) if y.is_cpu else norm.fused(y).to(dtype)
 
@@ -215,7 +215,8 @@ class CircuitsRun:
                 reads.append(group.read(base, site.receivers, site.reach, attention.reach)[0])
         if not partial:
             return self._keep(run, own)
-        y = self._normalised(site.norm, reads[0] if len(reads) == 1 else torch.cat(reads))  # [c, n, D]
+        y = self.shares.whole(reads[0] if len(reads) == 1 else torch.cat(reads))
+        y = self._normalised(site.norm, y)  # [c, n, D]
         if at is EVERYWHERE:
             computed, rest = self._split(y.flatten(0, 1).view(-1, *own.shape[1:])), self._split(own)
             return join((computed, circuits.index(c)) if c in partial else (rest, c) for c in run).flatten(0, 1)
@@ -246,7 +247,8 @@ class CircuitsRun:
             if group.wanted(site.receivers):
                 y = group.read(self._tokens(site.norm, scored), site.receivers, site.reach, site.begin, scored)[0]
                 partial = numbers(group.asked.partial[:, site.receivers.start])
-                self._put(rows, [start + c for c in partial], scored, self._some(y, partial).to(x.dtype))
+                y = self.shares.whole(self._some(y, partial)).to(x.dtype)
+                self._put(rows, [start + c for c in partial], scored, y)
         closed = numbers(self.asked.closed[:, site.receivers.start])
         if closed:
             x[self.indices.on(x.device, closed)] = self._base(site.norm)
@@ -287,8 +289,8 @@ class CircuitsRun:
                 made[letter], found[letter] = every, every[..., features].unflatten(-1, (sites[letter].count, -1))
         dtype = self.runner.arch.dtype
         projections = {letter: site.projection for letter, site in some.items() if site.projection is not None}
-        weights = {letter: (each.weight(dtype), each.bias(dtype)) for letter, each in projections.items()}
-        norm = first_of(some).norm
+        weights = {letter: each.of_heads(self.shares.here(each.n_heads), dtype) for letter, each in projections.items()}
+        norm, layer = first_of(some).norm, first_of(some).layer
         for group in self.groups:
             wanted = group.wanted(attention_of(some))
             if not wanted:
@@ -297,18 +299,20 @@ class CircuitsRun:
             if self._begins(group, sites):
                 mlp = sites["mlp"]
                 self.begun[group, mlp.layer] = y[-1] + (self._tokens(mlp.norm) - self._tokens(norm))
-            x = self._normalised(norm, y[: len(wanted)])  # [r, C, N, D]
+            # Of all heads this rank's features, then of its own heads all features: [r, C, N, D].
+            rows, counts = by_rank(self.heads[layer][group][letter] for letter in some)
+            x = self._normalised(norm, self.shares.dealt(self._some(y, rows), counts))
             for letter, (weight, bias) in weights.items():
-                heads = self.heads[sites[letter].layer][group][letter]
-                if not heads.slots:
+                heads = self.heads[layer][group][letter]
+                if not sum(heads.counts):
                     continue
                 # A site's receivers follow one another. To pick the circuits that need it would take longer.
                 y = torch.bmm(x[heads.places].flatten(1, 2), self._some(weight, heads.slots).mT)  # [h, C·N, K]
                 y = y if bias is None else y + self._some(bias, heads.slots)[:, None]
-                y = y.unflatten(1, (group.size, -1))
+                y = self.shares.joined(y, heads.counts).unflatten(1, (group.size, -1))
                 by_head = found[letter][group.members].flatten(1, 2).transpose(1, 2)  # [C, heads, N, K]
                 place, circuit, head = (self.indices.on(y.device, each) for each in heads.partial)
-                all_needed = len(place) == len(heads.slots) * group.size
+                all_needed = len(place) == len(y) * group.size
                 by_head[circuit, head] = y.flatten(0, 1) if all_needed else y[place, circuit]
         return made
 

@@ -60,7 +60,7 @@ class CircuitRuns:
         self._size, self._kept = None, []
         arch, at_once = runner.arch, shared(runner.arch.device) and graph.spans is None
         one = CircuitGroup if graph.spans is None else SpanGroup
-        count, row = max(1, tokens // batch.clean.numel()), batch.clean.numel() * arch.d_model * arch.dtype.itemsize
+        count, row = max(1, tokens // batch.clean.numel()), batch.clean.numel() * arch.width * arch.dtype.itemsize
         for start in range(0, len(self.masks), count):
             masks = together(graph, self.masks[start : start + count])
             asked, kind = asked_of(graph, masks), SharedGroup if at_once else one

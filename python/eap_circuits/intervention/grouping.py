@@ -9,7 +9,7 @@ import torch
 from numpy import packbits
 from torch import Tensor
 
-from ..adapters import ReceiverSite
+from ..adapters import ReceiverSite, Shares
 from ..graph import Graph
 from .circuit_group import Asked, CircuitGroup, asked_of, together
 
@@ -85,33 +85,50 @@ def _bits(rows: Tensor) -> list[int]:
 
 @dataclass(frozen=True)
 class Heads:
-    """What a group computes of a projection.
+    """What a group computes of a projection. Each of the ranks that divide a model does so for some of the heads.
 
     Args:
-        places: where these heads are in what the group reads of the layer.
-        slots: which slots of the projection's weight they take.
-        partial: of each that a circuit needs: its place among these heads, the circuit's place in the group, and which
-            of the site's heads it is.
+        counts: for how many.
+        places: where this rank's heads are in what it computes of the layer.
+        slots: which slots of this rank's part of the projection's weight they take.
+        partial: of each head that a circuit needs: its place among those of all ranks, the circuit's place in the
+            group, and which of the site's heads it is.
     """
 
+    counts: list[int]
     places: slice
     slots: list[int]
     partial: tuple[Tensor, Tensor, Tensor]
 
 
-def heads_of(group: CircuitGroup, sites: Sites) -> dict[str, Heads]:
+def heads_of(group: CircuitGroup, sites: Sites, shares: Shares) -> dict[str, Heads]:
     """What a group computes of a layer's projections."""
-    found = {}
+    found: dict[str, Heads] = {}
     for letter, site in sites.items():
         if site.projection is None:
             continue
-        start, places = site.receivers.start, group.places(site.receivers)
-        first = group.places(attention_of(read_with(sites, letter))).start
+        start, parts = site.receivers.start, shares.parts(site.projection.n_heads)
         heads = torch.tensor(group.wanted(site.receivers), dtype=torch.int64) - start
         place, circuit = group.asked.partial[:, heads + start].T.nonzero().unbind(1)
-        slots = (heads // site.repeat_kv).tolist()
-        found[letter] = Heads(slice(places.start - first, places.stop - first), slots, (place, circuit, heads[place]))
+        every = (heads // site.repeat_kv).tolist()
+        slots = [[slot - part.start for slot in every if part.start <= slot < part.stop] for part in parts]
+        counts, here = [len(own) for own in slots], shares.rank
+        before = sum(found[name].counts[here] for name in read_with(sites, letter) if name in found)
+        places = slice(before, before + counts[here])
+        found[letter] = Heads(counts, places, slots[here], (place, circuit, heads[place]))
     return found
+
+
+def by_rank(heads: Iterable[Heads]) -> tuple[list[int], list[int]]:
+    """(An order of the heads of several projections, of which each one's are one rank's after another's: all of the
+    first rank's come first; how many each rank has)."""
+    rows: list[list[int]] = []
+    start = 0
+    for each in heads:
+        rows = rows or [[] for _ in each.counts]
+        for own, count in zip(rows, each.counts, strict=True):
+            own += range(start, start := start + count)
+    return [row for own in rows for row in own], [len(own) for own in rows]
 
 
 def attention_of(sites: Sites) -> slice:

@@ -86,8 +86,8 @@ def attribute(
             with a norm after attention (Gemma 2, Gemma 3, OLMo 2) a head's contribution is then what enters that
             norm, not what it adds to the residual stream; in "eap-ig-activations" every path's gradients go to every
             edge.
-        reuse_prefix: run the tokens before the first difference once and keep their keys and values; this is exact. If
-            the model's cache does not support it, it is skipped with a warning.
+        reuse_prefix: run the tokens before the first difference once and keep what they leave in the model's cache;
+            this is exact. If the cache does not support it, it is skipped with a warning.
         memory: what the run may take besides the model and the data, in bytes or as "8GiB"; by default half of what is
             free. If memory runs out all the same, the run goes on with smaller passes. Scores do not depend on it.
             "eap-conductance" and "information-flow-routes" ignore it.

@@ -16,6 +16,7 @@ from eap_kernels import normalise_rows
 
 from ..errors import InputError, expected
 from .offloading import device_of, read
+from .parts import is_shard
 
 _EPS = ("eps", "variance_epsilon", "epsilon")
 _USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
@@ -60,18 +61,13 @@ class Norm:
         """β, [D], or None."""
         return read(self.module, "bias") if self.kind else None
 
-    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(x̂, r) of x [..., D], differentiable: the normalised input without gain, and 1/rms or 1/std [...]."""
-        if self.kind is None:
-            return x, torch.ones_like(x[..., 0])
-        x = self._centre(x)
-        r = torch.rsqrt(x.square().mean(-1) + self._eps)
-        return x * r[..., None], r
-
     def scale(self, x: Tensor) -> Tensor:
-        """r of x [..., N, D], [..., N], in fp32, or fp64; in one launch where no gradient is wanted."""
-        if self.kind is None or (x.requires_grad and torch.is_grad_enabled()):
-            return self.statistics(x.to(torch.promote_types(x.dtype, torch.float32)))[1]
+        """r of x [..., N, D], 1/rms or 1/std, [..., N] in fp32, or fp64; in one launch where no gradient is wanted."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if self.kind is None:
+            return x.new_ones(x.shape[:-1], dtype=wide)
+        if x.requires_grad and torch.is_grad_enabled():
+            return torch.rsqrt(self._centre(x.to(wide)).square().mean(-1) + self._eps)
         rows = x.reshape(-1, *x.shape[-2:])
         return normalise_rows(rows, self._eps, self.kind.centred).view(x.shape[:-1])
 
@@ -86,6 +82,15 @@ class Norm:
     def _eps(self) -> float:
         """Of a norm of x itself."""
         return self.kind.eps / self.unit**2 if self.kind else 0.0
+
+    @property
+    def in_steps(self) -> bool:
+        """Does the module's own code compute step by step what `fused` does at once, from the same input?"""
+        own: Any = self.module
+        # A wrapper's forward may do more, and of a weight in parts only a pass makes a whole.
+        wrapped = "forward" in vars(own) or any(map(is_shard, own.parameters()))
+        plain = self.kind is not None and not self.kind.offset and self.unit == 1
+        return plain and not wrapped and not isinstance(own, (nn.LayerNorm, nn.RMSNorm))
 
     @property
     def centred(self) -> bool:
@@ -230,10 +235,13 @@ def kind_of(module: nn.Module, width: int) -> Kind:
             y = type(module).forward(probe, x)
     except TypeError as error:  # a norm that takes a gate, too
         raise refusal from error
+    rows = x.view(len(x), -1, width)
+    normalised = torch.empty_like(rows)
     for eps, centred, offset in product(said or _USUAL_EPS, (False, True), (0.0, 1.0)):
         kind = Kind(centred, offset, eps)
         norm = Norm(probe, kind)
-        right = norm.statistics(x)[0] * norm.gain(x) + (0 if norm.bias is None else norm.bias)
+        norm.capture(rows, None, normalised)
+        right = normalised.view_as(x) * norm.gain(x) + (0 if norm.bias is None else norm.bias)
         if torch.allclose(y, right, rtol=1e-3, atol=1e-4):
             return kind
     raise refusal

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .offloading import device_of, is_offloaded, read, read_part
-from .parts import FLOATS, by_features, in_turn, is_divided, is_shard, own_features
+from .parts import FLOATS, by_features, in_turn, is_divided, is_shard, own_features, own_part
 from .shapes import Shape
 
 # Of a fused projection's features: "concatenated": all of q, then k, then v; "grouped": for each key/value head its
@@ -32,31 +32,23 @@ class Weight:
     def at(self, features: slice = slice(None)) -> Tensor:
         """All of it, or at some of the stream's features: of a tensor parallel module, some of its `own_features`.
 
-        One that is not at hand is kept only if all of it is asked for: where it is not, that of all layers is large.
+        One that is not at hand is made at each use and never kept: those of all layers are a third of a model.
         """
         if features == slice(None):
-            return self._whole
+            return linear_weight(self.module)
         own = own_features(self.module, linear_shape(self.module)[self.dim])
         if own == slice(None) and not is_at_hand(self.module):
             return linear_part(self.module, self.dim, features)
         if own != slice(None) and is_divided(self.module, 1 - self.dim):
             return by_features(self.module, self.dim, features)
-        return self._whole.narrow(self.dim, features.start, features.stop - features.start)
+        return linear_weight(self.module).narrow(self.dim, features.start, features.stop - features.start)
 
     def in_turn(self) -> Iterator[tuple[slice, Tensor]]:
         """(Which of the heads' features, the weight there): all at once, or of a tensor parallel module one rank's
         after another's."""
         if is_divided(self.module, 1 - self.dim):
             return in_turn(self.module, 1 - self.dim)
-        return iter([(slice(0, linear_shape(self.module)[1 - self.dim]), self._whole)])
-
-    @property
-    def _whole(self) -> Tensor:
-        return linear_weight(self.module) if is_at_hand(self.module) else self._made
-
-    @cached_property
-    def _made(self) -> Tensor:
-        return linear_weight(self.module)
+        return iter([(slice(0, linear_shape(self.module)[1 - self.dim]), linear_weight(self.module))])
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +73,19 @@ class Projection:
 
     def weight(self, dtype: torch.dtype, features: slice = slice(None)) -> Tensor:
         """[heads, K, D], or some of the D features."""
-        weight = self._picked(self._weight.at(features)).to(dtype).unflatten(0, (self.n_heads, -1))
+        return self._by_head(self._picked(self._weight.at(features)), dtype)
+
+    def of_heads(self, heads: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """`weight` and `bias` of some heads. A weight that a tensor parallel module has on this rank is not sent."""
+        own, bias = None, self.bias(dtype)
+        if isinstance(self.rows, slice):
+            first, last = (self.rows.start + head * self.head_dim for head in (heads.start, heads.stop))
+            own = own_part(self.module, 0, slice(first, last))
+        weight = self.weight(dtype)[heads] if own is None else self._by_head(own, dtype)
+        return weight, None if bias is None else bias[heads]
+
+    def _by_head(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        weight = weight.to(dtype).unflatten(0, (-1, self.head_dim))
         return weight if self.factor == 1 else weight * self.factor
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
@@ -120,7 +124,7 @@ def _numbers(rows: slice | Tensor) -> Tensor:
 
 
 class Together(nn.Module):
-    """Modules that read the same and whose outputs are added up, in the order in which they run."""
+    """Modules that read the same, in the order in which they run; what they give counts as the sum of it."""
 
     parts: tuple[nn.Module, ...]
 
@@ -193,8 +197,7 @@ def _of_units(module: nn.Module, features: slice) -> Tensor:
 
 
 def is_at_hand(module: nn.Module) -> bool:
-    """Is `linear_weight` the module's own tensor? Others are made once and kept, but not those that are put together
-    from all ranks' parts: keeping them would undo that each has only a part."""
+    """Is `linear_weight` the module's own tensor, or put together from all ranks' parts?"""
     weight = getattr(module, "weight", None)
     if not isinstance(module, (nn.Linear, Conv1D)) or not isinstance(weight, Tensor) or is_offloaded(module):
         return False

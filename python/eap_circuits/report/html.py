@@ -16,6 +16,7 @@ from .explorer import other_of, page_data, same_prompts
 from .figures import draw_circuit, draw_curve
 from .figures.svg import to_svg
 from .page import rendered
+from .table import Table
 from .tables import (
     card_line,
     card_table,
@@ -26,6 +27,7 @@ from .tables import (
     drawn_baselines,
     edge_table,
     number,
+    pairs_table,
     percent,
     settings,
     versions,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 N_EDGES = 40
 N_PROMPTS = 5
+N_PAIRS = 200
 
 
 def write_report(
@@ -64,7 +67,7 @@ def write_report(
         title: the page's title; by default the model and the task.
         files: the names under which "scores" and perhaps "circuit" were saved, for the code that reads them back.
         against: a circuit to compare with or, of other scores, the circuit with as many edges.
-        tokenizer: the model's, to spell the prompts' answers; without it their tokens' ids are shown.
+        tokenizer: the model's, to spell answers and the tokens at positions; without it ids and numbers are shown.
         card: the circuit's faithfulness card.
 
     Raises:
@@ -80,7 +83,7 @@ def write_report(
     page = rendered(
         "report.html",
         title,
-        page_data(scores, circuit, curve, other, data, title),
+        page_data(scores, circuit, curve, other, data, title, tokenizer),
         subtitle=_subtitle(run),
         headline=_headline(circuit, curve),
         picture=Markup(to_svg(draw_circuit(circuit))),
@@ -90,7 +93,8 @@ def write_report(
         card=[card_table(card), card_line(card), cost_table(card)] if card else None,
         edges=edge_table(scores, circuit, N_EDGES),
         by_span=scores.graph.spans is not None,
-        prompts=_prompts(data, curve, circuit, tokenizer),
+        prompts=_prompts(data, tokenizer, N_PROMPTS),
+        pairs=_pairs(data, curve, circuit, tokenizer),
         settings=run,
         measured=dict(settings(measured)),
         measured_with=dict(versions(measured)),
@@ -153,14 +157,12 @@ def _code(circuit: Circuit, files: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _prompts(
-    data: PairedDataset | None, curve: CurveLike | None, circuit: Circuit, tokenizer: Any
-) -> list[dict[str, str]]:
-    """The first prompt pairs: texts, answers and, where they were measured on this data, what the metric is on each."""
+def _prompts(data: PairedDataset | None, tokenizer: Any, n: int) -> list[dict[str, str]]:
+    """The first n prompt pairs: texts and answers."""
     if data is None or data.prompts is None:
         return []
-    pairs = data[:N_PROMPTS].to_dict()
-    rows = [
+    pairs = data[:n].to_dict()
+    return [
         {
             "clean": clean,
             "corrupted": corrupted,
@@ -168,14 +170,15 @@ def _prompts(
         }
         for clean, corrupted, good, bad in zip(*(pairs[x] for x in ("clean", "corrupted", "good", "bad")), strict=True)
     ]
+
+
+def _pairs(data: PairedDataset | None, curve: CurveLike | None, circuit: Circuit, tokenizer: Any) -> Table | None:
+    """What the circuit keeps of each prompt pair, if it was measured on these."""
     index = None if curve is None else curve_index(curve, circuit)
     results = getattr(curve, "results", None)
-    if index is not None and results and same_prompts(getattr(curve, "info", {}), data):
-        result = results[index]
-        each = zip(result.clean_values.tolist(), result.values.tolist(), result.corrupted_values.tolist(), strict=True)
-        for row, (model, own, ablated) in zip(rows, each, strict=False):
-            row["metric"] = f"whole model {number(model)}, circuit {number(own)}, all edges ablated {number(ablated)}"
-    return rows
+    if data is None or index is None or not results or not same_prompts(getattr(curve, "info", {}), data):
+        return None
+    return pairs_table(results[index], _prompts(data, tokenizer, N_PAIRS))
 
 
 def _spelled(answer: Any, tokenizer: Any) -> str:

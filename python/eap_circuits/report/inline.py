@@ -34,7 +34,7 @@ def inline(scores: EdgeScores, circuit: Circuit, still: Figure) -> str | None:
     if graph.n_senders + graph.n_receivers > NAMES:
         return None
     title, bare = repr(circuit), EdgeScores(scores.graph, scores.values, scores.info, scores.variance)
-    page = rendered("frame.html", title, page_data(bare, circuit, None, None, None, title, EDGES))
+    page = rendered("frame.html", title, page_data(bare, circuit, None, None, None, title, kept=EDGES))
     # In single quotes the JSON's double ones need not be escaped.
     page = page.replace("&", "&amp;").replace("'", "&#39;")
     return (

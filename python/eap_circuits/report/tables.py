@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -108,6 +108,30 @@ def result_table(result: Any, circuit: Circuit) -> Table:
         ("all edges ablated", 0, result.corrupted, 0.0),
     )
     return Table("Faithfulness of the circuit", columns, rows, marked=1)
+
+
+def pairs_table(result: Any, prompts: Sequence[Mapping[str, str]]) -> Table:
+    """The metric of each of these prompt pairs, the first that were run, and the circuit's faithfulness on it alone."""
+    columns = (
+        Column("clean", "clean prompt"),
+        Column("answers", "answers"),
+        Column("model", "whole model", number, numeric=True),
+        Column("circuit", "circuit", number, numeric=True),
+        Column("ablated", "all edges ablated", number, numeric=True),
+        Column("faithfulness", "faithfulness", number, numeric=True),
+    )
+    each = (x.tolist() for x in (result.clean_values, result.values, result.corrupted_values))
+    rows = [
+        (
+            *(prompt[column.key] for column in columns[:2]),
+            *(model, own, ablated, (own - ablated) / (model - ablated) if model != ablated else math.nan),
+        )
+        for prompt, model, own, ablated in zip(prompts, *each, strict=False)
+    ]
+    n = len(result.values)
+    return Table(
+        "Each prompt pair" if len(rows) == n else f"The first {len(rows)} of {n} prompt pairs", columns, tuple(rows)
+    )
 
 
 def card_table(card: FaithfulnessCard) -> Table:

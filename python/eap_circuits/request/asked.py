@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -107,10 +108,10 @@ def prepare(
         batch_size = min(whole("batch_size", batch_size, 1, note=", or None"), _LARGEST_BATCH)
     arch = bind(model)
     if ablation_data is not None:
-        ablation_data = _with_start(arch, instance("ablation_data", ablation_data, PairedDataset), "ablation_data")
+        ablation_data = _taken(arch, instance("ablation_data", ablation_data, PairedDataset), "ablation_data")
     request = Request(
         arch=arch,
-        data=_with_start(arch, data, "data"),
+        data=_taken(arch, data, "data"),
         metric=get_metric(data.metric if metric is None else metric),  # type: ignore[arg-type]
         ablation=ablation,
         ablation_data=ablation_data,
@@ -169,13 +170,14 @@ def _check_places(arch: Architecture, data: PairedDataset) -> None:
         raise expected("data", wanted, "answers after the prompts")
 
 
-def _with_start(arch: Architecture, data: PairedDataset, label: str) -> PairedDataset:
-    """The data with the token that a decoder behind an encoder starts with; refuses what such a model does not take."""
+def _taken(arch: Architecture, data: PairedDataset, label: str) -> PairedDataset:
+    """The data as a model takes them: with the token that a decoder behind an encoder starts with, and with pictures on
+    its device, where batch after batch looks them up. Refuses what an encoder-decoder does not take."""
     name, model = type(arch.model).__name__, arch.model
     if not arch.encoder:
         if data.decoder is not None:
             raise expected(label, f"none for a decoder (decoder=), as {name} is no encoder-decoder", "some")
-        return data
+        return data if data.pictures is None else replace(data, pictures=data.pictures.to(arch.device))
     if data.decoder is None:
         wanted = f"what {name}'s decoder reads behind its start token (decoder=, which may be empty)"
         raise expected(label, wanted, "none")
@@ -282,9 +284,10 @@ def parse_bytes(memory: object) -> int | None:
         except InputError as error:
             raise expected("memory", wanted, shown(memory)) from error
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([a-zA-Z]*)\s*", memory)
-    if not found or found[2].lower() not in _UNITS:
+    size = float(found[1]) * _UNITS.get(found[2].lower(), math.nan) if found else math.nan
+    if not size < math.inf:
         raise expected("memory", wanted, repr(memory))
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+    return int(size)
 
 
 def watched(progress: Progress | bool | None) -> Progress | None:

@@ -16,6 +16,7 @@ from .optimal import optimal_edges
 from .ranking import Ranking
 
 Chosen = tuple[Tensor, float | None]  # a mask [S, R], and its gap, for "optimal"
+SECONDS = 30.0  # that "optimal" may search
 
 
 def select_edges(
@@ -27,7 +28,7 @@ def select_edges(
     threshold: float | None = None,
     positive_ratio: float | None = None,
     among: Tensor | None = None,
-    seconds: float = 30.0,
+    seconds: float = SECONDS,
     exactly: bool = False,
 ) -> list[Chosen]:
     """Edges chosen by score for each number of edges, not yet pruned. See `EdgeScores.select`."""

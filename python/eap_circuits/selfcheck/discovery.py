@@ -10,7 +10,7 @@ from torch import nn
 
 from ..adapters import ENCODER_DECODERS, Family, propose, whole_layers
 from ..errors import InputError, expected, known_arguments
-from ..forward import borrowed
+from ..forward import borrowed, parameters
 from ..modules.loans import gives_back
 from ..ranks import together
 from .model import ONLY_STREAM, Check, StayDouble, check_model, exact_copy
@@ -90,8 +90,10 @@ def discover(model: nn.Module) -> tuple[Family, list[Check]]:
 
 def _is_causal(model: Any, tokens: torch.Tensor) -> bool:
     """Does the first token stay what it is if the last one is another?"""
+    body = model.base_model
+    given = {"use_cache": False} if "use_cache" in parameters(body) else {}
     before, after = (
-        model.base_model(input_ids=ids)[0][:, 0] for ids in (tokens, torch.cat([tokens[:, :-1], tokens[:, :1]], 1))
+        body(input_ids=ids, **given)[0][:, 0] for ids in (tokens, torch.cat([tokens[:, :-1], tokens[:, :1]], 1))
     )
     return bool((before - after).norm() <= 1e-8 * before.norm())
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Architecture, Family, bind, is_in_parts, linear_weight, receiver_sites, sender_sites
+from ..adapters import Architecture, Family, bind, is_in_parts, linear_weight, receiver_sites, sender_sites, unwrapped
 from ..errors import InputError, expected, known_arguments
 from ..errors import whole as whole_number
 from ..forward import Batch, Hooks, Runner, borrowed, make_batches, why_not_reused
@@ -86,6 +87,7 @@ def check_model(model: nn.Module, *, n_edges: int = 8, seed: int = 0, family: Fa
         return [Check("architecture", False, str(error))]
     layers, graph = len({layer.module for layer in arch.layers}), arch.graph("kv")
     checks = [Check("architecture", True, f"{arch.family.name}: {layers} layers, {graph.n_edges} edges")]
+    model = unwrapped(model)
     before = _state(model)
     exact = exact_copy(model).eval()
     arch = bind(exact, family)
@@ -121,10 +123,14 @@ def exact_copy(model: nn.Module) -> Any:
     """The model in float64, with plain linear layers of the same weights instead of quantised ones.
 
     Raises:
-        InputError: each rank has only a part of its weights.
+        InputError: each rank has only a part of its weights, or a module's forward was replaced by a function.
     """
     if is_in_parts(model):
         raise expected("model", "whole weights, of which a copy in float64 is checked", "parts of them on every rank")
+    for name, module in model.named_modules():
+        if isinstance(vars(module).get("forward"), FunctionType):  # which a copy would share
+            wanted = "forward methods of the modules' own, as a copy of the model is checked"
+            raise expected(f"{type(model).__name__}{name and '.'}{name}", wanted, "a function put in the place of one")
     plain: dict[int, Any] = {}
     with borrowed(model):
         for module in model.modules():

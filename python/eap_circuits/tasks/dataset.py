@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..display import Result, library
 from ..errors import expected, flag, listed
+from ..files import suffix_of
 from ..texts.records import tokenised
-from .loading import Records, own_records, read_csv, read_rows, read_tokens, reading, suffix_of, write_tokens
+from .loading import SUFFIXES, Records, own_records, read_csv, read_rows, read_tokens, reading, write_tokens
 from .mib import is_mib, mib_records
 from .scoring.checks import check_answers, check_pair_weights, check_scored, check_shapes
 from .scoring.continuations import Rows, rows_of
@@ -282,7 +283,7 @@ class PairedDataset(Result):
         Raises:
             InputError: one sentence that names the file and, if possible, the row or line.
         """
-        suffix = suffix_of(path)
+        suffix = suffix_of(path, SUFFIXES)
         if suffix == ".csv":
             return cls.from_csv(path, tokenizer, prepend_bos, align)
         if suffix in (".safetensors", ".pt"):
@@ -311,7 +312,7 @@ class PairedDataset(Result):
         found: dict[str, Tensor | None] = {name: getattr(self, name) for name in _OF_PAIRS}
         texts = {name: getattr(self, name) for name in ("name", "metric", "prompts", "seed", "alone", "span_names")}
         if self.pictures is not None:
-            found["pictures"] = self.pictures.embeddings
+            found |= {"pictures": self.pictures.embeddings, "picture_shifts": self.pictures.shifts}
             texts["pictures"] = {"first": self.pictures.first, "types": self.pictures.types}
         write_tokens(path, found, texts)
 
@@ -330,9 +331,7 @@ class PairedDataset(Result):
             members = list(index)
             index = torch.as_tensor(members, dtype=None if members else torch.int64)
         chosen = torch.arange(len(self))[index].reshape(-1)
-        prompts = None
-        if self.prompts is not None:
-            prompts = tuple(self.prompts[i] for i in chosen.tolist())
+        prompts = None if self.prompts is None else tuple(self.prompts[i] for i in chosen.tolist())
         every = {name: getattr(self, name) for name in _OF_PAIRS}
         found: dict[str, Any] = {name: None if x is None else x[chosen] for name, x in every.items()}
         return replace(self, **found, prompts=prompts)

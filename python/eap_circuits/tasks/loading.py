@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..errors import InputError, expected, near, reason
-from ..files import DAMAGED, parse_json, write_whole
+from ..files import DAMAGED, check_file, parse_json, suffix_of, write_whole
 from .tokens.pictures import Pictures
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".safetensors", ".pt")
@@ -38,23 +38,15 @@ _COUNTS = ("scored", "scored_weights", "weight")  # of a record
 _SPANS = ("spans", "span_tokens")
 _FORMAT = "eap-circuits/1"
 
+_LONGEST = 2**31 - 1  # characters of a cell; of itself csv takes 131,072
+
 Records = tuple["list[dict[str, Any]]", "list[str]"]
-
-
-def suffix_of(path: str | os.PathLike[str]) -> str:
-    """The path's suffix; raises `InputError` for an unknown one."""
-    suffix = Path(path).suffix
-    if suffix not in SUFFIXES:
-        raise expected(str(path), "a name ending in " + ", ".join(SUFFIXES), repr(suffix))
-    return suffix
 
 
 @contextmanager
 def reading(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Inside, errors from reading the file or using its content name the file."""
-    path = Path(path)
-    if not path.is_file():
-        raise expected(str(path), "a file", "a folder" if path.is_dir() else "nothing there")
+    path = check_file(path)
     try:
         yield path
     except InputError as error:
@@ -68,10 +60,13 @@ def reading(path: str | os.PathLike[str]) -> Iterator[Path]:
 def read_csv(path: Path) -> Records:
     """Rows of texts and their labels; rows are numbered as in a spreadsheet: the header is row 1."""
     with path.open(newline="", encoding="utf-8-sig") as file:
+        most = csv.field_size_limit(_LONGEST)
         try:
             cells = list(csv.reader(file, strict=True))
         except csv.Error as error:
             raise expected("file", "comma-separated values", f"something else ({error})") from error
+        finally:
+            csv.field_size_limit(most)
     header = cells[0] if cells else []
     if _answer_columns(header) is None and "scored" not in header:
         raise expected("row 1", "columns correct_idx and incorrect_idx, or good and bad", header)
@@ -94,8 +89,9 @@ def read_csv(path: Path) -> Records:
 
 def read_rows(path: Path) -> Records:
     """Rows and their labels, from `.parquet`, from the list in `.json`, or else from lines, numbered from 1."""
-    if path.suffix in (".json", ".parquet"):
-        content = _json(path) if path.suffix == ".json" else _parquet(path)
+    suffix = path.suffix.lower()
+    if suffix in (".json", ".parquet"):
+        content = _json(path) if suffix == ".json" else _parquet(path)
         if not isinstance(content, list):
             raise expected("file", "a list of records", type(content).__name__)
         return content, [f"[{index}]" for index in range(len(content))]
@@ -193,7 +189,7 @@ def _answer(cell: Any, member: type, label: str) -> Any:
 def read_tokens(path: Path) -> dict[str, Any]:
     """The fields of a dataset, from `.safetensors` or `.pt`. Nothing is unpickled."""
     try:
-        content, texts = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
+        content, texts = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pt(path)
     except DAMAGED as error:
         raise expected("file", "token tensors", f"something else ({reason(error)})") from error
     masked = not texts and _MASKS[0] in content
@@ -220,7 +216,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "seed": texts.get("seed"),
         "alone": bool(texts.get("alone")),
         "span_names": texts.get("span_names", ()),
-        "pictures": Pictures(content["pictures"], **texts["pictures"]) if "pictures" in texts else None,
+        "pictures": Pictures(content["pictures"], **texts["pictures"], shifts=content.get("picture_shifts"))
+        if "pictures" in texts
+        else None,
     }
 
 
@@ -231,8 +229,7 @@ def _read_pt(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def write_tokens(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor | None], texts: object) -> None:
     """Write a dataset to `.safetensors`, whole or not at all."""
-    if Path(path).suffix != ".safetensors":
-        raise expected(str(path), "a name ending in .safetensors", repr(Path(path).suffix))
+    suffix_of(path, (".safetensors",))
     metadata = {"format": _FORMAT, "kind": "dataset", "dataset": json.dumps(texts)}
     found = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
     write_whole(path, lambda file: save_file(found, file, metadata=metadata))

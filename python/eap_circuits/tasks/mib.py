@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import expected
+from ..files import suffix_of
 from ..texts.encoding import check_text, check_tokenizer, encode_many, encode_plain
-from .loading import read_rows, reading, suffix_of
+from .loading import read_rows, reading
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,6 @@ def mib_records(
 
 def mib_tasks(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """The tasks of the benchmark whose rows a file may hold."""
-    if suffix_of(path) not in (".json", ".jsonl", ".parquet"):
-        raise expected(str(path), "rows of MIB, in .json, .jsonl or .parquet", "another file")
+    suffix_of(path, (".json", ".jsonl", ".parquet"))
     with reading(path) as file:
         return layout_of(read_rows(file)[0]).tasks

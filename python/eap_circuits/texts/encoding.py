@@ -71,16 +71,15 @@ def encode_prompts(
             ids = own
         elif bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
-        if (
-            mask_id(tokenizer) is None
-            and ids is not own
-            and eos is not None
-            and ids[-1:] == [eos]
-            and own[-1:] != [eos]
-        ):
+        if mask_id(tokenizer) is None and eos is not None and _at_end(ids, eos) > _at_end(own, eos):
             ids.pop()
         prompts.append(ids)
     return prompts
+
+
+def _at_end(ids: Sequence[int], token: int) -> int:
+    """How often a token stands at the end."""
+    return next((n for n, found in enumerate(reversed(ids)) if found != token), len(ids))
 
 
 def character_ranges(tokenizer: Any, text: str, ids: list[int], label: str) -> list[tuple[int, int]]:

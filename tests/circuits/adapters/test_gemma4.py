@@ -129,10 +129,3 @@ def test_a_layer_that_forgets_the_residual_stream_is_refused():
     model.model.layers[0].layer_scalar.fill_(0)
     with pytest.raises(eap.InputError, match=r"Gemma4TextDecoderLayer.layer_scalar: expected a number other than 0"):
         bind(model)
-
-
-def test_experts_are_refused():
-    model = tiny_model("gemma4")
-    model.config.enable_moe_block = True
-    with pytest.raises(eap.InputError, match=r"enable_moe_block: expected False, found True"):
-        bind(model)

@@ -10,9 +10,13 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import eap_circuits as eap
+from bench.pretended import pretending
+from eap_circuits.adapters import pretrained
+from eap_circuits.request import prepare
+from tests.circuits.cli.conftest import run
 from tests.circuits.conftest import random_edges, tiny_model
 from tests.circuits.hybrids import PICTURED as PLACE
-from tests.circuits.hybrids import PICTURES
+from tests.circuits.hybrids import PICTURES, STACKED
 
 PADDING = 0
 ANSWERS = [[3, 4], [5, 6], [7, 8]]
@@ -25,7 +29,7 @@ def model(request):
 
 def build(kind):
     torch.manual_seed(0)
-    model_type, fields = PICTURES[kind]
+    model_type, fields = {**PICTURES, **STACKED}[kind]
     config = AutoConfig.for_model(model_type, **copy.deepcopy(fields))
     found = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
@@ -45,10 +49,24 @@ def seen(model, seed, text=0, padding="right"):
         mask, ids = mask.flip(1), torch.stack([row.roll(2) if n == 1 else row for n, row in enumerate(ids)])
     ids = ids.where(mask == 1, PADDING)
     given = {"input_ids": ids, "attention_mask": mask}
+    if "qwen" in model.config.model_type:  # two by two tokens of two by two patches each
+        given["pixel_values"] = torch.randn(3 * 16, 24, generator=drawn, dtype=torch.float64)
+        given["image_grid_thw"] = torch.tensor([[1, 4, 4]] * 3)
+        given["mm_token_type_ids"] = (ids == PLACE).long()
+        return given
     given["pixel_values"] = torch.randn(3, 3, 28, 28, generator=drawn, dtype=torch.float64)
     if model.config.model_type == "gemma3":
         given["token_type_ids"] = (ids == PLACE).long()
     return given
+
+
+def alone(given, e):
+    """What the model is given of one prompt, without padding."""
+    real = given["attention_mask"][e].bool()
+    own = {name: x[[e]][:, real] for name, x in given.items() if name.endswith(("ids", "mask"))}
+    rows = len(given["pixel_values"]) // 3
+    own["pixel_values"] = given["pixel_values"][e * rows : (e + 1) * rows]
+    return own | {name: x[[e]] for name, x in given.items() if name.endswith("thw")}
 
 
 def differences(model, given):
@@ -58,9 +76,7 @@ def differences(model, given):
         lambda _, args, kwargs: read.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
     for e, (good, bad) in enumerate(ANSWERS):
-        real = given["attention_mask"][e].bool()
-        own = {k: x[[e]] if k == "pixel_values" else x[[e]][:, real] for k, x in given.items()}
-        logits = model(**own, use_cache=False).logits[0, -1]
+        logits = model(**alone(given, e), use_cache=False).logits[0, -1]
         found.append(logits[good] - logits[bad])
     hook.remove()
     return torch.stack(found), read
@@ -118,6 +134,15 @@ def test_methods_and_ablations_take_them(model, method):
         assert eap.evaluate(model, full, pairs, ablation=ablation).faithfulness == pytest.approx(1, abs=1e-6)
 
 
+def test_pictures_are_sent_to_a_device_once_a_call(model):
+    pairs = eap.image_pairs(model, seen(model, 1), seen(model, 2), ANSWERS)
+    with pretending():
+        request = prepare(copy.deepcopy(model).cuda(), pairs, None, batch_size=1)
+        found = {id(batch.pictures.embeddings) for batch in request.batches(100)}
+        assert found == {id(request.data.pictures.embeddings)} and request.data.pictures.embeddings.is_cuda
+    assert pairs.pictures.embeddings.is_cpu
+
+
 def test_pictures_are_tokens_that_differ(model, tmp_path):
     clean, corrupted = seen(model, 1), seen(model, 2)
     pairs = eap.image_pairs(model, clean, corrupted, ANSWERS)
@@ -132,6 +157,16 @@ def test_pictures_are_tokens_that_differ(model, tmp_path):
     again = eap.PairedDataset.from_file(tmp_path / "pairs.safetensors")
     both = [eap.attribute(model, data, method="eap").values for data in (pairs, again)]
     assert torch.equal(*both) and eap.attribute(model, pairs[[0, 2]], method="eap").values.any()
+
+
+def test_commands_take_saved_pairs(model, tmp_path, monkeypatch):
+    pairs = eap.image_pairs(model, seen(model, 1), seen(model, 2), ANSWERS)
+    pairs.save(tmp_path / "pairs.safetensors")
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(pretrained, "load_tokenizer", lambda *_, **__: None)
+    out = tmp_path / "scores.safetensors"
+    run("attribute", tmp_path / "model", "--data", tmp_path / "pairs.safetensors", "-o", out, "--method", "eap")
+    torch.testing.assert_close(eap.EdgeScores.load(out).values, eap.attribute(model, pairs, method="eap").values)
 
 
 def test_what_is_no_picture_in_place_of_tokens_is_refused(model):
@@ -154,3 +189,27 @@ def test_a_picture_that_changes_the_mask_unsaid_is_refused():
         given["token_type_ids"] = given["token_type_ids"] * (torch.arange(11) < 5)
     with pytest.raises(eap.InputError, match=r"^model: expected a model in which pictures only stand .*, found \w+, w"):
         eap.image_pairs(model, clean, corrupted, ANSWERS)
+
+
+def test_pictures_that_later_layers_read_again_are_refused():
+    model = build("qwen3-vl")
+    with pytest.raises(
+        eap.InputError, match=r"^model: expected a model in which pictures only stand .*, found Qwen3VL"
+    ):
+        eap.image_pairs(model, seen(model, 1), seen(model, 2), ANSWERS)
+    assert all(check.passed for check in eap.check_model(model, n_edges=2))  # it takes texts
+
+
+@pytest.mark.parametrize("kind", ["qwen2-vl", "qwen2-5-vl"])
+def test_positions_of_several_pictures_are_the_models_own(kind):
+    """Tokens of pictures stand on rows and columns, and the text behind is as much nearer as these overlap."""
+    model = build(kind)
+    ids = torch.tensor([[1, PLACE, PLACE, PLACE, PLACE, 2, 3, PLACE, PLACE, 4, 5]])
+    given = {"input_ids": ids, "mm_token_type_ids": (ids == PLACE).long()}
+    given["image_grid_thw"] = torch.tensor([[1, 4, 4], [1, 2, 4]])
+    drawn = (torch.Generator().manual_seed(seed) for seed in (1, 2))
+    clean, other = ({**given, "pixel_values": torch.randn(24, 24, generator=g, dtype=torch.float64)} for g in drawn)
+    pairs = eap.image_pairs(model, clean, other, ANSWERS[:1])
+    right = [[0, 1, 1, 1, 1, 3, 4, 5, 5, 7, 8], [0, 1, 1, 2, 2, 3, 4, 5, 5, 7, 8], [0, 1, 2, 1, 2, 3, 4, 5, 6, 7, 8]]
+    assert pairs.pictures.arguments(pairs.clean)["position_ids"][:, 0].tolist() == right
+    assert eap.attribute(model, pairs, method="eap").values[0].any()

@@ -95,7 +95,7 @@ def test_what_is_refused(rows, tmp_path):
         ("ioi_gtp2", train, "did you mean 'ioi_gpt2'"),
         ("mcqa_gpt2", train, "ENTRY: expected one of"),
         ("ioi_gpt2", sums, "expected rows of ioi, found rows of arithmetic-addition or"),
-        ("ioi_gpt2", csv, "expected rows of MIB"),
+        ("ioi_gpt2", csv, "a name ending in .json, .jsonl, .parquet, found '.csv'"),
         ("ioi_gpt2", tmp_path / "none.json", "expected a file"),
         ("ioi_llama3", train, "llama3 of the benchmark, 32 layers of 32 heads"),
     ):

@@ -107,6 +107,12 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "InputError" in debug
 
 
+def test_a_terminal_that_knows_ascii_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    result = eap("attribute", "--help")  # whose formulas are no ASCII
+    assert result.stdout.isascii() and "?" in result.stdout and result.stderr == ""
+
+
 def test_unknown_options_and_numbers_out_of_range_are_refused() -> None:
     assert "--nonsense" in eap("attribute", "x", "--nonsense", code=2).stderr
     assert "-n" in eap("attribute", "x", "--task", "ioi", "-n", "0", code=2).stderr

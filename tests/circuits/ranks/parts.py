@@ -1,4 +1,4 @@
-"""Checks of tensor and expert parallel models, for `runs.py`."""
+"""Checks of tensor parallel models, for `runs.py`."""
 
 from __future__ import annotations
 
@@ -35,6 +35,12 @@ from tests.circuits.ranks.forked import on_ranks, trouble, typed
 
 DATA = random_pairs(seed=3, n=5)
 transformers_logging.disable_progress_bar()
+TENSOR_PARALLEL = importlib.util.find_spec("transformers.distributed.tensor_parallel") is not None  # since 5.17
+MAKES_COPIES = False  # since 5.23
+if TENSOR_PARALLEL:
+    from transformers.distributed import DistributedConfig
+
+    MAKES_COPIES = hasattr(DistributedConfig, "dp_size")
 STYLES = dict.fromkeys(["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], "colwise")
 STYLES |= dict.fromkeys(["o_proj", "down_proj"], "rowwise")
 # Products of parts round otherwise than whole ones; scores are float32.
@@ -53,11 +59,6 @@ def saved(name: str, folder: str, dtype: torch.dtype = torch.float64, **more: An
 def load(path: str, ranks: int = 1) -> Any:
     pretrained.load_tokenizer = lambda *_, **__: None
     return pretrained.load_model(path, device="cpu" if ranks == 1 else None, tensor_parallel=ranks)[0]
-
-
-def load_by_experts(path: str, ranks: int = 1, **plan: Any) -> Any:
-    parts = {"distributed_config": DistributedConfig(tp_size=ranks, ep_size=ranks, **plan)} if ranks > 1 else {}
-    return AutoModelForCausalLM.from_pretrained(path, dtype="auto", experts_implementation="eager", **parts).eval()
 
 
 def every_call(checkpoint: str, model: Any) -> dict[str, Callable[..., Any]]:
@@ -81,12 +82,13 @@ def calls_of(model: Any) -> dict[str, Callable[..., Any]]:
 
 
 @contextmanager
-def never_whole(layers: Any) -> Iterator[None]:
-    """Output projections of which a rank computes a part are not put together."""
-    divided = [layer.self_attn.o_proj for layer in layers if computes_in_parts(layer.self_attn.o_proj)]
+def never_whole(layers: Any, names: tuple[str, ...] = ("o_proj",)) -> Iterator[None]:
+    """Projections of these names of which a rank computes a part are not put together."""
+    every = [getattr(layer.self_attn, name) for layer in layers for name in names]
+    divided = list(filter(computes_in_parts, every))
 
     def read(module: torch.nn.Module, name: str) -> torch.Tensor | None:
-        assert module not in divided or name != "weight", "an output projection is put together"
+        assert module not in divided or name != "weight", "a projection is put together"
         return plain(module, name)
 
     plain = projections.read
@@ -139,34 +141,6 @@ def tensor_parallel() -> list[str]:
             *wrong_numbers(saved("qwen3", folder), 2, calls_of),
             *wrong_numbers(saved("mixtral", folder, torch.float32), 2, calls_of),
             *wrong_numbers(saved("gemma2", folder, num_key_value_heads=3), 3, calls_of),
-        ]
-
-
-def expert_parallel() -> list[str]:
-    """One process's results where each rank has some experts, and its heads or, if these do not divide, all of them."""
-    whole = {f"model.layers.*.self_attn.{name}_proj": "replicate" for name in "qkvo"}
-    with tempfile.TemporaryDirectory() as folder:
-        heads = saved("mixtral", folder, num_local_experts=4)
-        uneven = saved("qwen3-moe", folder, num_experts=4, num_key_value_heads=3)
-        divided = "mlp.experts.down_proj"
-
-        def calls(model: Any) -> dict[str, Callable[..., Any]]:
-            every = every_call(os.path.join(folder, "run.safetensors"), model)
-            return {**calls_of(model), **{name: every[name] for name in ("eap", "exact", "learn_mask")}}
-
-        def refused(rank: int) -> str:
-            """Ranks that share experts, but no heads: transformers gives each other tokens."""
-            config = DistributedConfig(tp_size=1, ep_size=2, fsdp_size=2)
-            model = AutoModelForCausalLM.from_pretrained(heads, distributed_config=config)
-            return trouble(lambda: eap.attribute(model, DATA))
-
-        sentence = (
-            "expected weights that are whole, on GPUs by device_map, or in parts by fully_shard (FSDP2) or a tp_plan"
-        )
-        return [
-            *wrong_numbers(heads, 2, calls, load_by_experts, divided),
-            *wrong_numbers(uneven, 2, calls_of, partial(load_by_experts, tp_plan=whole), divided),
-            *(said for said in on_ranks(2, refused) if sentence not in said),
         ]
 
 
@@ -366,17 +340,16 @@ def refused() -> list[str]:
     return [each for each in said if not each.startswith("InputError: tensor_parallel: expected transformers 5.17")]
 
 
-CHECKS = {
-    check.__name__: check
-    for check in (tensor_parallel, tensor_parallel_shares, tensor_parallel_faults, tensor_parallel_ended)
-}
-# Than transformers 5.22.
-LATER = {check.__name__: check for check in (tensor_parallel_commands, expert_parallel, sharded_further)}
-MAKES_COPIES = False
-if importlib.util.find_spec("transformers.distributed.tensor_parallel") is None:
-    CHECKS = dict.fromkeys([*CHECKS, *LATER], refused)
-else:
-    from transformers.distributed import DistributedConfig
+def checks(*those: Callable[[], list[str]], later: bool = False) -> dict[str, Callable[[], list[str]]]:
+    """By name; with a version of transformers that is too old the refusal is checked, or where those are of what came
+    `later`, with several copies of a model in parts, nothing."""
+    run = {check.__name__: check for check in those}
+    if not TENSOR_PARALLEL:
+        return dict.fromkeys(run, refused)
+    return run if MAKES_COPIES or not later else dict.fromkeys(run, list)
 
-    MAKES_COPIES = hasattr(DistributedConfig, "dp_size")
-    CHECKS |= LATER if MAKES_COPIES else dict.fromkeys(LATER, list)
+
+CHECKS = {
+    **checks(tensor_parallel, tensor_parallel_shares, tensor_parallel_faults, tensor_parallel_ended),
+    **checks(tensor_parallel_commands, sharded_further, later=True),
+}

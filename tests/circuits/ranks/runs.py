@@ -30,7 +30,7 @@ from eap_circuits.cli import session  # noqa: E402
 from eap_circuits.forward import runner as forward_runner  # noqa: E402
 from tests.circuits.checkpoint.calls import long_calls, numbers  # noqa: E402
 from tests.circuits.conftest import random_pairs, tiny_model  # noqa: E402
-from tests.circuits.ranks import parts  # noqa: E402
+from tests.circuits.ranks import circuits, experts, kills, parts, reproduced  # noqa: E402
 from tests.circuits.ranks.forked import on_ranks, trouble, typed  # noqa: E402
 
 MODEL, DATA = tiny_model("gpt2", torch.float32), random_pairs(seed=3, n=5)
@@ -376,6 +376,10 @@ CHECKS: dict[str, Callable[[], list[str]]] = {
         for check in (order_of_sums, shares, memory, faults, want_of_memory, ended, going_on, commands, wrapped)
     },
     **parts.CHECKS,
+    **circuits.CHECKS,
+    **experts.CHECKS,
+    **kills.CHECKS,
+    **reproduced.CHECKS,
 }
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ NAMES = (
     "bits on two ranks", "bits on three ranks", "order_of_sums", "shares", "memory", "faults", "want_of_memory",
     "ended", "going_on", "commands", "wrapped", "in step on two ranks", "in step on three ranks", "tensor_parallel",
     "tensor_parallel_shares", "tensor_parallel_commands", "tensor_parallel_faults", "tensor_parallel_ended",
-    "expert_parallel", "sharded_further",
+    "expert_parallel", "sharded_further", "circuits_in_parts", "circuits_shared", "killed_at_random",
+    "experts_exchanged", "reproduced",
 )  # fmt: skip
 
 
@@ -31,7 +32,7 @@ NAMES = (
 def found() -> dict[str, list[str]]:
     """What is wrong, by check; all in one process that forks, as imports take longest."""
     script = Path(__file__).with_name("runs.py")
-    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600)
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=1200)
     assert ran.returncode == 0, ran.stderr
     return dict(json.loads(ran.stdout.splitlines()[-1]))
 

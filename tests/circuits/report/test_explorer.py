@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import re
@@ -12,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy
 import pytest
 import torch
 
@@ -242,6 +240,20 @@ def test_the_curve_and_the_slider_bring_measured_circuits(page: Browser, tmp_pat
     assert "Faithfulness 0.6" in page.run("document.querySelector('#size-said').innerText")
 
 
+def test_after_quick_changes_the_picture_is_whole(page: Browser, tmp_path: Path) -> None:
+    opened(page, tmp_path, scored(GRAPHS["kv"]))
+    page.run(
+        "new Promise(done => { let n = 0; const step = () => { explorer.store.set({circuit: null, size: 5 * ++n});"
+        " n < 8 ? requestAnimationFrame(step) : setTimeout(done, 400); }; step(); })"
+    )
+    page.settle()
+    pictures = "explorer.graph.canvases.map(canvas => canvas.toDataURL())"
+    drawn = page.run(pictures)
+    page.run("explorer.graph.draw()")
+    page.settle()
+    assert page.run(pictures) == drawn
+
+
 def test_the_table_sorts_and_finds_all_edges_and_makes_few_rows(page: Browser, tmp_path: Path) -> None:
     graph = Graph((6,) * 6, (6,) * 6, 8)
     scores = scored(graph)
@@ -359,42 +371,3 @@ def contrast(colour: str, background: str, alpha: float = 1.0) -> float:
 
     light, dark = sorted((luminance(mixed), luminance(back)), reverse=True)
     return (light + 0.05) / (dark + 0.05)
-
-
-def test_of_many_edges_the_strongest_and_the_circuits_are_kept() -> None:
-    scores = scored(GRAPHS["kv"])
-    weak = torch.zeros_like(scores.graph.edge_mask)
-    u, v = divmod(int(scores.values.abs().masked_fill(~scores.graph.edge_mask, 9e9).argmin()), weak.shape[1])
-    weak[u, v] = True
-    circuit = Circuit(scores.graph, weak, scores.values)
-    content = json.loads(explorer.page_data(scores, circuit, None, None, None, "", kept=50))
-    kinds = {"u2": "<u2", "f4": "<f4", "u1": "u1"}
-    read = {
-        name: numpy.frombuffer(base64.b64decode(x["data"]), kinds[x["type"]]) for name, x in content["edges"].items()
-    }
-    found = list(zip(read["u"].tolist(), read["v"].tolist()))
-    names = [(scores.graph.senders[a], scores.graph.receivers[b]) for a, b in found]
-    assert names[:49] == [(a, b) for a, b, _ in scores.top_edges(49)] and found[49] == (u, v)
-    assert read["score"].tolist() == [float(scores.values[a, b]) for a, b in found]
-    assert content["total"] == scores.graph.n_edges > len(found) == 50
-
-
-def test_examples_have_the_prompts_that_were_scored_and_no_others(
-    make_model: Any, make_pairs: Any, tmp_path: Path
-) -> None:
-    data = replace(make_pairs(n=3), prompts=tuple((f"clean {i}", "corrupted") for i in range(3)))
-    model, other = make_model("llama"), replace(data, prompts=(("another", "one"),) * 3)
-    scores = eap.attribute(model, data, method="eap", keep="examples")
-    curve = eap.faithfulness_curve(model, scores, data, (0.5, 1.0))
-    for given, own in ((data, True), (other, False)):
-        content = json.loads(explorer.page_data(scores, curve.circuits[0], curve, None, given, ""))
-        (profile,) = content["profiles"]
-        assert profile["labels"] == [f"{i}: clean {i}" if own else f"example {i}" for i in range(3)]
-        values = numpy.frombuffer(base64.b64decode(profile["values"]["data"]), "<f4").reshape(3, -1)
-        assert values.shape[1] == profile["edges"] == scores.graph.n_edges
-        assert values.mean(0) == pytest.approx(
-            numpy.frombuffer(base64.b64decode(content["edges"]["score"]["data"]), "<f4"), abs=1e-6
-        )
-        write_report(tmp_path / "r.html", scores, curve.circuits[0], curve, given)
-        text = (tmp_path / "r.html").read_text()
-        assert (f"circuit {float(curve.results[0].values[0]):.3f}" in text) == own

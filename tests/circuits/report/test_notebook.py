@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
+from eap_circuits.edges import Spans
 from eap_circuits.report import inline
 from tests.circuits.report.test_figures import GRAPHS, circuit_of
 from tests.circuits.report.test_html import Page
@@ -228,6 +229,14 @@ def test_dot(results):
     assert sorted(edge[:3] for edge in found) == sorted(graph.edges(keys=True))
     for sender, node, kind, score in found:
         assert float(score) == pytest.approx(graph.get_edge_data(sender, node, kind)["score"], rel=1e-5)
+
+
+def test_dot_of_spans_with_odd_names():
+    spans = Spans(('a"b', "c\\", "rest"), ((True,) * 3,) * 3, (True,) * 3)
+    graph = GRAPHS["kv"].with_spans(spans)
+    text = eap.Circuit(graph, graph.edge_mask).to_dot()
+    unquoted = re.sub(r'"(?:[^"\\]|\\.)*"', "", text)
+    assert '"' not in unquoted and r"input@a\"b" in text and r"input@c\\" in text
 
 
 def test_a_missing_library_is_named(monkeypatch, results):

@@ -208,6 +208,8 @@ def test_a_circuit_records_how_it_was_chosen() -> None:
         ({"n_edges": 3, "positive_ratio": 0.5, "how": "greedy"}, "with how='top' and signed=False"),
         ({"n_edges": 3, "among": torch.ones(3, 4, dtype=torch.bool)}, r"^among: expected shape \[3, 5\]"),
         ({"n_edges": 3, "among": torch.ones(3, 5)}, r"^among: expected a bool tensor, found torch.float32"),
+        ({"n_edges": 3, "how": "optimal", "seconds": "1"}, "^seconds: expected a number of at least 0, found '1'"),
+        ({"n_edges": 3, "exactly": True, "seconds": -1}, "^seconds: expected a number of at least 0, found -1"),
     ],
 )
 def test_a_selection_that_cannot_be(wrong: dict[str, object], message: str) -> None:

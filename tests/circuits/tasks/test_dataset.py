@@ -95,8 +95,11 @@ def test_bos_stands_in_front_once_and_the_text_ends_the_prompt(
 
 
 def test_special_tokens_written_in_the_text_stay_as_they_are() -> None:
-    record = {"clean": "<s> Mary gave </s>", "corrupted": "<s> Kate gave </s>", "answers": [5, 6]}
-    assert PairedDataset.from_records([record], TOKENIZER).clean.tolist() == [ids("<s> Mary gave </s>")]
+    for adds in ((), ("</s>",), ("<s>", "</s>")):
+        for begun in ("<s> ", ""):
+            own = {"clean": f"{begun}Mary gave </s>", "corrupted": f"{begun}Kate gave </s>", "answers": [5, 6]}
+            found = PairedDataset.from_records([own], word_tokenizer(adds=adds))
+            assert found.clean.tolist() == [ids("<s> Mary gave </s>")]
 
 
 def test_sets_of_answers_are_padded() -> None:

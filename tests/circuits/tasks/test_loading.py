@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import pickle
@@ -241,6 +242,31 @@ def test_paths_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected a folder that exists"):
         data.save(tmp_path / "none" / "toy.safetensors")
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match=r"cannot be read \(File name too long\)"):
+        PairedDataset.from_file(tmp_path / f"{'x' * 300}.csv", TOKENIZER)
+    os.mkfifo(pipe := tmp_path / "toy.csv")
+    with pytest.raises(InputError, match="expected a file, found something that is no file"):
+        PairedDataset.from_file(pipe, TOKENIZER)
+    for read in (PairedDataset.from_csv, PairedDataset.from_jsonl, PairedDataset.from_file):
+        with pytest.raises(InputError, match="path: expected the name of a file, found 3"):
+            read(3, TOKENIZER)
+
+
+def test_names_in_capital_letters(tmp_path: Path) -> None:
+    rows = "clean,corrupted,good,bad\nMary gave,Kate gave,Tom,Mary\n"
+    data = PairedDataset.from_file(write(tmp_path / "TOY.CSV", rows), TOKENIZER)
+    assert data == PairedDataset.from_file(write(tmp_path / "TOY.JSON", json.dumps([RECORDS[1]])), TOKENIZER)
+    data.save(tmp_path / "TOY.SAFETENSORS")
+    assert PairedDataset.from_file(tmp_path / "TOY.SAFETENSORS") == data
+
+
+def test_csv_of_long_prompts(tmp_path: Path) -> None:
+    """Longer than Python's own limit for a cell, which stays as it was."""
+    most, n = csv.field_size_limit(), 40_000
+    clean = " ".join(["gave"] * n)
+    table = write(tmp_path / "toy.csv", f"clean,corrupted,good,bad\nMary {clean},Kate {clean},Tom,Mary\n")
+    assert len(clean) > most and PairedDataset.from_csv(table, TOKENIZER).lengths.tolist() == [n + 2]
+    assert csv.field_size_limit() == most
 
 
 def test_the_page_names_every_ending_and_column() -> None:

@@ -41,6 +41,8 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
         InputError: another object, an unsupported architecture, a missing head or site, or a layer on several devices.
     """
     refuse_default_device()
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise expected("the call", "one outside of torch.func's transforms (grad, vmap)", "one inside of them")
     model = unwrapped(model)
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
@@ -98,11 +100,16 @@ class _Binder:
         self.norms: dict[nn.Module, Norm] = {}  # one for each module, as runs look up norms by identity
         self.layers: list[Layer] = []  # so far
         self.unit = 1.0  # what these have multiplied the residual stream by
+        self.others = [_Binder(model, config, other) for other in family.others]
+        for other in self.others:
+            other.kinds, other.norms, other.layers = self.kinds, self.norms, self.layers
 
     def architecture(self) -> Architecture:
         family, layers = self.family, self.layers
         for layer in self._modules():
-            found = list(self._side_by_side(layer, self._layer(layer)))
+            part = next((other for other in self.others if other.mixers.in_layer(layer)), self)
+            part.unit = self.unit
+            found = list(part._side_by_side(layer, part._layer(layer)))
             for each in found:
                 each.check_heads(parts_of(each.out))
             layers += found
@@ -159,9 +166,18 @@ class _Binder:
 
     def _modules(self) -> list[nn.Module]:
         """The model's layers, of an encoder-decoder the encoder's."""
-        found = list(site(self.model, self.family.layers).children())
+        name = f"{type(self.model).__name__}.{self.family.layers}"
+        # Not children(), which names a module that is there twice once.
+        found = [each for each in site(self.model, self.family.layers)._modules.values() if each is not None]
         if not found:
-            raise expected(f"{type(self.model).__name__}.{self.family.layers}", "layers", "none")
+            raise expected(name, "layers", "none")
+        seen: set[nn.Module] = set()
+        for number, layer in enumerate(found):
+            weighted = {part for part in layer.modules() if part._parameters}
+            if shared := next(iter(weighted & seen), None):
+                wanted = "layers that share no module (a copy may share its weights)"
+                raise expected(name, wanted, f"a {type(shared).__name__} of layer {number} in one before it, too")
+            seen |= weighted
         return found
 
     def _parallel(self) -> bool:
@@ -256,6 +272,10 @@ class _Binder:
         """The MLP's norm, and the modules at whose input it reads and at whose output it writes."""
         family = self.family
         first, last = (path, path) if isinstance(path, str) else path
+        more = [module for name in family.mlp_reads if (module := maybe(layer, name)) is not None]
+        if more and family.mlp_norm is not None:
+            readers = Together([site(layer, family.mlp_norm), *more])
+            return self._reads(layer, None, readers, width), readers, site(layer, family.mlp_post_norm or last)
         beside = maybe(layer, family.beside)
         if beside is None or family.mlp_post_norm is not None:
             mlp_in = site(layer, first)

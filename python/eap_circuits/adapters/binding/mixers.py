@@ -45,10 +45,17 @@ class Mixers:
                 projections[name] = self._evenly(layer, path, heads)
         return attention, out, heads, self._times(projections, family.read_factor)
 
+    def in_layer(self, layer: nn.Module) -> bool:
+        """Does the table name the layer's mixer?"""
+        family = self.family
+        return maybe(layer, family.out or None) is not None or any(present(layer, mixer) for mixer in family.mixers)
+
     def _whole(self, first: nn.Module, last: nn.Module) -> Found:
-        width = self.width
-        reads = Projection(Place(first, True, width), slice(0, width), 1, width)
-        return first, Place(last, False, width), 1, {"in": reads}
+        return first, Place(last, False, self.width), 1, {"in": self._as_it_is(first)}
+
+    def _as_it_is(self, reader: nn.Module) -> Projection:
+        """What a module reads of the residual stream, for all heads."""
+        return Projection(Place(reader, True, self.width), slice(0, self.width), 1, self.width)
 
     def with_heads(self, layer: nn.Module, mixer: Mixer) -> Found:
         """That of a mixer with an output projection."""
@@ -61,6 +68,9 @@ class Mixers:
                 f"{type(layer).__name__}.{mixer.out}", f"input features for {heads} heads", linear_shape(out)[1]
             )
         projections: Projections = {}
+        if mixer.module:
+            assert isinstance(mixer.module, str)
+            projections["in"] = self._as_it_is(site(layer, mixer.module))
         for (name, path), count in [
             *((item, 1) for item in mixer.reads.items()),
             *((item, heads) for item in mixer.by_head.items()),
@@ -127,5 +137,8 @@ class Mixers:
 
 
 def present(layer: nn.Module, mixer: Mixer) -> int:
-    """How many of the mixer's projections the layer has."""
-    return sum(maybe(layer, path) is not None for path in (*mixer.reads.values(), *mixer.by_head.values()))
+    """How many of the modules that the mixer reads through the layer has."""
+    paths = [*mixer.reads.values(), *mixer.by_head.values()]
+    if mixer.out is not None and isinstance(mixer.module, str):
+        paths.append(mixer.module)
+    return sum(bool(path) and maybe(layer, path) is not None for path in paths)

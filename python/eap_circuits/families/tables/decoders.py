@@ -110,7 +110,7 @@ GEMMA3 = replace(
 LLAVA = replace(
     LLAMA,
     name="llava",
-    model_types=("llava",),
+    model_types=("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
     layers="model.language_model.layers",
     final_norm="model.language_model.norm",
 )

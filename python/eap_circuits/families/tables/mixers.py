@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..family import Family, Mixer
-from .decoders import GEMMA2, GRANITE_MOE_SHARED, LLAMA
+from .decoders import GEMMA2, GRANITE_MOE_SHARED, LLAMA, OLMO2
 
 # Where the keys are also the values, or where both are another layer's, a layer has no three projections.
 GEMMA4 = replace(
@@ -25,7 +25,7 @@ GEMMA4 = replace(
     layer_scale="layer_scalar",
     per_layer=("per_layer_input_gate", "post_per_layer_input_norm"),
     per_layer_inputs="model.per_layer_model_projection",
-    requires={"enable_moe_block": False},
+    mlp_reads=("router", "pre_feedforward_layernorm_2"),
     since="5.24",
 )
 GEMMA4_IMAGES = replace(
@@ -63,6 +63,16 @@ MINICPM3 = replace(
     model_types=("minicpm3",),
     residual_multiplier=lambda model: model.config.scale_depth / model.config.num_hidden_layers**0.5,
 )
+# Both norms have a gate, so all heads read the residual stream through one receiver.
+AXK2 = replace(
+    LLAMA,
+    name="axk2",
+    model_types=("axk2",),
+    attention_norm=None,
+    mlp_norm=None,
+    mlp=("post_attention_layernorm", "mlp"),
+    mixers=(Mixer(out="self_attn.o_proj", module="input_layernorm", heads=("num_heads",)),),
+)
 # A gated delta rule instead of attention in most layers.
 _DELTA = Mixer(
     out="linear_attn.out_proj",
@@ -74,6 +84,25 @@ _DELTA = Mixer(
 )
 QWEN3_NEXT = replace(
     LLAMA, name="qwen3_next", model_types=("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), mixers=(_DELTA,)
+)
+# Norms are before the blocks of layers with a delta rule, and after those of layers with attention.
+OLMO_HYBRID = replace(
+    OLMO2,
+    name="olmo_hybrid",
+    model_types=("olmo_hybrid",),
+    others=(
+        replace(
+            LLAMA,
+            out="",
+            mixers=(
+                Mixer(
+                    out="linear_attn.o_proj",
+                    reads={f"{name}_proj": f"linear_attn.{name}_proj" for name in "qkvgab"},
+                    heads=("num_v_heads",),
+                ),
+            ),
+        ),
+    ),
 )
 LFM2 = replace(
     LLAMA,

@@ -1,6 +1,6 @@
-"""Keys and values of the tokens that clean and corrupted prompts share: computed once and put before every pass.
+"""What tokens that clean and corrupted prompts share leave in a model's cache: computed once and put before every pass.
 
-Prefixes are padded on the left, so that all end together; `attention_mask` marks the padding.
+Keys and values of prefixes are padded on the left, so that all end together; `attention_mask` marks the padding.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..batches import Batch
+from .states import GoesOn, cache_with_states, holds_states, put_together
 
 # What `forward` calls the cache: the first name since transformers 5.24, the second before and in other models' code.
 _CACHE_NAMES = ("cache", "past_key_values")
@@ -32,29 +33,19 @@ def behind(model: Any, cache: Cache) -> dict[str, Any]:
     return {name: cache, "use_cache": True}
 
 
-def keeps_states(model: Any) -> bool:
-    """Is the cache that transformers makes for the model one of states, not of keys and values, in any layer?"""
-    try:
-        layers = DynamicCache(config=model.config).layers
-    except Exception:  # of a configuration that says too little
-        return False
-    return any(not isinstance(layer, DynamicLayer) or hasattr(layer, "recurrent_states") for layer in layers)
-
-
 class Prefix:
     """The prefixes of a batch.
 
     Args:
         batch: the examples.
-        ran: the cache that a run of the prefixes, and perhaps of tokens after them, has filled.
+        ran: the cache that a run of the prefixes has filled; if it holds no states, perhaps of tokens after them, too.
         which: int64 [E], the row of that run that holds each example's prefix.
         repeat_kv: how many copies of each layer's keys and values that cache holds side by side.
     """
 
-    def __init__(self, batch: Batch, ran: DynamicCache, which: Tensor, repeat_kv: list[int]) -> None:
+    def __init__(self, batch: Batch, ran: Cache, which: Tensor, repeat_kv: list[int]) -> None:
         start, longest = batch.start, batch.prefix.shape[1]
         self._start = start
-        self._aligned = batch.known.even
         # Place p of an example holds its token p - (longest - start).
         source = (torch.arange(longest, device=start.device) - (longest - start)[:, None]).clamp(min=0)
 
@@ -64,19 +55,30 @@ class Prefix:
                 return x[:, :, :longest]
             return x.transpose(1, 2)[which[:, None].to(x.device), source.to(x.device)].transpose(1, 2)
 
-        layers: Any = ran.layers
-        kept = [(place(x.keys[:, ::n]), place(x.values[:, ::n])) for x, n in zip(layers, repeat_kv, strict=True)]
-        self.cache = Cache(layers=[_Before(*pair) for pair in kept])
+        self._which, self._layers = which, list(ran.layers)
+        self._kept: list[tuple[Tensor, Tensor] | None] = []
+        for layer, n in zip(self._layers, repeat_kv, strict=True):
+            keys, values = (getattr(layer, name, None) for name in ("keys", "values"))
+            self._kept.append(None if keys is None or values is None else (place(keys[:, ::n]), place(values[:, ::n])))
         self._longest = longest
+        # Where all layers hold states, nothing can look at places without a token.
+        self._masked = not batch.known.even and any(self._kept)
 
     def arguments(self, model: Any, suffix: int, copies: int) -> dict[str, Any]:
         """Arguments of the model's forward for `copies` of the batch's suffixes of this many tokens."""
-        given = behind(model, self.cache)
-        if not self._aligned:
+        pairs = zip(self._layers, self._kept, strict=True)
+        given = behind(model, Cache(layers=[self._ahead(layer, kept, copies) for layer, kept in pairs]))
+        if self._masked:
             place = torch.arange(self._longest + suffix, device=self._start.device)
             used = place >= self._longest - self._start[:, None]
             given["attention_mask"] = used.long().repeat(copies, 1)
         return given
+
+    def _ahead(self, layer: Any, kept: tuple[Tensor, Tensor] | None, copies: int) -> Any:
+        """What a pass goes on from, in place of the layer of the cache that was filled."""
+        if not holds_states(layer):
+            return layer if kept is None else _Before(*kept)
+        return GoesOn(layer, self._which, copies) if kept is None else _Both(layer, self._which, copies, *kept)
 
 
 class _Before(DynamicLayer):
@@ -101,6 +103,14 @@ def _before(kept: Tensor, new: Tensor) -> Tensor:
     parts = new.view(-1, rows, groups, heads, *new.shape[2:])
     ahead = kept[:, :, None].expand(len(parts), -1, -1, heads, -1, -1)
     return torch.cat([ahead, parts], -2).view(len(new), groups * heads, -1, new.shape[3])
+
+
+class _Both(GoesOn, _Before):
+    """Of a layer with attention beside states."""
+
+    def __init__(self, layer: Any, which: Tensor, copies: int, keys: Tensor, values: Tensor) -> None:
+        GoesOn.__init__(self, layer, which, copies)
+        _Before.__init__(self, keys, values)
 
 
 class WholePrompts:
@@ -130,6 +140,18 @@ def run_prefixes(model: Any, prefixes: Tensor, shared: int, repeat_kv: list[int]
     cache = beginning(model, prefixes, shared, repeat_kv)
     model(input_ids=prefixes[:, shared:], **behind(model, cache))
     return cache
+
+
+def run_by_length(model: Any, batch: Batch) -> Cache:
+    """Run a batch's prefixes, those of each length by themselves, and return their cache, states included."""
+    lengths, parts = torch.zeros(len(batch.prefix), dtype=torch.long), []
+    lengths[batch.host["prefix_of"]] = batch.host["start"]
+    for length in lengths[lengths > 0].unique().tolist():
+        rows = (lengths == length).nonzero()[:, 0].to(batch.prefix.device)
+        cache = cache_with_states(model)
+        model(input_ids=batch.prefix[rows, :length], **behind(model, cache))
+        parts.append((rows, cache))
+    return put_together(parts, len(lengths))
 
 
 def passes_of(batch: Batch) -> tuple[object, ...]:

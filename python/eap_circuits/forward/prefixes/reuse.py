@@ -20,12 +20,12 @@ from ...tasks import PairedDataset
 from ..batches import Batch, batch_of
 from ..runner import Runner
 from ..want_of_memory import tried_twice
-from .prefix import keeps_states
 from .remembered import once
 
 # Plain runs differ by rounding. It grows with depth, and GPUs may round float32 to a few digits in products (TF32).
 _LEAST_EPS = 2.0**-20
 _PLACED = "its norm of embeddings reads positions, too"
+_STATES = "in some layers it keeps states, from which the model does not go on with several tokens"
 
 
 def why_not_reused(arch: Architecture, heads: Heads, data: PairedDataset, reuse_prefix: bool = True) -> str | None:
@@ -81,7 +81,7 @@ def _trial(arch: Architecture, heads: Heads, data: PairedDataset, reuse_prefix: 
             name = type(arch.layers[0].attention).__name__
             raise expected("heads", f"'kv', as {name} does not take a key and a value for each query head", repr(heads))
         _check_causal(arch, whole, data.first_difference[:n])
-        return "in some layers it keeps states, not keys and values" if keeps_states(arch.model) else found
+        return _STATES if arch.keeps_states else found
     return None
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...modules.loans import Changes
 from ..batches import Batch
-from ..uploading import NOTHING_IS_SENT
+from .uploading import NOTHING_IS_SENT
 
 T = TypeVar("T")
 # What torch says where the host waits for the device.

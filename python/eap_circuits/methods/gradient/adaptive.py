@@ -39,7 +39,7 @@ class AdaptiveMethod(GradientMethod):
         runner = request.runner(request.graph, batch)
         side = record_both_sides(runner, request.constants)
         measured = scores.measurement(side.clean_logits, side.corrupted_logits)
-        points = list(zip(_descent(request, batch, len(passes.path)), passes.path, strict=True))
+        points = list(zip(_descent(request, batch, side.clean_embeddings, len(passes.path)), passes.path, strict=True))
         end_of_phase()
 
         def loss(logits: Tensor) -> Tensor:
@@ -54,10 +54,9 @@ class AdaptiveMethod(GradientMethod):
         run_along(points, passes, receivers, run, lambda: scores.add(side.senders, receivers))
 
 
-def _descent(request: AttributionRequest, batch: Batch, steps: int) -> list[Tensor]:
-    """γ_1 … γ_M, each [E, T, D]."""
+def _descent(request: AttributionRequest, batch: Batch, clean: Tensor, steps: int) -> list[Tensor]:
+    """γ_1 … γ_M, each [E, T, D], from the clean prompts' embeddings on."""
     runner = Runner(request.arch, request.graph, batch)  # all tokens' logits, whatever the metric looks at
-    clean = runner.embed(batch.clean)
     here, points = clean.to(request.arch.accumulate), []
     with torch.no_grad():
         goal = runner.logits(runner.embed(batch.corrupted), None, 1).to(here.dtype)

@@ -47,7 +47,7 @@ C = TypeVar("C", bound=Contractions)
 # longer than the passes; more would only take memory. The usual path is contracted once.
 HELD_POINTS = 5
 HELD_BYTES = 128 * 2**20
-# A batch is at least this many launches for each layer (tests/circuits/test_counts.py counts).
+# A batch is at least this many launches for each layer (tests/circuits/budget/test_counts.py counts).
 LAUNCHES = 70
 # Operations of a forward and backward pass for a weight and a token: gradients of weights are not wanted.
 _OPERATIONS = 4

@@ -51,12 +51,13 @@ def page_data(
     other: tuple[Circuit, EdgeScores | None] | None,
     data: PairedDataset | None,
     title: str,
+    tokenizer: Any = None,
     kept: int = KEPT,
 ) -> str:
     """JSON for a `<script>` element: the strongest edges, as arrays in base64, and what is known of them.
 
     Args:
-        scores, circuit, curve, data: as `write_report` takes them.
+        scores, circuit, curve, data, tokenizer: as `write_report` takes them.
         other: the circuit to compare with and, if they are known, the scores that it was chosen by.
         kept: how many edges at most; those of the circuits come first.
     """
@@ -87,7 +88,7 @@ def page_data(
         "circuits": [{**known, "flags": _flags(mask, u, v)} for mask, known in circuits],
         "curve": None if curve is None else _curve(curve, points),
         "other": None if other is None else _other(scores, circuit, other, u, v),
-        "profiles": _profiles(scores, data, u, v),
+        "profiles": _profiles(scores, data, tokenizer, u, v),
     }
     # "<" could end the element.
     return json.dumps(jsonable(content), separators=(",", ":")).replace("<", "\\u003c")
@@ -243,9 +244,17 @@ def _other(
     return content
 
 
-def _profiles(scores: EdgeScores, data: PairedDataset | None, u: Tensor, v: Tensor) -> list[dict[str, Any]]:
+def _profiles(
+    scores: EdgeScores, data: PairedDataset | None, tokenizer: Any, u: Tensor, v: Tensor
+) -> list[dict[str, Any]]:
     """The strongest edges' scores by example and by position, where they were kept; [example, edge] each."""
     found = []
+    prompts: list[str] = []
+    tokens: list[str] = []  # of the first prompt
+    if data is not None and data.prompts is not None and same_prompts(scores.info, data):
+        prompts = [clean for clean, _ in data.prompts]
+        if tokenizer is not None and data.decoder is None:
+            tokens = [tokenizer.decode(token) for token in data.clean[0, : data.lengths[0]].tolist()]
     for values, title, one in (
         (scores.per_example, "By example", "example"),
         (scores.per_position, "By position", "position"),
@@ -255,10 +264,17 @@ def _profiles(scores: EdgeScores, data: PairedDataset | None, u: Tensor, v: Tens
             continue
         n = min(len(u), _PROFILE // len(values))
         labels = [f"{one} {i}" for i in range(len(values))]
-        if one == "example" and data is not None and data.prompts is not None and same_prompts(scores.info, data):
-            labels = [f"{i}: {clean}" for i, (clean, _) in enumerate(data.prompts)]
-        elif one == "position" and "positions-from-end" in str(scores.info.get("keep")):
-            labels = [f"{i - len(values) + 1} from the end" for i in range(len(values))]
+        if one == "example" and prompts:
+            labels = [f"{i}: {clean}" for i, clean in enumerate(prompts)]
+        elif one == "position":
+            from_end = "positions-from-end" in str(scores.info.get("keep"))
+            last = len(values) - 1
+            if from_end:
+                labels = [f"{i - last} from the end" for i in range(len(values))]
+            if tokens:
+                title = "By position, with the first prompt's tokens"
+            for i, token in enumerate(tokens, len(values) - len(tokens) if from_end else 0):
+                labels[i] = f"{i - last if from_end else i}: {token!r}"
         elif one == "span" and isinstance(scores.info.get("spans"), dict):
             labels = [str(name) for name in scores.info["spans"]["names"]]
         packed = _packed(values[:, u[:n], v[:n]].float().reshape(-1))

@@ -22,15 +22,32 @@ class Pictures:
         first: how many token embeddings the model has: the id of the i-th is `first + i`.
         types: the argument of the model's forward that marks them with 1, if those of a picture see each other both
             ways; else "".
+        shifts: int64 [K, A, 2], where positions of tokens have several axes: by how much the token's own position on
+            each differs from its place in the prompt, and by how much that of the text behind it does.
     """
 
     embeddings: Tensor
     first: int
     types: str = ""
+    shifts: Tensor | None = None
 
     def to(self, device: torch.device) -> Pictures:
         """The same on a device."""
-        return replace(self, embeddings=self.embeddings.to(device))
+        shifts = None if self.shifts is None else self.shifts.to(device)
+        return replace(self, embeddings=self.embeddings.to(device), shifts=shifts)
+
+    def arguments(self, tokens: Tensor) -> dict[str, Tensor]:
+        """What the model's forward gets besides the embeddings of tokens int64 [E, T]."""
+        shown, given = tokens >= self.first, {}
+        if self.types:
+            given[self.types] = shown.long()
+        if self.shifts is not None:
+            place = torch.arange(tokens.shape[1], device=tokens.device)
+            last = torch.where(shown, place, -1).cummax(1).values  # the picture's token at or before each
+            shift = self.shifts[(tokens.gather(1, last.clamp(min=0)) - self.first).clamp(min=0)]
+            shift = torch.where(shown[..., None], shift[..., 0], shift[..., 1]) * (last >= 0)[..., None]
+            given["position_ids"] = (place[:, None] + shift).movedim(2, 0)
+        return given
 
     def embed(self, tokens: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """What tokens int64 [E, T] write, [E, T, D], where `embed` says it of the model's own."""

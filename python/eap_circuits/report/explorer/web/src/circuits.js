@@ -9,37 +9,32 @@ export function ranking(score, signed) {
   );
 }
 
-/** Edges on a path from one of `starts` (senders) to `logits`, as flags. */
+/** Edges on a path from one of `starts` (senders), as flags. */
 export function downstream(data, flags, starts) {
+  const { bySender, u, v, receivers } = data;
   const reached = new Uint8Array(data.nodes.length);
   const found = new Uint8Array(data.n);
   for (const start of starts) reached[start] = 1;
-  for (let node = Math.min(...starts); node < data.nodes.length; node++) {
-    if (!reached[node]) continue;
-    for (const e of data.from[node]) {
-      if (!flags[e]) continue;
-      found[e] = 1;
-      for (const owner of data.receivers[data.v[e]].owners) reached[owner] = 1;
-    }
+  for (let i = 0; i < data.n; i++) {
+    const e = bySender[i];
+    if (!flags[e] || !reached[u[e]]) continue;
+    found[e] = 1;
+    for (const owner of receivers[v[e]].owners) reached[owner] = 1;
   }
   return found;
 }
 
 /** Edges on a path to `end`, a sender, or to `logits` if it is null; as flags. */
 export function upstream(data, flags, end) {
+  const { bySender, u, v, nodes } = data;
   const found = new Uint8Array(data.n);
-  const wanted = new Uint8Array(data.nodes.length);
-  const take = (receiver) => {
-    for (const e of data.into[receiver]) {
-      if (!flags[e]) continue;
-      found[e] = 1;
-      wanted[data.u[e]] = 1;
-    }
-  };
-  if (end === null) take(data.logits);
-  else wanted[end] = 1;
-  for (let node = data.nodes.length - 1; node > 0; node--) {
-    if (wanted[node]) data.nodes[node].inputs.forEach(take);
+  const wanted = new Uint8Array(data.receivers.length);
+  for (const receiver of end === null ? [data.logits] : nodes[end].inputs) wanted[receiver] = 1;
+  for (let i = data.n - 1; i >= 0; i--) {
+    const e = bySender[i];
+    if (!flags[e] || !wanted[v[e]]) continue;
+    found[e] = 1;
+    for (const receiver of nodes[u[e]].inputs) wanted[receiver] = 1;
   }
   return found;
 }
@@ -145,4 +140,8 @@ export function overlap(data, a, b) {
   return { edges, nodes: shared };
 }
 
-export const count = (flags) => flags.reduce((sum, x) => sum + x, 0);
+export function count(flags) {
+  let sum = 0;
+  for (let e = 0; e < flags.length; e++) sum += flags[e];
+  return sum;
+}

@@ -75,8 +75,9 @@ export class Sizes {
     const shown = circuit === null ? null : this.data.circuits[circuit];
     if (document.activeElement !== this.slider)
       this.slider.value = this.position(shown ? (shown.taken ?? shown.n_edges) : size);
-    this.slider.setAttribute("aria-valuetext", this.scene.summary());
-    this.said.textContent = this.scene.summary();
+    const said = this.scene.summary();
+    this.slider.setAttribute("aria-valuetext", said);
+    this.said.textContent = said;
     for (const { i, button } of this.buttons) button.setAttribute("aria-pressed", i === circuit);
     this.mark();
   }
@@ -84,8 +85,7 @@ export class Sizes {
   /** A line in the chart at the size shown. */
   mark() {
     if (!this.drawn) return;
-    const n = this.scene.first.reduce((sum, x) => sum + x, 0);
-    this.at = n;
+    this.at = this.scene.kept;
     this.drawn.redraw(false);
   }
 

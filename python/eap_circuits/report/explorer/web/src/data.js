@@ -46,7 +46,7 @@ export function read(raw) {
     logits: receivers.length - 1,
     u,
     v,
-    from: grouped(u, raw.nodes.length),
+    bySender: Uint32Array.from(grouped(u, raw.nodes.length).flat()),
     into: grouped(v, raw.receivers.length),
     score: numbers(raw.edges.score),
     error: raw.edges.error ? numbers(raw.edges.error) : null,

@@ -8,7 +8,10 @@ import { drawNodes, drawRows } from "./drawing.js";
 import { edgePath, layout, Nearness } from "./layout.js";
 
 const AT_ONCE = 1000; // edges drawn before the first slice
+const CHANGING = 200; // the same, while one change follows another
+const LAG = 80; // milliseconds by which nodes may be late meanwhile
 const SLICE = 8; // milliseconds of drawing in one frame
+const REST = 120; // milliseconds after the last of many changes, as the slider makes them, until slices follow
 const REACH = 6; // how near, in pixels, the pointer must come to an edge
 const SEARCHED = 6000; // strongest edges among which the pointer looks
 const MANY = 800; // with more edges than these, lines are thinner
@@ -93,7 +96,7 @@ export class Graph {
   moved(transform, byHand) {
     this.transform = transform;
     if (this.quiet) return;
-    cancelAnimationFrame(this.slice);
+    this.stop();
     const from = this.drawn ?? transform;
     const k = transform.k / from.k;
     this.moving.style.transform = `translate(${transform.x - k * from.x}px, ${transform.y - k * from.y}px) scale(${k})`;
@@ -111,18 +114,20 @@ export class Graph {
 
   draw() {
     if (!this.place) return;
-    cancelAnimationFrame(this.slice);
+    this.stop();
     this.drawn = this.transform;
     this.moving.style.transform = "";
-    const [weak, strong, nodes] = this.canvases.map((canvas) => this.fresh(canvas));
+    const [weak, strong] = this.canvases.slice(0, 2).map((canvas) => this.fresh(canvas));
     const shown = this.scene.ordered;
     drawRows(weak, this);
-    const first = Math.min(shown.length, AT_ONCE);
+    const now = performance.now();
+    const changing = now - this.changed < REST;
+    this.changed = now;
+    const first = Math.min(shown.length, changing ? CHANGING : AT_ONCE);
     this.strokes(strong, shown, first, 0);
-    drawNodes(nodes, this);
+    if (!changing || now - this.nodes.at > LAG || this.transform !== this.nodes.transform) this.drawNodes();
     this.pending = shown.length - first;
     this.first ??= performance.now();
-    if (!this.pending) return;
     let next = shown.length;
     const step = () => {
       const start = performance.now();
@@ -134,7 +139,26 @@ export class Graph {
       this.pending = next - first;
       if (next > first) this.slice = requestAnimationFrame(step);
     };
-    this.slice = requestAnimationFrame(step);
+    const begin = () => {
+      if (this.pending) this.slice = requestAnimationFrame(step);
+    };
+    if (!changing) begin();
+    else
+      this.later = setTimeout(() => {
+        this.drawNodes();
+        begin();
+      }, REST);
+  }
+
+  drawNodes() {
+    this.nodes = { at: performance.now(), transform: this.transform };
+    drawNodes(this.fresh(this.canvases[2]), this);
+  }
+
+  /** No more slices of what was drawn last. */
+  stop() {
+    clearTimeout(this.later);
+    cancelAnimationFrame(this.slice);
   }
 
   fresh(canvas) {
@@ -303,6 +327,6 @@ export class Graph {
     if (node === this.focus) return;
     this.focus = node;
     this.said.textContent = node === null ? "" : this.scene.nodeText(node);
-    if (this.place) drawNodes(this.fresh(this.canvases[2]), this);
+    if (this.place) this.drawNodes();
   }
 }

@@ -35,6 +35,7 @@ export class Scene {
     const index = this.preview ?? circuit;
     this.circuit = index === null ? null : data.circuits[index];
     this.first = this.circuit ? this.circuit.flags : strongest(data, this.order, size);
+    this.kept = count(this.first);
     if (!data.other) return;
     const taken = this.circuit ? this.circuit.taken : size;
     this.second = taken && this.otherOrder ? strongest(data, this.otherOrder, taken) : data.other.flags;
@@ -200,7 +201,7 @@ export class Scene {
     const { curve } = data;
     const hidden = this.shown.length < this.size ? ` ${whole(this.shown.length)} pass the filters.` : "";
     const what = circuit ? circuit.label : `The strongest ${whole(store.state.size)}, those on paths`;
-    const n = count(this.first);
+    const n = this.kept;
     const left = circuit?.n_edges > n ? ` Only its strongest ${whole(n)} are in this page.` : "";
     const edges = `${what}: ${whole(circuit?.n_edges ?? n)} of ${whole(data.total)} edges.${left}`;
     if (!curve) return edges + hidden;

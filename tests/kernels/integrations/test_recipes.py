@@ -8,8 +8,8 @@ import torch
 
 import eap_kernels
 
-PAGE = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text(encoding="utf-8")
-MARKED = re.findall(r"<!-- tests/kernels/test_recipes.py runs this -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+PAGE = (Path(__file__).parents[3] / "docs" / "integrations.md").read_text(encoding="utf-8")
+MARKED = re.findall(r"<!-- \S+/test_recipes.py runs this -->\n```python\n(.*?)```", PAGE, re.DOTALL)
 RECIPES: dict = {"eap_kernels": eap_kernels, "torch": torch}
 for source in MARKED:
     exec(source, RECIPES)

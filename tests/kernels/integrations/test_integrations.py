@@ -9,13 +9,18 @@ import torch
 
 import eap_kernels as ek
 from eap_kernels import testing
-from eap_kernels.integrations import auto_circuit, eap_ig
+from eap_kernels.integrations import auto_circuit, eap_ig, transformer_lens
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(
-    ("adapter", "module"), [(eap_ig, "eap.utils"), (auto_circuit, "auto_circuit.utils.patch_wrapper")]
+    ("adapter", "module"),
+    [
+        (eap_ig, "eap.utils"),
+        (auto_circuit, "auto_circuit.utils.patch_wrapper"),
+        (transformer_lens, "transformer_lens.tools.analysis.attribution_patching"),
+    ],
 )
 def test_a_missing_package_is_one_sentence(monkeypatch, adapter, module):
     monkeypatch.setitem(sys.modules, module, None)

@@ -12,7 +12,7 @@ import torch
 
 from eap_kernels import testing
 from eap_kernels.integrations import eap_ig
-from tests.kernels.stand_ins import DEVICES, install, named_einsum
+from tests.kernels.integrations.stand_ins import DEVICES, install, named_einsum
 
 UTILS = """
 def make_hooks_and_matrices(model, graph, batch_size, n_pos, scores):

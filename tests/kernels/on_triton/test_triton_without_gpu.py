@@ -20,9 +20,9 @@ from eap_kernels.triton import configs
 pytestmark = pytest.mark.long
 
 FOLDER = Path(__file__).parent
-ROOT = FOLDER.parents[1]
-NAMES = ("edge_scores", "masked_read", "normalise_rows", "collapse", "triton_kernels")
-TESTS = [str(FOLDER / f"test_{name}.py") for name in NAMES]
+ROOT = FOLDER.parents[2]
+OPERATORS = ("edge_scores", "masked_read", "normalise_rows", "collapse")
+TESTS = [str(FOLDER / "test_triton_kernels.py"), *(str(FOLDER.parent / f"operators/test_{op}.py") for op in OPERATORS)]
 TARGETS = ((80, "small"), (90, "large"), (100, "large"))
 MATRIX_UNIT = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 # Bytes that a program may take: of every card since sm_80, and of sm_90 and sm_100.

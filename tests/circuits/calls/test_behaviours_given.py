@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from tests.circuits.behaviours import alone, answered_pairs, margin, scored_pairs
+from tests.circuits.calls.behaviours import alone, answered_pairs, margin, scored_pairs
 from tests.circuits.conftest import random_pairs, tiny_model
 from tests.circuits.texts.test_spelling import byte_level
 

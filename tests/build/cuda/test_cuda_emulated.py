@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 EMULATOR = Path(__file__).parent / "cuda_emulator"
-CSRC = Path(__file__).parents[2] / "csrc"
+CSRC = Path(__file__).parents[3] / "csrc"
 KERNELS = ("edge_scores.cu", "edge_scores_sm90.cu", "masked_read.cu")
 
 

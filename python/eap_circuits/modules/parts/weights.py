@@ -4,21 +4,19 @@ Tensor parallelism may divide a model, and `fully_shard` each part again, over t
 
 With `fully_shard` a pass makes them whole, and activations are whole, too. Tensor parallel modules compute with parts:
 of queries, keys, values and what the heads give each rank has its own heads' features; all other activations that we
-see, experts' among them, are whole and alike on all ranks. `Split` shows hooks all heads' features, so that a rank
-sees what one process would, and gives the module back its own. So every gradient that a hook sees is whole, too.
+see, experts' among them, are whole and alike on all ranks.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import expected
-from ..ranks import ALONE, Team, count
+from ...ranks import ALONE, Team, count
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of weights that are no codes
 
@@ -73,7 +71,9 @@ def team(model: nn.Module) -> Team:
     """Which ranks run each pass together, as each has a part of the model's weights."""
     in_step = is_fully_sharded(model)
     for module in filter(computes_in_parts, model.modules()):
-        ranks: list[int] = _mesh(module).mesh.flatten().tolist()
+        if in_step and _holds_experts(mesh_of(module)):  # over which ranks with other tokens exchange them
+            return Team(getattr(model, "_tp_size", None) or 1, in_step)
+        ranks: list[int] = mesh_of(module).mesh.flatten().tolist()
         size, start = len(ranks), ranks[0]
         return Team(size if ranks == list(range(start, start + size)) and start % size == 0 else count(), in_step)
     return Team(in_step=True) if in_step else ALONE
@@ -81,12 +81,12 @@ def team(model: nn.Module) -> Team:
 
 def parts_of(module: nn.Module) -> int:
     """Among how many ranks tensor parallelism divides what a module computes."""
-    return int(_mesh(module).size()) if computes_in_parts(module) else 1
+    return int(mesh_of(module).size()) if computes_in_parts(module) else 1
 
 
 def own_features(module: nn.Module, width: int) -> slice:
     """This rank's even part of the residual stream's features, if tensor parallelism divides the module; else all."""
-    if not computes_in_parts(module) or width % (mesh := _mesh(module)).size():
+    if not computes_in_parts(module) or width % (mesh := mesh_of(module)).size():
         return slice(None)
     each = width // mesh.size()
     return slice(mesh.get_local_rank() * each, (mesh.get_local_rank() + 1) * each)
@@ -99,7 +99,7 @@ def by_features(module: nn.Module, dim: int, features: slice) -> Tensor:
     """
     from torch.distributed import all_to_all_single
 
-    mesh, weight = _mesh(module), _by_rank(module).to_local().movedim(dim, 0)  # [D, this rank's heads]
+    mesh, weight = mesh_of(module), _by_rank(module).to_local().movedim(dim, 0)  # [D, this rank's heads]
     each = len(weight) // mesh.size()
     first = features.start - mesh.get_local_rank() * each
     given = weight.unflatten(0, (-1, each))[:, first : first + features.stop - features.start].contiguous()
@@ -122,7 +122,7 @@ def in_turn(module: nn.Module, dim: int) -> Iterator[tuple[slice, Tensor]]:
     """
     from torch.distributed import broadcast
 
-    mesh, own = _mesh(module), _by_rank(module).to_local().contiguous()
+    mesh, own = mesh_of(module), _by_rank(module).to_local().contiguous()
 
     def ask(place: int) -> tuple[Tensor, Any]:
         part = own if place == mesh.get_local_rank() else torch.empty_like(own)
@@ -137,11 +137,22 @@ def in_turn(module: nn.Module, dim: int) -> Iterator[tuple[slice, Tensor]]:
         yield slice(place * each, (place + 1) * each), part
 
 
+def own_part(module: nn.Module, dim: int, features: slice) -> Tensor | None:
+    """A weight at some features of this dimension, if they are those that this rank has of a tensor parallel module."""
+    if not is_divided(module, dim):
+        return None
+    mesh, weight = mesh_of(module), _by_rank(module)
+    each = weight.shape[dim] // mesh.size()
+    own: Tensor = weight.to_local()
+    here = features == slice(mesh.get_local_rank() * each, (mesh.get_local_rank() + 1) * each)
+    return own if here and own.shape[dim] == each else None
+
+
 def add_up(module: nn.Module, x: Tensor) -> None:
     """Let x be the sum over the ranks that divide the module."""
     from torch.distributed import all_reduce
 
-    all_reduce(x, group=_mesh(module).get_group())
+    all_reduce(x, group=mesh_of(module).get_group())
 
 
 def unknown_parts(model: nn.Module) -> str | None:
@@ -149,7 +160,7 @@ def unknown_parts(model: nn.Module) -> str | None:
     early = "weights in parts by something else than a tp_plan of transformers 5.17 or later"
     sharded, divided = is_fully_sharded(model), [module for module in model.modules() if computes_in_parts(module)]
     meshes = _meshes(model.parameters())
-    if not _fit(meshes, sharded, bool(divided)):
+    if not (_fit_further(meshes, divided) if sharded else _fit(meshes)):
         return "weights in parts over several meshes, or several dimensions of one"
     if sharded and not divided:
         return None
@@ -168,11 +179,21 @@ def unknown_parts(model: nn.Module) -> str | None:
     return None
 
 
-def _fit(meshes: list[Any], sharded: bool, divided: bool) -> bool:
-    """Are they the meshes of `fully_shard`, of tensor parallelism, or, over two dimensions, of both?"""
-    if not sharded:
-        # Heads and experts may be divided over two, but both by the same ranks, which run the same tokens.
-        return all(mesh.ndim == 1 and mesh.mesh.tolist() == meshes[0].mesh.tolist() for mesh in meshes)
+def _fit(meshes: list[Any]) -> bool:
+    """Are they all over the same ranks, in one dimension? Heads and experts may be divided over two meshes."""
+    return all(mesh.ndim == 1 and mesh.mesh.tolist() == meshes[0].mesh.tolist() for mesh in meshes)
+
+
+def _fit_further(meshes: list[Any], divided: list[nn.Module]) -> bool:
+    """Are they the meshes of `fully_shard`, or of that and, in a second dimension, of tensor parallelism; and of
+    experts, the same over a mesh of their own?"""
+    heads = any(not _holds_experts(mesh_of(module)) for module in divided)
+    both = (False, heads), (True, True)
+    return all(_are_of([mesh for mesh in meshes if _holds_experts(mesh) == experts], dims) for experts, dims in both)
+
+
+def _are_of(meshes: list[Any], divided: bool) -> bool:
+    """Is each one mesh, of two dimensions if it is also `divided`, or one of these?"""
     known = max(meshes, key=lambda mesh: mesh.ndim, default=None)
     if known is None or known.ndim != 1 + divided:
         return known is None
@@ -180,6 +201,11 @@ def _fit(meshes: list[Any], sharded: bool, divided: bool) -> bool:
     fine = [known, *(known[name] for name in known.mesh_dim_names)] if divided else [known]
     named = [(each.mesh_dim_names, each.mesh.tolist()) for each in fine]
     return all((mesh.mesh_dim_names, mesh.mesh.tolist()) in named for mesh in meshes)
+
+
+def _holds_experts(mesh: Any) -> bool:
+    """Is it the mesh of transformers' plan for experts?"""
+    return not {"ep", "efsdp"}.isdisjoint(mesh.mesh_dim_names or ())
 
 
 def _meshes(weights: Iterable[Tensor]) -> list[Any]:
@@ -191,7 +217,7 @@ def _meshes(weights: Iterable[Tensor]) -> list[Any]:
     return found
 
 
-def _mesh(module: nn.Module) -> Any:
+def mesh_of(module: nn.Module) -> Any:
     """That over which tensor parallelism divides a module: the last dimension of its weight's."""
     mesh = _meshes(module.parameters(recurse=False))[0]
     return mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[-1]]
@@ -207,62 +233,4 @@ def _by_rank(module: nn.Module) -> Any:
         return weight
     *others, own = weight.placements
     part = weight.redistribute(placements=[Replicate() for _ in others] + [own]).to_local()
-    return DTensor.from_local(part, _mesh(module), [own], run_check=False)
-
-
-class Split:
-    """Features of a tensor parallel module, its inputs or outputs, around the hooks of one pass.
-
-    Args:
-        module: the module.
-        width: how many features all ranks have together.
-        name: the module's, for messages.
-    """
-
-    def __init__(self, module: nn.Module, width: int, name: str) -> None:
-        self._mesh, self._width, self._name = _mesh(module), width, name
-        self._size, self._rank = self._mesh.size(), self._mesh.get_local_rank()
-        self._parted = False
-
-    def whole(self, x: Tensor) -> Tensor | None:
-        """All ranks' features, for this rank's x [..., features]; None if they are all here, as some plans have it."""
-        self._parted = x.shape[-1] != self._width
-        if not self._parted:
-            return None
-        if x.shape[-1] * self._size != self._width:
-            found = f"{x.shape[-1]} on rank {self._rank} of {self._size}"
-            raise expected(self._name, f"{self._width} features, divided evenly among the ranks", found)
-        y: Tensor = _Exchange.apply(x, self.gather, self.pick)
-        return y
-
-    def own(self, x: Tensor) -> Tensor | None:
-        """This rank's features again; None if they were not put together."""
-        if not self._parted:
-            return None
-        y: Tensor = _Exchange.apply(x, self.pick, self.gather)
-        return y
-
-    def gather(self, x: Tensor) -> Tensor:
-        """[..., f] of each rank, side by side."""
-        from torch.distributed import all_gather_into_tensor
-
-        every = x.new_empty((self._size, *x.shape))
-        if x.numel():
-            all_gather_into_tensor(every.flatten(0, 1), x.contiguous(), group=self._mesh.get_group())
-        return every.movedim(0, -2).flatten(-2)
-
-    def pick(self, x: Tensor) -> Tensor:
-        return x.chunk(self._size, -1)[self._rank].contiguous()
-
-
-class _Exchange(torch.autograd.Function):
-    """One way for values, the other for their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.back = back
-        return there(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.back(gradients[0]), None, None
+    return DTensor.from_local(part, mesh_of(module), [own], run_check=False)

@@ -1,7 +1,6 @@
 """edge_scores of every backend against the float64 oracle."""
 
 import math
-import os
 
 import pytest
 import torch
@@ -11,9 +10,8 @@ from torch.library import opcheck
 
 import eap_kernels as ek
 from eap_kernels import testing
+from tests.kernels.conftest import QUICK
 
-# Fewer and smaller cases, for Triton's interpreter in `make test`.
-QUICK = os.environ.get("EAP_QUICK") == "1"
 CASES = st.fixed_dictionaries(
     {
         "senders": st.integers(1, 60),
@@ -251,7 +249,7 @@ BAD = {
         (D, G, REACH, torch.zeros(3, 2, requires_grad=True)),
         {},
         ValueError,
-        "expected an out that does not require grad",
+        "expected out that does not require grad",
     ),
     "out overlaps": (
         (SHARED.view(3, 4, 5), G, REACH, SHARED[54:].view(3, 2)),

@@ -37,9 +37,9 @@ MAKE: dict[str, Callable[[int], Any]] = {
     "llama": lambda layers: LlamaForCausalLM(LlamaConfig(**LLAMA, num_hidden_layers=layers)),
     "gpt2": lambda layers: GPT2LMHeadModel(GPT2Config(**GPT2, n_layer=layers)),
 }
-# Launches beyond the model's own passes: of a layer, and of the rest of a batch.
-OF_ATTRIBUTE = {"llama": (19, 108), "gpt2": (19, 110)}
-OF_EVALUATE = {"llama": (28, 120), "gpt2": (33, 109)}
+# Launches beyond the model's own passes: of a layer, which a kernel for each RMSNorm saves, and of the rest of a batch.
+OF_ATTRIBUTE = {"llama": (-25, 83), "gpt2": (17, 106)}
+OF_EVALUATE = {"llama": (8, 105), "gpt2": (33, 104)}
 OF_A_METRIC = 7  # at one circuit's logits
 OF_A_REPLAY = 5  # of circuits: the batch is sent and put in its place, and what was measured joined and brought back
 
@@ -140,7 +140,7 @@ def test_what_is_kept_waits_once_more_at_most(keep: str) -> None:
 @pytest.mark.parametrize("name", MAKE)
 def test_launches_of_attribution(name: str) -> None:
     layer, batch = beyond(name, attributed(name, 2), attributed(name, 3), True)
-    assert 0 < layer <= OF_ATTRIBUTE[name][0]
+    assert layer <= OF_ATTRIBUTE[name][0]
     assert batch <= OF_ATTRIBUTE[name][1]
 
 
@@ -184,7 +184,7 @@ def test_a_layer_is_as_many_launches_as_the_choice_to_replay_assumes(name: str) 
 @pytest.mark.parametrize("name", MAKE)
 def test_launches_of_evaluation(name: str) -> None:
     layer, batch = beyond(name, evaluated(name, 2), evaluated(name, 3), False)
-    assert 0 < layer <= OF_EVALUATE[name][0]
+    assert layer <= OF_EVALUATE[name][0]
     assert batch <= OF_EVALUATE[name][1]
 
 

@@ -1,7 +1,5 @@
 """collapse of every backend against the float64 oracle."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -10,10 +8,9 @@ from torch.library import opcheck
 
 import eap_kernels as ek
 from eap_kernels import testing
-from tests.kernels.test_normalise_rows import rows_of
+from tests.kernels.conftest import QUICK
+from tests.kernels.operators.test_normalise_rows import rows_of
 
-# Fewer and smaller cases, for Triton's interpreter in `make test`.
-QUICK = os.environ.get("EAP_QUICK") == "1"
 CASES = st.fixed_dictionaries(
     {
         "points": st.integers(0, 9),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from eap_kernels.integrations import auto_circuit
-from tests.kernels.stand_ins import DEVICES, install
+from tests.kernels.integrations.stand_ins import DEVICES, install
 
 WRAPPER = """
 def sample_hard_concrete(mask, batch_size, mask_expanded=False):

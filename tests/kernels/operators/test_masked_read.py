@@ -1,7 +1,6 @@
 """masked_read of every backend against the float64 oracle, and its gradients."""
 
 import math
-import os
 
 import pytest
 import torch
@@ -14,9 +13,8 @@ from bench.pretended import pretending
 from bench.pretended.tensors import observers
 from eap_kernels import testing
 from eap_kernels.reference import masked_read as reference
+from tests.kernels.conftest import QUICK
 
-# Fewer and smaller cases, for Triton's interpreter in `make test`.
-QUICK = os.environ.get("EAP_QUICK") == "1"
 CASES = st.fixed_dictionaries(
     {
         "senders": st.integers(1, 40),

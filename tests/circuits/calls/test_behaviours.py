@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 import eap_circuits as eap
 from eap_circuits.adapters import bind
 from eap_circuits.selfcheck import StayDouble
-from tests.circuits.behaviours import (
+from tests.circuits.calls.behaviours import (
     CASES,
     alone,
     answered_pairs,

@@ -15,7 +15,7 @@ from eap_circuits.adapters import bind
 from eap_circuits.edges import Graph, Spans, prune
 from eap_circuits.selfcheck import StayDouble
 from eap_circuits.tasks import spans_in
-from tests.circuits.behaviours import answered_pairs, runs, scored_pairs, value
+from tests.circuits.calls.behaviours import answered_pairs, runs, scored_pairs, value
 from tests.circuits.conftest import random_pairs
 from tests.circuits.decoders import Decoder
 from tests.circuits.models import KINDS

@@ -55,30 +55,33 @@ class Prefix:
                 return x[:, :, :longest]
             return x.transpose(1, 2)[which[:, None].to(x.device), source.to(x.device)].transpose(1, 2)
 
-        self._which, self._layers = which, list(ran.layers)
-        self._kept: list[tuple[Tensor, Tensor] | None] = []
-        for layer, n in zip(self._layers, repeat_kv, strict=True):
+        # Of a layer without states only what is kept stays, as the run's own keys and values take as much again.
+        self._which = which
+        self._layers: list[tuple[Any, Any]] = []
+        for layer, n in zip(ran.layers, repeat_kv, strict=True):
             keys, values = (getattr(layer, name, None) for name in ("keys", "values"))
-            self._kept.append(None if keys is None or values is None else (place(keys[:, ::n]), place(values[:, ::n])))
+            kept = None if keys is None or values is None else _Before(place(keys[:, ::n]), place(values[:, ::n]))
+            self._layers.append((layer, kept) if holds_states(layer) else (None, kept or layer))
         self._longest = longest
         # Where all layers hold states, nothing can look at places without a token.
-        self._masked = not batch.known.even and any(self._kept)
+        self._masked = not batch.known.even and any(isinstance(kept, _Before) for _, kept in self._layers)
 
     def arguments(self, model: Any, suffix: int, copies: int) -> dict[str, Any]:
         """Arguments of the model's forward for `copies` of the batch's suffixes of this many tokens."""
-        pairs = zip(self._layers, self._kept, strict=True)
-        given = behind(model, Cache(layers=[self._ahead(layer, kept, copies) for layer, kept in pairs]))
+        given = behind(model, Cache(layers=[self._ahead(layer, kept, copies) for layer, kept in self._layers]))
         if self._masked:
             place = torch.arange(self._longest + suffix, device=self._start.device)
             used = place >= self._longest - self._start[:, None]
             given["attention_mask"] = used.long().repeat(copies, 1)
         return given
 
-    def _ahead(self, layer: Any, kept: tuple[Tensor, Tensor] | None, copies: int) -> Any:
+    def _ahead(self, layer: Any, kept: Any, copies: int) -> Any:
         """What a pass goes on from, in place of the layer of the cache that was filled."""
-        if not holds_states(layer):
-            return layer if kept is None else _Before(*kept)
-        return GoesOn(layer, self._which, copies) if kept is None else _Both(layer, self._which, copies, *kept)
+        if layer is None:
+            return kept
+        if kept is None:
+            return GoesOn(layer, self._which, copies)
+        return _Both(layer, self._which, copies, kept.keys, kept.values)
 
 
 class _Before(DynamicLayer):

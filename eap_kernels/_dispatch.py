@@ -73,6 +73,8 @@ def _share_memory(x: Tensor) -> bool:
         reach += stride * (size - 1)
     if apart or not x.numel():
         return False
+    if reach + 1 < x.numel():  # fewer places than entries, as where one was expanded to a large size
+        return True
     places = torch.zeros((), dtype=torch.int64, device="cpu")
     for stride, size in zip(x.stride(), x.shape, strict=True):
         places = places[..., None] + stride * torch.arange(size, device="cpu")

@@ -85,6 +85,24 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
             "gated_norm_rank": 4,
         },
     ),
+    # The residual stream and a block's output have factors in their sum; heads have gates.
+    "beam": (
+        "beam",
+        {
+            **_PLAIN,
+            "num_hidden_layers": 2,
+            "head_dim": 6,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "sparse"],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 16,
+            "rms_norm_eps": 1e-2,
+        },
+    ),
 }
 # Vision-language models that take pictures of 28 by 28 pixels, in place of four tokens `PICTURED`.
 PICTURED = VOCABULARY - 1

@@ -10,6 +10,7 @@ from ..modules.projections import Order
 
 Paths = str | tuple[str, ...]  # of several paths, the first that leads to a module
 Factor = str | float | Callable[[Any], float]
+Sums = tuple[tuple[float, float], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class Family:
         key_sharing: an attribute of attention: where attention has no keys of its own, it takes keys and values of the
             last layer before it that has some and the same value of that attribute.
         layer_scale: an attribute of a layer: what the residual stream is multiplied by at the layer's end.
+        residual_factors: a function of a layer: of the sum behind attention, and of that behind the MLP, what the
+            residual stream and what the block's output are multiplied by; neither may be 0.
         per_layer: the first and the last module of what a layer with per-layer embeddings makes of them behind the MLP:
             the first reads the residual stream as it is. It may be absent.
         per_layer_inputs: the module that makes a part of these from the token embeddings, from the model; the one that
@@ -132,6 +135,7 @@ class Family:
     mlp_post_norm: Paths | None = None
     key_sharing: str | None = None
     layer_scale: str | None = None
+    residual_factors: Callable[[Any], Sums] | None = None
     per_layer: tuple[str, str] | None = None
     per_layer_inputs: str = ""
     k_norm: str | None = None

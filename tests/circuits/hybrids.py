@@ -103,6 +103,24 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
             "rms_norm_eps": 1e-2,
         },
     ),
+    # Norms that take the residual stream's place, behind sums with factors and before them.
+    "minimax": (
+        "minimax",
+        {
+            **_PLAIN,
+            "head_dim": 6,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "num_local_experts": 3,
+            "num_experts_per_tok": 2,
+            "block_size": 4,
+            "linear_attn_alpha_factor": 1.3,
+            "linear_attn_beta_factor": 0.7,
+            "full_attn_alpha_factor": 0.8,
+            "full_attn_beta_factor": 1.2,
+            "mlp_alpha_factor": 1.1,
+            "mlp_beta_factor": 0.9,
+        },
+    ),
 }
 # Vision-language models that take pictures of 28 by 28 pixels, in place of four tokens `PICTURED`.
 PICTURED = VOCABULARY - 1

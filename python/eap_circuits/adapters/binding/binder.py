@@ -27,7 +27,7 @@ from .paths import configured, factor, maybe, site
 
 # Attributes in which attention modules keep the query heads per key/value head, and the number of key/value heads.
 _GROUPS, _KV_HEADS = ("num_key_value_groups",), ("num_key_value_heads", "num_kv_heads")
-_PLAIN: Sums = (1.0, 1.0), (1.0, 1.0)
+_PLAIN: Sums = (1.0, 1.0), (1.0, 1.0)  # without factors
 _HEADS = "a model with its head, as AutoModelForCausalLM, -MaskedLM, -Seq2SeqLM or -SequenceClassification loads it"
 
 
@@ -121,6 +121,9 @@ class _Binder:
                     per_layer_part(layers[-1], self._reads(layer, None, first, self.mixers.width), first, last)
                 )
             self.unit *= scale_of(layer, family.layer_scale)
+        if family.first_norm is not None:
+            ends = [site(layer.module, family.first_norm) for layer in layers[1:]]
+            layers[:-1] = [replace(layer, mlp_out=end) for layer, end in zip(layers[:-1], ends, strict=True)]
         embed, width = self.model.get_input_embeddings(), linear_shape(layers[0].out)[0]
         said, classifies, head = family.causal, classifies_prompts(self.model), head_of(self.model)
         causal = said if isinstance(said, bool) else bool(getattr(self.config, said, False))
@@ -219,7 +222,7 @@ class _Binder:
         mlp_norm, mlp_in, mlp_out = (norm, layer, layer) if path is None else self._mlp(layer, width, path)
         if not projections:
             norm = mlp_norm
-        self.unit *= keep_next
+        self.unit = 1.0 if family.rewrites else self.unit * keep_next
         of_mlp = mlp_writes / self.unit
         keys = keys_of(self.layers, attention, projections, family.key_sharing)
         attended = projections if keys is None else self.layers[keys].projections

@@ -102,7 +102,7 @@ GEMMA2 = replace(
 
 
 def _by_depth(layer: Any) -> Sums:
-    """Of the n-th sum of the model, where the embeddings are the first."""
+    """Of n summands, the embeddings first, the last gets √(1/n), and the sum of the others √(1 - 1/n)."""
     attention, mlp = layer.attn_residual_add_idx, layer.mlp_residual_add_idx
     return ((1 - 1 / attention) ** 0.5, attention**-0.5), ((1 - 1 / mlp) ** 0.5, mlp**-0.5)
 

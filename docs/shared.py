@@ -2,8 +2,8 @@
 
 python -m docs.shared [TASK ...]     # four minutes each; adds to docs/results/shared.json, goes on from build/fewer
 
-Exact patching of all edges would take hours. So it measures the edges that any of the others ranks highest, and a
-random sample of the rest, which says how many strong edges were left out.
+Exact patching of all edges would take hours. So it measures the edges that any of the others ranks highest, and says
+how deep in EAP's or EAP-IG's ranking the strongest of them stand: if not deep, few strong edges can have been left out.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from docs import files
 from docs.fewer import CHECKPOINTS, RANKINGS, SEEDS, TASKS, load, ranked
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     import eap_circuits as eap
     from bench.tables import Results
 
 RESULT = Path(__file__).with_name("results") / "shared.json"
 PAIRS = 16
 EDGES, STRONGEST = 185, 20  # of a circuit; of these by exact patching
-MEASURED, SAMPLED = 400, 200  # edges of each ranking that are patched; of all others
+MEASURED = 800  # edges of each ranking that are patched
 NAMES = {"exact": "exact patching", "eap": "EAP", **RANKINGS}
 
 
@@ -51,28 +53,32 @@ def compare(task: str) -> dict[str, Any]:
     strong = torch.zeros_like(graph.edge_mask)
     for scores in rankings.values():
         strong |= scores.select(MEASURED, how="greedy", exactly=True).mask
-    rest = (graph.edge_mask & ~strong).nonzero()
-    drawn = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))[:SAMPLED]]
-    sampled = torch.zeros_like(strong)
-    sampled[drawn[:, 0], drawn[:, 1]] = True
     where = CHECKPOINTS / f"{task}-exact.safetensors"
-    exact = eap.attribute(model, few, method="exact", edges=strong | sampled, checkpoint=where)
-    sizes = exact.values.abs()
-    weakest = sizes.where(strong, 0).flatten().topk(EDGES).values[-1]  # of the strongest edges
-    rankings = {"exact": eap.EdgeScores(graph, exact.values.where(strong, 0)), **rankings}
+    exact = eap.attribute(model, few, method="exact", edges=strong, checkpoint=where)
+    rankings = {"exact": exact, **rankings}
     circuits = circuits_of(rankings)
-    strongest = rankings["exact"].select(STRONGEST, prune=False).mask
+    strongest = {n: exact.select(n, prune=False).mask for n in (STRONGEST, EDGES)}
+    # Edges are numbered from the strongest by EAP and by EAP-IG; the lower number counts.
+    depths = torch.stack([_places(rankings[name]) for name in ("eap", "eap-ig")]).amin(0)
     ran = eap.evaluate(model, list(circuits.values()), others)
     among = {name: scores.values[strong].double().abs() for name, scores in rankings.items()}
     return {
         "measured": int(strong.sum()),
-        "strong among the sampled": int((sizes[sampled] > weakest).sum()),
+        "deepest": int(depths[strongest[EDGES]].max()),
         "faithfulness": dict(zip(circuits, (result.faithfulness for result in ran), strict=True)),
         "shared": {a: {b: _shared(circuits[a], circuits[b]) for b in circuits} for a in circuits},
         "again": {name: _shared(circuits[name], again[name]) for name in again},
-        "of the strongest": {name: int((each.mask & strongest).sum()) for name, each in circuits.items()},
-        "spearman": {name: agreement_of(each, among["exact"]).spearman for name, each in among.items()},
+        "of the strongest": {name: int((each.mask & strongest[STRONGEST]).sum()) for name, each in circuits.items()},
+        "spearman": {
+            name: agreement_of(each, among["exact"]).spearman for name, each in among.items() if name != "exact"
+        },
     }
+
+
+def _places(scores: eap.EdgeScores) -> Tensor:
+    """int64 [S, R]: 1 for the strongest edge, 2 for the next."""
+    order = scores.values.abs().flatten().argsort(descending=True)
+    return order.argsort().view_as(scores.values) + 1
 
 
 def _shared(first: eap.Circuit, second: eap.Circuit) -> int:
@@ -90,7 +96,8 @@ def table(_: Results) -> str:
             cells = [task, shown, f"{found['faithfulness'][name]:.2f}"]
             cells += ["–" if name == other else str(found["shared"][name][other]) for other in NAMES]
             cells += [str(found["of the strongest"][name]), str(found["again"].get(name, "–"))]
-            lines.append("| " + " | ".join([*cells, f"{found['spearman'][name]:.2f}"]) + " |")
+            cells.append("–" if name == "exact" else f"{found['spearman'][name]:.2f}")
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -67,7 +67,7 @@ def measure(task: str, seed: int, n: int) -> dict[str, Any]:
 
 
 def table(_: Results) -> str:
-    """Mean and range over seeds of faithfulness, by the pairs that ranked."""
+    """Mean and range over seeds of faithfulness, by the pairs that ranked; one value where one seed was measured."""
     found = files.committed(RESULT)
     lines = [
         f"| task | edges | ranked by | {' | '.join(f'{n} pairs' for n in PAIRS)} |",
@@ -77,7 +77,8 @@ def table(_: Results) -> str:
         cells = []
         for n in PAIRS:
             runs = [run for seed in SEEDS if (run := found.get(f"{task} {seed} {n}"))]
-            cells.append(spread([run[name][at] for run in runs]) if runs else "–")
+            values = [run[name][at] for run in runs]
+            cells.append(spread(values) if len(values) > 1 else f"{values[0]:.2f}" if values else "–")
         lines.append(f"| {task} | {size} | {shown} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

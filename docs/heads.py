@@ -91,15 +91,16 @@ def _attention(model: Any, ids: Tensor, data: eap.PairedDataset) -> dict[tuple[s
 
 
 def _touched(circuit: eap.Circuit, heads: list[str]) -> dict[str, Any]:
-    """How many of the heads a circuit has; the share of its edges that leave one or enter one of its inputs, which it
-    may share with other heads; and this share for random heads, as many of all or as many of each layer."""
+    """How many of the heads write in a circuit; the share of its edges that leave one of these or enter an input of it;
+    and this share for random heads, as many of all or as many of each layer."""
     import torch
 
     graph = circuit.graph
+    writes = circuit.mask.any(1).tolist()  # a head that does not may share an input with one that does
     edges = circuit.mask.nonzero().tolist()
     touch = torch.zeros(len(edges), graph.n_senders, dtype=torch.bool)
     for edge, (sender, receiver) in enumerate(edges):
-        touch[edge, [sender, *graph.owners[receiver]]] = True
+        touch[edge, [sender, *(owner for owner in graph.owners[receiver] if writes[owner])]] = True
 
     def share(chosen: list[str]) -> float:
         return float(touch[:, [graph.senders.index(head) for head in chosen]].any(1).float().mean())
@@ -114,7 +115,7 @@ def _touched(circuit: eap.Circuit, heads: list[str]) -> dict[str, Any]:
             head for layer, count in counts.items() for head in rng.sample(peers[layer], count)
         ],
     }
-    found: dict[str, Any] = {"heads": len(set(heads) & set(circuit.nodes)), "share": share(heads)}
+    found: dict[str, Any] = {"heads": sum(writes[graph.senders.index(head)] for head in heads), "share": share(heads)}
     for name, draw in draws.items():
         shares = sorted(share(draw()) for _ in range(DRAWS))
         found[name] = [mean(shares), shares[int(MOST * DRAWS)]]

@@ -228,6 +228,7 @@ def test_the_curve_and_the_slider_bring_measured_circuits(page: Browser, tmp_pat
     curve = measured(scores)
     opened(page, tmp_path, scores, curve=curve)
     assert page.run("explorer.data.curve.n_edges") == list(curve.n_edges)
+    assert page.run("explorer.sizes.line.getBoundingClientRect().height") > 100
     for i, circuit in enumerate(curve.circuits):
         page.run(f"explorer.sizes.previewing(explorer.data.curve.circuits[{i}])")
         assert shown(page) == edges(circuit.mask)

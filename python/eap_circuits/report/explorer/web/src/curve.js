@@ -81,14 +81,15 @@ export class Sizes {
     this.mark();
     // Text is laid out anew when it changes.
     const wait = this.spoken + SAID - performance.now();
-    clearTimeout(this.later);
-    if (wait > 0) this.later = setTimeout(() => this.say(), wait);
+    if (wait > 0) this.waiting ??= setTimeout(() => this.say(), wait);
     else this.say();
   }
 
   /** Say what is shown. */
   say() {
     const said = this.scene.summary();
+    clearTimeout(this.waiting);
+    this.waiting = null;
     this.spoken = performance.now();
     this.slider.setAttribute("aria-valuetext", said);
     this.said.textContent = said;
@@ -170,7 +171,7 @@ export class Sizes {
         ],
         series,
         bands,
-        hooks: { setCursor: [(u) => this.hover(u, order)], drawClear: [lines] },
+        hooks: { setCursor: [(u) => this.hover(u, order)], drawClear: [lines], draw: [() => this.mark()] },
       },
       values,
       this.chart,
@@ -179,7 +180,6 @@ export class Sizes {
     this.chart.append(this.legend(series));
     this.drawn.over.addEventListener("click", () => this.take());
     this.drawn.over.addEventListener("pointerleave", () => this.previewing(null));
-    this.mark();
   }
 
   legend(series) {

@@ -42,7 +42,7 @@ def image_pairs(
     takes these, with this model; prompts run whole.
 
     Args:
-        model: a vision-language model, whose pictures are such embeddings (Gemma 3, LLaVA, Qwen2.5-VL).
+        model: a vision-language model, whose pictures are such embeddings (Gemma 3, LLaVA, Qwen2.5-VL, Qwen3-VL).
         clean, corrupted: what the model's processor returns for the prompts of one side: `input_ids` and, if there is
             padding, `attention_mask`, int64 [E, T]; the pictures (`pixel_values`), and whatever else the model takes.
         answers: int64 [E, 2] (good, bad) token ids, or sets of them; see `PairedDataset`.
@@ -50,7 +50,7 @@ def image_pairs(
 
     Raises:
         InputError: prompts without pictures; or a model in which pictures do more than stand in place of tokens, as in
-            cross-attention, or where later layers read them again (Qwen3-VL).
+            cross-attention.
 
     Example:
         >>> pairs = eap.image_pairs(vision_model, clean_inputs, corrupted_inputs, answers=[[3, 4], [4, 3], [5, 3]])
@@ -76,14 +76,21 @@ def paired(
         sides = [_joined(side) for side in zip(*ran, strict=True)]
         shown, shifts = torch.cat([side.shown for side in sides]), torch.cat([side.shifts for side in sides])
         # In float64, which holds both exactly, they are told apart together.
-        alike = torch.cat([shown.double(), shifts.flatten(1).double()], 1)
+        alike = torch.cat([shown.flatten(1).double(), shifts.flatten(1).double()], 1)
         distinct, which = alike.unique(dim=0, return_inverse=True)
         for side, own in zip(sides, which.split([len(side.shown) for side in sides]), strict=True):
             side.ids[side.places] = vocabulary(arch.model) + own
-        embeddings, places = distinct.tensor_split([shown.shape[1]], 1)
-        places = places.long().unflatten(1, shifts.shape[1:])
+        written, places = distinct.tensor_split([shown[0].numel()], 1)
+        written, places = (
+            written.to(shown.dtype).unflatten(1, shown.shape[1:]),
+            places.long().unflatten(1, shifts.shape[1:]),
+        )
         pictures = Pictures(
-            embeddings.to(shown.dtype), vocabulary(arch.model), sides[0].types, places if places.numel() else None
+            written[:, 0],
+            vocabulary(arch.model),
+            sides[0].types,
+            shifts=places if places.numel() else None,
+            stacked=written[:, 1:] if arch.stacked else None,
         )
         data = PairedDataset.from_tokens(
             sides[0].ids,
@@ -101,9 +108,9 @@ def paired(
 class _Side:
     """Prompts of one side, and a plain run of them.
 
-    Attributes: `ids` and `mask`, int64 [E, T]; `places` bool [E, T], where pictures stand; `shown` [N, D], what is
-    there; `shifts` [N, A, 2], see `Pictures`, where A may be 0; `logits` [E, V] behind the last tokens; `types`, see
-    `Pictures`. All on the CPU.
+    Attributes: `ids` and `mask`, int64 [E, T]; `places` bool [E, T], where pictures stand; `shown` [N, 1 + L, D], what
+    is there, and what is added behind each of the first L layers; `shifts` [N, A, 2], see `Pictures`, where A may be 0;
+    `logits` [E, V] behind the last tokens; `types`, see `Pictures`. All on the CPU.
     """
 
     ids: Tensor
@@ -131,6 +138,7 @@ def _seen(arch: Architecture, label: str, given: Mapping[str, Tensor]) -> _Side:
     there = {key: x.to(arch.device) if isinstance(x, Tensor) else x for key, x in given.items()}
     began: list[Tensor] = []
     positions: list[object] = []
+    stacked: list[Any] = []
     rows, last = torch.arange(len(ids)), ids.shape[1] - 1 - mask.flip(1).argmax(1)
     with Hooks(tokens=ids.shape[1]) as hooks:
         hooks.on_input(arch.layers[0].module, began.append)
@@ -139,6 +147,8 @@ def _seen(arch: Architecture, label: str, given: Mapping[str, Tensor]) -> _Side:
                 hooks.set_attribute(module, "rope_deltas", None)
         stack = arch.model.get_submodule(arch.family.layers.rpartition(".")[0])
         hooks.on_argument(stack, "position_ids", positions.append)
+        if arch.family.stacked is not None:
+            hooks.on_argument(stack, arch.family.stacked[1], stacked.append)
         if arch.head is not None:
             hooks.on_input(arch.head, lambda x: x[rows.to(x.device), last.to(x.device)][:, None])
         logits = arch.model(**there, use_cache=False).logits
@@ -154,7 +164,7 @@ def _seen(arch: Architecture, label: str, given: Mapping[str, Tensor]) -> _Side:
         ids,
         mask,
         places,
-        shown=began[0].cpu()[places],
+        shown=torch.stack([began[0].cpu()[places], *(x.to(began[0]).cpu() for each in stacked for x in each or ())], 1),
         shifts=_shifts(positions[0], mask, places)[places],
         logits=(logits[:, 0] if logits.shape[1] == 1 else logits[rows, last]).cpu(),
         types=next((key for key, mark in marks.items() if torch.equal(mark, places)), ""),

@@ -235,10 +235,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "seed": texts.get("seed"),
         "alone": bool(texts.get("alone")),
         "span_names": texts.get("span_names", ()),
-        "pictures": Pictures(content["pictures"], **texts["pictures"], shifts=content.get("picture_shifts"))
-        if "pictures" in texts
-        else None,
+        "pictures": _pictures(content, texts["pictures"]) if "pictures" in texts else None,
     }
+
+
+def _pictures(content: Mapping[str, Any], fields: Mapping[str, Any]) -> Pictures:
+    tensors = {name: content.get(f"picture_{name}") for name in ("embeddings", "shifts", "stacked")}
+    return Pictures(**tensors, **fields)
 
 
 def _read_pt(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

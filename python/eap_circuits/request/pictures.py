@@ -20,6 +20,7 @@ from .asked import vocabulary
 
 # Arguments of a forward with which a processor marks pictures' tokens by 1.
 _TYPES = ("token_type_ids", "mm_token_type_ids")
+_WANTED = "a model in which pictures only stand in place of tokens, as in Gemma 3, LLaVA and Qwen2.5-VL"
 _FAR = 1e-3  # by this share a picture's token differs from the embedding of the token in whose place it stands
 
 
@@ -68,6 +69,8 @@ def paired(
         given: (what errors put before the side, clean, corrupted); each of these runs by itself.
         fields: further ones of `PairedDataset.from_tokens`.
     """
+    if arch.per_layer is not None or arch.encoder or arch.family.placed:
+        raise expected("model", _WANTED, f"{type(arch.model).__name__}, which reads tokens in other ways too")
     with borrowed(arch.model), torch.no_grad():
         ran = [
             (_seen(arch, f"{label}clean", clean), _seen(arch, f"{label}corrupted", corrupted))
@@ -191,6 +194,6 @@ def _check_logits(arch: Architecture, data: PairedDataset, right: list[Tensor], 
         for corrupted, tokens in enumerate((batch.clean, batch.corrupted)):
             found = runner.logits(runner.embed(tokens), None, corrupted).cpu()
             if not logit_distance(found, right[corrupted][index]).max() <= logit_tolerance(arch):
-                wanted = "a model in which pictures only stand in place of tokens, as in Gemma 3, LLaVA and Qwen2.5-VL"
-                found_is = f"{type(arch.model).__name__}, whose logits depend on them in other ways too"
-                raise expected("model", wanted, found_is)
+                raise expected(
+                    "model", _WANTED, f"{type(arch.model).__name__}, whose logits depend on them in other ways too"
+                )

@@ -182,6 +182,13 @@ def test_what_is_no_picture_in_place_of_tokens_is_refused(model):
         eap.attribute(tiny_model("gpt2"), replace(pairs, pictures=replace(pairs.pictures, first=70)), method="eap")
 
 
+def test_a_model_that_reads_tokens_in_other_ways_is_refused_before_it_runs():
+    with pytest.raises(
+        eap.InputError, match=r"^model: expected a model in which pictures only .*, which reads tokens in"
+    ):
+        eap.image_pairs(tiny_model("gemma4"), {}, {}, ANSWERS)  # per-layer embeddings
+
+
 def test_a_picture_that_changes_the_mask_unsaid_is_refused():
     """Gemma 3 marks the first three of its four tokens, which then see each other, and not the last."""
     model = build("gemma3")

@@ -240,7 +240,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _pictures(content: Mapping[str, Any], fields: Mapping[str, Any]) -> Pictures:
-    tensors = {name: content.get(f"picture_{name}") for name in ("embeddings", "shifts", "stacked")}
+    tensors: dict[str, Any] = {name: content.get(f"picture_{name}") for name in ("embeddings", "shifts", "stacked")}
     return Pictures(**tensors, **fields)
 
 

@@ -75,6 +75,7 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("docs/models.md", VERDICTS): lambda _: verdicts.table(),
     ("docs/models.md", f"{VERDICTS}, masked"): lambda _: verdicts.table(verdicts.MASKED),
     ("docs/models.md", f"{VERDICTS}, seq2seq"): lambda _: verdicts.table(verdicts.SEQ2SEQ),
+    ("docs/models.md", f"{VERDICTS}, pictures"): lambda _: verdicts.table(verdicts.PICTURES),
     ("docs/methods.md", "METHODS"): lambda _: registries.methods(),
     ("docs/methods.md", AGREEMENT): agreement.table,
     ("docs/methods.md", "QUADRATURES"): lambda _: registries.quadratures(),

@@ -146,7 +146,7 @@ def tiny(kind: str) -> Any:
     if kind in _DECODERS:  # of a larger model: its configuration is only a part of the type's
         make = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])._from_config
         kind = _DECODERS[kind]
-    fields = copy.deepcopy(_fields(CONFIG_MAPPING[kind], kind))
+    fields = copy.deepcopy(fields_of(CONFIG_MAPPING[kind], kind))
     if head:
         fields = {**fields, "pad_token_id": 1, "is_decoder": False}
     config = AutoConfig.for_model(kind, **fields)
@@ -168,7 +168,7 @@ def tiny(kind: str) -> Any:
     return model.float().eval()
 
 
-def _fields(config: type, kind: str = "") -> dict[str, Any]:
+def fields_of(config: type, kind: str = "") -> dict[str, Any]:
     names, annotations = set(inspect.signature(config.__init__).parameters), {}
     for base in config.__mro__:
         annotations = {**getattr(base, "__annotations__", {}), **annotations}
@@ -189,6 +189,6 @@ def _fields(config: type, kind: str = "") -> dict[str, Any]:
         if part is not None and not isinstance(part, dict):
             model_type = model_type or getattr(part, "model_type", "")
             kind_of_part = part if isinstance(part, type) else type(part)
-            found[name] = {**_fields(kind_of_part, model_type), "model_type": model_type, **own.get(name, {})}
+            found[name] = {**fields_of(kind_of_part, model_type), "model_type": model_type, **own.get(name, {})}
     found |= {name: value for name, value in own.items() if name not in found or name not in parts}
     return found

@@ -1,5 +1,5 @@
-"""What becomes of every type of transformers that is causal, masked or an encoder-decoder: has it a table, is it
-discovered, or why is it refused?
+"""What becomes of every type of transformers that is causal, masked or an encoder-decoder, and of vision-language types
+with their pictures: has it a table, is it discovered, or why is it refused?
 
 python -m docs.verdicts [TYPE ...]     # all by default; writes docs/results/verdicts.json, says what changed
 
@@ -18,20 +18,23 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "verdicts.json"
 SECONDS = 120
-MASKED, SEQ2SEQ = ":masked", ":seq2seq"
+MASKED, SEQ2SEQ, PICTURES = ":masked", ":seq2seq", ":pictures"
 Verdict = dict[str, str]  # "verdict": "table", "discovered", "refused" or "not tried"; "model": its class; "says"
 
 
 def types() -> list[str]:
-    """The types of `AutoModelForCausalLM`, behind ":masked" of `AutoModelForMaskedLM`, and behind ":seq2seq" the
-    encoder-decoders of `AutoModelForSeq2SeqLM`."""
+    """The types of `AutoModelForCausalLM`, behind ":masked" of `AutoModelForMaskedLM`, behind ":seq2seq" the
+    encoder-decoders of `AutoModelForSeq2SeqLM`, and behind ":pictures" those that `docs.seen` makes pictures for."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto
+
+    from docs.seen import OWN
 
     masked = (f"{kind}{MASKED}" for kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     both = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
     both = [f"{kind}{SEQ2SEQ}" for kind in both if getattr(CONFIG_MAPPING[kind], "is_encoder_decoder", False)]
-    return sorted([*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *masked, *both])
+    pictured = (f"{kind}{PICTURES}" for kind in OWN if kind in CONFIG_MAPPING)
+    return sorted([*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *masked, *both, *pictured])
 
 
 def verdict_of(kind: str) -> Verdict:
@@ -40,6 +43,8 @@ def verdict_of(kind: str) -> Verdict:
     from docs.tiny import tiny
     from eap_circuits.adapters import family_of
 
+    if kind.endswith(PICTURES):
+        return _seen(kind.removesuffix(PICTURES))
     try:
         model = tiny(kind)
     except Exception as error:
@@ -72,6 +77,28 @@ def verdict_of(kind: str) -> Verdict:
     says = "; ".join(filter(None, (nodes, "prompts run whole" if whole else "")))
     known = family_of(*asked)
     return {**found, "verdict": "discovered" if known is None else "table", "says": says}
+
+
+def _seen(kind: str) -> Verdict:
+    """Try one type on pairs that differ in the picture."""
+    import eap_circuits as eap
+    from docs.seen import check, model_of
+    from eap_circuits.adapters import family_of
+
+    try:
+        model = model_of(kind)
+    except Exception as error:
+        return {"verdict": "not tried", "model": "", "says": f"no model of it can be made offline: {_line(error)}"}
+    found, known = {"model": type(model).__name__}, family_of(kind)
+    try:
+        if known is None:
+            eap.register_family(eap.discover(model)[0])
+        check(model)
+    except eap.InputError as error:
+        return {**found, "verdict": "refused", "says": str(error)}
+    except Exception as error:
+        return {**found, "verdict": "not tried", "says": f"no run on a picture can be made here: {_line(error)}"}
+    return {**found, "verdict": "discovered" if known is None else "table", "says": ""}
 
 
 def _line(error: Exception) -> str:
@@ -132,7 +159,7 @@ def newest(known: dict[str, Any]) -> str:
 
 
 def table(head: str = "") -> str:
-    """All causal types, or those behind `MASKED` or `SEQ2SEQ`, and their verdicts by version of transformers."""
+    """All causal types, or those behind another head, and their verdicts by version of transformers."""
     known: dict[str, dict[str, Verdict]] = {}
     for version, found in read().items():
         every = {kind.partition(":"): one for kind, one in found.items()}

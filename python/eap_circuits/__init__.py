@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from .learning import acdc, attribute_circuit, ibcircuit, learn_mask, prune_gradually, refine
     from .methods import Plan, attribute, plan
     from .metrics import METRICS
-    from .request import image_pairs
+    from .request import image_pairs, image_pairs_from_file
     from .selfcheck import check_model, discover
     from .standalone import CircuitModel, circuit_model, export_model
     from .tasks import PairedDataset, load_task
@@ -110,6 +110,7 @@ _HOME = {
     "attribute": "methods",
     "plan": "methods",
     "image_pairs": "request",
+    "image_pairs_from_file": "request",
     "METRICS": "metrics",
     "CircuitModel": "standalone",
     "circuit_model": "standalone",

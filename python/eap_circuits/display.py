@@ -38,12 +38,12 @@ def drawn(how: str, *args: Any) -> Figure:
     return figure
 
 
-def library(name: str, call: str) -> Any:
-    """A library that only this call needs; raises InputError with how to get it."""
+def library(name: str, call: str, package: str = "") -> Any:
+    """A library that only this call needs; raises InputError with the package, by default of its name, to install."""
     try:
         return import_module(name)
     except ImportError as error:
-        raise expected(call, f"{name} (pip install {name})", "none") from error
+        raise expected(call, f"{name} (pip install {package or name})", "none") from error
 
 
 def _report(module: str) -> Any:

@@ -23,7 +23,7 @@ from eap_circuits.forward import borrowed
 from eap_circuits.graph import Circuit, Graph
 from eap_circuits.tasks import PairedDataset
 from eap_kernels.testing import relative_error
-from tests.circuits.hybrids import HYBRIDS, PICTURES, STACKED
+from tests.circuits.hybrids import HYBRIDS, PICTURES
 from tests.circuits.models import (
     CONFIGS,
     ENCODER_DECODERS,
@@ -184,7 +184,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def model_types() -> list[str]:
-    every = (CONFIGS, MIXERS, ENCODERS, NEWER, HYBRIDS, PICTURES, STACKED)
+    every = (CONFIGS, MIXERS, ENCODERS, NEWER, HYBRIDS, PICTURES)
     return [model_type for kind in every for model_type, _ in kind.values()]
 
 

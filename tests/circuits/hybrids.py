@@ -162,6 +162,5 @@ PICTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2-vl": ("qwen2_vl", _on_axes(embed_dim=8, hidden_size=24, mlp_ratio=1)),
     "qwen2-5-vl": ("qwen2_5_vl", _on_axes(window_size=8, fullatt_block_indexes=[1])),
+    "qwen3-vl": ("qwen3_vl", _on_axes(num_position_embeddings=16, deepstack_visual_indexes=[0, 1])),
 }
-# Its first layers read pictures again.
-STACKED = {"qwen3-vl": ("qwen3_vl", _on_axes(num_position_embeddings=16, deepstack_visual_indexes=[0]))}

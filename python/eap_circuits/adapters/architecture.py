@@ -51,7 +51,8 @@ class Layer:
     v_norm: bool  # a norm of each value
     inner_norm: bool  # of all heads' values together, before `out`
     ungrouped: tuple[tuple[str, object], ...]  # attributes of `attention` that make it take k and v per query head
-    per_layer: bool = False  # no layer, but what the module of the one before makes of per-layer embeddings
+    # No layer, but what the module of the one before makes of per-layer embeddings, or pictures write behind it.
+    per_layer: bool = False
     bare: bool = False  # there is no MLP: nothing looks at `mlp_norm`, `mlp_in` and `mlp_out`
     beside: bool = False  # no layer, but heads beside those of the one before
     heads_scale: float = 1.0  # what heads write is also multiplied by this
@@ -193,6 +194,11 @@ class Architecture:
     dtype: torch.dtype
     planned_for: str | None = None
     encoder: int = 0  # how many of the layers, the first ones, are an encoder's; 0: it is no encoder-decoder
+
+    @cached_property
+    def stacked(self) -> list[Layer]:
+        """What pictures write behind the first layers, if anything (`Stacked`)."""
+        return [layer for layer in self.layers if layer.per_layer and layer.rewrites]
 
     @cached_property
     def team(self) -> Team:

@@ -100,6 +100,14 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     return _pretrained("tokenizer", name, AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
 
 
+def load_processor(name: str) -> Any:
+    """What turns texts and pictures into a model's inputs; `name` as for `load_model`. Raises `InputError` if there is
+    none; of a model without pictures it may be the tokenizer."""
+    from transformers import AutoProcessor
+
+    return _pretrained("processor", name, AutoProcessor.from_pretrained)
+
+
 def _in_parts(ranks: int, device: str | None) -> dict[str, Any]:
     """What `from_pretrained` takes for a model of which each rank gets a part."""
     if device is not None:

@@ -44,21 +44,32 @@ class Prompts:
 
             one_of("--metric", metric, [m.name for m in METRICS.values() if m.differentiable])
 
-    def load(self, tokenizer: Any) -> PairedDataset:
-        from ..tasks import PairedDataset, load_task
+    def load(self, model: Any, tokenizer: Any) -> PairedDataset:
+        from ..tasks import load_task
 
         if self.data is not None:
-            pairs = PairedDataset.from_file(self.data, tokenizer, align=self.align)
+            pairs = _from_file(self.data, model, tokenizer, self.align)
         else:
             pairs = load_task(str(self.task), tokenizer, n=self.n, seed=self.seed)
         note(str(pairs.summary()))
         return pairs
 
-    def load_ablation(self, tokenizer: Any) -> PairedDataset | None:
+    def load_ablation(self, model: Any, tokenizer: Any) -> PairedDataset | None:
         """The prompts of --ablation-data, or None for those of the run."""
-        from ..tasks import PairedDataset
+        return None if self.ablation_data is None else _from_file(self.ablation_data, model, tokenizer)
 
-        return None if self.ablation_data is None else PairedDataset.from_file(self.ablation_data, tokenizer)
+
+def _from_file(path: Path, model: Any, tokenizer: Any, align: bool = False) -> PairedDataset:
+    """The prompts of a file, whose pictures the model looks at."""
+    from ..adapters import pretrained
+    from ..request import image_pairs_from_file
+    from ..tasks import PairedDataset, names_pictures
+
+    if not names_pictures(path):
+        return PairedDataset.from_file(path, tokenizer, align=align)
+    with working("Looking at pictures …"):
+        processor = pretrained.load_processor(tokenizer.name_or_path)
+        return image_pairs_from_file(model, path, processor, align=align)
 
 
 def check_align(align: bool, found: str) -> None:

@@ -5,8 +5,8 @@ depth: `input`, then for each layer its heads `a{l}.h{h}` and its MLP `m{l}`. Re
 all `<k>`, all `<v>` inputs and `m{l}`; the last one is `logits`. With `heads="kv"` a layer has one `<k>` and one `<v>`
 receiver per key/value head, with `heads="query"` one of each per query head. Layers that mix tokens otherwise have the
 inputs that `reads` names instead: `a{l}.h{h}<name>`, or `a{l}<name>` for one that all heads of the layer share.
-What a layer makes of per-layer embeddings is a node behind its MLP, `p{l}`. Heads of a second mixer beside a layer's
-first one are `b{l}.h{h}`.
+What a layer makes of per-layer embeddings, or pictures write behind it, is a node behind its MLP, `p{l}`. Heads of a
+second mixer beside a layer's first one are `b{l}.h{h}`.
 
 A graph with spans has all of these once for each span: `a{l}.h{h}@{span}`, and so on (`spans.py`). That of an
 encoder-decoder has two residual streams, and other names (`streams.py`).
@@ -47,8 +47,9 @@ class Graph:
             all layers have these.
         spans: of which the graph has every node once for each; its edges are those that are on a path. None: no spans.
         keys: the layer whose keys and values the heads of each layer attend to, [L]; None if each has its own.
-        per_layer: [L], which are no layers of the model but what the one before makes of per-layer embeddings: one
-            node, `p{l}`, which the prompt's tokens reach by themselves, as they reach `input`; None if none is.
+        per_layer: [L], which are no layers of the model but what the one before makes of per-layer embeddings, or
+            pictures write behind it: one node, `p{l}`, which the prompt's tokens reach by themselves, as they reach
+            `input`; None if none is.
         encoder: how many layers, the first ones, are an encoder's; 0: none. Of the others, the decoder's, every second
             one is cross-attention: its `<k>` and `<v>` read the encoder's residual stream.
         mlps: [L], which have an MLP; None if all do.

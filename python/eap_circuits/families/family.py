@@ -87,6 +87,8 @@ class Family:
             the first reads the residual stream as it is. It may be absent.
         per_layer_inputs: the module that makes a part of these from the token embeddings, from the model; the one that
             holds it makes the other part of the tokens (`get_per_layer_inputs`).
+        stacked: where pictures also write behind the first layers: the configuration field with one member for each of
+            these, and the argument by which the module that holds the layers gets [tokens of pictures, D] of each.
         k_norm: a norm of the keys that has its own weights for each key/value head; it may be absent.
         parallel: whether attention and MLP of a layer read the same residual stream; or names of configuration fields,
             where one that is set says so.
@@ -142,6 +144,7 @@ class Family:
     residual_factors: Callable[[Any], Sums] | None = None
     per_layer: tuple[str, str] | None = None
     per_layer_inputs: str = ""
+    stacked: tuple[str, str] | None = None
     k_norm: str | None = None
     parallel: bool | tuple[str, ...] = False
     embedding_norm: Paths | None = None

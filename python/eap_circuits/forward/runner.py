@@ -20,6 +20,7 @@ from .layers.last_mlp import Scored, ScoredMLP, at_scored
 from .layers.per_layer import give_per_layer
 from .layers.rescaling import Rescaling
 from .layers.rewriting import Rewriting
+from .layers.stacked import call_stacked, show_stacked
 from .layers.two_sides import begin_streams, two_sides
 from .prefixes.prefix import Prefix, WholePrompts, beginning, behind, parameters, run_by_length, run_prefixes
 
@@ -172,8 +173,10 @@ class Runner:
                 last = batch.start + batch.last
                 given["position_ids"] = (batch.start[:, None] + offset).minimum(last[:, None]).repeat(copies, 1)
         with Hooks(tokens=suffix) as hooks:
+            points = alphas or [1.0] * (copies - corrupted)
+            show_stacked(self.arch, batch, corrupted, points, hooks)
             if self.arch.per_layer is not None:
-                given |= give_per_layer(self.arch, batch, corrupted, alphas or [1.0] * (copies - corrupted), hooks)
+                given |= give_per_layer(self.arch, batch, corrupted, points, hooks)
             return self._run(embeddings, scored, given, hooks, register, hooks)
 
     def record(self, embeddings: Tensor, register: Register, corrupted: int = 0) -> Tensor:
@@ -235,6 +238,7 @@ class Runner:
             # Some turn it on themselves: a model that accelerate has prepared for mixed precision.
             hooks.on_input(self.arch.layers[0].module, lambda x: refuse_autocast(x.device.type))
             fuse_norms(self.arch, hooks)
+            call_stacked(self.arch, hooks)
             for view in views:
                 view.begin(hooks)
             if self.arch.encoder:

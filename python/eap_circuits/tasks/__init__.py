@@ -9,6 +9,7 @@ from .registry import TASKS, Task, load_task
 
 if TYPE_CHECKING:
     from .dataset import PairedDataset
+    from .loading import names_pictures, read_records, reading
     from .mib import ENTRIES as MIB_ENTRIES
     from .mib import MODELS as MIB_MODELS
     from .mib import mib_tasks
@@ -30,6 +31,9 @@ _HOME = {
     "different_throughout": ("throughout", "different_throughout"),
     "longest": ("throughout", "longest"),
     "mib_tasks": ("mib", "mib_tasks"),
+    "names_pictures": ("loading", "names_pictures"),
+    "read_records": ("loading", "read_records"),
+    "reading": ("loading", "reading"),
     "spans_in": ("scoring.spans", "spans_in"),
 }
 __all__ = [
@@ -47,6 +51,9 @@ __all__ = [
     "load_task",
     "longest",
     "mib_tasks",
+    "names_pictures",
+    "read_records",
+    "reading",
     "spans_in",
 ]
 

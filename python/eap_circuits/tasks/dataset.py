@@ -312,7 +312,7 @@ class PairedDataset(Result):
         found: dict[str, Tensor | None] = {name: getattr(self, name) for name in _OF_PAIRS}
         texts = {name: getattr(self, name) for name in ("name", "metric", "prompts", "seed", "alone", "span_names")}
         if self.pictures is not None:
-            found |= {"pictures": self.pictures.embeddings, "picture_shifts": self.pictures.shifts}
+            found |= {f"picture_{name}": getattr(self.pictures, name) for name in ("embeddings", "shifts", "stacked")}
             texts["pictures"] = {"first": self.pictures.first, "types": self.pictures.types}
         write_tokens(path, found, texts)
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from ..errors import InputError, expected, near, reason
 from ..files import DAMAGED, check_file, parse_json, suffix_of, write_whole
+from ..texts.records import IMAGES
 from .tokens.pictures import Pictures
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".safetensors", ".pt")
@@ -71,7 +72,9 @@ def read_csv(path: Path) -> Records:
     if _answer_columns(header) is None and "scored" not in header:
         raise expected("row 1", "columns correct_idx and incorrect_idx, or good and bad", header)
     for column in ("clean", "corrupted"):
-        if column not in header and (column == "clean" or near(column, header)):
+        if column not in header and (
+            column == "clean" or near(column, [name for name in header if name not in IMAGES])
+        ):
             raise expected("row 1", f"a column {column!r}", header)
     twice = sorted({column for column in header if column and header.count(column) > 1})
     if twice:
@@ -122,6 +125,21 @@ def _parquet(path: Path) -> Any:
         raise expected("file", "Parquet", f"something else ({reason(error)})") from error
 
 
+def read_records(path: Path) -> Records:
+    """The same as records, with labels, also from `.csv`."""
+    suffix = suffix_of(path, SUFFIXES[:4])
+    return own_records(*(read_csv(path) if suffix == ".csv" else read_rows(path)))
+
+
+def names_pictures(path: str | os.PathLike[str]) -> bool:
+    """Do the records of a file name pictures?"""
+    if suffix_of(path, SUFFIXES) not in SUFFIXES[:4]:
+        return False
+    with reading(path) as file:
+        rows, _ = read_csv(file) if file.suffix.lower() == ".csv" else read_rows(file)
+        return any(isinstance(row, Mapping) and row.get(name) for row in rows for name in IMAGES)
+
+
 def own_records(rows: list[Any], labels: list[str]) -> Records:
     """Records for `PairedDataset.from_records`: answers in two columns become a pair.
 
@@ -138,6 +156,7 @@ def _record(row: Any, label: str) -> Any:
     if columns is None and "scored" not in row:
         return row
     record = {name: _prompt(row[name]) for name in ("clean", "corrupted", "decoder") if name in row}
+    record |= {name: _list(row[name]) or row[name] for name in IMAGES if row.get(name) not in (None, "")}
     record |= {name: _number_or_list(row[name]) for name in _COUNTS if row.get(name) not in (None, "")}
     for name in _SPANS:
         if row.get(name) not in (None, ""):
@@ -216,10 +235,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "seed": texts.get("seed"),
         "alone": bool(texts.get("alone")),
         "span_names": texts.get("span_names", ()),
-        "pictures": Pictures(content["pictures"], **texts["pictures"], shifts=content.get("picture_shifts"))
-        if "pictures" in texts
-        else None,
+        "pictures": _pictures(content, texts["pictures"]) if "pictures" in texts else None,
     }
+
+
+def _pictures(content: Mapping[str, Any], fields: Mapping[str, Any]) -> Pictures:
+    tensors: dict[str, Any] = {name: content.get(f"picture_{name}") for name in ("embeddings", "shifts", "stacked")}
+    return Pictures(**tensors, **fields)
 
 
 def _read_pt(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -23,6 +23,7 @@ from .encoding import (
 from .spans import spans_of
 
 _SIDES = ("clean", "corrupted")
+IMAGES = ("clean_image", "corrupted_image")  # of a record
 _COUNTS = "a finite number above 0"
 Answer = list[int]  # its tokens
 
@@ -56,12 +57,10 @@ def tokenised(
     answers, odd = [], list[str]()
     answerable = begun or [own for own, _ in texts]
     for record, label, prompt, first, second in zip(records, labels, answerable, clean, corrupted, strict=True):
-        numbers = f"{len(first)} and {len(second)}"
         if not first or not second:
+            numbers = f"{len(first)} and {len(second)}"
             raise expected(label, "at least one token in clean and in corrupted", numbers)
-        if len(first) != len(second) and not align:
-            wanted = "the same number of tokens in clean and corrupted (align=True or --align takes others too)"
-            raise expected(label, wanted, numbers)
+        check_equal_lengths(label, len(first), len(second), align)
         if answered:
             answers.append(_answer_sets(record["answers"], label, prompt, tokenizer, odd))
     if odd:
@@ -86,6 +85,13 @@ def tokenised(
         "decoder": _padded(encode_many(tokenizer, begun), -1).long() if begun else None,
         **spans_of(records, labels, [own for own, _ in texts], clean, tokenizer),
     }
+
+
+def check_equal_lengths(label: str, clean: int, corrupted: int, align: bool) -> None:
+    """Refuse a pair of prompts with different numbers of tokens, unless they are aligned."""
+    if clean != corrupted and not align:
+        wanted = "the same number of tokens in clean and corrupted (align=True or --align takes others too)"
+        raise expected(label, wanted, f"{clean} and {corrupted}")
 
 
 def _padded(rows: Sequence[Sequence[float]], padding: int) -> Tensor:
@@ -124,12 +130,15 @@ def _texts(record: Any, label: str, tokenizer: Any) -> tuple[str, str]:
     """The clean and the corrupted prompt of a record, checked."""
     if not isinstance(record, Mapping):
         raise expected(label, "a mapping with clean, corrupted and answers", type(record).__name__)
+    pictured = next((name for name in IMAGES if record.get(name) is not None), None)
+    if pictured is not None:
+        raise expected(label, "texts alone (image_pairs_from_file takes pictures)", pictured)
     optional = {"corrupted"} | ({"answers"} if record.get("scored") is not None else set())
     for key in (*_SIDES, "answers"):
         if key not in record and (key not in optional or near(key, [str(name) for name in record])):
             without = " (None where there are none)" if key == "answers" else ""
             raise expected(label, f"the key {key!r}{without}", f"only {list(record)}")
-    clean, corrupted = (_text(_prompt(record, side), f"{label}, {side}", tokenizer) for side in _SIDES)
+    clean, corrupted = (prompt_text(_prompt(record, side), f"{label}, {side}", tokenizer) for side in _SIDES)
     answers = record.get("answers")
     one = isinstance(answers, Tensor) and not answers.dim()
     if answers is not None and (not isinstance(answers, (list, tuple, Tensor)) or one or len(answers) != 2):
@@ -210,7 +219,7 @@ def _weight(record: Mapping[str, Any], label: str) -> float:
     return 1.0 if given is None else number(f"{label}, weight", given, _COUNTS, 5e-324, 1e308)
 
 
-def _text(prompt: Any, label: str, tokenizer: Any) -> str:
+def prompt_text(prompt: Any, label: str, tokenizer: Any) -> str:
     """A prompt's text: as it is, or what the chat template makes of messages."""
     if isinstance(prompt, (list, tuple)):
         if not prompt or not all(isinstance(each, Mapping) and {"role", "content"} <= set(each) for each in prompt):

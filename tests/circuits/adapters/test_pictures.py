@@ -13,10 +13,11 @@ import eap_circuits as eap
 from bench.pretended import pretending
 from eap_circuits.adapters import pretrained
 from eap_circuits.request import prepare
+from eap_circuits.selfcheck import StayDouble
 from tests.circuits.cli.conftest import run
 from tests.circuits.conftest import random_edges, tiny_model
 from tests.circuits.hybrids import PICTURED as PLACE
-from tests.circuits.hybrids import PICTURES, STACKED
+from tests.circuits.hybrids import PICTURES
 
 PADDING = 0
 ANSWERS = [[3, 4], [5, 6], [7, 8]]
@@ -29,7 +30,7 @@ def model(request):
 
 def build(kind):
     torch.manual_seed(0)
-    model_type, fields = {**PICTURES, **STACKED}[kind]
+    model_type, fields = PICTURES[kind]
     config = AutoConfig.for_model(model_type, **copy.deepcopy(fields))
     found = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
@@ -181,6 +182,13 @@ def test_what_is_no_picture_in_place_of_tokens_is_refused(model):
         eap.attribute(tiny_model("gpt2"), replace(pairs, pictures=replace(pairs.pictures, first=70)), method="eap")
 
 
+def test_a_model_that_reads_tokens_in_other_ways_is_refused_before_it_runs():
+    with pytest.raises(
+        eap.InputError, match=r"^model: expected a model in which pictures only .*, which reads tokens in"
+    ):
+        eap.image_pairs(tiny_model("gemma4"), {}, {}, ANSWERS)  # per-layer embeddings
+
+
 def test_a_picture_that_changes_the_mask_unsaid_is_refused():
     """Gemma 3 marks the first three of its four tokens, which then see each other, and not the last."""
     model = build("gemma3")
@@ -191,16 +199,47 @@ def test_a_picture_that_changes_the_mask_unsaid_is_refused():
         eap.image_pairs(model, clean, corrupted, ANSWERS)
 
 
-def test_pictures_that_later_layers_read_again_are_refused():
+def metric_with_stack(model, given, other, index, share):
+    """The model's own mean difference of logits, with what another picture adds behind a layer in place of a share."""
+    changed, body = [], model.model.language_model
+
+    def keep(_, __, kwargs):
+        changed.append(kwargs["deepstack_visual_embeds"])
+
+    def change(_, __, kwargs):
+        own = list(kwargs["deepstack_visual_embeds"])
+        own[index] = torch.lerp(own[index], changed.pop(0)[index], share)
+        return (), {**kwargs, "deepstack_visual_embeds": own}
+
+    with torch.no_grad():
+        for hook, each in ((keep, other), (change, given)):
+            handle = body.register_forward_pre_hook(hook, with_kwargs=True)
+            values, _ = differences(model, each)
+            handle.remove()
+    return float(values.mean())
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_what_pictures_write_behind_layers_is_a_node(index):
+    """Its edges together: to patch them is to patch the model's own argument, and their scores are its derivative."""
     model = build("qwen3-vl")
-    with pytest.raises(
-        eap.InputError, match=r"^model: expected a model in which pictures only stand .*, found Qwen3VL"
-    ):
-        eap.image_pairs(model, seen(model, 1), seen(model, 2), ANSWERS)
-    assert all(check.passed for check in eap.check_model(model, n_edges=2))  # it takes texts
+    clean, corrupted = seen(model, 1), seen(model, 2)
+    with StayDouble():
+        pairs = eap.image_pairs(model, clean, corrupted, ANSWERS)
+        scores = eap.attribute(model, pairs, method="eap")
+        graph = scores.graph
+        sender, receiver = graph.senders.index(f"p{index}"), graph.receivers.index(f"p{index}")
+        kept = graph.edge_mask.clone()
+        kept[sender] = False
+        found = eap.evaluate(model, eap.Circuit.from_mask(graph, kept), pairs).mean
+        assert found == pytest.approx(metric_with_stack(model, clean, corrupted, index, 1.0), rel=1e-9)
+        step = 1e-5
+        up, down = (metric_with_stack(model, clean, corrupted, index, share) for share in (step, -step))
+        assert float(scores.values[sender].sum()) == pytest.approx(-(up - down) / (2 * step), rel=1e-5)
+    assert not scores.values[:, receiver].any()  # it reads the tokens alone
 
 
-@pytest.mark.parametrize("kind", ["qwen2-vl", "qwen2-5-vl"])
+@pytest.mark.parametrize("kind", ["qwen2-vl", "qwen2-5-vl", "qwen3-vl"])
 def test_positions_of_several_pictures_are_the_models_own(kind):
     """Tokens of pictures stand on rows and columns, and the text behind is as much nearer as these overlap."""
     model = build(kind)

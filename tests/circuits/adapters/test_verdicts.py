@@ -9,7 +9,7 @@ import transformers
 
 from docs import verdicts
 
-SAMPLE = ["bert", "biogpt", "ctrl", "deepseek_v3", "mamba", "qwen3_next", "mpnet:masked"]
+SAMPLE = ["bert", "biogpt", "ctrl", "deepseek_v3", "mamba", "qwen3_next", "mpnet:masked", "qwen3_vl:pictures"]
 
 
 def test_every_type_has_a_verdict():

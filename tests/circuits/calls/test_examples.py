@@ -11,6 +11,7 @@ import pytest
 
 import eap_circuits as eap
 from eap_circuits.families import registry
+from tests.circuits.adapters.pictured import MARK, draw, processor, write
 from tests.circuits.adapters.test_pictures import build, seen
 from tests.circuits.generated.generated_tasks import TOKENIZERS
 
@@ -34,8 +35,11 @@ def test_a_public_function_has_an_example_that_runs(
         **{"scores": scores, "other_scores": other_scores, "first": scores, "second": other_scores},
         **{"circuit": scores.select(20), "other_circuit": other_scores.select(20)},
         "tokenizer": TOKENIZERS["single digits"](),
-        "vision_model": build("llava"),
+        **{"vision_model": build("llava"), "processor": processor()},
     }
+    draw(tmp_path, "cat.png", "dog.png")
+    shown = {"clean_image": "cat.png", "corrupted_image": "dog.png"}
+    write(tmp_path / "pairs.jsonl", {"clean": f"{MARK} this is a", **shown, "answers": ["cat", "dog"]})
     given |= {f"{side}_inputs": seen(given["vision_model"], n) for n, side in enumerate(("clean", "corrupted"))}
     for example in examples:
         if example.want:

@@ -144,7 +144,7 @@ def test_report_needs_no_model(tmp_path: Path, saved: Path, pairs: Path, loads: 
 def test_demo_writes_its_three_files(
     tmp_path: Path, loads: list[str], make_pairs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session.Prompts, "load", lambda self, tokenizer: make_pairs())
+    monkeypatch.setattr(session.Prompts, "load", lambda self, *_: make_pairs())
     out = tmp_path / "new" / "folder"
     result = run("demo", "--out", out, "-n", 7)
     assert loads == ["smollm2"]
@@ -168,7 +168,7 @@ def test_tasks_lists_every_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     assert all(name in shown for name in TASKS)
 
     monkeypatch.setattr("eap_circuits.adapters.pretrained.load_tokenizer", lambda name: None)
-    monkeypatch.setattr(session.Prompts, "load", lambda self, tokenizer: make_pairs(n=self.n))
+    monkeypatch.setattr(session.Prompts, "load", lambda self, *_: make_pairs(n=self.n))
     run("tasks", "ioi", "-n", 3, "-o", tmp_path / "t.safetensors")
     assert len(eap.PairedDataset.from_file(tmp_path / "t.safetensors", None)) == 3
     run("tasks", "-o", tmp_path / "t.safetensors", code=2)
@@ -180,7 +180,7 @@ def test_tasks_lists_every_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     )
     ids, answers = torch.ones(2, 3, dtype=torch.int64), torch.tensor([[[1, 2, 3, 5], [4, -1, -1, -1]]] * 2)
     pairs = eap.PairedDataset(ids, ids, torch.tensor([3, 3]), answers, (("Ann or", "Dan or"),) * 2)
-    monkeypatch.setattr(session.Prompts, "load", lambda self, tokenizer: pairs)
+    monkeypatch.setattr(session.Prompts, "load", lambda self, *_: pairs)
     row = {"clean": "Ann or", "corrupted": "Dan or", "good": [" Ann", " Bob", " Cy", " Eve"], "bad": ["Dan"]}
     assert json.loads(run("tasks", "ioi", "--json").stdout) == [row, row]
     shown = run("tasks", "ioi").stdout

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import expected
 from ...modules.norms import Norm
@@ -38,6 +38,21 @@ def scale_of(layer: nn.Module, name: str | None) -> float:
     if not float(number):
         raise expected(f"{type(layer).__name__}.{name}", "a number other than 0", 0)
     return float(number)
+
+
+class Stacked(nn.Module):
+    """Adds what pictures write behind a layer. It stands for no module of the model's, and runs call it themselves."""
+
+    shown: Tensor | None = None  # [E, T, D], in a run with pictures
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.shown is None else x + self.shown
+
+
+def stacked_part(layer: Layer) -> Layer:
+    """What pictures write behind a layer, as one that follows it: to all hooks it reads the residual stream, too."""
+    added = Stacked()
+    return replace(per_layer_part(layer, Norm(added, None, layer.module), added, added), rewrites=True, scale=1.0)
 
 
 def per_layer_part(layer: Layer, norm: Norm, first: nn.Module, last: nn.Module) -> Layer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ...ranks import form_team
 from ..architecture import Architecture, Layer
 from ..classes import classifies_prompts, head_of, is_own, may_fit
 from ..wrappers import unwrapped
-from .between_layers import keys_of, per_layer_part, scale_of
+from .between_layers import keys_of, per_layer_part, scale_of, stacked_part
 from .mixers import Mixers, present
 from .paths import configured, factor, maybe, site
 
@@ -107,7 +108,8 @@ class _Binder:
 
     def architecture(self) -> Architecture:
         family, layers = self.family, self.layers
-        for layer in self._modules():
+        stacked = 0 if family.stacked is None else len(reduce(getattr, family.stacked[0].split("."), self.config))
+        for index, layer in enumerate(self._modules()):
             part = next((other for other in self.others if other.mixers.in_layer(layer)), self)
             part.unit = self.unit
             found = list(part._side_by_side(layer, part._layer(layer)))
@@ -120,6 +122,8 @@ class _Binder:
                 layers.append(
                     per_layer_part(layers[-1], self._reads(layer, None, first, self.mixers.width), first, last)
                 )
+            if index < stacked:
+                layers.append(stacked_part(layers[-1]))
             self.unit *= scale_of(layer, family.layer_scale)
         if family.first_norm is not None:
             ends = [site(layer.module, family.first_norm) for layer in layers[1:]]
@@ -146,7 +150,7 @@ class _Binder:
             embedding_norm=None if embedding_norm is None else site(self.model, embedding_norm),
             embedding_scale=factor(self.model, family.embedding_multiplier),
             given_scale=factor(self.model, family.embedding_multiplier) if family.scales_given else 1.0,
-            per_layer=(site(self.model, holder), site(self.model, inputs)) if layers[-1].per_layer else None,
+            per_layer=(site(self.model, holder), site(self.model, inputs)) if inputs and layers[-1].per_layer else None,
             causal=causal,
             classifies=classifies,
             head=head,

@@ -53,7 +53,7 @@ def tasks(
         from ...adapters import pretrained
 
         loaded = pretrained.load_tokenizer(tokenizer)
-        pairs = session.Prompts(name, None, n, seed).load(loaded)
+        pairs = session.Prompts(name, None, n, seed).load(None, loaded)
         if out is not None:
             pairs.save(out)
         columns = (

@@ -92,7 +92,7 @@ def attribute(
             raise expected("--edges", f"1 to {graph.n_edges:,}, the edges that the model has", f"{edges:,}")
         for path in filter(None, (out, circuit)):
             check_savable(path, graph)
-    pairs = prompts.load(tokenizer)
+    pairs = prompts.load(loaded, tokenizer)
     asked: dict[str, Any] = {
         "metric": metric,
         "method": method,
@@ -100,7 +100,7 @@ def attribute(
         "quadrature": quadrature,
         "heads": heads,
         "ablation": ablation,
-        "ablation_data": prompts.load_ablation(tokenizer),
+        "ablation_data": prompts.load_ablation(loaded, tokenizer),
         "batch_size": batch_size,
         "memory": memory,
         "keep": kept,

@@ -81,17 +81,17 @@ def card(
         raise expected("--html", "--scores with it, as the circuit's file has none", "none")
 
     loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
-    pairs = prompts.load(tokenizer)
+    pairs = prompts.load(loaded, tokenizer)
     with progress("Running circuits") as bar:
         found = eap.faithfulness_card(
             loaded,
             kept,
             pairs,
             chosen_by,
-            others={name: each.load(tokenizer) for name, each in elsewhere.items()},
+            others={name: each.load(loaded, tokenizer) for name, each in elsewhere.items()},
             metric=metric,
             ablation=ablation,
-            ablation_data=prompts.load_ablation(tokenizer),
+            ablation_data=prompts.load_ablation(loaded, tokenizer),
             resamples=resamples,
             seeds=range(draws),
             most_edges=most_edges,

@@ -37,7 +37,7 @@ def data(
     prompts = session.Prompts(task, data, n, seed, align)
     prompts.check()
     loaded, tokenizer = session.load_model(model, dtype, device)
-    pairs = prompts.load(tokenizer)
+    pairs = prompts.load(loaded, tokenizer)
     with progress("Running prompts") as bar:
         found = summarise(loaded, pairs, batch_size=batch_size, memory=memory, progress=bar)
     if as_json:

@@ -58,7 +58,7 @@ def demo(
     check_outputs(*files.values())
 
     model, tokenizer = session.load_model(MODEL)
-    data = session.Prompts(TASK, None, n).load(tokenizer)
+    data = session.Prompts(TASK, None, n).load(model, tokenizer)
     with progress("Scoring edges") as bar:
         scores = eap.attribute(model, data, progress=bar)
     with progress("Running circuits") as bar:

@@ -52,7 +52,7 @@ def evaluate(
     kept = eap.Circuit.load(circuit)
 
     loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
-    pairs = prompts.load(tokenizer)
+    pairs = prompts.load(loaded, tokenizer)
     with progress("Running the circuit") as bar:
         result = eap.evaluate(
             loaded,
@@ -64,7 +64,7 @@ def evaluate(
             memory=memory,
             checkpoint=checkpoint,
             progress=bar,
-            ablation_data=prompts.load_ablation(tokenizer),
+            ablation_data=prompts.load_ablation(loaded, tokenizer),
         )
     if as_json:
         names = ("faithfulness", "mean", "clean", "corrupted", "values")
@@ -134,7 +134,7 @@ def curve(
     among = None if confidence is None else loaded_scores.confidence() >= confidence
 
     loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
-    pairs = prompts.load(tokenizer)
+    pairs = prompts.load(loaded, tokenizer)
     with progress("Running circuits") as bar:
         measured = eap.faithfulness_curve(
             loaded,
@@ -145,7 +145,7 @@ def curve(
             how=how,
             signed=signed,
             ablation=ablation,
-            ablation_data=prompts.load_ablation(tokenizer),
+            ablation_data=prompts.load_ablation(loaded, tokenizer),
             batch_size=batch_size,
             memory=memory,
             checkpoint=checkpoint,

@@ -126,9 +126,15 @@ GEMMA3 = replace(
 LLAVA = replace(
     LLAMA,
     name="llava",
-    model_types=("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+    model_types=("llava", "qwen2_vl", "qwen2_5_vl"),
     layers="model.language_model.layers",
     final_norm="model.language_model.norm",
+)
+QWEN3_VL = replace(
+    LLAVA,
+    name="qwen3_vl",
+    model_types=("qwen3_vl", "qwen3_vl_moe"),
+    stacked=("vision_config.deepstack_visual_indexes", "deepstack_visual_embeds"),
 )
 OLMO2 = replace(
     LLAMA,

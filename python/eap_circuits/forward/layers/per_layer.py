@@ -25,12 +25,14 @@ def give_per_layer(
     assert arch.per_layer is not None
     holder, inputs = arch.per_layer
 
-    def copies(make: Callable[[Tensor], Tensor]) -> Tensor:
+    embeddings = of_copies(batch, corrupted, alphas, arch.embed)
+    hooks.on_input(inputs, lambda _: embeddings)
+    return {"per_layer_inputs": of_copies(batch, corrupted, alphas, lambda x: holder.get_per_layer_inputs(x))}
+
+
+def of_copies(batch: Batch, corrupted: int, alphas: Sequence[float], make: Callable[[Tensor], Tensor]) -> Tensor:
+    """What is made of the tokens of copies of a batch: the corrupted prompts' in the first, then points'."""
+    with torch.no_grad():
         clean, other = make(batch.clean), make(batch.corrupted)
         points = [torch.lerp(batch.aligned(other), clean, alpha) for alpha in alphas]
         return torch.cat([*[other] * corrupted, *points])
-
-    with torch.no_grad():
-        embeddings, per_layer = copies(arch.embed), copies(lambda tokens: holder.get_per_layer_inputs(tokens))
-    hooks.on_input(inputs, lambda _: embeddings)
-    return {"per_layer_inputs": per_layer}

@@ -24,17 +24,19 @@ class Pictures:
             ways; else "".
         shifts: int64 [K, A, 2], where positions of tokens have several axes: by how much the token's own position on
             each differs from its place in the prompt, and by how much that of the text behind it does.
+        stacked: [K, L, D], what each also writes behind each of the first L layers, if anything.
     """
 
     embeddings: Tensor
     first: int
     types: str = ""
     shifts: Tensor | None = None
+    stacked: Tensor | None = None
 
     def to(self, device: torch.device) -> Pictures:
         """The same on a device."""
-        shifts = None if self.shifts is None else self.shifts.to(device)
-        return replace(self, embeddings=self.embeddings.to(device), shifts=shifts)
+        shifts, stacked = (None if x is None else x.to(device) for x in (self.shifts, self.stacked))
+        return replace(self, embeddings=self.embeddings.to(device), shifts=shifts, stacked=stacked)
 
     def arguments(self, tokens: Tensor) -> dict[str, Tensor]:
         """What the model's forward gets besides the embeddings of tokens int64 [E, T]."""
@@ -52,8 +54,17 @@ class Pictures:
     def embed(self, tokens: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """What tokens int64 [E, T] write, [E, T, D], where `embed` says it of the model's own."""
         x = embed(tokens.clamp(max=self.first - 1))
-        own = self.embeddings.to(x)[(tokens - self.first).clamp(min=0)]
-        return torch.where((tokens >= self.first)[..., None], own, x)
+        return self._at(tokens, self.embeddings.to(x), x)
+
+    def behind(self, layer: int, tokens: Tensor) -> Tensor:
+        """What tokens int64 [E, T] write behind one of the first layers, [E, T, D]; 0 where there is no picture."""
+        assert self.stacked is not None
+        own = self.stacked[:, layer]
+        return self._at(tokens, own, own.new_zeros(()))
+
+    def _at(self, tokens: Tensor, own: Tensor, other: Tensor) -> Tensor:
+        """Of tokens int64 [E, T] each picture's own [K, D], and `other` of the text."""
+        return torch.where((tokens >= self.first)[..., None], own[(tokens - self.first).clamp(min=0)], other)
 
 
 def first_difference(data: PairedDataset) -> Tensor:

@@ -62,7 +62,7 @@ def acdc(
     loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     if out is not None:
         check_savable(out, bind(loaded).graph(heads))  # type: ignore[arg-type]
-    pairs = prompts.load(tokenizer)
+    pairs = prompts.load(loaded, tokenizer)
     with progress("Deciding on edges") as bar:
         found = eap.acdc(
             loaded,
@@ -71,7 +71,7 @@ def acdc(
             metric,
             heads=heads,  # type: ignore[arg-type]
             ablation=ablation,
-            ablation_data=prompts.load_ablation(tokenizer),
+            ablation_data=prompts.load_ablation(loaded, tokenizer),
             memory=memory,
             progress=bar,
             checkpoint=checkpoint,
@@ -125,7 +125,7 @@ def refine(
         check_savable(out, start.graph)
 
     loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
-    pairs = prompts.load(tokenizer)
+    pairs = prompts.load(loaded, tokenizer)
     with progress("Refining") as bar:
         found = eap.refine(
             loaded,
@@ -135,7 +135,7 @@ def refine(
             rounds=rounds,
             candidates=candidates,
             ablation=ablation,
-            ablation_data=prompts.load_ablation(tokenizer),
+            ablation_data=prompts.load_ablation(loaded, tokenizer),
             memory=memory,
             progress=bar,
             checkpoint=checkpoint,

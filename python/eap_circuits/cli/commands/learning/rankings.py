@@ -71,7 +71,7 @@ def learn(
     start, sizes = _start(scores, prompts, metric, (smallest, largest), out, checkpoint)
 
     loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
-    pairs = prompts.load(tokenizer)
+    pairs = prompts.load(loaded, tokenizer)
     with progress("Learning") as bar:
         learned = eap.learn_mask(
             loaded,
@@ -85,7 +85,7 @@ def learn(
             n_edges=sizes,
             seed=draw,
             ablation=ablation,
-            ablation_data=prompts.load_ablation(tokenizer),
+            ablation_data=prompts.load_ablation(loaded, tokenizer),
             memory=memory,
             progress=bar,
             checkpoint=checkpoint,
@@ -137,7 +137,7 @@ def prune(
     start, sizes = _start(scores, prompts, metric, (smallest, largest), out, checkpoint)
 
     loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
-    pairs = prompts.load(tokenizer)
+    pairs = prompts.load(loaded, tokenizer)
     with progress("Pruning") as bar:
         pruned = eap.prune_gradually(
             loaded,
@@ -147,7 +147,7 @@ def prune(
             keep=keep,
             n_edges=sizes,
             ablation=ablation,
-            ablation_data=prompts.load_ablation(tokenizer),
+            ablation_data=prompts.load_ablation(loaded, tokenizer),
             memory=memory,
             progress=bar,
             checkpoint=checkpoint,
@@ -203,7 +203,7 @@ def ibcircuit(
     loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     if out is not None:
         check_savable(out, bind(loaded).graph(heads))  # type: ignore[arg-type]
-    pairs = prompts.load(tokenizer)
+    pairs = prompts.load(loaded, tokenizer)
     with progress("Learning") as bar:
         weights = eap.ibcircuit(
             loaded,

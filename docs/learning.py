@@ -9,8 +9,9 @@ import json
 import sys
 import time
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,7 +28,29 @@ LEARNED_FROM, PAIRS = 16, 40
 CIRCUITS, EXAMPLES, ROUNDS = 2, 4, 16  # of the measured step, as by default
 FEW_STEPS = 40  # of learning, which take about as long as pruning
 REFINED = (95, 185, 380)  # sizes
+GATES, ONE_SIZE = ("hard-concrete", "uniform"), 185
+# Threads and circuits of calls that are timed: as by default, on two threads, and as many circuits as two seeds have.
+CALLS = {"one thread": (1, CIRCUITS), "two threads": (2, CIRCUITS), "two seeds": (1, 2 * CIRCUITS)}
+TIMED_STEPS, CALL_ROUNDS = 20, 3
 CONTROLLED, ANSWERS, WEIGHTS = "ioi", ("the pair's own", "another pair's"), ("trained", "shuffled")
+
+
+def origin() -> dict[str, Any]:
+    """What measured."""
+    from bench import measure
+    from bench.processes import commit
+
+    return {"machine": measure.machine(), "versions": measure.versions(), "commit": commit()}
+
+
+def model_and_pairs(task: str, seed: int, few: int = LEARNED_FROM) -> tuple[Any, Any, Any]:
+    """SmolLM2, so many prompt pairs to learn from, and others."""
+    import eap_circuits as eap
+    from eap_circuits.adapters.pretrained import load_model
+
+    model, tokenizer = load_model("smollm2")
+    data = eap.load_task(task, tokenizer, n=PAIRS, seed=seed)
+    return model, data[:few], data[few:]
 
 
 def circuits_of(scores: Any, sizes: tuple[int, ...] = SIZES) -> list[Any]:
@@ -43,13 +66,8 @@ def faithfulness(model: Any, scores: Any, data: Any) -> list[float]:
 def run(task: str, seed: int, metric: str) -> dict[str, Any]:
     """One seed, of the prompts and of what learning draws; the metric is "own", the task's, or another's name."""
     import eap_circuits as eap
-    from bench import measure
-    from bench.processes import commit
-    from eap_circuits.adapters.pretrained import load_model
 
-    model, tokenizer = load_model("smollm2")
-    data = eap.load_task(task, tokenizer, n=PAIRS, seed=seed)
-    few, others = data[:LEARNED_FROM], data[LEARNED_FROM:]
+    model, few, others = model_and_pairs(task, seed)
     scores = eap.attribute(model, few)
     learned = eap.learn_mask(model, few, None if metric == "own" else metric, start=scores, seed=seed)
     return {
@@ -57,23 +75,17 @@ def run(task: str, seed: int, metric: str) -> dict[str, Any]:
         "learned": faithfulness(model, learned, others),
         "learned, on the prompts it was learned from": faithfulness(model, learned, few),
         "settings": learned.info["learning"],
-        "machine": measure.machine(),
-        "versions": measure.versions(),
-        "commit": commit(),
+        **origin(),
     }
 
 
 def divergence() -> dict[str, Any]:
     """Beside faithfulness in the logit difference, what was learned: how far circuits are from the model, in nats."""
     import eap_circuits as eap
-    from bench.processes import commit
-    from eap_circuits.adapters.pretrained import load_model
 
-    model, tokenizer = load_model("smollm2")
-    data = eap.load_task("ioi", tokenizer, n=PAIRS, seed=77)
-    few, others = data[:LEARNED_FROM], data[LEARNED_FROM:]
+    model, few, others = model_and_pairs("ioi", 77)
     scores = eap.attribute(model, few)
-    found: dict[str, Any] = {"sizes": LARGER, "commit": commit()}
+    found: dict[str, Any] = {"sizes": LARGER, **origin()}
     for name, each in {"eap-ig": scores, "learned": eap.learn_mask(model, few, "kl_divergence", start=scores)}.items():
         circuits = circuits_of(each, LARGER)
         found[name] = {
@@ -99,14 +111,10 @@ def control(seed: int) -> dict[str, Any]:
     """
 
     import eap_circuits as eap
-    from bench import measure
-    from bench.processes import commit
-    from eap_circuits.adapters.pretrained import load_model
 
-    model, tokenizer = load_model("smollm2")
-    data = replace(eap.load_task(CONTROLLED, tokenizer, n=PAIRS, seed=seed), variants=None)
-    parts = {"learned": data[:LEARNED_FROM], "others": data[LEARNED_FROM:]}
-    few, others = parts.values()
+    model, *pairs = model_and_pairs(CONTROLLED, seed)
+    few, others = (replace(each, variants=None) for each in pairs)
+    parts = {"learned": few, "others": others}
     graph = eap.attribute(model, few[:1], method="eap").graph
     whole = eap.Circuit.from_mask(graph, graph.edge_mask)
     ends = {where: eap.evaluate(model, whole, part) for where, part in parts.items()}
@@ -132,8 +140,7 @@ def control(seed: int) -> dict[str, Any]:
             ranking: [result.faithfulness for result in eap.evaluate(model, circuits_of(each), others, "kl_divergence")]
             for ranking, each in rankings.items()
         }
-    origin = {"machine": measure.machine(), "versions": measure.versions(), "commit": commit()}
-    return {"answers": answers, "weights": weights, **origin}
+    return {"answers": answers, "weights": weights, **origin()}
 
 
 def _shuffle(model: Any, seed: int) -> None:
@@ -174,21 +181,16 @@ def pruning(task: str, seed: int) -> dict[str, Any]:
     import torch
 
     import eap_circuits as eap
-    from bench import measure
-    from bench.processes import commit
-    from eap_circuits.adapters.pretrained import load_model
 
     torch.set_num_threads(1)
-    model, tokenizer = load_model("smollm2")
-    data = eap.load_task(task, tokenizer, n=PAIRS, seed=seed)
-    few, others = data[:LEARNED_FROM], data[LEARNED_FROM:]
+    model, few, others = model_and_pairs(task, seed)
     start = eap.attribute(model, few)
     rankings = {
         "eap-ig": lambda: eap.attribute(model, few),
         "pruned": lambda: eap.prune_gradually(model, few, start=start),
         "learned": lambda: eap.learn_mask(model, few, start=start, steps=FEW_STEPS, seed=seed),
     }
-    found: dict[str, Any] = {"machine": measure.machine(), "versions": measure.versions(), "commit": commit()}
+    found = origin()
     for name, rank in rankings.items():
         began = time.process_time()
         scores = rank()
@@ -202,14 +204,9 @@ def refining(task: str, seed: int) -> dict[str, Any]:
     import torch
 
     import eap_circuits as eap
-    from bench import measure
-    from bench.processes import commit
-    from eap_circuits.adapters.pretrained import load_model
 
     torch.set_num_threads(1)
-    model, tokenizer = load_model("smollm2")
-    data = eap.load_task(task, tokenizer, n=PAIRS, seed=seed)
-    few, others = data[:LEARNED_FROM], data[LEARNED_FROM:]
+    model, few, others = model_and_pairs(task, seed)
     circuits = circuits_of(eap.attribute(model, few), REFINED)
     began = time.process_time()
     refined = [eap.refine(model, circuit, few) for circuit in circuits]
@@ -218,7 +215,7 @@ def refining(task: str, seed: int) -> dict[str, Any]:
         "seconds": seconds,
         "faithfulness": [result.faithfulness for result in eap.evaluate(model, refined, others)],
         "n_edges": [circuit.n_edges for circuit in refined],
-        "origin": {"machine": measure.machine(), "versions": measure.versions(), "commit": commit()},
+        **origin(),
     }
 
 
@@ -241,15 +238,63 @@ def prunings(_: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
+def gates(task: str, seed: int, name: str) -> dict[str, Any]:
+    """What is learned in few steps with one distribution of gates, for all sizes and for one."""
+    import eap_circuits as eap
+
+    model, few, others = model_and_pairs(task, seed)
+    start = eap.attribute(model, few)
+    found = origin()
+    for size in (None, ONE_SIZE):
+        learned = eap.learn_mask(model, few, start=start, steps=FEW_STEPS, n_edges=size, gates=name, seed=seed)
+        found["all sizes" if size is None else "one size"] = faithfulness(model, learned, others)
+    return found
+
+
+def gate_table(_: Results) -> str:
+    """Mean and range over seeds, by the distribution of gates."""
+    found = committed()
+    lines = [f"| task | gates | learned for | {' | '.join(map(str, SIZES))} |", "|" + "---|" * (3 + len(SIZES))]
+    for task, name in product(TASKS, GATES):
+        runs = [run for seed in SEEDS if (run := found.get(f"gates {task} {seed} {name}"))]
+        for what in ("all sizes", "one size") if runs else ():
+            columns = zip(SIZES, zip(*(run[what] for run in runs), strict=True), strict=True)
+            cells = [spread(column) if what == "all sizes" or size == ONE_SIZE else "–" for size, column in columns]
+            lines.append(f"| {task} | {name} | {what} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def calls() -> dict[str, Any]:
+    """Seconds by the clock of whole calls and of their steps, once all prompts have run: medians, in alternation."""
+    import torch
+
+    import eap_circuits as eap
+
+    model, data, _ = model_and_pairs("ioi", 0)
+    scores = eap.attribute(model, data)
+    whole: dict[str, list[float]] = {name: [] for name in CALLS}
+    steps: dict[str, list[float]] = {name: [] for name in CALLS}
+    for _ in range(CALL_ROUNDS):
+        for name, (threads, circuits) in CALLS.items():
+            torch.set_num_threads(threads)
+            times = [time.perf_counter()]
+
+            def note(*_: int) -> None:
+                times.append(time.perf_counter())  # noqa: B023
+
+            eap.learn_mask(model, data, start=scores, steps=TIMED_STEPS, circuits=circuits, progress=note)
+            whole[name].append(time.perf_counter() - times[0])
+            steps[name] += [after - before for before, after in pairwise(times[LEARNED_FROM // EXAMPLES :])]
+    found = {name: {"call": median(whole[name]), "step": median(steps[name])} for name in CALLS}
+    return {**found, **origin()}
+
+
 def cost() -> dict[str, Any]:
     """The processor seconds of a step, of its circuits' forward passes, and of the model's on as many prompts, on one
     thread and in alternation; means over the sizes that steps draw, with the gates that they begin with."""
     import torch
 
     import eap_circuits as eap
-    from bench import measure
-    from bench.processes import commit
-    from eap_circuits.adapters.pretrained import load_model
     from eap_circuits.forward import batch_of, borrowed
     from eap_circuits.intervention import run_circuits
     from eap_circuits.learning.descent.gates import draw_sizes, open_gates, starting_places
@@ -257,8 +302,7 @@ def cost() -> dict[str, Any]:
     from eap_circuits.request import prepare
 
     torch.set_num_threads(1)
-    model, tokenizer = load_model("smollm2")
-    data = eap.load_task("ioi", tokenizer, n=EXAMPLES, seed=0)
+    model, data, _ = model_and_pairs("ioi", 0, EXAMPLES)
     scores = eap.attribute(model, data, method="eap")
     graph, edges = scores.graph, scores.graph.edge_mask
     places = starting_places(scores.values[edges])
@@ -288,7 +332,7 @@ def cost() -> dict[str, Any]:
                 call()
                 times[name].append(time.process_time() - began)
     means = {name: sum(found[1:]) / (ROUNDS - 1) for name, found in times.items()}  # the first round warms up
-    return {**means, "machine": measure.machine(), "versions": measure.versions(), "commit": commit()}
+    return {**means, **origin()}
 
 
 def costs(_: Results) -> str:
@@ -327,12 +371,13 @@ def table(_: Results) -> str:
 if __name__ == "__main__":
     every = ["cost", "divergence", "control 0", "control 1", *map(" ".join, product(TASKS, map(str, SEEDS), METRICS))]
     every += [f"{kind} {task} {seed}" for kind, task, seed in product(("pruning", "refining"), TASKS, SEEDS)]
+    every += ["calls", *(f"gates {' '.join(each)}" for each in product(TASKS, map(str, SEEDS), GATES))]
     for name in sys.argv[1:] or every:
         call, *given = name.split(" ")
         if call in TASKS:
             result = run(call, int(given[0]), given[1])
         else:
-            calls: dict[str, Any] = {"cost": cost, "divergence": divergence, "control": control}
-            calls |= {"pruning": pruning, "refining": refining}
-            result = calls[call](*(int(each) if each.isdigit() else each for each in given))
+            measures: dict[str, Any] = {"cost": cost, "calls": calls, "divergence": divergence, "control": control}
+            measures |= {"pruning": pruning, "refining": refining, "gates": gates}
+            result = measures[call](*(int(each) if each.isdigit() else each for each in given))
         RESULT.write_text(json.dumps(dict(sorted({**committed(), name: result}.items())), indent=1) + "\n")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoint import Checkpoint, Where, opened, settings_of
-from ...errors import expected, flag, instance, known_arguments, number, whole
+from ...errors import expected, flag, instance, known_arguments, number, one_of, whole
 from ...forward import Constants, borrowed, one_want_of_memory
 from ...graph import EdgeScores
 from ...modules.loans import gives_back
@@ -19,7 +19,7 @@ from ...ranks import together
 from ...request import Progress, Request, prepare, watched
 from ...tasks import PairedDataset
 from ..asked import check_gradient, check_start, origin, ranking, sizes_of
-from .gates import draw_sizes, open_gates, starting_places
+from .gates import GATES, draw_sizes, open_gates, starting_places
 from .steps import DECAY, Descent
 
 WARM_UP, LAST_RATE = 10, 0.1  # steps until the full rate, and what share of it is left at the end
@@ -39,6 +39,7 @@ class _Asked:
     seed: int
     smallest: int
     largest: int
+    gates: str
 
 
 @together
@@ -57,6 +58,7 @@ def learn_mask(
     circuits: int = 2,
     examples: int = 4,
     n_edges: int | tuple[int, int] | None = None,
+    gates: str = "hard-concrete",
     seed: int = 0,
     ablation: str | Constants = "patching",
     ablation_data: PairedDataset | None = None,
@@ -86,6 +88,8 @@ def learn_mask(
         examples: how many pairs each step runs them on.
         n_edges: the size to learn, or the smallest and the largest of the sizes; by default 0.1 % and 20 % of all
             edges. What lies beyond keeps the order in which it was.
+        gates: how open edges are in a step: "hard-concrete", or "uniform" for uniform gradient sampling (Li & Janson
+            2024, arXiv 2409.09951), which opens fewer of them in part.
         seed: of the sizes, the noise of gates, and the order of pairs.
         ablation, ablation_data: what edges outside the circuit carry, as in `evaluate`; not "optimal".
         reuse_prefix: as in `attribute`.
@@ -107,6 +111,7 @@ def learn_mask(
     call = called(learn_mask, locals())
     steps, rate = whole("steps", steps, 1), number("rate", rate, "a positive number", 5e-324, 1e308)
     circuits, examples, seed = whole("circuits", circuits, 1), whole("examples", examples, 1), whole("seed", seed, 0)
+    one_of("gates", gates, GATES)
     progress, reuse_prefix = watched(progress), flag("reuse_prefix", reuse_prefix)
     request = prepare(model, data, metric, ablation, None, ablation_data, reuse_prefix, memory)
     check_gradient(request)
@@ -117,7 +122,7 @@ def learn_mask(
         if target.shape != (len(data),) or not target.isfinite().all():
             raise expected("target", f"{len(data)} finite values, one a pair", f"shape {list(target.shape)}")
     smallest, largest = sizes_of(n_edges, graph.n_edges, _SHARES)
-    asked = _Asked(steps, rate, circuits, examples, seed, smallest, largest)
+    asked = _Asked(steps, rate, circuits, examples, seed, smallest, largest, gates)
     info = {
         **origin(request, call, graph, "learned", request.arch.accumulate),
         "additive": False,
@@ -147,7 +152,7 @@ def _learn(
     for step in descent.steps(asked.steps, progress):
         generator = descent.generator()
         sizes = draw_sizes(asked.circuits, asked.smallest, asked.largest, generator)
-        gates = open_gates(descent.places, sizes, generator, LAST_SHARPNESS ** (step / asked.steps))
+        gates = open_gates(descent.places, sizes, generator, LAST_SHARPNESS ** (step / asked.steps), asked.gates)
         (slope,) = torch.autograd.grad(gates, descent.places, descent.slope(gates, target))
         falling = 1 - (1 - LAST_RATE) * step / asked.steps
         rate = asked.rate * falling * min(1, (step + 1) / WARM_UP)

@@ -29,9 +29,8 @@ CIRCUITS, EXAMPLES, ROUNDS = 2, 4, 16  # of the measured step, as by default
 FEW_STEPS = 40  # of learning, which take about as long as pruning
 REFINED = (95, 185, 380)  # sizes
 GATES, ONE_SIZE = ("hard-concrete", "uniform"), 185
-# Threads and circuits of calls that are timed: as by default, on two threads, and as many circuits as two seeds have.
-CALLS = {"one thread": (1, CIRCUITS), "two threads": (2, CIRCUITS), "two seeds": (1, 2 * CIRCUITS)}
-TIMED_STEPS, CALL_ROUNDS = 20, 3
+THREADS, TIMED_STEPS, CALL_ROUNDS = {"one thread": 1, "two threads": 2}, 20, 3
+TOGETHER = "both seeds' steps together"
 CONTROLLED, ANSWERS, WEIGHTS = "ioi", ("the pair's own", "another pair's"), ("trained", "shuffled")
 
 
@@ -215,7 +214,7 @@ def refining(task: str, seed: int) -> dict[str, Any]:
         "seconds": seconds,
         "faithfulness": [result.faithfulness for result in eap.evaluate(model, refined, others)],
         "n_edges": [circuit.n_edges for circuit in refined],
-        **origin(),
+        "origin": origin(),
     }
 
 
@@ -272,26 +271,27 @@ def calls() -> dict[str, Any]:
 
     model, data, _ = model_and_pairs("ioi", 0)
     scores = eap.attribute(model, data)
-    whole: dict[str, list[float]] = {name: [] for name in CALLS}
-    steps: dict[str, list[float]] = {name: [] for name in CALLS}
+    whole: dict[str, list[float]] = {name: [] for name in THREADS}
+    steps: dict[str, list[float]] = {name: [] for name in THREADS}
     for _ in range(CALL_ROUNDS):
-        for name, (threads, circuits) in CALLS.items():
+        for name, threads in THREADS.items():
             torch.set_num_threads(threads)
             times = [time.perf_counter()]
 
             def note(*_: int) -> None:
                 times.append(time.perf_counter())  # noqa: B023
 
-            eap.learn_mask(model, data, start=scores, steps=TIMED_STEPS, circuits=circuits, progress=note)
+            eap.learn_mask(model, data, start=scores, steps=TIMED_STEPS, progress=note)
             whole[name].append(time.perf_counter() - times[0])
             steps[name] += [after - before for before, after in pairwise(times[LEARNED_FROM // EXAMPLES :])]
-    found = {name: {"call": median(whole[name]), "step": median(steps[name])} for name in CALLS}
+    found = {name: {"call": median(whole[name]), "step": median(steps[name])} for name in THREADS}
     return {**found, **origin()}
 
 
 def cost() -> dict[str, Any]:
-    """The processor seconds of a step, of its circuits' forward passes, and of the model's on as many prompts, on one
-    thread and in alternation; means over the sizes that steps draw, with the gates that they begin with."""
+    """The processor seconds of a step, of its circuits' forward passes, of the model's on as many prompts, and of
+    another seed's step on these prompts, alone and in the same pass: on one thread, in alternation, means over the
+    sizes that steps draw, with the gates that they begin with."""
     import torch
 
     import eap_circuits as eap
@@ -307,42 +307,54 @@ def cost() -> dict[str, Any]:
     graph, edges = scores.graph, scores.graph.edge_mask
     places = starting_places(scores.values[edges])
     request = prepare(model, data, "kl_divergence")
-    times: dict[str, list[float]] = {"step": [], "its circuits": [], "the model": []}
+
+    def draw(seed: int) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        sizes = draw_sizes(CIRCUITS, graph.n_edges // 1000, graph.n_edges // 5, generator)
+        masks = torch.zeros(CIRCUITS, *edges.shape)
+        masks[:, edges] = open_gates(places, sizes, generator)
+        return masks
+
+    times: dict[str, list[float]] = {}
     with borrowed(model):
         lesson = prepare_lesson(request, graph, batch_of(data, torch.arange(EXAMPLES), True, request.arch.device))
         embeddings = lesson.runner.embed(lesson.runner.batch.clean).repeat(CIRCUITS, 1, 1)
+
+        def step(masks: Any) -> None:
+            lesson.gradient(request, graph, masks, 10**6)
+
+        def forward(masks: Any) -> None:
+            list(run_circuits(lesson.runner, graph, lesson.ablated, list(masks)))
+
+        def plain(_: Any) -> None:
+            with torch.no_grad():
+                lesson.runner.logits(embeddings)
+
         for number in range(ROUNDS):
-            generator = torch.Generator().manual_seed(number)
-            sizes = draw_sizes(CIRCUITS, graph.n_edges // 1000, graph.n_edges // 5, generator)
-            masks = torch.zeros(CIRCUITS, *edges.shape)
-            masks[:, edges] = open_gates(places, sizes, generator)
-
-            def forward() -> None:
-                list(run_circuits(lesson.runner, graph, lesson.ablated, list(masks)))  # noqa: B023
-
-            def plain() -> None:
-                with torch.no_grad():
-                    lesson.runner.logits(embeddings)
-
-            def step() -> None:
-                lesson.gradient(request, graph, masks, 10**6)  # noqa: B023
-
-            for name, call in zip(times, (step, forward, plain), strict=True):
+            own, other = draw(number), draw(number + ROUNDS)
+            both = torch.cat([own, other])
+            runs = {"step": (step, own), "its circuits": (forward, own), "the model": (plain, own)}
+            runs |= {"another seed's step": (step, other), TOGETHER: (step, both)}
+            for name, (call, masks) in runs.items():
                 began = time.process_time()
-                call()
-                times[name].append(time.process_time() - began)
+                call(masks)
+                times.setdefault(name, []).append(time.process_time() - began)
     means = {name: sum(found[1:]) / (ROUNDS - 1) for name, found in times.items()}  # the first round warms up
     return {**means, **origin()}
 
 
 def costs(_: Results) -> str:
-    """A step in forward passes."""
-    found = committed()["cost"]
+    """A step in forward passes and beside another seed's, and all steps by the clock."""
+    found, calls = committed()["cost"], committed()["calls"]
     step = found["step"]
+    apart = step + found["another seed's step"]
+    clock = {name: calls[name]["call"] + (200 - TIMED_STEPS) * calls[name]["step"] for name in THREADS}
     return (
-        f"| a step | {step:.2f} s |\n|---|---|\n| 200 steps | {200 * step:.0f} s |\n"
+        f"| a step | {step:.2f} s |\n|---|---|\n"
         f"| in forward passes of its circuits | {step / found['its circuits']:.1f} |\n"
         f"| in forward passes of the model on as many prompts | {step / found['the model']:.1f} |\n"
+        f"| steps of two seeds side by side, beside one after the other | {found[TOGETHER] / apart:.2f} |\n"
+        + "".join(f"| a call of 200 steps on {name}, by the clock | {clock[name]:.0f} s |\n" for name in THREADS)
     )
 
 

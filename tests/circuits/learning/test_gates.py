@@ -14,7 +14,7 @@ EVENLY = (torch.arange(100_000, dtype=torch.float64)[:, None] + 0.5) / 100_000  
 
 def cut_and_kept(name):
     """The probabilities of 0 and of 1."""
-    if name == "hard-concrete":  # stretched sigmoids reach 0 and 1 at log-odds of -log 11 and log 11; noise: 0.75 logistic
+    if name == "hard-concrete":  # stretched sigmoids reach 0 and 1 at log-odds of ∓log 11; the noise's scale is 0.75
         return [((sign * LOG_ODDS - math.log(11)) / 0.75).sigmoid() for sign in (-1, 1)]
     kept = LOG_ODDS.sigmoid()
     window = kept * (1 - kept)

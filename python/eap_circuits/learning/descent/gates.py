@@ -1,8 +1,8 @@
 """Gates of circuits: from one number for every edge, and a size, to a mask with a gradient.
 
 An edge's place a is about the logarithm of the inverse share of edges at which it enters the circuit: of a ranking by
-which the i-th of n edges stands at log(n / i), the circuit of k edges are those above log(n / k). How far an edge stands
-above that threshold gives the log-odds of its gate's distribution, one of `GATES`.
+which the i-th of n edges stands at log(n / i), the circuit of k edges are those above log(n / k). How far above or
+below that threshold it stands gives the log-odds of its gate, which is drawn from one of `GATES`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ def hard_concrete(log_odds: Tensor, uniform: Tensor) -> Tensor:
 
 
 def uniform_window(log_odds: Tensor, uniform: Tensor) -> Tensor:
-    """Uniform gradient sampling (Li & Janson 2024, arXiv 2409.09951): uniform between 0 and 1 with the probability
-    w = θ(1 − θ), where θ is an edge's probability, else 1 or 0, such that the mean is θ.
+    """Uniform between 0 and 1 with the probability w = θ(1 − θ), where θ is an edge's probability; else 1 or 0, such
+    that the mean is θ (Li & Janson 2024, arXiv 2409.09951).
 
-    A gate between has the slope 1/w in θ. So the mean gradient in θ is what the edge adds, from 0 to 1, to the mean over
-    all other gates.
+    A gate between has the slope 1/w in θ. So the mean gradient in θ is the mean difference that the whole edge makes.
     """
     kept = torch.sigmoid(log_odds)
     window = (kept * torch.sigmoid(-log_odds)).detach().clamp(min=torch.finfo(kept.dtype).tiny)

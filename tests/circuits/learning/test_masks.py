@@ -84,6 +84,17 @@ def test_a_seed_gives_the_same_bits_and_another_one_others(model, data, scores):
     assert torch.equal(learn[0], learn[1]) and not torch.equal(learn[0], learn[2])
 
 
+def test_seeds_side_by_side_learn_what_each_learns_alone(model, data, scores):
+    learned = eap.learn_mask(model, data, start=scores, steps=3, examples=2, seed=[1, 2])
+    for seed, found in zip((1, 2), learned, strict=True):
+        right = eap.learn_mask(model, data, start=scores, steps=3, examples=2, seed=seed)
+        agree = torch.corrcoef(torch.stack([found.values.flatten(), right.values.flatten()]))[0, 1]
+        assert agree > 1 - 1e-6 and found.info["learning"] == right.info["learning"]
+    assert not torch.equal(*(each.values for each in learned))
+    (one,) = eap.learn_mask(model, data, start=scores, steps=3, examples=2, seed=[1])
+    assert torch.equal(one.values, eap.learn_mask(model, data, start=scores, steps=3, examples=2, seed=1).values)
+
+
 def good_logit(logits, batch):
     return logits.gather(1, batch.answers[:, :1])[:, 0]
 
@@ -158,6 +169,8 @@ def test_learning_goes_on_with_smaller_passes(model, data, scores, monkeypatch):
         ({"circuits": 0}, "circuits"),
         ({"examples": 0}, "examples"),
         ({"seed": -1}, "seed"),
+        ({"seed": [0, -1]}, "seed: .*-1"),
+        ({"seed": []}, "seed: expected at least one"),
         ({"gates": "bernoulli"}, "gates: .*uniform"),
         ({"ablation": "optimal"}, "ablation: .*optimal_constants"),
     ],

@@ -91,7 +91,7 @@ def test_seeds_side_by_side_learn_what_each_learns_alone(model, data, scores):
     values = torch.stack([each.values.flatten() for each in (*together, *alone)])
     agree = torch.corrcoef(values)
     assert agree[0, 2] > 1 - 1e-5 and agree[1, 3] > 1 - 1e-5
-    assert agree[0, 1] < 1 - 1e-4, "seeds differ"
+    assert agree[0, 1] < min(agree[0, 2], agree[1, 3]), "seeds differ"
     assert [each.info["learning"] for each in together] == [each.info["learning"] for each in alone]
     assert torch.equal(learn(seed=[1])[0].values, alone[0].values)
 

@@ -5,7 +5,6 @@ python -m docs.learning [NAME ...]     # cost, divergence, "ioi 0", "control 0" 
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import replace
@@ -13,6 +12,8 @@ from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
+
+from docs import files
 
 if TYPE_CHECKING:
     from bench.tables import Results
@@ -32,14 +33,6 @@ GATES, ONE_SIZE = ("hard-concrete", "uniform"), 185
 THREADS, TIMED_STEPS, CALL_ROUNDS = {"one thread": 1, "two threads": 2}, 20, 3
 TOGETHER = "both seeds' steps together"
 CONTROLLED, ANSWERS, WEIGHTS = "ioi", ("the pair's own", "another pair's"), ("trained", "shuffled")
-
-
-def origin() -> dict[str, Any]:
-    """What measured."""
-    from bench import measure
-    from bench.processes import commit
-
-    return {"machine": measure.machine(), "versions": measure.versions(), "commit": commit()}
 
 
 def model_and_pairs(task: str, seed: int, few: int = LEARNED_FROM) -> tuple[Any, Any, Any]:
@@ -74,7 +67,6 @@ def run(task: str, seed: int, metric: str) -> dict[str, Any]:
         "learned": faithfulness(model, learned, others),
         "learned, on the prompts it was learned from": faithfulness(model, learned, few),
         "settings": learned.info["learning"],
-        **origin(),
     }
 
 
@@ -84,7 +76,7 @@ def divergence() -> dict[str, Any]:
 
     model, few, others = model_and_pairs("ioi", 77)
     scores = eap.attribute(model, few)
-    found: dict[str, Any] = {"sizes": LARGER, **origin()}
+    found: dict[str, Any] = {"sizes": LARGER}
     for name, each in {"eap-ig": scores, "learned": eap.learn_mask(model, few, "kl_divergence", start=scores)}.items():
         circuits = circuits_of(each, LARGER)
         found[name] = {
@@ -95,7 +87,7 @@ def divergence() -> dict[str, Any]:
 
 
 def divergences(_: Results) -> str:
-    found = committed()["divergence"]
+    found = files.committed(RESULT)["divergence"]
     lines = [f"| scores | | {' | '.join(map(str, found['sizes']))} |", "|" + "---|" * (2 + len(found["sizes"]))]
     for scores in ("eap-ig", "learned"):
         for measured, values in found[scores].items():
@@ -139,7 +131,7 @@ def control(seed: int) -> dict[str, Any]:
             ranking: [result.faithfulness for result in eap.evaluate(model, circuits_of(each), others, "kl_divergence")]
             for ranking, each in rankings.items()
         }
-    return {"answers": answers, "weights": weights, **origin()}
+    return {"answers": answers, "weights": weights}
 
 
 def _shuffle(model: Any, seed: int) -> None:
@@ -154,7 +146,7 @@ def _shuffle(model: Any, seed: int) -> None:
 
 def controls(_: Results) -> str:
     """Mean and range over seeds, of what the answers and the weights change."""
-    found = committed()
+    found = files.committed(RESULT)
     runs = [found[name] for name in sorted(found) if name.startswith("control ")]
     lines = [f"| learned | measured on | {' | '.join(map(str, SIZES))} |", "|" + "---|" * (2 + len(SIZES))]
     rows = [("answers", f"{answers} answers", where) for answers in ANSWERS for where in ("learned", "others")]
@@ -189,7 +181,7 @@ def pruning(task: str, seed: int) -> dict[str, Any]:
         "pruned": lambda: eap.prune_gradually(model, few, start=start),
         "learned": lambda: eap.learn_mask(model, few, start=start, steps=FEW_STEPS, seed=seed),
     }
-    found = origin()
+    found: dict[str, Any] = {}
     for name, rank in rankings.items():
         began = time.process_time()
         scores = rank()
@@ -214,13 +206,12 @@ def refining(task: str, seed: int) -> dict[str, Any]:
         "seconds": seconds,
         "faithfulness": [result.faithfulness for result in eap.evaluate(model, refined, others)],
         "n_edges": [circuit.n_edges for circuit in refined],
-        "origin": origin(),
     }
 
 
 def prunings(_: Results) -> str:
     """Rankings and refined circuits: mean and range over the seeds that a task has."""
-    found = committed()
+    found = files.committed(RESULT)
     lines = [f"| task | seeds | circuits | seconds | {' | '.join(map(str, SIZES))} |", "|" + "---|" * (4 + len(SIZES))]
     for task in TASKS:
         ranked, refined = (
@@ -243,7 +234,7 @@ def gates(task: str, seed: int, name: str) -> dict[str, Any]:
 
     model, few, others = model_and_pairs(task, seed)
     start = eap.attribute(model, few)
-    found = origin()
+    found: dict[str, Any] = {}
     for size in (None, ONE_SIZE):
         learned = eap.learn_mask(model, few, start=start, steps=FEW_STEPS, n_edges=size, gates=name, seed=seed)
         found["all sizes" if size is None else "one size"] = faithfulness(model, learned, others)
@@ -252,7 +243,7 @@ def gates(task: str, seed: int, name: str) -> dict[str, Any]:
 
 def gate_table(_: Results) -> str:
     """Mean and range over seeds, by the distribution of gates."""
-    found = committed()
+    found = files.committed(RESULT)
     lines = [f"| task | gates | learned for | {' | '.join(map(str, SIZES))} |", "|" + "---|" * (3 + len(SIZES))]
     for task, name in product(TASKS, GATES):
         runs = [run for seed in SEEDS if (run := found.get(f"gates {task} {seed} {name}"))]
@@ -284,8 +275,7 @@ def calls() -> dict[str, Any]:
             eap.learn_mask(model, data, start=scores, steps=TIMED_STEPS, progress=note)
             whole[name].append(time.perf_counter() - times[0])
             steps[name] += [after - before for before, after in pairwise(times[LEARNED_FROM // EXAMPLES :])]
-    found = {name: {"call": median(whole[name]), "step": median(steps[name])} for name in THREADS}
-    return {**found, **origin()}
+    return {name: {"call": median(whole[name]), "step": median(steps[name])} for name in THREADS}
 
 
 def cost() -> dict[str, Any]:
@@ -340,12 +330,12 @@ def cost() -> dict[str, Any]:
                 call(masks)
                 times.setdefault(name, []).append(time.process_time() - began)
     means = {name: sum(found[1:]) / (ROUNDS - 1) for name, found in times.items()}  # the first round warms up
-    return {**means, **origin()}
+    return means
 
 
 def costs(_: Results) -> str:
     """A step in forward passes and beside another seed's, and all steps by the clock."""
-    found, calls = committed()["cost"], committed()["calls"]
+    found, calls = (files.committed(RESULT)[name] for name in ("cost", "calls"))
     step = found["step"]
     apart = step + found["another seed's step"]
     clock = {name: calls[name]["call"] + (200 - TIMED_STEPS) * calls[name]["step"] for name in THREADS}
@@ -358,14 +348,9 @@ def costs(_: Results) -> str:
     )
 
 
-def committed() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
-    return found
-
-
 def table(_: Results) -> str:
     """Mean and range over seeds of the faithfulness at each size."""
-    found = committed()
+    found = files.committed(RESULT)
     lines = [f"| task | seeds | scores | {' | '.join(map(str, SIZES))} |", "|" + "---|" * (3 + len(SIZES))]
     # EAP-IG's scores are the same whatever is learned from them.
     rows = [("eap-ig", "eap-ig", list(METRICS))]
@@ -384,12 +369,11 @@ if __name__ == "__main__":
     every = ["cost", "divergence", "control 0", "control 1", *map(" ".join, product(TASKS, map(str, SEEDS), METRICS))]
     every += [f"{kind} {task} {seed}" for kind, task, seed in product(("pruning", "refining"), TASKS, SEEDS)]
     every += ["calls", *(f"gates {' '.join(each)}" for each in product(TASKS, map(str, SEEDS), GATES))]
+    measures: dict[Any, Any] = {"cost": cost, "calls": calls, "divergence": divergence, "control": control}
+    measures |= {"pruning": pruning, "refining": refining, "gates": gates}
     for name in sys.argv[1:] or every:
-        call, *given = name.split(" ")
+        call, *given = (int(word) if word.isdigit() else word for word in name.split(" "))
         if call in TASKS:
-            result = run(call, int(given[0]), given[1])
+            files.add(RESULT, name, run, call, *given)
         else:
-            measures: dict[str, Any] = {"cost": cost, "calls": calls, "divergence": divergence, "control": control}
-            measures |= {"pruning": pruning, "refining": refining, "gates": gates}
-            result = measures[call](*(int(each) if each.isdigit() else each for each in given))
-        RESULT.write_text(json.dumps(dict(sorted({**committed(), name: result}.items())), indent=1) + "\n")
+            files.add(RESULT, name, measures[call], *given)

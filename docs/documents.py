@@ -58,6 +58,8 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("docs/learning.md", f"{LEARNING}, divergence"): learning.divergences,
     ("docs/learning.md", f"{LEARNING}, cost"): learning.costs,
     ("docs/learning.md", f"{LEARNING}, control"): learning.controls,
+    ("docs/learning.md", f"{LEARNING}, gates"): learning.gate_table,
+    ("docs/learning.md", "GATES"): lambda _: registries.gates(),
     ("docs/leaderboard.md", LEADERBOARD): lambda _: _page("leaderboard", LEADERBOARD),
     ("docs/leaderboard.md", FIFTH): fifth.table,
     ("docs/report.md", EXPLORER): explorer.table,

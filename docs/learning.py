@@ -8,8 +8,9 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from docs import files
@@ -28,7 +29,20 @@ LEARNED_FROM, PAIRS = 16, 40
 CIRCUITS, EXAMPLES, ROUNDS = 2, 4, 16  # of the measured step, as by default
 FEW_STEPS = 40  # of learning, which take about as long as pruning
 REFINED = (95, 185, 380)  # sizes
+GATES, ONE_SIZE = ("hard-concrete", "uniform"), 185
+THREADS, TIMED_STEPS, CALL_ROUNDS = {"one thread": 1, "two threads": 2}, 20, 3
+TOGETHER = "both seeds' steps together"
 CONTROLLED, ANSWERS, WEIGHTS = "ioi", ("the pair's own", "another pair's"), ("trained", "shuffled")
+
+
+def model_and_pairs(task: str, seed: int, few: int = LEARNED_FROM) -> tuple[Any, Any, Any]:
+    """SmolLM2, so many prompt pairs to learn from, and others."""
+    import eap_circuits as eap
+    from eap_circuits.adapters.pretrained import load_model
+
+    model, tokenizer = load_model("smollm2")
+    data = eap.load_task(task, tokenizer, n=PAIRS, seed=seed)
+    return model, data[:few], data[few:]
 
 
 def circuits_of(scores: Any, sizes: tuple[int, ...] = SIZES) -> list[Any]:
@@ -44,11 +58,8 @@ def faithfulness(model: Any, scores: Any, data: Any) -> list[float]:
 def run(task: str, seed: int, metric: str) -> dict[str, Any]:
     """One seed, of the prompts and of what learning draws; the metric is "own", the task's, or another's name."""
     import eap_circuits as eap
-    from eap_circuits.adapters.pretrained import load_model
 
-    model, tokenizer = load_model("smollm2")
-    data = eap.load_task(task, tokenizer, n=PAIRS, seed=seed)
-    few, others = data[:LEARNED_FROM], data[LEARNED_FROM:]
+    model, few, others = model_and_pairs(task, seed)
     scores = eap.attribute(model, few)
     learned = eap.learn_mask(model, few, None if metric == "own" else metric, start=scores, seed=seed)
     return {
@@ -62,11 +73,8 @@ def run(task: str, seed: int, metric: str) -> dict[str, Any]:
 def divergence() -> dict[str, Any]:
     """Beside faithfulness in the logit difference, what was learned: how far circuits are from the model, in nats."""
     import eap_circuits as eap
-    from eap_circuits.adapters.pretrained import load_model
 
-    model, tokenizer = load_model("smollm2")
-    data = eap.load_task("ioi", tokenizer, n=PAIRS, seed=77)
-    few, others = data[:LEARNED_FROM], data[LEARNED_FROM:]
+    model, few, others = model_and_pairs("ioi", 77)
     scores = eap.attribute(model, few)
     found: dict[str, Any] = {"sizes": LARGER}
     for name, each in {"eap-ig": scores, "learned": eap.learn_mask(model, few, "kl_divergence", start=scores)}.items():
@@ -94,12 +102,10 @@ def control(seed: int) -> dict[str, Any]:
     """
 
     import eap_circuits as eap
-    from eap_circuits.adapters.pretrained import load_model
 
-    model, tokenizer = load_model("smollm2")
-    data = replace(eap.load_task(CONTROLLED, tokenizer, n=PAIRS, seed=seed), variants=None)
-    parts = {"learned": data[:LEARNED_FROM], "others": data[LEARNED_FROM:]}
-    few, others = parts.values()
+    model, *pairs = model_and_pairs(CONTROLLED, seed)
+    few, others = (replace(each, variants=None) for each in pairs)
+    parts = {"learned": few, "others": others}
     graph = eap.attribute(model, few[:1], method="eap").graph
     whole = eap.Circuit.from_mask(graph, graph.edge_mask)
     ends = {where: eap.evaluate(model, whole, part) for where, part in parts.items()}
@@ -166,12 +172,9 @@ def pruning(task: str, seed: int) -> dict[str, Any]:
     import torch
 
     import eap_circuits as eap
-    from eap_circuits.adapters.pretrained import load_model
 
     torch.set_num_threads(1)
-    model, tokenizer = load_model("smollm2")
-    data = eap.load_task(task, tokenizer, n=PAIRS, seed=seed)
-    few, others = data[:LEARNED_FROM], data[LEARNED_FROM:]
+    model, few, others = model_and_pairs(task, seed)
     start = eap.attribute(model, few)
     rankings = {
         "eap-ig": lambda: eap.attribute(model, few),
@@ -192,12 +195,9 @@ def refining(task: str, seed: int) -> dict[str, Any]:
     import torch
 
     import eap_circuits as eap
-    from eap_circuits.adapters.pretrained import load_model
 
     torch.set_num_threads(1)
-    model, tokenizer = load_model("smollm2")
-    data = eap.load_task(task, tokenizer, n=PAIRS, seed=seed)
-    few, others = data[:LEARNED_FROM], data[LEARNED_FROM:]
+    model, few, others = model_and_pairs(task, seed)
     circuits = circuits_of(eap.attribute(model, few), REFINED)
     began = time.process_time()
     refined = [eap.refine(model, circuit, few) for circuit in circuits]
@@ -228,13 +228,63 @@ def prunings(_: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cost() -> dict[str, Any]:
-    """The processor seconds of a step, of its circuits' forward passes, and of the model's on as many prompts, on one
-    thread and in alternation; means over the sizes that steps draw, with the gates that they begin with."""
+def gates(task: str, seed: int, name: str) -> dict[str, Any]:
+    """What is learned in few steps with one distribution of gates, for all sizes and for one."""
+    import eap_circuits as eap
+
+    model, few, others = model_and_pairs(task, seed)
+    start = eap.attribute(model, few)
+    found: dict[str, Any] = {}
+    for size in (None, ONE_SIZE):
+        learned = eap.learn_mask(model, few, start=start, steps=FEW_STEPS, n_edges=size, gates=name, seed=seed)
+        found["all sizes" if size is None else "one size"] = faithfulness(model, learned, others)
+    return found
+
+
+def gate_table(_: Results) -> str:
+    """Mean and range over seeds, by the distribution of gates."""
+    found = files.committed(RESULT)
+    lines = [f"| task | gates | learned for | {' | '.join(map(str, SIZES))} |", "|" + "---|" * (3 + len(SIZES))]
+    for task, name in product(TASKS, GATES):
+        runs = [run for seed in SEEDS if (run := found.get(f"gates {task} {seed} {name}"))]
+        for what in ("all sizes", "one size") if runs else ():
+            columns = zip(SIZES, zip(*(run[what] for run in runs), strict=True), strict=True)
+            cells = [spread(column) if what == "all sizes" or size == ONE_SIZE else "–" for size, column in columns]
+            lines.append(f"| {task} | {name} | {what} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def calls() -> dict[str, Any]:
+    """Seconds by the clock of whole calls and of their steps, once all prompts have run: medians, in alternation."""
     import torch
 
     import eap_circuits as eap
-    from eap_circuits.adapters.pretrained import load_model
+
+    model, data, _ = model_and_pairs("ioi", 0)
+    scores = eap.attribute(model, data)
+    whole: dict[str, list[float]] = {name: [] for name in THREADS}
+    steps: dict[str, list[float]] = {name: [] for name in THREADS}
+    for _ in range(CALL_ROUNDS):
+        for name, threads in THREADS.items():
+            torch.set_num_threads(threads)
+            times = [time.perf_counter()]
+
+            def note(*_: int) -> None:
+                times.append(time.perf_counter())  # noqa: B023
+
+            eap.learn_mask(model, data, start=scores, steps=TIMED_STEPS, progress=note)
+            whole[name].append(time.perf_counter() - times[0])
+            steps[name] += [after - before for before, after in pairwise(times[LEARNED_FROM // EXAMPLES :])]
+    return {name: {"call": median(whole[name]), "step": median(steps[name])} for name in THREADS}
+
+
+def cost() -> dict[str, Any]:
+    """The processor seconds of a step, of its circuits' forward passes, of the model's on as many prompts, and of
+    another seed's step on these prompts, alone and in the same pass: on one thread, in alternation, means over the
+    sizes that steps draw, with the gates that they begin with."""
+    import torch
+
+    import eap_circuits as eap
     from eap_circuits.forward import batch_of, borrowed
     from eap_circuits.intervention import run_circuits
     from eap_circuits.learning.descent.gates import draw_sizes, open_gates, starting_places
@@ -242,48 +292,59 @@ def cost() -> dict[str, Any]:
     from eap_circuits.request import prepare
 
     torch.set_num_threads(1)
-    model, tokenizer = load_model("smollm2")
-    data = eap.load_task("ioi", tokenizer, n=EXAMPLES, seed=0)
+    model, data, _ = model_and_pairs("ioi", 0, EXAMPLES)
     scores = eap.attribute(model, data, method="eap")
     graph, edges = scores.graph, scores.graph.edge_mask
     places = starting_places(scores.values[edges])
     request = prepare(model, data, "kl_divergence")
-    times: dict[str, list[float]] = {"step": [], "its circuits": [], "the model": []}
+
+    def draw(seed: int) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        sizes = draw_sizes(CIRCUITS, graph.n_edges // 1000, graph.n_edges // 5, generator)
+        masks = torch.zeros(CIRCUITS, *edges.shape)
+        masks[:, edges] = open_gates(places, sizes, generator)
+        return masks
+
+    times: dict[str, list[float]] = {}
     with borrowed(model):
         lesson = prepare_lesson(request, graph, batch_of(data, torch.arange(EXAMPLES), True, request.arch.device))
         embeddings = lesson.runner.embed(lesson.runner.batch.clean).repeat(CIRCUITS, 1, 1)
+
+        def step(masks: Any) -> None:
+            lesson.gradient(request, graph, masks, 10**6)
+
+        def forward(masks: Any) -> None:
+            list(run_circuits(lesson.runner, graph, lesson.ablated, list(masks)))
+
+        def plain(_: Any) -> None:
+            with torch.no_grad():
+                lesson.runner.logits(embeddings)
+
         for number in range(ROUNDS):
-            generator = torch.Generator().manual_seed(number)
-            sizes = draw_sizes(CIRCUITS, graph.n_edges // 1000, graph.n_edges // 5, generator)
-            masks = torch.zeros(CIRCUITS, *edges.shape)
-            masks[:, edges] = open_gates(places, sizes, generator)
-
-            def forward() -> None:
-                list(run_circuits(lesson.runner, graph, lesson.ablated, list(masks)))  # noqa: B023
-
-            def plain() -> None:
-                with torch.no_grad():
-                    lesson.runner.logits(embeddings)
-
-            def step() -> None:
-                lesson.gradient(request, graph, masks, 10**6)  # noqa: B023
-
-            for name, call in zip(times, (step, forward, plain), strict=True):
+            own, other = draw(number), draw(number + ROUNDS)
+            both = torch.cat([own, other])
+            runs = {"step": (step, own), "its circuits": (forward, own), "the model": (plain, own)}
+            runs |= {"another seed's step": (step, other), TOGETHER: (step, both)}
+            for name, (call, masks) in runs.items():
                 began = time.process_time()
-                call()
-                times[name].append(time.process_time() - began)
+                call(masks)
+                times.setdefault(name, []).append(time.process_time() - began)
     means = {name: sum(found[1:]) / (ROUNDS - 1) for name, found in times.items()}  # the first round warms up
     return means
 
 
 def costs(_: Results) -> str:
-    """A step in forward passes."""
-    found = files.committed(RESULT)["cost"]
+    """A step in forward passes and beside another seed's, and all steps by the clock."""
+    found, calls = (files.committed(RESULT)[name] for name in ("cost", "calls"))
     step = found["step"]
+    apart = step + found["another seed's step"]
+    clock = {name: calls[name]["call"] + (200 - TIMED_STEPS) * calls[name]["step"] for name in THREADS}
     return (
-        f"| a step | {step:.2f} s |\n|---|---|\n| 200 steps | {200 * step:.0f} s |\n"
+        f"| a step | {step:.2f} s |\n|---|---|\n"
         f"| in forward passes of its circuits | {step / found['its circuits']:.1f} |\n"
         f"| in forward passes of the model on as many prompts | {step / found['the model']:.1f} |\n"
+        f"| steps of two seeds side by side, beside one after the other | {found[TOGETHER] / apart:.2f} |\n"
+        + "".join(f"| a call of 200 steps on {name}, by the clock | {clock[name]:.0f} s |\n" for name in THREADS)
     )
 
 
@@ -307,11 +368,12 @@ def table(_: Results) -> str:
 if __name__ == "__main__":
     every = ["cost", "divergence", "control 0", "control 1", *map(" ".join, product(TASKS, map(str, SEEDS), METRICS))]
     every += [f"{kind} {task} {seed}" for kind, task, seed in product(("pruning", "refining"), TASKS, SEEDS)]
-    calls: dict[Any, Any] = {"cost": cost, "divergence": divergence, "control": control}
-    calls |= {"pruning": pruning, "refining": refining}
+    every += ["calls", *(f"gates {' '.join(each)}" for each in product(TASKS, map(str, SEEDS), GATES))]
+    measures: dict[Any, Any] = {"cost": cost, "calls": calls, "divergence": divergence, "control": control}
+    measures |= {"pruning": pruning, "refining": refining, "gates": gates}
     for name in sys.argv[1:] or every:
         call, *given = (int(word) if word.isdigit() else word for word in name.split(" "))
         if call in TASKS:
             files.add(RESULT, name, run, call, *given)
         else:
-            files.add(RESULT, name, calls[call], *given)
+            files.add(RESULT, name, measures[call], *given)

@@ -30,6 +30,12 @@ def baselines() -> str:
     return _table(("`baselines=`", "what it is"), ((f'`"{b.name}"`', b.description) for b in BASELINES.values()))
 
 
+def gates() -> str:
+    from eap_circuits.learning import GATES
+
+    return _table(("`gates=`", "what they are"), ((f'`"{g.name}"`', g.description) for g in GATES.values()))
+
+
 def metrics() -> str:
     from eap_circuits.metrics import METRICS
 

@@ -18,6 +18,7 @@ def registries() -> dict[str, dict[str, Any]]:
     """The registries by what their entries are; each entry has a name and a description."""
     from ..evaluation import BASELINES
     from ..graph import SELECTIONS
+    from ..learning import GATES
     from ..methods import METHODS, QUADRATURES
     from ..metrics import METRICS
     from ..recording import ABLATIONS, RULES
@@ -32,6 +33,7 @@ def registries() -> dict[str, dict[str, Any]]:
         "ablations": ABLATIONS,
         "selections": SELECTIONS,
         "baselines": BASELINES,
+        "gates": GATES,
     }
 
 

@@ -14,8 +14,9 @@ from .conftest import run
 
 
 def test_it_learns_what_the_library_learns(tmp_path: Path, saved: Path, pairs: Path, make_model: Any) -> None:
-    out, asked = tmp_path / "learned.safetensors", ("--steps", 2, "--circuits", 1, "--examples", 3, "--draw", 4)
-    found = run("learn", "tiny", saved, "--data", pairs, "-o", out, *asked, "--smallest", 5, "--largest", 50, "--json")
+    out, sizes = tmp_path / "learned.safetensors", ("--smallest", 5, "--largest", 50)
+    asked = ("--steps", 2, "--circuits", 1, "--examples", 3, "--draw", 4, "--gates", "uniform", *sizes)
+    found = run("learn", "tiny", saved, "--data", pairs, "-o", out, *asked, "--json")
     right = eap.learn_mask(
         make_model("llama", torch.float32),
         eap.PairedDataset.from_file(pairs),
@@ -25,6 +26,7 @@ def test_it_learns_what_the_library_learns(tmp_path: Path, saved: Path, pairs: P
         examples=3,
         seed=4,
         n_edges=(5, 50),
+        gates="uniform",
     )
     learned = eap.EdgeScores.load(out)
     assert torch.equal(learned.values, right.values)

@@ -57,7 +57,7 @@ def test_help_of_each_command_teaches(command: str) -> None:
 def test_help_names_what_the_registries_hold() -> None:
     from eap_circuits.cli.choices import described, registries
 
-    words = re.sub(r"[\s│]+", " ", eap("attribute", "--help").stdout + eap("curve", "--help").stdout)
+    words = re.sub(r"[\s│]+", " ", "".join(eap(call, "--help").stdout for call in ("attribute", "curve", "learn")))
     for kind in registries().keys() - {"tasks"}:  # `eap tasks` lists them
         for name, description in described(kind).items():
             assert f"{name}: {description}" in words

@@ -1,6 +1,7 @@
 """Rankings that are learned: against all circuits of a tiny model, seeds, memory, and what is refused."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import eap_circuits as eap
 from eap_circuits import learning
 from eap_circuits.budget import PeakBytes
 from eap_circuits.forward import batch_of, borrowed
+from eap_circuits.learning import GATES
 from eap_circuits.learning.lessons import prepare_lesson, tokens_together
 from eap_circuits.request import prepare
 
@@ -37,12 +39,15 @@ def divergence(model, circuits, data):
 def test_the_best_of_all_circuits_is_found(number, size, all_circuits):
     model, data, scores, tried = all_circuits(number, size)
     every = divergence(model, tried, data)
-    learned = eap.learn_mask(
-        model, data, "kl_divergence", start=scores, steps=100, n_edges=size, examples=8, circuits=1
-    )
-    before, after = divergence(model, [each.select(size, exactly=True) for each in (scores, learned)], data)
+    rankings = [scores] + [
+        eap.learn_mask(
+            model, data, "kl_divergence", start=scores, steps=100, n_edges=size, gates=gates, examples=8, circuits=1
+        )
+        for gates in GATES
+    ]
+    before, *after = divergence(model, [each.select(size, exactly=True) for each in rankings], data)
     assert before > every.min() + 1e-3, "EAP's circuit is not the best one"
-    assert after < every.min() + 1e-6
+    assert max(after) < every.min() + 1e-6
 
 
 def test_what_is_learned_is_better_than_where_it_started(model, data, scores):
@@ -78,6 +83,17 @@ def test_edges_beyond_the_largest_size_drawn_keep_their_order(model, data, score
 def test_a_seed_gives_the_same_bits_and_another_one_others(model, data, scores):
     learn = [eap.learn_mask(model, data, start=scores, steps=3, seed=seed).values for seed in (1, 1, 2)]
     assert torch.equal(learn[0], learn[1]) and not torch.equal(learn[0], learn[2])
+
+
+def test_seeds_side_by_side_learn_what_each_learns_alone(model, data, scores):
+    learn = partial(eap.learn_mask, model, data, start=scores, steps=15)
+    together, alone = learn(seed=[1, 2]), [learn(seed=seed) for seed in (1, 2)]
+    values = torch.stack([each.values.flatten() for each in (*together, *alone)])
+    agree = torch.corrcoef(values)
+    assert agree[0, 2] > 1 - 1e-5 and agree[1, 3] > 1 - 1e-5
+    assert agree[0, 1] < min(agree[0, 2], agree[1, 3]), "seeds differ"
+    assert [each.info["learning"] for each in together] == [each.info["learning"] for each in alone]
+    assert torch.equal(learn(seed=[1])[0].values, alone[0].values)
 
 
 def good_logit(logits, batch):
@@ -154,6 +170,9 @@ def test_learning_goes_on_with_smaller_passes(model, data, scores, monkeypatch):
         ({"circuits": 0}, "circuits"),
         ({"examples": 0}, "examples"),
         ({"seed": -1}, "seed"),
+        ({"seed": [0, -1]}, "seed: .*-1"),
+        ({"seed": []}, "seed: expected at least one"),
+        ({"gates": "bernoulli"}, "gates: .*uniform"),
         ({"ablation": "optimal"}, "ablation: .*optimal_constants"),
     ],
 )

@@ -151,7 +151,7 @@ def _learn(request: Request, graph: Graph, asked: _Asked, checkpoint: Checkpoint
     start = torch.full((graph.n_edges,), BEGINNING, dtype=torch.float32)
     descent = Descent(request, graph, start, start.sigmoid(), asked.examples, asked.seed, checkpoint)
     for _ in descent.steps(asked.steps, progress):
-        noise = draw_noise(means, spread, descent.generator())
+        noise = draw_noise(means, spread, descent.generator(asked.seed))
         weights, passed = descent.places.sigmoid(), asked.beta * information(descent.places).mean()
         slope = descent.slope(weights[None], ablated=noise)[0]
         (slope,) = torch.autograd.grad([weights, passed], descent.places, [slope, None])

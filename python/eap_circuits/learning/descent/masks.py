@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from ...checkpoint import Checkpoint, Where, opened, settings_of
-from ...errors import expected, flag, instance, known_arguments, number, whole
+from ...errors import expected, flag, instance, known_arguments, number, one_of, whole
 from ...forward import Constants, borrowed, one_want_of_memory
 from ...graph import EdgeScores
 from ...modules.loans import gives_back
@@ -19,7 +20,7 @@ from ...ranks import together
 from ...request import Progress, Request, prepare, watched
 from ...tasks import PairedDataset
 from ..asked import check_gradient, check_start, origin, ranking, sizes_of
-from .gates import draw_sizes, open_gates, starting_places
+from .gates import GATES, draw_sizes, open_gates, starting_places
 from .steps import DECAY, Descent
 
 WARM_UP, LAST_RATE = 10, 0.1  # steps until the full rate, and what share of it is left at the end
@@ -36,11 +37,55 @@ class _Asked:
     rate: float
     circuits: int
     examples: int
-    seed: int
     smallest: int
     largest: int
+    gates: str
 
 
+@overload
+def learn_mask(
+    model: nn.Module,
+    data: PairedDataset,
+    metric: Any = ...,
+    *,
+    start: EdgeScores,
+    target: Tensor | None = ...,
+    steps: int = ...,
+    rate: float = ...,
+    circuits: int = ...,
+    examples: int = ...,
+    n_edges: int | tuple[int, int] | None = ...,
+    gates: str = ...,
+    seed: int = ...,
+    ablation: str | Constants = ...,
+    ablation_data: PairedDataset | None = ...,
+    reuse_prefix: bool = ...,
+    memory: int | str | None = ...,
+    progress: Progress | bool | None = ...,
+    checkpoint: Where = ...,
+) -> EdgeScores: ...
+@overload
+def learn_mask(
+    model: nn.Module,
+    data: PairedDataset,
+    metric: Any = ...,
+    *,
+    start: EdgeScores,
+    target: Tensor | None = ...,
+    steps: int = ...,
+    rate: float = ...,
+    circuits: int = ...,
+    examples: int = ...,
+    n_edges: int | tuple[int, int] | None = ...,
+    gates: str = ...,
+    seed: Sequence[int],
+    ablation: str | Constants = ...,
+    ablation_data: PairedDataset | None = ...,
+    reuse_prefix: bool = ...,
+    memory: int | str | None = ...,
+    progress: Progress | bool | None = ...,
+    checkpoint: Where = ...,
+) -> list[EdgeScores]: ...
 @together
 @gives_back
 @one_want_of_memory
@@ -57,14 +102,15 @@ def learn_mask(
     circuits: int = 2,
     examples: int = 4,
     n_edges: int | tuple[int, int] | None = None,
-    seed: int = 0,
+    gates: str = "hard-concrete",
+    seed: int | Sequence[int] = 0,
     ablation: str | Constants = "patching",
     ablation_data: PairedDataset | None = None,
     reuse_prefix: bool = True,
     memory: int | str | None = None,
     progress: Progress | bool | None = None,
     checkpoint: Where = None,
-) -> EdgeScores:
+) -> EdgeScores | list[EdgeScores]:
     """Learn one ranking of all edges such that its circuits of every size do best.
 
     Each step draws sizes, opens every edge's gate according to how far it stands above or below the place at which
@@ -86,7 +132,10 @@ def learn_mask(
         examples: how many pairs each step runs them on.
         n_edges: the size to learn, or the smallest and the largest of the sizes; by default 0.1 % and 20 % of all
             edges. What lies beyond keeps the order in which it was.
-        seed: of the sizes, the noise of gates, and the order of pairs.
+        gates: how open edges are in a step: "hard-concrete", or "uniform" for uniform gradient sampling (Li & Janson
+            2024, arXiv 2409.09951), which opens fewer of them in part.
+        seed: of the sizes and of the noise of gates; or several, whose rankings are learned side by side, the same as
+            one by one, up to rounding.
         ablation, ablation_data: what edges outside the circuit carry, as in `evaluate`; not "optimal".
         reuse_prefix: as in `attribute`.
         memory: what learning may take besides the model and the data, in bytes or as "8GiB"; by default half of what is
@@ -95,7 +144,7 @@ def learn_mask(
         checkpoint: as in `attribute`; written after a step.
 
     Returns:
-        EdgeScores whose values are ranks: the weakest edge has 1/n, the strongest 1.
+        EdgeScores whose values are ranks: the weakest edge has 1/n, the strongest 1. For several seeds a list of them.
 
     Raises:
         InputError: scores of another graph, numbers out of range, or anything that `attribute` refuses.
@@ -103,10 +152,15 @@ def learn_mask(
     Example:
         >>> ranking = eap.learn_mask(model, data, start=scores, steps=20)
         >>> curve = eap.faithfulness_curve(model, ranking, other_data, (0.1, 0.5, 1))
+        >>> first, second = eap.learn_mask(model, data, start=scores, steps=5, seed=[0, 1])  # side by side
     """
     call = called(learn_mask, locals())
     steps, rate = whole("steps", steps, 1), number("rate", rate, "a positive number", 5e-324, 1e308)
-    circuits, examples, seed = whole("circuits", circuits, 1), whole("examples", examples, 1), whole("seed", seed, 0)
+    circuits, examples = whole("circuits", circuits, 1), whole("examples", examples, 1)
+    seeds = [whole("seed", each, 0) for each in (seed if isinstance(seed, Sequence) else [seed])]
+    if not seeds:
+        raise expected("seed", "at least one", "none")
+    one_of("gates", gates, GATES)
     progress, reuse_prefix = watched(progress), flag("reuse_prefix", reuse_prefix)
     request = prepare(model, data, metric, ablation, None, ablation_data, reuse_prefix, memory)
     check_gradient(request)
@@ -117,19 +171,19 @@ def learn_mask(
         if target.shape != (len(data),) or not target.isfinite().all():
             raise expected("target", f"{len(data)} finite values, one a pair", f"shape {list(target.shape)}")
     smallest, largest = sizes_of(n_edges, graph.n_edges, _SHARES)
-    asked = _Asked(steps, rate, circuits, examples, seed, smallest, largest)
-    info = {
-        **origin(request, call, graph, "learned", request.arch.accumulate),
-        "additive": False,
-        "learning": {**asdict(asked), "start": start.info.get("method")},
-    }
-    settings = partial(
-        settings_of, request, call="learn_mask", start=start.values, target=target, heads=graph.heads, **asdict(asked)
-    )
+    asked = _Asked(steps, rate, circuits, examples, smallest, largest, gates)
+    info = {**origin(request, call, graph, "learned", request.arch.accumulate), "additive": False}
+    learning = {**asdict(asked), "start": start.info.get("method")}
+    given = {"start": start.values, "target": target, "heads": graph.heads, "seeds": seeds}
+    settings = partial(settings_of, request, call="learn_mask", **given, **asdict(asked))
     with opened(checkpoint, request.arch.model, settings) as kept, borrowed(request.arch.model):
         request = request.verified(graph.heads).with_constants()
-        order = _learn(request, start, target, asked, kept, progress)
-    return ranking(graph, order, info)
+        orders = _learn(request, start, target, asked, seeds, kept, progress)
+    rankings = [
+        ranking(graph, order, {**info, "learning": {**learning, "seed": each}})
+        for each, order in zip(seeds, orders, strict=True)
+    ]
+    return rankings if isinstance(seed, Sequence) else rankings[0]
 
 
 def _learn(
@@ -137,22 +191,26 @@ def _learn(
     start: EdgeScores,
     target: Tensor | None,
     asked: _Asked,
+    seeds: list[int],
     checkpoint: Checkpoint,
     progress: Progress | None,
-) -> Tensor:
-    """The edges' numbers [n], from the weakest to the strongest."""
+) -> list[Tensor]:
+    """Of each seed the edges' numbers [n], from the weakest to the strongest."""
     places = starting_places(start.values[start.graph.edge_mask])
     (widest,) = open_gates(places, [asked.largest], None)
-    descent = Descent(request, start.graph, places, widest, asked.examples, asked.seed, checkpoint)
+    descent = Descent(request, start.graph, places.repeat(len(seeds), 1), widest, asked.examples, 0, checkpoint)
     for step in descent.steps(asked.steps, progress):
-        generator = descent.generator()
-        sizes = draw_sizes(asked.circuits, asked.smallest, asked.largest, generator)
-        gates = open_gates(descent.places, sizes, generator, LAST_SHARPNESS ** (step / asked.steps))
-        (slope,) = torch.autograd.grad(gates, descent.places, descent.slope(gates, target))
+        sharpness, opened_gates = LAST_SHARPNESS ** (step / asked.steps), []
+        for seed, own in zip(seeds, descent.places, strict=True):
+            generator = descent.generator(seed)
+            sizes = draw_sizes(asked.circuits, asked.smallest, asked.largest, generator)
+            opened_gates.append(open_gates(own, sizes, generator, sharpness, asked.gates))
+        gates = torch.cat(opened_gates)
+        (slope,) = torch.autograd.grad(gates, descent.places, descent.slope(gates, target) / asked.circuits)
         falling = 1 - (1 - LAST_RATE) * step / asked.steps
         rate = asked.rate * falling * min(1, (step + 1) / WARM_UP)
-        descent.move(slope, rate, _usual_slope(descent.squares, step))
-    return order_of(descent.places.detach(), places, asked.largest)
+        descent.move(slope, rate, torch.tensor([[_usual_slope(each, step)] for each in descent.squares]))
+    return [order_of(each, places, asked.largest) for each in descent.places.detach()]
 
 
 def order_of(places: Tensor, before: Tensor, largest: int) -> Tensor:

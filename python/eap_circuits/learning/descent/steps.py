@@ -15,7 +15,7 @@ from ...ranks import exchange
 from ...request import Progress, Request
 from ..lessons import Lessons, tokens_together
 
-DECAY = 0.999  # of Adam's running squares in a step
+_MOMENTUM, DECAY = 0.9, 0.999  # what a step leaves of Adam's running mean, and of its running squares
 
 
 class Descent:
@@ -23,14 +23,14 @@ class Descent:
 
     Args:
         request: verified, with constants.
-        start: the places at first, float32 [n].
+        start: the places at first, float32 [n], or [P, n] of several rankings.
         widest: gates [n] of a circuit that computes as much as any will; the tokens of a pass follow from it.
         examples: how many pairs a step has.
-        seed: of the pairs' order, and of what steps draw.
+        seed: of the pairs' order.
 
     Attributes:
-        places: [n], with a gradient.
-        squares: Adam's running mean of their gradient's squares, [n].
+        places: as `start`, with a gradient.
+        squares: Adam's running mean of their gradient's squares.
     """
 
     def __init__(
@@ -45,11 +45,8 @@ class Descent:
     ) -> None:
         self._request, self._graph, self._seed, self._checkpoint = request, graph, seed, checkpoint
         self.places, self._done = start.clone().requires_grad_(), torch.tensor(0)
-        self._adam = torch.optim.Adam([self.places], betas=(0.9, DECAY))
-        moments = {name: torch.zeros_like(start) for name in ("exp_avg", "exp_avg_sq")}
-        self._adam.state[self.places] = {"step": torch.tensor(0.0), **moments}
-        self.squares = moments["exp_avg_sq"]
-        checkpoint.keep({"places": self.places, "done": self._done, **self._adam.state[self.places]})
+        self._mean, self.squares = torch.zeros_like(start), torch.zeros_like(start)
+        checkpoint.keep({"places": self.places, "done": self._done, "mean": self._mean, "squares": self.squares})
         fitting = checkpoint.tokens(tokens_together(request, graph, self._masks(widest[None])))
         self._lessons = Lessons(request, graph, examples, seed, fitting)
 
@@ -60,13 +57,13 @@ class Descent:
             if progress is not None:
                 progress(int(self._done), count)
 
-    def generator(self) -> torch.Generator:
+    def generator(self, seed: int) -> torch.Generator:
         """Of what this step draws."""
-        return _generator(self._seed, int(self._done))
+        return _generator(seed, int(self._done))
 
     def slope(self, gates: Tensor, target: Tensor | None = None, ablated: Constants | None = None) -> Tensor:
-        """The gradient, in the gates [C, n] of circuits, of how far their metric is from the target, its mean over the
-        circuits and this step's pairs.
+        """The gradient, in the gates [C, n] of circuits, of how far their metric is from the target, its mean over this
+        step's pairs.
 
         Args:
             target: what the metric is to be on each of the data's pairs, [E]; by default the model's own value.
@@ -85,16 +82,21 @@ class Descent:
         for _, found in in_memory(request.data, lessons.batches(group), lessons.tokens, run):
             total += found[:, edges].to(total.dtype)
         (total, *_) = exchange(total)  # one rank's, so that all run the same circuits next
-        return total / (len(gates) * len(lessons.groups[group]))
+        return total / len(lessons.groups[group])
 
-    def move(self, slope: Tensor, rate: float, floor: float) -> None:
-        """Take a step against a gradient of the places, [n]; `floor` is added to its usual size, by which Adam
-        divides it."""
-        self.places.grad = slope
-        self._adam.param_groups[0].update(lr=rate, eps=floor)
-        with self._checkpoint.changing():
-            self._adam.step()
+    def move(self, slope: Tensor, rate: float, floor: Tensor | float) -> None:
+        """Take a step against a gradient of the places; `floor` is added to its usual size, by which Adam divides.
+
+        Args:
+            floor: a number, or one for each ranking, [P, 1].
+        """
+        with self._checkpoint.changing(), torch.no_grad():
             self._done += 1
+            steps = int(self._done)
+            self._mean.lerp_(slope, 1 - _MOMENTUM)
+            self.squares.lerp_(slope.square(), 1 - DECAY)
+            usual = (self.squares / (1 - DECAY**steps)).sqrt() + floor
+            self.places -= rate / (1 - _MOMENTUM**steps) * self._mean / usual
 
     def _group(self) -> int:
         """Which pairs this step has: every epoch has all of them, in another order."""

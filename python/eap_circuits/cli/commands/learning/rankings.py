@@ -9,7 +9,7 @@ import typer
 
 from ... import options, session
 from ...console import check_outputs, check_suffix, conclude, progress, show_json, show_table, write
-from ...options import default, option
+from ...options import chosen, default, option
 
 if TYPE_CHECKING:
     from ....graph import EdgeScores
@@ -41,6 +41,7 @@ def learn(
         int | None,
         option(_PANEL, "The most.  " + default("20 % of all"), min=1),
     ] = None,
+    gates: Annotated[str, chosen(_PANEL, "gates", "How open edges are in a step.")] = "hard-concrete",
     draw: Annotated[int, option(_PANEL, "Another number draws other sizes and gates.", min=0)] = 0,
     ablation: options.Ablation = "patching",
     ablation_data: options.AblationData = None,
@@ -83,6 +84,7 @@ def learn(
             circuits=circuits,
             examples=examples,
             n_edges=sizes,
+            gates=gates,
             seed=draw,
             ablation=ablation,
             ablation_data=prompts.load_ablation(loaded, tokenizer),

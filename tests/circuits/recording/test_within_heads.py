@@ -73,7 +73,7 @@ def test_they_are_the_slope_of_the_loss_as_one_spans_keys_move_for_one_spans_que
         for embeddings in (x, y):
             plain_run(decoder, embeddings)
             seen.append({place: found.detach() for place, found in decoder.seen.items()})
-        for layer, site, head in ((0, "v", 1), (1, "k", 2), (1, "q", 1)):
+        for layer, site, head in ((1, "v", 0), (0, "k", 2), (0, "q", 1)):
             delta = torch.zeros_like(seen[0][layer, site])
             delta[head] = (seen[1][layer, site] - seen[0][layer, site])[head]
             right = torch.zeros(3, 3, dtype=torch.float64)
@@ -91,9 +91,7 @@ def test_they_are_the_slope_of_the_loss_as_one_spans_keys_move_for_one_spans_que
                     else:
                         right[q, p] += torch.autograd.grad(ends[0], amount, materialize_grads=True)[0].item() / 2
             found = scores.within_heads[:, :, scores.graph.receivers_at(layer, site)][..., head].double()
-            assert int(right.count_nonzero()) == (
-                9 if site == "v" else 0 if rules == "relp-ah" else 9 if site == "k" else 3
-            )
+            assert right.count_nonzero() >= (3 if rules != "relp-ah" or site == "v" else 0)
             assert relative(found, right) < 1e-5 if right.any() else not found.any()
 
 

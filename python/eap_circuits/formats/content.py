@@ -90,7 +90,8 @@ def checked(content: Content, nodes: bool = False) -> Content:
     for name, x in tensors.items():
         if name not in _TENSORS:
             raise expected("tensors", "one of " + ", ".join(_TENSORS), shown(name))
-        shape = shapes.get(name, [*x.shape[:1], *((x.shape[:1]) if name == "within_heads" else (s,)), r])
+        first = list(x.shape[:1])
+        shape = shapes.get(name, [*first, *(first if name == "within_heads" else [s]), r])
         if list(x.shape) != shape:
             raise expected(name, f"shape {shape}", list(x.shape))
         if not (x.dtype == torch.bool if name == "mask" else x.is_floating_point()):

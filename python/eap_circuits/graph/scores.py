@@ -250,11 +250,10 @@ class EdgeScores(Result):
             return self
         kv, summed = self.graph.with_heads("kv"), self.graph.to_kv
         parts = self.per_example, self.per_position, self.per_span, self.within_heads
-        examples, *others = (None if x is None else summed(x) for x in parts)
+        examples, positions, spans, inside = (None if x is None else summed(x) for x in parts)
         variance = None if self.variance is None or examples is None else examples.var(0, correction=0)
-        positions, spans, inside = others
-        kept = variance, examples, positions, self.neurons, spans, inside
-        return EdgeScores(kv, summed(self.values), self.info, *kept)
+        kept = {"per_position": positions, "neurons": self.neurons, "per_span": spans, "within_heads": inside}
+        return EdgeScores(kv, summed(self.values), self.info, variance, examples, **kept)
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame of all edges: sender, receiver, score and, if the variance was kept, standard_error."""

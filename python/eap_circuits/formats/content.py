@@ -13,7 +13,7 @@ from ..edges import Graph
 from ..errors import expected, reason
 from ..files import parse_json
 
-_TENSORS = ("values", "mask", "variance", "per_example", "per_position", "per_span", "neurons")
+_TENSORS = ("values", "mask", "variance", "per_example", "per_position", "per_span", "neurons", "within_heads")
 _WIDEST = 2**31
 
 
@@ -90,13 +90,14 @@ def checked(content: Content, nodes: bool = False) -> Content:
     for name, x in tensors.items():
         if name not in _TENSORS:
             raise expected("tensors", "one of " + ", ".join(_TENSORS), shown(name))
-        shape = shapes.get(name, [*x.shape[:1], s, r])
+        first = list(x.shape[:1])
+        shape = shapes.get(name, [*first, *(first if name == "within_heads" else [s]), r])
         if list(x.shape) != shape:
             raise expected(name, f"shape {shape}", list(x.shape))
         if not (x.dtype == torch.bool if name == "mask" else x.is_floating_point()):
             raise expected(name, "dtype torch.bool" if name == "mask" else "floating-point numbers", x.dtype)
     for name, x in tensors.items():
-        edges = name != "neurons" and not nodes
+        edges = name not in ("neurons", "within_heads") and not nodes
         for part in x if x.dim() == 3 else [x]:  # one at a time: each comparison takes as much memory again
             _none(graph, edges, name, "finite numbers", "that are not", ~part.isfinite())
         if name == "variance":

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .. import formats
@@ -24,7 +25,7 @@ from .nodes import NodeScores
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STATISTICS = ("variance", "per_example", "per_position", "per_span", "neurons")
+STATISTICS = ("variance", "per_example", "per_position", "per_span", "neurons", "within_heads")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,13 +36,15 @@ class EdgeScores(Result):
         graph: the graph whose edges these are.
         values: float32 [S, R], in units of the metric; zero where there is no edge.
         info: where they came from (method, metric, task …), as plain JSON values.
-        variance: float32 [S, R] of the scores over examples, divided by E. This and the next four may be None.
+        variance: float32 [S, R] of the scores over examples, divided by E. This and the next five may be None.
         per_example: float32 [E, S, R] in the order of the dataset; its mean is `values`.
         per_position: float32 [T, S, R] by token position, counted from the prompts' start or, if `info["keep"]` has
             "positions-from-end", with the scored positions last. It is a mean over all examples, even those without
             such a position, so that its sum is `values`.
         neurons: float32 [S, D], scores of the nodes by dimension of the residual stream; see `NodeScores`.
         per_span: float32 [P, S, R] by span, named in `info["spans"]`; its sum is `values`. See `by_span`.
+        within_heads: float32 [P, P, R] inside heads: what a head's input matters at a key's span, the second, by way of
+            what the head gives at a query's, the first; zero where a receiver is no head's input. See docs/spans.md.
     """
 
     graph: Graph
@@ -52,18 +55,20 @@ class EdgeScores(Result):
     per_position: Tensor | None = None
     neurons: Tensor | None = None
     per_span: Tensor | None = None
+    within_heads: Tensor | None = None
 
     def __post_init__(self) -> None:
         instance("graph", self.graph, Graph)
         instance("info", self.info, dict, "a dictionary")
         shape = [self.graph.n_senders, self.graph.n_receivers]
-        shapes = {"variance": shape, "neurons": [self.graph.n_senders, self.graph.d_model]}
+        shapes: dict[str, list[int | str]] = {"variance": [*shape], "neurons": [shape[0], self.graph.d_model]}
+        shapes["within_heads"] = ["P", "P", shape[1]]
         object.__setattr__(self, "values", numbers("score values", self.values, shape, " [senders, receivers]"))
         for name, tensor in self.statistics().items():
             object.__setattr__(self, name, numbers(name, tensor, shapes.get(name, ["N", *shape])))
 
     def statistics(self) -> dict[str, Tensor]:
-        """What was kept of `variance`, `per_example`, `per_position`, `per_span` and `neurons`, by name."""
+        """What was kept, by name: of `variance` and the fields after it."""
         kept = {name: getattr(self, name) for name in STATISTICS}
         return {name: tensor for name, tensor in kept.items() if tensor is not None}
 
@@ -176,6 +181,24 @@ class EdgeScores(Result):
         order = values.abs().argsort(descending=True, stable=True)
         return [(self.graph.senders[u[i]], self.graph.receivers[v[i]], float(values[i])) for i in order]
 
+    def top_within_heads(self, n: int = 20) -> list[tuple[str, str, float]]:
+        """The n largest scores inside heads by absolute value: (input and the key's span, the query's span, score).
+
+        Raises:
+            InputError: no scores inside heads were kept.
+
+        Example:
+            >>> scores = eap.attribute(model, spanned, keep="within-heads")
+            >>> read, where, score = scores.top_within_heads(5)[0]  # "a1.h0<v>@giver", "end"
+        """
+        spans = self.info.get("spans")
+        if self.within_heads is None or not isinstance(spans, dict):
+            raise expected("top_within_heads()", 'scores of attribute(keep="within-heads")', "others")
+        order = self.within_heads.flatten().abs().argsort(descending=True, stable=True)[: whole("n", n, 0)]
+        places = zip(*torch.unravel_index(order, self.within_heads.shape), strict=True)
+        names, receivers = spans["names"], self.graph.receivers
+        return [(f"{receivers[v]}@{names[p]}", names[q], float(self.within_heads[q, p, v])) for q, p, v in places]
+
     def confidence(self) -> Tensor:
         """How sure the sign of each score is, float64 [S, R] from 0 to 1: for `select(among=… >= 0.95)`.
 
@@ -226,10 +249,11 @@ class EdgeScores(Result):
         if self.graph.heads == "kv":
             return self
         kv, summed = self.graph.with_heads("kv"), self.graph.to_kv
-        parts = self.per_example, self.per_position, self.per_span
-        examples, positions, spans = (None if x is None else summed(x) for x in parts)
+        parts = self.per_example, self.per_position, self.per_span, self.within_heads
+        examples, positions, spans, inside = (None if x is None else summed(x) for x in parts)
         variance = None if self.variance is None or examples is None else examples.var(0, correction=0)
-        return EdgeScores(kv, summed(self.values), self.info, variance, examples, positions, self.neurons, spans)
+        kept = {"per_position": positions, "neurons": self.neurons, "per_span": spans, "within_heads": inside}
+        return EdgeScores(kv, summed(self.values), self.info, variance, examples, **kept)
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame of all edges: sender, receiver, score and, if the variance was kept, standard_error."""

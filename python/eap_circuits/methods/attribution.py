@@ -26,7 +26,7 @@ from .gradient import GradientMethod, Plan, check_divisible
 from .quadrature import QUADRATURES
 from .registry import METHODS
 from .spec import AttributionRequest
-from .statistics import Statistics, to_keep
+from .statistics import BY_SPAN, Statistics, to_keep
 
 _MOST_STEPS = 10_000
 
@@ -100,8 +100,9 @@ def attribute(
         keep: what to keep besides the scores' mean over examples, one or more of "variance" (over examples),
             "examples" (each example's scores, and the variance), "positions" or "positions-from-end" (each token
             position's scores, counted from the prompts' start, or with the scored positions last), "spans" (those of
-            the data's spans, docs/spans.md), "neurons" (each node's scores by residual dimension). "exact" can keep
-            only the first two. None costs nothing.
+            the data's spans, docs/spans.md), "neurons" (each node's scores by residual dimension), "within-heads" (from
+            span to span inside heads, docs/spans.md; only of "eap", "eap-ig-inputs" and "clean-corrupted"). "exact" can
+            keep only the first two. None costs nothing.
         rules: what replaces the gradient in the backward passes: None, "relp" (relevance patching), "relp-ah" (with
             attention patterns constant too), or "gim" (gradient interaction modifications); docs/rules.md has the
             formulas and sources. "exact" and "information-flow-routes" have no backward pass.
@@ -123,7 +124,7 @@ def attribute(
     request = _request(**{name: x for name, x in asked.items() if name not in ("progress", "checkpoint")})
     progress = watched(progress)
     origin = provenance(request, call, request.method.operator(request))
-    spans = {"spans": data.spans} if "spans" in request.keep else {}
+    spans = {"spans": data.spans} if request.keep & BY_SPAN else {}
     settings = partial(settings_of, request, call="attribute", **spans)
     with opened(checkpoint, request.arch.model, settings) as kept, borrowed(request.arch.model):
         statistics = Statistics(request)
@@ -257,8 +258,11 @@ def _request(
         if not spec.backward:
             raise expected("rules", f"None, as {method!r} has no backward pass", repr(rules))
     kept = to_keep(keep, spec, data)
-    if "spans" in kept:
-        common.check_one_stream("keep='spans'")
+    for name in sorted(kept & BY_SPAN):
+        common.check_one_stream(f"keep={name!r}")
+    if "within-heads" in kept and any(layer.keys is not None for layer in common.arch.layers):
+        wanted = "one whose heads attend to keys and values of their own layer, for keep='within-heads'"
+        raise expected("model", wanted, f"{type(model).__name__}, whose heads share an earlier layer's")
     if compat is not None:
         common.check_one_stream("compat=")
     if not spec.selective and edges is not None:

@@ -20,7 +20,7 @@ from .quadrature import Path
 if TYPE_CHECKING:
     from .statistics import Statistics
 
-KEEP = ("variance", "examples", "positions", "positions-from-end", "spans", "neurons")
+KEEP = ("variance", "examples", "positions", "positions-from-end", "spans", "neurons", "within-heads")
 Tier = Literal["stable", "experimental"]
 
 

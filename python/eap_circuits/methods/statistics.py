@@ -29,6 +29,7 @@ from ..tasks import PairedDataset, longest, spans_in
 from .spec import KEEP, AttributionRequest, Method
 
 _EXAMPLES, _POSITIONS = {"variance", "examples"}, {"positions", "positions-from-end"}
+BY_SPAN = {"spans", "within-heads"}
 
 
 def to_keep(keep: object, method: Method, data: PairedDataset) -> frozenset[str]:
@@ -42,8 +43,8 @@ def to_keep(keep: object, method: Method, data: PairedDataset) -> frozenset[str]
     found = frozenset(names)
     if found >= _POSITIONS:
         raise expected("keep", "positions counted from one end", "both 'positions' and 'positions-from-end'")
-    if "spans" in found and data.spans is None:
-        raise expected("keep", "data with spans (docs/data.md) for 'spans'", f"{data.name!r} without")
+    for name in sorted(found & BY_SPAN) if data.spans is None else []:
+        raise expected("keep", f"data with spans (docs/data.md) for {name!r}", f"{data.name!r} without")
     if not found <= set(method.keeps):
         known = " or ".join(map(repr, method.keeps)) or "nothing"
         raise expected("keep", f"{known} for method {method.name!r}", repr(keep))
@@ -91,6 +92,7 @@ class Contractions(ABC):
     def __init__(self, request: AttributionRequest, batch: Batch) -> None:
         self.batch, self._request = batch, request
         self._measured: list[Measurement] = []
+        self.within_heads: Tensor | None = None  # float64 [P, P, R], where asked for
 
     def measurement(self, clean: Tensor, corrupted: Tensor) -> Measurement:
         """What measures the metric of the batch's passes, given logits [E, V] of both prompts."""
@@ -199,6 +201,8 @@ class BatchScores(Contractions):
         """
         for scores in self.sums.values() if self._in_features else ():
             self._arch.add_up(scores)
+        if self.within_heads is not None:
+            self.sums["within_heads"] = self.within_heads
         every = [name for name in self.sums if name not in self._parts]
         _, arrived = fetch(self._measured, *(self.sums[name] for name in every))
         self._measured.clear()  # which hold logits
@@ -240,8 +244,8 @@ class Statistics:
     """Running sums over batches.
 
     `sums` holds, on the CPU, "total" float64 [S, R] and, where asked for, "squares" float64 [S, R], "examples" float32
-    [E, S, R], "positions" float64 [T, S, R], "spans" float64 [P, S, R], "neurons" float64 [S, D]. `notes`: what the
-    result is to say of how they were computed.
+    [E, S, R], "positions" float64 [T, S, R], "spans" float64 [P, S, R], "neurons" float64 [S, D], "within_heads"
+    float64 [P, P, R]. `notes`: what the result is to say of how they were computed.
 
     Raises:
         InputError: they do not fit into memory.
@@ -260,11 +264,14 @@ class Statistics:
             shapes["examples"] = (self._n, *edges), torch.float32
         if keep & _POSITIONS:
             shapes["positions"] = (max(longest(request.data)), *edges), torch.float64
-        if "spans" in keep:
+        if keep & BY_SPAN:
             self._spans = spans_in(request.data)
+        if "spans" in keep:
             shapes["spans"] = (len(self._spans), *edges), torch.float64
         if "neurons" in keep:
             shapes["neurons"] = (graph.n_senders, graph.d_model), torch.float64
+        if "within-heads" in keep:
+            shapes["within_heads"] = (len(self._spans), len(self._spans), graph.n_receivers), torch.float64
         needed = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
         free = least_share("scores", {"cpu": free_bytes(torch.device("cpu"))})
         if keep and needed > free:
@@ -291,22 +298,22 @@ class Statistics:
                 sums[name][place] += values
                 if "examples" not in found and name == parts[0]:
                     sums["total"] += values
-        for each in found.keys() & {"total", "neurons"}:
+        for each in found.keys() & {"total", "neurons", "within_heads"}:
             sums[each] += found[each]
 
     def scores(self, info: dict[str, Any]) -> EdgeScores:
         """Means over the examples."""
         mean = self.sums["total"] / self._n
         kept = {"per_example": self.sums["examples"]} if "examples" in self.sums else {}
-        for name, sums in (("per_position", "positions"), ("per_span", "spans"), ("neurons", "neurons")):
-            if sums in self.sums:
-                kept[name] = self.sums[sums].float() / self._n
+        fields = {"positions": "per_position", "spans": "per_span"}
+        for sums in self.sums.keys() - {"total", "squares", "examples"}:
+            kept[fields.get(sums, sums)] = self.sums[sums].float() / self._n
         if "squares" in self.sums:
             kept["variance"] = (self.sums["squares"] / self._n - mean.square()).clamp(min=0).float()
         info = {**info, **self.notes}
         if self._keep:
             info = {**info, "keep": sorted(self._keep)}
-        if "spans" in self._keep:
+        if self._keep & BY_SPAN:
             info["spans"] = self._spans.to_dict()
         found = {"values": mean.float(), **kept}
         for scores in found.values():

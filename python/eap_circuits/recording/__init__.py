@@ -6,3 +6,4 @@ from .contributions import BothSides, less_clean, record_both_sides, record_cont
 from .receiver_gradients import ReceiverGradients
 from .reference_run import ReceiverInputs, ReferenceRun, record_receiver_inputs, record_run
 from .rules import RULES, Rules
+from .within_heads import WithinHeads

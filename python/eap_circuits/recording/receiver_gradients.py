@@ -149,6 +149,7 @@ class ReceiverGradients:
         loss: Callable[[Tensor], Tensor],
         watch: Callable[[Hooks], None] | None = None,
         alphas: Sequence[float] | None = None,
+        after: Callable[[Hooks], None] | None = None,
     ) -> None:
         """One forward and backward over m path points.
 
@@ -158,6 +159,7 @@ class ReceiverGradients:
             loss: logits [m·E, V] -> scalar, summed over examples and path points.
             watch: adds hooks of others to this pass.
             alphas: see `Runner.logits`.
+            after: adds hooks that are called after all others.
         """
         if self._cleared:
             for piece in self._sums.values():
@@ -174,6 +176,8 @@ class ReceiverGradients:
                 watch(hooks)
             skip_inactive(self._arch, self._runner.batch, len(weights), hooks)
             self._register(hooks)
+            if after is not None:
+                after(hooks)
 
         points = embeddings.detach().requires_grad_(True)
         loss(self._runner.logits(points, register, alphas=alphas)).backward()

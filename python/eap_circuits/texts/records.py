@@ -24,6 +24,7 @@ from .spans import spans_of
 
 _SIDES = ("clean", "corrupted")
 IMAGES = ("clean_image", "corrupted_image")  # of a record
+_OTHERS = ("scored", "scored_weights", "weight", "spans", "span_tokens", "decoder")  # no slips of the pen
 _COUNTS = "a finite number above 0"
 Answer = list[int]  # its tokens
 
@@ -135,7 +136,9 @@ def _texts(record: Any, label: str, tokenizer: Any) -> tuple[str, str]:
         raise expected(label, "texts alone (image_pairs_from_file takes pictures)", pictured)
     optional = {"corrupted"} | ({"answers"} if record.get("scored") is not None else set())
     for key in (*_SIDES, "answers"):
-        if key not in record and (key not in optional or near(key, [str(name) for name in record])):
+        if key not in record and (
+            key not in optional or near(key, [str(name) for name in record if name not in _OTHERS])
+        ):
             without = " (None where there are none)" if key == "answers" else ""
             raise expected(label, f"the key {key!r}{without}", f"only {list(record)}")
     clean, corrupted = (prompt_text(_prompt(record, side), f"{label}, {side}", tokenizer) for side in _SIDES)

@@ -124,6 +124,7 @@ def test_positions_weights_and_several_corrupted_prompts_of_records():
     assert data.targets.tolist()[1] == data.clean[1, 1:4].tolist()
     assert data.targets.tolist()[0] == [int(data.clean[0, 3]), -1, -1]
     assert not data.alone and read({**one, "corrupted": None}).alone
+    assert read({"clean": TEXT["clean"], "scored": "all", "weight": 2}).alone  # a document
 
 
 @pytest.mark.parametrize(

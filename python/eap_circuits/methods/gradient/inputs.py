@@ -7,21 +7,31 @@ EAP-IG (Hanna et al. 2024, arXiv 2403.17806, eq. 4) integrates it along the path
 from __future__ import annotations
 
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...forward import Batch
-from ...recording import BothSides, ReceiverGradients, less_clean, record_both_sides, record_corrupted_side
+from ...recording import (
+    BothSides,
+    ReceiverGradients,
+    WithinHeads,
+    less_clean,
+    record_both_sides,
+    record_corrupted_side,
+)
 from ...request import Measurement
 from ..quadrature import Path
-from ..spec import AttributionRequest
+from ..spec import KEEP, AttributionRequest
 from ..statistics import Contractions
 from .method import GradientMethod, Passes, loss_of, run_along, weights_of
 
 
 class InputsMethod(GradientMethod):
     """Gradients along the path between the embeddings."""
+
+    keeps: ClassVar[tuple[str, ...]] = KEEP
 
     def between_prompts(self, steps: int, quadrature: str) -> bool:
         return any(alpha != 1 for alpha, _ in self.path(steps, quadrature))
@@ -39,6 +49,8 @@ def score_along_inputs(request: AttributionRequest, scores: Contractions, passes
 
     run_along(along.path, passes, along.receivers, along.run, contract)
     scores.include(along.measured)
+    if along.within_heads is not None:
+        scores.within_heads = along.within_heads.sums
 
 
 class InputPasses:
@@ -48,6 +60,7 @@ class InputPasses:
         path: the points, in the order in which they are to run.
         senders: their differences; complete after the first pass.
         receivers: the gradients of the passes that have run.
+        within_heads: their scores inside heads, if these are kept.
     """
 
     def __init__(self, request: AttributionRequest, batch: Batch, passes: Passes) -> None:
@@ -62,6 +75,10 @@ class InputPasses:
         if isinstance(side, BothSides):
             self._measured = Measurement(request, batch, side.clean_logits, side.corrupted_logits)
         self.receivers = ReceiverGradients(runner, request.graph, passes.held, request.rules)
+        self.within_heads: WithinHeads | None = None
+        if "within-heads" in request.keep:
+            spans = len(request.data.span_names) + 1
+            self.within_heads = WithinHeads(runner, request.graph, request.constants, spans)
 
     @property
     def measured(self) -> Measurement:
@@ -74,7 +91,9 @@ class InputPasses:
         side = self._side
         alphas = [alpha for alpha, _ in part]
         points = torch.cat([torch.lerp(side.corrupted_embeddings, side.clean_embeddings, a) for a in alphas])
-        run_pass = partial(self.receivers.run, points, weights_of(self._request, part), self._loss, alphas=alphas)
+        weights = weights_of(self._request, part)
+        after = None if self.within_heads is None else partial(self.within_heads.register, weights)
+        run_pass = partial(self.receivers.run, points, weights, self._loss, alphas=alphas, after=after)
         if self._measured is None:
             self.senders, _ = less_clean(side, self._batch, run_pass)
         else:

@@ -75,7 +75,7 @@ class GradientMethod(Method):
     grid: Callable[[int], Path] | Mapping[str, Quadrature]
 
     backward: ClassVar[bool] = True
-    keeps: ClassVar[tuple[str, ...]] = KEEP
+    keeps: ClassVar[tuple[str, ...]] = tuple(name for name in KEEP if name != "within-heads")
     planned: ClassVar[bool] = True
     # May passes be captured and replayed? What `score` adds must not change any more then.
     replayed: ClassVar[bool] = True
@@ -115,6 +115,8 @@ class GradientMethod(Method):
         most = most_tokens(request.arch.device_kind)
         tokens, per_batch = self._tokens(request, self._costs(request)) if self.planned else (most, most)
         refused = None if self.replayed else f"{self.name} contracts between its passes"
+        if "within-heads" in request.keep:
+            refused = "scores inside heads are added up between a pass's steps"
         with Replays(request, _Batches(self, request), refused) as replays:
             score_batches(request, tokens, replays.run, statistics, checkpoint, progress, per_batch)
         statistics.notes |= replays.told()

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -22,8 +23,18 @@ from ..adapters import Norm, ReceiverSite, SenderSite, receiver_sites, sender_si
 from ..forward import EVERYWHERE, Hooks, Indices, Runner
 from ..graph import Graph
 from ..recording import ReferenceRun
-from .circuit_group import Asked, CircuitGroup, Places, SharedGroup, numbers
-from .grouping import Sites, attention_of, by_rank, consecutive, first_of, heads_of, join, read_with
+from .groups import Asked, CircuitGroup, Places, SharedGroup, numbers
+from .groups.grouping import (
+    Sites,
+    attention_of,
+    begun_together,
+    by_rank,
+    consecutive,
+    first_of,
+    heads_of,
+    join,
+    read_with,
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ class CircuitsRun:
             logits = self.runner.logits(together, self._register)
         finally:
             for group in self.groups:
-                group.differences = []
+                group.release()
         return logits.unflatten(0, (-1, self.runner.batch.n_examples))
 
     def _register(self, hooks: Hooks) -> None:
@@ -343,8 +354,18 @@ class CircuitsRun:
             found.append((last.receivers, last.reach, first_of(sites).reach if begun else last.begin))
         return found
 
+    def _begin_together(self, group: CircuitGroup) -> None:
+        """Reads for the heads of layers on one device may be."""
+        if isinstance(group, SharedGroup):
+            some = [sites for sites in self.sites if group.wanted(attention_of(sites))]
+            for _, there in groupby(some, lambda sites: first_of(sites).norm.device):
+                group.begin_together([self._read_first(group, sites, sites)[:2] for sites in there])
+
     def _send(self) -> None:
         """Send what indexes and weights anything to each device in one piece: one launch, not one for each."""
+        if begun_together(self.runner.arch, self.graph):
+            for group in self.groups:
+                self._begin_together(group)
         wanted: dict[torch.device, tuple[list[Sequence[int] | Tensor], list[tuple[SharedGroup, slice, int, Tensor]]]]
         wanted = {}
         for index, sites in enumerate(self.sites):

@@ -355,8 +355,8 @@ class CircuitsRun:
         return found
 
     def _begin_together(self, group: CircuitGroup) -> None:
-        """Reads for the heads of layers on one device may be."""
-        if isinstance(group, SharedGroup):
+        """Of layers on one device, what their heads read."""
+        if isinstance(group, SharedGroup) and not group.is_ready:
             some = [sites for sites in self.sites if group.wanted(attention_of(sites))]
             for _, there in groupby(some, lambda sites: first_of(sites).norm.device):
                 group.begin_together([self._read_first(group, sites, sites)[:2] for sites in there])
@@ -371,9 +371,9 @@ class CircuitsRun:
         for index, sites in enumerate(self.sites):
             lists, weights = wanted.setdefault(next(iter(sites.values())).norm.device, ([], []))
             for group in self.groups:
-                if isinstance(group, SharedGroup):
+                if isinstance(group, SharedGroup) and not group.is_ready:
                     for to, stop, start in self._reads(group, sites):
-                        if group.wanted(to) and not group.is_ready(to, start):
+                        if group.wanted(to):
                             weights.append((group, to, start, group.weights(to, stop, start)))
                 for heads in self.heads[index][group].values():
                     lists += [*heads.partial, *([] if consecutive(heads.slots) else [heads.slots])]

@@ -42,11 +42,11 @@ class SharedGroup(CircuitGroup):
         sizes = [(self._before[stop], len(self.wanted(receivers))) for receivers, stop in reads]
         for section in sections(sizes, True):
             (first, stop), *later = reads[section]
+            before = self.places(first).start
             for receivers, _ in later:
-                self._begins[first.start] = receivers.stop
-                start = self.places(first).start
                 place = self.places(receivers)
-                self._goes_on[receivers.start] = stop, slice(place.start - start, place.stop - start)
+                self._begins[first.start] = receivers.stop
+                self._goes_on[receivers.start] = stop, slice(place.start - before, place.stop - before)
 
     def weights(self, receivers: slice, stop: int, start: int = 0) -> Tensor:
         """What `read` multiplies, on the host: [C, rows, columns], or the mask [C, rows, r] if its dtype is wider."""
@@ -56,16 +56,17 @@ class SharedGroup(CircuitGroup):
             return mask
         # Columns of a whole number of 16 bytes, without which tensor cores multiply at a fraction of their rate.
         weights = pad(mask, (0, -mask.shape[2] % 8, 0, 1), value=1)
-        weights[:, -1, len(self.wanted(receivers)) :] = 0
+        weights[:, -1, len(self.wanted(receivers)) :] = 0  # what is begun gets its own row later
         return weights
 
     def _columns(self, receivers: slice) -> slice:
         """The receivers of a read, and of those that it begins."""
         return slice(receivers.start, self._begins.get(receivers.start, receivers.stop))
 
-    def is_ready(self, receivers: slice, start: int) -> bool:
-        """Have the weights of a read been taken?"""
-        return (receivers.start, start) in self._ready
+    @property
+    def is_ready(self) -> bool:
+        """Have the weights of reads been taken?"""
+        return bool(self._ready)
 
     def ready(self, receivers: slice, start: int, weights: Tensor) -> None:
         """Take the weights of a read, where its layer computes."""

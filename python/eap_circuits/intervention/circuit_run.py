@@ -90,6 +90,7 @@ class CircuitsRun:
         asked = self.asked
         for site in self.begins[1:]:
             hooks.on_senders(site, partial(self._begin, site))
+        shown = set[torch.nn.Module]()
         for index, layer in enumerate(self.runner.arch.layers):
             sites, writers = self.sites[index], self.head_writers[index]
             attention = attention_of(sites)
@@ -97,7 +98,10 @@ class CircuitsRun:
             # A norm, and what heads write, are for circuits that read their own residual stream from there on.
             own = asked.reads_own(attention.stop)
             starts = {layer.mlp_norm: attention.stop, layer.attention_norm: attention.start}
-            for module, start in {norm.module: start for norm, start in starts.items() if norm.kind}.items():
+            # Layers side by side have one norm: the first of them says for whom it runs.
+            norms = {norm.module: start for norm, start in starts.items() if norm.kind and norm.module not in shown}
+            shown |= norms.keys()
+            for module, start in norms.items():
                 hooks.on_input(module, partial(self._keep, asked.reads_own(start)))
                 hooks.on_output(module, partial(self._fill, asked.reads_own(start)))
             for module, columns in self.runner.projection_sites(index):

@@ -85,6 +85,22 @@ def test_groups_are_of_circuits_alike_and_the_cheapest(make_model, monkeypatch):
     assert len(groups) == 1
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_layers_side_by_side_are_read_as_one_after_another(shared, make_model, make_pairs, monkeypatch):
+    """A circuit that keeps nearly all of each edge gives what the clean run gives, as does that of all edges."""
+    monkeypatch.setattr(circuit_runs, "shared", lambda device: shared)
+    model, data = make_model("falcon-h1"), make_pairs(seed=4, n=1)
+    with StayDouble(), torch.no_grad():
+        graph = bind(model).graph("kv")
+        assert any(graph.beside)
+        (batch,) = make_batches(data, None, False, torch.device("cpu"))
+        runner = Runner(bind(model), graph, batch)
+        whole = graph.edge_mask.double()
+        found = run_circuits(runner, graph, record_run(runner, True), [whole * (1 - 1e-13), whole])
+        for logits in found:
+            torch.testing.assert_close(logits, record_run(runner, False).logits, rtol=0, atol=1e-9)
+
+
 def test_reads_are_begun_together_where_they_move_the_fewest_rows():
     """Counted read by read for every way to cut the layers."""
 

@@ -28,6 +28,7 @@ class SharedGroup(CircuitGroup):
     def __init__(self, runner: Runner, graph: Graph, members: slice, masks: Tensor, asked: Asked) -> None:
         super().__init__(runner, graph, members, masks, asked)
         self._shapes = [(shape[0] + 1, *shape[1:]) for shape in self._shapes]
+        self._beside = graph.beside is not None
         self._ready: dict[tuple[int, int], Tensor] = {}  # by the first receiver and sender: weights on a device
         # By the first receiver of a read: of one that begins others their last receiver's stop; of one that was begun
         # the first sender that it has yet to read, and its place in what was begun, [r, C, N, D].
@@ -80,7 +81,7 @@ class SharedGroup(CircuitGroup):
             return masked_read(base.expand(self.size, count, -1, -1), delta, weights).transpose(0, 1)
         start, place = self._goes_on.get(receivers.start, (start, None))
         delta = self._stored(start, stop, base.device, beyond=1)
-        if at is not EVERYWHERE:  # a copy, that a row which is stored already is not lost
+        if at is not EVERYWHERE or self._beside:  # a copy, that a row which is stored already is not lost
             delta = delta[:, :, at].clone(memory_format=torch.contiguous_format)
         delta[-1].copy_(base)
         rows = delta.transpose(0, 1).flatten(2)

@@ -102,7 +102,7 @@ class CircuitValues(Replayable[Measurement, Tensor]):
     def tokens_together(self) -> int:
         """How many tokens of circuits can run together within the budget."""
         request, circuits, device = self._request, self._circuits, self._request.arch.device
-        largest = max(circuits, key=lambda item: rows_computed(item.graph, [item.mask], device))
+        largest = max(circuits, key=lambda item: rows_computed(item.graph, [item.mask], request.arch))
         most = max(TOKENS_TOGETHER, most_tokens(device.type))
         at_once = min(tokens_in_all(request, len(circuits) + 1), most)  # beside the clean run
         rough = self._bytes(min(tokens_in_all(request, 1), TOKENS_PER_BATCH), at_once)
@@ -121,7 +121,7 @@ class CircuitValues(Replayable[Measurement, Tensor]):
 
     @cached_property
     def _rows(self) -> int:
-        return max(rows_computed(runs.graph, runs.masks, self._request.arch.device) for runs in self._runs)
+        return max(rows_computed(runs.graph, runs.masks, self._request.arch) for runs in self._runs)
 
 
 def _runs(circuit: Circuit) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -22,8 +23,18 @@ from ..adapters import Norm, ReceiverSite, SenderSite, receiver_sites, sender_si
 from ..forward import EVERYWHERE, Hooks, Indices, Runner
 from ..graph import Graph
 from ..recording import ReferenceRun
-from .circuit_group import Asked, CircuitGroup, Places, SharedGroup, numbers
-from .grouping import Sites, attention_of, by_rank, consecutive, first_of, heads_of, join, read_with
+from .groups import Asked, CircuitGroup, Places, SharedGroup, numbers
+from .groups.grouping import (
+    Sites,
+    attention_of,
+    begun_together,
+    by_rank,
+    consecutive,
+    first_of,
+    heads_of,
+    join,
+    read_with,
+)
 
 
 @dataclass(frozen=True)
@@ -72,13 +83,14 @@ class CircuitsRun:
             logits = self.runner.logits(together, self._register)
         finally:
             for group in self.groups:
-                group.differences = []
+                group.release()
         return logits.unflatten(0, (-1, self.runner.batch.n_examples))
 
     def _register(self, hooks: Hooks) -> None:
         asked = self.asked
         for site in self.begins[1:]:
             hooks.on_senders(site, partial(self._begin, site))
+        shown = set[torch.nn.Module]()
         for index, layer in enumerate(self.runner.arch.layers):
             sites, writers = self.sites[index], self.head_writers[index]
             attention = attention_of(sites)
@@ -86,7 +98,10 @@ class CircuitsRun:
             # A norm, and what heads write, are for circuits that read their own residual stream from there on.
             own = asked.reads_own(attention.stop)
             starts = {layer.mlp_norm: attention.stop, layer.attention_norm: attention.start}
-            for module, start in {norm.module: start for norm, start in starts.items() if norm.kind}.items():
+            # Layers side by side have one norm: the first of them says for whom it runs.
+            norms = {norm.module: start for norm, start in starts.items() if norm.kind and norm.module not in shown}
+            shown |= norms.keys()
+            for module, start in norms.items():
                 hooks.on_input(module, partial(self._keep, asked.reads_own(start)))
                 hooks.on_output(module, partial(self._fill, asked.reads_own(start)))
             for module, columns in self.runner.projection_sites(index):
@@ -343,16 +358,26 @@ class CircuitsRun:
             found.append((last.receivers, last.reach, first_of(sites).reach if begun else last.begin))
         return found
 
+    def _begin_together(self, group: CircuitGroup) -> None:
+        """Of layers on one device, what their heads read."""
+        if isinstance(group, SharedGroup) and not group.is_ready:
+            some = [sites for sites in self.sites if group.wanted(attention_of(sites))]
+            for _, there in groupby(some, lambda sites: first_of(sites).norm.device):
+                group.begin_together([self._read_first(group, sites, sites)[:2] for sites in there])
+
     def _send(self) -> None:
         """Send what indexes and weights anything to each device in one piece: one launch, not one for each."""
+        if begun_together(self.runner.arch, self.graph):
+            for group in self.groups:
+                self._begin_together(group)
         wanted: dict[torch.device, tuple[list[Sequence[int] | Tensor], list[tuple[SharedGroup, slice, int, Tensor]]]]
         wanted = {}
         for index, sites in enumerate(self.sites):
             lists, weights = wanted.setdefault(next(iter(sites.values())).norm.device, ([], []))
             for group in self.groups:
-                if isinstance(group, SharedGroup):
+                if isinstance(group, SharedGroup) and not group.is_ready:
                     for to, stop, start in self._reads(group, sites):
-                        if group.wanted(to) and not group.is_ready(to, start):
+                        if group.wanted(to):
                             weights.append((group, to, start, group.weights(to, stop, start)))
                 for heads in self.heads[index][group].values():
                     lists += [*heads.partial, *([] if consecutive(heads.slots) else [heads.slots])]

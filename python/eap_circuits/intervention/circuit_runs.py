@@ -10,9 +10,9 @@ from torch import Tensor
 from ..forward import Runner
 from ..graph import Graph
 from ..recording import ReferenceRun
-from .circuit_group import CircuitGroup, LearningGroup, SharedGroup, SpanGroup, asked_of, together
 from .circuit_run import CircuitsRun, Together
-from .grouping import arrange, shared
+from .groups import CircuitGroup, LearningGroup, SharedGroup, SpanGroup, asked_of, together
+from .groups.grouping import arrange, shared
 
 TOKENS_TOGETHER = 2048  # of circuits that run together
 

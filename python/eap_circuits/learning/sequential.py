@@ -185,7 +185,7 @@ def _tokens_together(request: Request, graph: Graph) -> int:
     largest[0] = False  # every receiver but the first layer's reads a part
     most = max(TOKENS_TOGETHER, most_tokens(device.type))
     rough = bytes_without_gradient(
-        request, TOKENS_PER_BATCH, most, rows_computed(graph, [largest], device) * request.arch.width
+        request, TOKENS_PER_BATCH, most, rows_computed(graph, [largest], request.arch) * request.arch.width
     )
 
     def measured(few: Batch, copies: int) -> None:

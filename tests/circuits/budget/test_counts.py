@@ -20,6 +20,7 @@ from eap_circuits.adapters import bind
 from eap_circuits.budget import replays
 from eap_circuits.errors import InputWarning
 from eap_circuits.evaluation import circuit_values
+from eap_circuits.intervention import circuit_run
 from eap_circuits.methods.gradient import method
 
 EXAMPLES, TOKENS, POINTS, VOCABULARY = 8, 6, 3, 59
@@ -54,9 +55,9 @@ def pairs(shared: int = 0, n: int = EXAMPLES) -> eap.PairedDataset:
     return eap.PairedDataset.from_tokens(clean, corrupted, torch.full((n,), TOKENS), answers)
 
 
-def on_device(name: str, layers: int) -> Any:
+def on_device(name: str, layers: int, dtype: torch.dtype = torch.float32) -> Any:
     with torch.device("meta"):
-        model = MAKE[name](layers)
+        model = MAKE[name](layers).to(dtype)
     return model.eval().requires_grad_(False).to("cuda")
 
 
@@ -186,6 +187,26 @@ def test_launches_of_evaluation(name: str) -> None:
     layer, batch = beyond(name, evaluated(name, 2), evaluated(name, 3), False)
     assert layer <= OF_EVALUATE[name][0]
     assert batch <= OF_EVALUATE[name][1]
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_reads_begun_together_move_less_in_as_many_launches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a deep model in bfloat16."""
+
+    def run() -> Counts:
+        with pretending(shapes=True):
+            model, data = on_device(name, 24, torch.bfloat16), pairs()
+            graph = bind(model).graph("kv")
+            values = torch.randn(graph.edge_mask.shape, generator=torch.Generator().manual_seed(1)) * graph.edge_mask
+            circuit = eap.EdgeScores(graph, values, {}).select(graph.n_edges // 2)
+            return counted(lambda: eap.evaluate(model, [circuit], data, memory="1TB"))
+
+    together = run()
+    monkeypatch.setattr(circuit_run, "begun_together", lambda arch, graph: False)
+    apart = run()
+    assert together.bytes < apart.bytes
+    assert together.launches.total() == apart.launches.total()
+    assert together.own_waits == apart.own_waits == 1
 
 
 @pytest.mark.parametrize("name", MAKE)

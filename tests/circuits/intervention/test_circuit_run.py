@@ -11,7 +11,8 @@ import torch
 from bench.pretended import pretending
 from eap_circuits.adapters import bind
 from eap_circuits.forward import Runner, make_batches
-from eap_circuits.intervention import circuit_runs, grouping, run_circuits
+from eap_circuits.intervention import circuit_run, circuit_runs, run_circuits
+from eap_circuits.intervention.groups import grouping, shared_group
 from eap_circuits.recording import record_run
 from eap_circuits.selfcheck import StayDouble
 from tests.circuits.conftest import prompts
@@ -31,10 +32,18 @@ def mixed_mask(graph, generator):
     return mask & ~unread[:, None]
 
 
-@pytest.mark.parametrize("together", ["apart", "in one group", "in groups"])
+def begin_all_together(monkeypatch):
+    """Reads of all layers, whatever that moves and in any dtype."""
+    monkeypatch.setattr(circuit_run, "begun_together", lambda arch, graph: True)
+    monkeypatch.setattr(shared_group, "sections", lambda reads, together: [slice(0, len(reads))])
+
+
+@pytest.mark.parametrize("together", ["apart", "in one group", "in groups", "begun together"])
 def test_any_masks_give_their_definition(together, kind, make_model, make_pairs, monkeypatch):
     if together != "apart":  # as on a GPU
         monkeypatch.setattr(circuit_runs, "shared", lambda device: True)
+    if together == "begun together":
+        begin_all_together(monkeypatch)
     if together == "in groups":
         monkeypatch.setattr(grouping, "_ANOTHER_GROUP", 0)
     model, data = make_model(kind), make_pairs(seed=4, n=1)
@@ -76,8 +85,50 @@ def test_groups_are_of_circuits_alike_and_the_cheapest(make_model, monkeypatch):
     assert len(groups) == 1
 
 
-@pytest.mark.parametrize(("family", "soft"), [("gpt2", False), ("gemma2", True)])
-def test_low_precision_on_a_gpu_is_as_near_to_the_truth_as_on_the_cpu(soft, family, make_model, make_pairs, relative):
+@pytest.mark.parametrize("shared", [False, True])
+def test_layers_side_by_side_are_read_as_one_after_another(shared, make_model, make_pairs, monkeypatch):
+    """A circuit that keeps nearly all of each edge gives what the clean run gives, as does that of all edges."""
+    monkeypatch.setattr(circuit_runs, "shared", lambda device: shared)
+    model, data = make_model("falcon-h1"), make_pairs(seed=4, n=1)
+    with StayDouble(), torch.no_grad():
+        graph = bind(model).graph("kv")
+        assert any(graph.beside)
+        (batch,) = make_batches(data, None, False, torch.device("cpu"))
+        runner = Runner(bind(model), graph, batch)
+        whole = graph.edge_mask.double()
+        found = run_circuits(runner, graph, record_run(runner, True), [whole * (1 - 1e-13), whole])
+        for logits in found:
+            torch.testing.assert_close(logits, record_run(runner, False).logits, rtol=0, atol=1e-9)
+
+
+def test_reads_are_begun_together_where_they_move_the_fewest_rows():
+    """Counted read by read for every way to cut the layers."""
+
+    def moved(reads, cuts):
+        rows = 0
+        for section in cuts:
+            (known, _), *later = reads[section]
+            rows += known
+            for stored, receivers in later:
+                rows += stored - known + 2 * receivers
+        return rows
+
+    draw = torch.Generator().manual_seed(0)
+    for receivers in (1, 5, 50):
+        stored = torch.randint(30, (9,), generator=draw).cumsum(0).tolist()
+        reads = [(n, int(torch.randint(receivers + 1, (), generator=draw))) for n in stored]
+        ends = [[0, *cut, 9] for n in range(9) for cut in itertools.combinations(range(1, 9), n)]
+        every = [[slice(*pair) for pair in itertools.pairwise(cut)] for cut in ends]
+        assert moved(reads, grouping.sections(reads, True)) == min(moved(reads, cuts) for cuts in every)
+    assert grouping.sections(reads, False) == [slice(i, i + 1) for i in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("family", "soft", "begun"), [("gpt2", 0, 0), ("gpt2", 0, 1), ("gemma2", 1, 0), ("gemma2", 1, 1)]
+)
+def test_low_precision_on_a_gpu_is_as_near_to_the_truth_as_on_the_cpu(
+    soft, family, begun, make_model, make_pairs, relative, monkeypatch
+):
     """Differences are kept in bfloat16 there, and in float32 on the CPU: the model's own rounding hides it."""
     model, data, generator = make_model(family).bfloat16(), make_pairs(seed=4, n=8), torch.Generator().manual_seed(0)
     graph = bind(model).graph("kv")
@@ -96,6 +147,9 @@ def test_low_precision_on_a_gpu_is_as_near_to_the_truth_as_on_the_cpu(soft, fami
     with StayDouble():
         right = found(copy.deepcopy(model).double())
     on_cpu = found(model)
+    if begun:
+        begin_all_together(monkeypatch)
     with pretending():
-        on_gpu = found(model.to("cuda"))
+        on_gpu, again = found(model.to("cuda")), found(model)
+    assert torch.equal(on_gpu, again)
     assert relative(on_gpu, right) <= 1.2 * relative(on_cpu, right)

@@ -14,7 +14,7 @@ import torch
 import eap_circuits as eap
 from eap_circuits.adapters import Norm, bind
 from eap_circuits.forward import Batch, Constants, hooks
-from eap_circuits.intervention import circuit_group
+from eap_circuits.intervention.groups import circuit_group
 from eap_circuits.recording import contraction
 from eap_circuits.selfcheck import check_model
 from eap_kernels.testing import relative_error

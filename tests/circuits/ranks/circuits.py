@@ -15,7 +15,8 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.adapters import Projection, bind
-from eap_circuits.intervention import circuit_group, circuit_runs
+from eap_circuits.intervention import circuit_runs
+from eap_circuits.intervention.groups import circuit_group
 from eap_kernels import masked_read
 from tests.circuits.ranks.forked import on_ranks
 from tests.circuits.ranks.parts import DATA, checks, load, never_whole, saved, wrong_numbers

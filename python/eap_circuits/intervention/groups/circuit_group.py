@@ -9,13 +9,12 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from eap_kernels import MaskedReads, masked_read
 
-from ..adapters import Architecture
-from ..forward import EVERYWHERE, Runner, upload
-from ..graph import Graph
+from ...adapters import Architecture
+from ...forward import EVERYWHERE, Runner, upload
+from ...graph import Graph
 
 Places = slice | Tensor  # some of a batch's [E·T] tokens
 
@@ -132,6 +131,10 @@ class CircuitGroup:
         """Make room for the differences."""
         self.differences = [torch.empty(shape, dtype=self.dtype, device=device) for shape in self._shapes]
 
+    def release(self) -> None:
+        """Hold nothing of a run any more."""
+        self.differences = []
+
     def follow(self, stream: int, device: torch.device) -> None:
         """What is stored goes with the run to the next of several devices: once, whatever reads it there."""
         if self.differences[stream].device != device:
@@ -199,50 +202,6 @@ class SpanGroup(CircuitGroup):
                 rows, tokens, weights = upload(base.device, own, read[own], mask.contiguous())
                 y[:, rows] = masked_read(base[rows], differences[:, tokens], weights)
         return y[:, None]
-
-
-class SharedGroup(CircuitGroup):
-    """Circuits that one product of the library reads, for all of a layer's receivers.
-
-    What receivers read in the corrupted run is the product's last row, of weight 1. It is put where the next sender is
-    stored later.
-    """
-
-    def __init__(self, runner: Runner, graph: Graph, members: slice, masks: Tensor, asked: Asked) -> None:
-        super().__init__(runner, graph, members, masks, asked)
-        self._shapes = [(shape[0] + 1, *shape[1:]) for shape in self._shapes]
-        self._ready: dict[tuple[int, int], Tensor] = {}  # by the first receiver and sender: weights on a device
-
-    def weights(self, receivers: slice, stop: int, start: int = 0) -> Tensor:
-        """What `read` multiplies, on the host: [C, rows, columns], or the mask [C, rows, r] if its dtype is wider."""
-        mask = self._weights(receivers, start, stop)
-        if self.mask.dtype != self.dtype:
-            return mask
-        # Columns of a whole number of 16 bytes, without which tensor cores multiply at a fraction of their rate.
-        return pad(mask, (0, -mask.shape[2] % 8, 0, 1), value=1)
-
-    def is_ready(self, receivers: slice, start: int) -> bool:
-        """Have the weights of a read been taken?"""
-        return (receivers.start, start) in self._ready
-
-    def ready(self, receivers: slice, start: int, weights: Tensor) -> None:
-        """Take the weights of a read, where its layer computes."""
-        self._ready[receivers.start, start] = weights
-
-    def read(self, base: Tensor, receivers: slice, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
-        weights, count = self._ready[receivers.start, start], len(self.wanted(receivers))
-        if weights.dtype != self.dtype:
-            delta = self._stored(start, stop, base.device)[:, :, at].transpose(0, 1)
-            base = base[None, None] if base.dim() == 2 else base[:, None]
-            return masked_read(base.expand(self.size, count, -1, -1), delta, weights).transpose(0, 1)
-        delta = self._stored(start, stop, base.device, beyond=1)
-        if at is not EVERYWHERE:  # a copy, that a row which is stored already is not lost
-            delta = delta[:, :, at].clone(memory_format=torch.contiguous_format)
-        delta[-1].copy_(base)
-        # Receivers lead in memory: what projects one of them for all circuits needs no copy.
-        y = delta.new_empty((count, *delta.shape[1:]))
-        torch.bmm(weights[..., :count].mT, delta.transpose(0, 1).flatten(2), out=y.transpose(0, 1).flatten(2))
-        return y
 
 
 class LearningGroup(CircuitGroup):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from numpy import packbits
 from torch import Tensor
 
-from ..adapters import ReceiverSite, Shares
-from ..graph import Graph
+from ...adapters import Architecture, ReceiverSite, Shares
+from ...graph import Graph
 from .circuit_group import Asked, CircuitGroup, asked_of, together
 
 _ANOTHER_GROUP = 1 << 28  # bytes that a GPU moves while the host launches another group's kernels of a layer
@@ -25,21 +26,33 @@ def shared(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def rows_computed(graph: Graph, masks: Sequence[Tensor], device: torch.device) -> int:
-    """How many rows of tokens × features a circuit holds at most: the senders that are read, and three for each
-    receiver of a layer that has to be computed. Circuits of one group hold what any of them needs."""
+def begun_together(arch: Architecture, graph: Graph) -> bool:
+    """Are reads of several layers begun together? They are where layers follow one another in one stream.
+
+    In float32 a product takes as long as its operations, however few bytes it moves.
+    """
+    return shared(arch.device) and arch.dtype.itemsize < 4 and len(graph.streams) == 1 and graph.beside is None
+
+
+def rows_computed(graph: Graph, masks: Sequence[Tensor], arch: Architecture) -> int:
+    """How many rows of tokens × features a circuit holds at most: the senders that are read, two for each receiver of
+    a layer that has to be computed, and what is begun together. Circuits of one group hold what any of them needs."""
     asked = [asked_of(graph, together(graph, [mask])) for mask in masks]
-    size, beside = (len(asked), 1) if shared(device) and graph.spans is None else (1, 0)
+    size, beside = (len(asked), 1) if shared(arch.device) and graph.spans is None else (1, 0)
     graph = graph.base
     groups = [asked[start : start + size] for start in range(0, len(asked), size)]
 
     def any_of(group: list[Asked], name: str) -> Tensor:
         return torch.cat([getattr(one, name) for one in group]).any(0)
 
-    def at_once(computed: Tensor) -> int:
-        return max(1, *(int(computed[graph.receivers_of(i)].sum()) for i in range(graph.n_layers)))
+    def held(computed: Tensor, stored: Tensor) -> int:
+        counts = [int(computed[graph.receivers_of(i)].sum()) for i in range(graph.n_layers)]
+        before = [int(stored[: graph.reach_at(i, "")].sum()) for i in range(graph.n_layers)]
+        cuts = sections(list(zip(before, counts, strict=True)), beside > 0 and begun_together(arch, graph))
+        begun = max(sum(counts[section]) for section in cuts)
+        return max(3, 2 * max(counts) + begun) + int(stored.sum())
 
-    return beside + max(3 * at_once(any_of(group, "partial")) + int(any_of(group, "stored").sum()) for group in groups)
+    return beside + max(held(any_of(group, "partial"), any_of(group, "stored")) for group in groups)
 
 
 def arrange(asked: Asked, together: bool, row: int, layers: int) -> tuple[list[int], list[slice]]:
@@ -59,23 +72,56 @@ def arrange(asked: Asked, together: bool, row: int, layers: int) -> tuple[list[i
     size = (asked.whole.sum(1) - asked.closed.sum(1)).tolist()
     order = sorted(range(len(asked)), key=size.__getitem__)
     partial, stored = (_bits(x[order]) for x in (asked.partial, asked.stored))
-    costs, cuts = [0], [0]  # of the first circuits: the least bytes, and where their last group begins
-    for stop in range(1, len(order) + 1):
-        computed, kept, found = 0, 0, []
+
+    def costs(stop: int) -> Iterable[int]:
+        computed, kept = 0, 0
         for start in reversed(range(stop)):
             computed, kept = computed | partial[start], kept | stored[start]
             # What is read is written, normalised and projected; what is stored is written and read twice.
             moved = (stop - start) * (4 * computed.bit_count() + 3 * kept.bit_count()) * row
-            found.append((costs[start] + (layers * _ANOTHER_GROUP + moved if computed else 0), start))
-        cost, cut = min(found)
-        costs.append(cost)
+            yield layers * _ANOTHER_GROUP + moved if computed else 0
+
+    return order, [group for group in _cheapest(len(order), costs) if any(partial[group])]
+
+
+def sections(reads: Sequence[tuple[int, int]], together: bool) -> list[slice]:
+    """Which reads that follow one another are begun together, so that the fewest rows are moved.
+
+    The first of a section reads for all of them what is stored by then. To that the others add, each in its turn, what
+    is stored since; so each row that they give is read and written once more.
+
+    Args:
+        reads: of each (how many rows are stored by then, for how many receivers).
+        together: begin several together; else each is one.
+    """
+    if not together:
+        return [slice(i, i + 1) for i in range(len(reads))]
+
+    def costs(stop: int) -> Iterable[int]:
+        later = list(accumulate((stored + 2 * count for stored, count in reversed(reads[:stop])), initial=0))
+        for added, start in enumerate(reversed(range(stop))):
+            stored, _ = reads[start]
+            yield later[added] + (1 - added) * stored
+
+    return _cheapest(len(reads), costs)
+
+
+def _cheapest(count: int, costs: Callable[[int], Iterable[int]]) -> list[slice]:
+    """How so many things in order are cut at the least cost.
+
+    `costs`: of the cuts that end before one of the things, the shortest first.
+    """
+    least, cuts = [0], [0]  # of the first things: the least cost, and where their last cut begins
+    for stop in range(1, count + 1):
+        starts = reversed(range(stop))
+        cost, cut = min((least[start] + more, start) for start, more in zip(starts, costs(stop), strict=True))
+        least.append(cost)
         cuts.append(cut)
-    groups: list[slice] = []
-    stop = len(order)
-    while stop:
-        groups.insert(0, slice(cuts[stop], stop))
-        stop = cuts[stop]
-    return order, [group for group in groups if any(partial[group])]
+    found: list[slice] = []
+    while count:
+        found.insert(0, slice(cuts[count], count))
+        count = cuts[count]
+    return found
 
 
 def _bits(rows: Tensor) -> list[int]:

@@ -80,8 +80,8 @@ def build(folder: Path) -> tuple[Path, Path]:
         run(sys.executable, "-c", backend, cwd=Path(copy))
     (sdist,) = folder.glob("*.tar.gz")
     wheel = ("wheel", "--no-deps", "--no-build-isolation", "-w", folder, sdist)
-    with tempfile.TemporaryDirectory() as runtime:
-        linked = {"NVCC_PREPEND_FLAGS": older_runtime(Path(runtime))} if CUDA == "1" and sys.platform == "linux" else {}
+    with tempfile.TemporaryDirectory() as older:
+        linked = {"NVCC_PREPEND_FLAGS": older_functions(Path(older))} if CUDA == "1" and sys.platform == "linux" else {}
         run(sys.executable, "-m", "pip", *wheel, EAP_REQUIRE_EXT="1", EAP_CUDA=CUDA, **linked)
     (wheel,) = folder.glob("*.whl")
     if sys.platform == "linux":
@@ -92,8 +92,13 @@ def build(folder: Path) -> tuple[Path, Path]:
     return sdist, wheel
 
 
-def older_runtime(folder: Path) -> str:
-    """nvcc's option for linking a copy of its static runtime that needs no newer glibc than `GLIBC`."""
+def older_functions(folder: Path) -> str:
+    """nvcc's options for linking its static runtime such that it needs no newer glibc than `GLIBC`.
+
+    glibc 2.34 moved threads and `dlopen` into libc, under new versions of their names, and still has the old versions.
+    The linker takes the newest that it finds, so it finds a library first that offers only the old ones, and is empty.
+    Whatever glibc there is offers them when the wheel is loaded.
+    """
     home = os.environ.get("CUDA_HOME")
     folders = [f"{home}/bin"] if home else [os.environ["PATH"], "/usr/local/cuda/bin"]
     nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
@@ -106,28 +111,33 @@ def older_runtime(folder: Path) -> str:
         sys.exit(f"release: {nvcc} links no libcudart_static.a")
     libc = run("g++", "-print-file-name=libc.so.6").strip()
     names = older_names(run("nm", "-u", runtime), run("nm", "-D", libc))
-    changed = [f"--redefine-sym={name}={older}" for name, older in names.items()]
-    run("objcopy", *changed, runtime, folder / runtime.name)
-    return f"-L{folder}"
+    if not names:
+        return ""
+    source, versions, library = (folder / name for name in ("older.s", "older.map", "older.so"))
+    source.write_text("".join(f".globl {name}\n.type {name}, %function\n{name}:\n" for name in names))
+    of_each = {v: "".join(f" {name};" for name in names if names[name] == v) for v in names.values()}
+    versions.write_text("".join(f"{version} {{{listed} }};\n" for version, listed in of_each.items()))
+    # Every glibc has a libpthread.so.0, if only for older programs.
+    named = ("-Wl,-soname,libpthread.so.0", f"-Wl,--version-script={versions}")
+    run("g++", "-shared", "-nostdlib", *named, source, "-o", library)
+    return f"-Xlinker --no-as-needed,{library}"
 
 
 def older_names(needed: str, offered: str) -> dict[str, str]:
-    """How a library refers to functions that glibc has in a newer version than `GLIBC`, and in an older one as well.
-
-    2.34 moved threads and `dlopen` into libc, under new versions; the linker takes the newest of a name that says none.
+    """The functions that glibc has in a newer version than `GLIBC`, and in an older one as well: the newest of these.
 
     Args:
         needed: nm's list of what a library does not define.
         offered: nm's list of what glibc defines.
     """
-    versions: dict[str, list[tuple[tuple[int, ...], str]]] = {}
+    versions: dict[str, list[tuple[int, ...]]] = {}
     for name, version in re.findall(r" (\w+)@@?GLIBC_([\d.]+)$", offered, re.M):
-        versions.setdefault(name, []).append((tuple(map(int, version.split("."))), version))
+        versions.setdefault(name, []).append(tuple(map(int, version.split("."))))
     found = {}
     for name in sorted(set(re.findall(r" U (\w+)$", needed, re.M)) & versions.keys()):
-        older = [known for known in versions[name] if known[0] <= GLIBC]
-        if older and max(versions[name])[0] > GLIBC:
-            found[name] = f"{name}@GLIBC_{max(older)[1]}"
+        older = [version for version in versions[name] if version <= GLIBC]
+        if older and max(versions[name]) > GLIBC:
+            found[name] = f"GLIBC_{'.'.join(map(str, max(older)))}"
     return found
 
 

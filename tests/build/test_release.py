@@ -67,4 +67,4 @@ def test_functions_are_named_in_the_newest_version_that_old_systems_have():
 0000000000098e30 W newer@GLIBC_2.14
 0000000000098e30 W newer@GLIBC_2.3.4
 """
-    assert older_names(needed, offered) == {"pthread_join": "pthread_join@GLIBC_2.2.5", "newer": "newer@GLIBC_2.14"}
+    assert older_names(needed, offered) == {"pthread_join": "GLIBC_2.2.5", "newer": "GLIBC_2.14"}

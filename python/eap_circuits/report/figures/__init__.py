@@ -157,7 +157,8 @@ def draw_circuit(circuit: Circuit, max_edges: int = 300) -> Figure:
         placement = place(circuit, max_edges)
         left, right, bottom, top = -1.0, placement.right + 0.15, -1.3, placement.height + 0.45
         size = ((right - left) * _UNIT[0], (top - bottom) * _UNIT[1])
-        figure = _Picture(figsize=(max(size[0], 6.4), max(size[1], 2.6)), label="the circuit")
+        # No narrower than the legend with all that it may hold.
+        figure = _Picture(figsize=(max(size[0], 7.8), max(size[1], 2.6)), label="the circuit")
         ax = figure.add_axes((0.0, 0.0, 1.0, 1.0))
         ax.set_axis_off()
         ax.set_xlim(left, right)

@@ -8,11 +8,12 @@ highest, and a random sample of all others.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from docs import files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,8 +35,6 @@ def run(task: str) -> dict[str, Any]:
     import torch
 
     import eap_circuits as eap
-    from bench import measure
-    from bench.processes import commit
     from eap_circuits.adapters.pretrained import load_model
 
     model, tokenizer = load_model("smollm2")
@@ -56,7 +55,7 @@ def run(task: str) -> dict[str, Any]:
     result: dict[str, Any] = {"n_edges": {name: int(mask.sum()) for name, mask in parts.items()}}
     for name, mask in parts.items():
         result[name] = _agreement({**found, "exact": exact}, mask)
-    return result | {"machine": measure.machine(), "versions": measure.versions(), "commit": commit()}
+    return result
 
 
 def _agreement(found: dict[str, Any], edges: Tensor) -> dict[str, Any]:
@@ -83,15 +82,10 @@ def _agreement(found: dict[str, Any], edges: Tensor) -> dict[str, Any]:
     }
 
 
-def committed() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
-    return found
-
-
 def table(_: Results) -> str:
     head = ["task", "edges", "n", *(f"{name} {kind}" for kind in ("Pearson", "Spearman") for name in METHODS)]
     lines = ["| " + " | ".join([*head, "share of draws in which EAP is higher"]) + " |", "|" + "---|" * (len(head) + 1)]
-    for task, found in committed().items():
+    for task, found in files.committed(RESULT).items():
         for part, words in PARTS.items():
             each, cells = found[part], [task, words, str(found["n_edges"][part])]
             for kind in ("pearson", "spearman"):
@@ -105,8 +99,7 @@ def main(names: list[str]) -> None:
     from eap_circuits.tasks.registry import TASKS
 
     for name in names or list(TASKS):
-        found = committed() | {name: run(name)}
-        RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        files.add(RESULT, name, run, name)
 
 
 if __name__ == "__main__":

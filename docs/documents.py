@@ -14,7 +14,21 @@ from importlib import import_module
 from pathlib import Path
 
 from bench import explorer, tables
-from docs import agreement, counts, elsewhere, fifth, gallery, learning, models, registries, scale, verdicts
+from docs import (
+    agreement,
+    counts,
+    elsewhere,
+    fewer,
+    fifth,
+    gallery,
+    heads,
+    learning,
+    models,
+    registries,
+    scale,
+    shared,
+    verdicts,
+)
 
 BEGIN, END = "<!-- python -m docs.documents writes this from {} -->\n", "<!-- end -->"
 MEASURED, PERFORMANCE, MODELS = "bench/results", "docs/results/performance.json", "docs/results/models.json"
@@ -23,6 +37,7 @@ AGREEMENT = "docs/results/agreement.json"
 FUZZ, LEARNING = "docs/results/fuzz.json", "docs/results/learning.json"
 EXPLORER = "docs/results/explorer.json"
 ELSEWHERE, FIFTH = "docs/results/elsewhere.json", "docs/results/fifth.json"
+FEWER, SHARED, HEADS = "docs/results/fewer.json", "docs/results/shared.json", "docs/results/heads.json"
 LEADERBOARD = "docs/leaderboard/leaderboard.json"
 COUNTS = "docs/results/counts.json"
 SCALE, LARGE = "docs/results/scale.json", "docs/results/large.json"
@@ -48,6 +63,10 @@ TABLES: dict[tuple[str, str], Callable[[tables.Results], str]] = {
     ("docs/report.md", EXPLORER): explorer.table,
     ("docs/learning.md", f"{LEARNING}, pruning"): learning.prunings,
     ("docs/learning.md", ELSEWHERE): elsewhere.table,
+    ("docs/learning.md", SHARED): shared.table,
+    ("docs/learning.md", HEADS): heads.table,
+    ("docs/learning.md", f"{HEADS}, attention"): heads.classes,
+    ("docs/learning.md", FEWER): fewer.table,
     ("docs/scale.md", SCALE): scale.predictions,
     ("docs/scale.md", f"{SCALE}, projections"): scale.projections,
     ("docs/scale.md", LARGE): scale.measured,

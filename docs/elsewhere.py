@@ -5,12 +5,12 @@ python -m docs.elsewhere [SEED ...]     # a few minutes each; adds to docs/resul
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from docs import files
 from docs.learning import FEW_STEPS, LEARNED_FROM, PAIRS, spread
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ BESIDE = {"random": "random circuits", "complement": "all other edges"}
 def ask(seed: int) -> dict[str, Any]:
     """Circuits of IOI, ranked by pairs of half of the templates: what their cards say."""
     import eap_circuits as eap
-    from bench import measure
-    from bench.processes import commit
     from eap_circuits.adapters.pretrained import load_model
     from eap_circuits.generated import ioi
 
@@ -43,7 +41,7 @@ def ask(seed: int) -> dict[str, Any]:
     scores = eap.attribute(model, few)
     pruned = eap.prune_gradually(model, few, start=scores)
     learned = eap.learn_mask(model, few, start=pruned, steps=FEW_STEPS, seed=seed)
-    found: dict[str, Any] = {"machine": measure.machine(), "versions": measure.versions(), "commit": commit()}
+    found: dict[str, Any] = {}
     usual = scores.select(EDGES, how="greedy", exactly=True)
     for name, ranking in {"eap-ig": scores, "learned": learned}.items():
         circuit, asked = ranking.select(EDGES, how="greedy", exactly=True), dict(zip(WHERE[1:], others, strict=True))
@@ -68,7 +66,7 @@ def _given_by_the_other(record: dict[str, Any]) -> dict[str, Any]:
 
 def table(_: Results) -> str:
     """Mean and range over seeds of faithfulness; counts of edges, of all seeds."""
-    runs = list(json.loads(RESULT.read_text(encoding="utf-8")).values())
+    runs = list(files.committed(RESULT).values())
     lines = [f"| | {' | '.join(RANKINGS.values())} |", "|" + "---|" * (1 + len(RANKINGS))]
     for key in (*WHERE, *BESIDE):
         cells = [spread([run[name][key] for run in runs]) for name in RANKINGS]
@@ -87,5 +85,4 @@ def table(_: Results) -> str:
 
 if __name__ == "__main__":
     for seed in sys.argv[1:] or map(str, SEEDS):
-        kept = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
-        RESULT.write_text(json.dumps(dict(sorted({**kept, seed: ask(int(seed))}.items())), indent=1) + "\n")
+        files.add(RESULT, seed, ask, int(seed))

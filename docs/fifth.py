@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from docs import files
+
 if TYPE_CHECKING:
     from bench.tables import Results
 
@@ -21,8 +23,6 @@ SEED, STEPS = 0, 150
 def smallest(task: str) -> dict[str, Any]:
     """Circuits of a fifth of the edges that EAP-IG needs, ranked and run on the leaderboard's pairs."""
     import eap_circuits as eap
-    from bench import measure
-    from bench.processes import commit
     from eap_circuits.adapters.pretrained import load_model
     from eap_circuits.leaderboard.measure import FAITHFUL, HOW, START
     from eap_circuits.leaderboard.page import edges_at
@@ -44,12 +44,11 @@ def smallest(task: str) -> dict[str, Any]:
     rankings = {"eap-ig": start, "pruned": pruned, "learned for this size": learned}
     circuits = [each.select(size, how=HOW, exactly=True) for each in rankings.values()]
     found = [result.faithfulness for result in eap.evaluate(model, circuits, others)]
-    origin = {"machine": measure.machine(), "versions": measure.versions(), "commit": commit()}
-    return {"n_edges": size, "faithfulness": dict(zip(rankings, found, strict=True)), **origin}
+    return {"n_edges": size, "faithfulness": dict(zip(rankings, found, strict=True))}
 
 
 def table(_: Results) -> str:
-    found = json.loads(RESULT.read_text(encoding="utf-8"))
+    found = files.committed(RESULT)
     names = next(iter(found.values()))["faithfulness"]
     lines = [f"| task | edges | {' | '.join(names)} |", "|" + "---|" * (2 + len(names))]
     for task, run in found.items():
@@ -60,5 +59,4 @@ def table(_: Results) -> str:
 
 if __name__ == "__main__":
     for task in sys.argv[1:]:
-        kept = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
-        RESULT.write_text(json.dumps({**kept, task: smallest(task)}, indent=1) + "\n", encoding="utf-8")
+        files.add(RESULT, task, smallest, task)

@@ -5,13 +5,14 @@ python -m docs.learning [NAME ...]     # cost, divergence, "ioi 0", "control 0" 
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from docs import files
 
 if TYPE_CHECKING:
     from bench.tables import Results
@@ -43,8 +44,6 @@ def faithfulness(model: Any, scores: Any, data: Any) -> list[float]:
 def run(task: str, seed: int, metric: str) -> dict[str, Any]:
     """One seed, of the prompts and of what learning draws; the metric is "own", the task's, or another's name."""
     import eap_circuits as eap
-    from bench import measure
-    from bench.processes import commit
     from eap_circuits.adapters.pretrained import load_model
 
     model, tokenizer = load_model("smollm2")
@@ -57,23 +56,19 @@ def run(task: str, seed: int, metric: str) -> dict[str, Any]:
         "learned": faithfulness(model, learned, others),
         "learned, on the prompts it was learned from": faithfulness(model, learned, few),
         "settings": learned.info["learning"],
-        "machine": measure.machine(),
-        "versions": measure.versions(),
-        "commit": commit(),
     }
 
 
 def divergence() -> dict[str, Any]:
     """Beside faithfulness in the logit difference, what was learned: how far circuits are from the model, in nats."""
     import eap_circuits as eap
-    from bench.processes import commit
     from eap_circuits.adapters.pretrained import load_model
 
     model, tokenizer = load_model("smollm2")
     data = eap.load_task("ioi", tokenizer, n=PAIRS, seed=77)
     few, others = data[:LEARNED_FROM], data[LEARNED_FROM:]
     scores = eap.attribute(model, few)
-    found: dict[str, Any] = {"sizes": LARGER, "commit": commit()}
+    found: dict[str, Any] = {"sizes": LARGER}
     for name, each in {"eap-ig": scores, "learned": eap.learn_mask(model, few, "kl_divergence", start=scores)}.items():
         circuits = circuits_of(each, LARGER)
         found[name] = {
@@ -84,7 +79,7 @@ def divergence() -> dict[str, Any]:
 
 
 def divergences(_: Results) -> str:
-    found = committed()["divergence"]
+    found = files.committed(RESULT)["divergence"]
     lines = [f"| scores | | {' | '.join(map(str, found['sizes']))} |", "|" + "---|" * (2 + len(found["sizes"]))]
     for scores in ("eap-ig", "learned"):
         for measured, values in found[scores].items():
@@ -99,8 +94,6 @@ def control(seed: int) -> dict[str, Any]:
     """
 
     import eap_circuits as eap
-    from bench import measure
-    from bench.processes import commit
     from eap_circuits.adapters.pretrained import load_model
 
     model, tokenizer = load_model("smollm2")
@@ -132,8 +125,7 @@ def control(seed: int) -> dict[str, Any]:
             ranking: [result.faithfulness for result in eap.evaluate(model, circuits_of(each), others, "kl_divergence")]
             for ranking, each in rankings.items()
         }
-    origin = {"machine": measure.machine(), "versions": measure.versions(), "commit": commit()}
-    return {"answers": answers, "weights": weights, **origin}
+    return {"answers": answers, "weights": weights}
 
 
 def _shuffle(model: Any, seed: int) -> None:
@@ -148,7 +140,7 @@ def _shuffle(model: Any, seed: int) -> None:
 
 def controls(_: Results) -> str:
     """Mean and range over seeds, of what the answers and the weights change."""
-    found = committed()
+    found = files.committed(RESULT)
     runs = [found[name] for name in sorted(found) if name.startswith("control ")]
     lines = [f"| learned | measured on | {' | '.join(map(str, SIZES))} |", "|" + "---|" * (2 + len(SIZES))]
     rows = [("answers", f"{answers} answers", where) for answers in ANSWERS for where in ("learned", "others")]
@@ -174,8 +166,6 @@ def pruning(task: str, seed: int) -> dict[str, Any]:
     import torch
 
     import eap_circuits as eap
-    from bench import measure
-    from bench.processes import commit
     from eap_circuits.adapters.pretrained import load_model
 
     torch.set_num_threads(1)
@@ -188,7 +178,7 @@ def pruning(task: str, seed: int) -> dict[str, Any]:
         "pruned": lambda: eap.prune_gradually(model, few, start=start),
         "learned": lambda: eap.learn_mask(model, few, start=start, steps=FEW_STEPS, seed=seed),
     }
-    found: dict[str, Any] = {"machine": measure.machine(), "versions": measure.versions(), "commit": commit()}
+    found: dict[str, Any] = {}
     for name, rank in rankings.items():
         began = time.process_time()
         scores = rank()
@@ -202,8 +192,6 @@ def refining(task: str, seed: int) -> dict[str, Any]:
     import torch
 
     import eap_circuits as eap
-    from bench import measure
-    from bench.processes import commit
     from eap_circuits.adapters.pretrained import load_model
 
     torch.set_num_threads(1)
@@ -218,13 +206,12 @@ def refining(task: str, seed: int) -> dict[str, Any]:
         "seconds": seconds,
         "faithfulness": [result.faithfulness for result in eap.evaluate(model, refined, others)],
         "n_edges": [circuit.n_edges for circuit in refined],
-        "origin": {"machine": measure.machine(), "versions": measure.versions(), "commit": commit()},
     }
 
 
 def prunings(_: Results) -> str:
     """Rankings and refined circuits: mean and range over the seeds that a task has."""
-    found = committed()
+    found = files.committed(RESULT)
     lines = [f"| task | seeds | circuits | seconds | {' | '.join(map(str, SIZES))} |", "|" + "---|" * (4 + len(SIZES))]
     for task in TASKS:
         ranked, refined = (
@@ -247,8 +234,6 @@ def cost() -> dict[str, Any]:
     import torch
 
     import eap_circuits as eap
-    from bench import measure
-    from bench.processes import commit
     from eap_circuits.adapters.pretrained import load_model
     from eap_circuits.forward import batch_of, borrowed
     from eap_circuits.intervention import run_circuits
@@ -288,12 +273,12 @@ def cost() -> dict[str, Any]:
                 call()
                 times[name].append(time.process_time() - began)
     means = {name: sum(found[1:]) / (ROUNDS - 1) for name, found in times.items()}  # the first round warms up
-    return {**means, "machine": measure.machine(), "versions": measure.versions(), "commit": commit()}
+    return means
 
 
 def costs(_: Results) -> str:
     """A step in forward passes."""
-    found = committed()["cost"]
+    found = files.committed(RESULT)["cost"]
     step = found["step"]
     return (
         f"| a step | {step:.2f} s |\n|---|---|\n| 200 steps | {200 * step:.0f} s |\n"
@@ -302,14 +287,9 @@ def costs(_: Results) -> str:
     )
 
 
-def committed() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
-    return found
-
-
 def table(_: Results) -> str:
     """Mean and range over seeds of the faithfulness at each size."""
-    found = committed()
+    found = files.committed(RESULT)
     lines = [f"| task | seeds | scores | {' | '.join(map(str, SIZES))} |", "|" + "---|" * (3 + len(SIZES))]
     # EAP-IG's scores are the same whatever is learned from them.
     rows = [("eap-ig", "eap-ig", list(METRICS))]
@@ -327,12 +307,11 @@ def table(_: Results) -> str:
 if __name__ == "__main__":
     every = ["cost", "divergence", "control 0", "control 1", *map(" ".join, product(TASKS, map(str, SEEDS), METRICS))]
     every += [f"{kind} {task} {seed}" for kind, task, seed in product(("pruning", "refining"), TASKS, SEEDS)]
+    calls: dict[Any, Any] = {"cost": cost, "divergence": divergence, "control": control}
+    calls |= {"pruning": pruning, "refining": refining}
     for name in sys.argv[1:] or every:
-        call, *given = name.split(" ")
+        call, *given = (int(word) if word.isdigit() else word for word in name.split(" "))
         if call in TASKS:
-            result = run(call, int(given[0]), given[1])
+            files.add(RESULT, name, run, call, *given)
         else:
-            calls: dict[str, Any] = {"cost": cost, "divergence": divergence, "control": control}
-            calls |= {"pruning": pruning, "refining": refining}
-            result = calls[call](*(int(each) if each.isdigit() else each for each in given))
-        RESULT.write_text(json.dumps(dict(sorted({**committed(), name: result}.items())), indent=1) + "\n")
+            files.add(RESULT, name, calls[call], *given)

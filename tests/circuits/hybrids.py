@@ -85,6 +85,42 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
             "gated_norm_rank": 4,
         },
     ),
+    # The residual stream and a block's output have factors in their sum; heads have gates.
+    "beam": (
+        "beam",
+        {
+            **_PLAIN,
+            "num_hidden_layers": 2,
+            "head_dim": 6,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "sparse"],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 16,
+            "rms_norm_eps": 1e-2,
+        },
+    ),
+    # Norms that take the residual stream's place, behind sums with factors and before them.
+    "minimax": (
+        "minimax",
+        {
+            **_PLAIN,
+            "head_dim": 6,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "num_local_experts": 3,
+            "num_experts_per_tok": 2,
+            "block_size": 4,
+            "linear_attn_alpha_factor": 1.3,
+            "linear_attn_beta_factor": 0.7,
+            "full_attn_alpha_factor": 0.8,
+            "full_attn_beta_factor": 1.2,
+            "mlp_alpha_factor": 1.1,
+            "mlp_beta_factor": 0.9,
+        },
+    ),
 }
 # Vision-language models that take pictures of 28 by 28 pixels, in place of four tokens `PICTURED`.
 PICTURED = VOCABULARY - 1

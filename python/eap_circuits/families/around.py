@@ -31,6 +31,7 @@ class Frame:
     table: Family  # without the fields on a layer's sites
     calls: list[Call]
     kinds: list[Call]
+    end: str  # the path of what reads the residual stream behind the last layer: the final norm, or a head
 
     def inside(self, layer: Call) -> list[Call]:
         return [call for call in self.calls if inside(call, layer)]
@@ -66,7 +67,7 @@ def frame_of(model: nn.Module, calls: Sequence[Call], embeddings: Tensor) -> Fra
         mlp_norm=None,
         **embedding,
     )
-    return Frame(table, flat, list(kinds.values()))
+    return Frame(table, flat, list(kinds.values()), ends[0].path)
 
 
 def inside(call: Call, other: Call) -> bool:

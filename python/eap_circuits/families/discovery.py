@@ -71,7 +71,8 @@ def whole_layers(model: nn.Module, calls: Sequence[Call], embeddings: Tensor) ->
     blocks = {_only_block(one, frame.inside(one)) for one in frame.kinds}
     found = blocks.pop() if len(blocks) == 1 else None
     one = [] if found is None else [replace(frame.table, mlp_norm=found[0], mlp=found[1])]
-    return [*one, replace(frame.table, mlp=("", ""), rewrites=True)]
+    # What a whole layer gives is changed where it is written, so it is read where it goes.
+    return [*one, replace(frame.table, final_norm=frame.end, mlp=("", ""), rewrites=True)]
 
 
 def _only_block(layer: Call, calls: list[Call]) -> tuple[str | None, str | tuple[str, str]] | None:

@@ -10,6 +10,7 @@ from ..modules.projections import Order
 
 Paths = str | tuple[str, ...]  # of several paths, the first that leads to a module
 Factor = str | float | Callable[[Any], float]
+Sums = tuple[tuple[float, float], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Family:
         beside: a module that reads what the MLP reads and runs after it; the outputs are added (shared experts).
         rewrites: the MLP's modules are all that follows attention, and what the last one gives takes the place of the
             residual stream (a norm after the sum): the MLP writes how it changes the stream.
+        first_norm: where `rewrites`: a norm of the stream itself with which a layer begins: it is the last module of
+            the MLP of the layer before, and in the first layer the `embedding_norm`.
         v_norm: attention has a norm of each value, so that their effect is not linear; it may be absent.
         inner_norm: attention has a norm of all heads' values together, so that heads depend on each other.
         fused: the order of a fused projection's features: "concatenated": all of q, then k, then v; "grouped": for each
@@ -77,6 +80,9 @@ class Family:
         key_sharing: an attribute of attention: where attention has no keys of its own, it takes keys and values of the
             last layer before it that has some and the same value of that attribute.
         layer_scale: an attribute of a layer: what the residual stream is multiplied by at the layer's end.
+        residual_factors: a function of a layer: of the sum behind attention, and of that behind the MLP, what the
+            residual stream and what the block's output are multiplied by; neither may be 0. If the MLP `rewrites`,
+            there is no second one.
         per_layer: the first and the last module of what a layer with per-layer embeddings makes of them behind the MLP:
             the first reads the residual stream as it is. It may be absent.
         per_layer_inputs: the module that makes a part of these from the token embeddings, from the model; the one that
@@ -124,6 +130,7 @@ class Family:
     mlp_reads: tuple[str, ...] = ()
     beside: str | None = None
     rewrites: bool = False
+    first_norm: str | None = None
     v_norm: str | None = None
     inner_norm: str | None = None
     fused: Order = "concatenated"
@@ -132,6 +139,7 @@ class Family:
     mlp_post_norm: Paths | None = None
     key_sharing: str | None = None
     layer_scale: str | None = None
+    residual_factors: Callable[[Any], Sums] | None = None
     per_layer: tuple[str, str] | None = None
     per_layer_inputs: str = ""
     k_norm: str | None = None

@@ -229,8 +229,8 @@ class Runner:
             return where[0][:n], where[1][:n]
 
         last = ScoredMLP(self.arch.layers[-1], first)
-        views: list[Rewriting | Rescaling] = [Rewriting(layer) for layer in self.arch.layers if layer.rewrites]
-        views += [Rescaling(norm) for norm in self.arch.norms if norm.unit != 1]
+        views: list[Rewriting | Rescaling] = [Rescaling(norm) for norm in self.arch.norms if norm.unit != 1]
+        views += [Rewriting(layer) for layer in self.arch.layers if layer.rewrites]
         with Hooks(tokens=1) as single:
             # Some turn it on themselves: a model that accelerate has prepared for mixed precision.
             hooks.on_input(self.arch.layers[0].module, lambda x: refuse_autocast(x.device.type))
@@ -250,7 +250,7 @@ class Runner:
             # After the caller's hooks, which see and change the last MLP's input in whole rows.
             if not self._every_mlp:
                 last.take(hooks)
-            for view in views:
+            for view in reversed(views):
                 view.end(hooks)
             # After the caller's hooks on projections: attention expects features in its own order.
             self._restore_order(hooks)

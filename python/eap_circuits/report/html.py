@@ -10,9 +10,9 @@ from markupsafe import Markup
 
 from ..errors import expected
 from ..files import write_whole
-from ..graph import Circuit, EdgeScores
+from ..graph import Circuit, EdgeScores, edge_overlap
 from .curves import CurveLike
-from .explorer import other_of, page_data, same_prompts
+from .explorer import names, other_of, page_data, same_prompts
 from .figures import draw_circuit, draw_curve
 from .figures.svg import to_svg
 from .page import rendered
@@ -22,6 +22,7 @@ from .tables import (
     card_table,
     cost_table,
     count,
+    cross_table,
     curve_index,
     curve_table,
     drawn_baselines,
@@ -35,6 +36,7 @@ from .tables import (
 
 if TYPE_CHECKING:
     from ..cards import FaithfulnessCard
+    from ..evaluation import Comparison
     from ..tasks import PairedDataset
 
 N_EDGES = 40
@@ -53,6 +55,7 @@ def write_report(
     against: Circuit | EdgeScores | None = None,
     tokenizer: Any = None,
     card: FaithfulnessCard | None = None,
+    comparison: Comparison | None = None,
 ) -> None:
     """Write a report of a circuit: what was run, how faithful it is, and an explorer of its graph and edges.
 
@@ -69,9 +72,11 @@ def write_report(
         against: a circuit to compare with or, of other scores, the circuit with as many edges.
         tokenizer: the model's, to spell answers and the tokens at positions; without it ids and numbers are shown.
         card: the circuit's faithfulness card.
+        comparison: what `compare` found of `circuit` and `against`, in this order; their faithfulness is shown.
 
     Raises:
-        InputError: a circuit of another graph than the scores, or a path that cannot be written.
+        InputError: a circuit of another graph than the scores, a comparison of other circuits, or a path that cannot
+            be written.
     """
     for name, given in (("circuit", circuit), ("against", against)):
         if given is not None and given.graph != scores.graph:
@@ -90,6 +95,7 @@ def write_report(
         chart=Markup(to_svg(draw_curve(curve))) if curve else None,
         sizes=curve_table(curve, circuit) if curve else None,
         meaning=_RANK if info.get("method") in _RANKED else _FALL,
+        crossed=_crossed(comparison, circuit, other and other[0], info),
         card=[card_table(card), card_line(card), cost_table(card)] if card else None,
         edges=edge_table(scores, circuit, N_EDGES),
         by_span=scores.graph.spans is not None,
@@ -118,6 +124,18 @@ def _subtitle(run: Mapping[str, str]) -> str:
     parts = [run.get("method"), f"metric {run['metric']}" if "metric" in run else None]
     parts.append(f"{run['prompt pairs']} prompt pairs" if "prompt pairs" in run else None)
     return " · ".join(part for part in parts if part)
+
+
+def _crossed(
+    comparison: Comparison | None, circuit: Circuit, other: Circuit | None, info: Mapping[str, Any]
+) -> Table | None:
+    """How faithful both circuits are on the prompts of either."""
+    if comparison is None:
+        return None
+    if other is None or comparison.edges != edge_overlap(circuit, other):
+        found = f"one of circuits of {comparison.edges.n_first} and {comparison.edges.n_second} edges"
+        raise expected("comparison", "what `compare` finds of `circuit` and `against`", found)
+    return cross_table(comparison, *names(info, other.info))
 
 
 def _headline(circuit: Circuit, curve: CurveLike | None) -> list[tuple[str, str, str]]:

@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import Any
 
 from ..cards import RESAMPLED, FaithfulnessCard
-from ..evaluation import BASELINES
+from ..evaluation import BASELINES, Comparison
 from ..graph import Circuit, EdgeScores
 from ..methods import Plan
 from ..provenance import without_folder
@@ -92,6 +92,17 @@ def areas_line(curve: CurveLike) -> str:
 def drawn_baselines(curve: CurveLike) -> dict[str, BaselineLike]:
     """The curve's baselines whose circuits are drawn at random, by name."""
     return {name: x for name, x in curve.baselines.items() if name in BASELINES and BASELINES[name].drawn}
+
+
+def cross_table(comparison: Comparison, first: str, second: str) -> Table:
+    """How faithful each of two circuits, of these names, is on the prompts of either."""
+    columns = (
+        Column("circuit", "circuit"),
+        Column("on_first", f"on {first}'s prompts", number, numeric=True),
+        Column("on_second", f"on {second}'s prompts", number, numeric=True),
+    )
+    rows = zip((first, second), comparison.faithfulness, strict=True)
+    return Table("Each circuit's faithfulness on both", columns, tuple((name, *row) for name, row in rows))
 
 
 def result_table(result: Any, circuit: Circuit) -> Table:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 import eap_circuits as eap
-from eap_circuits.adapters import pretrained
+from eap_circuits.adapters import FAMILIES, bind, pretrained
 from eap_circuits.tasks import PairedDataset
 from tests.circuits.cli.conftest import run
 from tests.circuits.conftest import ENCODERS, pairs_for, prompts, random_circuit, tiny_model
@@ -165,3 +165,9 @@ def test_rules_of_attention_find_the_pattern(name):
     plain = eap.attribute(model, data, method="eap").values
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
     assert not torch.allclose(one, plain, rtol=1e-2)
+
+
+def test_layers_as_nodes_need_something_behind_them():
+    table = replace(FAMILIES["bert"], q="", k="", v="", out="", mlp=("", ""))
+    with pytest.raises(eap.InputError, match=r"bert's table: expected a `final_norm`, as each layer is one node"):
+        bind(tiny_model("bert"), table)

@@ -20,10 +20,10 @@ from tests.circuits.conftest import (
 from tests.circuits.untouched import snapshot
 
 # A scan that does not go on from a state with several tokens, and a cache of what an index of keys reads.
-ANEW = {"axk2", "jamba", "mamba"}
+ANEW = {"axk2", "jamba", "mamba", "minimax"}
 # Before the residual stream begins, a norm reads positions too.
 PLACED = {"bart", "bert"}
-REWRITING = {"bart", "bert", "marian", *ENCODERS} - {"modernbert", "modernbert-classes", "llama-classes"}
+REWRITING = {"bart", "bert", "marian", "minimax", *ENCODERS} - {"modernbert", "modernbert-classes", "llama-classes"}
 pytestmark = pytest.mark.filterwarnings("ignore:.*prefixes are not reused")
 
 

@@ -50,6 +50,8 @@ UNKNOWN = {
         "initializer_range": 0.3,
     },
     "persimmon": _WIDE,
+    # Layers as nodes, and no norm behind the last one.
+    "xmod": {**_WIDE, "is_decoder": True, "pad_token_id": 1, "languages": ["en"], "default_language": "en"},
 }
 
 

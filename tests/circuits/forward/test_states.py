@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from transformers import cache_utils
 
 import eap_circuits as eap
 from eap_circuits.methods import METHODS
@@ -15,6 +16,9 @@ from tests.circuits.forward.test_prefix import pairs
 
 # A state space, a gated delta rule, a short convolution, and a state space beside attention.
 EACH_STATE = ["mamba2", "qwen3-next", "lfm2", "falcon-h1"]
+pytestmark = pytest.mark.skipif(
+    not hasattr(cache_utils, "LinearAttentionLayer"), reason="only since transformers has caches that hold states"
+)
 NOT_REUSED = "prefixes are not reused, as its cache cannot serve"
 
 

@@ -108,7 +108,7 @@ class Browser:
     def settle(self) -> None:
         """Wait until what was changed is drawn."""
         self.run(
-            "new Promise(done => { const drawing = e => e?.graph.pending || e?.store.waiting,"
+            "new Promise(done => { const drawing = e => e?.graph.pending || e?.store.waiting || e?.sizes.waiting,"
             " look = () => drawing(window.explorer) ? requestAnimationFrame(look) : done();"
             " requestAnimationFrame(() => requestAnimationFrame(look)); })"
         )

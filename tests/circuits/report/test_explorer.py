@@ -228,6 +228,7 @@ def test_the_curve_and_the_slider_bring_measured_circuits(page: Browser, tmp_pat
     curve = measured(scores)
     opened(page, tmp_path, scores, curve=curve)
     assert page.run("explorer.data.curve.n_edges") == list(curve.n_edges)
+    assert page.run("explorer.sizes.line.getBoundingClientRect().height") > 100
     for i, circuit in enumerate(curve.circuits):
         page.run(f"explorer.sizes.previewing(explorer.data.curve.circuits[{i}])")
         assert shown(page) == edges(circuit.mask)
@@ -237,13 +238,15 @@ def test_the_curve_and_the_slider_bring_measured_circuits(page: Browser, tmp_pat
         f"const s = explorer.sizes; s.slider.value = s.position({size}); s.slider.dispatchEvent(new Event('input'))"
     )
     assert shown(page) == edges(curve.circuits[1].mask)
+    line = "new DOMMatrix(explorer.sizes.line.style.transform).e - explorer.sizes.drawn.valToPos(%d, 'x')"
+    assert abs(page.run(line % curve.n_edges[1])) < 0.01
     assert "Faithfulness 0.6" in page.run("document.querySelector('#size-said').innerText")
 
 
 def test_after_quick_changes_the_picture_is_whole(page: Browser, tmp_path: Path) -> None:
-    opened(page, tmp_path, scored(GRAPHS["kv"]))
+    opened(page, tmp_path, scored(Graph((6,) * 6, (6,) * 6, 8)))
     page.run(
-        "new Promise(done => { let n = 0; const step = () => { explorer.store.set({circuit: null, size: 5 * ++n});"
+        "new Promise(done => { let n = 0; const step = () => { explorer.store.set({circuit: null, size: 200 * ++n});"
         " n < 8 ? requestAnimationFrame(step) : setTimeout(done, 400); }; step(); })"
     )
     page.settle()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from eap_circuits import Circuit, EdgeScores, Graph, InputError, random_circuit
+from eap_circuits import Circuit, EdgeScores, Graph, InputError, edge_overlap, random_circuit
 from eap_circuits.report import write_report
 from eap_circuits.report.html import N_EDGES
 from eap_circuits.report.tables import curve_table, edge_table
@@ -190,6 +190,20 @@ def test_wrong_circuit_and_unwritable_path_are_refused(tmp_path: Path, scores: E
     with pytest.raises(InputError, match="folder"):
         write_report(tmp_path / "none" / "r.html", scores, scores.select(n_edges=20))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_circuits_have_their_faithfulness_on_both_tasks(tmp_path: Path, scores: EdgeScores) -> None:
+    other = EdgeScores(scores.graph, -scores.values.flip(0) * scores.graph.edge_mask, {**scores.info, "data": "<b> &"})
+    circuit = scores.select(20, exactly=True)
+    second = other.select(20, exactly=True)
+    found: Any = SimpleNamespace(edges=edge_overlap(circuit, second), faithfulness=[[0.911, 0.122], [0.233, 0.844]])
+    _, page = written(tmp_path / "r.html", scores, circuit, against=other, comparison=found)
+    text = "".join(page.text.split())
+    assert "circuitonioi'spromptson<b>&'spromptsioi0.9110.122<b>&0.2330.844" in text
+    wrong: Any = SimpleNamespace(edges=edge_overlap(second, second), faithfulness=found.faithfulness)
+    for given in ({"against": other, "comparison": wrong}, {"comparison": found}):
+        with pytest.raises(InputError, match="comparison: expected"):
+            written(tmp_path / "r.html", scores, circuit, **given)
 
 
 def test_a_learned_rank_is_not_called_a_fall_of_the_metric(scores: EdgeScores, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from packaging.version import Version
 from torch import nn
 
 from ...errors import expected, refuse_default_device
-from ...families import ENCODER_DECODERS, FAMILIES, Family, Paths, family_of
+from ...families import ENCODER_DECODERS, FAMILIES, Family, Paths, Sums, family_of
 from ...modules.norms import Kinds, Norm, is_norm
 from ...modules.offloading import device_of, devices_of
 from ...modules.parts import is_in_parts, parts_of, unknown_parts
@@ -27,6 +27,7 @@ from .paths import configured, factor, maybe, site
 
 # Attributes in which attention modules keep the query heads per key/value head, and the number of key/value heads.
 _GROUPS, _KV_HEADS = ("num_key_value_groups",), ("num_key_value_heads", "num_kv_heads")
+_PLAIN: Sums = (1.0, 1.0), (1.0, 1.0)  # without factors
 _HEADS = "a model with its head, as AutoModelForCausalLM, -MaskedLM, -Seq2SeqLM or -SequenceClassification loads it"
 
 
@@ -110,6 +111,7 @@ class _Binder:
             part = next((other for other in self.others if other.mixers.in_layer(layer)), self)
             part.unit = self.unit
             found = list(part._side_by_side(layer, part._layer(layer)))
+            self.unit = part.unit
             for each in found:
                 each.check_heads(parts_of(each.out))
             layers += found
@@ -119,6 +121,9 @@ class _Binder:
                     per_layer_part(layers[-1], self._reads(layer, None, first, self.mixers.width), first, last)
                 )
             self.unit *= scale_of(layer, family.layer_scale)
+        if family.first_norm is not None:
+            ends = [site(layer.module, family.first_norm) for layer in layers[1:]]
+            layers[:-1] = [replace(layer, mlp_out=end) for layer, end in zip(layers[:-1], ends, strict=True)]
         embed, width = self.model.get_input_embeddings(), linear_shape(layers[0].out)[0]
         said, classifies, head = family.causal, classifies_prompts(self.model), head_of(self.model)
         causal = said if isinstance(said, bool) else bool(getattr(self.config, said, False))
@@ -190,6 +195,8 @@ class _Binder:
 
     def _final_norm(self, width: int, layer: nn.Module) -> Norm:
         if not self.family.final_norm:
+            if self.family.mlp == ("", ""):  # whose hooks are where the logits would read
+                raise expected(f"{self.family.name}'s table", "a `final_norm`, as each layer is one node", "none")
             return Norm(Place(layer, False, width), None, layer, self.unit)
         module = site(self.model, self.family.final_norm)
         if is_norm(module, width):
@@ -206,10 +213,17 @@ class _Binder:
         fused = len({p.module for p in projections.values()}) == 1 < len(projections)
         if projections:
             norm = self._reads(layer, family.attention_norm, next(iter(projections.values())).module, width)
+        (keep, heads_write), (keep_next, mlp_writes) = (
+            _PLAIN if family.residual_factors is None else family.residual_factors(layer)
+        )
+        self.unit *= keep
+        of_heads = heads_write / self.unit
         path = None if family.one_block and n_heads else family.mlp
         mlp_norm, mlp_in, mlp_out = (norm, layer, layer) if path is None else self._mlp(layer, width, path)
         if not projections:
             norm = mlp_norm
+        self.unit = 1.0 if family.rewrites else self.unit * keep_next
+        of_mlp = mlp_writes / self.unit
         keys = keys_of(self.layers, attention, projections, family.key_sharing)
         attended = projections if keys is None else self.layers[keys].projections
         kept = dict.fromkeys(_GROUPS, 1) | dict.fromkeys(_KV_HEADS, n_heads)
@@ -232,7 +246,7 @@ class _Binder:
             post_norm=None if post is None else self._norm(layer, post, width, layer, 1.0),
             mlp_in=mlp_in,
             mlp_out=mlp_out,
-            scale=factor(self.model, family.residual_multiplier) / self.unit,
+            scale=factor(self.model, family.residual_multiplier) * of_mlp,
             rewrites=family.rewrites,
             k_norm=maybe(layer, family.k_norm),
             v_norm=maybe(layer, family.v_norm) is not None,
@@ -241,7 +255,7 @@ class _Binder:
                 {**ungrouped, **{k: v(layer) if callable(v) else v for k, v in family.ungrouped.items()}}.items()
             ),
             bare=path is None,
-            heads_scale=factor(self.model, family.write_factor),
+            heads_scale=factor(self.model, family.write_factor) * (of_heads / of_mlp),
         )
 
     def _side_by_side(self, layer: nn.Module, first: Layer) -> Iterator[Layer]:

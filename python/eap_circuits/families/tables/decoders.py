@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..family import Family
+from ..family import Family, Sums
 
 LLAMA = Family(
     name="llama",
@@ -98,6 +98,22 @@ GEMMA2 = replace(
     mlp_norm="pre_feedforward_layernorm",
     attention_post_norm="post_attention_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
+)
+
+
+def _by_depth(layer: Any) -> Sums:
+    """Of n summands, the embeddings first, the last gets √(1/n), and the sum of the others √(1 - 1/n)."""
+    attention, mlp = layer.attn_residual_add_idx, layer.mlp_residual_add_idx
+    return ((1 - 1 / attention) ** 0.5, attention**-0.5), ((1 - 1 / mlp) ** 0.5, mlp**-0.5)
+
+
+BEAM = replace(
+    GEMMA2,
+    name="beam",
+    model_types=("beam",),
+    embedding_multiplier=None,
+    more={"gate": "self_attn.gate_proj"},
+    residual_factors=_by_depth,
 )
 # The variant that also takes images: the language model is a part of it.
 GEMMA3 = replace(

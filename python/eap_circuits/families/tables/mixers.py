@@ -104,6 +104,26 @@ OLMO_HYBRID = replace(
         ),
     ),
 )
+# Lightning attention in most layers. Norms take the residual stream's place, before attention and before the MLP.
+MINIMAX = replace(
+    LLAMA,
+    name="minimax",
+    model_types=("minimax",),
+    attention_norm=None,
+    mlp_norm=None,
+    mlp=("post_attention_layernorm", ""),
+    rewrites=True,
+    first_norm="input_layernorm",
+    embedding_norm="model.layers.0.input_layernorm",
+    residual_factors=lambda layer: ((layer.attn_alpha_factor, layer.attn_beta_factor), (1.0, 1.0)),
+    mixers=(
+        Mixer(
+            out="self_attn.out_proj",
+            by_head={"qkv": "self_attn.qkv_proj", "gate": "self_attn.output_gate"},
+            heads=("num_attention_heads",),
+        ),
+    ),
+)
 LFM2 = replace(
     LLAMA,
     name="lfm2",

@@ -46,7 +46,9 @@ class ScoredMLP:
         self._rows, self._tokens = x.shape[:2]
         return at_scored(x, self._scored(len(x)))
 
-    def _put(self, y: Tensor) -> Tensor:
+    def _put(self, y: Tensor) -> Tensor | None:
+        if not self._rows:  # a run that starts behind it, where the layer passes its input through
+            return None
         full = y.new_zeros(self._rows, self._tokens, y.shape[2])
         full[_places(y, self._scored(self._rows))] = y[:, 0]
         return full

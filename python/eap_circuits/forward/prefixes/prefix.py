@@ -15,8 +15,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from ..batches import Batch
 from .states import GoesOn, cache_with_states, holds_states, put_together
 
-# What `forward` calls the cache: the first name since transformers 5.24, the second before and in other models' code.
-_CACHE_NAMES = ("cache", "past_key_values")
+# What `forward` calls the cache: the first name since transformers 5.24, the second before and in other models' code,
+# the third before where there are only states (Mamba-2).
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 def parameters(model: Any) -> set[str]:
@@ -29,7 +30,7 @@ def parameters(model: Any) -> set[str]:
 def behind(model: Any, cache: Cache) -> dict[str, Any]:
     """Arguments of the model's forward that make it run behind a cache."""
     taken = parameters(model)
-    name = next((name for name in _CACHE_NAMES if name in taken), _CACHE_NAMES[-1])
+    name = next((name for name in _CACHE_NAMES if name in taken), _CACHE_NAMES[1])
     return {name: cache, "use_cache": True}
 
 

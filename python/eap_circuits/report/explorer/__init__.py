@@ -107,7 +107,7 @@ def same_prompts(info: Mapping[str, Any], data: PairedDataset) -> bool:
     return data.prompts is not None and info.get("prompts_sha256") == digest({"prompts": data.prompts})
 
 
-def names(first: dict[str, Any], second: dict[str, Any]) -> tuple[str, str]:
+def names(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str, str]:
     """What two circuits are called: the first entry of `info` in which they differ."""
     for key in _TOLD_APART_BY:
         a, b = first.get(key), second.get(key)

@@ -189,7 +189,7 @@ export class Controls {
     if (!this.part) return;
     this.part.value = state.part;
     const { first, second } = this.data.other;
-    const { edges, nodes } = this.scene.overlap;
+    const { edges, nodes } = this.scene.overlap();
     const share = ([a, both, b]) => `${plain((100 * both) / Math.max(a + both + b, 1))} % shared`;
     const row = (title, found) =>
       h(

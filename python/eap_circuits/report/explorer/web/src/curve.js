@@ -4,6 +4,7 @@ import uPlot from "uplot";
 import { colour, h, onScheme, plain, whole } from "./dom.js";
 
 const STEPS = 1000;
+const SAID = 100; // milliseconds between two texts
 const SNAP = 7; // steps within which the slider holds to a circuit that was measured
 
 /** Powers of ten within a range. */
@@ -28,6 +29,8 @@ export class Sizes {
     this.said = h("output", { id: "size-said", for: "size" });
     this.slider.addEventListener("input", () => this.slide());
     this.chart = h("div", { class: "chart" });
+    this.line = h("div", { class: "at" });
+    this.spoken = 0;
     const bySize = [...data.circuits.keys()].sort((a, b) => data.circuits[a].n_edges - data.circuits[b].n_edges);
     this.buttons = bySize.map((i) => {
       const circuit = data.circuits[i];
@@ -75,18 +78,30 @@ export class Sizes {
     const shown = circuit === null ? null : this.data.circuits[circuit];
     if (document.activeElement !== this.slider)
       this.slider.value = this.position(shown ? (shown.taken ?? shown.n_edges) : size);
-    const said = this.scene.summary();
-    this.slider.setAttribute("aria-valuetext", said);
-    this.said.textContent = said;
-    for (const { i, button } of this.buttons) button.setAttribute("aria-pressed", i === circuit);
     this.mark();
+    // Text is laid out anew when it changes.
+    const wait = this.spoken + SAID - performance.now();
+    if (wait > 0) this.waiting ??= setTimeout(() => this.say(), wait);
+    else this.say();
   }
 
-  /** A line in the chart at the size shown. */
+  /** Say what is shown. */
+  say() {
+    const said = this.scene.summary();
+    clearTimeout(this.waiting);
+    this.waiting = null;
+    this.spoken = performance.now();
+    this.slider.setAttribute("aria-valuetext", said);
+    this.said.textContent = said;
+    for (const { i, button } of this.buttons) button.setAttribute("aria-pressed", i === this.store.state.circuit);
+  }
+
+  /** Move the line in the chart to the size shown. */
   mark() {
     if (!this.drawn) return;
-    this.at = this.scene.kept;
-    this.drawn.redraw(false);
+    const x = this.drawn.valToPos(this.scene.kept, "x");
+    this.line.hidden = !(x >= 0 && x <= this.drawn.over.clientWidth);
+    this.line.style.transform = `translateX(${x}px)`;
   }
 
   plot() {
@@ -156,15 +171,15 @@ export class Sizes {
         ],
         series,
         bands,
-        hooks: { setCursor: [(u) => this.hover(u, order)], drawClear: [lines] },
+        hooks: { setCursor: [(u) => this.hover(u, order)], drawClear: [lines], draw: [() => this.mark()] },
       },
       values,
       this.chart,
     );
+    this.drawn.over.append(this.line);
     this.chart.append(this.legend(series));
     this.drawn.over.addEventListener("click", () => this.take());
     this.drawn.over.addEventListener("pointerleave", () => this.previewing(null));
-    this.mark();
   }
 
   legend(series) {
@@ -192,12 +207,6 @@ export class Sizes {
     for (const level of [0, 1]) {
       const y = u.valToPos(level, "y", true);
       line(bbox.left, y, bbox.left + bbox.width, y);
-    }
-    if (this.at > 0) {
-      const x = u.valToPos(this.at, "x", true);
-      ctx.setLineDash([]);
-      ctx.strokeStyle = colour("accent");
-      if (x >= bbox.left && x <= bbox.left + bbox.width) line(x, bbox.top, x, bbox.top + bbox.height);
     }
     ctx.restore();
   }

@@ -240,7 +240,7 @@ export class Details {
       return h(
         "tr",
         {},
-        h("th", { scope: "row" }, labels[i]),
+        h("th", { scope: "row", title: labels[i] }, labels[i]),
         h("td", { class: "track" }, bar),
         h("td", { class: "number" }, signed(value)),
       );

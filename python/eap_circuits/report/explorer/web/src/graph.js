@@ -1,4 +1,4 @@
-// The picture: edges on two canvases, the strongest at once and the others in slices of time, nodes on a third. While the
+// The picture: edges on two canvases, the strongest at once and the others frame by frame, nodes on a third. While the
 // picture is dragged or zoomed its canvases move as they are; they are drawn again when it rests.
 
 import { select } from "d3-selection";
@@ -7,11 +7,11 @@ import { colour, framed, h, onScheme } from "./dom.js";
 import { drawNodes, drawRows } from "./drawing.js";
 import { edgePath, layout, Nearness } from "./layout.js";
 
-const AT_ONCE = 1000; // edges drawn before the first slice
+const AT_ONCE = 400; // edges drawn in the first frame
 const CHANGING = 200; // the same, while one change follows another
 const LAG = 80; // milliseconds by which nodes may be late meanwhile
-const SLICE = 8; // milliseconds of drawing in one frame
-const REST = 120; // milliseconds after the last of many changes, as the slider makes them, until slices follow
+const SLOW = 20; // milliseconds: a frame that took longer had too much to draw
+const REST = 120; // milliseconds after the last of many changes, as the slider makes them, until all edges follow
 const REACH = 6; // how near, in pixels, the pointer must come to an edge
 const SEARCHED = 6000; // strongest edges among which the pointer looks
 const MANY = 800; // with more edges than these, lines are thinner
@@ -38,6 +38,7 @@ export class Graph {
       this.tip,
     );
     this.transform = zoomIdentity;
+    this.sketched = null; // which lines a sketch shows
     this.focus = null;
     // Inside another page the wheel moves that page, until the graph has been clicked.
     const free = (event) => !framed || event.type !== "wheel" || document.activeElement === this.element;
@@ -51,7 +52,7 @@ export class Graph {
     this.element.addEventListener("click", (event) => this.click(event));
     this.element.addEventListener("keydown", (event) => this.key(event));
     this.element.addEventListener("blur", () => this.focusOn(null));
-    onScheme(() => this.draw());
+    onScheme(() => this.place && this.paint());
     new ResizeObserver(() => this.resize()).observe(this.element);
   }
 
@@ -90,7 +91,7 @@ export class Graph {
       zoomIdentity.translate(this.width / 2 - scale * x, this.height / 2 - scale * y).scale(scale),
     );
     this.quiet = false;
-    this.draw();
+    this.paint();
   }
 
   moved(transform, byHand) {
@@ -102,7 +103,7 @@ export class Graph {
     this.moving.style.transform = `translate(${transform.x - k * from.x}px, ${transform.y - k * from.y}px) scale(${k})`;
     clearTimeout(this.resting);
     this.resting = setTimeout(() => {
-      this.draw();
+      this.paint();
       if (byHand !== undefined) this.store.set({ view: this.view() });
     }, 140);
   }
@@ -112,46 +113,63 @@ export class Graph {
     return { k: this.transform.k / this.least, x: x / this.place.width, y: y / this.place.height };
   }
 
+  /** Show what has changed: at once if it is one change, as a sketch if it follows another, until these rest. */
   draw() {
     if (!this.place) return;
+    const now = performance.now();
+    const sketched = now - this.changed < REST && this.drawn === this.transform;
+    this.changed = now;
+    if (sketched) this.sketch();
+    else this.paint();
+  }
+
+  /** Only the strongest edges, and these only if the canvas shows others. */
+  sketch() {
+    const { scene } = this;
+    const [weak, strong] = this.canvases;
+    this.stop();
+    const shown = scene.ordered.subarray(0, CHANGING);
+    const look = Array.from(shown, (e, i) => [e, this.hue(e, i), scene.weight(e)]).join();
+    if (this.sketched === null) drawRows(this.fresh(weak), this);
+    if (this.sketched !== look) this.strokes(this.fresh(strong), shown, shown.length, 0);
+    this.sketched = look;
+    if (performance.now() - this.named > LAG) this.drawNodes();
+    this.pending = true;
+    this.later = setTimeout(() => this.paint(), REST);
+  }
+
+  /** Everything: the strongest edges at once, the others frame by frame. */
+  paint() {
     this.stop();
     this.drawn = this.transform;
     this.moving.style.transform = "";
+    this.sketched = null;
     const [weak, strong] = this.canvases.slice(0, 2).map((canvas) => this.fresh(canvas));
     const shown = this.scene.ordered;
+    const first = Math.min(shown.length, AT_ONCE);
     drawRows(weak, this);
-    const now = performance.now();
-    const changing = now - this.changed < REST;
-    this.changed = now;
-    const first = Math.min(shown.length, changing ? CHANGING : AT_ONCE);
     this.strokes(strong, shown, first, 0);
-    if (!changing || now - this.nodes.at > LAG || this.transform !== this.nodes.transform) this.drawNodes();
-    this.pending = shown.length - first;
+    this.drawNodes();
     this.first ??= performance.now();
     let next = shown.length;
-    const step = () => {
-      const start = performance.now();
-      while (next > first && performance.now() - start < SLICE) {
-        const to = Math.max(first, next - 10 * CHUNK);
-        this.strokes(weak, shown, next, to);
-        next = to;
-      }
-      this.pending = next - first;
-      if (next > first) this.slice = requestAnimationFrame(step);
-    };
-    const begin = () => {
+    let many = 10 * CHUNK;
+    let last = Infinity;
+    const step = (now) => {
+      // Canvases are filled only after the script has run, so what edges cost shows in when the next frame comes.
+      many = now - last < SLOW ? 2 * many : Math.max(10 * CHUNK, many >> 1);
+      last = now;
+      const to = Math.max(first, next - many);
+      this.strokes(weak, shown, next, to);
+      next = to;
+      this.pending = next > first;
       if (this.pending) this.slice = requestAnimationFrame(step);
     };
-    if (!changing) begin();
-    else
-      this.later = setTimeout(() => {
-        this.drawNodes();
-        begin();
-      }, REST);
+    this.pending = next > first;
+    if (this.pending) this.slice = requestAnimationFrame(step);
   }
 
   drawNodes() {
-    this.nodes = { at: performance.now(), transform: this.transform };
+    this.named = performance.now();
     drawNodes(this.fresh(this.canvases[2]), this);
   }
 
@@ -172,14 +190,14 @@ export class Graph {
 
   /** Stroke the edges shown[to … from - 1], weakest first, so that strong ones lie on top. */
   strokes(context, shown, from, to) {
-    const { data, place, scene } = this;
+    const { data, place } = this;
     const chunk = from > AT_ONCE ? CHUNK : 1;
     for (let end = from; end > to; end -= chunk) {
       const begin = Math.max(to, end - chunk);
       const paths = new Map();
       for (let i = end - 1; i >= begin; i--) {
         const e = shown[i];
-        const group = i >= scene.litLines ? "faint" : scene.colourOf(e);
+        const group = this.hue(e, i);
         if (!paths.has(group)) paths.set(group, []);
         paths.get(group).push(e);
       }
@@ -194,6 +212,11 @@ export class Graph {
       }
     }
     context.globalAlpha = 1;
+  }
+
+  /** The colour of the i-th line. */
+  hue(e, i) {
+    return i >= this.scene.litLines ? "faint" : this.scene.colourOf(e);
   }
 
   lineWidth(e) {

@@ -53,22 +53,33 @@ function start() {
     "least",
     "part",
   ];
-  // What is below follows once the slider rests.
-  const late = new Set();
+  // While the slider moves only the picture follows, and how large the circuit is; the rest once it rests.
+  const late = { panels: new Set(), table: new Set() };
+  const say = (changed) => {
+    controls.update();
+    details.update(changed);
+  };
   let resting;
   store.listeners.push((changed) => {
     scene.update(changed);
     if (changed.has("groups")) graph.arrange();
     else if (looked.some((key) => changed.has(key))) graph.draw();
     if (changed.has("view") && !changed.has("circuit") && store.state.view === null) graph.show(null);
-    for (const panel of [sizes, controls, details]) panel.update(changed);
-    for (const key of changed) late.add(key);
+    sizes.update();
+    const sliding = [...changed].every((key) => ["circuit", "size", "preview"].includes(key));
+    if (!sliding) say(changed);
+    for (const key of changed) {
+      late.table.add(key);
+      if (sliding) late.panels.add(key);
+    }
     clearTimeout(resting);
     resting = setTimeout(
       () => {
-        table.update(late);
+        if (late.panels.size) say(late.panels);
+        table.update(late.table);
         map?.update();
-        late.clear();
+        late.panels.clear();
+        late.table.clear();
       },
       changed.has("edge") ? 0 : 100,
     );

@@ -39,7 +39,11 @@ export class Scene {
     if (!data.other) return;
     const taken = this.circuit ? this.circuit.taken : size;
     this.second = taken && this.otherOrder ? strongest(data, this.otherOrder, taken) : data.other.flags;
-    this.overlap = overlap(data, this.first, this.second);
+  }
+
+  /** Numbers of edges and of nodes that two circuits share. */
+  overlap() {
+    return overlap(this.data, this.first, this.second);
   }
 
   filter() {
@@ -110,11 +114,16 @@ export class Scene {
     this.ordered = this.lines;
     this.litLines = Infinity;
     if (!this.lit) return;
-    const lit = (e) => this.bundleOf(e).some((i) => this.lit[i]);
+    const { lit, bundles } = this;
+    const stands = bundles.size ? (e) => this.bundleOf(e).some((i) => lit[i]) : (e) => lit[e];
     // What stands out comes first, and is drawn last; an edge that is selected is drawn even if no circuit has it.
-    let own = this.lines.filter(lit);
+    let own = this.lines.filter(stands);
     if (edge !== null && !own.length && home[data.v[edge]] !== lead[data.u[edge]]) own = [edge];
-    this.ordered = Uint32Array.from([...own, ...this.lines.filter((e) => !lit(e))]);
+    this.ordered = new Uint32Array(own.length + this.lines.length);
+    this.ordered.set(own);
+    let next = own.length;
+    for (const e of this.lines) if (!stands(e)) this.ordered[next++] = e;
+    this.ordered = this.ordered.subarray(0, next);
     this.litLines = own.length;
     this.litNodes = new Uint8Array(data.nodes.length);
     if (node !== null) this.litNodes[lead[node]] = 1;
@@ -132,9 +141,13 @@ export class Scene {
   touching(chosen) {
     const { data } = this;
     const nodes = chosen.flatMap((i) => this.members(i));
-    const from = new Set(nodes);
-    const into = new Set(nodes.flatMap((i) => data.nodes[i].inputs));
-    return this.flags.map((flag, e) => +(flag && (from.has(data.u[e]) || into.has(data.v[e]))));
+    const from = new Uint8Array(data.nodes.length);
+    const into = new Uint8Array(data.receivers.length);
+    for (const i of nodes) {
+      from[i] = 1;
+      for (const v of data.nodes[i].inputs) into[v] = 1;
+    }
+    return this.flags.map((flag, e) => flag && from[data.u[e]] | into[data.v[e]]);
   }
 
   weight(e) {

@@ -4,9 +4,9 @@ python tests/build/release.py [FOLDER]     # dist by default; `make release` in 
 
 The sources are those of the last commit. Their README gets links to `Source`, the repository's address in
 pyproject.toml, as a registry's page has no files beside it; without an address nothing may be uploaded. A wheel is
-built from the source distribution, so that it is tried as well. With EAP_CUDA=1 and nvcc it holds the CUDA kernels,
-too, and works where there is no CUDA. auditwheel checks that it loads wherever torch's own wheels do. Nothing is
-uploaded: the last line says with which command to.
+built from the source distribution, so that it is tried as well. With EAP_CUDA=1, which needs nvcc but neither a GPU nor
+a torch with CUDA, it holds the CUDA kernels, too, and works where there is no CUDA. auditwheel checks that it loads
+wherever torch's own wheels do. Nothing is uploaded: the last line says with which command to.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGED = ("csrc", "eap_kernels", "python")
 # What torch's own wheels ask of a system.
-PLATFORM = f"manylinux_2_28_{platform.machine()}"
+GLIBC = (2, 28)
+PLATFORM = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{platform.machine()}"
+CUDA = os.environ.get("EAP_CUDA", "0")
 OF_TORCH = ("libtorch*", "libc10*")
 RELATIVE = re.compile(r"(?P<picture>!?)\[(?P<text>[^\]]*)\]\((?!https?:|#)(?P<target>[^)]+)\)")
 LAYOUTS = {
@@ -37,8 +39,10 @@ LAYOUTS = {
     "conda": "installed by pip where all lies as conda has it",
 }
 USED = """
-import torch, transformers, eap_kernels, eap_circuits as eap
+import os, torch, transformers, eap_kernels, eap_circuits as eap
 assert eap_kernels.backends()["cpu"] is None, eap_kernels.backends()["cpu"]
+cuda = eap_kernels.backends()["cuda"]
+assert os.environ["EAP_CUDA"] == "0" or cuda in (None, "torch sees no CUDA device"), cuda
 assert eap.__version__ == eap_kernels.__version__
 sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 config = transformers.LlamaConfig(**sizes)
@@ -76,7 +80,9 @@ def build(folder: Path) -> tuple[Path, Path]:
         run(sys.executable, "-c", backend, cwd=Path(copy))
     (sdist,) = folder.glob("*.tar.gz")
     wheel = ("wheel", "--no-deps", "--no-build-isolation", "-w", folder, sdist)
-    run(sys.executable, "-m", "pip", *wheel, EAP_REQUIRE_EXT="1")
+    with tempfile.TemporaryDirectory() as older:
+        linked = {"NVCC_PREPEND_FLAGS": older_functions(Path(older))} if CUDA == "1" and sys.platform == "linux" else {}
+        run(sys.executable, "-m", "pip", *wheel, EAP_REQUIRE_EXT="1", EAP_CUDA=CUDA, **linked)
     (wheel,) = folder.glob("*.whl")
     if sys.platform == "linux":
         excluded = [word for name in OF_TORCH for word in ("--exclude", name)]
@@ -84,6 +90,55 @@ def build(folder: Path) -> tuple[Path, Path]:
         wheel.unlink()
         (wheel,) = folder.glob("*.whl")
     return sdist, wheel
+
+
+def older_functions(folder: Path) -> str:
+    """nvcc's options for linking its static runtime such that it needs no newer glibc than `GLIBC`.
+
+    glibc 2.34 moved threads and `dlopen` into libc, under new versions of their names, and still has the old versions.
+    The linker takes the newest that it finds, so it finds a library first that offers only the old ones, and is empty.
+    Whatever glibc there is offers them when the wheel is loaded.
+    """
+    home = os.environ.get("CUDA_HOME")
+    folders = [f"{home}/bin"] if home else [os.environ["PATH"], "/usr/local/cuda/bin"]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
+    if nvcc is None:
+        sys.exit("release: EAP_CUDA=1 needs nvcc, which was not found")
+    planned = subprocess.run([nvcc, "--dryrun", "-shared", "none.o"], capture_output=True, text=True).stderr
+    places = [Path(found, "libcudart_static.a") for found in re.findall(r'"-L([^"]+)"', planned)]
+    runtime = next((place for place in places if place.exists()), None)
+    if runtime is None:
+        sys.exit(f"release: {nvcc} links no libcudart_static.a")
+    libc = run("g++", "-print-file-name=libc.so.6").strip()
+    names = older_names(run("nm", "-u", runtime), run("nm", "-D", libc))
+    if not names:
+        return ""
+    source, versions, library = (folder / name for name in ("older.s", "older.map", "older.so"))
+    source.write_text("".join(f".globl {name}\n.type {name}, %function\n{name}:\n" for name in names))
+    of_each = {v: "".join(f" {name};" for name in names if names[name] == v) for v in names.values()}
+    versions.write_text("".join(f"{version} {{{listed} }};\n" for version, listed in of_each.items()))
+    # Every glibc has a libpthread.so.0, if only for older programs.
+    named = ("-Wl,-soname,libpthread.so.0", f"-Wl,--version-script={versions}")
+    run("g++", "-shared", "-nostdlib", *named, source, "-o", library)
+    return f"-Xlinker --no-as-needed,{library}"
+
+
+def older_names(needed: str, offered: str) -> dict[str, str]:
+    """The functions that glibc has in a newer version than `GLIBC`, and in an older one as well: the newest of these.
+
+    Args:
+        needed: nm's list of what a library does not define.
+        offered: nm's list of what glibc defines.
+    """
+    versions: dict[str, list[tuple[int, ...]]] = {}
+    for name, version in re.findall(r" (\w+)@@?GLIBC_([\d.]+)$", offered, re.M):
+        versions.setdefault(name, []).append(tuple(map(int, version.split("."))))
+    found = {}
+    for name in sorted(set(re.findall(r" U (\w+)$", needed, re.M)) & versions.keys()):
+        older = [version for version in versions[name] if version <= GLIBC]
+        if older and max(versions[name]) > GLIBC:
+            found[name] = f"GLIBC_{'.'.join(map(str, max(older)))}"
+    return found
 
 
 def absolute(page: str, source: str, commit: str) -> str:
@@ -156,7 +211,7 @@ def tried(wheel: Path, layout: str) -> None:
         if layout == "conda":
             libraries_like_conda(place)
         run(*(uv if layout == "uv" else pip), "-c", versions, f"{wheel}[circuits]")
-        path = {"PATH": str(place / "bin"), "EAP_TUNE": "0"}
+        path = {"PATH": str(place / "bin"), "EAP_TUNE": "0", "EAP_CUDA": CUDA}
         run(python, "-c", USED, cwd=place, **path)
         for typed in (["--version"], ["--help"], ["tasks"], ["info"]):
             run(place / "bin" / "eap", *typed, cwd=place, **path)

@@ -4,7 +4,7 @@ import io
 import tarfile
 from pathlib import Path
 
-from tests.build.release import absolute, lacking, left_out
+from tests.build.release import absolute, lacking, left_out, older_names
 
 METADATA = """Metadata-Version: 2.4
 Name: eap-kernels
@@ -52,3 +52,19 @@ def test_sources_that_are_not_packed_are_named(tmp_path):
     with tarfile.open(path, "w:gz") as archive:
         archive.addfile(tarfile.TarInfo("x-1/csrc/a.cpp"), io.BytesIO())
     assert left_out(path, ["csrc/a.cpp", "csrc/b.h", "docs/c.md"]) == ["csrc/b.h"]
+
+
+def test_functions_are_named_in_the_newest_version_that_old_systems_have():
+    needed = " U pthread_join\n U free\n U new_only\n U newer\n"
+    offered = """
+000000000008ab80 T pthread_join@@GLIBC_2.34
+000000000008ab80 T pthread_join@GLIBC_2.2.5
+000000000008ab80 T pthread_create@@GLIBC_2.34
+000000000008ab80 T pthread_create@GLIBC_2.2.5
+0000000000098e30 T free@@GLIBC_2.2.5
+0000000000098e30 T new_only@@GLIBC_2.36
+0000000000098e30 W newer@@GLIBC_2.32
+0000000000098e30 W newer@GLIBC_2.14
+0000000000098e30 W newer@GLIBC_2.3.4
+"""
+    assert older_names(needed, offered) == {"pthread_join": "GLIBC_2.2.5", "newer": "GLIBC_2.14"}

@@ -21,7 +21,6 @@ from ..request import Progress, watched
 from ..tasks import PairedDataset
 
 RESAMPLED = "resampled"
-_DRAWS, _SHARE = 1000, 0.95  # of an interval
 _SELECTED_BY = ("n_edges", "how", "signed", "threshold", "positive_ratio", "exactly")
 _SAME = ("data_sha256", "prompts_sha256")
 
@@ -80,22 +79,9 @@ class FaithfulnessCard(Result):
         )
 
 
-def interval(result: EvaluationResult) -> tuple[float, float]:
-    """Within which faithfulness stays for 95 % of resamples of the pairs; NaN where it is undefined."""
-    if result.faithfulness != result.faithfulness:
-        return float("nan"), float("nan")
-    n = len(result.values)
-    picked = torch.randint(n, (_DRAWS, n), generator=torch.Generator().manual_seed(0))
-    runs = (result.values, result.clean_values, result.corrupted_values)
-    circuit, clean, ablated = (values[picked].mean(1) for values in runs)
-    rest = (1 - _SHARE) / 2
-    low, high = ((circuit - ablated) / (clean - ablated)).nanquantile(torch.tensor([rest, 1 - rest]).double()).tolist()
-    return low, high
-
-
 def _numbers(result: EvaluationResult) -> dict[str, Any]:
     found = {name: getattr(result, name) for name in ("faithfulness", "mean", "clean", "corrupted")}
-    return {**found, "interval": list(interval(result)), "n_examples": len(result.values)}
+    return {**found, "interval": list(result.interval), "n_examples": len(result.values)}
 
 
 @together

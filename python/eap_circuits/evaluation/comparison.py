@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..display import Result
+from ..display import Result, drawn
 from ..errors import known_arguments
 from ..graph import Circuit, Overlap, edge_overlap, node_overlap
 from ..ranks import together
 from ..request import check_kind
 from ..tasks import PairedDataset
 from .faithfulness import EvaluationResult, evaluate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,11 @@ class Comparison(Result):
     def faithfulness(self) -> list[list[float]]:
         """[circuit][task]"""
         return [[result.faithfulness for result in row] for row in self.results]
+
+    def plot(self) -> Figure:
+        """A picture: what the circuits share, and each one's faithfulness on both tasks, with the intervals in which it
+        stays for 95 % of resamples of the prompt pairs."""
+        return drawn("draw_comparison", self)
 
     def __repr__(self) -> str:
         shared = f"{self.edges.n_shared} edges and {self.nodes.n_shared} nodes shared"
@@ -64,6 +72,8 @@ def compare(
     Example:
         >>> comparison = eap.compare(model, circuit, other_circuit, data, other_data)
         >>> comparison.edges.n_shared, comparison.faithfulness  # [circuit][task]
+        >>> comparison.results[0][1].interval  # an error bar: the first circuit on the second task
+        >>> comparison.plot()
     """
     for circuit in (first, second):
         check_kind(circuit)

@@ -27,6 +27,8 @@ from ..tasks import PairedDataset
 from .circuit_values import CircuitValues
 from .optimal_ablation import optimal_constants
 
+_DRAWS, _SHARE = 1000, 0.95  # of an interval
+
 
 @dataclass(frozen=True, eq=False)
 class EvaluationResult(Result):
@@ -63,6 +65,19 @@ class EvaluationResult(Result):
         """(m(circuit) − m(corrupted)) / (m(model) − m(corrupted)); NaN if the two differ by no more than rounding."""
         span = self.clean - self.corrupted
         return (self.mean - self.corrupted) / span if abs(span) > self.rounding else float("nan")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Within which faithfulness stays for 95 % of resamples of the examples; NaN where it is undefined."""
+        if self.faithfulness != self.faithfulness:
+            return float("nan"), float("nan")
+        n = len(self.values)
+        picked = torch.randint(n, (_DRAWS, n), generator=torch.Generator().manual_seed(0))
+        runs = (self.values, self.clean_values, self.corrupted_values)
+        circuit, clean, ablated = (values[picked].mean(1) for values in runs)
+        ends = torch.tensor([(1 - _SHARE) / 2, (1 + _SHARE) / 2]).double()
+        low, high = ((circuit - ablated) / (clean - ablated)).nanquantile(ends).tolist()
+        return low, high
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame of the metric of each example: circuit, model, ablated."""

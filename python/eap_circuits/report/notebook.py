@@ -86,11 +86,18 @@ def _(comparison: Comparison) -> str:
         ("second", edges.n_second, nodes.n_second),
         ("both", edges.n_shared, nodes.n_shared),
     )
-    tasks = tuple(Column(name, f"on the {name} task", number, numeric=True) for name in ("first", "second"))
-    rows = tuple(zip(("first", "second"), *zip(*comparison.faithfulness, strict=True), strict=True))
-    found = Table("Faithfulness", (Column("circuit", "circuit"), *tasks), rows)
+    tasks = tuple(Column(name, f"on the {name} task", _with_interval, numeric=True) for name in ("first", "second"))
+    rows = tuple((name, *results) for name, results in zip(("first", "second"), comparison.results, strict=True))
+    found = Table(
+        "Faithfulness, and where it stays for 95 % of resamples", (Column("circuit", "circuit"), *tasks), rows
+    )
     shared = f"Shared: {percent(edges.iou)} of all their edges, {percent(nodes.iou)} of all their nodes."
-    return _page(comparison, Table("Overlap", (Column("circuit", "circuit"), _EDGES, _NODES), overlap), shared, found)
+    both = Table("Overlap", (Column("circuit", "circuit"), _EDGES, _NODES), overlap)
+    return _page(comparison, to_svg(comparison.plot()), both, shared, found)
+
+
+def _with_interval(result: EvaluationResult) -> str:
+    return f"{number(result.faithfulness)} ({number(result.interval[0])} to {number(result.interval[1])})"
 
 
 @html_of.register

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from ..cards import RESAMPLED, FaithfulnessCard, interval
+from ..cards import RESAMPLED, FaithfulnessCard
 from ..evaluation import BASELINES, Comparison
 from ..graph import Circuit, EdgeScores
 from ..methods import Plan
@@ -157,7 +157,7 @@ def card_table(card: FaithfulnessCard) -> Table:
     )
     rows: list[tuple[Any, ...]] = []
     for what, result in (("the circuit", card.result), *((f"on {name}", x) for name, x in card.others.items())):
-        rows.append((what, card.circuit.n_edges, len(result.values), result.faithfulness, *interval(result)))
+        rows.append((what, card.circuit.n_edges, len(result.values), result.faithfulness, *result.interval))
     titles = {RESAMPLED: "chosen by resampled pairs", **BASELINE_NAMES}
     for name, baseline in card.beside.items():
         sizes, draws = [circuit.n_edges for (circuit,) in baseline.circuits], [draw for (draw,) in baseline.draws]

@@ -275,11 +275,14 @@ class _Checkpoint:
             weights[bias] = weights[bias][features]
 
     def narrow_mlps(self) -> None:
-        """Leave one feature in the MLPs, if none is used."""
+        """Leave one feature in the MLPs, or a few in experts, if none is used."""
         if any(each.mlp for each in self.layers):
             return
         text = self.config.get_text_config()
-        config = self._changed({name: 1 for name in _WIDTHS if hasattr(text, name)})
+        # The product for all experts at once wants rows of whole 16 bytes.
+        experts = [x.element_size() for x in self.weights.values() if x.ndim == 3]
+        few = 16 // min(experts) if experts else 1
+        config = self._changed({name: few for name in _WIDTHS if hasattr(text, name)})
         shapes = self._shapes(config) or {}
         weights = {
             name: x.new_zeros(shapes[name]) if name in shapes and not x.any() else x for name, x in self.weights.items()

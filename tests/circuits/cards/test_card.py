@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits.cards import RESAMPLED, interval
+from eap_circuits.cards import RESAMPLED
 from eap_circuits.evaluation import EvaluationResult
 from eap_circuits.report import write_report
 from eap_circuits.report.curves import jsonable
@@ -71,7 +71,7 @@ def test_its_numbers_are_those_of_evaluations_one_by_one(model, scored, data, sc
     assert card.forwards == 5 * (2 + 13) + 5 * 3
     told = json.loads(json.dumps(jsonable(card.to_dict())))
     assert told["faithfulness"] == card.faithfulness and told["cost"] == card.cost
-    assert told["interval"] == list(interval(card.result)) and told["info"]["circuit"]["method"] == "eap"
+    assert told["interval"] == list(card.result.interval) and told["info"]["circuit"]["method"] == "eap"
 
 
 def test_all_edges_are_left_out_where_there_are_few(model, data):
@@ -94,12 +94,12 @@ def test_an_interval_holds_what_resamples_of_the_pairs_give():
     """Against the standard error of a mean: with the model at 1 and the ablated run at 0 everywhere."""
     values = torch.randn(400, generator=torch.Generator().manual_seed(1)).double()
     result = EvaluationResult(values, torch.ones(400).double(), torch.zeros(400).double())
-    low, high = interval(result)
+    low, high = result.interval
     error = float(values.std()) / 20
     assert low == pytest.approx(result.mean - 1.96 * error, abs=0.3 * error)
     assert high == pytest.approx(result.mean + 1.96 * error, abs=0.3 * error)
     undefined = EvaluationResult(values, torch.ones(400).double(), torch.ones(400).double())
-    assert all(end != end for end in interval(undefined))
+    assert all(end != end for end in undefined.interval)
 
 
 def test_tables_show_it_in_notebooks_and_reports(model, scored, data, scores, tmp_path):

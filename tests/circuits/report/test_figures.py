@@ -12,8 +12,9 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 
-from eap_circuits import Circuit, EdgeScores, Graph
+from eap_circuits import Circuit, Comparison, EdgeScores, EvaluationResult, Graph, edge_overlap, node_overlap
 from eap_circuits.report import draw_circuit, draw_curve
+from eap_circuits.report.figures import draw_comparison
 from eap_circuits.report.figures.placement import HEIGHT, place
 from eap_circuits.report.figures.svg import to_svg
 
@@ -204,3 +205,22 @@ def test_matplotlib_is_as_it_was(curve: Any) -> None:
     to_svg(draw_curve(curve), "curve")
     to_svg(draw_circuit(circuit_of(GRAPHS["kv"], 9)), "circuit")
     assert dict(matplotlib.rcParams) == before
+
+
+def test_two_circuits_compared() -> None:
+    """Bars are as long as what they count, and error bars as the intervals."""
+    first, second = (circuit_of(GRAPHS["kv"], n) for n in (20, 40))
+    ones = torch.ones(9).double()
+    runs = [EvaluationResult(torch.linspace(0, 0.4 * i, 9).double(), ones, 0 * ones) for i in range(1, 4)]
+    undefined = EvaluationResult(ones, ones, ones)
+    overlaps = node_overlap(first, second), edge_overlap(first, second)
+    figure = draw_comparison(Comparison(*overlaps, ((runs[0], runs[1]), (runs[2], undefined))))
+    shared, faithful = figure.axes
+    lengths = [bar.get_width() for bar in shared.patches]
+    for found, overlap in zip((lengths[:3], lengths[3:]), overlaps, strict=True):
+        both, either = overlap.n_shared, overlap.n_first + overlap.n_second - overlap.n_shared
+        counted = (overlap.n_first - both, both, overlap.n_second - both)
+        assert [round(either * share) for share in found] == list(counted) and sum(found) == pytest.approx(1)
+    assert [bar.get_height() for bar in faithful.patches][:3] == pytest.approx([0.2, 0.4, 0.6])
+    assert [tuple(line.get_ydata()) for line in faithful.lines[:3]] == [run.interval for run in runs]
+    to_svg(figure)

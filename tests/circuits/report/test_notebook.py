@@ -97,7 +97,7 @@ KINDS = ["scores", "nodes", "circuit", "curve", "result", "comparison", "data", 
 def test_results_show_themselves(kind, results):
     page = results[kind]._repr_html_()
     pictures, tags = parts_of(page)
-    assert len(pictures) == (kind in ("scores", "nodes", "circuit", "curve"))
+    assert len(pictures) == (kind in ("scores", "nodes", "circuit", "curve", "comparison"))
     for picture in pictures:
         ElementTree.fromstring(picture if picture.startswith("<svg") else f"{picture[:-1]}/>")
     assert len(tags.frames) == (kind in ("scores", "circuit"))
@@ -105,6 +105,10 @@ def test_results_show_themselves(kind, results):
         assert f"{HOSTILE} 0" in tags.cells and "… and 2 more" in page
     if kind == "result":
         assert f"{results[kind].clean:.3f}" in tags.cells
+    if kind == "comparison":
+        for result in (result for row in results[kind].results for result in row):
+            low, high = result.interval
+            assert f"{result.faithfulness:.3f} ({low:.3f} to {high:.3f})" in tags.cells
     if kind == "scores":
         sender, receiver, score = results[kind].top_edges(1)[0]
         assert tags.cells[3:5] == [sender, receiver] and float(tags.cells[5]) == pytest.approx(score, rel=1e-2)

@@ -145,6 +145,18 @@ def test_mlps_that_no_layer_uses_have_one_feature(make_model, tmp_path):
         assert getattr(found.config, width) == 1 and found.config.num_hidden_layers == 2
 
 
+def test_experts_that_no_layer_uses_still_run_all_at_once(make_model, make_pairs, tmp_path):
+    model, data = make_model("mixtral", torch.float32), make_pairs(n=2)
+    model.set_experts_implementation("grouped_mm")
+    circuit = of_nodes(bind(model).graph("kv"), ["a0.h0"])
+    small = eap.export_model(model, circuit, tmp_path / "small")
+    assert small.config.intermediate_size == 4  # 16 bytes
+    right = eap.evaluate(model, circuit, data, ablation="zero").values
+    for e, value in enumerate(right):
+        found = logit_difference(logits(small, prompts(data, e)[0][None])[0, -1], data, e)
+        torch.testing.assert_close(found.double(), value, rtol=1e-4, atol=1e-4)
+
+
 def test_nothing_is_left_of_a_circuit_without_nodes(make_model, tmp_path):
     """But one layer, as a model has one or more."""
     model, tokens = make_model("gemma2"), torch.arange(10)[None]

@@ -8,11 +8,12 @@ import matplotlib
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import FancyBboxPatch, PathPatch
+from matplotlib.patches import FancyBboxPatch, Patch, PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from ...edges import layer_name
+from ...evaluation import Comparison
 from ...graph import Circuit, Graph
 from ..curves import BaselineLike, CurveLike
 from ..tables import BASELINE_NAMES, count, drawn_baselines, number
@@ -156,7 +157,8 @@ def draw_circuit(circuit: Circuit, max_edges: int = 300) -> Figure:
         placement = place(circuit, max_edges)
         left, right, bottom, top = -1.0, placement.right + 0.15, -1.3, placement.height + 0.45
         size = ((right - left) * _UNIT[0], (top - bottom) * _UNIT[1])
-        figure = _Picture(figsize=(max(size[0], 6.4), max(size[1], 2.6)), label="the circuit")
+        # No narrower than the legend with all that it may hold.
+        figure = _Picture(figsize=(max(size[0], 7.8), max(size[1], 2.6)), label="the circuit")
         ax = figure.add_axes((0.0, 0.0, 1.0, 1.0))
         ax.set_axis_off()
         ax.set_xlim(left, right)
@@ -214,6 +216,43 @@ def draw_heatmap(graph: Graph, values: Tensor) -> Figure:
         bar = figure.colorbar(image, ax=ax, label="score", fraction=0.05)
         bar.outline.set_visible(False)
         bar.ax.tick_params(colors=MUTED, labelcolor=INK)
+        return figure
+
+
+def draw_comparison(comparison: Comparison) -> Figure:
+    """What two circuits share, and the faithfulness of each on both tasks, with its intervals of resampled pairs.
+
+    Args:
+        comparison: what `eap.compare` returned.
+    """
+    parts = (("first circuit", POSITIVE), ("both", MUTED), ("second circuit", NEGATIVE))
+    with matplotlib.rc_context(RC):
+        figure = _Picture(figsize=(7.2, 2.6), layout="constrained", label="two circuits compared")
+        shared, faithful = figure.subplots(1, 2, width_ratios=(1, 1.2))
+        for y, overlap in enumerate((comparison.nodes, comparison.edges)):
+            both, left = overlap.n_shared, 0
+            for (_, colour), n in zip(parts, (overlap.n_first - both, both, overlap.n_second - both), strict=True):
+                total = max(overlap.n_first + overlap.n_second - both, 1)
+                shared.barh(y, n / total, 0.55, left / total, color=colour)
+                if n > 0.08 * total:
+                    middle = (left + n / 2) / total
+                    shared.text(middle, y, count(n), ha="center", va="center_baseline", color=PAPER, fontsize=8)
+                left += n
+        shared.set_yticks((0, 1), ("nodes", "edges"))
+        shared.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
+        shared.set_xlabel("of those in either circuit", color=INK)
+        finish(shared, "x")
+        for offset, (_, colour), row in zip((-0.2, 0.2), parts[::2], comparison.results, strict=True):
+            for task, result in enumerate(row):
+                faithful.bar(task + offset, result.faithfulness, 0.36, color=colour)
+                faithful.plot([task + offset] * 2, result.interval, color=INK, linewidth=1.4)
+        faithful.axhline(1, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        faithful.axhline(0, color=MUTED, linewidth=0.9, zorder=1)
+        faithful.set_xticks((0, 1), ("on the first task", "on the second task"))
+        faithful.set_ylabel("faithfulness", color=INK)
+        finish(faithful, "y")
+        handles = [Patch(color=colour, label=name) for name, colour in parts]
+        figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, fontsize=8, labelcolor=INK)
         return figure
 
 

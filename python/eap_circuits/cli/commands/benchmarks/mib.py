@@ -78,7 +78,9 @@ def mib(
     graph = bind(loaded).graph("query")
     layers, heads = MIB_MODELS[name]
     if graph.n_heads != (heads,) * layers:
-        raise expected(model, f"{name} of the benchmark, {layers} layers of {heads} heads", f"heads {graph.n_heads}")
+        number = " or ".join(map(str, sorted({*graph.n_heads})))
+        wanted = f"{name} of the benchmark, {layers} layers of {heads} heads"
+        raise expected(model, wanted, f"{graph.n_layers} layers of {number}")
     check_savable(file, graph)
     scored, held_out = (eap.PairedDataset.from_mib(path, tokenizer) for path in (data, validation))
     asked: dict[str, Any] = {"batch_size": batch_size, "memory": memory}

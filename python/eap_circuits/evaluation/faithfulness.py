@@ -75,7 +75,7 @@ class EvaluationResult(Result):
         picked = torch.randint(n, (_DRAWS, n), generator=torch.Generator().manual_seed(0))
         runs = (self.values, self.clean_values, self.corrupted_values)
         circuit, clean, ablated = (values[picked].mean(1) for values in runs)
-        ends = torch.tensor([(1 - _SHARE) / 2, (1 + _SHARE) / 2]).double()
+        ends = torch.tensor([(1 - _SHARE) / 2, (1 + _SHARE) / 2], dtype=torch.float64)
         low, high = ((circuit - ablated) / (clean - ablated)).nanquantile(ends).tolist()
         return low, high
 

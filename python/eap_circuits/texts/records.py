@@ -83,7 +83,7 @@ def tokenised(
         **(_scored(records, labels, clean) if placed else {}),
         **({} if masks is None else {"scored": masks, "targets": _filling(tensor, masks)}),
         "weights": _weights(records, labels),
-        "decoder": _padded(encode_many(tokenizer, begun), -1).long() if begun else None,
+        "decoder": _padded(encode_many(tokenizer, begun), -1) if begun else None,
         **spans_of(records, labels, [own for own, _ in texts], clean, tokenizer),
     }
 
@@ -95,9 +95,9 @@ def check_equal_lengths(label: str, clean: int, corrupted: int, align: bool) -> 
         raise expected(label, wanted, f"{clean} and {corrupted}")
 
 
-def _padded(rows: Sequence[Sequence[float]], padding: int) -> Tensor:
+def _padded(rows: Sequence[Sequence[float]], padding: int, dtype: torch.dtype = torch.int64) -> Tensor:
     width = max(map(len, rows))
-    return torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
+    return torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows], dtype=dtype)
 
 
 def _each_corrupted(records: Sequence[Any], labels: Sequence[str]) -> tuple[list[Any], list[str]]:
@@ -179,7 +179,7 @@ def _scored(records: Sequence[Mapping[str, Any]], labels: Sequence[str], clean: 
             weights.append([number(name, x, "a finite number of 0 or more", 0, 1e308) for x in each])
             if len(weights[-1]) != len(own) or not any(weights[-1]):
                 raise expected(name, f"{len(own)} numbers, one for each scored position, not all 0", each)
-    return {"scored": _padded(places, -1), "scored_weights": _padded(weights, 0) if weighted else None}
+    return {"scored": _padded(places, -1), "scored_weights": _padded(weights, 0, torch.float64) if weighted else None}
 
 
 def _masks(

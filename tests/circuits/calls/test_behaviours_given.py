@@ -111,7 +111,7 @@ def test_answers_of_several_tokens_are_what_the_text_adds_to_the_prompt():
 
 
 def test_positions_weights_and_several_corrupted_prompts_of_records():
-    one = {**TEXT, "answers": None, "scored": [-3, -1], "scored_weights": [1, 3], "weight": 2}
+    one = {**TEXT, "answers": None, "scored": [-3, -1], "scored_weights": [0.1, 0.3], "weight": 2}
     two = {
         "clean": "Tom gave it",
         "corrupted": ["John gave it", "Mary gave it"],
@@ -121,6 +121,7 @@ def test_positions_weights_and_several_corrupted_prompts_of_records():
     data = read(one, two)
     assert len(data) == 3 and data.weights.tolist() == [2, 0.5, 0.5]
     assert data.scored.tolist()[0] == [2, 4, -1] and data.scored.tolist()[1:] == [[0, 1, 2], [0, 1, 2]]
+    assert data.scored_weights.tolist() == [[0.1, 0.3, 0], [1, 1, 1], [1, 1, 1]]  # in float64
     assert data.targets.tolist()[1] == data.clean[1, 1:4].tolist()
     assert data.targets.tolist()[0] == [int(data.clean[0, 3]), -1, -1]
     assert not data.alone and read({**one, "corrupted": None}).alone

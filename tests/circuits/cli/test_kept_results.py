@@ -125,7 +125,7 @@ def test_the_demo_s_results_outlive_its_page(
 ) -> None:
     import eap_circuits.report.html
 
-    monkeypatch.setattr(session.Prompts, "load", lambda self, tokenizer: make_pairs())
+    monkeypatch.setattr(session.Prompts, "load", lambda *given: make_pairs())
     monkeypatch.setattr(eap_circuits.report.html, "write_report", fail)
     result = run("demo", "--out", tmp_path, code=2)
     assert "expected room" in result.stderr and "CPR" in result.stdout

@@ -209,7 +209,8 @@ def _learn(
         (slope,) = torch.autograd.grad(gates, descent.places, descent.slope(gates, target) / asked.circuits)
         falling = 1 - (1 - LAST_RATE) * step / asked.steps
         rate = asked.rate * falling * min(1, (step + 1) / WARM_UP)
-        descent.move(slope, rate, torch.tensor([[_usual_slope(each, step)] for each in descent.squares]))
+        usual = [[_usual_slope(each, step)] for each in descent.squares]
+        descent.move(slope, rate, torch.tensor(usual, dtype=slope.dtype))
     return [order_of(each, places, asked.largest) for each in descent.places.detach()]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..display import Result, drawn
+from ..display import Result, drawn, library
 from ..errors import known_arguments
 from ..graph import Circuit, Overlap, edge_overlap, node_overlap
 from ..ranks import together
@@ -40,6 +40,17 @@ class Comparison(Result):
         """A picture: what the circuits share, and each one's faithfulness on both tasks, with the intervals in which it
         stays for 95 % of resamples of the prompt pairs."""
         return drawn("draw_comparison", self)
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame of a row for each circuit on each task, both 0 or 1: circuit, task, faithfulness, and the
+        ends low and high of its interval."""
+        rows = [
+            (i, j, result.faithfulness, *result.interval)
+            for i, row in enumerate(self.results)
+            for j, result in enumerate(row)
+        ]
+        columns = ["circuit", "task", "faithfulness", "low", "high"]
+        return library("pandas", "to_pandas()").DataFrame(rows, columns=columns)
 
     def __repr__(self) -> str:
         shared = f"{self.edges.n_shared} edges and {self.nodes.n_shared} nodes shared"

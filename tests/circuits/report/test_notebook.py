@@ -176,6 +176,10 @@ def test_frames_hold_the_numbers(results):
     assert tuple(curve.to_pandas()["faithfulness"]) == curve.faithfulness
     assert results["nodes"].to_pandas()["score"].tolist() == results["nodes"].values.tolist()
     assert results["result"].to_pandas().mean()["circuit"] == pytest.approx(results["result"].mean)
+    crossed = results["comparison"].to_pandas()
+    assert crossed[["circuit", "task"]].values.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert crossed["faithfulness"][1] == results["comparison"].faithfulness[0][1]
+    assert tuple(crossed.loc[2, ["low", "high"]]) == results["comparison"].results[1][0].interval
     pairs, ids = results["data"].to_pandas(), results["ids"].to_pandas()
     assert tuple(zip(pairs["clean"], pairs["corrupted"], strict=True)) == results["data"].prompts
     data = results["ids"]

@@ -229,6 +229,7 @@ def test_smollm2(smollm2, name):
         assert float(error) <= 1e-4 * spread
 
 
+@pytest.mark.slow
 def test_smollm2_key_value_heads_and_batching(smollm2):
     model, data, oracle = smollm2
     right = eap.attribute(model, data, quadrature="left")

@@ -227,10 +227,10 @@ def exact_fails(above, monkeypatch, later=0):
         (600, 0, None, None),
         (200, 0, 7, "examples"),
         (40, 0, None, "examples"),
-        (12, 0, 7, None),
-        (12, 0, None, "examples"),
         (40, 3, None, None),
         (40, 3, 7, "examples"),
+        pytest.param(12, 0, 7, None, marks=pytest.mark.slow),
+        pytest.param(12, 0, None, "examples", marks=pytest.mark.slow),
     ],
 )
 def test_exact_goes_on_with_less_at_once(fits, later, batch_size, keep, make_model, relative, monkeypatch):
@@ -247,7 +247,7 @@ def test_exact_goes_on_with_less_at_once(fits, later, batch_size, keep, make_mod
     assert done[-1] == (right.graph.n_edges, right.graph.n_edges)
 
 
-@pytest.mark.parametrize("after", [2, 5, 9])
+@pytest.mark.parametrize("after", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 9))])
 def test_exact_goes_on_after_less_at_once_and_an_interruption(after, tmp_path, make_model, relative, monkeypatch):
     model, data = make_model("gpt2"), longer_pairs()
     right = eap.attribute(model, data, method="exact", batch_size=7)

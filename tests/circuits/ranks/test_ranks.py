@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import eap_circuits as eap
 from eap_kernels.testing import relative_error
 from tests.circuits.ranks import parts
+from tests.circuits.ranks.runs import CHECKS
 
 pytestmark = pytest.mark.long
 
@@ -23,27 +24,42 @@ NAMES = (
     "bits on two ranks", "bits on three ranks", "order_of_sums", "shares", "memory", "faults", "want_of_memory",
     "ended", "going_on", "commands", "wrapped", "in step on two ranks", "in step on three ranks", "tensor_parallel",
     "tensor_parallel_shares", "tensor_parallel_commands", "tensor_parallel_faults", "tensor_parallel_ended",
-    "expert_parallel", "sharded_further", "circuits_in_parts", "circuits_shared", "killed_at_random",
-    "experts_exchanged", "reproduced",
+    "circuits_in_parts", "circuits_shared", "killed_at_random", "reproduced",
 )  # fmt: skip
+SLOW = ("expert_parallel", "experts_exchanged", "sharded_further")
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, list[str]]:
+def wrong(names: tuple[str, ...]) -> dict[str, list[str]]:
     """What is wrong, by check; all in one process that forks, as imports take longest."""
     script = Path(__file__).with_name("runs.py")
-    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=1200)
+    ran = subprocess.run([sys.executable, str(script), *names], capture_output=True, text=True, timeout=1200)
     assert ran.returncode == 0, ran.stderr
     return dict(json.loads(ran.stdout.splitlines()[-1]))
 
 
-def test_every_check_is_looked_at(found):
-    assert set(found) == set(NAMES)
+@pytest.fixture(scope="module")
+def found() -> dict[str, list[str]]:
+    return wrong(NAMES)
+
+
+@pytest.fixture(scope="module")
+def found_slowly() -> dict[str, list[str]]:
+    return wrong(SLOW)
+
+
+def test_every_check_is_looked_at():
+    assert {*NAMES, *SLOW} == set(CHECKS)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ranks(name, found):
     assert not found[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_experts_and_further_shards(name, found_slowly):
+    assert not found_slowly[name]
 
 
 @pytest.mark.slow

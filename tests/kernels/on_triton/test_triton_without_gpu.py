@@ -110,6 +110,7 @@ def check(kernels, capability, memory):
                 assert (MATRIX_UNIT[capability] if int(rows) >= 64 else "HMMA") in kernel["opcodes"], kernel
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("capability", "memory"), TARGETS)
 def test_every_configuration_compiles_without_spills(capability, memory, even):
     kernels = even[capability, memory]

@@ -27,7 +27,7 @@ RANKINGS = {"eap-ig": "EAP-IG", "learned": f"pruned, then learned in {FEW_STEPS}
 
 
 def load(task: str, seed: int) -> tuple[Any, eap.PairedDataset, eap.PairedDataset]:
-    """The model, on one thread; pairs of which some rank, and others, on which circuits run."""
+    """The model, on one thread; pairs that rank edges; and others, on which circuits run."""
     import torch
 
     import eap_circuits as eap

@@ -36,7 +36,7 @@ CONTROLLED, ANSWERS, WEIGHTS = "ioi", ("the pair's own", "another pair's"), ("tr
 
 
 def model_and_pairs(task: str, seed: int, few: int = LEARNED_FROM) -> tuple[Any, Any, Any]:
-    """SmolLM2, so many prompt pairs to learn from, and others."""
+    """SmolLM2, this many prompt pairs to learn from, and others."""
     import eap_circuits as eap
     from eap_circuits.adapters.pretrained import load_model
 

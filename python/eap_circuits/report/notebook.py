@@ -97,7 +97,8 @@ def _(comparison: Comparison) -> str:
 
 
 def _with_interval(result: EvaluationResult) -> str:
-    return f"{number(result.faithfulness)} ({number(result.interval[0])} to {number(result.interval[1])})"
+    low, high = result.interval
+    return f"{number(result.faithfulness)} ({number(low)} to {number(high)})"
 
 
 @html_of.register

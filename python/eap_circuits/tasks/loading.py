@@ -127,8 +127,7 @@ def _parquet(path: Path) -> Any:
 
 def read_records(path: Path) -> Records:
     """The same as records, with labels, also from `.csv`."""
-    suffix = suffix_of(path, SUFFIXES[:4])
-    return own_records(*(read_csv(path) if suffix == ".csv" else read_rows(path)))
+    return own_records(*_any_rows(path))
 
 
 def names_pictures(path: str | os.PathLike[str]) -> bool:
@@ -136,8 +135,12 @@ def names_pictures(path: str | os.PathLike[str]) -> bool:
     if suffix_of(path, SUFFIXES) not in SUFFIXES[:4]:
         return False
     with reading(path) as file:
-        rows, _ = read_csv(file) if file.suffix.lower() == ".csv" else read_rows(file)
+        rows, _ = _any_rows(file)
         return any(isinstance(row, Mapping) and row.get(name) for row in rows for name in IMAGES)
+
+
+def _any_rows(path: Path) -> Records:
+    return read_csv(path) if suffix_of(path, SUFFIXES[:4]) == ".csv" else read_rows(path)
 
 
 def own_records(rows: list[Any], labels: list[str]) -> Records:

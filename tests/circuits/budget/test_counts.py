@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import eap_circuits as eap
 from bench.pretended import Counts, counting, pretending
 from eap_circuits.adapters import bind
 from eap_circuits.budget import replays
+from eap_circuits.checkpoint import weights, weights_digest
 from eap_circuits.errors import InputWarning
 from eap_circuits.evaluation import circuit_values
 from eap_circuits.intervention import circuit_run
@@ -62,7 +64,9 @@ def on_device(name: str, layers: int, dtype: torch.dtype = torch.float32) -> Any
 
 
 def counted(call: Callable[[], object]) -> Counts:
-    with warnings.catch_warnings(), counting() as found:
+    """Of a call that finds the weights' digests made."""
+    known = mock.patch.object(weights, "_from_cache", return_value={})
+    with warnings.catch_warnings(), known, counting() as found:
         warnings.simplefilter("ignore", InputWarning)  # without values there is no faithfulness
         call()
     return found

@@ -115,34 +115,34 @@ def _stored_with(module: nn.Module, x: Tensor) -> str:
 
 
 def _sums(tensors: Mapping[str, Tensor]) -> list[int]:
-    """Of each device's tensors, in this order, one number, in which a change of any of their bits shows."""
+    """Of each device one number, in which a change of any bit of its tensors shows; the same one on every device."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for x in tensors.values():
         by_device.setdefault(x.device, []).extend(_added_up(x))
-    return [_mixed(torch.cat(numbers)).item() for numbers in by_device.values()]
+    return [int(_mixed(torch.cat(numbers))) for numbers in by_device.values()]
 
 
 def _added_up(x: Tensor) -> list[Tensor]:
-    """A tensor's bytes as whole numbers of 64 bits; of many, the sums of rows and columns of a square of them."""
+    """A tensor's bytes as whole numbers of 64 bits; of many, the sums of the rows and columns of a square of them."""
     flat = x.contiguous().flatten().view(torch.uint8)
     flat = flat.clone() if flat.storage_offset() % 8 else flat
-    left = len(flat) % 8
-    words, found = flat[: len(flat) - left].view(torch.int64), [flat[len(flat) - left :].long()] if left else []
+    whole = len(flat) // 8 * 8
+    words, left = flat[:whole].view(torch.int64), [flat[whole:].long()] if whole < len(flat) else []
     if len(words) <= _FEW:
-        return [words, *found]
+        return [words, *left]
     width = 1 << len(words).bit_length() // 2
     table = words[: len(words) // width * width].view(-1, width)
     blocks = table.split(max(1, _BLOCK // width)) if x.device.type == "cpu" else (table,)
     rows, columns = zip(*((block.sum(1), block.sum(0)) for block in blocks), strict=True)
-    return [*rows, sum(columns[1:], columns[0]), words[table.numel() :], *found]
+    return [*rows, sum(columns[1:], columns[0]), words[table.numel() :], *left]
 
 
 def _mixed(numbers: Tensor) -> Tensor:
     """The sum of all numbers, each replaced, one to one, by another that depends on its place.
 
-    Factors are odd, so no bit is lost. The difference of two is even, and numbers that change places may differ in the
-    highest bit alone: so between two products the upper half goes into the lower. No sum of theirs alone makes up for
-    what others lose, as it would for tensors of equal sums that change places, if numbers were only multiplied.
+    Were each only multiplied by an odd number of its place, numbers that differ in the highest bit alone could change
+    places unseen, as the difference of two odd numbers is even; and so could tensors with the same sum, if places were
+    counted. So between two products the upper half of the bits goes into the lower.
     """
     odd = torch.arange(1, 2 * len(numbers), 2, device=numbers.device) * _ODD
     product = numbers * odd

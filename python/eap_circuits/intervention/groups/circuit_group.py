@@ -94,7 +94,7 @@ class CircuitGroup:
         self.members, self.asked, masks = members, asked.of(members), masks[members]
         self.dtype = self._dtype(runner.arch)
         stored, computed = self.asked.stored.any(0), self.asked.partial.any(0)
-        self.stored = stored.tolist()  # [S]
+        self.stored, self.computed = stored.tolist(), computed.tolist()  # [S], [R]
         # How many of the senders before one are stored, and of the receivers before one computed.
         self._before, self._computed = ([0, *some.cumsum(0).tolist()] for some in (stored, computed))
         masks = masks[..., stored, :][..., computed]
@@ -126,7 +126,7 @@ class CircuitGroup:
 
     def wanted(self, receivers: slice) -> list[int]:
         """Those of some receivers that have to be computed for any of the circuits."""
-        return [receivers.start + number for number in numbers(self.asked.partial[:, receivers].any(0))]
+        return [number for number in range(receivers.start, receivers.stop) if self.computed[number]]
 
     def places(self, receivers: slice) -> slice:
         """Those of some receivers that are `wanted`, among all of the graph that are."""

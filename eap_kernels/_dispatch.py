@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from itertools import chain
+from operator import mul
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -60,13 +61,15 @@ def _byte_range(x: Tensor) -> tuple[int, int]:
     """First and one-past-last byte that a tensor's elements occupy."""
     if x.numel() == 0:
         return 0, 0
-    last = sum([(size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)])  # no stride is negative
-    start = x.data_ptr()
+    start, strides = x.data_ptr(), x.stride()
+    last = sum(map(mul, x.shape, strides)) - sum(strides)  # no stride is negative
     return start, start + (last + 1) * x.element_size()
 
 
 def _share_memory(x: Tensor) -> bool:
     """Do any two entries of a tensor lie at one place?"""
+    if x.is_contiguous():
+        return False
     reach, apart = 0, True
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         apart &= size < 2 or stride > reach  # beyond all that the smaller strides span
@@ -81,17 +84,19 @@ def _share_memory(x: Tensor) -> bool:
     return len(places.unique()) < x.numel()
 
 
-def _check_memory(op: str, out: Tensor, operands: Iterable[tuple[str, Tensor]]) -> None:
-    if _share_memory(out):
-        found = f"an out with strides {list(out.stride())}"
-        raise ValueError(f"{op}: expected every entry of out to have its own memory, got {found}")
-    if out.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError(f"{op}: expected an out that may be written to, got one of inference mode outside of it")
-    first, last = _byte_range(out)
-    for name, x in operands:
-        low, high = _byte_range(x)
-        if x.device == out.device and first < high and low < last:
-            raise ValueError(f"{op}: expected out in its own memory, got an out that overlaps {name}")
+def _check_memory(op: str, operands: Iterable[tuple[str, Tensor]], *written: Tensor) -> None:
+    taken = [(name, x.device, *_byte_range(x)) for name, x in operands]
+    for out in written:
+        if _share_memory(out):
+            found = f"an out with strides {list(out.stride())}"
+            raise ValueError(f"{op}: expected every entry of out to have its own memory, got {found}")
+        if out.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(f"{op}: expected an out that may be written to, got one of inference mode outside of it")
+        first, last = _byte_range(out)
+        for name, device, low, high in taken:
+            if first < high and low < last and device == out.device:
+                raise ValueError(f"{op}: expected out in its own memory, got an out that overlaps {name}")
+        taken.append(("out", out.device, first, last))
 
 
 def _check_range(op: str, name: str, values: Tensor, high: int) -> None:
@@ -125,7 +130,7 @@ def _edge_scores(delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segmen
     if segments is not None:
         segments = segments.cpu()
         _check_range("edge_scores", "segments", segments, out.shape[0] - 1)
-    _check_memory("edge_scores", out, (("delta", delta), ("grad", grad)))
+    _check_memory("edge_scores", (("delta", delta), ("grad", grad)), out)
     args = (delta, grad, reach, out, segments)
     _chosen("edge_scores", impl, out.device, *args).edge_scores(*args, tf32())
 
@@ -134,7 +139,7 @@ def _head_space_scores(*args: Any) -> None:
     *lists, groups, features, reach, out, workspace, impl = args
     reach = reach.cpu()
     _check_range("head_space_scores", "reach", reach, out.shape[0])
-    _check_memory("head_space_scores", out, (("an operand", x) for x in chain(*lists)))
+    _check_memory("head_space_scores", (("an operand", x) for x in chain(*lists)), out)
     backend = _chosen("head_space_scores", impl, out.device, *lists)
     backend.head_space_scores(*lists, groups, features, reach, out, workspace)
 
@@ -153,7 +158,7 @@ def _masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str) -> Tensor
 def _normalise_rows(x: Tensor, eps: float, centred: bool, rows: Tensor | None, out: Tensor | None, impl: str) -> Tensor:
     _check_rows("normalise_rows", rows, x)
     if out is not None:
-        _check_memory("normalise_rows", out, (("x", x),))
+        _check_memory("normalise_rows", (("x", x),), out)
     backend = _chosen("normalise_rows", impl, x.device, x)
     return backend.normalise_rows(x, eps, centred, rows, out)
 
@@ -162,8 +167,7 @@ def _collapse(*args: Any) -> None:
     gradient, values, r, weights, out, coefficients, _features, _gathered, rows, *_, impl = args
     _check_rows("collapse", rows, gradient)
     operands = (("gradient", gradient), ("values", values), ("r", r), ("weights", weights))
-    _check_memory("collapse", out, operands)
-    _check_memory("collapse", coefficients, (*operands, ("out", out)))
+    _check_memory("collapse", operands, out, coefficients)
     _chosen("collapse", impl, out.device, gradient).collapse(*args[:-1])
 
 

@@ -255,11 +255,11 @@ def _check_tensor(op: str, name: str, x: Tensor) -> None:
         _fail(op, f"{name} to be a dense tensor", "a nested one" if x.is_nested else x.layout, TypeError)
 
 
-def _check_floating(op: str, name: str, x: Tensor, shape: str, like: Tensor | None = None) -> None:
+def _check_floating(op: str, name: str, x: Tensor, shape: str = "", like: Tensor | None = None) -> None:
     _check_tensor(op, name, x)
     if x.dtype not in _FLOATS:
         _fail(op, f"{name} in float64, float32, bfloat16 or float16", x.dtype, TypeError)
-    if x.dim() != shape.count(",") + 1:
+    if shape and x.dim() != shape.count(",") + 1:
         _fail(op, f"{name} of shape {shape}", list(x.shape))
     if like is not None:
         _check_like(op, name, x, like)

@@ -57,7 +57,7 @@ def normalise_rows(
         _fail(op, "an eps of at least 0", repr(eps))
     count = _check_rows(op, rows, x)
     if out is not None:
-        _check_operand(op, "out", out, [x.shape[0], count, x.shape[2]], x)
+        _check_operand(op, "out", out, (x.shape[0], count, x.shape[2]), x)
         _check_written(op, "out", out)
     _dispatch.check_impl(op, impl, x.device)
     found: Tensor = torch.ops.eap_kernels.normalise_rows.select(x.detach(), float(eps), bool(centred), rows, out, impl)
@@ -122,10 +122,10 @@ def collapse(
     _check_floating(op, "gradient", gradient, "[M, N, h, K]")
     points, available, heads, width = gradient.shape
     count = _check_rows(op, rows, gradient)
-    _check_operand(op, "values", values, [points, count if gathered else available, heads, width], gradient)
-    _check_operand(op, "r", r, [points, count], gradient)
-    _check_operand(op, "weights", weights, [points], gradient)
-    for name, x, shape in (("out", out, [count, heads, width]), ("coefficients", coefficients, [heads, points, count])):
+    _check_operand(op, "values", values, (points, count if gathered else available, heads, width), gradient)
+    _check_operand(op, "r", r, (points, count), gradient)
+    _check_operand(op, "weights", weights, (points,), gradient)
+    for name, x, shape in (("out", out, (count, heads, width)), ("coefficients", coefficients, (heads, points, count))):
         _check_operand(op, name, x, shape, gradient)
         _check_written(op, name, x)
         if x.dtype != out.dtype or x.dtype.itemsize < 4:
@@ -133,9 +133,9 @@ def collapse(
     if isinstance(features, bool) or not isinstance(features, Integral) or features < 1:
         _fail(op, "features to be a number of at least 1", repr(features))
     if constant is not None:
-        _check_operand(op, "constant", constant, [heads, width], gradient)
+        _check_operand(op, "constant", constant, (heads, width), gradient)
     if gain is not None:
-        _check_operand(op, "gain", gain, [width], gradient)
+        _check_operand(op, "gain", gain, (width,), gradient)
     _dispatch.check_impl(op, impl, gradient.device)
     read = (gradient.detach(), values.detach(), r.detach(), weights.detach())
     fixed = (None if x is None else x.detach() for x in (constant, gain))
@@ -158,9 +158,9 @@ def _check_rows(op: str, rows: Tensor | None, x: Tensor) -> int:
     return len(rows)
 
 
-def _check_operand(op: str, name: str, x: Tensor, shape: list[int], like: Tensor) -> None:
-    _check_floating(op, name, x, str(shape))
-    if list(x.shape) != shape:
-        _fail(op, f"{name} of shape {shape}", list(x.shape))
+def _check_operand(op: str, name: str, x: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    _check_floating(op, name, x)
+    if x.shape != shape:
+        _fail(op, f"{name} of shape {list(shape)}", list(x.shape))
     if x.device != like.device:
         _fail(op, f"{name} on {like.device}", x.device)

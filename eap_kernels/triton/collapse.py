@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -31,46 +33,48 @@ def collapse(
     always added up in the same order. A row outside gradient gives NaN: to refuse it, the host would have to wait.
     """
     count, heads, width = out.shape
-    if count * heads == 0:
+    points = len(weights)
+    if points > _POINTS:
+        for first in range(0, points, _POINTS):
+            at = slice(first, first + _POINTS)
+            parts = gradient[at], values[at], r[at], weights[at], out, coefficients[:, at]
+            collapse(*parts, features, gathered, rows, constant, gain)
         return
-    warp = _BYTES // out.element_size()
-    for first in range(0, len(weights), _POINTS):
-        at = slice(first, first + _POINTS)
-        points = len(weights[at])
-        rounded = triton.next_power_of_2(points)
-        columns = min(triton.next_power_of_2(max(1, width)), _WARPS * warp // rounded)
-        y = values[at]
-        c = coefficients[:, at]
-        with torch.cuda.device_of(gradient):
-            _collapse[(count * heads,)](
-                gradient[at],
-                y,
-                r[at],
-                weights[at],
-                out,
-                c,
-                rows,
-                constant,
-                gain,
-                heads,
-                points,
-                gradient.shape[1],
-                width,
-                features,
-                *gradient.stride(),
-                *y.stride(),
-                *r.stride(),
-                weights.stride(0),
-                *out.stride(),
-                *c.stride(),
-                *((0, 0) if constant is None else constant.stride()),
-                0 if gain is None else gain.stride(0),
-                GATHERED=gathered,
-                POINTS=rounded,
-                COLUMNS=columns,
-                num_warps=max(1, rounded * columns // warp),
-                enable_fp_fusion=True,
-            )
+    if points * count * heads == 0:
+        return
+    # Each argument takes the host about a microsecond: what is small has no strides here.
+    with torch.cuda.device_of(gradient):
+        _collapse[(count * heads,)](
+            gradient,
+            values,
+            r.contiguous(),
+            weights.contiguous(),
+            out,
+            coefficients,
+            rows,
+            None if constant is None else constant.contiguous(),
+            None if gain is None else gain.contiguous(),
+            heads,
+            points,
+            gradient.shape[1],
+            width,
+            features,
+            *gradient.stride(),
+            *values.stride(),
+            *out.stride(),
+            *coefficients.stride(),
+            GATHERED=gathered,
+            enable_fp_fusion=True,
+            **_tile(points, width, out.element_size()),
+        )
+
+
+@functools.cache
+def _tile(points: int, width: int, size: int) -> dict[str, int]:
+    """Options of a launch, for elements of so many bytes."""
+    warp, rounded = _BYTES // size, triton.next_power_of_2(points)
+    columns = min(triton.next_power_of_2(max(1, width)), _WARPS * warp // rounded)
+    return {"POINTS": rounded, "COLUMNS": columns, "num_warps": max(1, rounded * columns // warp)}
 
 
 @triton.jit(do_not_specialize=["heads", "points", "available", "features"])
@@ -97,24 +101,18 @@ def _collapse(
     values_n: tl.tensor,
     values_h: tl.tensor,
     values_k: tl.tensor,
-    r_m: tl.tensor,
-    r_n: tl.tensor,
-    weights_m: tl.tensor,
     out_n: tl.tensor,
     out_h: tl.tensor,
     out_k: tl.tensor,
     coefficients_h: tl.tensor,
     coefficients_m: tl.tensor,
     coefficients_n: tl.tensor,
-    constant_h: tl.tensor,
-    constant_k: tl.tensor,
-    gain_k: tl.tensor,
     GATHERED: tl.constexpr,
     POINTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
     """One token's row of one head: its part of out, and its coefficient at every point."""
-    program = tl.program_id(0)
+    program, count = tl.program_id(0), tl.num_programs(0) // heads
     n, h = (program // heads).to(tl.int64), (program % heads).to(tl.int64)
     row = n
     if rows is not None:
@@ -124,8 +122,8 @@ def _collapse(
     wide = out.dtype.element_ty
     m = tl.arange(0, POINTS).to(tl.int64)
     live = m < points
-    scale = tl.load(r + m * r_m + n * r_n, mask=live, other=0.0).to(wide)
-    scale = scale * tl.load(weights + m * weights_m, mask=live, other=0.0).to(wide)
+    scale = tl.load(r + m * count + n, mask=live, other=0.0).to(wide)
+    scale = scale * tl.load(weights + m, mask=live, other=0.0).to(wide)
     scale = tl.where(exists, scale, float("nan"))[:, None]
     from_grad = grad + row * grad_n + h * grad_h + m[:, None] * grad_m
     from_values = values + (n if GATHERED else row) * values_n + h * values_h + m[:, None] * values_m
@@ -140,10 +138,10 @@ def _collapse(
         g = tl.where(both, g * scale, 0.0)
         y = tl.load(from_values + k[None, :] * values_k, mask=both, other=0.0).to(wide)
         if constant is not None:
-            y -= tl.load(constant + h * constant_h + k * constant_k, mask=inside, other=0.0).to(wide)[None, :]
+            y -= tl.load(constant + h * width + k, mask=inside, other=0.0).to(wide)[None, :]
         product = g * y
         if gain is not None:
-            product *= tl.load(gain + k * gain_k, mask=inside, other=0.0).to(wide)[None, :]
+            product *= tl.load(gain + k, mask=inside, other=0.0).to(wide)[None, :]
         products += product
         total = tl.load(to + k * out_k, mask=inside, other=0.0) + tl.sum(g, 0)
         tl.store(to + k * out_k, total, mask=inside)

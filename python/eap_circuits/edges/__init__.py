@@ -1,6 +1,6 @@
 """The edge graph of a model: names, indices, and which edges lie on paths; pure data, without transformers."""
 
-from .checks import edge_flags, numbers
+from .checks import edge_flags, finite, numbers
 from .layout import Graph, Heads, Reads
 from .pruning import prune
 from .spans import REST, Spans
@@ -18,6 +18,7 @@ __all__ = [
     "blocks",
     "check_one_stream",
     "edge_flags",
+    "finite",
     "layer_name",
     "numbers",
     "prune",

@@ -42,7 +42,7 @@ class CircuitValues(Replayable[Measurement, Tensor]):
         first = circuits[0].graph
         masks, rows = {first: [first.edge_mask]}, {first: list[int]()}
         for row, item in enumerate(circuits, 2):
-            if _runs(item):
+            if 0 < item.n_edges < item.graph.n_edges:
                 masks.setdefault(item.graph, []).append(item.mask)
                 rows.setdefault(item.graph, []).append(row)
         self._ran = [row for each in rows.values() for row in each]  # their rows in the result, as they run
@@ -84,7 +84,7 @@ class CircuitValues(Replayable[Measurement, Tensor]):
             equal = (request.data.clean[batch.index] == request.data.corrupted[batch.index]).all(1)
             found[1, equal] = found[0, equal]
         for row, item in enumerate(self._circuits, 2):
-            if not _runs(item):
+            if row not in self._ran:
                 found[row] = found[0 if item.n_edges else 1]
         for row, value in zip(self._ran, own, strict=True):
             found[row] = value
@@ -122,7 +122,3 @@ class CircuitValues(Replayable[Measurement, Tensor]):
     @cached_property
     def _rows(self) -> int:
         return max(rows_computed(runs.graph, runs.masks, self._request.arch) for runs in self._runs)
-
-
-def _runs(circuit: Circuit) -> bool:
-    return 0 < circuit.n_edges < circuit.graph.n_edges

@@ -182,7 +182,7 @@ class Batch:
     def copies(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The same before its rows are gathered, [m, E·T, X], and which they are: [n], or None if they are all."""
         by_copy = x.detach().reshape(-1, self.clean.numel(), x.shape[2])
-        return by_copy, self.rows_on(x.device) if len(self.rows) < by_copy.shape[1] else None
+        return by_copy, self.rows_on(x.device) if self.rows.shape[0] < by_copy.shape[1] else None
 
     def rows_on(self, device: torch.device) -> Tensor:
         """`rows` on a device of a model that computes on several."""

@@ -56,14 +56,13 @@ class borrowed(Changes):
         return self
 
     def _take(self) -> None:
-        model = self._model
-        for device in {x.device.type for x in model.parameters()} - {"meta"}:
-            refuse_autocast(device)
-        self.claim(model)
-        modes = [(module, module.training) for module in model.modules()]
+        self.claim(self._model)
+        modes = [(module, module.training) for module in self._model.modules()]
         # By their names: accelerate puts others in the place of those that it offloads.
-        named = [(part, name, x) for part in model.modules() for name, x in part._parameters.items()]
-        flags = [(part, name, x.requires_grad) for part, name, x in named if x is not None]
+        named = [(part, name, x) for part, _ in modes for name, x in part._parameters.items() if x is not None]
+        for device in {x.device.type for *_, x in named} - {"meta"}:
+            refuse_autocast(device)
+        flags = [(part, name, x.requires_grad) for part, name, x in named]
         self.note(partial(_restore, modes, flags))
         SHARED_KEYS.make(self)
         _UNCOMPILED.make(self)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..edges import edge_flags
+from ..edges import edge_flags, finite
 from ..errors import expected, flag, instance
 from .circuit import Circuit
 from .scores import EdgeScores
@@ -84,7 +84,7 @@ def edge_auroc(scores: EdgeScores, circuit: Circuit, *, signed: bool = False) ->
         raise expected("circuit", f"one of {scores.graph!r}", f"one of {circuit.graph!r}")
     real = scores.graph.edge_mask
     values = scores.values[real].double()
-    if not values.isfinite().all():
+    if not finite(values):
         raise expected("scores", "finite values", "some that are not")
     inside = circuit.mask[real]
     n_in, n_out = int(inside.sum()), int((~inside).sum())
@@ -120,7 +120,7 @@ def score_agreement(first: EdgeScores, second: EdgeScores, *, among: Tensor | No
     if among is not None:
         edges = edges & edge_flags("among", among, first.graph)
     a, b = (scores.values[edges].double() for scores in (first, second))
-    if not (a.isfinite().all() and b.isfinite().all()):
+    if not (finite(a) and finite(b)):
         raise expected("scores", "finite values", "some that are not")
     return agreement_of(a, b)
 

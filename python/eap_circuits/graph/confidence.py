@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..edges import numbers
+from ..edges import finite, numbers
 from ..errors import SEEDS, expected, whole
 
 _MOST_DRAWS = 10**6
@@ -38,7 +38,7 @@ def bootstrap_confidence(values: Tensor, *, draws: int = 1000, seed: int = 0) ->
     if len(values) < 2:
         raise expected("values", "shape [E, S, R] with at least 2 examples", list(values.shape))
     draws, seed = whole("draws", draws, 1, _MOST_DRAWS), whole("seed", seed, *SEEDS)
-    if not values.isfinite().all():
+    if not finite(values):
         raise expected("values", "finite scores", "some that are not")
     n = len(values)
     picked = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
@@ -75,7 +75,7 @@ def normal_confidence(mean: Tensor, variance: Tensor, n_examples: int) -> Tensor
     mean = numbers("mean", mean, ["S", "R"]).double()
     variance = numbers("variance", variance, list(mean.shape), ", that of the mean").double()
     n_examples = whole("n_examples", n_examples, 2)
-    if not mean.isfinite().all() or not (variance >= 0).all():
+    if not finite(mean) or not (variance >= 0).all():
         raise expected("mean and variance", "finite means and variances of 0 or more", "others")
     share: Tensor = torch.special.ndtr(mean.abs() / (variance / n_examples).sqrt())
     return share.masked_fill(mean == 0, 0)

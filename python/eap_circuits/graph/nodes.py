@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import formats
 from ..display import Result, drawn, library
-from ..edges import Graph, numbers
+from ..edges import Graph, finite, numbers
 from ..errors import expected, flag, instance, whole
 from .circuit import Circuit
 
@@ -61,7 +61,7 @@ class NodeScores(Result):
         inputs = self.graph.input_senders
         signed, nodes = flag("signed", signed), self.graph.n_senders - len(inputs)
         n_nodes = whole("n_nodes", n_nodes, 0, nodes, ", the heads and MLPs of the graph")
-        if not self.values.isfinite().all():
+        if not finite(self.values):
             raise expected("node scores", "finite values", "some that are not")
         rank = self.values.clone() if signed else self.values.abs()
         rank[inputs] = -torch.inf

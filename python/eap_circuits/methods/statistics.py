@@ -18,7 +18,7 @@ from eap_kernels import Nodes
 
 from ..budget import dealt_in_memory, free_bytes, zeros
 from ..checkpoint import Checkpoint, remaining
-from ..edges import Stream
+from ..edges import Stream, finite
 from ..errors import expected, listed, one_of
 from ..forward import Batch, upload
 from ..graph import EdgeScores
@@ -322,7 +322,7 @@ class Statistics:
 
     def _check(self, scores: Tensor) -> None:
         """Refuse scores that are not finite."""
-        if not scores.isfinite().all():
+        if not finite(scores):
             dtype = str(self._dtype).removeprefix("torch.")
             cure = "; load the model in bfloat16 or float32" if self._dtype == torch.float16 else ""
             found = f"some that are not, as gradients or activations of the {dtype} model are not{cure}"

@@ -59,7 +59,9 @@ class Changes:
         Raises:
             InputError: another thread has claimed it.
         """
-        self._parts = frozenset(map(id, (*model.modules(), *model.parameters())))
+        parts = [*model.modules()]
+        weights = (x for part in parts for x in part._parameters.values() if x is not None)
+        self._parts = frozenset(map(id, (*parts, *weights)))
         _claims.append(self)  # of two that overlap, the later one sees the earlier
         for other in _claims.copy():
             if other is self:

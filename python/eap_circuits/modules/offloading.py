@@ -14,7 +14,7 @@ from .parts import is_shard
 def is_offloaded(module: nn.Module) -> bool:
     """Are the module's weights kept elsewhere until it runs?"""
     # Only accelerate sets this attribute, so without it accelerate need not be installed.
-    if not hasattr(module, "_hf_hook"):
+    if "_hf_hook" not in vars(module):
         return False
     from accelerate.utils import has_offloaded_params
 
@@ -44,18 +44,22 @@ def read_part(module: nn.Module, name: str, dim: int, features: slice) -> Tensor
 
 def device_of(*modules: nn.Module) -> torch.device:
     """The device on which a module computes; where it has no parameters, the next one's."""
-    for part in chain.from_iterable(module.modules() for module in modules):
-        if is_offloaded(part):
-            hook: Any = part._hf_hook
-            return torch.device(hook.execution_device)
-        for parameter in filter(_there, part._parameters.values()):
-            return parameter.device
-    return torch.device("cpu")
+    parts = chain.from_iterable(module.modules() for module in modules)
+    return next(filter(None, map(_own_device, parts)), torch.device("cpu"))
 
 
 def devices_of(model: nn.Module) -> set[torch.device]:
     """Every device on which a module with weights computes."""
-    return {device_of(part) for part in model.modules() if any(map(_there, part._parameters.values()))}
+    weighted = (part for part in model.modules() if any(map(_there, part._parameters.values())))
+    return set(filter(None, map(_own_device, weighted)))
+
+
+def _own_device(module: nn.Module) -> torch.device | None:
+    """Where a module's own weights compute; None if it has none."""
+    if is_offloaded(module):
+        hook: Any = module._hf_hook
+        return torch.device(hook.execution_device)
+    return next((parameter.device for parameter in filter(_there, module._parameters.values())), None)
 
 
 def _there(parameter: Tensor | None) -> TypeGuard[Tensor]:

@@ -251,8 +251,9 @@ def check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> No
             raise expected(f"{label}{name} of example {example}", wanted, int(tokens[example].max()))
     limit = getattr(config, "max_position_embeddings", None)
     for place, module in arch.model.named_modules():
-        first = getattr(module, "padding_idx", None)
-        if place.endswith("position_embeddings") and first is not None:  # RoBERTa counts positions from there
+        if not place.endswith("position_embeddings"):
+            continue
+        if (first := getattr(module, "padding_idx", None)) is not None:  # RoBERTa counts positions from there
             limit = int(module.num_embeddings) - first - 1
     lengths = data.longer_lengths
     if data.decoder is not None:

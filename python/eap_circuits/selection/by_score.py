@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..edges import Graph, edge_flags
+from ..edges import Graph, edge_flags, finite
 from ..errors import expected, one_of, whole
 from .exactly import counted_edges, exact_edges
 from .optimal import optimal_edges
@@ -38,7 +38,7 @@ def select_edges(
         raise expected("select(exactly=True)", "n_edges, and a how that takes them", f"how={how!r}")
     values = values.float() if values.itemsize < 4 else values
     # What is no edge may hold anything. At first all is looked at, which needs no memory.
-    if not all(end.isfinite() for end in values.aminmax()):
+    if not finite(values):
         bad = ~values.isfinite() & graph.edge_mask
         if bad.any():
             u, v = bad.nonzero()[0].tolist()

@@ -106,7 +106,7 @@ def resources(kernel):
 def narrow_strides(kernel):
     """Strides used in 32-bit arithmetic: each has to be widened before it meets an index."""
     head, body = kernel.asm["ttir"].split(" attributes ", 1)
-    strides = re.findall(r"(%(?:base|delta|grad|out|weights|y|x|values|r|coefficients|constant|gain)_[a-z]): i32", head)
+    strides = re.findall(r"(%(?:base|delta|grad|out|weights|y|x|values|coefficients)_[a-z]): i32", head)
     return [line for line in body.splitlines() if "extsi" not in line for x in strides if re.search(rf"{x}\b", line)]
 
 

@@ -60,9 +60,9 @@ def operands(case, dtype, device):
     gradient = normal(tokens, dtype, case["layouts"][0])
     values = normal(count if case["gathered"] else tokens, case["values"] or dtype, case["layouts"][1])
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    constant = positive(heads, width).to(wide) if case["constant"] else None
-    gain = positive(width).to(wide) if case["gain"] else None
-    r, weights = positive(count, m).T.to(wide), positive(m).to(wide)
+    constant = positive(width, heads).T.to(wide) if case["constant"] else None
+    gain = positive(width, 2)[:, 1].to(wide) if case["gain"] else None
+    r, weights = positive(count, m).T.to(wide), positive(m, 2)[:, 0].to(wide)
     return gradient, values, r, weights, 2 * width, case["gathered"], rows, constant, gain
 
 
@@ -149,13 +149,13 @@ def test_opcheck(overload, full, impl, device, randn):
     opcheck(op, (*read, *written, 7, False, *options, *((impl,) if overload == "select" else ())))
 
 
-G = torch.zeros(2, 3, 1, 4)
+G, OUT = torch.zeros(2, 3, 1, 4), torch.zeros(3, 1, 4)
 GOOD = {
     "gradient": G,
     "values": G,
     "r": torch.zeros(2, 3),
     "weights": torch.zeros(2),
-    "out": torch.zeros(3, 1, 4),
+    "out": OUT,
     "coefficients": torch.zeros(1, 2, 3),
     "features": 4,
 }
@@ -182,6 +182,7 @@ BAD = {
         "expected out and coefficients in float32, or both in float64, got torch.float64",
     ),
     "own memory": ({"out": G[0]}, ValueError, "an out that overlaps gradient"),
+    "own memory of both": ({"coefficients": OUT.flatten()[6:].view(1, 2, 3)}, ValueError, "an out that overlaps out"),
     "coefficients": ({"coefficients": torch.zeros(2, 3)[None, :1]}, ValueError, "coefficients of shape [1, 2, 3]"),
     "features": ({"features": 0}, ValueError, "expected features to be a number of at least 1, got 0"),
     "rows": ({"rows": torch.tensor([0, 1, 3])}, ValueError, "expected rows within [0, 2], got 3"),

@@ -154,14 +154,15 @@ def heads_of(group: CircuitGroup, sites: Sites, shares: Shares) -> dict[str, Hea
         if site.projection is None:
             continue
         start, parts = site.receivers.start, shares.parts(site.projection.n_heads)
-        heads = torch.tensor(group.wanted(site.receivers), dtype=torch.int64) - start
-        place, circuit = group.asked.partial[:, heads + start].T.nonzero().unbind(1)
-        every = (heads // site.repeat_kv).tolist()
+        wanted = group.wanted(site.receivers)
+        receivers = torch.tensor(wanted, dtype=torch.int64)
+        place, circuit = group.asked.partial[:, receivers].T.nonzero().unbind(1)
+        every = [(receiver - start) // site.repeat_kv for receiver in wanted]
         slots = [[slot - part.start for slot in every if part.start <= slot < part.stop] for part in parts]
         counts, here = [len(own) for own in slots], shares.rank
         before = sum(found[name].counts[here] for name in read_with(sites, letter) if name in found)
         places = slice(before, before + counts[here])
-        found[letter] = Heads(counts, places, slots[here], (place, circuit, heads[place]))
+        found[letter] = Heads(counts, places, slots[here], (place, circuit, receivers[place] - start))
     return found
 
 

@@ -158,19 +158,20 @@ def add_up(module: nn.Module, x: Tensor) -> None:
 def unknown_parts(model: nn.Module) -> str | None:
     """What kind of parts a model is in that nothing here knows how to put together; None: there are no such."""
     early = "weights in parts by something else than a tp_plan of transformers 5.17 or later"
-    sharded, divided = is_fully_sharded(model), [module for module in model.modules() if computes_in_parts(module)]
-    meshes = _meshes(model.parameters())
+    meshes, several = _meshes(model.parameters()), (getattr(model, "_tp_size", None) or 1) > 1
+    sharded = is_fully_sharded(model)
+    if not meshes:
+        return early if several and not sharded else None
+    divided = [module for module in model.modules() if computes_in_parts(module)]
     if not (_fit_further(meshes, divided) if sharded else _fit(meshes)):
         return "weights in parts over several meshes, or several dimensions of one"
     if sharded and not divided:
         return None
-    if (getattr(model, "_tp_size", None) or 1) > 1 and not meshes:
-        return early
     for module in model.modules():
         shards = [weight for weight in module.parameters(recurse=False) if is_shard(weight)]
         if shards and module not in divided and not sharded:
             return early
-        if meshes and type(module).__module__.startswith("peft."):
+        if type(module).__module__.startswith("peft."):
             return "adapters of PEFT around weights in parts"
     for module in divided:
         shards = [weight for weight in module.parameters(recurse=False) if is_shard(weight)]

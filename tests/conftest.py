@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 
 import pytest
@@ -12,3 +13,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Counter(item.path for item in items)
     long = {item.path for item in items if item.get_closest_marker("long")}
     items.sort(key=lambda item: (item.path not in long, -tests[item.path]))
+
+
+def pytest_collection_finish() -> None:
+    """Runs that want memory collect garbage, over and over: not among all that is imported and collected by then."""
+    gc.freeze()

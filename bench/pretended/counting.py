@@ -35,6 +35,7 @@ _MORE = {"nonzero": 3, "_unique2": 8, "unique_dim": 10, "unique_consecutive": 6,
          "attention_backward": 3, "masked_select": 4}  # fmt: skip
 # Of what is done to many tensors at once: elements of a block, and blocks of a launch.
 _BLOCK, _BLOCKS = 1 << 16, 320
+_JOINED = 128  # tensors that `cat` joins in a launch
 # Kernels that are no operators of torch's.
 _WHOLE = (attention_forward, attention_backward, expanded, rms_norm, rms_norm_backward, replayed)
 
@@ -95,6 +96,8 @@ def _count(counts: Counts, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     launches = _MORE.get(name, 1)
     if name.startswith("_foreach"):
         launches = -(-sum(-(-x.numel() // _BLOCK) for x in tensors_of(args[:1])) // _BLOCKS)
+    if name == "cat":
+        launches = -(-sum(x.numel() > 0 for x in given) // _JOINED)
     counts.launches[name, site] += launches + 3 * masks
     size = moved(name, func, args, kwargs, out)
     counts.bytes += size

@@ -253,19 +253,25 @@ template <class Visit> void each_array(const Schedule& s, const Visit& visit) {
   visit(s.token);
   visit(s.receiver);
   visit(s.reach);
+  visit(s.counters);
 }
 
-Plan plan_at(const EdgeScores& call, const char* memory) {
-  const void* array[7];
+Plan plan_at(const EdgeScores& call, char* memory) {
+  void* array[8];
   int i = 0;
   each_array(call.schedule, [&](const auto& x) {
     array[i++] = x.empty() ? nullptr : memory;
     memory += padded(int64_t(x.size() * sizeof(x[0])));
   });
-  return {static_cast<const Tile*>(array[0]),    static_cast<const Piece*>(array[1]),
-          static_cast<const int32_t*>(array[2]), static_cast<const Split*>(array[3]),
-          static_cast<const int32_t*>(array[4]), static_cast<const int32_t*>(array[5]),
-          static_cast<const int32_t*>(array[6]), call.schedule.slots,
+  return {static_cast<const Tile*>(array[0]),
+          static_cast<const Piece*>(array[1]),
+          static_cast<const int32_t*>(array[2]),
+          static_cast<const Split*>(array[3]),
+          static_cast<const int32_t*>(array[4]),
+          static_cast<const int32_t*>(array[5]),
+          static_cast<const int32_t*>(array[6]),
+          static_cast<int32_t*>(array[7]),
+          call.schedule.slots,
           int32_t(call.steps_per_token())};
 }
 
@@ -333,7 +339,7 @@ void EdgeScores::run(void* workspace, CUstream_st* stream) const {
     throw std::runtime_error("edge_scores: expected a stream that runs its work, got one that is captured in a graph");
   // From pageable memory: the bytes have left `header` when the call returns.
   check(kOp, cudaMemcpyAsync(workspace, header.data(), header.size(), cudaMemcpyHostToDevice, stream));
-  const Plan plan = plan_at(*this, static_cast<const char*>(workspace));
+  const Plan plan = plan_at(*this, static_cast<char*>(workspace));
   void* const partial = static_cast<char*>(workspace) + header.size();
   if (tensor_memory)
     return run_all<float>(*this, plan, partial, stream,

@@ -16,6 +16,7 @@ struct Plan {
   const Split* split;
   const int32_t* token;  // null: tokens in memory order
   const int32_t *receiver, *reach;
+  int32_t* counters;
   int32_t slots;
   int32_t blocks;  // steps of a token
 

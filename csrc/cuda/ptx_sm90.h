@@ -70,6 +70,16 @@ __device__ __forceinline__ void tma_load_in(int blocks, uint32_t to, const CUten
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(uint16_t(blocks)) : "memory");
 }
 
+// A counter in device memory, for all blocks; orders nothing else.
+__device__ __forceinline__ void count_up(int32_t* counter) {
+  asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(__cvta_generic_to_global(counter)) : "memory");
+}
+__device__ __forceinline__ int32_t count_of(const int32_t* counter) {
+  int32_t count;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(__cvta_generic_to_global(counter)) : "memory");
+  return count;
+}
+
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending> __device__ __forceinline__ void wgmma_wait() {

@@ -29,6 +29,10 @@ struct Mark {
   EAP_BOTH int32_t in(int32_t period) const { return each + (period < more); }
 };
 
+// Workers that go through the same periods at the same time, each through its own steps, wait for one another. `first`:
+// the counter of the first period, of those who have come to its end. No workers: a piece goes alone.
+struct Pace { int32_t first, workers, periods; };
+
 // A worker's share of a tile over one segment: in every period the steps from one mark to another. Where the tile is
 // cut among workers, each leaves a partial tile in its slot; otherwise the worker adds to the scores directly.
 struct Piece {
@@ -36,6 +40,7 @@ struct Piece {
   int32_t token;  // the segment's first, in the schedule's order
   int32_t slot, count;
   Mark from, to, all;  // `all`: the period's end
+  Pace pace;
 };
 constexpr int32_t kDirect = -1;
 
@@ -86,6 +91,7 @@ struct Schedule {
   std::vector<Piece> pieces;   // by worker
   std::vector<int32_t> begin;  // each worker's first piece, and the end
   std::vector<Split> splits;
+  std::vector<int32_t> counters;  // of paces: zeros
   int32_t slots = 0;
 
   int64_t workers() const { return std::max<int64_t>(0, int64_t(begin.size()) - 1); }
@@ -97,7 +103,7 @@ namespace detail {
 constexpr int64_t kLeast = 8;
 // Workers go through a tile's steps period by period, all at about the same place, so that the L2 cache serves them all
 // what one has fetched. What a period's steps read fits in this many bytes, a fraction of the cache.
-constexpr int64_t kPeriodBytes = 8 << 20;
+constexpr int64_t kPeriodBytes = 4 << 20;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -165,6 +171,19 @@ inline std::vector<Segment> group_tokens(Schedule& s, const int64_t* segments, i
   return found;
 }
 
+// Over one segment, all workers go through their first whole tile together, and so on through these rounds. Then go
+// those together that have one more piece: of two, each is gone through faster, in a part of the time.
+inline void set_pace(Schedule& s, std::vector<std::vector<Piece>>& pieces, size_t rounds, int32_t periods) {
+  if (periods < 2) return;
+  for (size_t round = 0; round <= rounds; ++round) {
+    std::vector<Piece*> together;
+    for (auto& some : pieces)
+      if (round < rounds || some.size() == rounds + 1) together.push_back(&some[round]);
+    for (Piece* piece : together) piece->pace = {int32_t(s.counters.size()), int32_t(together.size()), periods};
+    s.counters.resize(s.counters.size() + periods, 0);
+  }
+}
+
 // Deals the work of all tiles over all segments evenly. First whole tiles, as long as there are at least two for each
 // worker and nobody gets more than an even share; then all others, one after the other, are cut where the shares end.
 // So a worker has at most two pieces that are not whole tiles.
@@ -189,11 +208,21 @@ inline void deal(Schedule& s, const std::vector<Segment>& segments, int64_t step
   const int64_t share = total / workers;
 
   std::vector<std::vector<Piece>> pieces(workers);
-  // Steps [from, to) of a unit, in this many periods.
-  const auto add = [&](int64_t worker, const Unit& unit, int64_t from, int64_t to, int64_t periods, int32_t slot) {
+  const int64_t rows = int64_t(s.receiver.size()) + *std::max_element(s.reach.begin(), s.reach.end());
+  const int64_t longest = std::max<int64_t>(1, kPeriodBytes / (kind.row_bytes * rows));  // period, in steps
+  // Steps [from, to) of a unit.
+  const auto add = [&](int64_t worker, const Unit& unit, int64_t from, int64_t to, int32_t slot) {
+    const int64_t periods = ceil_div(unit.steps, longest);
     const auto mark = [&](int64_t x) { return Mark{int32_t(x / periods), int32_t(x % periods)}; };
-    pieces[worker].push_back({int32_t(unit.tile), int32_t(unit.segment->number), int32_t(unit.segment->first), slot,
-                              int32_t(to - from), mark(from), mark(to), mark(unit.steps)});
+    pieces[worker].push_back({int32_t(unit.tile),
+                              int32_t(unit.segment->number),
+                              int32_t(unit.segment->first),
+                              slot,
+                              int32_t(to - from),
+                              mark(from),
+                              mark(to),
+                              mark(unit.steps),
+                              {}});
   };
 
   std::vector<int64_t> load(workers, 0);
@@ -206,7 +235,7 @@ inline void deal(Schedule& s, const std::vector<Segment>& segments, int64_t step
     for (int64_t w = 0; w < workers; ++w) {
       const Unit& unit = units[whole + w];
       load[w] += unit.steps * unit.cost;
-      add(w, unit, 0, unit.steps, 1, kDirect);
+      add(w, unit, 0, unit.steps, kDirect);
     }
   }
 
@@ -216,8 +245,6 @@ inline void deal(Schedule& s, const std::vector<Segment>& segments, int64_t step
     ++worker;
     left = share + (worker < total % workers) - load[worker];
   };
-  const int64_t rows = int64_t(s.receiver.size()) + *std::max_element(s.reach.begin(), s.reach.end());
-  const int64_t longest = std::max<int64_t>(1, kPeriodBytes / (kind.row_bytes * rows));  // period, in steps
   struct Cut { int64_t worker, from, to; };
   std::vector<Cut> cuts;  // of a unit
   for (int64_t u = whole; u < count; ++u) {
@@ -236,14 +263,14 @@ inline void deal(Schedule& s, const std::vector<Segment>& segments, int64_t step
       from = to;
     }
     if (cuts.size() > 1) {
-      const int64_t periods = ceil_div(unit.steps, longest);
       s.splits.push_back({int32_t(unit.tile), int32_t(unit.segment->number), s.slots, int32_t(cuts.size())});
-      for (const Cut& cut : cuts) add(cut.worker, unit, cut.from, cut.to, periods, s.slots++);
+      for (const Cut& cut : cuts) add(cut.worker, unit, cut.from, cut.to, s.slots++);
     } else {
-      add(cuts[0].worker, unit, 0, unit.steps, 1, kDirect);
+      add(cuts[0].worker, unit, 0, unit.steps, kDirect);
     }
   }
 
+  if (segments.size() == 1) set_pace(s, pieces, size_t(whole / workers), int32_t(ceil_div(units[0].steps, longest)));
   s.pieces.reserve(units.size() + size_t(s.slots));
   for (const auto& some : pieces) {
     s.begin.push_back(int32_t(s.pieces.size()));

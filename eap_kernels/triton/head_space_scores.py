@@ -75,7 +75,8 @@ def expand(
     tokens = stop - start
     counts = [group.values.shape[1] for group in groups]
     nodes = sum(counts)
-    out = values.new_empty((nodes, tokens, features), dtype=dtype)
+    # A token's rows lie together: a contraction reads the same features of all rows at a time, from a few pages of memory.
+    out = values.new_empty((tokens, nodes, features), dtype=dtype).transpose(0, 1)
     if out.numel() == 0:
         return out
     table, owners, first = [], [], 0
@@ -96,6 +97,7 @@ def expand(
             nodes,
             tokens,
             features,
+            *out.stride()[:2],
             *blocks,
             TOKENS=at_once,
             COLUMNS=columns,
@@ -134,6 +136,8 @@ def _expand(
     rows: tl.tensor,
     tokens: tl.tensor,
     features: tl.tensor,
+    out_row: tl.tensor,
+    out_n: tl.tensor,
     token_blocks: tl.tensor,
     column_blocks: tl.tensor,
     TOKENS: tl.constexpr,
@@ -205,5 +209,5 @@ def _expand(
         c = tl.load(along + m * along_m, mask=live_n, other=0.0).to(ACCUMULATE)
         x = tl.load(normalised + m * normalised_m, mask=live, other=0.0).to(ACCUMULATE)
         total -= c[:, None] * x
-    to = out + (row.to(tl.int64) * tokens + n[:, None]) * features + d[None, :]
+    to = out + row.to(tl.int64) * out_row + n[:, None] * out_n + d[None, :]
     tl.store(to, total.to(out.dtype.element_ty), mask=live)

@@ -20,6 +20,9 @@ from .fingerprint import Reader
 
 _WORTH_A_FILE = 2**28  # bytes of weights that take longer to read than a file of digests
 _SAMPLED = 8  # numbers of a weight
+_FEW = 2**14  # words of a tensor that need not be added up
+_BLOCK = 2**17  # words that a CPU's cache holds while their rows and columns are added up
+_ODD = -0x61C8864680B583EB  # 2**64 over the golden ratio
 _known: WeakKeyDictionary[nn.Module, tuple[object, dict[str, str]]] = WeakKeyDictionary()
 
 
@@ -32,7 +35,7 @@ def weights_digest(model: nn.Module) -> str:
 
 def weights_sample(model: nn.Module) -> str:
     """The SHA-256 of the first few numbers of each plain weight: what differs all over differs there."""
-    plain = {name: x.detach() for name, _, x in _held(model) if type(x.data) is Tensor and not x.is_meta}
+    plain = {name: x.detach() for name, _, x in _held(model) if _is_plain(x)}
     # Copies, for the same reason as in `tensor_digest`.
     numbers = {name: x[(0,) * (x.dim() - 1)][:_SAMPLED].clone() for name, x in plain.items() if x.dim() and x.numel()}
     return digest({}, numbers)
@@ -63,13 +66,17 @@ def _held(model: nn.Module, tied: bool = False) -> Iterator[tuple[str, nn.Module
                 yield f"{path}.{name}".lstrip("."), module, x
 
 
+def _is_plain(x: Tensor) -> bool:
+    return type(x.data) in (Tensor, nn.Parameter) and not x.is_meta
+
+
 def _kept(model: nn.Module) -> dict[str, str]:
     """The digests of the weights that are plain tensors with numbers.
 
     They are used again while the weights are the same tensors with the same sums of their bits, which are added up on
     their own device at the speed of its memory. Those of a large model are also kept in the user's cache, by the sums.
     """
-    plain = {name: x.detach() for name, _, x in _held(model) if type(x.data) is Tensor and not x.is_meta}
+    plain = {name: x.detach() for name, _, x in _held(model) if _is_plain(x)}
     seen = [(name, x.data_ptr(), x._version, str(x.dtype), tuple(x.shape)) for name, x in plain.items()]
     state = (seen, _sums(plain))
     if model not in _known or _known[model][0] != state:
@@ -108,19 +115,35 @@ def _stored_with(module: nn.Module, x: Tensor) -> str:
 
 
 def _sums(tensors: Mapping[str, Tensor]) -> list[int]:
-    """Of each tensor's bytes, read as whole numbers of 64 bits: its rows' sums and its columns', weighted by place."""
+    """Of each device one number, in which a change of any bit of its tensors shows; the same one on every device."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for x in tensors.values():
-        flat = x.contiguous().flatten().view(torch.uint8)
-        cut = flat.numel() // 8 * 8 if flat.storage_offset() % 8 == 0 else 0
-        words, rest = flat[:cut].view(torch.int64), flat[cut:].long()
-        rows = len(x) if x.dim() > 1 and len(x) and len(words) % len(x) == 0 else 1
-        table = words.view(rows, -1)
-        sums = by_device.setdefault(x.device, [])
-        sums.extend(map(_weighted, (table.sum(0), *([table.sum(1)] if rows > 1 else []), rest)))
-    return [number for sums in by_device.values() for number in torch.stack(sums).tolist()]
+        by_device.setdefault(x.device, []).extend(_added_up(x))
+    return [int(_mixed(torch.cat(numbers))) for numbers in by_device.values()]
 
 
-def _weighted(numbers: Tensor) -> Tensor:
-    """Their sum, each times another odd number: an even one would lose a change of the highest bit."""
-    return (numbers * (2 * torch.arange(len(numbers), device=numbers.device) + 1)).sum()
+def _added_up(x: Tensor) -> list[Tensor]:
+    """A tensor's bytes as whole numbers of 64 bits; of many, the sums of the rows and columns of a square of them."""
+    flat = x.contiguous().flatten().view(torch.uint8)
+    flat = flat.clone() if flat.storage_offset() % 8 else flat
+    whole = len(flat) // 8 * 8
+    words, left = flat[:whole].view(torch.int64), [flat[whole:].long()] if whole < len(flat) else []
+    if len(words) <= _FEW:
+        return [words, *left]
+    width = 1 << len(words).bit_length() // 2
+    table = words[: len(words) // width * width].view(-1, width)
+    blocks = table.split(max(1, _BLOCK // width)) if x.device.type == "cpu" else (table,)
+    rows, columns = zip(*((block.sum(1), block.sum(0)) for block in blocks), strict=True)
+    return [*rows, sum(columns[1:], columns[0]), words[table.numel() :], *left]
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """The sum of all numbers, each replaced, one to one, by another that depends on its place.
+
+    Were each only multiplied by an odd number of its place, numbers that differ in the highest bit alone could change
+    places unseen, as the difference of two odd numbers is even; and so could tensors with the same sum, if places were
+    counted. So between two products the upper half of the bits goes into the lower.
+    """
+    odd = torch.arange(1, 2 * len(numbers), 2, device=numbers.device) * _ODD
+    product = numbers * odd
+    return ((product ^ (product >> 32 & 0xFFFFFFFF)) * odd).sum()

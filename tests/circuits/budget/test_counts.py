@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import eap_circuits as eap
 from bench.pretended import Counts, counting, pretending
 from eap_circuits.adapters import bind
 from eap_circuits.budget import replays
+from eap_circuits.checkpoint import weights, weights_digest
 from eap_circuits.errors import InputWarning
 from eap_circuits.evaluation import circuit_values
 from eap_circuits.intervention import circuit_run
@@ -38,7 +40,10 @@ MAKE: dict[str, Callable[[int], Any]] = {
     "llama": lambda layers: LlamaForCausalLM(LlamaConfig(**LLAMA, num_hidden_layers=layers)),
     "gpt2": lambda layers: GPT2LMHeadModel(GPT2Config(**GPT2, n_layer=layers)),
 }
-# Launches beyond the model's own passes: of a layer, which a kernel for each RMSNorm saves, and of the rest of a batch.
+# Launches of a call, and a wait, to see whether weights have changed; matrices of many numbers are two more each.
+FOR_WEIGHTS, A_WAIT = 9, 1
+# Those beyond these and the model's own passes: of a layer, which a kernel for each RMSNorm saves, and of the rest of a
+# batch.
 OF_ATTRIBUTE = {"llama": (-25, 83), "gpt2": (17, 106)}
 OF_EVALUATE = {"llama": (8, 105), "gpt2": (33, 104)}
 OF_A_METRIC = 7  # at one circuit's logits
@@ -62,7 +67,9 @@ def on_device(name: str, layers: int, dtype: torch.dtype = torch.float32) -> Any
 
 
 def counted(call: Callable[[], object]) -> Counts:
-    with warnings.catch_warnings(), counting() as found:
+    """Of a call that finds the weights' digests made."""
+    known = mock.patch.object(weights, "_from_cache", return_value={})
+    with warnings.catch_warnings(), known, counting() as found:
         warnings.simplefilter("ignore", InputWarning)  # without values there is no faithfulness
         call()
     return found
@@ -117,32 +124,45 @@ def beyond(name: str, few: Counts, more: Counts, backward: bool) -> tuple[int, i
 @pytest.mark.parametrize("name", MAKE)
 def test_attribution_waits_once_a_batch(name: str) -> None:
     for layers in (2, 3):
-        assert attributed(name, layers).own_waits == 1
-    assert attributed(name, 2, batch_size=EXAMPLES // 2).own_waits == 2
+        assert attributed(name, layers).own_waits == A_WAIT + 1
+    assert attributed(name, 2, batch_size=EXAMPLES // 2).own_waits == A_WAIT + 2
 
 
 @pytest.mark.parametrize("name", MAKE)
 def test_evaluation_waits_once_a_batch(name: str) -> None:
     for layers, copies in ((2, 1), (3, 1), (2, 2)):
-        assert evaluated(name, layers, copies).own_waits == 1
-    assert evaluated(name, 2, batch_size=EXAMPLES // 2).own_waits == 2
+        assert evaluated(name, layers, copies).own_waits == A_WAIT + 1
+    assert evaluated(name, 2, batch_size=EXAMPLES // 2).own_waits == A_WAIT + 2
 
 
 @pytest.mark.parametrize("settings", [{"method": "eap-ig-activations"}, {"method": "information-flow-routes"}])
 def test_other_methods_wait_once_a_batch(settings: dict[str, str]) -> None:
-    assert attributed("gpt2", 2, **settings).own_waits == 1
+    assert attributed("gpt2", 2, **settings).own_waits == A_WAIT + 1
 
 
 @pytest.mark.parametrize("keep", ["examples", "positions-from-end", "neurons"])
 def test_what_is_kept_waits_once_more_at_most(keep: str) -> None:
-    assert attributed("gpt2", 2, method="eap", keep=keep).own_waits == 1 + (keep != "neurons")
+    assert attributed("gpt2", 2, method="eap", keep=keep).own_waits == A_WAIT + 1 + (keep != "neurons")
+
+
+def test_a_matrix_is_two_launches_to_see_a_change_and_a_vector_none() -> None:
+    def found(matrices: int, vectors: int) -> tuple[int, int]:
+        shapes = [(300, 333)] * matrices + [(8192,)] * vectors
+        with pretending(shapes=True):
+            held = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
+            module = torch.nn.ParameterList(torch.nn.Parameter(x, False) for x in held).to("cuda")
+            counts = counted(lambda: weights_digest(module))
+        return counts.launches.total(), counts.waits.total()
+
+    assert found(0, 1) == found(0, 9) == (FOR_WEIGHTS, A_WAIT)
+    assert found(5, 9) == (FOR_WEIGHTS + 2 * 5, A_WAIT)
 
 
 @pytest.mark.parametrize("name", MAKE)
 def test_launches_of_attribution(name: str) -> None:
     layer, batch = beyond(name, attributed(name, 2), attributed(name, 3), True)
     assert layer <= OF_ATTRIBUTE[name][0]
-    assert batch <= OF_ATTRIBUTE[name][1]
+    assert batch <= OF_ATTRIBUTE[name][1] + FOR_WEIGHTS
 
 
 REPLAYED: list[tuple[str, Callable[..., Counts], dict[str, Any]]] = [
@@ -186,7 +206,7 @@ def test_a_layer_is_as_many_launches_as_the_choice_to_replay_assumes(name: str) 
 def test_launches_of_evaluation(name: str) -> None:
     layer, batch = beyond(name, evaluated(name, 2), evaluated(name, 3), False)
     assert layer <= OF_EVALUATE[name][0]
-    assert batch <= OF_EVALUATE[name][1]
+    assert batch <= OF_EVALUATE[name][1] + FOR_WEIGHTS
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -206,7 +226,7 @@ def test_reads_begun_together_move_less_in_as_many_launches(name: str, monkeypat
     apart = run()
     assert together.bytes < apart.bytes
     assert together.launches.total() == apart.launches.total()
-    assert together.own_waits == apart.own_waits == 1
+    assert together.own_waits == apart.own_waits == A_WAIT + 1
 
 
 @pytest.mark.parametrize("name", MAKE)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 
+from bench.pretended import pretending
 from eap_circuits.checkpoint import weights, weights_digest
+
+# Of few words, and of more than are taken one by one, which make no square and of which a few bytes are left.
+SHAPES = [(5, 7), (301, 333)]
 
 
 def test_a_digest_is_made_once_and_again_after_any_change(make_model, monkeypatch):
@@ -48,6 +53,51 @@ def test_values_that_change_places_are_seen(make_model):
         x.copy_(change())
         found.add(weights_digest(model))
     assert len(found) == 1 + len(changes)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_moves_within_and_between_tensors_are_seen(shape, dtype):
+    a = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    a.view(-1)[[3, 7]] = torch.tensor([1.5, -1.5], dtype=dtype)  # apart in the highest bit of a word alone
+    b, n = a.flip(0), a.numel()  # the same numbers in another order
+    model = torch.nn.Module()
+    model.register_buffer("a", a.clone())
+    model.register_buffer("b", b)
+    x, y = model.a.data, model.b.data
+
+    def swap(first, second):
+        first[...], second[...] = second.clone(), first.clone()
+
+    flat = x.view(-1)
+    changes = [
+        lambda: swap(x, y),
+        lambda: swap(x[0], x[-1]),
+        lambda: swap(x[:, 0], x[:, -1]),
+        lambda: swap(x[:, 0], x[:, 1]),
+        lambda: x.copy_(x.roll(1, 0)),
+        *(lambda i=i, j=j: swap(flat[i], flat[j]) for i, j in ((3, 7), (0, n - 1), (0, shape[1]), (n - 2, n - 1))),
+        *(lambda i=i: flat[i].neg_() for i in (0, 3, 7, n // 2, n - 1)),
+    ]
+    found = {weights_digest(model)}
+    for change in changes:
+        change()
+        found.add(weights_digest(model))
+        swap(x, a.clone())
+        swap(y, a.flip(0))
+    assert len(found) == 1 + len(changes)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sums_are_the_same_wherever_tensors_are(shape):
+    whole = {str(dtype): torch.ones(shape).normal_().to(dtype) for dtype in (torch.bfloat16, torch.float64)}
+    right = weights._sums(whole)
+    # Not where words of 64 bits begin, and not one behind the other.
+    behind = {name: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(shape) for name, x in whole.items()}
+    turned = {name: x.T.contiguous().T for name, x in whole.items()}
+    assert weights._sums(behind) == weights._sums(turned) == right
+    with pretending():
+        assert weights._sums({name: x.to("cuda") for name, x in whole.items()}) == right
 
 
 def test_a_large_models_digests_are_kept_for_other_processes(make_model, monkeypatch, tmp_path):

@@ -179,6 +179,16 @@ void scores() {
           expected[i] += product, allowed[i] += std::abs(product);
         }
   call.run(workspace.memory.get(), nullptr);
+  // The last array before the partial tiles: whoever goes in step has counted each of its periods.
+  const auto& counters = call.schedule.counters;
+  const auto* counted = static_cast<const char*>(workspace.memory.get()) + call.header.size() -
+                        (counters.size() * sizeof(counters[0]) + 255) / 256 * 256;
+  for (const auto& piece : call.schedule.pieces)
+    for (int32_t period = 0; call.tensor_memory && piece.pace.workers > 0 && period < piece.pace.periods; ++period) {
+      ++seen["in step"];
+      check(reinterpret_cast<const int32_t*>(counted)[piece.pace.first + period] == piece.pace.workers,
+            "a period is not counted once by each worker");
+    }
   for (int64_t e = 0; e < E; ++e)
     for (int64_t u = 0; u < S; ++u)
       for (int64_t v = 0; v < R; ++v) {

@@ -17,6 +17,8 @@ inline void tma_load(uint32_t to, const CUtensorMap* map, int x, int y, int z, u
 inline void tma_load_in(int blocks, uint32_t to, const CUtensorMap* map, int x, int y, int z, uint32_t barrier) {
   emulator::tma_load(to, map, x, y, z, barrier, uint32_t(blocks));
 }
+inline void count_up(int32_t* counter) { ++*counter; }
+inline int32_t count_of(const int32_t* counter) { return *counter; }
 inline void wgmma_fence() {}
 inline void wgmma_commit() { emulator::commit_wgmma(); }
 template <int kPending> void wgmma_wait() { emulator::wait_wgmma(kPending); }

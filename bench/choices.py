@@ -27,21 +27,26 @@ def cases(name: str, info: Mapping) -> Iterator[tuple[str, str, Times]]:
         yield "head_space_scores", _auto.head_space_scores_case(info["dtype"]), seconds
 
 
-def table(results: Mapping[str, Mapping]) -> dict[str, dict[str, dict[str, list[str]]]]:
-    """{GPU: {operator: {case: backends}}} of the GPUs' results.
+def table(results: Mapping[str, Mapping]) -> dict[str, _auto.Card]:
+    """What was measured on each GPU, by its name.
 
     A backend's figure is the mean, over a case's benches, of the logarithm of its time. A backend that did not run in
     all of them is left out.
     """
     found: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    capability = {}
     for result in results.values():
         if "gpu" in result["machine"]:
+            capability[result["machine"]["gpu"]] = result["machine"]["capability"]
             for name, info in result.get("benches", {}).items():
                 for op, case, seconds in cases(name, info):
                     times = {impl: seconds[impl] for impl in BACKENDS if impl in seconds}
                     found[result["machine"]["gpu"]][op][case].append(times)
     return {
-        gpu: {op: {case: ranked(runs) for case, runs in of.items()} for op, of in ops.items()}
+        gpu: {
+            "capability": capability[gpu],
+            "operators": {op: {case: ranked(runs) for case, runs in of.items()} for op, of in ops.items()},
+        }
         for gpu, ops in found.items()
     }
 

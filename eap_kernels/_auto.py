@@ -1,8 +1,8 @@
 """What `impl="auto"` runs, and why: for each operator a rule on CPUs and a case on GPUs, both measured.
 
 On GPUs, what was measured on this very card counts (`tune/choices.py`). Where nothing was, and nothing may run for it,
-measured.json ranks the backends by device, operator and case; bench/record.py writes it. A case names what decides
-within an operator: dtype, memory layout, sizes. The same functions name it when a bench is recorded, when the card is
+measured.json ranks the backends by device, operator and case; bench/record.py writes it. A GPU that is not in it counts as one
+of the same architecture. A case names what decides within an operator: dtype, memory layout, sizes. The same functions name it when a bench is recorded, when the card is
 measured, and when `auto` looks it up.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from eap_kernels.reference.edge_scores import flattens
 from eap_kernels.tune import choices
 
 TABLE = Path(__file__).with_name("measured.json")
-MEASURED: dict[str, dict[str, dict[str, list[str]]]] = json.loads(TABLE.read_text())
 # edge_scores on a GPU: the most receivers of each measured case; any larger number is one more case.
 FEW_RECEIVERS = (1, 12, 37)
 # masked_read on a GPU: the largest share of kept edges of each measured case.
@@ -37,6 +36,13 @@ FEW_READERS = 8
 ONE_LAUNCH = ("normalise_rows", "collapse")
 
 
+class Card(TypedDict):
+    """What was measured on a GPU: by operator and case its backends, the fastest first."""
+
+    capability: str
+    operators: dict[str, dict[str, list[str]]]
+
+
 class Choice(NamedTuple):
     """A backend's name, and the measured rule behind it; a long sentence is made only where it is read."""
 
@@ -46,6 +52,9 @@ class Choice(NamedTuple):
     @property
     def reason(self) -> str:
         return self.why if isinstance(self.why, str) else self.why()
+
+
+MEASURED: dict[str, Card] = json.loads(TABLE.read_text())
 
 
 def choose(op: str, *args: Any) -> Choice:
@@ -70,19 +79,26 @@ def choose(op: str, *args: Any) -> Choice:
 
 
 def _prior(op: str, x: Tensor, *args: Any) -> Choice:
-    """What was measured on another card of this name."""
-    name = torch.cuda.get_device_name(x.device)
-    if name not in MEASURED:
+    """What was measured on another card of this name, or else of this architecture, which runs the same code."""
+    own = torch.cuda.get_device_name(x.device)
+    alike = [own] if own in MEASURED else _of_capability(x.device)
+    if not alike:
         # Without a look at the arguments, for which the host may have to wait.
-        return Choice("reference", f"nothing was measured on {name}")
+        return Choice("reference", f"nothing was measured on {own}")
+    name = alike[0]
     if op in ONE_LAUNCH:
         return _one_launch(BACKENDS["triton"].missing())
-    if op not in MEASURED[name]:
+    if op not in MEASURED[name]["operators"]:
         return Choice("reference", f"nothing was measured on {name}")
     case = RULES[op].case(*args)
     fastest = _first_that_runs(ranking(name, op, case))
     measured = "the fastest" if fastest else "nothing was"
     return Choice(fastest or "reference", f"{measured} measured on {name} for {case}")
+
+
+def _of_capability(device: torch.device) -> list[str]:
+    capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+    return [name for name, card in MEASURED.items() if card["capability"] == capability]
 
 
 def _first_that_runs(impls: Iterable[str]) -> str | None:
@@ -91,7 +107,7 @@ def _first_that_runs(impls: Iterable[str]) -> str | None:
 
 def ranking(name: str, op: str, case: str) -> list[str]:
     """Backends, the fastest first; empty if this case was not measured on such a device."""
-    return MEASURED.get(name, {}).get(op, {}).get(case, [])
+    return MEASURED[name]["operators"].get(op, {}).get(case, [])
 
 
 def _measured_here(found: choices.Found, otherwise: Choice, op: str, *args: Any) -> Choice:

@@ -116,7 +116,8 @@ def test_record_writes_result_ratios_and_tables(elsewhere):
     assert (elsewhere / "README.md").read_text() == (ROOT / "README.md").read_text()
     ranking = ["cuda", "triton", "reference"]
     chosen = json.loads((elsewhere / "measured.json").read_text())
-    assert chosen == {"NVIDIA H200": {"edge_scores": {"bfloat16, flat": ranking}}}
+    operators = {"edge_scores": {"bfloat16, flat": ranking}}
+    assert chosen == {"NVIDIA H200": {"capability": "9.0", "operators": operators}}
     brought_back = sorted(path.name for path in (elsewhere / "out").iterdir())
     assert brought_back == ["measured.json", "nvidia-h200-ratios.json", "nvidia-h200.json"]
 
@@ -203,11 +204,14 @@ def test_the_fastest_backend_of_a_case_is_that_of_all_its_shapes():
     results = {"h200": {"machine": GPU_FACTS, "benches": benches}, "cpu": {"machine": {}, "benches": benches}}
     assert choices.table(results) == {
         "NVIDIA H200": {
-            "head_space_scores": {"float32": ["cuda", "reference"], "bfloat16": ["reference", "cuda"]},
-            "masked_read": {
-                "float32, up to 3% kept": ["cuda", "reference"],
-                "float32, up to 30% kept": ["reference", "cuda"],
-                "float32, up to 100% kept": ["reference"],
+            "capability": "9.0",
+            "operators": {
+                "head_space_scores": {"float32": ["cuda", "reference"], "bfloat16": ["reference", "cuda"]},
+                "masked_read": {
+                    "float32, up to 3% kept": ["cuda", "reference"],
+                    "float32, up to 30% kept": ["reference", "cuda"],
+                    "float32, up to 100% kept": ["reference"],
+                },
             },
         }
     }

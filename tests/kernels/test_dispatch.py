@@ -298,7 +298,7 @@ def test_on_a_gpu_auto_takes_what_was_measured_fastest_there_and_runs(monkeypatc
         "masked_read": {"bfloat16, up to 3% kept": ["cuda"], "bfloat16, up to 30% kept": ["triton", "reference"]},
         "head_space_scores": {"bfloat16": ["cuda"]},
     }
-    monkeypatch.setattr(_auto, "MEASURED", {"NVIDIA H100": table})
+    monkeypatch.setattr(_auto, "MEASURED", {"NVIDIA H100": {"capability": "9.0", "operators": table}})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(BACKENDS["cuda"], "missing", lambda: None)
     monkeypatch.setattr(BACKENDS["triton"], "missing", lambda: "not here")
@@ -310,7 +310,11 @@ def test_on_a_gpu_auto_takes_what_was_measured_fastest_there_and_runs(monkeypatc
     assert choices(torch.float32) == (["cuda", *nothing], nothing, "reference")
     fp32_precision("tf32")
     assert choices(torch.float32) == (["reference"] * 4, nothing, "reference"), "tf32 was not measured"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert choices(torch.bfloat16) == right, "another card of the same architecture"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L40S")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     assert choices(torch.bfloat16) == (["reference"] * 4, nothing, "reference")
 
 

@@ -85,6 +85,7 @@ def card(monkeypatch, tmp_path):
     monkeypatch.delenv("EAP_TUNE")
     monkeypatch.setattr(choices, "STEP_SECONDS", 5.0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: CARD)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (1, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for impl in ("cuda", "triton"):
         monkeypatch.setattr(type(BACKENDS[impl]), "missing", lambda self: None)
@@ -241,7 +242,7 @@ def test_where_nothing_may_run_the_stored_choice_counts_else_the_prior(forbid, c
     with monkeypatch.context() as here:
         forbid(here)
         assert [chosen(op=op).impl for op in ("edge_scores", "collapse")] == ["reference", "reference"]
-        here.setattr(_auto, "MEASURED", {CARD: {"edge_scores": {"bfloat16, flat": ["triton"]}}})
+        here.setattr(_auto, "MEASURED", {CARD: {"operators": {"edge_scores": {"bfloat16, flat": ["triton"]}}}})
         assert [chosen(op=op).impl for op in ("edge_scores", "collapse")] == ["triton", "triton"]
         assert not log.read_text()
     assert chosen().impl == "cuda", "it may run now, in the same process"

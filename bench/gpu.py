@@ -2,11 +2,12 @@
 
 Needs only what such a machine has: Python with PyTorch, Triton, transformers, pytest, pytest-benchmark, hypothesis and
 ninja, and nvcc. What matters most comes first: our own kernels, then the two most important shapes, then the rest.
-Every stage runs even if an earlier one failed, and is stopped at its share of the time. If a call may not last ten
+If the build fails, nothing else runs. Every other stage runs even if an earlier one failed, and is stopped at its share of
+the time. If a call may not last ten
 minutes, or every call gets a bare machine, run it in two parts of five and a half minutes:
 
 make gpu STAGES=first      # kernels, sanitizer, the benches of llama-3.1-8b and gpt2 in bfloat16
-make gpu STAGES=rest       # the other benches, the tuner of `auto`, models against their own passes
+make gpu STAGES=rest       # the tuner of `auto`, models against their own passes, the other benches
 make gpu STAGES=compiled   # edge_scores against torch.compile, which compiles for minutes
 
 SECONDS=300 gives other stages than a part's, or a shorter call, their time.
@@ -168,17 +169,17 @@ STAGES = {
         Stage("tune", 4.0, {"tune": [sys.executable, "-m", "eap_kernels.tune"]}, least=100.0),
         BENCH_FIRST,
         Stage("record-first", 0.3, recording(BENCH_FIRST), least=25.0),
-        BENCH_REST,
-        Stage("record-rest", 0.3, recording(BENCH_REST), least=25.0),
         MODELS,
         Stage("record-models", 0.3, recording(MODELS), least=25.0),
+        BENCH_REST,
+        Stage("record-rest", 0.3, recording(BENCH_REST), least=25.0),
         COMPILED,
         Stage("record-compiled", 0.3, recording(COMPILED), least=25.0),
     )
 }
 PARTS = {
     "first": ("build", "info", "kernels", "sanitize", "bench-first", "record-first"),
-    "rest": ("build", "info", "bench-rest", "record-rest", "tune", "models", "record-models"),
+    "rest": ("build", "info", "tune", "models", "record-models", "bench-rest", "record-rest"),
     "compiled": ("build", "compiled", "record-compiled"),
 }
 PARTS["all"] = (*PARTS["first"], *PARTS["rest"][2:])
@@ -241,6 +242,8 @@ def run_stages(stages: Sequence[Stage], folder: Path, total: float) -> list[Resu
         share = stage.share / sum(later.share for later in stages[index:])
         results += run_stage(stage, log, begin + max(stage.least, share * (end - begin)))
         print(f"{stage.name}: {time.monotonic() - begin:.0f} s", flush=True)
+        if stage.name == "build" and any(result.problem for result in results):
+            break  # nothing that is measured without it would count
     return results
 
 

@@ -62,6 +62,11 @@ def test_every_stage_runs_whatever_became_of_the_others(tmp_path, monkeypatch):
     assert all(f": {label}: " in log for label in problems) and "\nbeside\n" in log
 
 
+def test_after_a_failed_build_nothing_runs(tmp_path):
+    stages = [gpu.Stage("build", 1, {"build": python("exit(1)")}), gpu.Stage("kernels", 1, {"tests": python("")})]
+    assert by_label(gpu.run_stages(stages, tmp_path, total=30)) == {"build": "exit status 1"}
+
+
 def running(pid):
     try:
         with open(f"/proc/{pid}/stat") as file:

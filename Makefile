@@ -14,6 +14,10 @@ INPUTS := setup.py pyproject.toml $(CSRC)
 # Only the newest set can have TransformerLens's bridges: they need newer packages than the other sets hold.
 EXTRAS := demo,test$(if $(filter newest,$(VERSIONS)),$(comma)bridges)
 
+# Python keeps what it compiles, whatever the environment says: each process that imports torch and transformers would
+# compile them anew for ten seconds, and tests start dozens.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo docs tutorials explorer test test-slow test-all test-versions test-oldest test-gpu-machine fuzz lint bench record gpu gpu-rehearsal update-locks release clean
 
 # Installs only what `make demo` needs; the tools for tests and linting have their own stamp, .test.

@@ -122,6 +122,24 @@ def test_the_compiler_s_own_last_line_is_kept(tools, tmp_path, printed, said):
     assert note == f"the compiler failed when the package was installed{said}\n"
 
 
+def test_a_compiler_that_links_its_own_libstdcxx_statically(tools, tmp_path):
+    """It brings what csrc/older_libraries.cpp defines; the smaller of the modules shows that both get along."""
+    compiler = shutil.which("g++") or pytest.skip("g++ was not found")
+    asked = subprocess.run([compiler, "-print-file-name=libstdc++.a"], capture_output=True, text=True)
+    if not Path(asked.stdout.strip()).is_absolute():
+        pytest.skip("g++ has no static libstdc++")
+    folder, found = tools
+    # Only that module is compiled, quickly.
+    really = f'case "$*" in *build_info*) exec "{compiler}" "$@" -O0 -static-libstdc++ ;; esac'
+    script = tmp_path / "g++"
+    script.write_text(script.read_text().replace("\n", f"\n{really}\n", 1))
+    done = build(folder, **found, EAP_TORCH_DIR=torch_of(tmp_path / "torch", None), EAP_REQUIRE_EXT="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    load = "import _build_info; print(_build_info.instruction_set() in _build_info.instruction_sets)"
+    loaded = subprocess.run([sys.executable, "-c", load], cwd=folder / "eap_kernels", capture_output=True, text=True)
+    assert loaded.stdout == "True\n", loaded.stderr
+
+
 # setup.py in an interpreter without setuptools and torch, as in an isolated build: the folder of torch that it finds.
 FIND = f"""
 import os, runpy, sys, types

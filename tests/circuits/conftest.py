@@ -177,6 +177,12 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+# Every family, but in `make test` one of each kind: for methods that build on what other tests check of all families.
+fast_by_kind = pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in FAMILIES]
+)
+
+
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)

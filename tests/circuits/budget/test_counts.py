@@ -215,7 +215,7 @@ def test_reads_begun_together_move_less_in_as_many_launches(name: str, monkeypat
 
     def run() -> Counts:
         with pretending(shapes=True):
-            model, data = on_device(name, 24, torch.bfloat16), pairs()
+            model, data = on_device(name, 12, torch.bfloat16), pairs()
             graph = bind(model).graph("kv")
             values = torch.randn(graph.edge_mask.shape, generator=torch.Generator().manual_seed(1)) * graph.edge_mask
             circuit = eap.EdgeScores(graph, values, {}).select(graph.n_edges // 2)

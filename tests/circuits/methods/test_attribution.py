@@ -14,7 +14,7 @@ from eap_circuits.metrics import get_metric
 from eap_circuits.recording import record_run
 from eap_circuits.request import Measurement, prepare
 from eap_circuits.selfcheck import StayDouble
-from tests.circuits.conftest import prompts, random_edges
+from tests.circuits.conftest import fast_by_kind, prompts, random_edges
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import differences, plain_run, scores
 
@@ -104,6 +104,7 @@ def test_scores_do_not_depend_on_order_padding_or_threads(kind, make_model, make
         torch.set_num_threads(threads)
 
 
+@fast_by_kind
 def test_kv_scores_are_group_sums_of_query_scores(family, make_model, make_pairs, relative):
     model, data = make_model(family), make_pairs(seed=5)
     query = eap.attribute(model, data, heads="query", steps=3)
@@ -124,6 +125,7 @@ def test_attention_implementations_agree(make_model, make_pairs, relative):
         assert relative(*values) < 1e-6
 
 
+@fast_by_kind
 def test_eap_is_the_path_of_one_point_and_clean_corrupted_of_two_ends(family, make_model, make_pairs, relative):
     model, data = make_model(family), make_pairs(seed=7)
     one = eap.attribute(model, data, steps=1, quadrature="right").values

@@ -7,11 +7,12 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.selfcheck import StayDouble
-from tests.circuits.conftest import KINDS, logit_difference, prompts
+from tests.circuits.conftest import KINDS, fast_by_kind, logit_difference, prompts
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import differences, gradients, plain_run
 
 
+@fast_by_kind
 def test_conductance_of_the_input_is_integrated_gradients(family, make_model, make_pairs, relative):
     """The embeddings change evenly along the path: their edges have EAP-IG's scores, by the trapezoid rule."""
     model, data = make_model(family), make_pairs(n=4)
@@ -21,6 +22,7 @@ def test_conductance_of_the_input_is_integrated_gradients(family, make_model, ma
     assert relative(found.values[0], (left + right)[0] / 2) < 1e-6
 
 
+@fast_by_kind
 def test_conductance_of_one_segment_is_clean_corrupted(family, make_model, make_pairs, relative):
     """Then every sender's change is its whole difference, and the gradients are those of the two ends."""
     model, data = make_model(family), make_pairs(n=4)

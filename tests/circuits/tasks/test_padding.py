@@ -100,6 +100,15 @@ def test_masks_that_cannot_be(wrong: dict[str, Any], message: str) -> None:
         PairedDataset.from_tokens(ids, ids, **fields)
 
 
+@pytest.mark.parametrize("given", [{"lengths": [2]}, {"lengths": [0]}, {"attention_mask": torch.empty(1, 0).bool()}])
+def test_prompts_without_positions(given: dict[str, Any]) -> None:
+    some, none = torch.tensor([[2, 3]]), torch.empty(1, 0, dtype=torch.int64)
+    with pytest.raises(InputError, match=r"^clean: expected .* at least one position, found \[1, 0\]\.$"):
+        PairedDataset.from_tokens(none, none, answers=[[7, 8]], **given)
+    with pytest.raises(InputError, match=r"^corrupted: expected .* at least one position, found \[1, 0\]\.$"):
+        PairedDataset.from_tokens(some, none, [2], [[7, 8]], corrupted_lengths=given.get("lengths", [1]))
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.lists(st.integers(2, 9), min_size=2, max_size=6), min_size=1, max_size=4), st.integers(0, 12), st.data()

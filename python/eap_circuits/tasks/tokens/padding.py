@@ -44,10 +44,12 @@ def unpadded(name: str, ids: Any, lengths: Any, mask: Any) -> tuple[Tensor, Tens
         mask: [E, T], 1 or True for real tokens, which stand side by side; None for padding on the right.
 
     Raises:
-        InputError: neither lengths nor mask, lengths that the mask contradicts, a mask of another shape or with gaps,
-            or, without a mask, rows that are visibly padded on the left.
+        InputError: no positions, neither lengths nor mask, lengths that the mask contradicts, a mask of another shape
+            or with gaps, or, without a mask, rows that are visibly padded on the left.
     """
     ids = integers(name, ids)
+    if ids.dim() == 2 and not ids.shape[1]:
+        raise expected(name, "shape [examples, positions] with at least one position", list(ids.shape))
     label = "" if name == "clean" else f"{name}_"
     if mask is None:
         if lengths is None:

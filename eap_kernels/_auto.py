@@ -1,9 +1,9 @@
 """What `impl="auto"` runs, and why: for each operator a rule on CPUs and a case on GPUs, both measured.
 
 On GPUs, what was measured on this very card counts (`tune/choices.py`). Where nothing was, and nothing may run for it,
-measured.json ranks the backends by device, operator and case; bench/record.py writes it. A GPU that is not in it counts as one
-of the same architecture. A case names what decides within an operator: dtype, memory layout, sizes. The same functions name it when a bench is recorded, when the card is
-measured, and when `auto` looks it up.
+measured.json ranks the backends by device, operator and case; bench/record.py writes it. A GPU that is not in it counts
+as one of the same architecture. A case names what decides within an operator: dtype, memory layout, sizes. The same
+functions name it when a bench is recorded, when the card is measured, and when `auto` looks it up.
 """
 
 from __future__ import annotations

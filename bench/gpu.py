@@ -2,9 +2,9 @@
 
 Needs only what such a machine has: Python with PyTorch, Triton, transformers, pytest, pytest-benchmark, hypothesis and
 ninja, and nvcc. What matters most comes first: our own kernels, then the two most important shapes, then the rest.
-If the build fails, nothing else runs. Every other stage runs even if an earlier one failed, and is stopped at its share of
-the time. If a call may not last ten
-minutes, or every call gets a bare machine, run it in two parts of five and a half minutes:
+If the build fails, nothing else runs. Every other stage runs even if an earlier one failed, and is stopped at its share
+of the time. If a call may not last ten minutes, or every call gets a bare machine, run it in two parts of five and a
+half minutes:
 
 make gpu STAGES=first      # kernels, sanitizer, the benches of llama-3.1-8b and gpt2 in bfloat16
 make gpu STAGES=rest       # the tuner of `auto`, models against their own passes, the other benches

@@ -75,7 +75,7 @@ def expand(
     tokens = stop - start
     counts = [group.values.shape[1] for group in groups]
     nodes = sum(counts)
-    # A token's rows lie together: a contraction reads the same features of all rows at a time, from few pages of memory.
+    # A token's rows lie together: a contraction reads the same features of all rows at a time, from few pages.
     out = values.new_empty((tokens, nodes, features), dtype=dtype).transpose(0, 1)
     if out.numel() == 0:
         return out

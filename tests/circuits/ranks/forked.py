@@ -19,7 +19,7 @@ import torch.distributed as dist
 from eap_circuits.cli.entry import main as command
 
 
-def on_ranks(count: int, run: Callable[[int], Any], seconds: float = 60) -> list[Any]:
+def on_ranks(count: int, run: Callable[[int], Any], seconds: float = 180) -> list[Any]:
     """What `run(rank)` returns on each of this many ranks, made of tensors and plain values; of one that raises,
     "error: type: message", and of one that ends otherwise, "ended"."""
     with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +53,7 @@ def typed(words: list[str]) -> list[Any]:
 def _fork(rank: int, count: int, run: Callable[[int], Any], folder: str, seconds: float) -> int:
     if child := os.fork():
         return child
-    signal.alarm(int(seconds))  # nothing waits for ever
+    signal.alarm(int(seconds))  # nothing waits for ever; four ranks on two busy cores took more than a minute
     try:
         store = dist.FileStore(os.path.join(folder, "store"), count)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=seconds))

@@ -20,7 +20,7 @@ from .fingerprint import Reader
 
 _WORTH_A_FILE = 2**28  # bytes of weights that take longer to read than a file of digests
 _SAMPLED = 8  # numbers of a weight
-_FEW = 2**14  # words of a tensor that need not be added up
+_FEW = 2**13  # words of a tensor that need not be added up
 _BLOCK = 2**17  # words that a CPU's cache holds while their rows and columns are added up
 _ODD = -0x61C8864680B583EB  # 2**64 over the golden ratio
 _known: WeakKeyDictionary[nn.Module, tuple[object, dict[str, str]]] = WeakKeyDictionary()
@@ -119,7 +119,7 @@ def _sums(tensors: Mapping[str, Tensor]) -> list[int]:
     by_device: dict[torch.device, list[Tensor]] = {}
     for x in tensors.values():
         by_device.setdefault(x.device, []).extend(_added_up(x))
-    return [int(_mixed(torch.cat(numbers))) for numbers in by_device.values()]
+    return [int(_mixed(torch.cat(numbers))) for numbers in by_device.values()]  # copies, which are overwritten
 
 
 def _added_up(x: Tensor) -> list[Tensor]:
@@ -144,6 +144,6 @@ def _mixed(numbers: Tensor) -> Tensor:
     places unseen, as the difference of two odd numbers is even; and so could tensors with the same sum, if places were
     counted. So between two products the upper half of the bits goes into the lower.
     """
-    odd = torch.arange(1, 2 * len(numbers), 2, device=numbers.device) * _ODD
-    product = numbers * odd
-    return ((product ^ (product >> 32 & 0xFFFFFFFF)) * odd).sum()
+    odd = torch.arange(1, 2 * len(numbers), 2, device=numbers.device).mul_(_ODD)
+    product = numbers.mul_(odd)  # in place: there may be many
+    return product.bitwise_xor_((product >> 32).bitwise_and_(0xFFFFFFFF)).mul_(odd).sum()

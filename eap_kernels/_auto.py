@@ -79,13 +79,11 @@ def choose(op: str, *args: Any) -> Choice:
 
 
 def _prior(op: str, x: Tensor, *args: Any) -> Choice:
-    """What was measured on another card of this name, or else of this architecture, which runs the same code."""
-    own = torch.cuda.get_device_name(x.device)
-    alike = [own] if own in MEASURED else _of_capability(x.device)
-    if not alike:
+    """What was measured on another card of this name or architecture."""
+    name = _card(x.device)
+    if name is None:
         # Without a look at the arguments, for which the host may have to wait.
-        return Choice("reference", f"nothing was measured on {own}")
-    name = alike[0]
+        return Choice("reference", f"nothing was measured on {torch.cuda.get_device_name(x.device)}")
     if op in ONE_LAUNCH:
         return _one_launch(BACKENDS["triton"].missing())
     if op not in MEASURED[name]["operators"]:
@@ -96,9 +94,13 @@ def _prior(op: str, x: Tensor, *args: Any) -> Choice:
     return Choice(fastest or "reference", f"{measured} measured on {name} for {case}")
 
 
-def _of_capability(device: torch.device) -> list[str]:
+def _card(device: torch.device) -> str | None:
+    """The measured card that a GPU counts as: one of its name, or else one of its architecture."""
+    own = torch.cuda.get_device_name(device)
+    if own in MEASURED:
+        return own
     capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
-    return [name for name, card in MEASURED.items() if card["capability"] == capability]
+    return next((name for name, card in MEASURED.items() if card["capability"] == capability), None)
 
 
 def _first_that_runs(impls: Iterable[str]) -> str | None:

@@ -27,8 +27,6 @@ constexpr int kSendersBytes = kHopperSlabs * kSlabBytes;
 constexpr int kReceiversBytes = kReceivers * kRowBytes;
 constexpr int kShare = kSlab / kHopperBlocks;  // of a slab's senders, which a block loads
 constexpr int kStageBytes = kSendersBytes + kReceiversBytes;
-constexpr int kAhead = 2;         // periods
-constexpr int kAsked = 1000;      // times; each takes about a microsecond
 constexpr int kAlignment = 1024;  // of what is swizzled: slabs of senders and blocks of receivers
 template <class T> constexpr int kFeatures = kRowBytes / int(sizeof(T));  // of a stage
 constexpr int kSharedBytes = kStages * kStageBytes + kAlignment + 2 * kStages * 8;
@@ -64,6 +62,8 @@ constexpr __device__ int tile_group(int block, int group) {
 // In step: so that what one worker loads is still in the L2 cache when others need it, none gets more than kAhead
 // periods ahead of the slowest. It asks a few times only, and from then on no more: others may run later, and results
 // are the same in any case. Without it the operands of an 8B model came from memory three and a half times (H200).
+constexpr int kAhead = 2;     // periods
+constexpr int kAsked = 1000;  // times
 struct InStep {
   int32_t* counters;
   Pace pace;

@@ -71,7 +71,7 @@ def collapse(
 
 @functools.cache
 def _tile(points: int, width: int, size: int) -> dict[str, int]:
-    """Options of a launch, for elements of so many bytes."""
+    """Options of a launch, for elements of this many bytes."""
     warp, rounded = _BYTES // size, triton.next_power_of_2(points)
     columns = min(triton.next_power_of_2(max(1, width)), _WARPS * warp // rounded)
     return {"POINTS": rounded, "COLUMNS": columns, "num_warps": max(1, rounded * columns // warp)}

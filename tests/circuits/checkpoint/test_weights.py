@@ -10,7 +10,7 @@ import torch
 from bench.pretended import pretending
 from eap_circuits.checkpoint import weights, weights_digest
 
-# Of few words, and of more than are taken one by one, which make no square and of which a few bytes are left.
+# Few words, which are taken one by one; and more, which are added up, do not fill a square and leave a few bytes over.
 SHAPES = [(5, 7), (301, 333)]
 
 

@@ -107,7 +107,7 @@ def test_what_matters_most_comes_first():
     assert gpu.PARTS["all"][: len(first)] == first
     assert first.index("kernels") < first.index("sanitize") < first.index("bench-first") < first.index("record-first")
     rest = gpu.PARTS["rest"]
-    assert rest.index("tune") < rest.index("models"), "`auto` takes what was measured on the card"
+    assert rest.index("models") < rest.index("record-models") < rest.index("tune") < rest.index("bench-rest")
     assert "compiled" not in gpu.PARTS["all"]
     assert all(name in gpu.STAGES for part in gpu.PARTS.values() for name in part)
 

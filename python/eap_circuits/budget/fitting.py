@@ -51,11 +51,9 @@ def bytes_without_gradient(request: Request, kept: int, at_once: int, more: int 
 
     `more` is how many further numbers the passes need for each of their tokens.
     """
-    arch = request.arch
-    layers, every = len(arch.layers), numbers_per_token(request)
-    # On a GPU what circuits differ in has the model's dtype, as activations have.
-    dtype = arch.dtype if arch.device_kind == "cuda" else arch.accumulate
-    return dtype.itemsize * (2 * kept * every + at_once * (4 * every // layers + more))
+    layers, every = len(request.arch.layers), numbers_per_token(request)
+    # The dtype of activations, and on a GPU of what circuits differ in.
+    return request.arch.contraction_dtype.itemsize * (2 * kept * every + at_once * (4 * every // layers + more))
 
 
 def tokens_within(

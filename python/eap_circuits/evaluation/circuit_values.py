@@ -102,17 +102,18 @@ class CircuitValues(Replayable[Measurement, Tensor]):
     def tokens_together(self) -> int:
         """How many tokens of circuits can run together within the budget."""
         request, circuits, device = self._request, self._circuits, self._request.arch.device
-        largest = max(circuits, key=lambda item: rows_computed(item.graph, [item.mask], request.arch))
         most = max(TOKENS_TOGETHER, most_tokens(device.type))
         copies = len(circuits) + 1  # beside the clean run
         at_once = min(tokens_in_all(request, copies), most)
         rough = self._bytes(min(tokens_in_all(request, 1), TOKENS_PER_BATCH), at_once)
 
-        def measured(few: Batch, n: int) -> None:
-            # The clean run and n − 1 circuits run together, and then n circuits.
-            CircuitValues(request, [largest] * (2 * n - 1)).run(few, n * few.clean.numel())
-
         def cost(batch: Batch) -> Cost:
+            largest = max(circuits, key=lambda item: rows_computed(item.graph, [item.mask], request.arch))
+
+            def measured(few: Batch, n: int) -> None:
+                # The clean run and n − 1 circuits run together, and then n circuits.
+                CircuitValues(request, [largest] * (2 * n - 1)).run(few, n * few.clean.numel())
+
             return measure_cost(request.data, batch, measured)
 
         return tokens_within(request, most, rough, cost, copies=copies)

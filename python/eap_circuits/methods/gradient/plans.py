@@ -49,7 +49,7 @@ class Plan:
 
 def pass_bytes(request: AttributionRequest, tokens: int) -> int:
     """Roughly what a pass with gradients over this many tokens holds."""
-    return _NUMBERS_PER_WEIGHT * tokens * numbers_per_token(request) * request.arch.accumulate.itemsize
+    return _NUMBERS_PER_WEIGHT * tokens * numbers_per_token(request) * request.arch.contraction_dtype.itemsize
 
 
 def expanded_bytes(request: AttributionRequest, batch: Batch) -> int:

@@ -21,7 +21,7 @@ STEPS = 5
 GB = 10**9
 # The settings of a shape that differ from its architecture's defaults, and its dtype.
 SHAPES = {
-    "gpt2": ("gpt2", {}, torch.float32),
+    "gpt2": ("gpt2", {"n_layer": 2 if PRETENDED else 12}, torch.float32),
     "llama-3.1-8b": (
         "llama",
         {
@@ -153,7 +153,7 @@ def test_shape_over_floor(in_turns, random_model, monkeypatch, case):
 def test_shape_replayed(in_turns, random_model, call):
     """Many small batches, whose passes are replayed from a CUDA graph, against the same batches as ever."""
     model = random_model("gpt2")
-    data = random_pairs(model, 64, 20)
+    data = random_pairs(model, 16 if PRETENDED else 64, 20)
     attribute = partial(eap.attribute, model, data, method="eap", batch_size=2, reuse_prefix=False)
     scores = attribute()
     circuits = [scores.select(int(share * scores.graph.n_edges)) for share in SHARES[:3]]

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import eap_circuits as eap
-from eap_circuits.adapters import bind, device_of, linear_weight, sender_sites
+from eap_circuits.adapters import bind, linear_weight, sender_sites
 from eap_circuits.budget import PeakBytes
 from eap_circuits.modules.projections import linear_part
 from eap_circuits.selfcheck import check_model
@@ -209,15 +209,6 @@ def test_offloaded_weights_are_fetched_and_left_where_they_were(
         accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
     agree(model, right, make_pairs(), relative)
     assert all(parameter.device.type == "meta" and parameter.requires_grad for parameter in model.parameters())
-
-
-def test_a_card_that_offloading_does_not_name_is_the_current_one(monkeypatch):
-    hooks = pytest.importorskip("accelerate.hooks")
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    module = nn.Linear(2, 2)
-    for named, found in (("cuda", 1), ("cuda:0", 0)):
-        module._hf_hook = hooks.AlignDevicesHook(named, offload=True)
-        assert device_of(module) == torch.device("cuda", found)
 
 
 def offloaded(base):

@@ -1,0 +1,27 @@
+"""A cached tensor that stays what it is, although whoever gets it may change it in place."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class unspoilt(cached_property[Tensor]):
+    """A cached property whose tensor is made anew after someone has changed it in place, as one does with masks."""
+
+    def __get__(self, it: Any, owner: type | None = None) -> Any:
+        if it is None:
+            return self
+        assert self.attrname is not None
+        made, version = vars(it).get(self.attrname, (None, 0))
+        if made is None or made._version != version:
+            with torch.inference_mode(False):  # whose tensors have no version
+                made = self.func(it)
+            vars(it)[self.attrname] = made, made._version
+        return made
+
+    def __set__(self, it: Any, value: object) -> None:  # so that Python asks `__get__` each time
+        raise AttributeError(f"{self.attrname} cannot be set")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -44,6 +44,11 @@ class MetricBatch:
     targets: Tensor | None = None
     weights: Tensor | None = None
     answer: Tensor | None = None
+
+    def copy(self) -> MetricBatch:
+        """The same in memory of its own."""
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        return MetricBatch(**{name: None if x is None else x.clone() for name, x in found.items()})
 
 
 POSITIONS = ("mask", "targets", "weights", "answer")
@@ -81,6 +86,8 @@ class Metric:
     of_answers: bool = False
 
     def __call__(self, logits: Tensor, batch: MetricBatch) -> Tensor:
+        if METRICS.get(self.name) is not self:  # the user's own, which may change what it is given in place
+            logits, batch = logits.clone(), batch.copy()
         if logits.dim() == 3 and self.looks_at in ("answers", "runs"):
             return _mean_over_positions(self.function, logits, batch)
         return self.function(logits, batch)

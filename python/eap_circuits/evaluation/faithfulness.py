@@ -45,6 +45,10 @@ class EvaluationResult(Result):
     rounding: float = 0.0
     info: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("values", "clean_values", "corrupted_values"):  # else those of circuits side by side share memory
+            object.__setattr__(self, name, getattr(self, name).clone())
+
     @property
     def mean(self) -> float:
         """The mean of the circuit's metric over examples."""

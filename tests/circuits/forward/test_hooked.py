@@ -1,0 +1,70 @@
+"""Hooks of one's own may go by a token's place: each prompt runs as it does alone in the plain model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import eap_circuits as eap
+from tests.circuits.conftest import logit_difference, prompts
+
+
+def at(place, share=0.5):
+    """A hook that adds to a share of the output at some tokens."""
+
+    def hook(_, __, output):
+        whole = output[0] if isinstance(output, tuple) else output
+        new = whole.clone()
+        new[:, place] = share * new[:, place] + 1
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    return hook
+
+
+HOOKS = {
+    "the last token of a layer": lambda model: model.model.layers[1].register_forward_hook(at(-1, 1)),
+    "a token of an MLP": lambda model: model.model.layers[0].mlp.register_forward_hook(at(2)),
+    "a token of the last MLP": lambda model: model.model.layers[2].mlp.register_forward_hook(at(0)),
+    "inside the last MLP": lambda model: model.model.layers[2].mlp.up_proj.register_forward_hook(at(slice(0, 4))),
+    "embeddings": lambda model: model.model.embed_tokens.register_forward_hook(at(slice(1, 3))),
+}
+
+
+def by_hand(model, data):
+    """The metric of both prompts of each pair, and the mean of Σ_t ⟨e(x') − e(x), ∂loss/∂e(x)⟩, of embeddings e."""
+    values, score = torch.empty(2, len(data), dtype=torch.float64), 0.0
+    for e in range(len(data)):
+        clean, corrupted = (model.get_input_embeddings()(x[None]).detach() for x in prompts(data, e))
+        clean.requires_grad_()
+        for side, x in enumerate((clean, corrupted)):
+            found = logit_difference(model(inputs_embeds=x).logits[0, -1], data, e)
+            values[side, e] = found.detach()
+            if x is clean:
+                (slope,) = torch.autograd.grad(-found, x)
+                score += float(((corrupted - clean.detach()) * slope).sum()) / len(data)
+    return values, score
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_sees_each_token_where_it_stands(hook, make_model, make_pairs):
+    model, data = make_model("llama"), make_pairs(n=6)
+    HOOKS[hook](model)
+    assert len(data.lengths.unique()) > 2
+    (clean, corrupted), score = by_hand(model, data)
+    scores = eap.attribute(model, data, method="eap")
+    assert float(scores.node_scores().values[0]) == pytest.approx(score, rel=1e-5)
+    every = eap.Circuit.from_mask(scores.graph, scores.graph.edge_mask)
+    for more in ({}, {"batch_size": 3}, {"memory": 1}):
+        for circuit, right in ((every, clean), (every.complement(), corrupted)):
+            torch.testing.assert_close(eap.evaluate(model, circuit, data, **more).values, right)
+    torch.testing.assert_close(eap.evaluate(model, every, data, ablation="mean").values, clean)
+    torch.testing.assert_close(eap.attribute_circuit(model, every, data).values, scores.values)
+
+
+def test_a_hook_may_change_its_mind_between_calls(make_model, make_pairs):
+    model, data = make_model("llama"), make_pairs(n=6)
+    where = [slice(0, 0)]
+    model.model.layers[1].register_forward_hook(lambda *given: at(where[0])(*given))
+    for where[0] in (slice(0, 0), slice(1, 3), -1):
+        result = eap.evaluate(model, eap.attribute(model, data, method="eap").select(30), data)
+        torch.testing.assert_close(result.clean_values, by_hand(model, data)[0][0])

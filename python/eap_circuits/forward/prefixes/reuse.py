@@ -78,6 +78,9 @@ def _trial(arch: Architecture, heads: Heads, data: PairedDataset, reuse_prefix: 
         if found is None:
             continue
         if _tried_run(lambda whole=whole: _logits(arch, graph, whole), right, arch) is not None:  # type: ignore[misc]
+            if graph == plain_graph:
+                wanted = "a model in which no prompt's logits depend on those beside it, as activations' scales do"
+                raise expected("model", wanted, f"{type(arch.model).__name__}, whose do")
             name = type(arch.layers[0].attention).__name__
             raise expected("heads", f"'kv', as {name} does not take a key and a value for each query head", repr(heads))
         _check_causal(arch, whole, data.first_difference[:n])

@@ -86,8 +86,13 @@ class Metric:
     of_answers: bool = False
 
     def __call__(self, logits: Tensor, batch: MetricBatch) -> Tensor:
-        if METRICS.get(self.name) is not self:  # the user's own, which may change what it is given in place
-            logits, batch = logits.clone(), batch.copy()
+        if METRICS.get(self.name) is self:
+            return self._of(logits, batch)
+        # The user's own may change in place what it is given, and the grad mode, which is put back.
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            return self._of(logits.clone(), batch.copy())
+
+    def _of(self, logits: Tensor, batch: MetricBatch) -> Tensor:
         if logits.dim() == 3 and self.looks_at in ("answers", "runs"):
             return _mean_over_positions(self.function, logits, batch)
         return self.function(logits, batch)
@@ -338,7 +343,8 @@ def check_metric_values(values: Tensor, batch: MetricBatch, logits: Tensor | Non
             f"a floating-point tensor of shape {shape}, one value per example",
             f"{values.dtype} of shape {list(values.shape)}" + ("" if values.dim() else ", such as a mean"),
         )
-    if torch.is_grad_enabled() and logits is not None and logits.requires_grad and not values.requires_grad:
+    # A view made under `no_grad` says that it requires grad, and passes none on.
+    if torch.is_grad_enabled() and logits is not None and logits.requires_grad and values.grad_fn is None:
         raise expected(
             "metric",
             "values that depend differentiably on the logits",

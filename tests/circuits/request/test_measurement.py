@@ -101,7 +101,7 @@ def test_a_metric_may_use_its_result_again(circuits, make_model, make_pairs) -> 
 
 
 def test_a_metric_may_change_what_it_is_given(circuits, make_model, make_pairs) -> None:
-    """Its logits, and all of its batch, which other runs and other metrics are still to see."""
+    """Its logits and all of its batch, which other runs are still to see, and the grad mode."""
     model, data = make_model("llama"), make_pairs(n=4)
 
     def in_place(logits, batch):
@@ -113,6 +113,7 @@ def test_a_metric_may_change_what_it_is_given(circuits, make_model, make_pairs) 
         right = right * batch.index.clone()
         batch.index.zero_()
         batch.lengths.zero_()
+        torch.set_grad_enabled(False)
         return right
 
     def plain(logits, batch):

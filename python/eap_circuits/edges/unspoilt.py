@@ -12,9 +12,9 @@ from torch import Tensor
 class unspoilt(cached_property[Tensor]):
     """A cached property whose tensor is made anew after someone has changed it in place, as one does with masks."""
 
-    def __get__(self, it: Any, owner: type | None = None) -> Any:
+    def __get__(self, it: Any, owner: type | None = None) -> Tensor:  # type: ignore[override]
         if it is None:
-            return self
+            return self  # type: ignore[return-value]
         assert self.attrname is not None
         made, version = vars(it).get(self.attrname, (None, 0))
         if made is None or made._version != version:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,8 +47,7 @@ class MetricBatch:
 
     def copy(self) -> MetricBatch:
         """The same in memory of its own."""
-        found = {each.name: getattr(self, each.name) for each in fields(self)}
-        return MetricBatch(**{name: None if x is None else x.clone() for name, x in found.items()})
+        return replace(self, **{name: x.clone() for name, x in vars(self).items() if x is not None})
 
 
 POSITIONS = ("mask", "targets", "weights", "answer")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
+from eap_circuits.methods import METHODS
 from tests.circuits.conftest import logit_difference, prompts
 
 
@@ -59,6 +60,32 @@ def test_a_hook_sees_each_token_where_it_stands(hook, make_model, make_pairs):
             torch.testing.assert_close(eap.evaluate(model, circuit, data, **more).values, right)
     torch.testing.assert_close(eap.evaluate(model, every, data, ablation="mean").values, clean)
     torch.testing.assert_close(eap.attribute_circuit(model, every, data).values, scores.values)
+
+
+def before(_, args):
+    return (args[0] + 1, *args[1:])
+
+
+def before_in_place(_, args):
+    args[0].add_(1)
+
+
+def behind(_, __, output):
+    return (output[0] + 1, *output[1:]) if isinstance(output, tuple) else output + 1
+
+
+@pytest.mark.parametrize("hook", [before, before_in_place])
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"information-flow-routes"}))  # of sums of contributions
+def test_a_hook_between_layers_is_one_wherever_a_run_starts(method, hook, make_model, make_pairs):
+    """Before a layer it computes what a hook behind the one before it does, or behind the embeddings."""
+    data, found = make_pairs(n=3), []
+    for hooked in (True, False):
+        model = make_model("llama")
+        first, second, _ = model.model.layers
+        for one, other in ((model.model.embed_tokens, first), (first, second)):
+            other.register_forward_pre_hook(hook) if hooked else one.register_forward_hook(behind)
+        found.append(eap.attribute(model, data, method=method).values)
+    torch.testing.assert_close(*found)
 
 
 def test_a_hook_may_change_its_mind_between_calls(make_model, make_pairs):

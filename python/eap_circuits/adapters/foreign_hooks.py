@@ -10,7 +10,7 @@ KINDS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 _LIBRARIES = ("transformers.", "accelerate.", "eap_circuits.", "torch.distributed.fsdp.")
 
 
-def foreign_hooks(module: nn.Module) -> list[Any]:
+def foreign_hooks(module: nn.Module, kinds: tuple[str, ...] = KINDS) -> list[Any]:
     """A module's hooks, except those by which libraries, or runs in other threads, record and place."""
-    found = [hook for kind in KINDS for hook in vars(module).get(kind, {}).values()]
+    found = [hook for kind in kinds for hook in vars(module).get(kind, {}).values()]
     return [hook for hook in found if not f"{getattr(hook, '__module__', '')}.".startswith(_LIBRARIES)]

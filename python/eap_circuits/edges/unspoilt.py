@@ -16,12 +16,12 @@ class unspoilt(cached_property[Tensor]):
         if it is None:
             return self  # type: ignore[return-value]
         assert self.attrname is not None
-        made, version = vars(it).get(self.attrname, (None, 0))
-        if made is None or made._version != version:
+        kept: tuple[Tensor, int] | None = vars(it).get(self.attrname)
+        if kept is None or kept[0]._version != kept[1]:
             with torch.inference_mode(False):  # whose tensors have no version
                 made = self.func(it)
-            vars(it)[self.attrname] = made, made._version
-        return made
+            kept = vars(it)[self.attrname] = made, made._version
+        return kept[0]
 
     def __set__(self, it: Any, value: object) -> None:  # so that Python asks `__get__` each time
         raise AttributeError(f"{self.attrname} cannot be set")

@@ -244,13 +244,13 @@ def _predicted(arch: Architecture) -> int:
 def check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> None:
     config: Any = arch.model.config
     shown = 0 if data.pictures is None else _pictured(arch, data.pictures, label)
-    scored, predicted = ("answers", "targets"), _predicted(arch)
-    for name in ("clean", "corrupted", *scored, "decoder"):
+    for name in ("clean", "corrupted", "answers", "targets", "decoder"):
         tokens = getattr(data, name)
         classes = name == "answers" and arch.classifies
         if tokens is None or (classes and label):
             continue
-        most = int(config.num_labels) if classes else predicted if name in scored else vocabulary(arch.model)
+        most = _predicted(arch) if name == "answers" else vocabulary(arch.model)
+        most = int(config.num_labels) if classes else most
         most += shown if name in ("clean", "corrupted") else 0
         beyond = (tokens >= most).flatten(1).any(1).nonzero()
         if len(beyond):

@@ -7,7 +7,7 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.methods import METHODS
-from tests.circuits.conftest import logit_difference, prompts
+from tests.circuits.conftest import logit_difference, prompts, random_circuit
 
 
 def at(place, share=0.5):
@@ -91,7 +91,66 @@ def test_a_hook_between_layers_is_one_wherever_a_run_starts(method, hook, make_m
 def test_a_hook_may_change_its_mind_between_calls(make_model, make_pairs):
     model, data = make_model("llama"), make_pairs(n=6)
     where = [slice(0, 0)]
-    model.model.layers[1].register_forward_hook(lambda *given: at(where[0])(*given))
+    model.model.layers[1].register_forward_hook(lambda *given: at(where[0], 1)(*given))
     for where[0] in (slice(0, 0), slice(1, 3), -1):
         result = eap.evaluate(model, eap.attribute(model, data, method="eap").select(30), data)
         torch.testing.assert_close(result.clean_values, by_hand(model, data)[0][0])
+
+
+def scaled(_, given, output=None):
+    given = given if output is None else output
+    return (1.5 * given[0], *given[1:]) if isinstance(given, tuple) else 1.5 * given
+
+
+def hook_up(model, where, before):
+    module = model.get_submodule(where)
+    (module.register_forward_pre_hook if before else module.register_forward_hook)(scaled)
+
+
+FIRST, LAST = "model.layers.1", "model.layers.2"
+
+
+@pytest.mark.parametrize(
+    ("where", "before", "weight"),
+    [
+        (f"{FIRST}.self_attn.o_proj", True, f"{FIRST}.self_attn.o_proj"),  # what heads write
+        (f"{FIRST}.mlp", False, f"{FIRST}.mlp.down_proj"),
+        (f"{LAST}.mlp.down_proj", True, f"{LAST}.mlp.down_proj"),
+        ("model.embed_tokens", False, "model.embed_tokens"),
+        ("lm_head", True, "lm_head"),
+    ],
+)
+def test_a_hook_that_scales_is_other_weights(where, before, weight, make_model, make_pairs):
+    hooked, right = make_model("llama"), make_model("llama")
+    hook_up(hooked, where, before)
+    with torch.no_grad():
+        right.get_submodule(weight).weight.mul_(1.5)
+    data = make_pairs(n=3)
+    scores = [eap.attribute(model, data, steps=2) for model in (hooked, right)]
+    torch.testing.assert_close(scores[0].values, scores[1].values)
+    circuit = random_circuit(scores[0].graph, 0, 0.5)
+    for ablation in ("patching", "mean"):
+        found = [eap.evaluate(model, circuit, data, ablation=ablation).values for model in (hooked, right)]
+        torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    ("where", "before"),
+    [
+        *((f"{FIRST}.self_attn.{name}_proj", False) for name in "qkvo"),
+        *((f"{FIRST}.{name}", True) for name in ("self_attn.q_proj", "mlp", "input_layernorm")),
+        *((name, False) for name in (FIRST, f"{FIRST}.self_attn", f"{FIRST}.post_attention_layernorm", "model.norm")),
+    ],
+)
+def test_a_hook_that_contributions_cannot_be_told_of_is_refused(where, before, make_model, make_pairs):
+    model, data = make_model("llama"), make_pairs(n=3)
+    circuit = eap.attribute(model, data, method="eap").select(20)
+    hook_up(model, where, before)
+    wanted = f"model: expected a hook {'before' if before else 'on'} {where} that adds the same to whatever it is given"
+    for call in (
+        lambda: eap.attribute(model, data, steps=2),
+        lambda: eap.evaluate(model, circuit, data),
+        lambda: eap.circuit_model(model, circuit, "zero")(data.clean[:1, :3]),
+    ):
+        with pytest.raises(eap.InputError, match=wanted):
+            call()

@@ -88,7 +88,7 @@ def test_a_circuit_keeps_a_copy_of_its_mask() -> None:
 def test_what_comes_of_a_result_has_info_of_its_own() -> None:
     scores = EdgeScores(GRAPH, GRAPH.edge_mask.float(), {"method": "eap"})
     circuit = scores.select(4)
-    for each in (scores.node_scores(), scores.to_kv(), circuit.pruned(), circuit.across_spans(), circuit.to_query()):
+    for each in (scores.node_scores(), circuit.pruned(), circuit.across_spans(), circuit.to_query()):
         each.info["note"] = "mine"
     assert "note" not in scores.info | circuit.info
 

@@ -18,6 +18,7 @@ from ...graph import Graph, Heads
 from ...ranks import is_lost
 from ...tasks import PairedDataset
 from ..batches import Batch, batch_of
+from ..constant_hooks import refuse_hooks
 from ..runner import Runner
 from ..want_of_memory import tried_twice
 from .remembered import once
@@ -35,9 +36,12 @@ def why_not_reused(arch: Architecture, heads: Heads, data: PairedDataset, reuse_
     length; without prefixes none, or two for heads="query"; none at all where a trial has succeeded before.
 
     Raises:
-        InputError: tokens see later ones, or attention does not take a key and a value for each query head.
+        InputError: tokens see later ones, attention does not take a key and a value for each query head, or hooks of
+            others change what they must not.
     """
     data = data.rows.data.scored_last()
+    if arch.hooked:
+        refuse_hooks(arch, data, logit_tolerance(arch))
     pairs = _tried(data) if reuse_prefix else []
     if not pairs and arch.graph(heads).n_receivers != arch.graph("kv").n_receivers:
         pairs = [int(data.longer_lengths.argmax())]

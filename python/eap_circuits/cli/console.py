@@ -25,7 +25,7 @@ _SPARE = {"scores": ".safetensors", "circuit": ".safetensors", "curve": ".json",
 def _console(stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+    return Console(stderr=stderr, highlight=False, emoji=False, soft_wrap=True)
 
 
 def say(text: str = "") -> None:

@@ -40,6 +40,8 @@ _SPANS = ("spans", "span_tokens")
 _FORMAT = "eap-circuits/1"
 
 _LONGEST = 2**31 - 1  # characters of a cell; of itself csv takes 131,072
+# What json and ast raise for a cell that they cannot read: a dict as a member of a set is a TypeError.
+_UNREADABLE = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
 
 Records = tuple["list[dict[str, Any]]", "list[str]"]
 
@@ -186,7 +188,7 @@ def _prompt(cell: Any) -> Any:
 def _list(cell: Any) -> list[Any] | None:
     """The list that a cell holds as text: Python writes lists into tables as often as JSON does."""
     for read in (json.loads, ast.literal_eval) if isinstance(cell, str) and cell[:1] == "[" else ():
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        with suppress(*_UNREADABLE):
             return list(read(cell))
     return None
 
@@ -200,7 +202,7 @@ def _answer(cell: Any, member: type, label: str) -> Any:
     """An id or a text, or a list of them; a cell of a table may hold the list as text."""
     value = _list(cell) or cell
     if isinstance(value, str) and member is int:
-        with suppress(ValueError):
+        with suppress(*_UNREADABLE):
             value = json.loads(value)
     members = value if isinstance(value, list) else [value]
     if not members or not all(type(x) is member for x in members):

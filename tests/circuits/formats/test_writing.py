@@ -53,9 +53,7 @@ def test_what_torch_says_of_a_full_disk_is_told_without_its_sources(tmp_path: Pa
     def write(_: Path) -> None:
         raise RuntimeError(said)
 
-    with pytest.raises(
-        InputError, match=r"cannot be written \(PytorchStreamWriter failed writing file data: file write"
-    ):
+    with pytest.raises(InputError, match=r"cannot be written \(PytorchStreamWriter failed writing file data: "):
         write_whole(tmp_path / "circuit.pt", write)
 
 

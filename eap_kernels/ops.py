@@ -102,7 +102,7 @@ class Nodes:
 
 
 def _workspace(device: torch.device) -> int:
-    there = device.type == "cuda" and torch.cuda.is_available()  # a fake tensor's GPU need not be
+    there = device.type == "cuda" and torch.cuda.is_available()  # fake tensors may name a GPU that is not there
     return torch.cuda.get_device_properties(device).total_memory // 16 if there else 2**28
 
 
@@ -145,9 +145,9 @@ def head_space_scores(
     """
     op = "head_space_scores"
     listed = isinstance(senders, Sequence) and isinstance(receivers, Sequence)
-    groups = [*senders, *receivers] if listed else [senders, receivers]
+    groups: list[Nodes] = [*senders, *receivers] if listed else []
     if not (listed and senders and receivers and all(isinstance(group, Nodes) for group in groups)):
-        kinds = [type(group).__name__ for group in groups]
+        kinds = [type(each).__name__ for each in (groups if listed else (senders, receivers))]
         _fail(op, "senders and receivers to be lists of at least one Nodes", kinds, TypeError)
     first = groups[0]
     _check_floating(op, "values", first.values, "[N, h, K]")

@@ -1,4 +1,4 @@
-"""What results have in common: equality, tensors for any use, and how they show themselves in a notebook.
+"""What results have in common: equality, and how they show themselves in a notebook.
 
 Drawing stands above the rooms whose results it draws. It is looked up only when something is to be shown: the one place
 that reaches up.
@@ -14,7 +14,6 @@ from .errors import expected
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch import Tensor
 
 
 class Result:
@@ -31,16 +30,6 @@ class Result:
 
     def _repr_html_(self) -> str:
         return str(_report("notebook").html_of(self))
-
-
-def usable(x: Tensor) -> Tensor:
-    """The tensor; where it was made in `torch.inference_mode`, a copy, which can be changed and learned with later."""
-    if not x.is_inference():
-        return x
-    from torch import inference_mode
-
-    with inference_mode(False):
-        return x.clone()
 
 
 def drawn(how: str, *args: Any) -> Figure:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..display import usable
 from ..errors import expected
+from .unspoilt import usable
 
 if TYPE_CHECKING:
     from .layout import Graph

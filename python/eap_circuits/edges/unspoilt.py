@@ -1,4 +1,4 @@
-"""A cached tensor that stays what it is, although whoever gets it may change it in place."""
+"""Tensors that whoever gets them may change in place."""
 
 from __future__ import annotations
 
@@ -25,3 +25,11 @@ class unspoilt(cached_property[Tensor]):
 
     def __set__(self, it: Any, value: object) -> None:  # so that Python asks `__get__` each time
         raise AttributeError(f"{self.attrname} cannot be set")
+
+
+def usable(x: Tensor) -> Tensor:
+    """The tensor; where it was made in `torch.inference_mode`, a copy, which can be changed and learned with later."""
+    if not x.is_inference():
+        return x
+    with torch.inference_mode(False):
+        return x.clone()

@@ -14,7 +14,8 @@ from eap_kernels import explain
 
 from ..budget import Replays, dealt_in_memory
 from ..checkpoint import Checkpoint, Where, opened, remaining, settings_of
-from ..display import Result, library, usable
+from ..display import Result, library
+from ..edges import usable
 from ..errors import known_arguments, warn
 from ..forward import TOKENS_PER_BATCH, Constants, borrowed, one_want_of_memory, zeros
 from ..graph import Circuit

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import formats
-from ..display import Result, drawn, usable
-from ..edges import Graph, beyond, edge_flags, numbers, prune
+from ..display import Result, drawn
+from ..edges import Graph, beyond, edge_flags, numbers, prune, usable
 from ..errors import expected, instance, warn
 from . import exports
 

@@ -18,9 +18,9 @@ from ...graph import Graph, Heads
 from ...ranks import is_lost
 from ...tasks import PairedDataset
 from ..batches import Batch, batch_of
-from ..constant_hooks import refuse_hooks
 from ..runner import Runner
 from ..want_of_memory import tried_twice
+from .constant_hooks import refuse_hooks
 from .remembered import once
 
 # Plain runs differ by rounding. It grows with depth, and GPUs may round float32 to a few digits in products (TF32).

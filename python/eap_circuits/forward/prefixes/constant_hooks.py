@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Architecture, Place, Together, foreign_hooks
-from ..errors import expected
-from ..tasks import PairedDataset
-from .batches import batch_of
-from .hooks import Hooks
-from .layers.two_sides import two_sides
+from ...adapters import Architecture, Place, Together, foreign_hooks
+from ...errors import expected
+from ...tasks import PairedDataset
+from ..batches import batch_of
+from ..hooks import Hooks
+from ..layers.two_sides import two_sides
 
 _IN, _OUT = "on_input", "on_output"
 _KINDS = {_IN: ("_forward_pre_hooks",), _OUT: ("_forward_hooks",)}

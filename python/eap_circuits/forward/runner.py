@@ -117,7 +117,7 @@ class Runner:
                 norm = self.arch.embedding_norm
                 assert norm is not None
                 hooks.on_output(norm, stop)
-                self._model(inputs_embeds=self._model.get_input_embeddings()(tokens), use_cache=False)
+                self._model(input_ids=tokens, use_cache=False)
         return given[0]
 
     def read_at(self, device: torch.device) -> slice | Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Architecture, Family, bind, is_in_parts, linear_weight, receiver_sites, sender_sites, unwrapped
+from ..adapters import Architecture, Family, bind, is_in_parts, linear_weight, sender_sites, unwrapped
 from ..errors import InputError, expected, known_arguments
 from ..errors import whole as whole_number
 from ..forward import Batch, Hooks, Runner, borrowed, make_batches, why_not_reused
@@ -23,7 +23,7 @@ from ..graph import Graph, Heads
 from ..intervention import run_circuits
 from ..modules.loans import FunctionMode, gives_back
 from ..ranks import together
-from ..recording import ReceiverGradients, contract, record_both_sides, record_run
+from ..recording import ReceiverGradients, compare_sums, contract, record_both_sides, record_run
 from ..tasks import PairedDataset, different_throughout
 
 EXACT = 1e-8  # relative error; rounding in a deep float64 model stays far below this
@@ -191,20 +191,9 @@ def _relative(found: Tensor, right: Tensor) -> float:
 
 def _contributions(arch: Architecture, batch: Batch) -> Check:
     """At every norm the residual stream's difference is the sum of the differences of the senders before it."""
-    graph = arch.graph("kv")
-    runner = Runner(arch, graph, batch, every_mlp=True)
-    senders = record_both_sides(runner).senders
-    runs = [record_run(runner, corrupted).norm_inputs for corrupted in (True, False)]
-    worst, sites = 0.0, {site.norm: site for site in receiver_sites(arch, graph)}
-    for stream in range(len(graph.streams)):
-        nodes = senders.lowered(arch.accumulate, stream)(slice(None))
-        rows = [x.values.transpose(0, 1) if x.weight is None else x.values.transpose(0, 1) @ x.weight for x in nodes]
-        delta = torch.cat([x.to(arch.device) for x in rows])
-        for norm, site in sites.items():
-            if site.stream == stream:
-                difference = (runs[0][norm] - runs[1][norm]).to(arch.device).flatten(0, 1)[batch.at(stream).rows]
-                worst = max(worst, _relative(delta[: site.reach - site.begin].sum(0), difference))
-    return _same("contributions sum to the residual", worst, f"{len(sites)} norms")
+    sums, _ = compare_sums(Runner(arch, arch.graph("kv"), batch, every_mlp=True))
+    worst = max(each.missing / max(each.difference, 1e-300) for each in sums)
+    return _same("contributions sum to the residual", worst, f"{len(sums)} norms")
 
 
 def _heads(arch: Architecture, data: PairedDataset) -> Check:

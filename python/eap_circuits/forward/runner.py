@@ -117,7 +117,7 @@ class Runner:
                 norm = self.arch.embedding_norm
                 assert norm is not None
                 hooks.on_output(norm, stop)
-                self._model(input_ids=tokens, use_cache=False)
+                self._model.base_model(input_ids=tokens)
         return given[0]
 
     def read_at(self, device: torch.device) -> slice | Tensor:

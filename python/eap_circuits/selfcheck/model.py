@@ -7,6 +7,7 @@ missing term or a hook that changes the run shows at once.
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 from types import FunctionType
@@ -66,7 +67,8 @@ def check_model(model: nn.Module, *, n_edges: int = 8, seed: int = 0, family: Fa
 
     Args:
         model: a Hugging Face language model, causal, masked or an encoder-decoder, or a classifier.
-        n_edges: how many random edges to compare with finite differences, for each head graph.
+        n_edges: how many random edges at least to compare with finite differences, for each head graph; one into each
+            kind of receiver is among them.
         seed: for the random prompts and edges.
         family: the model's table; by default the one registered for its architecture.
 
@@ -313,7 +315,11 @@ def _finite_differences(arch: Architecture, heads: Heads, batch: Batch, n_edges:
     runner = Runner(arch, graph, batch)
     record = record_run(runner, corrupted=True)
     edges = graph.edge_mask.nonzero()
-    chosen = edges[torch.randperm(len(edges), generator=torch.Generator().manual_seed(seed))[:n_edges]]
+    drawn = edges[torch.randperm(len(edges), generator=torch.Generator().manual_seed(seed))]
+    # One into each kind of receiver, whatever layer it is in, comes first.
+    kinds = {re.sub(r"\d+", "", graph.receivers[v]): place for place, v in reversed([*enumerate(drawn[:, 1].tolist())])}
+    order = dict.fromkeys([*kinds.values(), *range(len(drawn))])
+    chosen = drawn[[*order][: max(n_edges, len(kinds))]]
     masks = []
     for u, v in chosen.tolist():
         for step in (-_STEP, _STEP):

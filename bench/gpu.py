@@ -7,7 +7,7 @@ of the time. If a call may not last ten minutes, or every call gets a bare machi
 half minutes:
 
 make gpu STAGES=first      # kernels, sanitizer, the benches of llama-3.1-8b and gpt2 in bfloat16
-make gpu STAGES=rest       # the tuner of `auto`, models against their own passes, the other benches
+make gpu STAGES=rest       # models against their own passes, the tuner of `auto`, the other benches
 make gpu STAGES=compiled   # edge_scores against torch.compile, which compiles for minutes
 
 SECONDS=300 gives other stages than a part's, or a shorter call, their time.
@@ -131,8 +131,8 @@ BENCH_REST = Stage(
     9.0,
     benches("bench-rest", {op: (path, f"not ({FIRST})") for op, path in KERNEL_BENCHES.items()}, "--without-compiled"),
 )
-# After `tune`, by which `auto` takes what is fastest on this card.
-MODELS = Stage("models", 5.0, benches("models", {"shapes": ("bench/circuits/bench_shapes.py", "shape or fits")}))
+# `auto` takes what `record-first` or an earlier run has recorded of such a card, else of its architecture.
+MODELS = Stage("models", 9.0, benches("models", {"shapes": ("bench/circuits/bench_shapes.py", "shape or fit")}))
 COMPILED = Stage("compiled", 9.0, benches("compiled", {"edge_scores": (KERNEL_BENCHES["edge_scores"], "contiguous")}))
 STAGES = {
     stage.name: stage
@@ -145,7 +145,7 @@ STAGES = {
             least=90.0,
         ),
         Stage("info", 0.5, {"info": [sys.executable, "-m", "eap_kernels.info"]}, least=20.0),
-        Stage("kernels", 6.0, kernel_tests(), {"EAP_REQUIRE": "cpu,triton,cuda", "OMP_NUM_THREADS": "2"}, JOBS),
+        Stage("kernels", 6.0, kernel_tests(), {"EAP_REQUIRE": "cpu,triton,cuda", "OMP_NUM_THREADS": "2"}, JOBS, 110.0),
         Stage(
             "sanitize",
             2.5,
@@ -165,12 +165,12 @@ STAGES = {
             },
             at_once=4,
         ),
-        # By which `auto` takes, in the models' benches, what is fastest on this very card.
-        Stage("tune", 4.0, {"tune": [sys.executable, "-m", "eap_kernels.tune"]}, least=100.0),
         BENCH_FIRST,
         Stage("record-first", 0.3, recording(BENCH_FIRST), least=25.0),
         MODELS,
         Stage("record-models", 0.3, recording(MODELS), least=25.0),
+        # It compiles and times for long, and stores an arithmetic only once all of it was measured.
+        Stage("tune", 6.0, {"tune": [sys.executable, "-m", "eap_kernels.tune"]}, least=100.0),
         BENCH_REST,
         Stage("record-rest", 0.3, recording(BENCH_REST), least=25.0),
         COMPILED,
@@ -179,7 +179,7 @@ STAGES = {
 }
 PARTS = {
     "first": ("build", "info", "kernels", "sanitize", "bench-first", "record-first"),
-    "rest": ("build", "info", "tune", "models", "record-models", "bench-rest", "record-rest"),
+    "rest": ("build", "info", "models", "record-models", "tune", "bench-rest", "record-rest"),
     "compiled": ("build", "compiled", "record-compiled"),
 }
 PARTS["all"] = (*PARTS["first"], *PARTS["rest"][2:])
@@ -254,6 +254,8 @@ def need_a_gpu() -> None:
         sys.exit(f"gpu: expected a Python with torch, got {sys.executable}: make gpu PYTHON=... names another")
     if not torch.cuda.is_available():
         sys.exit(f"gpu: expected a GPU, but torch {torch.__version__} of {sys.executable} sees none")
+    # Kernels for other cards cannot run here, and compiling them takes most of the time.
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "{}.{}".format(*torch.cuda.get_device_capability()))
 
 
 def seconds_of(words: Sequence[str]) -> float:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 
-from bench.processes import ROOT, Result, commit, json_of
+from bench.processes import ROOT, Result, commit, has_results, json_of
 
 # Characters that are shown of failures; the log has all of them.
 SHOWN = 8000
@@ -71,7 +71,7 @@ def verdict(results: Sequence[Result]) -> str:
 def measured(results: Sequence[Result]) -> Iterator[tuple[str, dict]]:
     """(name, figures) of every bench that these commands finished."""
     for path in (ROOT / json_of(result.stage, result.label) for result in results):
-        if path.exists():
+        if has_results(path):
             yield from ((b["name"], b["extra_info"]) for b in json.loads(path.read_text())["benchmarks"])
 
 

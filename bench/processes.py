@@ -32,6 +32,11 @@ def json_of(stage: str, label: str) -> str:
     return f"build/{stage}-{label.replace(' ', '-')}.json"
 
 
+def has_results(path: Path) -> bool:
+    """Whether a command came to write its results; some versions of pytest-benchmark make the file as they begin."""
+    return path.exists() and path.stat().st_size > 0
+
+
 def commit() -> str:
     """The measured commit: EAP_COMMIT if the sources come without git history, else git's."""
     named = os.environ.get("EAP_COMMIT")

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from bench import choices, measure, regressions, tables
-from bench.processes import ROOT, commit
+from bench.processes import ROOT, commit, has_results
 from docs import documents
 from eap_kernels import _auto
 
@@ -93,7 +93,7 @@ def main() -> None:
         documents.write(ROOT, documents.ALL)
         return
     named = [Path(name) for name in sys.argv[1:] if name != "--compare"]
-    runs = [json.loads(path.read_text()) for path in named if path.exists()]
+    runs = [json.loads(path.read_text()) for path in named if has_results(path)]
     if not runs:
         sys.exit(f"record: expected the JSON of a run of the benches, got none at {', '.join(map(str, named))}")
     measured_here = [run for run in runs if "benchmarks" in run]

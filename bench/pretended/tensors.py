@@ -121,6 +121,10 @@ class Pretend(Tensor, metaclass=_Plain):
             bases[storage] = next(_addresses)
         return bases[storage] + self.storage_offset() * self.element_size()
 
+    def untyped_storage(self) -> Any:
+        """The storage that views share, as they do on a GPU: what counts memory tells tensors apart by it."""
+        return self.held.untyped_storage()
+
     def tolist(self) -> Any:
         tell("wait", "tolist")
         return _known(self.held).tolist()

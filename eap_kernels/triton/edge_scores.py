@@ -71,6 +71,7 @@ def edge_scores(delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segment
         configs.tiles(configs.EDGE_SCORES, kind, delta, grad),
         out.element_size(),
         delta.device,
+        torch.cuda.current_stream(delta.device).cuda_stream if delta.is_cuda else 0,
     )
     tile, tiles = plan.tile, len(plan.tiles)
     size = tile.rows * tile.columns
@@ -231,10 +232,13 @@ def schedule(
     choices: tuple[Tile, ...],
     element_size: int,
     device: torch.device,
+    stream: int = 0,
 ) -> Schedule:
     """The work list of one call, with the cheapest of the available tiles.
 
-    `reach` and `segments` are the bytes of their int64 values, `shape` is [S, N, D], `element_size` that of out.
+    `reach` and `segments` are the bytes of their int64 values, `shape` is [S, N, D], `element_size` that of out. Each
+    `stream` has lists of its own: those that are dropped here may be overwritten by what runs on it next, and only that
+    comes after their last use.
     """
     depths = sorted((depth, v) for v, depth in enumerate(memoryview(reach).cast("q")) if depth > 0)
     lists = {tile: _tiles([depth for depth, _ in depths], tile) for tile in choices}

@@ -107,7 +107,7 @@ def test_what_matters_most_comes_first():
     assert gpu.PARTS["all"][: len(first)] == first
     assert first.index("kernels") < first.index("sanitize") < first.index("bench-first") < first.index("record-first")
     rest = gpu.PARTS["rest"]
-    assert rest.index("tune") < rest.index("models"), "`auto` takes what was measured on the card"
+    assert rest.index("models") < rest.index("record-models") < rest.index("tune") < rest.index("bench-rest")
     assert "compiled" not in gpu.PARTS["all"]
     assert all(name in gpu.STAGES for part in gpu.PARTS.values() for name in part)
 
@@ -126,12 +126,14 @@ def test_first_lines_and_failures(tmp_path, monkeypatch):
     }
     benches = [{"name": name, "extra_info": info} for name, info in infos.items()]
     (tmp_path / "build/bench-first-edge_scores.json").write_text(json.dumps({"benchmarks": benches}))
+    (tmp_path / "build/bench-first-masked_read.json").touch()  # of a command that was killed
     failed = "FAILED tests/a.py::test_x - error 1\n= 1 failed, 3 passed in 2.1s =\n"
     results = [
         Result("kernels", "cuda edge_scores", "exit status 1", failed, 2.0),
         Result("kernels", "triton edge_scores", None, "= 4 passed, 2 deselected in 1.0s =\n", 2.0),
         Result("sanitize", "memcheck cuda", None, "", 9.0),
         Result("bench-first", "edge_scores", None, "", 9.0),
+        Result("bench-first", "masked_read", "stopped after 9 s", "", 9.0),
     ]
     assert gpu_report.first_lines(results).splitlines()[2:] == [
         "commit 0123456789",

@@ -182,6 +182,16 @@ fast_by_kind = pytest.mark.parametrize(
     "family", [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in FAMILIES]
 )
 
+# Both head graphs of every family, but in `make test` the second one of each kind.
+both_heads = pytest.mark.parametrize(
+    ("family", "heads"),
+    [
+        pytest.param(name, heads, marks=() if heads == "kv" or name in KINDS else pytest.mark.slow)
+        for name in FAMILIES
+        for heads in ("kv", "query")
+    ],
+)
+
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:

@@ -52,7 +52,8 @@ def bytes_without_gradient(request: Request, kept: int, at_once: int, more: int 
     `more` is how many further numbers the passes need for each of their tokens.
     """
     layers, every = len(request.arch.layers), numbers_per_token(request)
-    return request.arch.accumulate.itemsize * (2 * kept * every + at_once * (4 * every // layers + more))
+    # The dtype of activations, and on a GPU of what circuits differ in.
+    return request.arch.contraction_dtype.itemsize * (2 * kept * every + at_once * (4 * every // layers + more))
 
 
 def tokens_within(
@@ -63,9 +64,10 @@ def tokens_within(
     per_batch: int = TOKENS_PER_BATCH,
     beside: int = 0,
     together: int = 1,
+    copies: int | None = None,
 ) -> int:
     """How many tokens a pass may have within the budget, at most `most`; a batch has at most `per_batch`, and no more
-    than `together` copies of it need.
+    than `together` copies of it need. There are no more examples than in the data, and no more than so many `copies`.
 
     The memory is measured on one and two examples, but only if the `rough` estimate comes near the budget. `beside` is
     how many bytes are taken by something else throughout.
@@ -77,8 +79,10 @@ def tokens_within(
     measured, suffix = cost(batch), batch.example_tokens
     tokens = most
     while tokens > suffix:
-        examples = max(1, min(tokens // together, per_batch) // suffix)
-        if measured.bytes(examples, max(1, tokens // (examples * suffix))) <= allowed:
+        examples = request.batch_size or max(1, min(tokens // together, per_batch) // suffix)
+        examples = min(examples, len(request.data))
+        side_by_side = max(1, tokens // (examples * suffix))
+        if measured.bytes(examples, min(side_by_side, copies or side_by_side)) <= allowed:
             break
         tokens //= 2
     return max(tokens, suffix)

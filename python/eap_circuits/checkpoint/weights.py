@@ -21,7 +21,8 @@ from .fingerprint import Reader
 _WORTH_A_FILE = 2**28  # bytes of weights that take longer to read than a file of digests
 _SAMPLED = 8  # numbers of a weight
 _FEW = 2**13  # words of a tensor that need not be added up
-_BLOCK = 2**17  # words that a CPU's cache holds while their rows and columns are added up
+_MOST = 128  # words of a sum
+_APART = 4093  # from one to the next: a prime, so that long rows that change places show in all their sums
 _ODD = -0x61C8864680B583EB  # 2**64 over the golden ratio
 _known: WeakKeyDictionary[nn.Module, tuple[object, dict[str, str]]] = WeakKeyDictionary()
 
@@ -123,18 +124,19 @@ def _sums(tensors: Mapping[str, Tensor]) -> list[int]:
 
 
 def _added_up(x: Tensor) -> list[Tensor]:
-    """A tensor's bytes as whole numbers of 64 bits; of many, the sums of the rows and columns of a square of them."""
+    """A tensor's bytes as whole numbers of 64 bits; of many, sums of words that lie far apart: one read, one launch.
+
+    What leaves all sums alike is not seen: words of one sum that change places, or that change by as much up as down.
+    """
     flat = x.contiguous().flatten().view(torch.uint8)
     flat = flat.clone() if flat.storage_offset() % 8 else flat
     whole = len(flat) // 8 * 8
     words, left = flat[:whole].view(torch.int64), [flat[whole:].long()] if whole < len(flat) else []
     if len(words) <= _FEW:
         return [words, *left]
-    width = 1 << len(words).bit_length() // 2
-    table = words[: len(words) // width * width].view(-1, width)
-    blocks = table.split(max(1, _BLOCK // width)) if x.device.type == "cpu" else (table,)
-    rows, columns = zip(*((block.sum(1), block.sum(0)) for block in blocks), strict=True)
-    return [*rows, sum(columns[1:], columns[0]), words[table.numel() :], *left]
+    blocks = -(-len(words) // (_MOST * _APART))
+    table = words[: len(words) // (blocks * _APART) * blocks * _APART].view(blocks, -1, _APART)
+    return [table.sum(1).flatten(), words[table.numel() :], *left]
 
 
 def _mixed(numbers: Tensor) -> Tensor:

@@ -102,18 +102,21 @@ class CircuitValues(Replayable[Measurement, Tensor]):
     def tokens_together(self) -> int:
         """How many tokens of circuits can run together within the budget."""
         request, circuits, device = self._request, self._circuits, self._request.arch.device
-        largest = max(circuits, key=lambda item: rows_computed(item.graph, [item.mask], request.arch))
         most = max(TOKENS_TOGETHER, most_tokens(device.type))
-        at_once = min(tokens_in_all(request, len(circuits) + 1), most)  # beside the clean run
+        copies = len(circuits) + 1  # beside the clean run
+        at_once = min(tokens_in_all(request, copies), most)
         rough = self._bytes(min(tokens_in_all(request, 1), TOKENS_PER_BATCH), at_once)
 
-        def measured(few: Batch, copies: int) -> None:
-            CircuitValues(request, [largest] * copies).run(few, copies * few.clean.numel())
-
         def cost(batch: Batch) -> Cost:
+            largest = max(circuits, key=lambda item: rows_computed(item.graph, [item.mask], request.arch))
+
+            def measured(few: Batch, n: int) -> None:
+                # The clean run and n − 1 circuits run together, and then n circuits.
+                CircuitValues(request, [largest] * (2 * n - 1)).run(few, n * few.clean.numel())
+
             return measure_cost(request.data, batch, measured)
 
-        return tokens_within(request, most, rough, cost)
+        return tokens_within(request, most, rough, cost, copies=copies)
 
     def _bytes(self, kept: int, at_once: int) -> int:
         """Roughly what passes hold that record `kept` tokens and run so many of circuits at once."""

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 KEEP = ("variance", "examples", "positions", "positions-from-end", "spans", "neurons", "within-heads")
 Tier = Literal["stable", "experimental"]
+# On a GPU rows that are expanded where senders meet receivers have this share of a user's budget: at least what keeps a
+# kernel busy, and at most what makes launches cost nothing.
+_SHARE, _LEAST, _MOST = 8, 2**26, 2**32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,14 @@ class AttributionRequest(Request):
     keep: frozenset[str]
     edges: Tensor
     only_memory: bool = False
+
+    @property
+    def workspace(self) -> int | None:
+        """Bytes of expanded rows that `head_space_scores` may hold; None: its default, for which a budget that is only
+        half of what is free leaves room."""
+        if self.memory is None or self.arch.device_kind != "cuda":
+            return None
+        return min(max(self.memory // _SHARE, _LEAST), _MOST)
 
 
 @dataclass(frozen=True)

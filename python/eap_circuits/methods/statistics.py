@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -218,11 +219,12 @@ class BatchScores(Contractions):
             neurons = contract_neurons(delta, grad, reach).double()
             self.sums["neurons"][of[0], features] += times * neurons.to(self.batch.rows.device)
             delta, grad = lowered(self._arch, delta), lowered(self._arch, grad)
+        met = partial(contract, self._arch, delta, grad, reach, workspace=self._request.workspace)
         if not self._parts:
-            self.sums["total"][tuple(of)] += times * contract(self._arch, delta, grad, reach).double()
+            self.sums["total"][tuple(of)] += times * met().double()
         for name, parts in self._parts.items():
             for scores, rows in zip(self.sums[name], parts[number], strict=True):
-                scores[tuple(of)] += times * contract(self._arch, delta, grad, reach, rows)
+                scores[tuple(of)] += times * met(rows)
 
 
 def _by_example(batch: Batch) -> list[Tensor | slice]:

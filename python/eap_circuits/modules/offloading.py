@@ -58,7 +58,9 @@ def _own_device(module: nn.Module) -> torch.device | None:
     """Where a module's own weights compute; None if it has none."""
     if is_offloaded(module):
         hook: Any = module._hf_hook
-        return torch.device(hook.execution_device)
+        device = torch.device(hook.execution_device)
+        # As tensors there say it: `cpu_offload(model, "cuda")` names no card.
+        return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
     return next((parameter.device for parameter in filter(_there, module._parameters.values())), None)
 
 

@@ -25,6 +25,7 @@ def contract(
     receivers: Iterable[Nodes],
     reach: Tensor,
     rows: Tensor | slice = slice(None),
+    workspace: int | None = None,
 ) -> Tensor:
     """Edge scores summed over the batch, or over some of its rows: float32 (or float64) [S, R].
 
@@ -35,6 +36,7 @@ def contract(
         senders, receivers: `lowered` nodes, of the whole graph or of a part of it.
         reach: int64 [R], how many of these senders each of these receivers sees.
         rows: a slice of the batch's n rows, or int64 indices into them.
+        workspace: as in `head_space_scores`.
     """
     with torch.no_grad():
         delta, grad = ([_rows(group, rows) for group in side] for side in (senders, receivers))
@@ -45,7 +47,7 @@ def contract(
                 seen = (reach[read] - written.start).clamp(0, written.stop - written.start)
                 if seen.any():
                     near = [_to(group, device) for group in own]
-                    found = head_space_scores(near, theirs, seen)
+                    found = head_space_scores(near, theirs, seen, workspace=workspace)
                     scores[written, read] = found.to(arch.device)
         return scores
 

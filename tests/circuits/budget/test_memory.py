@@ -7,12 +7,15 @@ from itertools import cycle
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import eap_circuits as eap
+from bench.pretended import pretending
 from eap_circuits.budget import PeakBytes
 from eap_circuits.intervention import CircuitRuns, PatchedEdges
 from eap_circuits.methods.gradient import inputs
 from eap_circuits.methods.gradient import method as gradient
+from eap_circuits.recording import contraction
 from eap_circuits.request import parse_bytes
 
 
@@ -95,6 +98,33 @@ def test_a_budget_is_kept_and_changes_no_score(reuse_prefix, make_model, relativ
         scores = eap.attribute(model, data, memory=budget, **given)
     assert count.peak <= 1.1 * budget
     assert relative(scores.values, eap.attribute(model, data, **given).values) < 1e-6
+
+
+def test_rows_that_a_gpu_expands_are_within_the_budget(monkeypatch):
+    """They are made inside an operator, where no tensors are counted."""
+    config = LlamaConfig(vocab_size=59, hidden_size=512, intermediate_size=1024, num_hidden_layers=6)
+    clean = torch.randint(59, (64, 32), generator=torch.Generator().manual_seed(0))
+    data = eap.PairedDataset.from_tokens(clean, (clean + 1) % 59, torch.full((64,), 32), clean[:, :2])
+    meet, rows = contraction.head_space_scores, []
+
+    def met(senders, receivers, reach, workspace=None):
+        nodes = sum(group.values.shape[1] for group in (*senders, *receivers))
+        width, tokens = senders[0].values.shape[2], len(senders[0].values)
+        expanded = nodes * tokens * width * senders[0].values.element_size()
+        rows.append(expanded if workspace is None else min(workspace, expanded))
+        return meet(senders, receivers, reach, workspace=workspace)
+
+    monkeypatch.setattr(contraction, "head_space_scores", met)
+    budget = 600 * 2**20
+    with pretending(shapes=True):
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config).to(torch.bfloat16).eval().to("cuda")
+        plan = eap.plan(model, data, memory=budget)
+        rows.clear()
+        with PeakBytes() as count:
+            eap.attribute(model, data, memory=budget)
+    assert plan.bytes <= budget and max(rows) < count.peak
+    assert count.peak + max(rows) <= 1.1 * budget
 
 
 def fails_above(tokens, monkeypatch):
@@ -182,6 +212,25 @@ def test_an_evaluation_keeps_to_its_budget(reuse_prefix, make_model, relative):
     assert curve.faithfulness == pytest.approx(
         eap.faithfulness_curve(model, scores, data, (0.2, 0.6), **given).faithfulness
     )
+
+
+def test_few_pairs_run_at_once_where_all_of_them_fit(make_model, monkeypatch):
+    """A pass could have many more tokens than they have."""
+    model, data = make_model("llama"), longer_pairs(3)
+    scores = eap.attribute(model, data, method="eap")
+    circuits, run, asked = [scores.select(n) for n in range(60, 68)], CircuitRuns.on, []
+
+    def on(runs, runner, corrupted, tokens):
+        asked.append(tokens)
+        return run(runs, runner, corrupted, tokens)
+
+    monkeypatch.setattr(CircuitRuns, "on", on)
+    with PeakBytes() as count:
+        eap.evaluate(model, circuits, data)
+    eap.evaluate(model, circuits, data, memory=round(1.5 * count.peak))
+    assert asked[-1] >= 9 * sum(data.longer_lengths - data.first_needed)
+    whole = eap.plan(model, data)
+    assert eap.plan(model, data, memory=round(1.2 * whole.bytes)).batches == whole.batches
 
 
 @pytest.mark.parametrize("reuse_prefix", [True, False])

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import eap_circuits as eap
+from eap_circuits.adapters import bind
 from eap_circuits.methods.gradient import method as gradient
 from eap_circuits.report.tables import duration, plan_table
 from tests.circuits.conftest import pairs_for
@@ -57,9 +58,12 @@ def test_weights_and_time_of_a_plan_for_gpus(make_model, make_pairs):
     here = eap.plan(model, data, memory="1GiB")
     assert here.device == "cpu" and here.gpus == 1 and here.seconds is None and here.rates is None
     assert plan.tokens == 8 * here.tokens and plan.passes == here.passes
-    # On a GPU, senders meet receivers in bfloat16.
+    # On a GPU, senders meet receivers in bfloat16, and their rows count.
     shapes = [(examples, suffix) for examples, suffix, _ in plan.batches]
-    assert shapes == [(examples, suffix) for examples, suffix, _ in here.batches] and plan.bytes < here.bytes
+    assert shapes == [(examples, suffix) for examples, suffix, _ in here.batches]
+    graph = bind(model).graph("kv")
+    row = (graph.n_senders + graph.n_receivers) * graph.d_model * 2
+    assert plan.bytes - sum(examples * suffix * row for examples, suffix in shapes) < here.bytes
     wide = eap.plan(make_model("llama", torch.float32), data, device="cuda", memory="1GiB")
     assert wide.rates.passes < plan.rates.passes
 

@@ -14,6 +14,7 @@ import eap_circuits as eap
 from eap_circuits.checkpoint import fingerprint, model_identity
 from eap_circuits.checkpoint.digest import tensor_digest
 from tests.circuits.checkpoint.test_fingerprint import closure, plain
+from tests.circuits.conftest import fast_by_kind
 
 TIMES = 1.0
 
@@ -124,6 +125,7 @@ def test_every_number_of_a_weight_counts_wherever_it_is():
     assert tensor_digest(y.bfloat16()) != tensor_digest(y.half())
 
 
+@fast_by_kind
 def test_an_identity_is_that_of_the_model_not_of_what_ran(family, make_model, make_pairs):
     """The same for a model made anew, after runs, and copied."""
     model, data = make_model(family), make_pairs(n=2)

@@ -10,8 +10,9 @@ import torch
 from bench.pretended import pretending
 from eap_circuits.checkpoint import weights, weights_digest
 
-# Few words, which are taken one by one; and more, which are added up, do not fill a square and leave a few bytes over.
-SHAPES = [(5, 7), (301, 333)]
+# Few words, which are taken one by one; and more, which are added up and leave words and bytes over, in one block and
+# in several.
+SHAPES = [(5, 7), (301, 333), (1301, 1703)]
 
 
 def test_a_digest_is_made_once_and_again_after_any_change(make_model, monkeypatch):

@@ -13,7 +13,7 @@ from eap_circuits.forward import Runner, borrowed, make_batches
 from eap_circuits.graph import Graph
 from eap_circuits.request import Measurement, prepare
 from eap_circuits.selfcheck import StayDouble
-from tests.circuits.conftest import logit_difference, prompts, random_circuit
+from tests.circuits.conftest import both_heads, logit_difference, prompts, random_circuit
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import of_circuit, plain_run
 
@@ -31,7 +31,7 @@ def plain_values(model, data, tokens):
     return torch.stack(values)
 
 
-@pytest.mark.parametrize("heads", ["kv", "query"])
+@both_heads
 def test_all_edges_are_the_model_and_none_the_corrupted_run(family, heads, make_model, make_pairs):
     model, data = make_model(family), make_pairs(seed=1)
     graph = graph_of(model, heads)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
+from tests.circuits.conftest import fast_by_kind
 from tests.circuits.untouched import snapshot
 
 
@@ -55,6 +56,7 @@ def test_after_success(family, heads, make_model, make_pairs):
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
 
 
+@fast_by_kind
 @pytest.mark.parametrize("rules", ["relp-ah", "gim"])
 def test_after_backward_rules(family, rules, make_model, make_pairs):
     model, data = trained(make_model(family)), make_pairs(n=3)

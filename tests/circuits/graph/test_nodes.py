@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import eap_circuits as eap
 from eap_circuits.selfcheck import StayDouble
-from tests.circuits.conftest import KINDS, logit_difference, prompts
+from tests.circuits.conftest import KINDS, fast_by_kind, logit_difference, prompts
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import differences, gradients, plain_run
 
@@ -41,6 +41,7 @@ def test_a_score_is_the_derivative_of_the_loss_by_what_the_node_writes(
     assert float((scores.neurons - right).abs().max()) < 1e-6 * float(scores.neurons.abs().max())
 
 
+@fast_by_kind
 def test_dimensions_sum_to_nodes_and_nodes_do_not_depend_on_the_head_graph(family, make_model, make_pairs, relative):
     """The sum over edges and the gradient summed from the logits down are two ways to the same."""
     model, data = make_model(family), make_pairs(seed=5, n=4)

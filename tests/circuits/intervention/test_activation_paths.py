@@ -10,13 +10,14 @@ from eap_circuits.budget import PeakBytes
 from eap_circuits.methods.gradient import method as gradient
 from eap_circuits.selfcheck import StayDouble
 from tests.circuits.budget.test_memory import longer_pairs
-from tests.circuits.conftest import FAMILIES, groups_of, loss_of, prompts, random_edges
+from tests.circuits.conftest import fast_by_kind, groups_of, loss_of, prompts, random_edges
 from tests.circuits.decoders import Decoder
 from tests.circuits.methods.test_attribution import losses
 from tests.circuits.plain_runs import differences, of_moved, plain_run, scores
 
 
-@pytest.mark.parametrize(("family", "quadrature"), [*((name, "right") for name in FAMILIES), ("gemma2", "midpoint")])
+@fast_by_kind
+@pytest.mark.parametrize("quadrature", ["right", "midpoint"])
 def test_activation_paths_give_derivatives_at_points_of_the_senders_own_path(
     family, quadrature, make_model, make_pairs
 ):

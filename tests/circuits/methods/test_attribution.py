@@ -14,7 +14,7 @@ from eap_circuits.metrics import get_metric
 from eap_circuits.recording import record_run
 from eap_circuits.request import Measurement, prepare
 from eap_circuits.selfcheck import StayDouble
-from tests.circuits.conftest import fast_by_kind, prompts, random_edges
+from tests.circuits.conftest import both_heads, fast_by_kind, prompts, random_edges
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import differences, plain_run, scores
 
@@ -33,7 +33,7 @@ def losses(model, graph, data, masks, metric="logit_diff"):
     return total
 
 
-@pytest.mark.parametrize("heads", ["kv", "query"])
+@both_heads
 def test_score_is_derivative_of_loss_by_edge(family, heads, make_model, make_pairs):
     """EAP's score of an edge is d loss / d ε where the edge carries clean + ε (corrupted − clean)."""
     model, data = make_model(family), make_pairs(n=5)

@@ -7,7 +7,7 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.methods.exact import method as exact
-from tests.circuits.conftest import circuit_of, random_edges
+from tests.circuits.conftest import circuit_of, fast_by_kind, random_edges
 
 
 def all_but_one(model, data, graph, edges):
@@ -20,6 +20,7 @@ def all_but_one(model, data, graph, edges):
     return torch.tensor([result.clean - result.mean for result in eap.evaluate(model, circuits, data)])
 
 
+@fast_by_kind
 @pytest.mark.parametrize("heads", ["kv", "query"])
 def test_an_edge_alone_corrupted_is_the_circuit_without_it(family, heads, make_model, make_pairs, relative):
     model, data = make_model(family), make_pairs(seed=5)

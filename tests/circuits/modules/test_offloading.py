@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits.adapters import Norm, bind
+from eap_circuits.adapters import Norm, bind, device_of
 from eap_circuits.forward import Batch, Constants, hooks
 from eap_circuits.intervention.groups import circuit_group
 from eap_circuits.recording import contraction
@@ -182,3 +182,11 @@ def test_a_tensor_that_is_not_moved_is_found(where, name, fault, run, two, make_
             (RuntimeError, ValueError), match=r"one device, found|meta:0, got meta:1|meta:1, got meta:0"
         ):
             run(model, make_pairs(n=4))
+
+
+def test_a_card_that_offloading_does_not_name_is_the_current_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    module = torch.nn.Linear(2, 2)
+    for named, found in (("cuda", 1), ("cuda:0", 0)):
+        module._hf_hook = accelerate.hooks.AlignDevicesHook(named, offload=True)
+        assert device_of(module) == torch.device("cuda", found)

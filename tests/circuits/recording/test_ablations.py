@@ -8,7 +8,15 @@ import torch
 import eap_circuits as eap
 from eap_circuits.adapters import bind
 from eap_circuits.selfcheck import StayDouble
-from tests.circuits.conftest import circuit_of, logit_difference, loss_of, prompts, random_circuit, random_edges
+from tests.circuits.conftest import (
+    circuit_of,
+    fast_by_kind,
+    logit_difference,
+    loss_of,
+    prompts,
+    random_circuit,
+    random_edges,
+)
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import of_circuit, plain_run, scores
 
@@ -118,6 +126,7 @@ def test_means_are_of_the_clean_prompts_real_tokens_alone(make_model, make_pairs
         assert relative(eap.attribute(model, data, steps=2, ablation=name).values, own.values) < 1e-6
 
 
+@fast_by_kind
 @pytest.mark.parametrize("heads", ["kv", "query"])
 def test_prompts_ablated_to_their_own_contributions_stay_what_they_are(family, heads, make_model, make_pairs):
     """Of one prompt alone the mean at each position is what it gives there: no circuit differs from the model."""

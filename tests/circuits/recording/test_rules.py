@@ -14,7 +14,7 @@ from eap_circuits.forward import borrowed
 from eap_circuits.methods.quadrature import QUADRATURES
 from eap_circuits.recording import ABLATIONS, RULES
 from eap_circuits.selfcheck import StayDouble
-from tests.circuits.conftest import groups_of
+from tests.circuits.conftest import fast_by_kind, groups_of
 from tests.circuits.recording.rules_by_hand import scores_by_hand
 
 ALL = sorted(RULES)
@@ -92,6 +92,7 @@ def test_attention_implementations_agree(name, make_model, make_pairs, relative)
             assert relative(first, second) < 1e-6, settings
 
 
+@fast_by_kind
 def test_values_stay_as_they_are(family, make_model, make_pairs):
     """Bit for bit."""
     model, data = make_model(family), make_pairs(n=3)

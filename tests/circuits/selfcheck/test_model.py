@@ -11,12 +11,17 @@ from transformers import AutoModelForSeq2SeqLM, LongT5Config
 from eap_circuits.adapters import FAMILIES
 from eap_circuits.adapters.binding import binder
 from eap_circuits.selfcheck import check_model
+from tests.circuits.conftest import fast_by_kind
 
 
-def test_self_check_passes_on_every_family_and_fails_on_a_broken_site(family, make_model, monkeypatch):
+def test_self_check_passes_on_every_family(family, make_model):
     checks = check_model(make_model(family, dtype=torch.float32), n_edges=3)
     assert all(check.passed for check in checks), [check for check in checks if not check.passed]
-    # Keys taken for values, and contributions half as large again as they are.
+
+
+@fast_by_kind
+def test_self_check_fails_on_a_broken_site(family, make_model, monkeypatch):
+    """Keys taken for values, and contributions half as large again as they are."""
     right = binder._Binder._layer
 
     def wrong(*args):

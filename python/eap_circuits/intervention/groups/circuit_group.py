@@ -99,7 +99,7 @@ class CircuitGroup:
         self._before, self._computed = ([0, *some.cumsum(0).tolist()] for some in (stored, computed))
         masks = masks[..., stored, :][..., computed]
         self.mask = masks.to(self.dtype)  # [C, stored, computed], or by span [C, P, stored, computed]
-        if not torch.equal(self.mask.to(masks.dtype), masks):
+        if masks.dtype != torch.bool and not torch.equal(self.mask.to(masks.dtype), masks):
             self.mask = masks.to(runner.arch.accumulate)
         # Of each stream the first sender, and the shape of its differences, cur − corr, [stored, C, N, D]. Of a tensor
         # parallel model, here and in what is stored and read D are only this rank's features.

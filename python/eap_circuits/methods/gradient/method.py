@@ -38,7 +38,7 @@ from ...request import Measurement, Progress
 from ..quadrature import Path, Quadrature
 from ..spec import KEEP, AttributionRequest, Method
 from ..statistics import BatchScores, Contractions, LaterScores, Statistics, batch_bytes, score_batches
-from .plans import Plan, contraction_of, pass_bytes, weight_bytes
+from .plans import Plan, contraction_of, expanded_bytes, pass_bytes, weight_bytes
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Contractions)
@@ -130,7 +130,10 @@ class GradientMethod(Method):
         tokens, per_batch = self._tokens(request, cost)
         batches = list(request.batches(per_batch))
         shapes = [(batch.n_examples, batch.shape[1], self.cut(request, batch, tokens).together) for batch in batches]
-        needed = max(cost(batch).bytes(shape[0], shape[2]) for batch, shape in zip(batches, shapes, strict=True))
+        needed = max(
+            cost(batch).bytes(shape[0], shape[2]) + expanded_bytes(request, batch)
+            for batch, shape in zip(batches, shapes, strict=True)
+        )
         if needed > allowed:
             warn(
                 f"plan: expected a run within {allowed:,} bytes, found that one example and path point take {needed:,}."
@@ -163,7 +166,7 @@ class GradientMethod(Method):
         rough = pass_bytes(request, at_once) + batch_bytes(request, request.batch_size or most)
         best = 0, 0
         for together in range(1, min(points, HELD_POINTS) + 1):
-            tokens = tokens_within(request, most, rough, cost, per_batch=most, together=together)
+            tokens = tokens_within(request, most, rough, cost, most, request.workspace or 0, together, points)
             best = max(best, (tokens, tokens // together), key=lambda pair: pair[0])
             if tokens == most or request.batch_size is not None:
                 break

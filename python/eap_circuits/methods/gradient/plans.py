@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ...adapters import Architecture, receiver_sites
 from ...budget import Rates, numbers_per_token
 from ...errors import expected
+from ...forward import Batch
 from ..spec import AttributionRequest
 
 # For each token a pass keeps about this many numbers for the backward for every weight, divided by the width.
@@ -48,7 +49,14 @@ class Plan:
 
 def pass_bytes(request: AttributionRequest, tokens: int) -> int:
     """Roughly what a pass with gradients over this many tokens holds."""
-    return _NUMBERS_PER_WEIGHT * tokens * numbers_per_token(request) * request.arch.accumulate.itemsize
+    return _NUMBERS_PER_WEIGHT * tokens * numbers_per_token(request) * request.arch.contraction_dtype.itemsize
+
+
+def expanded_bytes(request: AttributionRequest, batch: Batch) -> int:
+    """The most that rows take which a GPU expands at once where a batch's senders meet receivers."""
+    graph, arch = request.graph, request.arch
+    rows = len(batch.rows) * (graph.n_senders + graph.n_receivers)
+    return min(request.workspace or 0, rows * arch.width * arch.contraction_dtype.itemsize)
 
 
 def weight_bytes(request: AttributionRequest) -> int:

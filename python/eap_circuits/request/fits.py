@@ -94,7 +94,8 @@ def _batch(arch: Architecture, tokens: Tensor) -> Batch:
 
 def _vocabulary(arch: Architecture) -> int:
     model: Any = arch.model
-    return min(len(end.weight) for end in (model.get_input_embeddings(), arch.head) if hasattr(end, "weight"))
+    ends: tuple[Any, Any] = (model.get_input_embeddings(), arch.head)
+    return min(len(end.weight) for end in ends if hasattr(end, "weight"))
 
 
 def _own(arch: Architecture, batch: Batch) -> tuple[Tensor, Tensor]:

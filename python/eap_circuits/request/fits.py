@@ -28,8 +28,9 @@ _PICKED = "some tokens' logits by themselves are not what they are beside all ot
 def fitting(arch: Architecture, data: PairedDataset) -> Architecture:
     """The architecture, which computes all logits where some by themselves are not the model's.
 
-    The model must be borrowed. It takes three passes of the longest clean prompt, and of the same with another last token.
-    Encoder-decoders, prompts with pictures, and weights that are not there or in parts on ranks are not looked at.
+    The model must be borrowed. It takes three passes of the longest clean prompt, and of the same with another last
+    token. Encoder-decoders, prompts with pictures, and weights that are not there or in parts on ranks are not looked
+    at.
 
     Raises:
         InputError: tokens see later ones, logits are not the model's own, or what nodes write does not add up to what

@@ -114,6 +114,21 @@ def _check_rows(op: str, rows: Tensor | None, x: Tensor) -> None:
         _check_range(op, "rows", rows, x.shape[1] - 1)
 
 
+def _exact(call: Callable[P, T]) -> Callable[P, T]:
+    """An operator's function, outside of autocast, which would round what the reference multiplies."""
+
+    @functools.wraps(call)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        first: Any = args[0]
+        kind = (first if isinstance(first, Tensor) else first[0]).device.type
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return call(*args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return call(*args, **kwargs)
+
+    return run
+
+
 def _chosen(op: str, impl: str, device: torch.device, *args: Any) -> Backend:
     """The requested backend, or the one that `auto` takes for these arguments."""
     check_impl(op, impl, device)
@@ -164,10 +179,10 @@ def _normalise_rows(x: Tensor, eps: float, centred: bool, rows: Tensor | None, o
 
 
 def _collapse(*args: Any) -> None:
-    gradient, values, r, weights, out, coefficients, _features, _gathered, rows, *_, impl = args
+    gradient, values, r, weights, out, coefficients, _features, _gathered, rows, constant, gain, impl = args
     _check_rows("collapse", rows, gradient)
-    operands = (("gradient", gradient), ("values", values), ("r", r), ("weights", weights))
-    _check_memory("collapse", operands, out, coefficients)
+    read = {"gradient": gradient, "values": values, "r": r, "weights": weights, "constant": constant, "gain": gain}
+    _check_memory("collapse", ((name, x) for name, x in read.items() if x is not None), out, coefficients)
     _chosen("collapse", impl, out.device, gradient).collapse(*args[:-1])
 
 
@@ -179,5 +194,5 @@ SELECT: dict[str, Callable[..., Any]] = {
     "collapse": _collapse,
 }
 for _op, _select in SELECT.items():
-    lib.impl(_op, getattr(BACKENDS["reference"], _op), "CompositeExplicitAutograd")
-    lib.impl(f"{_op}.select", in_memory(_select), "CompositeExplicitAutograd")
+    lib.impl(_op, _exact(getattr(BACKENDS["reference"], _op)), "CompositeExplicitAutograd")
+    lib.impl(f"{_op}.select", in_memory(_exact(_select)), "CompositeExplicitAutograd")

@@ -9,12 +9,13 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from eap_kernels import _auto, _dispatch
 from eap_kernels._registry import BACKENDS
 from eap_kernels._schemas import accumulation_dtype
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @_dispatch.in_memory
@@ -67,8 +68,8 @@ def edge_scores(
     wide = accumulation_dtype(delta.dtype)
     if out is None:
         count = [] if segments is None else [int(segments.max()) + 1 if tokens else 0]
-        if count and count[0] < 0:
-            _fail("edge_scores", "segments of at least 0", count[0] - 1)
+        if count and not 0 <= count[0] < 2**63:
+            _fail("edge_scores", "segments from 0 to 2**63 - 2", count[0] - 1)
         out = delta.new_zeros([*count, senders, receivers], dtype=wide)
     else:
         _check_out("edge_scores", out, senders, receivers, segments is not None, wide, delta.device)
@@ -77,7 +78,7 @@ def edge_scores(
     return out
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Nodes:
     """Consecutive senders or receivers in head space: node i stands for the residual-space rows
 
@@ -101,7 +102,8 @@ class Nodes:
 
 
 def _workspace(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).total_memory // 16 if device.type == "cuda" else 2**28
+    there = device.type == "cuda" and torch.cuda.is_available()  # fake tensors may name a GPU that is not there
+    return torch.cuda.get_device_properties(device).total_memory // 16 if there else 2**28
 
 
 @_dispatch.in_memory
@@ -142,10 +144,10 @@ def head_space_scores(
         tensor([[24.]])
     """
     op = "head_space_scores"
-    sides = [list(side) if isinstance(side, Sequence) else [side] for side in (senders, receivers)]
-    groups = [group for side in sides for group in side]
-    if not all(sides) or not all(isinstance(group, Nodes) for group in groups):
-        kinds = [type(group).__name__ for group in groups]
+    listed = isinstance(senders, Sequence) and isinstance(receivers, Sequence)
+    groups: list[Nodes] = [*senders, *receivers] if listed else []
+    if not (listed and senders and receivers and all(isinstance(group, Nodes) for group in groups)):
+        kinds = [type(each).__name__ for each in (groups if listed else (senders, receivers))]
         _fail(op, "senders and receivers to be lists of at least one Nodes", kinds, TypeError)
     first = groups[0]
     _check_floating(op, "values", first.values, "[N, h, K]")
@@ -196,7 +198,7 @@ def masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str = "auto") -
 
     Raises:
         TypeError, ValueError: an argument does not fit.
-        RuntimeError: the backend asked for is not available, or a second-order gradient was asked for.
+        RuntimeError: the backend asked for is not available, or a second-order or forward-mode gradient was asked for.
         torch.OutOfMemoryError: memory ran out.
 
     Example:
@@ -206,17 +208,22 @@ def masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str = "auto") -
         tensor([[[3., 3.]]])
     """
     _check_read(base, delta, mask)
+    if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in (base, delta, mask)):
+        raise RuntimeError("masked_read: expected gradients in reverse mode, got a tangent of forward mode")
     _dispatch.check_impl("masked_read", impl, delta.device)
     read: Callable[..., Tensor] = torch.ops.eap_kernels.masked_read.select
     if mask.dim() == 2:
         return read(base, delta, mask, impl)
-    circuits, senders, receivers = mask.shape
+    circuits, _, receivers = mask.shape
     if delta.dim() == 3:
-        # The receivers of all circuits, side by side.
         base = base if base.dim() == 2 else base.expand(circuits, receivers, *base.shape[-2:]).flatten(0, 1)
-        together = mask.transpose(0, 1).reshape(senders, circuits * receivers)
-        return read(base, delta, together, impl).reshape(circuits, receivers, *delta.shape[1:])
+        return read(base, delta, _side_by_side(mask), impl).reshape(circuits, receivers, *delta.shape[1:])
     return read(base if base.dim() == 4 else base.expand(circuits, receivers, *delta.shape[2:]), delta, mask, impl)
+
+
+def _side_by_side(mask: Tensor) -> Tensor:
+    """[C, S, R] -> [S, C·R]: circuits that share delta are read as the receivers of one."""
+    return mask.transpose(0, 1).flatten(1)
 
 
 def backends() -> dict[str, str | None]:
@@ -236,6 +243,8 @@ def explain(op: str, *args: object) -> str:
         _fail("explain", f"one of {', '.join(known)}", repr(op))
     if op == "masked_read" and len(args) > 1 and isinstance(args[1], Tensor) and args[1].dim() == 4 and args[1].is_cpu:
         _fail("explain", "one circuit's delta, since each circuit is read by itself", list(args[1].shape))
+    if op == "masked_read" and len(args) > 2 and all(isinstance(x, Tensor) and x.dim() == 3 for x in args[1:3]):
+        args = (*args[:2], _side_by_side(args[2]), *args[3:])  # type: ignore[arg-type]
     try:
         # A rule looks only at the nodes' values.
         choice = _auto.choose(op, *([node.values for node in x] if isinstance(x, Sequence) else x for x in args))
@@ -257,7 +266,7 @@ def _check_tensor(op: str, name: str, x: Tensor) -> None:
 
 def _check_floating(op: str, name: str, x: Tensor, shape: str = "", like: Tensor | None = None) -> None:
     _check_tensor(op, name, x)
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         _fail(op, f"{name} in float64, float32, bfloat16 or float16", x.dtype, TypeError)
     if shape and x.dim() != shape.count(",") + 1:
         _fail(op, f"{name} of shape {shape}", list(x.shape))
@@ -288,7 +297,7 @@ def _check_read(base: Tensor, delta: Tensor, mask: Tensor) -> None:
     _check_floating(op, "delta", delta, "[C, S, N, D]" if own else "[S, N, D]")
     _check_tensor(op, "base", base)
     _check_like(op, "base", base, delta)
-    if mask.dtype != torch.bool and mask.dtype not in _FLOATS:
+    if mask.dtype != torch.bool and mask.dtype not in FLOATS:
         _fail(op, "a bool or floating mask", mask.dtype, TypeError)
     if mask.device != delta.device:
         _fail(op, f"mask on {delta.device}", mask.device)

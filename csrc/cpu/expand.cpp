@@ -78,7 +78,9 @@ template <class T, int BYTES> struct Body {
       const Nodes& g = group(p, node);
       const int64_t i = node - g.first;
       A* const to = static_cast<A*>(p.out) + node * p.out_stride;
-      if (!g.weight.data) {
+      if (g.values.size[2] == 0) {  // heads of no width
+        std::fill_n(to, p.tokens * p.features, A(0));
+      } else if (!g.weight.data) {
         rows(p, g, i, to);
 #ifdef EAP_AMX
       } else if (on_amx && g.weight.stride[2] == 1) {

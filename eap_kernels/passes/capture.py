@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from numbers import Integral, Real
 
 import torch
@@ -53,8 +54,9 @@ def normalise_rows(
     """
     op = "normalise_rows"
     _check_floating(op, "x", x, "[M, N, D]")
-    if isinstance(eps, bool) or not isinstance(eps, Real) or not eps >= 0:
-        _fail(op, "an eps of at least 0", repr(eps))
+    if isinstance(eps, bool) or not isinstance(eps, Real) or not 0 <= eps <= sys.float_info.max:
+        _fail(op, "a finite eps of at least 0", repr(eps))
+    _check_flag(op, "centred", centred)
     count = _check_rows(op, rows, x)
     if out is not None:
         _check_operand(op, "out", out, (x.shape[0], count, x.shape[2]), x)
@@ -130,8 +132,9 @@ def collapse(
         _check_written(op, name, x)
         if x.dtype != out.dtype or x.dtype.itemsize < 4:
             _fail(op, "out and coefficients in float32, or both in float64", x.dtype, TypeError)
-    if isinstance(features, bool) or not isinstance(features, Integral) or features < 1:
-        _fail(op, "features to be a number of at least 1", repr(features))
+    if isinstance(features, bool) or not isinstance(features, Integral) or not 1 <= features < 2**63:
+        _fail(op, "features to be a number from 1 to 2**63 - 1", repr(features))
+    _check_flag(op, "gathered", gathered)
     if constant is not None:
         _check_operand(op, "constant", constant, (heads, width), gradient)
     if gain is not None:
@@ -140,6 +143,11 @@ def collapse(
     read = (gradient.detach(), values.detach(), r.detach(), weights.detach())
     fixed = (None if x is None else x.detach() for x in (constant, gain))
     torch.ops.eap_kernels.collapse.select(*read, out, coefficients, int(features), bool(gathered), rows, *fixed, impl)
+
+
+def _check_flag(op: str, name: str, value: bool) -> None:
+    if value not in (True, False):
+        _fail(op, f"{name} to be True or False", repr(value), TypeError)
 
 
 def _check_rows(op: str, rows: Tensor | None, x: Tensor) -> int:

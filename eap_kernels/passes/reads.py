@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, NoReturn
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from eap_kernels._schemas import accumulation_dtype
-from eap_kernels.ops import edge_scores, masked_read
+from eap_kernels.ops import FLOATS, edge_scores, masked_read
 
 
 class MaskedReads:
@@ -42,9 +43,13 @@ class MaskedReads:
     """
 
     def __init__(self, mask: Tensor, tokens: int, features: int) -> None:
-        if not isinstance(mask, Tensor) or not mask.is_floating_point() or mask.dim() not in (2, 3):
+        floating = isinstance(mask, Tensor) and mask.dtype in FLOATS and mask.layout == torch.strided
+        if not floating or mask.dim() not in (2, 3):
             found = f"{mask.dtype} of shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             _fail("a floating mask of shape [S, R] or [C, S, R]", found)
+        for name, size in (("tokens", tokens), ("features", features)):
+            if isinstance(size, bool) or not isinstance(size, Integral) or size < 0:
+                _fail(f"{name} to be a whole number of at least 0", repr(size))
         self._stored = _Stored(mask.detach(), tokens, features)
         # What has been written so far, as autograd sees it: backward passes follow this chain from its end to the mask.
         self._written: Tensor = _begin(mask, self._stored)
@@ -61,6 +66,8 @@ class MaskedReads:
         rows = slice(sender, sender + wanted[-3])
         if any(stored.written[rows]):
             _fail("each sender to be written once", f"one of {rows.start} to {rows.stop - 1} again")
+        if delta.dtype != stored.mask.dtype or delta.device != stored.mask.device:
+            _fail(f"contributions in {stored.mask.dtype} on {stored.mask.device}", f"{delta.dtype} on {delta.device}")
         stored.written[rows] = [True] * wanted[-3]
         self._written = _write(self._written, delta, sender, stored)
 
@@ -80,6 +87,8 @@ class MaskedReads:
                 _fail(f"{name} as a slice with a start and a stop from 0 to {size}", chosen)
         if not all(self._stored.written[senders]):
             _fail("a read of senders that have been written", f"{senders} with {sum(self._stored.written)} of them")
+        if not (at is None or isinstance(at, slice) or (isinstance(at, Tensor) and at.dim() == 1)):
+            _fail("tokens as a slice or a tensor [n]", f"{at!r:.40}")
         return _read(self._written, base, receivers, senders, at, self._stored)
 
 

@@ -27,9 +27,9 @@ def collapse(
     def at_rows(x: Tensor) -> Tensor:
         return (x if rows is None else x[:, rows]).to(out.dtype)
 
-    scaled = at_rows(gradient) * (r * weights[:, None])[..., None, None]
+    scaled = at_rows(gradient) * (r.to(out.dtype) * weights[:, None])[..., None, None]
     y = values if gathered else at_rows(values)
-    products = scaled * (y if constant is None else y - constant)
+    products = scaled * (y if constant is None else y - constant.to(out.dtype))
     if gain is not None:
         products = products * gain
     out += scaled.sum(0)

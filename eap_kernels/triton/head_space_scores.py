@@ -39,7 +39,8 @@ class Group(NamedTuple):
         """A row of the kernel's table; the group's nodes begin at `first`, its tokens at `start`."""
         values, weight, along, x = self
         row = [first, 1, values.shape[2], 0, _address(values, 0, start), *values.stride()]
-        row += [_address(weight), *weight.stride()] if weight.dim() == 3 else [0] * 4
+        # 0 stands for no weight; one of no width lies nowhere, and nothing of it is read.
+        row += [_address(weight) or 16, *weight.stride()] if weight.dim() == 3 else [0] * 4
         row += [_address(along, 2, start), *along.stride()] if x.dim() == 3 else [0] * 4
         row += [_address(x, 1, start), *x.stride()] if x.dim() == 3 else [0] * 4
         row[1] = values.shape[1] // len(weight) if weight.dim() == 3 else 1

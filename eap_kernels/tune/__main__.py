@@ -23,6 +23,9 @@ def main() -> None:
             print(line, flush=True)
     except RuntimeError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -169,9 +169,10 @@ def _first_use(device: torch.device, arithmetic: str) -> Found | None:
 
 def stored(device: torch.device) -> dict[str, Found]:
     """What was measured on this device, by arithmetic."""
-    if device.type == "cpu" and not any(cache_folder().glob("cpu-*.json")):
-        return {}  # without the key, for which files are read
-    return _read(path(device))
+    with contextlib.suppress(OSError):  # a folder that may not be looked into
+        if device.type != "cpu" or any(cache_folder().glob("cpu-*.json")):  # the key is not made for nothing
+            return _read(path(device))
+    return {}
 
 
 def _read(file: Path) -> dict[str, Found]:
@@ -179,11 +180,11 @@ def _read(file: Path) -> dict[str, Found]:
         content = json.loads(file.read_bytes())
         for found in content["found"].values():
             list(ranks(found))
-            found["date"], found["failed"].items(), found["verified"].items()
+            found["date"], [by.items() for by in found["failed"].values()], [*map(list, found["verified"].values())]
         return dict(content["found"])
     except OSError:
         return {}
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         warnings.warn(
             f"{file}: expected measured choices, found something else; they are measured again.", stacklevel=2
         )
@@ -195,7 +196,7 @@ def ranks(found: Found) -> Iterator[tuple[str, str, int, list[str]]]:
     for op, cases in found["seconds"].items():
         for case, sizes in cases.items():
             for size, seconds in sizes.items():
-                yield op, case, int(size), sorted(seconds, key=lambda impl: float(seconds[impl]))
+                yield op, case, int(size), sorted(seconds, key=lambda impl: seconds[impl] + 0.0)
 
 
 def measured(device: torch.device, arithmetic: str, again: bool = False) -> Found:

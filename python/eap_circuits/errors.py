@@ -55,8 +55,8 @@ def shown(value: object) -> str:
 
 def reason(error: BaseException) -> str:
     """Another library's error as a clause of a sentence: its message's first sentence, or the name of its type."""
-    lines = str(error).splitlines()
-    return (lines[0].partition(". ")[0][:200] if lines else "") or type(error).__name__
+    text = re.sub(r"^\[enforce fail at [^]]*\] \. ", "", str(error))  # where in torch's sources
+    return "".join(text.splitlines()[:1]).partition(". ")[0][:200] or type(error).__name__
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -225,6 +225,7 @@ def test_auto_follows_its_rule(randn):
     assert "auto runs cpu" in ek.explain("masked_read", many[0], many, torch.ones(200, 8))
     assert "auto runs cpu" in ek.explain("masked_read", delta[0], delta, mask)
     assert "auto runs cpu" in ek.explain("masked_read", delta[0], delta, torch.stack([mask, mask, mask]))
+    assert "auto runs reference" in ek.explain("masked_read", many[0], many, torch.ones(9, 200, 1))
     with pytest.raises(ValueError, match="explain: expected one circuit's delta"):
         ek.explain("masked_read", delta[0], delta[None], mask[None])
     known = ", ".join(OPERATORS)

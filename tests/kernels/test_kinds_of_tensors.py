@@ -91,3 +91,48 @@ def test_segments_that_no_memory_holds():
     delta, grad, _ = operands()
     with pytest.raises(torch.OutOfMemoryError, match=r"^edge_scores: expected enough memory, got Storage size"):
         ek.edge_scores(delta, grad, REACH, segments=torch.full((4,), 2**62))
+    with pytest.raises(ValueError, match=r"^edge_scores: expected segments from 0 to 2\*\*63 - 2, got 92233"):
+        ek.edge_scores(delta, grad, REACH, segments=torch.full((4,), 2**63 - 1))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_nothing(impl, low, randn):
+    delta, grad, mask, own = randn(200, 4, 5), randn(9, 4, 5), randn(200, 9), randn(2, 200, 9)
+    nodes, reach = ek.Nodes(randn(4, 3, 6), randn(3, 6, 5), randn(3, 2, 4), randn(2, 4, 5)), torch.tensor([200, 7, 3])
+
+    def all_of_them():
+        learned = mask.clone().requires_grad_()
+        ek.masked_read(delta[0], delta, learned, impl=impl).sum().backward()
+        return (
+            ek.edge_scores(delta, grad, torch.arange(9) + 100, impl=impl),
+            ek.head_space_scores([ek.Nodes(delta.transpose(0, 1))], [nodes], reach, impl=impl),
+            ek.masked_read(delta[0], delta, mask, impl=impl),
+            ek.masked_read(delta[0], delta.expand(2, 200, 4, 5), own, impl=impl),
+            ek.normalise_rows(delta, 1e-5, impl=impl),
+            learned.grad,
+        )
+
+    plain = all_of_them()
+    with torch.autocast("cpu", low):
+        for found, right in zip(all_of_them(), plain, strict=True):
+            assert torch.equal(found, right)
+
+
+def test_forward_mode_is_refused_as_it_would_lose_tangents():
+    delta, _, base = operands()
+    mask = torch.ones(2, 2, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"^masked_read: expected gradients in reverse mode, got a tangent"):
+        torch.func.jvp(lambda x: ek.masked_read(base[0], delta, x), (mask,), (mask,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(delta, delta)
+        with pytest.raises(RuntimeError, match=r"^masked_read: expected gradients in reverse mode, got a tangent"):
+            ek.masked_read(base[0], dual, mask)
+
+
+def test_nodes_on_a_gpu_that_is_not_there(monkeypatch):
+    """A workspace is chosen by the GPU's memory; fake tensors are traced where there may be none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with torch._subclasses.FakeTensorMode():
+        nodes = [ek.Nodes(torch.empty(3, 2, 4, device="cuda"))]
+        assert ek.head_space_scores(nodes, nodes, torch.tensor([1, 2])).shape == (2, 2)

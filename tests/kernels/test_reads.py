@@ -118,6 +118,14 @@ def test_what_does_not_fit_is_refused():
     reads.write(0, torch.ones(1, 1, 2))
     with pytest.raises(ValueError, match="expected each sender to be written once"):
         reads.write(0, torch.ones(1, 1, 2))
+    with pytest.raises(ValueError, match=r"expected contributions in torch\.float32 on cpu, got torch\.float64"):
+        reads.write(1, torch.ones(1, 1, 2, dtype=torch.float64))
+    for tokens in ([0], 0, torch.tensor([[0]])):  # a list would index, but not in the backward pass
+        with pytest.raises(ValueError, match=r"MaskedReads: expected tokens as a slice or a tensor \[n\], got "):
+            reads.read(torch.zeros(1, 2), slice(0, 1), slice(0, 1), tokens)
+    for size in (-1, 1.5, True):
+        with pytest.raises(ValueError, match=f"expected tokens to be a whole number of at least 0, got {size}"):
+            eap_kernels.MaskedReads(torch.ones(2, 3), size, 2)
     with pytest.raises(ValueError, match="MaskedReads: expected contributions as a tensor, got int"):
         reads.write(1, 3)
     whole = slice(0, 1)

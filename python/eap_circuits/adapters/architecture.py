@@ -25,6 +25,7 @@ from ..modules.offloading import device_of, is_offloaded, read
 from ..modules.parts import Shares, Split, add_up, computes_in_parts, own_features, run_whole, team
 from ..modules.projections import Order, Projections, Together, Weight, linear_shape
 from ..ranks import Team
+from .foreign_hooks import foreign_hooks
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,6 +230,12 @@ class Architecture:
     def device_kind(self) -> str:
         """ "cpu" or "cuda": where it runs, or would."""
         return self.planned_for or self.device.type
+
+    @cached_property
+    def hooked(self) -> bool:
+        """Has the model hooks of others? They may go by a token's place. So every prompt runs as in a plain run: whole,
+        beside others of its length, through every module."""
+        return any(map(foreign_hooks, self.model.modules()))
 
     @property
     def picks_logits(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import out_of_memory, reason, warn
 from ..forward import Batch, Captured, logit_tolerance, signature
@@ -192,17 +192,11 @@ def why_not(request: Request) -> str | None:
     quantised = getattr(arch.model.config, "quantization_config", None) is not None
     if quantised or not all(weight.is_floating_point() for weight in arch.model.parameters()):
         return "the model is quantised"
-    if any(map(_hooks, modules)):
+    if arch.hooked:
         return "the model has hooks, which would not be called"
     if request.metric not in METRICS.values():
         return "the metric is one's own, and may compute on the host"
     return None
-
-
-def _hooks(module: nn.Module) -> bool:
-    """Has it hooks, except for those with which transformers returns what layers give?"""
-    kinds = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
-    return any("output_capturing" not in str(hook.__module__) for hooks in kinds for hook in hooks.values())
 
 
 def layer_weights(request: Request) -> int:

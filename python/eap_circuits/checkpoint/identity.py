@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..adapters import KINDS, foreign_hooks
 from ..forward import Constants
 from ..graph import Circuit
 from ..metrics import METRICS, Metric
@@ -50,7 +51,6 @@ _TORCHS = {*vars(nn.Module()), "_compiled_call_impl"}
 _ACCELERATES = {"_hf_hook", "_old_forward", "forward", "to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa"}
 _SHARDS = "torch.distributed.fsdp."
 _DIVIDES = "transformers.distributed."
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
 
 
@@ -115,9 +115,9 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     hooks = {
         name: [Reader(f"hook on {name or 'the model'}", known).digest(hook) for hook in own]
         for name, module in model.named_modules()
-        if (own := _hooks(vars(module)))
+        if (own := foreign_hooks(module))
     }
-    everywhere = [hook for kind in _HOOKS for hook in getattr(torch_module, f"_global{kind}").values()]
+    everywhere = [hook for kind in KINDS for hook in getattr(torch_module, f"_global{kind}").values()]
     return {
         "versions": _versions(model),
         "configuration": [_configuration(each) for each in configs.values()],
@@ -183,13 +183,6 @@ def _is_packages(value: Any) -> bool:
         return True
     package = type(value).__module__.partition(".")[0]
     return package in _PACKAGES and not isinstance(value, Tensor) and not callable(value)
-
-
-def _hooks(held: dict[str, Any]) -> list[Any]:
-    """A module's hooks, except those by which libraries, or runs in other threads, record and place."""
-    found = [hook for kind in _HOOKS for hook in held.get(kind, {}).values()]
-    own = ("transformers.", "accelerate.", "eap_circuits.", _SHARDS)
-    return [hook for hook in found if not f"{getattr(hook, '__module__', '')}.".startswith(own)]
 
 
 def _changed_code(model: nn.Module, configs: Iterable[Any]) -> Iterator[Any]:

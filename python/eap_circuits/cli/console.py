@@ -25,7 +25,7 @@ _SPARE = {"scores": ".safetensors", "circuit": ".safetensors", "curve": ".json",
 def _console(stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+    return Console(stderr=stderr, highlight=False, emoji=False, soft_wrap=True)
 
 
 def say(text: str = "") -> None:
@@ -46,17 +46,23 @@ def note(text: str) -> None:
 
 
 def show_table(table: Table) -> None:
-    """Print a table on stdout, with its marked row in bold."""
+    """Print a table on stdout, with its marked row in bold; where it is too wide words are not cut, as a part of a
+    number is another number."""
     from rich import box
+    from rich.cells import cell_len
     from rich.markup import escape
     from rich.table import Table as RichTable
 
-    shown = RichTable(title=escape(table.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for column in table.columns:
-        shown.add_column(escape(column.title), justify="right" if column.numeric else "left")
-    for index, cells in enumerate(table.cells()):
+    look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}
+    shown = RichTable(title=escape(table.title), title_justify="left", title_style="bold", **look)
+    rows = table.cells()
+    for index, column in enumerate(table.columns):
+        words = [word for text in (column.title, *(row[index] for row in rows)) for word in text.split()]
+        least = max(map(cell_len, words), default=None)
+        shown.add_column(escape(column.title), justify="right" if column.numeric else "left", min_width=least)
+    for index, cells in enumerate(rows):
         shown.add_row(*map(escape, cells), style="bold green" if index == table.marked else None)
-    _console().print(shown, soft_wrap=False)
+    _console().print(shown, soft_wrap=False, crop=False)
 
 
 def show_json(value: Any) -> None:

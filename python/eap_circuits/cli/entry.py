@@ -141,13 +141,28 @@ def eap(
 
 def main() -> None:
     """The console entry point."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: what is meant for one must not go to the other
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, as long as the process
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks
     join()
     if rank() > 0:
         with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             app()
-    app()
+    code: Any = 0
+    try:
+        try:
+            app()
+        except SystemExit as ended:
+            code = ended.code
+        sys.stdout.flush()
+    except OSError as error:  # of help, which is printed before a command begins, and of what is written at the end
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, where Python writes what is left
+        if not code and error.errno != errno.EPIPE:
+            say_error(f"stdout: cannot be written ({error.strerror}).")
+        code = code or EXIT_ERROR
+    sys.exit(code)
 
 
 def _help(command: Callable[..., None]) -> str:

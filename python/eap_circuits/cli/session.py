@@ -86,6 +86,9 @@ def tasks_and_files(tasks: str | None, data: Sequence[Path] | None, align: bool)
     names = tasks.split(",") if tasks else [] if files else list(TASKS)
     for name in names:
         one_of("--tasks", name, TASKS)
+    called = [*names, *(file.stem for file in files)]
+    if len(set(called)) < len(called):
+        raise expected("--tasks, --data", "tasks and files of different names", ", ".join([*names, *map(str, files)]))
     if not files:
         check_align(align, "no --data")
     for file in files:

@@ -6,6 +6,7 @@ from .pruning import prune
 from .spans import REST, Spans
 from .staircase import beyond, blocks
 from .streams import Stream, check_one_stream, layer_name, readers_of
+from .unspoilt import usable
 
 __all__ = [
     "REST",
@@ -23,4 +24,5 @@ __all__ = [
     "numbers",
     "prune",
     "readers_of",
+    "usable",
 ]

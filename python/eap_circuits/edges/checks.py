@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import expected
+from .unspoilt import usable
 
 if TYPE_CHECKING:
     from .layout import Graph
@@ -21,7 +22,7 @@ def numbers(name: str, value: object, shape: Sequence[int | str], axes: str = ""
         shape: a letter stands for any length.
         axes: what follows the shape in the error sentence.
     """
-    return _tensor(name, value, shape, False, axes)
+    return usable(_tensor(name, value, shape, False, axes))
 
 
 def edge_flags(name: str, value: object, graph: Graph) -> Tensor:

@@ -26,6 +26,7 @@ from .fields import checked_fields
 from .pruning import on_paths
 from .spans import Spans, by_span, ends, inputs_by_span, spread
 from .streams import Stream, names_of, streams_of
+from .unspoilt import unspoilt
 
 Heads = Literal["kv", "query"]
 Reads = tuple[tuple[str, int], ...]  # the inputs of a layer's heads: (name, how many receivers), in order
@@ -237,7 +238,7 @@ class Graph:
         reach[self.logits_receiver] = self.n_senders
         return reach
 
-    @cached_property
+    @unspoilt
     def edge_mask(self) -> Tensor:
         """edge_mask[u, v]: is there an edge from sender u to receiver v? bool [S, R]."""
         if self.spans is not None:
@@ -307,12 +308,11 @@ class Graph:
     def to_spans(self, values: Tensor) -> Tensor:
         """Values or flags of every edge at every span, [P, S, R] or for all spans alike [S, R], as those of this graph,
         which has spans: [S·P, R·P]. Flags only where there is an edge."""
-        spans = self.n_spans
-        found = spread(values, spans)
+        found = spread(values, self.n_spans)
         return found & self.edge_mask if found.dtype == torch.bool else found
 
     def per_span(self, values: Tensor) -> Tensor:
-        """This graph's values or flags [S·P, R·P] by span, [P, S, R]."""
+        """A copy of this graph's values or flags [S·P, R·P] by span, [P, S, R]."""
         return by_span(values, self.n_spans)
 
     # The two head graphs.

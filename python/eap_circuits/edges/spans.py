@@ -65,9 +65,9 @@ def spread(values: Tensor, spans: int) -> Tensor:
 
 
 def by_span(flat: Tensor, spans: int) -> Tensor:
-    """[S·P, R·P] -> [P, S, R], what `spread` has spread."""
+    """[S·P, R·P] -> [P, S, R], what `spread` has spread; a copy, as masks are changed in place."""
     senders, receivers = (size // spans for size in flat.shape)
-    return flat.reshape(senders, spans, receivers, spans).diagonal(dim1=1, dim2=3).permute(2, 0, 1)
+    return flat.reshape(senders, spans, receivers, spans).diagonal(dim1=1, dim2=3).permute(2, 0, 1).clone()
 
 
 def ends(graph: Graph, spans: Spans) -> Tensor:

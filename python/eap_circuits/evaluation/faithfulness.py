@@ -15,6 +15,7 @@ from eap_kernels import explain
 from ..budget import Replays, dealt_in_memory
 from ..checkpoint import Checkpoint, Where, opened, remaining, settings_of
 from ..display import Result, library
+from ..edges import usable
 from ..errors import known_arguments, warn
 from ..forward import TOKENS_PER_BATCH, Constants, borrowed, one_want_of_memory, zeros
 from ..graph import Circuit
@@ -44,6 +45,10 @@ class EvaluationResult(Result):
     corrupted_values: Tensor
     rounding: float = 0.0
     info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("values", "clean_values", "corrupted_values"):  # else those of circuits side by side share memory
+            object.__setattr__(self, name, usable(getattr(self, name).clone()))
 
     @property
     def mean(self) -> float:

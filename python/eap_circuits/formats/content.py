@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +62,12 @@ def read_info(text: object) -> dict[str, Any]:
     info = parse_json(text) if isinstance(text, str) else text
     if not isinstance(info, dict):
         raise expected("info", "a JSON object", shown(info))
+    # What is computed with.
+    n, selection = info.get("n_examples"), info.get("selection")
+    if n is not None:
+        whole("info, n_examples", n)
+    if not isinstance(selection, (dict, NoneType)):
+        raise expected("info, selection", "a JSON object", shown(selection))
     return info
 
 

@@ -224,8 +224,10 @@ def make_batches(
     reuse_prefix: bool,
     device: torch.device,
     tokens: int = TOKENS_PER_BATCH,
+    even: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of examples with about the same number of tokens to run, and at most `tokens` in all.
+    """Batches of examples with about the same number of tokens to run, or `even`, exactly as many; at most `tokens` in
+    all.
 
     With a `batch_size`, each batch has this many examples, whatever their tokens.
     """
@@ -233,7 +235,7 @@ def make_batches(
     rows = data.rows.pair.bincount() if data.rows.answer is not None else torch.ones_like(start)
     # The longest come first, so that memory runs out in the first batch if at all.
     lengths = data.longer_lengths
-    for group in reversed(_groups((lengths - start).tolist(), lengths.tolist())):
+    for group in reversed(_groups((lengths - start).tolist(), lengths.tolist(), 0 if even else _PASS_OVERHEAD)):
         longest, suffix = int(lengths[group].max()), int((lengths - start)[group].max())
         fitting = min(tokens // suffix, _PREFIX_SHARE * tokens // longest) // int(rows[group].max())
         for index in torch.tensor(group).split(batch_size or max(1, fitting)):
@@ -250,15 +252,16 @@ def some_of(data: PairedDataset, batch: Batch, which: Tensor) -> Batch:
     return batch_of(data, batch.index[which], bool(batch.host["start"].any()), batch.clean.device)
 
 
-def _groups(tokens: list[int], lengths: list[int]) -> list[list[int]]:
-    """Examples by the number of tokens to run; similar numbers go together if padding costs less than a pass."""
+def _groups(tokens: list[int], lengths: list[int], overhead: int) -> list[list[int]]:
+    """Examples by the number of tokens to run; similar numbers go together if there is no more padding than a pass
+    costs."""
     alike: dict[int, list[int]] = {}
     for example in sorted(range(len(tokens)), key=lengths.__getitem__):
         alike.setdefault(tokens[example], []).append(example)
     groups: list[list[int]] = []
     least = 0
     for size, examples in sorted(alike.items()):
-        if groups and len(groups[-1]) * (size - least) <= _PASS_OVERHEAD:
+        if groups and len(groups[-1]) * (size - least) <= overhead:
             groups[-1] += examples
         else:
             groups.append(examples)

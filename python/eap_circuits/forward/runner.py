@@ -81,7 +81,8 @@ class Runner:
         self._pooled = arch.classifies and arch.head is None
         last = arch.layers[-1]
         # A layer's only block may mix tokens.
-        self._every_mlp = every_mlp or self._pooled or last.bare or not last.n_heads or last.mlp_runs_whole
+        mixes = last.bare or not last.n_heads or last.mlp_runs_whole
+        self._every_mlp = every_mlp or self._pooled or mixes or arch.hooked
         # Key/value copies per layer.
         self.repeat_kv = [layer.groups if graph.heads == "query" else 1 for layer in arch.layers]
         self._cached = [n for layer, n in zip(arch.layers, self.repeat_kv, strict=True) if layer.caches]
@@ -220,6 +221,7 @@ class Runner:
         `register`, come between those that bring values into the form that they expect and those that undo it.
         """
         inputs = embeddings if self.arch.given_scale == 1 else embeddings / self.arch.given_scale
+        inputs = inputs.clone() if self.arch.hooked else inputs  # which hooks may change in place
         if self.arch.family.placed:  # what comes before the norm is not looked at, and may have another width
             inputs = embeddings.new_zeros(*embeddings.shape[:2], self._model.get_input_embeddings().weight.shape[1])
         if not self.arch.encoder:

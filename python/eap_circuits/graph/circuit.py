@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import formats
 from ..display import Result, drawn
-from ..edges import Graph, beyond, edge_flags, numbers, prune
+from ..edges import Graph, beyond, edge_flags, numbers, prune, usable
 from ..errors import expected, instance, warn
 from . import exports
 
@@ -38,8 +38,8 @@ class Circuit(Result):
 
     def __post_init__(self) -> None:
         instance("graph", self.graph, Graph)
-        instance("info", self.info, dict, "a dictionary")
-        object.__setattr__(self, "mask", edge_flags("circuit mask", self.mask, self.graph).clone())
+        object.__setattr__(self, "info", dict(instance("info", self.info, dict, "a dictionary")))
+        object.__setattr__(self, "mask", usable(edge_flags("circuit mask", self.mask, self.graph).clone()))
         if self.values is not None:
             shape = [self.graph.n_senders, self.graph.n_receivers]
             values = numbers("circuit values", self.values, shape, " [senders, receivers]")

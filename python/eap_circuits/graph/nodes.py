@@ -40,7 +40,7 @@ class NodeScores(Result):
 
     def __post_init__(self) -> None:
         instance("graph", self.graph, Graph)
-        instance("info", self.info, dict, "a dictionary")
+        object.__setattr__(self, "info", dict(instance("info", self.info, dict, "a dictionary")))
         object.__setattr__(self, "values", numbers("node score values", self.values, [self.graph.n_senders]))
         if self.neurons is not None:
             shape = [self.graph.n_senders, self.graph.d_model]

@@ -59,7 +59,7 @@ class EdgeScores(Result):
 
     def __post_init__(self) -> None:
         instance("graph", self.graph, Graph)
-        instance("info", self.info, dict, "a dictionary")
+        object.__setattr__(self, "info", dict(instance("info", self.info, dict, "a dictionary")))
         shape = [self.graph.n_senders, self.graph.n_receivers]
         shapes: dict[str, list[int | str]] = {"variance": [*shape], "neurons": [shape[0], self.graph.d_model]}
         shapes["within_heads"] = ["P", "P", shape[1]]

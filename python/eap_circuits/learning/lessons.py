@@ -102,7 +102,8 @@ class Lessons:
         waiting = [batch_of(request.data, self.groups[group], request.reuse_prefix, request.arch.device)]
         while waiting:
             batch = waiting.pop()
-            if batch.n_examples > 1 and batch.clean.numel() > self.tokens:
+            uneven = request.arch.hooked and batch.host["last"].unique().numel() > 1
+            if batch.n_examples > 1 and (uneven or batch.clean.numel() > self.tokens):
                 waiting += reversed(halves(request.data, batch))
             else:
                 yield batch

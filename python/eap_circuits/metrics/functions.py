@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,10 @@ class MetricBatch:
     targets: Tensor | None = None
     weights: Tensor | None = None
     answer: Tensor | None = None
+
+    def copy(self) -> MetricBatch:
+        """The same in memory of its own."""
+        return replace(self, **{name: x.clone() for name, x in vars(self).items() if x is not None})
 
 
 POSITIONS = ("mask", "targets", "weights", "answer")
@@ -81,6 +85,13 @@ class Metric:
     of_answers: bool = False
 
     def __call__(self, logits: Tensor, batch: MetricBatch) -> Tensor:
+        if METRICS.get(self.name) is self:
+            return self._of(logits, batch)
+        # The user's own may change in place what it is given, and the grad mode, which is put back.
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            return self._of(logits.clone(), batch.copy())
+
+    def _of(self, logits: Tensor, batch: MetricBatch) -> Tensor:
         if logits.dim() == 3 and self.looks_at in ("answers", "runs"):
             return _mean_over_positions(self.function, logits, batch)
         return self.function(logits, batch)
@@ -331,7 +342,8 @@ def check_metric_values(values: Tensor, batch: MetricBatch, logits: Tensor | Non
             f"a floating-point tensor of shape {shape}, one value per example",
             f"{values.dtype} of shape {list(values.shape)}" + ("" if values.dim() else ", such as a mean"),
         )
-    if torch.is_grad_enabled() and logits is not None and logits.requires_grad and not values.requires_grad:
+    # A view made under `no_grad` says that it requires grad, and passes none on.
+    if torch.is_grad_enabled() and logits is not None and logits.requires_grad and values.grad_fn is None:
         raise expected(
             "metric",
             "values that depend differentiably on the logits",

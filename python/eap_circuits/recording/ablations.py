@@ -72,7 +72,7 @@ def deviations(arch: Architecture, batches: Iterable[Batch], around: Constants) 
 
 
 def _means_over(arch: Architecture, data: PairedDataset, positional: bool = False) -> Constants:
-    batches = make_batches(different_throughout(data), None, False, arch.device)
+    batches = make_batches(different_throughout(data), None, False, arch.device, even=arch.hooked)
     return means(arch, batches, max(longest(data)) if positional else None)
 
 

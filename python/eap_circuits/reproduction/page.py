@@ -252,7 +252,7 @@ def cell(value: Any) -> str:
         return NONE
     if isinstance(value, float):
         return number(value, 3) if abs(value) >= 0.01 or value == 0 else f"{value:.1e}"
-    return count(value) if isinstance(value, int) else str(value)
+    return count(value) if isinstance(value, int) else str(value).replace("|", r"\|")
 
 
 def _span(values: Iterable[int]) -> str:

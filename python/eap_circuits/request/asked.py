@@ -81,7 +81,8 @@ class Request:
 
     def batches(self, tokens: int) -> Iterator[Batch]:
         """The data in batches, of at most this many tokens where the user names no size."""
-        return make_batches(self.data, self.batch_size, self.reuse_prefix, self.arch.device, tokens)
+        arch = self.arch
+        return make_batches(self.data, self.batch_size, self.reuse_prefix, arch.device, tokens, arch.hooked)
 
     def runner(self, graph: Graph, batch: Batch) -> Runner:
         """The model on a batch, with no more logits than the metric looks at."""
@@ -104,7 +105,7 @@ def prepare(
     Args:
         compares: whether a metric is taken, and clean prompts are compared with what is put in their place.
     """
-    instance("data", data, PairedDataset)
+    data = replace(instance("data", data, PairedDataset))  # read anew, as tensors may have been changed in place
     if batch_size is not None:
         batch_size = min(whole("batch_size", batch_size, 1, note=", or None"), _LARGEST_BATCH)
     arch = bind(model)
@@ -117,7 +118,7 @@ def prepare(
         ablation=ablation,
         ablation_data=ablation_data,
         batch_size=batch_size,
-        reuse_prefix=flag("reuse_prefix", reuse_prefix) and data.pictures is None,
+        reuse_prefix=flag("reuse_prefix", reuse_prefix) and data.pictures is None and not arch.hooked,
         memory=parse_bytes(memory),
     )
     _check_ablation(request)
@@ -129,7 +130,7 @@ def prepare(
     data = request.data
     check_tokens(request.arch, data)
     _check_places(request.arch, data)
-    known = 0 if request.arch.classifies else vocabulary(request.arch.model)
+    known = 0 if request.arch.classifies else _predicted(request.arch)
     if data.variants is not None and (data.variants >= known).any():
         data = replace(data, variants=data.variants.where(data.variants < known, -1))
         request = replace(request, data=data)
@@ -235,6 +236,12 @@ def vocabulary(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
+def _predicted(arch: Architecture) -> int:
+    """How many tokens have logits; some models embed more."""
+    embedded = vocabulary(arch.model)
+    return min(embedded, int(getattr(arch.head, "out_features", embedded)))
+
+
 def check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> None:
     config: Any = arch.model.config
     shown = 0 if data.pictures is None else _pictured(arch, data.pictures, label)
@@ -243,7 +250,8 @@ def check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> No
         classes = name == "answers" and arch.classifies
         if tokens is None or (classes and label):
             continue
-        most = int(config.num_labels) if classes else vocabulary(arch.model)
+        most = _predicted(arch) if name == "answers" else vocabulary(arch.model)
+        most = int(config.num_labels) if classes else most
         most += shown if name in ("clean", "corrupted") else 0
         beyond = (tokens >= most).flatten(1).any(1).nonzero()
         if len(beyond):

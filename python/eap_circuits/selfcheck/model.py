@@ -30,6 +30,7 @@ from ..tasks import PairedDataset, different_throughout
 EXACT = 1e-8  # relative error; rounding in a deep float64 model stays far below this
 ONLY_STREAM = "blocks read nothing but the residual stream"
 _STEP = 1e-5  # change of a mask entry for finite differences; their error is of this order
+_RECORDS = "output_capturing"  # transformers' own hooks, which a first run may leave, to return what layers give
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,12 @@ def _state(model: nn.Module) -> list[object]:
     """Everything about a model that a run could leave changed, except the weights' values."""
     state: list[object] = []
     for module in model.modules():
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
-        state.append((module.training, [list(h) for h in hooks], plain))
+        kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        hooks = [
+            [key for key, f in kind.items() if _RECORDS not in str(getattr(f, "__module__", ""))] for kind in kinds
+        ]
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)) and _RECORDS not in k}
+        state.append((module.training, hooks, plain))
     state += [(p.requires_grad, p.grad is None, p.data_ptr()) for p in model.parameters()]
     return [*state, getattr(model.config, "_attn_implementation", None)]
 

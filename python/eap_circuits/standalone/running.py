@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from ..adapters import Architecture, bind
+from ..adapters import Architecture, bind, foreign_hooks
 from ..errors import expected, instance, known_arguments, number, shown
 from ..evaluation import optimal_constants
 from ..forward import Constants, Hooks, Runner, batch_of, borrowed, parameters, why_not_reused
@@ -44,7 +44,7 @@ class CircuitModel(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.circuit, self.ablation, self.constants, self._mask = model, circuit, ablation, constants, mask
-        self._tried = False
+        self._tried: list[Any] | None = None  # the hooks of others with which it was
 
     @together
     @gives_back
@@ -194,10 +194,11 @@ class CircuitModel(nn.Module):
         return self._circuit(arch, runner, runner)
 
     def _try(self, arch: Architecture, data: PairedDataset) -> None:
-        """Once: that attention takes a key and a value for each query head, where the graph has them."""
-        if not self._tried:
+        """Once: that attention takes a key and a value for each query head, where the graph has them; and hooks."""
+        hooks = [hook for module in arch.model.modules() for hook in foreign_hooks(module)]
+        if self._tried != hooks:
             why_not_reused(arch, self.circuit.graph.heads, data, reuse_prefix=False)
-            self._tried = True
+            self._tried = hooks
 
     def _circuit(self, arch: Architecture, ablating: Runner, runner: Runner) -> Tensor:
         ablated = record_run(ablating, True, self.constants and self.constants.on(arch))

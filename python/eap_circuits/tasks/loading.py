@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..errors import InputError, expected, near, reason
-from ..files import DAMAGED, check_file, parse_json, suffix_of, write_whole
+from ..files import CHECKSUM, DAMAGED, check_digest, check_file, digest, parse_json, suffix_of, write_whole
 from ..texts.records import IMAGES
 from .tokens.pictures import Pictures
 
@@ -40,6 +40,8 @@ _SPANS = ("spans", "span_tokens")
 _FORMAT = "eap-circuits/1"
 
 _LONGEST = 2**31 - 1  # characters of a cell; of itself csv takes 131,072
+# What json and ast raise for a cell that they cannot read: a dict as a member of a set is a TypeError.
+_UNREADABLE = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
 
 Records = tuple["list[dict[str, Any]]", "list[str]"]
 
@@ -186,7 +188,7 @@ def _prompt(cell: Any) -> Any:
 def _list(cell: Any) -> list[Any] | None:
     """The list that a cell holds as text: Python writes lists into tables as often as JSON does."""
     for read in (json.loads, ast.literal_eval) if isinstance(cell, str) and cell[:1] == "[" else ():
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        with suppress(*_UNREADABLE):
             return list(read(cell))
     return None
 
@@ -200,7 +202,7 @@ def _answer(cell: Any, member: type, label: str) -> Any:
     """An id or a text, or a list of them; a cell of a table may hold the list as text."""
     value = _list(cell) or cell
     if isinstance(value, str) and member is int:
-        with suppress(ValueError):
+        with suppress(*_UNREADABLE):
             value = json.loads(value)
     members = value if isinstance(value, list) else [value]
     if not members or not all(type(x) is member for x in members):
@@ -212,6 +214,8 @@ def read_tokens(path: Path) -> dict[str, Any]:
     """The fields of a dataset, from `.safetensors` or `.pt`. Nothing is unpickled."""
     try:
         content, texts = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pt(path)
+    except InputError:
+        raise
     except DAMAGED as error:
         raise expected("file", "token tensors", f"something else ({reason(error)})") from error
     masked = not texts and _MASKS[0] in content
@@ -226,8 +230,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     with safe_open(path, "pt") as file:
         content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
         metadata = file.metadata() or {}
+    if CHECKSUM in metadata:  # older files have none
+        check_digest(metadata.pop(CHECKSUM), metadata, content)
     if metadata.get("kind") != "dataset":
         return content, {}
+    if (form := metadata.get("format", _FORMAT)) != _FORMAT:
+        raise expected("metadata", f"format {_FORMAT!r}", repr(form))
     texts = json.loads(metadata["dataset"])
     if texts["prompts"] is not None:
         texts["prompts"] = [(clean, corrupted) for clean, corrupted in texts["prompts"]]
@@ -257,4 +265,5 @@ def write_tokens(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tenso
     suffix_of(path, (".safetensors",))
     metadata = {"format": _FORMAT, "kind": "dataset", "dataset": json.dumps(texts)}
     found = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+    metadata[CHECKSUM] = digest(metadata, found)
     write_whole(path, lambda file: save_file(found, file, metadata=metadata))

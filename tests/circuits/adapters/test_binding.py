@@ -259,6 +259,15 @@ def test_embeddings_of_another_width_are_named():
     assert "OPTForCausalLM's token embeddings" in text and "24" in text and "12" in text
 
 
+def test_embeddings_without_a_weight_are_named(make_model):
+    model = make_model("llama")
+    model.model.embed_tokens = torch.nn.Sequential(model.model.embed_tokens)
+    wanted = (
+        "LlamaForCausalLM's token embeddings: expected a module with a weight [tokens, features], found Sequential."
+    )
+    assert refused(model) == wanted
+
+
 def test_head_counts_that_do_not_fit_are_named(make_model):
     model = make_model("llama")
     model.model.layers[1].self_attn.k_proj = torch.nn.Linear(24, 4 * 4).double()

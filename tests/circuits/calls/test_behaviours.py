@@ -23,7 +23,7 @@ from tests.circuits.calls.behaviours import (
     scores_by_hand,
     value,
 )
-from tests.circuits.conftest import random_circuit, random_edges, random_pairs, tiny_model
+from tests.circuits.conftest import random_circuit, random_edges, random_pairs, tiny_model, watch
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import gradients, of_circuit, plain_run
 from tests.circuits.recording.unequal_pairs import unequal_pairs
@@ -183,7 +183,7 @@ def test_logits_are_computed_only_where_they_are_scored(metric, monkeypatch):
     scored, seen = sum(len(row[2]) for row in rows), {"head": set(), "mlp": set()}
     modules = {"head": model.lm_head, "mlp": model.model.layers[-1].mlp}
     for name, module in modules.items():
-        module.register_forward_hook(lambda _, args, y, name=name: seen[name].add(y.shape[:2].numel()))
+        watch(module, lambda y, *_, name=name: seen[name].add(y.shape[:2].numel()))
     eap.attribute(model, data, metric, method="eap", batch_size=2, reuse_prefix=False)
     # Both prompts run together, or one after the other.
     assert seen["head"] <= {scored, 2 * scored} and seen["mlp"] <= {scored, 2 * scored}

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import eap_circuits as eap
+from eap_circuits.cli import session
+from tests.fuzz import common as tiny
 
 from .conftest import run
 
@@ -44,6 +46,17 @@ def test_a_card(tmp_path: Path, loads: list[str], pairs: Path, held_out: Path, m
     assert f"{right.faithfulness:.3f}" in found.stdout and "Wrote" in found.stdout
     text = page.read_text(encoding="utf-8")
     assert "Faithfulness card" in text and f"{right.faithfulness:.3f}" in text
+
+
+def test_a_card_s_report_spells_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "load_model", lambda *_, **__: (tiny.model(), tiny.tokenizer()))
+    circuit, data, page = tmp_path / "c.safetensors", tmp_path / "pairs.csv", tmp_path / "card.html"
+    tiny.circuit().save(circuit)
+    data.write_text("clean,corrupted,good,bad\nAnn met Bob,Cy met Bob,Ann,Cy\n")
+    tiny.scores().save(tmp_path / "s.safetensors")
+    run("card", "tiny", circuit, "--data", data, "--draws", 1, "--most-edges", 0, "--html", page,
+        "--scores", tmp_path / "s.safetensors", "--resamples", 1)  # fmt: skip
+    assert "&#39;Ann&#39; rather than &#39;Cy&#39;" in page.read_text(encoding="utf-8")
 
 
 def test_a_card_that_cannot_be_is_refused_before_any_model(

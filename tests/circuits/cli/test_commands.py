@@ -14,7 +14,9 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.cli import session
+from eap_circuits.cli.console import say, show_table
 from eap_circuits.evaluation import circuit_values
+from eap_circuits.report.table import Column, Table
 from eap_circuits.selfcheck import Check
 from tests.circuits.cli.conftest import run
 
@@ -139,6 +141,17 @@ def test_report_needs_no_model(tmp_path: Path, saved: Path, pairs: Path, loads: 
         data = re.search('id="explorer-data">(.*?)</script>', out.read_text(encoding="utf-8"))
         assert data and json.loads(data.group(1))["other"]["score"]
     assert loads == []
+
+
+def test_what_is_shown_is_neither_cut_nor_replaced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    columns = Column("name", "name"), Column("n", "n", numeric=True), Column("m", "m", numeric=True)
+    show_table(Table("All", columns, ((":cat:", "1,234,567,890", "-0.125"), ("[b]", "1", "2"))))
+    say("Wrote :cat:.json [b].")
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in (":cat: ", "1,234,567,890", "-0.125", "[b] ", "Wrote :cat:.json [b].\n"))
 
 
 def test_demo_writes_its_three_files(

@@ -38,6 +38,11 @@ from tests.circuits.cli.conftest import run
         (["curve", "tiny", "s.pt", "--task", "ioi", "--baselines", "random,x"], "--baselines: expected one of"),
         (["curve", "tiny", "s.pt", "--task", "ioi", "-o", "curve.csv"], "curve.csv: expected a name ending"),
         (["report", "none.safetensors"], "none.safetensors: expected a file"),
+        (
+            ["leaderboard", "--data", "a/x.csv", "--data", "b/x.csv"],
+            "--tasks, --data: expected tasks and files of differ",
+        ),
+        (["reproduce", "--tasks", "ioi", "--data", "ioi.csv"], "of different names, found ioi, ioi.csv."),
         (["report", "none.safetensors", "-o", "r.pdf"], "r.pdf: expected a name ending"),
     ],
 )

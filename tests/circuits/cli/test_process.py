@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,15 +19,15 @@ COMMANDS = ("demo", "data", "attribute", "learn", "evaluate", "curve", "report",
 SOURCES = [str(folder) for folder in (Path(__file__).parents[3] / "python", Path(__file__).parents[3])]
 
 
-def eap(*args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+def eap(*args: str, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([*SOURCES, os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "100", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
     result = subprocess.run(
         [sys.executable, "-m", "eap_circuits.cli", *args],
-        capture_output=True,
         text=True,
         env=environment,
         check=False,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
     )
     assert result.returncode == code, (result.stdout, result.stderr)
     return result
@@ -110,6 +111,18 @@ def test_a_terminal_that_knows_ascii_only(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     result = eap("attribute", "--help")  # whose formulas are no ASCII
     assert result.stdout.isascii() and "?" in result.stdout and result.stderr == ""
+
+
+@pytest.mark.parametrize("typed", ["--help", "tasks", "tasks --json"])
+def test_output_that_cannot_be_written_is_one_sentence(typed: str) -> None:
+    with open("/dev/full", "w") as full:
+        ended = eap(*typed.split(), code=2, stdout=full)
+    assert ended.stderr.startswith("eap: error: ") and "No space left on device" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_errors_do_not_go_to_stdout_where_stderr_is_closed() -> None:
+    assert eap("tasks", "iou", code=2, preexec_fn=lambda: os.close(2)).stdout == ""
 
 
 def test_unknown_options_and_numbers_out_of_range_are_refused() -> None:

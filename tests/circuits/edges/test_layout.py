@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from eap_circuits import Graph, InputError
+from eap_circuits import Circuit, Graph, InputError
 from eap_circuits.edges import layer_name
 from eap_circuits.graph import prune
 
@@ -37,6 +41,22 @@ def test_nodes_and_edges_are_those_of_the_published_package(family: str) -> None
     assert graph.receivers == oracle["receivers"]
     assert graph.n_edges == oracle["n_edges"]
     assert torch.equal(graph.edge_mask, load_file(DATA / family / "oracle.safetensors")["real_edges"])
+
+
+@pytest.mark.parametrize("made_in", [nullcontext, torch.inference_mode])
+def test_a_mask_changed_in_place_changes_no_graph(made_in: Callable[[], AbstractContextManager[None]]) -> None:
+    graph = Graph((2, 2), (1, 1), d_model=8)
+    with made_in():
+        mask = graph.edge_mask
+    kept = mask.clone()
+    assert mask is graph.edge_mask and not mask.is_inference()
+    mask[3] = False
+    without = Circuit.from_mask(graph, mask)
+    assert torch.equal(graph.edge_mask, kept) and int(kept.sum()) == graph.n_edges
+    assert without.n_edges == graph.n_edges - int(kept[3].sum())
+    assert torch.equal(without.complement().mask, kept & (torch.arange(7) == 3)[:, None])
+    for again in (copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+        assert again == graph and torch.equal(again.edge_mask, kept)
 
 
 def test_a_small_graph_by_hand() -> None:

@@ -16,7 +16,7 @@ from eap_circuits.edges import Graph, Spans, prune
 from eap_circuits.selfcheck import StayDouble
 from eap_circuits.tasks import spans_in
 from tests.circuits.calls.behaviours import answered_pairs, runs, scored_pairs, value
-from tests.circuits.conftest import random_pairs
+from tests.circuits.conftest import random_circuit, random_pairs
 from tests.circuits.decoders import Decoder
 from tests.circuits.models import KINDS
 from tests.circuits.plain_runs import differences, gradients, of_circuit, plain_run
@@ -218,6 +218,17 @@ def test_edges_are_those_on_a_path_by_brute_force():
         mask = graph.edge_mask & (torch.rand(graph.edge_mask.shape, generator=generator) < share)
         circuit = eap.Circuit(graph, mask)
         assert set(circuit.pruned().edges) == on_paths(set(circuit.edges))
+
+
+def test_masks_by_span_are_changed_one_at_a_time(make_model):
+    """As docs/spans.md does."""
+    plain = bind(make_model("gpt2")).graph("kv")
+    for graph in (plain, plain.with_spans(spans_in(with_spans(random_pairs(n=3))))):
+        circuit = random_circuit(graph, 0, 0.5)
+        for mask in (circuit.mask, graph.edge_mask):
+            kept = mask.clone()
+            graph.per_span(mask)[0] = False
+            assert torch.equal(mask, kept)
 
 
 @pytest.mark.parametrize("how", ["top", "greedy", "optimal"])

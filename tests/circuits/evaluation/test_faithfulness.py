@@ -126,6 +126,17 @@ def test_list_equals_one_by_one(make_model, make_pairs):
     assert eap.evaluate(model, [], data) == []
 
 
+def test_results_share_no_memory(make_model, make_pairs):
+    """So one can be changed, or pickled, by itself."""
+    model, data = make_model("gpt2"), make_pairs(seed=4)
+    first, second = eap.evaluate(model, [random_circuit(graph_of(model), seed, 0.5) for seed in range(2)], data)
+    right = second.faithfulness
+    for values in (first.values, first.clean_values, first.corrupted_values):
+        values.zero_()
+        assert values.untyped_storage().nbytes() == values.nbytes
+    assert second.faithfulness == right
+
+
 def test_curve_ends_at_the_model_and_areas_are_trapezoids(make_model, make_pairs):
     model, data = make_model("llama"), make_pairs(seed=5)
     scores = eap.attribute(model, data)

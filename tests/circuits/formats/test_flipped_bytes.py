@@ -11,11 +11,38 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from eap_circuits import Circuit, EdgeScores, InputError, NodeScores
+from eap_circuits import Circuit, EdgeScores, InputError, NodeScores, PairedDataset
 from eap_circuits.formats import parts
 from eap_circuits.report import load_curve
 from tests.circuits.formats.test_strict_formats import KV, SUFFIXES, curve, refused, values_of, written
+from tests.fuzz.common import tokenizer
+
+
+def test_a_flipped_byte_of_prompts_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+    rng, path = random.Random(0), tmp_path / "pairs.safetensors"
+    texts = [("Ann met Bob", "Cy met Bob"), ("Bob gave", "Ann gave")]
+    records = [{"clean": own, "corrupted": other, "answers": [2, 3 + i]} for i, (own, other) in enumerate(texts)]
+    right = PairedDataset.from_records(records, tokenizer())
+    right.save(path)
+    whole, said = path.read_bytes(), list[str]()
+    for _ in range(300):
+        data = bytearray(whole)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            assert PairedDataset.from_file(path) == right
+        except InputError as error:
+            said.append(str(error))
+    assert len(said) > 250 and all(each.startswith(str(path)) and "\n" not in each for each in said)
+
+
+def test_prompts_of_a_newer_format_are_refused(tmp_path: Path) -> None:
+    tensors = {"clean": torch.ones(1, 2), "corrupted": torch.ones(1, 2), "lengths": torch.ones(1)}
+    save_file(tensors, path := tmp_path / "p.safetensors", {"kind": "dataset", "format": "eap-circuits/9"})
+    with pytest.raises(InputError, match=r"metadata: expected format 'eap-circuits/1', found 'eap-circuits/9'\.$"):
+        PairedDataset.from_file(path)
 
 
 @pytest.mark.parametrize("suffix", [*SUFFIXES, "nodes", "curve"])

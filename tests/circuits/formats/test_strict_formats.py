@@ -165,6 +165,8 @@ def test_node_scores_are_finite_and_checked(tmp_path: Path) -> None:
         (lambda c: c["cfg"].update(heads=[["kv"]]), "heads: expected 'kv' or 'query', found a list"),
         (lambda c: c.update(edges=[]), "nodes and edges: expected a JSON object of each"),
         (lambda c: c.update(info=[1]), "info: expected a JSON object"),
+        (lambda c: c.update(info={"n_examples": "4"}), "info, n_examples: expected a whole number from 1"),
+        (lambda c: c.update(info={"selection": "top"}), "info, selection: expected a JSON object, found 'top'"),
         (lambda c: [c], "something else (a list in place of an object)"),
     ],
 )

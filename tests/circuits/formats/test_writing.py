@@ -47,6 +47,16 @@ def test_an_interrupted_write_keeps_the_old_file(error: BaseException, tmp_path:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_torch_says_of_a_full_disk_is_told_without_its_sources(tmp_path: Path) -> None:
+    said = "[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data: file write failed"
+
+    def write(_: Path) -> None:
+        raise RuntimeError(said)
+
+    with pytest.raises(InputError, match=r"cannot be written \(PytorchStreamWriter failed writing file data: "):
+        write_whole(tmp_path / "circuit.pt", write)
+
+
 def test_a_written_file_replaces_the_old_one_and_is_as_readable(tmp_path: Path) -> None:
     path = tmp_path / "circuit.json"
     path.write_text("old")

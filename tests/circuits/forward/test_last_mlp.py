@@ -11,6 +11,7 @@ import eap_circuits as eap
 from eap_circuits.adapters import bind
 from eap_circuits.forward import Runner
 from eap_circuits.request import asked
+from tests.circuits.conftest import watch
 
 # With a norm behind, flattened tokens, the residual stream in the module, and more than one output among them.
 KINDS = ["bloom", "falcon", "gemma2", "gpt2", "olmo2", "opt", "qwen3-moe"]
@@ -42,15 +43,12 @@ def test_it_runs_once_for_each_row(kind, make_model, make_pairs):
     last, width = bind(model).layers[-1].mlp_out, model.config.get_text_config().hidden_size
     seen = []
 
-    def count(module, arguments, output):
+    def count(output, *_, **__):
         seen.append((output[0] if isinstance(output, tuple) else output).numel() // width)
 
-    handle = last.register_forward_hook(count)
-    try:
-        scores = eap.attribute(model, data, steps=3, reuse_prefix=False)
-        assert sum(seen) == 4 * len(data)
-        seen.clear()
-        eap.evaluate(model, scores.select(scores.graph.n_edges // 2), data, reuse_prefix=False)
-        assert sum(seen) <= 3 * len(data)
-    finally:
-        handle.remove()
+    watch(last, count)
+    scores = eap.attribute(model, data, steps=3, reuse_prefix=False)
+    assert sum(seen) == 4 * len(data)
+    seen.clear()
+    eap.evaluate(model, scores.select(scores.graph.n_edges // 2), data, reuse_prefix=False)
+    assert sum(seen) <= 3 * len(data)

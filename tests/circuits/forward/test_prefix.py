@@ -9,6 +9,7 @@ import eap_circuits as eap
 from eap_circuits.forward.prefixes import prefix
 from eap_circuits.forward.replays import known
 from eap_circuits.selfcheck import StayDouble
+from tests.circuits.conftest import watch
 
 
 def pairs(beginning: int, prefixes: int) -> eap.PairedDataset:
@@ -54,14 +55,13 @@ def test_nothing_changes(beginning, prefixes, kind, heads, make_model, relative,
 def test_distinct_prefixes_run_with_the_corrupted_prompts(make_model):
     """Two passes: whole corrupted prompts, and the path points side by side; before them those of one or two pairs."""
     model, data, shapes = make_model("llama"), pairs(0, 6), []
-    hook = model.model.register_forward_pre_hook(
-        lambda _, __, given: shapes.append(
+    watch(
+        model.model,
+        lambda _, **given: shapes.append(
             tuple(next(given[x] for x in ("inputs_embeds", "input_ids") if given.get(x) is not None).shape[:2])
         ),
-        with_kwargs=True,
     )
     eap.attribute(model, data, steps=2, batch_size=6)
-    hook.remove()
     assert shapes[-2:] == [(6, int(data.lengths.max())), (12, 5)]
     assert all(rows <= 4 for rows, _ in shapes[:-2])
 
@@ -70,9 +70,8 @@ def test_distinct_prefixes_run_with_the_corrupted_prompts(make_model):
 def test_no_pass_gives_logits_of_more_than_one_position(beginning, prefixes, make_model, monkeypatch):
     monkeypatch.setattr(known, "_WORTH_A_PASS", 20)
     model, shapes = make_model("llama"), []
-    hook = model.lm_head.register_forward_hook(lambda _, __, logits: shapes.append(logits.shape[1]))
+    watch(model.lm_head, lambda logits, _: shapes.append(logits.shape[1]))
     eap.attribute(model, pairs(beginning, prefixes), steps=2, metric="kl_divergence")
-    hook.remove()
     assert shapes and set(shapes) == {1}
 
 

@@ -16,6 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import eap_circuits as eap
 from eap_circuits.forward.prefixes import reuse
 from eap_circuits.methods import METHODS
+from tests.circuits.conftest import watch
+from tests.circuits.models import VOCABULARY
 
 NOT_REUSED = "prefixes are not reused, as its cache cannot serve"
 
@@ -104,6 +106,15 @@ def test_a_model_that_sees_later_tokens_is_refused(attention, make_pairs):
         eap.attribute(model, make_pairs(n=4))
 
 
+def test_a_model_in_which_prompts_change_each_other_is_refused(make_model, make_pairs):
+    """As quantised layers do that scale activations by the largest in the batch."""
+    model = make_model("llama")
+    theirs = model.model.layers[1].mlp.forward
+    model.model.layers[1].mlp.forward = lambda x: theirs(x) / x.abs().max()
+    with pytest.raises(eap.InputError, match=r"^model: expected .* no prompt's logits depend on those beside it, .*LM"):
+        eap.attribute(model, make_pairs(n=4))
+
+
 @pytest.mark.parametrize("reuse_prefix", [True, False])
 def test_attention_that_takes_no_key_for_each_query_head(reuse_prefix, attention, make_pairs, relative):
     (model, right), data = attention(with_two_key_heads), make_pairs(n=4)
@@ -136,16 +147,13 @@ def test_a_forward_that_ignores_the_cache(method, dtype, make_model, make_pairs,
 def test_one_or_two_pairs_are_tried(prefixes, rows, make_model, make_pairs):
     data = make_pairs(n=40) if prefixes == "mixed" else one_prefix(make_pairs)
     model, seen = make_model("llama"), []
-    hook = model.model.layers[0].register_forward_pre_hook(
-        lambda _, args, given: seen.append(len(args[0])), with_kwargs=True
-    )
+    watch(model.model.layers[0], lambda _, x, **__: seen.append(len(x)))
 
     def metric(logits, batch):
         raise KeyError
 
     with pytest.raises(KeyError):
         eap.attribute(model, data, metric)
-    hook.remove()
     assert seen[: len(rows)] == rows
 
 
@@ -244,6 +252,19 @@ def test_a_changed_model_is_tried_again(what, trials, monkeypatch, make_model, m
         warnings.simplefilter("ignore")
         eap.attribute(model, data, method="eap")
         assert trials == [2, 2]
+
+
+def test_tokens_that_were_changed_in_place_are_read_anew(make_model, make_pairs):
+    """The first difference of a pair, before which its prefix is, and what cannot be."""
+    model, data = make_model("llama"), make_pairs(n=4)
+    circuit = eap.attribute(model, data, method="eap").select(40)
+    data.corrupted[:, 0] = (data.clean[:, 0] + 1) % VOCABULARY
+    fresh = eap.PairedDataset.from_tokens(data.clean, data.corrupted, data.lengths, data.answers)
+    assert torch.equal(eap.attribute(model, data).values, eap.attribute(model, fresh).values)
+    assert eap.evaluate(model, circuit, data) == eap.evaluate(model, circuit, fresh)
+    data.answers[2] = 7
+    with pytest.raises(eap.InputError, match=r"^answers\[2\]: expected each id once"):
+        eap.evaluate(model, circuit, data)
 
 
 def test_a_failure_is_said_by_every_call(trials, attention, make_pairs):

@@ -11,7 +11,7 @@ from transformers import cache_utils
 import eap_circuits as eap
 from eap_circuits.methods import METHODS
 from eap_circuits.selfcheck import StayDouble
-from tests.circuits.conftest import tiny_model
+from tests.circuits.conftest import tiny_model, watch
 from tests.circuits.forward.test_prefix import pairs
 
 # A state space, a gated delta rule, a short convolution, and a state space beside attention.
@@ -66,11 +66,8 @@ def test_no_pass_runs_a_single_token(kind, relative):
 
 def test_only_tokens_behind_prefixes_run_in_passes_with_gradients():
     model, data, seen = tiny_model("qwen3-next"), pairs(9, 3), []
-    hook = model.model.layers[0].register_forward_pre_hook(
-        lambda _, args: seen.append((args[0].shape[1], torch.is_grad_enabled()))
-    )
+    watch(model.model.layers[0], lambda _, x, **__: seen.append((x.shape[1], torch.is_grad_enabled())))
     eap.attribute(model, data, steps=2)
-    hook.remove()
     assert max(tokens for tokens, gradients in seen if gradients) == int((data.lengths - data.first_difference).max())
 
 

@@ -85,6 +85,14 @@ def test_a_circuit_keeps_a_copy_of_its_mask() -> None:
     assert circuit.n_edges == GRAPH.n_edges
 
 
+def test_what_comes_of_a_result_has_info_of_its_own() -> None:
+    scores = EdgeScores(GRAPH, GRAPH.edge_mask.float(), {"method": "eap"})
+    circuit = scores.select(4)
+    for each in (scores.node_scores(), circuit.pruned(), circuit.across_spans(), circuit.to_query()):
+        each.info["note"] = "mine"
+    assert "note" not in scores.info | circuit.info
+
+
 def test_masks_that_cannot_be() -> None:
     with pytest.raises(InputError, match=r"^circuit mask: expected shape \[4, 6\] .*, found \[2, 2\]\.$"):
         Circuit.from_mask(GRAPH, torch.zeros(2, 2, dtype=torch.bool))

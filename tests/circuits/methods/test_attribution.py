@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -211,6 +213,24 @@ def test_works_whatever_the_callers_grad_mode(make_model, make_pairs, relative):
             assert relative(eap.attribute(model, data).values, right) < 1e-6
 
 
+def test_what_is_made_in_inference_mode_is_of_use_outside(make_model, make_pairs):
+    """Masks and results can be changed, and learned with."""
+    model = make_model("gpt2")
+    with torch.inference_mode():
+        data = make_pairs(n=3)
+        scores = eap.attribute(model, data, keep="neurons")
+        circuit, result = scores.select(20), eap.evaluate(model, scores.select(20), data)
+        nodes = scores.node_scores()
+    right = eap.evaluate(model, circuit, data)
+    assert torch.equal(result.values, right.values) and torch.equal(result.clean_values, right.clean_values)
+    held = (scores.values, scores.neurons, scores.graph.edge_mask, circuit.mask, circuit.values, nodes.values)
+    for x in (*held, result.values, result.clean_values):
+        x.copy_(x.clone())
+    weight = torch.ones_like(scores.values).requires_grad_()
+    (weight * scores.values).sum().backward()
+    assert torch.equal(weight.grad, scores.values)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -231,6 +251,15 @@ def test_bad_settings_are_one_sentence(settings, words, make_model, make_pairs):
         eap.attribute(make_model("gpt2"), make_pairs(), **settings)
     text = str(error.value)
     assert all(word in text for word in words) and "\n" not in text and text.endswith(".")
+
+
+def test_an_answer_that_the_model_embeds_and_does_not_predict_is_named(make_model, make_pairs):
+    model, data = make_model("llama"), make_pairs(n=2)
+    model.lm_head = torch.nn.Linear(24, 30).double()
+    data = replace(data, answers=torch.tensor([[1, 2], [3, 30]]))
+    for call in (lambda: eap.attribute(model, data), lambda: eap.summarise(model, data)):
+        with pytest.raises(eap.InputError, match=r"^answers of example 1: expected .* below the model's 30, .*30"):
+            call()
 
 
 def test_token_beyond_the_vocabulary_is_named(make_model, make_pairs):

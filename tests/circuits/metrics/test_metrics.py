@@ -290,3 +290,8 @@ def test_values_cut_off_from_the_logits() -> None:
     logits = LOGITS.clone().requires_grad_()
     with pytest.raises(InputError, match="differentiably on the logits"):
         check_metric_values(logits.detach()[:, 0], batch_of(PAIRS), logits)
+    with torch.no_grad():
+        view = logits[:, 0]
+    assert view.requires_grad  # which is not so
+    with pytest.raises(InputError, match="differentiably on the logits"):
+        check_metric_values(view, batch_of(PAIRS), logits)

@@ -18,6 +18,7 @@ import eap_circuits as eap
 from eap_circuits.cli import app, session
 from eap_circuits.errors import InputError
 from eap_circuits.reproduction import Experiment, Settings, reproduce, write_page
+from eap_circuits.reproduction.page import markdown
 
 SETTINGS = Settings(scored=2, pairs=3, steps=2, draws=2, grid=(1, 2), reference=4, fractions=(0.1, 0.5, 1.0))
 
@@ -237,3 +238,7 @@ def test_a_stage_in_progress_goes_on_too(
     assert found == right and not file.exists()
     ran, once = ([step for step in found if "integration" not in step[0]] for found in (steps, every))
     assert ran == once, "no batch is run twice"
+
+
+def test_a_name_does_not_end_its_cell() -> None:
+    assert markdown([("task", "edges"), ("a|b", 1)]) == "| task | edges |\n|---|---|\n| a\\|b | 1 |"

@@ -100,6 +100,35 @@ def test_a_metric_may_use_its_result_again(circuits, make_model, make_pairs) -> 
         assert torch.equal(found.values, right.values) and found.rounding == right.rounding > 0
 
 
+def test_a_metric_may_change_what_it_is_given(circuits, make_model, make_pairs) -> None:
+    """Its logits and all of its batch, which other runs are still to see, and the grad mode."""
+    model, data = make_model("llama"), make_pairs(n=4)
+
+    def in_place(logits, batch):
+        logits *= 2
+        batch.clean_logits.mul_(3)
+        batch.corrupted_logits.add_(1)
+        batch.answers.add_(1).remainder_(59)
+        right = (logits - batch.clean_logits + batch.corrupted_logits).gather(1, batch.answers.clone())[:, 0]
+        right = right * batch.index.clone()
+        batch.index.zero_()
+        batch.lengths.zero_()
+        torch.set_grad_enabled(False)
+        return right
+
+    def plain(logits, batch):
+        whole = 2 * logits - 3 * batch.clean_logits + batch.corrupted_logits + 1
+        return whole.gather(1, (batch.answers + 1) % 59)[:, 0] * batch.index
+
+    for call in (
+        lambda metric: eap.attribute(model, data, metric, steps=2).values,
+        lambda metric: eap.attribute(model, data, metric, method="exact", edges=circuits[0]).values,
+        lambda metric: torch.stack([each.values for each in eap.evaluate(model, circuits, data, metric)]),
+        lambda metric: eap.attribute_circuit(model, circuits[0], data, metric).values,
+    ):
+        torch.testing.assert_close(call(in_place), call(plain))
+
+
 def test_spelling_is_said_once_and_by_a_run_that_ends(make_model, make_pairs) -> None:
     """Where memory runs out a batch is measured again; only what was fetched counts as looked at."""
     model, data = make_model("llama"), make_pairs(n=3)

@@ -35,6 +35,13 @@ def test_self_check_fails_on_a_broken_site(family, make_model, monkeypatch):
     assert {"contributions sum to the residual", "all edges kept is the model on clean prompts"} <= failed
 
 
+def test_hooks_that_transformers_leaves_are_no_change(make_model):
+    """A model that is to return hidden states gets them in its first run."""
+    model = make_model("gpt2")
+    model.config.output_hidden_states = True
+    assert all(check.passed for check in check_model(model, n_edges=1))
+
+
 def test_self_check_sees_the_wrong_norm(make_model, monkeypatch):
     right = binder._Binder._layer
 

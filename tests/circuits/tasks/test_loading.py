@@ -126,6 +126,16 @@ LINE = json.dumps(RECORDS[1]) + "\n"
         ),
         (
             "a.csv",
+            IDS + f"Mary gave,Kate gave,{'[' * 100_000},3\n",
+            r"row 2, correct_idx: expected a token id .*, found '\[\[.* … .*\['",
+        ),
+        (
+            "a.csv",
+            HEADER + 'Mary gave,Kate gave,"[{[1]: 2}]",Mary\n',
+            r"row 2, good answer: expected an answer in the vocabulary .*\[\{\[1\]: 2\}\]",
+        ),
+        (
+            "a.csv",
             IDS + "Mary gave,Kate gave,3,3\n",
             "row 2, answers: expected good and bad answers that differ",
         ),

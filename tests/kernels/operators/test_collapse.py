@@ -70,7 +70,7 @@ def call(args, impl, begin):
     """(out, coefficients), where out begins with ones that are to be added to."""
     gradient, values, r, weights, *rest = args
     heads, width = gradient.shape[2:]
-    wide = r.dtype
+    wide = torch.promote_types(r.dtype, torch.float32)
     points, count = r.shape
     out = torch.full((heads, count, width), begin, dtype=wide).transpose(0, 1)
     coefficients = torch.full((heads, points + 2, count), float("nan"), dtype=wide)
@@ -102,6 +102,15 @@ def test_agrees_with_oracle(impl, device, dtype, case):
     found, reference = (call(args, name, 1.0) for name in (impl, "reference"))
     for x, y, right in zip(found, reference, oracle(args, 1.0), strict=True):
         testing.assert_close(x, y, right)
+
+
+def test_scales_and_constants_in_low_precision_are_widened_before_anything_is_computed(impl, device, randn):
+    g, y = randn(4, 6, 2, 16), (randn(4, 6, 2, 16) + 30).bfloat16()
+    r, weights, constant = (x.bfloat16() for x in (randn(4, 6).abs(), randn(4).abs(), randn(2, 16) + 30))
+    wide = (g, y, r.float(), weights.float(), 16, True, None, constant.float(), None)
+    found, reference = call((g, y, r, weights, 16, True, None, constant, None), impl, 0.0), call(wide, "reference", 0.0)
+    for x, z, right in zip(found, reference, oracle(wide, 0.0), strict=True):
+        testing.assert_close(x, z, right)
 
 
 def test_more_points_than_one_launch_takes(impl, device):
@@ -182,9 +191,12 @@ BAD = {
         "expected out and coefficients in float32, or both in float64, got torch.float64",
     ),
     "own memory": ({"out": G[0]}, ValueError, "an out that overlaps gradient"),
+    "own memory, constant": ({"constant": OUT[0]}, ValueError, "an out that overlaps constant"),
+    "own memory, gain": ({"gain": OUT[0, 0]}, ValueError, "an out that overlaps gain"),
     "own memory of both": ({"coefficients": OUT.flatten()[6:].view(1, 2, 3)}, ValueError, "an out that overlaps out"),
     "coefficients": ({"coefficients": torch.zeros(2, 3)[None, :1]}, ValueError, "coefficients of shape [1, 2, 3]"),
-    "features": ({"features": 0}, ValueError, "expected features to be a number of at least 1, got 0"),
+    "features": ({"features": 0}, ValueError, "expected features to be a number from 1 to 2**63 - 1, got 0"),
+    "gathered is a word": ({"gathered": "no"}, TypeError, "expected gathered to be True or False, got 'no'"),
     "rows": ({"rows": torch.tensor([0, 1, 3])}, ValueError, "expected rows within [0, 2], got 3"),
     "constant": ({"constant": torch.zeros(4)}, ValueError, "expected constant of shape [1, 4], got [4]"),
     "gain": ({"gain": torch.zeros(3)}, ValueError, "expected gain of shape [4], got [3]"),

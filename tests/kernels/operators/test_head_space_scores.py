@@ -19,7 +19,7 @@ CASES = st.fixed_dictionaries(
         "shared": st.sampled_from([1, 2]),
         "points": st.integers(0, 3),
         "tokens": st.integers(0, 9),
-        "width": st.sampled_from([1, 3, 8, 16]),
+        "width": st.sampled_from([0, 1, 3, 8, 16]),
         "features": st.sampled_from([1, 5, 32, 67, 130]),
         "layout": st.sampled_from(testing.LAYOUTS),
         "workspace": st.sampled_from([1, 5000, 2**28]),
@@ -134,6 +134,7 @@ HEADS, MLP = ek.Nodes(V, W), ek.Nodes(torch.zeros(3, 1, 5))
 C, X = torch.zeros(1, 2, 3), torch.zeros(2, 3, 5)
 BAD = {
     "no senders": (([], [MLP], REACH), TypeError, "expected senders and receivers to be lists"),
+    "no list": ((HEADS, [MLP], REACH), TypeError, "expected senders and receivers to be lists"),
     "not nodes": (([V], [MLP], REACH), TypeError, "expected senders and receivers to be lists"),
     "rank": (([ek.Nodes(V[0])], [MLP], REACH), ValueError, "expected values of shape [N, h, K], got [2, 4]"),
     "tokens": (([HEADS], [ek.Nodes(torch.zeros(2, 1, 5))], REACH), ValueError, "expected values of shape [3, h, K]"),

@@ -134,6 +134,9 @@ class _Binder:
         if causal and classifies and head is None:
             wanted = "a classifier that reads the last token (its `score`), or whose tokens all see each other"
             raise expected(type(self.model).__name__, wanted, "another")
+        if not isinstance(getattr(embed, "weight", None), torch.Tensor):
+            name = f"{type(self.model).__name__}'s token embeddings"
+            raise expected(name, "a module with a weight [tokens, features]", type(embed).__name__)
         if getattr(embed, "embedding_dim", width) != width and not family.placed:
             raise expected(
                 f"{type(self.model).__name__}'s token embeddings", f"{width} features, the layers'", embed.embedding_dim

@@ -109,7 +109,7 @@ def card(
 
         assert shown is not None
         named = {"scores": (scores or circuit).name, "circuit": circuit.name}
-        write_report(path, shown, kept, None, pairs, files=named, card=found)
+        write_report(path, shown, kept, None, pairs, files=named, tokenizer=tokenizer, card=found)
 
     wrong = write(files, "card", save, out)
     unseen = write(files, "report", page, html)

@@ -64,6 +64,7 @@ def record_layer_inputs(
     arch: Architecture, run: Callable[[Register], T], rows: slice = slice(None)
 ) -> tuple[LayerInputs, T]:
     """(What the layers read in some rows of a pass, what `run` returns, which gets the hooks for the pass)."""
+    # Hooks of others are called again where a run starts: what they are given is kept, not what they make of it.
     inputs: list[Tensor] = []
     memory: list[Tensor] = []
     results: list[tuple[object, ...] | None] = []
@@ -73,12 +74,15 @@ def record_layer_inputs(
         found = (x[rows] if _by_row(x, len(first)) else x for x in others)
         results.append(tuple(found) if isinstance(result, (tuple, list)) else None)
 
+    def own(x: Tensor) -> Tensor:
+        return x[rows].clone() if arch.hooked else x[rows]
+
     def register(hooks: Hooks) -> None:
         for layer in arch.layers:
-            hooks.on_input(layer.module, lambda x: inputs.append(x[rows]))
+            hooks.on_input(layer.module, lambda x: inputs.append(own(x)), first=True)
             hooks.on_result(layer.module, keep)
         if arch.encoder:
-            hooks.on_output(arch.layers[arch.encoder - 1].module, lambda y: memory.append(y[rows]))
+            hooks.on_output(arch.layers[arch.encoder - 1].module, lambda y: memory.append(own(y)), first=True)
 
     result = run(register)
     return LayerInputs(arch, inputs, results, memory[0] if memory else None), result

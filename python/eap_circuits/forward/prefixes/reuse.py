@@ -20,6 +20,7 @@ from ...tasks import PairedDataset
 from ..batches import Batch, batch_of
 from ..runner import Runner
 from ..want_of_memory import tried_twice
+from .constant_hooks import refuse_hooks
 from .remembered import once
 
 # Plain runs differ by rounding. It grows with depth, and GPUs may round float32 to a few digits in products (TF32).
@@ -35,9 +36,12 @@ def why_not_reused(arch: Architecture, heads: Heads, data: PairedDataset, reuse_
     length; without prefixes none, or two for heads="query"; none at all where a trial has succeeded before.
 
     Raises:
-        InputError: tokens see later ones, or attention does not take a key and a value for each query head.
+        InputError: tokens see later ones, attention does not take a key and a value for each query head, or hooks of
+            others change what they must not.
     """
     data = data.rows.data.scored_last()
+    if arch.hooked:
+        refuse_hooks(arch, data, logit_tolerance(arch))
     pairs = _tried(data) if reuse_prefix else []
     if not pairs and arch.graph(heads).n_receivers != arch.graph("kv").n_receivers:
         pairs = [int(data.longer_lengths.argmax())]
@@ -78,6 +82,9 @@ def _trial(arch: Architecture, heads: Heads, data: PairedDataset, reuse_prefix: 
         if found is None:
             continue
         if _tried_run(lambda whole=whole: _logits(arch, graph, whole), right, arch) is not None:  # type: ignore[misc]
+            if graph == plain_graph:
+                wanted = "a model in which no prompt's logits depend on those beside it, as activations' scales do"
+                raise expected("model", wanted, f"{type(arch.model).__name__}, whose do")
             name = type(arch.layers[0].attention).__name__
             raise expected("heads", f"'kv', as {name} does not take a key and a value for each query head", repr(heads))
         _check_causal(arch, whole, data.first_difference[:n])

@@ -1,0 +1,35 @@
+"""Tensors that whoever gets them may change in place."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class unspoilt(cached_property[Tensor]):
+    """A cached property whose tensor is made anew after someone has changed it in place, as one does with masks."""
+
+    def __get__(self, it: Any, owner: type | None = None) -> Tensor:  # type: ignore[override]
+        if it is None:
+            return self  # type: ignore[return-value]
+        assert self.attrname is not None
+        kept: tuple[Tensor, int] | None = vars(it).get(self.attrname)
+        if kept is None or kept[0]._version != kept[1]:
+            with torch.inference_mode(False):  # whose tensors have no version
+                made = self.func(it)
+            kept = vars(it)[self.attrname] = made, made._version
+        return kept[0]
+
+    def __set__(self, it: Any, value: object) -> None:  # so that Python asks `__get__` each time
+        raise AttributeError(f"{self.attrname} cannot be set")
+
+
+def usable(x: Tensor) -> Tensor:
+    """The tensor; where it was made in `torch.inference_mode`, a copy, which can be changed and learned with later."""
+    if not x.is_inference():
+        return x
+    with torch.inference_mode(False):
+        return x.clone()

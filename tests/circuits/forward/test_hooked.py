@@ -1,0 +1,157 @@
+"""Hooks of one's own may go by a token's place: each prompt runs as it does alone in the plain model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import eap_circuits as eap
+from tests.circuits.conftest import logit_difference, prompts, random_circuit
+
+
+def at(place, share=0.5):
+    """A hook that adds to a share of the output at some tokens."""
+
+    def hook(_, __, output):
+        whole = output[0] if isinstance(output, tuple) else output
+        new = whole.clone()
+        new[:, place] = share * new[:, place] + 1
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    return hook
+
+
+HOOKS = {
+    "the last token of a layer": lambda model: model.model.layers[1].register_forward_hook(at(-1, 1)),
+    "a token of an MLP": lambda model: model.model.layers[0].mlp.register_forward_hook(at(2)),
+    "a token of the last MLP": lambda model: model.model.layers[2].mlp.register_forward_hook(at(0)),
+    "inside the last MLP": lambda model: model.model.layers[2].mlp.up_proj.register_forward_hook(at(slice(0, 4))),
+    "embeddings": lambda model: model.model.embed_tokens.register_forward_hook(at(slice(1, 3))),
+}
+
+
+def by_hand(model, data):
+    """The metric of both prompts of each pair, and the mean of Σ_t ⟨e(x') − e(x), ∂loss/∂e(x)⟩, of embeddings e."""
+    values, score = torch.empty(2, len(data), dtype=torch.float64), 0.0
+    for e in range(len(data)):
+        clean, corrupted = (model.get_input_embeddings()(x[None]).detach() for x in prompts(data, e))
+        clean.requires_grad_()
+        for side, x in enumerate((clean, corrupted)):
+            found = logit_difference(model(inputs_embeds=x).logits[0, -1], data, e)
+            values[side, e] = found.detach()
+            if x is clean:
+                (slope,) = torch.autograd.grad(-found, x)
+                score += float(((corrupted - clean.detach()) * slope).sum()) / len(data)
+    return values, score
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_sees_each_token_where_it_stands(hook, make_model, make_pairs):
+    model, data = make_model("llama"), make_pairs(n=6)
+    HOOKS[hook](model)
+    assert len(data.lengths.unique()) > 2
+    (clean, corrupted), score = by_hand(model, data)
+    scores = eap.attribute(model, data, method="eap")
+    assert float(scores.node_scores().values[0]) == pytest.approx(score, rel=1e-5)
+    every = eap.Circuit.from_mask(scores.graph, scores.graph.edge_mask)
+    for more in ({}, {"batch_size": 3}, {"memory": 1}):
+        for circuit, right in ((every, clean), (every.complement(), corrupted)):
+            torch.testing.assert_close(eap.evaluate(model, circuit, data, **more).values, right)
+    torch.testing.assert_close(eap.evaluate(model, every, data, ablation="mean").values, clean)
+    torch.testing.assert_close(eap.attribute_circuit(model, every, data).values, scores.values)
+
+
+def before(_, args):
+    return (args[0] + 1, *args[1:])
+
+
+def before_in_place(_, args):
+    args[0].add_(1)
+
+
+def behind(_, __, output):
+    return (output[0] + 1, *output[1:]) if isinstance(output, tuple) else output + 1
+
+
+@pytest.mark.parametrize("hook", [before, before_in_place])
+@pytest.mark.parametrize("method", ["eap-ig-inputs", "eap-ig-activations", "exact"])
+def test_a_hook_between_layers_is_one_wherever_a_run_starts(method, hook, make_model, make_pairs):
+    """Before a layer it computes what a hook behind the one before it does, or behind the embeddings."""
+    data, found = make_pairs(n=3), []
+    for hooked in (True, False):
+        model = make_model("llama")
+        first, second, _ = model.model.layers
+        for one, other in ((model.model.embed_tokens, first), (first, second)):
+            other.register_forward_pre_hook(hook) if hooked else one.register_forward_hook(behind)
+        found.append(eap.attribute(model, data, method=method).values)
+    torch.testing.assert_close(*found)
+
+
+def test_a_hook_may_change_its_mind_between_calls(make_model, make_pairs):
+    model, data = make_model("llama"), make_pairs(n=6)
+    where = [slice(0, 0)]
+    model.model.layers[1].register_forward_hook(lambda *given: at(where[0], 1)(*given))
+    for where[0] in (slice(0, 0), slice(1, 3), -1):
+        result = eap.evaluate(model, eap.attribute(model, data, method="eap").select(30), data)
+        torch.testing.assert_close(result.clean_values, by_hand(model, data)[0][0])
+
+
+def scaled(_, given, output=None):
+    given = given if output is None else output
+    return (1.5 * given[0], *given[1:]) if isinstance(given, tuple) else 1.5 * given
+
+
+def hook_up(model, where, before):
+    module = model.get_submodule(where)
+    (module.register_forward_pre_hook if before else module.register_forward_hook)(scaled)
+
+
+FIRST, LAST = "model.layers.1", "model.layers.2"
+
+
+@pytest.mark.parametrize(
+    ("where", "before", "weight"),
+    [
+        (f"{FIRST}.self_attn.o_proj", True, f"{FIRST}.self_attn.o_proj"),  # what heads write
+        (f"{FIRST}.mlp", False, f"{FIRST}.mlp.down_proj"),
+        (f"{LAST}.mlp.down_proj", True, f"{LAST}.mlp.down_proj"),
+        ("model.embed_tokens", False, "model.embed_tokens"),
+        ("lm_head", True, "lm_head"),
+    ],
+)
+def test_a_hook_that_scales_is_other_weights(where, before, weight, make_model, make_pairs):
+    hooked, right = make_model("llama"), make_model("llama")
+    hook_up(hooked, where, before)
+    with torch.no_grad():
+        right.get_submodule(weight).weight.mul_(1.5)
+    data = make_pairs(n=3)
+    scores = [eap.attribute(model, data, steps=2) for model in (hooked, right)]
+    torch.testing.assert_close(scores[0].values, scores[1].values)
+    circuit = random_circuit(scores[0].graph, 0, 0.5)
+    for ablation in ("patching", "mean"):
+        found = [eap.evaluate(model, circuit, data, ablation=ablation).values for model in (hooked, right)]
+        torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    ("where", "before"),
+    [
+        *((f"{FIRST}.self_attn.{name}_proj", False) for name in "qkvo"),
+        *((f"{FIRST}.{name}", True) for name in ("self_attn.q_proj", "mlp", "input_layernorm")),
+        *((name, False) for name in (FIRST, f"{FIRST}.self_attn", f"{FIRST}.post_attention_layernorm", "model.norm")),
+    ],
+)
+def test_a_hook_that_contributions_cannot_be_told_of_is_refused(where, before, make_model, make_pairs):
+    model, data = make_model("llama"), make_pairs(n=3)
+    circuit = eap.attribute(model, data, method="eap").select(20)
+    runs = eap.circuit_model(model, circuit, "zero")
+    runs(data.clean[:1, :3])
+    hook_up(model, where, before)
+    wanted = f"model: expected a hook {'before' if before else 'on'} {where} that adds the same to whatever it is given"
+    for call in (
+        lambda: eap.attribute(model, data, steps=2),
+        lambda: eap.evaluate(model, circuit, data),
+        lambda: runs(data.clean[:1, :3]),
+    ):
+        with pytest.raises(eap.InputError, match=wanted):
+            call()

@@ -168,7 +168,20 @@ class Layer:
         for name, child in norm.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == keys.n_heads:
                 twin._modules[name] = nn.ModuleList([child[head // self.groups] for head in range(self.n_heads)])
-        return twin
+        # Where there is one key head, weights are of its width in either case.
+        return _ByWidth(norm, twin, keys.width) if keys.n_heads == 1 else twin
+
+
+class _ByWidth(nn.Module):
+    """A norm of each key by itself; or, of all keys together, its `twin` for a key for each query head."""
+
+    def __init__(self, norm: nn.Module, twin: nn.Module, width: int) -> None:
+        super().__init__()
+        self.norm, self.twin, self._width = norm, twin, width
+
+    def forward(self, keys: Tensor) -> Tensor:
+        found: Tensor = (self.norm if keys.shape[-1] == self._width else self.twin)(keys)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +207,7 @@ class Architecture:
     device: torch.device
     dtype: torch.dtype
     planned_for: str | None = None
+    picks: bool = True  # are the logits that the model gives those of its head, each token's by itself?
     encoder: int = 0  # how many of the layers, the first ones, are an encoder's; 0: it is no encoder-decoder
 
     @cached_property
@@ -226,7 +240,7 @@ class Architecture:
     @property
     def picks_logits(self) -> bool:
         """Can some tokens' logits be computed by themselves? Only a plain linear layer's can."""
-        return type(self.head) is nn.Linear and not is_offloaded(self.head)
+        return self.picks and type(self.head) is nn.Linear and not is_offloaded(self.head)
 
     @property
     def d_model(self) -> int:

@@ -118,7 +118,7 @@ class Runner:
                 norm = self.arch.embedding_norm
                 assert norm is not None
                 hooks.on_output(norm, stop)
-                self._model(inputs_embeds=self._model.get_input_embeddings()(tokens), use_cache=False)
+                self._model.base_model(input_ids=tokens)
         return given[0]
 
     def read_at(self, device: torch.device) -> slice | Tensor:

@@ -182,16 +182,37 @@ def side_by_side(norms: Sequence[Norm]) -> Norm:
 
 
 class Kinds:
-    """`kind_of`, called once for all norms of the same class and settings."""
+    """`kind_of`, called once for all norms of the same class, settings and weights."""
 
     def __init__(self) -> None:
         self._found: dict[object, Kind] = {}
 
     def __call__(self, module: nn.Module, width: int) -> Kind:
-        key = (type(module), *(getattr(module, name, None) for name in _EPS), width)
+        said = {name: x for name, x in vars(module).items() if isinstance(x, (bool, int, float, str))}
+        weights = tuple(name for name, weight in module._parameters.items() if weight is not None)
+        key = (type(module), tuple(said.items()), weights, width)
         if key not in self._found:
             self._found[key] = kind_of(module, width)
         return self._found[key]
+
+
+def norm_inside(module: nn.Module, width: int) -> nn.Module:
+    """The norm that a wrapper runs and that gives what the wrapper does; else the module itself."""
+    if next(module.children(), None) is None:
+        return module
+    ran: list[nn.Module] = []
+    like = next(module.parameters(), torch.empty(0))
+    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(like)
+    hooks = [part.register_forward_hook(lambda part, *_: ran.append(part)) for part in module.modules()]
+    try:
+        with torch.no_grad():
+            y = module.forward(x)
+            return next((part for part in ran if is_norm(part, width) and torch.equal(part.forward(x), y)), module)
+    except Exception:  # one that takes something else may raise anything
+        return module
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def is_norm(module: nn.Module, width: int) -> bool:

@@ -90,7 +90,7 @@ class Projection:
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """[heads, K] or None"""
-        bias = read(self.module, "bias")
+        bias = linear_bias(self.module)
         return None if bias is None else self._picked(bias).to(dtype).view(self.n_heads, -1)
 
     def _picked(self, x: Tensor) -> Tensor:
@@ -164,22 +164,29 @@ def feature_dim(module: nn.Module, out: bool) -> int:
 def linear_weight(module: nn.Module) -> Tensor:
     """The weight of a linear module as [out, in], without gradient.
 
-    If the module keeps it in another form (quantised, or beside PEFT adapters), it is the module's output for unit
-    vectors.
+    If the module keeps it in another form (quantised, beside adapters, or with a forward of its class's own), it is the
+    module's output for unit vectors.
     """
     if isinstance(module, Place):
         like = next((p for p in module.at.parameters() if p.dtype in FLOATS), torch.empty(0))
         return torch.eye(module.in_features, dtype=like.dtype, device=device_of(module.at))
     weight = read(module, "weight")
-    if isinstance(module, (nn.Linear, Conv1D)) and weight is not None and _plain(weight):
+    if _is_linear(module) and weight is not None and _plain(weight):
         return weight.T if isinstance(module, Conv1D) else weight
     return _of_units(module, slice(None))
+
+
+def linear_bias(module: nn.Module) -> Tensor | None:
+    """What a linear module adds, [out], without gradient: its output for zeros if it is made of others."""
+    if _is_linear(module) or isinstance(module, Place):
+        return read(module, "bias")
+    return _forward(module, slice(0, 0))[0]
 
 
 def linear_part(module: nn.Module, dim: int, features: slice) -> Tensor:
     """`linear_weight` at some features of a dimension, of which no more is fetched or kept."""
     own: Any = getattr(module, "weight", None)
-    if isinstance(module, (nn.Linear, Conv1D)) and is_offloaded(module) and _plain(own):
+    if _is_linear(module) and is_offloaded(module) and _plain(own):
         turned = isinstance(module, Conv1D)
         weight = read_part(module, "weight", 1 - dim if turned else dim, features)
         return weight.T if turned else weight
@@ -190,18 +197,30 @@ def linear_part(module: nn.Module, dim: int, features: slice) -> Tensor:
 
 def _of_units(module: nn.Module, features: slice) -> Tensor:
     """What a linear module gives for unit vectors, its weight [out, features in]."""
+    given = _forward(module, features)
+    return (given[1:] - given[:1]).T
+
+
+def _forward(module: nn.Module, features: slice) -> Tensor:
+    """What a linear module gives for zeros, and for unit vectors, [1 + features, out]."""
     dtype = next((p.dtype for p in module.parameters() if p.dtype in FLOATS), torch.float32)
     units = torch.eye(linear_shape(module)[1], dtype=dtype, device=device_of(module))[features]
     with torch.no_grad():
-        return (module.forward(units) - module.forward(torch.zeros_like(units[:1]))).T
+        found: Tensor = module.forward(torch.cat([units.new_zeros(1, units.shape[1]), units]))
+    return found
 
 
 def is_at_hand(module: nn.Module) -> bool:
     """Is `linear_weight` the module's own tensor, or put together from all ranks' parts?"""
     weight = getattr(module, "weight", None)
-    if not isinstance(module, (nn.Linear, Conv1D)) or not isinstance(weight, Tensor) or is_offloaded(module):
+    if not _is_linear(module) or not isinstance(weight, Tensor) or is_offloaded(module):
         return False
     return is_shard(weight) or _plain(weight)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Does it compute as linear layers do? A class made from theirs may do something else with its weight."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def _plain(weight: Tensor) -> bool:

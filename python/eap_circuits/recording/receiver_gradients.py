@@ -256,8 +256,12 @@ class ReceiverGradients:
         x.register_hook(partial(self._add, held, None, values))
         return x
 
-    def _tap_projection(self, held: _Held, part: _Part, features: slice, y: Tensor) -> None:
-        """Take the gradient at some features of a projection's output y, [m·E, T, features]."""
+    def _tap_projection(self, held: _Held, part: _Part, features: slice, y: Tensor) -> Tensor:
+        """Take the gradient at some features of a projection's output y, [m·E, T, features].
+
+        Where a mixer is taken as a whole, y is what it reads, which others read, too: a view has its part alone.
+        """
+        y = y.view_as(y)
         kept = y.detach()
 
         def take(gradient: Tensor | None) -> None:
@@ -266,6 +270,7 @@ class ReceiverGradients:
             self._add(held, part, values, _given(gradient)[..., features])
 
         y.register_hook(take)
+        return y
 
     def _add(self, held: _Held, part: _Part | None, values: Tensor, gradient: Tensor | None) -> None:
         """Add to ĝ and c of some heads, or of what reads the norm's own output, from their gradient in a pass.

@@ -19,6 +19,7 @@ from ..metrics import METRICS, Metric, get_metric
 from ..ranks import rank
 from ..recording import ABLATIONS, Ablation, ablation_of
 from ..tasks import PairedDataset, Pictures, different_throughout, longest
+from .fits import fitting
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,14 +65,14 @@ class Request:
             raise expected("model", f"one that is no encoder-decoder, for {what}", found)
 
     def verified(self, heads: Heads) -> Self:
-        """The request without prefix reuse if the model's cache cannot serve, which a warning says; the model must be
-        borrowed already."""
+        """The request, after a look at whether the model does what its table says (`fitting`), without prefix reuse if
+        its cache cannot serve, which a warning says; the model must be borrowed already."""
         why = why_not_reused(self.arch, heads, self.data, self.reuse_prefix)
-        if why is None:
-            return self
-        name = type(self.arch.model).__name__
-        warn(f"{name}: prefixes are not reused, as its cache cannot serve ({why}).")
-        return replace(self, reuse_prefix=False)
+        arch = fitting(self.arch, self.data)
+        if why is not None:
+            name = type(self.arch.model).__name__
+            warn(f"{name}: prefixes are not reused, as its cache cannot serve ({why}).")
+        return replace(self, arch=arch, reuse_prefix=self.reuse_prefix and why is None)
 
     def with_constants(self) -> Self:
         """The request with its constants, for which means are taken; the model must be borrowed already."""

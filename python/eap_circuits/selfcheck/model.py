@@ -7,6 +7,7 @@ missing term or a hook that changes the run shows at once.
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 from types import FunctionType
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Architecture, Family, bind, is_in_parts, linear_weight, receiver_sites, sender_sites, unwrapped
+from ..adapters import Architecture, Family, bind, is_in_parts, linear_weight, sender_sites, unwrapped
 from ..errors import InputError, expected, known_arguments
 from ..errors import whole as whole_number
 from ..forward import Batch, Hooks, Runner, borrowed, make_batches, why_not_reused
@@ -23,7 +24,7 @@ from ..graph import Graph, Heads
 from ..intervention import run_circuits
 from ..modules.loans import FunctionMode, gives_back
 from ..ranks import together
-from ..recording import ReceiverGradients, contract, record_both_sides, record_run
+from ..recording import ReceiverGradients, compare_sums, contract, record_both_sides, record_run
 from ..tasks import PairedDataset, different_throughout
 
 EXACT = 1e-8  # relative error; rounding in a deep float64 model stays far below this
@@ -67,7 +68,8 @@ def check_model(model: nn.Module, *, n_edges: int = 8, seed: int = 0, family: Fa
 
     Args:
         model: a Hugging Face language model, causal, masked or an encoder-decoder, or a classifier.
-        n_edges: how many random edges to compare with finite differences, for each head graph.
+        n_edges: how many random edges at least to compare with finite differences, for each head graph; one into each
+            kind of receiver is among them.
         seed: for the random prompts and edges.
         family: the model's table; by default the one registered for its architecture.
 
@@ -195,20 +197,9 @@ def _relative(found: Tensor, right: Tensor) -> float:
 
 def _contributions(arch: Architecture, batch: Batch) -> Check:
     """At every norm the residual stream's difference is the sum of the differences of the senders before it."""
-    graph = arch.graph("kv")
-    runner = Runner(arch, graph, batch, every_mlp=True)
-    senders = record_both_sides(runner).senders
-    runs = [record_run(runner, corrupted).norm_inputs for corrupted in (True, False)]
-    worst, sites = 0.0, {site.norm: site for site in receiver_sites(arch, graph)}
-    for stream in range(len(graph.streams)):
-        nodes = senders.lowered(arch.accumulate, stream)(slice(None))
-        rows = [x.values.transpose(0, 1) if x.weight is None else x.values.transpose(0, 1) @ x.weight for x in nodes]
-        delta = torch.cat([x.to(arch.device) for x in rows])
-        for norm, site in sites.items():
-            if site.stream == stream:
-                difference = (runs[0][norm] - runs[1][norm]).to(arch.device).flatten(0, 1)[batch.at(stream).rows]
-                worst = max(worst, _relative(delta[: site.reach - site.begin].sum(0), difference))
-    return _same("contributions sum to the residual", worst, f"{len(sites)} norms")
+    sums, _ = compare_sums(Runner(arch, arch.graph("kv"), batch, every_mlp=True))
+    worst = max(each.missing / max(each.difference, 1e-300) for each in sums)
+    return _same("contributions sum to the residual", worst, f"{len(sums)} norms")
 
 
 def _heads(arch: Architecture, data: PairedDataset) -> Check:
@@ -328,7 +319,11 @@ def _finite_differences(arch: Architecture, heads: Heads, batch: Batch, n_edges:
     runner = Runner(arch, graph, batch)
     record = record_run(runner, corrupted=True)
     edges = graph.edge_mask.nonzero()
-    chosen = edges[torch.randperm(len(edges), generator=torch.Generator().manual_seed(seed))[:n_edges]]
+    drawn = edges[torch.randperm(len(edges), generator=torch.Generator().manual_seed(seed))]
+    # One into each kind of receiver, whatever layer it is in, comes first.
+    kinds = {re.sub(r"\d+", "", graph.receivers[v]): place for place, v in reversed([*enumerate(drawn[:, 1].tolist())])}
+    order = dict.fromkeys([*kinds.values(), *range(len(drawn))])
+    chosen = drawn[[*order][: max(n_edges, len(kinds))]]
     masks = []
     for u, v in chosen.tolist():
         for step in (-_STEP, _STEP):

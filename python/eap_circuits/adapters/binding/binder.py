@@ -14,7 +14,7 @@ from torch import nn
 
 from ...errors import expected, refuse_default_device
 from ...families import ENCODER_DECODERS, FAMILIES, Family, Paths, Sums, family_of
-from ...modules.norms import Kinds, Norm, is_norm
+from ...modules.norms import Kinds, Norm, is_norm, norm_inside
 from ...modules.offloading import device_of, devices_of
 from ...modules.parts import is_in_parts, parts_of, unknown_parts
 from ...modules.projections import Place, Together, linear_shape
@@ -185,7 +185,9 @@ class _Binder:
             raise expected(name, "layers", "none")
         seen: set[nn.Module] = set()
         for number, layer in enumerate(found):
-            weighted = {part for part in layer.modules() if part._parameters}
+            # What only holds weights runs nothing.
+            held = (nn.ParameterDict, nn.ParameterList)
+            weighted = {part for part in layer.modules() if part._parameters and not isinstance(part, held)}
             if shared := next(iter(weighted & seen), None):
                 wanted = "layers that share no module (a copy may share its weights)"
                 raise expected(name, wanted, f"a {type(shared).__name__} of layer {number} in one before it, too")
@@ -197,7 +199,7 @@ class _Binder:
         return said if isinstance(said, bool) else any(bool(getattr(self.config, name, False)) for name in said)
 
     def _norm(self, root: nn.Module, paths: Paths, width: int, layer: nn.Module, unit: float) -> Norm:
-        module = site(root, paths)
+        module = norm_inside(site(root, paths), width)
         return self.norms.setdefault(module, Norm(module, self.kinds(module, width), layer, unit))
 
     def _final_norm(self, width: int, layer: nn.Module) -> Norm:
@@ -205,7 +207,7 @@ class _Binder:
             if self.family.mlp == ("", ""):  # whose hooks are where the logits would read
                 raise expected(f"{self.family.name}'s table", "a `final_norm`, as each layer is one node", "none")
             return Norm(Place(layer, False, width), None, layer, self.unit)
-        module = site(self.model, self.family.final_norm)
+        module = norm_inside(site(self.model, self.family.final_norm), width)
         if is_norm(module, width):
             return self._norm(self.model, self.family.final_norm, width, layer, self.unit)
         return Norm(Place(module, True, width), None, layer, self.unit)

@@ -1,0 +1,124 @@
+"""Models that make something else of their parts than their table says are refused, or right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.llama import modeling_llama
+
+import eap_circuits as eap
+from eap_circuits.request import fits
+from tests.circuits.conftest import prompts, random_circuit
+
+
+class Scaled(modeling_llama.LlamaDecoderLayer):
+    def forward(self, hidden_states, **given):
+        return 0.9 * super().forward(hidden_states, **given)
+
+
+class Parallel(modeling_llama.LlamaDecoderLayer):
+    def forward(self, hidden_states, **given):
+        heads, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **given)
+        return hidden_states + heads + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class Gated(modeling_llama.LlamaAttention):
+    def forward(self, hidden_states, **given):
+        heads, weights = super().forward(hidden_states, **given)
+        return heads * hidden_states.mean(-1, keepdim=True).sigmoid(), weights
+
+
+class Shifted(modeling_llama.LlamaMLP):
+    """Reads the token before, too."""
+
+    def forward(self, x):
+        return super().forward(x + nn.functional.pad(x, (0, 0, 1, 0))[:, :-1])
+
+
+def of_layers(kind, part=""):
+    def change(model):
+        for layer in model.model.layers:
+            layer.get_submodule(part).__class__ = kind
+
+    return change
+
+
+def sees_everything(model):
+    model.config.is_causal = False
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (of_layers(Scaled), r"sum at a1\.h0<v>"),
+        (of_layers(Parallel), "sum at m0"),
+        (of_layers(Gated, "self_attn"), "sum at m0"),
+        (of_layers(Shifted, "mlp"), "found others"),
+        (sees_everything, "expected a causal language model"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_a_table_does_not_say_is_refused(change, found, dtype, make_model, make_pairs):
+    model, data = make_model("llama", dtype), make_pairs(n=4)
+    # From the first token on, so that no prefix is tried.
+    corrupted = data.clean.clone()
+    corrupted[:, 0] = (data.clean[:, 0] + 1) % 59
+    data = replace(data, corrupted=corrupted)
+    circuit = eap.attribute(model, data, method="eap").select(n_edges=40)
+    change(model)
+    for call in (
+        lambda: eap.attribute(model, data, method="eap"),
+        lambda: eap.evaluate(model, circuit, data),
+    ):
+        with pytest.raises(eap.InputError, match=f"LlamaForCausalLM: .*{found}"):
+            call()
+
+
+class Biased(modeling_llama.LlamaForCausalLM):
+    def forward(self, *args, **given):
+        result = super().forward(*args, **given)
+        result.logits = result.logits + torch.linspace(0, 9, self.config.vocab_size).to(result.logits)
+        return result
+
+
+class Masked(modeling_llama.LlamaForCausalLM):
+    def forward(self, *args, **given):
+        result = super().forward(*args, **given)
+        result.logits[..., [57, 58]] = -100.0
+        return result
+
+
+class Normalised(modeling_llama.LlamaForCausalLM):
+    def forward(self, *args, **given):
+        result = super().forward(*args, **given)
+        result.logits = result.logits / result.logits.std(-1, keepdim=True)
+        return result
+
+
+@pytest.mark.parametrize("kind", [Biased, Masked, Normalised])
+def test_logits_that_depend_on_all_of_the_heads_are_all_computed(kind, make_model, make_pairs):
+    model, data = make_model("llama"), make_pairs(n=4)
+    model.__class__ = kind
+    scores = eap.attribute(model, data, method="eap")
+    found = eap.evaluate(model, random_circuit(scores.graph, 0, 0.6), data)
+    for side, values in enumerate((found.clean_values, found.corrupted_values)):
+        for e in range(len(data)):
+            with torch.no_grad():
+                logits = model(input_ids=prompts(data, e)[side][None]).logits[0, -1]
+            good, bad = data.answers[e]
+            torch.testing.assert_close(float(values[e]), float(logits[good] - logits[bad]))
+
+
+def test_a_model_is_looked_at_once_and_again_after_a_change(monkeypatch, make_model, make_pairs):
+    seen, trial = [], fits._trial
+    monkeypatch.setattr(fits, "_trial", lambda *given: (seen.append(1), trial(*given))[1])
+    model, data = make_model("llama"), make_pairs(n=4)
+    scores = eap.attribute(model, data, method="eap")
+    eap.evaluate(model, scores.select(n_edges=40), data)
+    assert len(seen) == 1
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    eap.attribute(model, data, method="eap")
+    assert len(seen) == 2

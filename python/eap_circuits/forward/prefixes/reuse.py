@@ -23,8 +23,9 @@ from ..want_of_memory import tried_twice
 from .constant_hooks import refuse_hooks
 from .remembered import once
 
-# Plain runs differ by rounding. It grows with depth, and GPUs may round float32 to a few digits in products (TF32).
+# Plain runs differ by rounding, which grows with depth. torch may round float32 to a few digits in products.
 _LEAST_EPS = 2.0**-20
+_ROUNDED = {"tf32": 2.0**-10, "bf16": 2.0**-7}
 _PLACED = "its norm of embeddings reads positions, too"
 _STATES = "in some layers it keeps states, from which the model does not go on with several tokens"
 
@@ -127,10 +128,13 @@ def logit_distance(found: Tensor, plain: Tensor) -> Tensor:
 
 
 def logit_tolerance(arch: Architecture) -> float:
-    """The root of the coarsest weights' precision; integers are quantised weights."""
+    """The root of the coarsest weights' precision, or of what torch may round float32 to in products; integers are
+    quantised weights."""
     dtypes = {weight.dtype for weight in arch.model.parameters()}
     known = (dtype if dtype.is_floating_point else torch.bfloat16 for dtype in dtypes)
-    return float(max(_LEAST_EPS, *(torch.finfo(dtype).eps for dtype in known)) ** 0.5)
+    products = torch.backends.cuda.matmul if arch.device_kind == "cuda" else torch.backends.mkldnn.matmul
+    rounded = _ROUNDED.get(products.fp32_precision, 0.0) if torch.float32 in dtypes else 0.0
+    return float(max(_LEAST_EPS, rounded, *(torch.finfo(dtype).eps for dtype in known)) ** 0.5)
 
 
 def _check_causal(arch: Architecture, whole: Batch, first: Tensor) -> None:

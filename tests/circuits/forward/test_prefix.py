@@ -1,6 +1,7 @@
 """Tokens before the first difference run once: what is scored and what circuits give is as if they ran every time."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -71,8 +72,9 @@ def test_no_pass_gives_logits_of_more_than_one_position(beginning, prefixes, mak
     monkeypatch.setattr(known, "_WORTH_A_PASS", 20)
     model, shapes = make_model("llama"), []
     call = partial(eap.attribute, model, pairs(beginning, prefixes), steps=2, metric="kl_divergence")
-    call()  # a first call looks at two positions of one prompt
     watch(model.lm_head, lambda logits, _: shapes.append(logits.shape[1]))
+    call()  # a first call looks at two positions of one prompt
+    shapes.clear()
     call()
     assert shapes and set(shapes) == {1}
 

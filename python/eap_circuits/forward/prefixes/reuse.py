@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,7 +133,8 @@ def logit_tolerance(arch: Architecture) -> float:
     quantised weights."""
     dtypes = {weight.dtype for weight in arch.model.parameters()}
     known = (dtype if dtype.is_floating_point else torch.bfloat16 for dtype in dtypes)
-    products = torch.backends.cuda.matmul if arch.device_kind == "cuda" else torch.backends.mkldnn.matmul
+    backends: Any = torch.backends
+    products = backends.cuda.matmul if arch.device_kind == "cuda" else backends.mkldnn.matmul
     rounded = _ROUNDED.get(products.fp32_precision, 0.0) if torch.float32 in dtypes else 0.0
     return float(max(_LEAST_EPS, rounded, *(torch.finfo(dtype).eps for dtype in known)) ** 0.5)
 

@@ -17,7 +17,7 @@ from ..modules.parts import Shares, computes_in_parts, is_fully_sharded, is_in_p
 from ..modules.projections import Place, Projection, Together, concatenate, joined, linear_shape, linear_weight, restore
 from .architecture import Architecture, Layer
 from .binding import bind
-from .foreign_hooks import KINDS, foreign_hooks
+from .hooks_of_others import KINDS, foreign_hooks
 from .nonlinear import nonlinear_parts
 from .pretrained import DEMO_MODEL, load_model
 from .sites import ReceiverSite, SenderSite, receiver_sites, sender_sites

@@ -25,7 +25,7 @@ from ..modules.offloading import device_of, is_offloaded, read
 from ..modules.parts import Shares, Split, add_up, computes_in_parts, own_features, run_whole, team
 from ..modules.projections import Order, Projections, Together, Weight, linear_shape
 from ..ranks import Team
-from .foreign_hooks import foreign_hooks
+from .hooks_of_others import foreign_hooks
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ _WORTH_A_FILE = 2**28  # bytes of weights that take longer to read than a file o
 _SAMPLED = 8  # numbers of a weight
 _FEW = 2**13  # words of a tensor that need not be added up
 _MOST = 128  # words of a sum
-_APART = 4093  # from one to the next: a prime, so that long rows that change places show in all their sums
+_APART = 1021  # from one to the next: a prime, so that long rows that change places show in all their sums
 _ODD = -0x61C8864680B583EB  # 2**64 over the golden ratio
 _known: WeakKeyDictionary[nn.Module, tuple[object, dict[str, str]]] = WeakKeyDictionary()
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from eap_kernels import Nodes, collapse
 
-from ..adapters import Norm, Projection, ReceiverSite, joined, read, receiver_sites, side_by_side
+from ..adapters import Norm, Place, Projection, ReceiverSite, joined, read, receiver_sites, side_by_side
 from ..errors import expected
 from ..forward import Batch, Hooks, Runner, skip_inactive
 from ..graph import Graph
@@ -259,9 +259,10 @@ class ReceiverGradients:
     def _tap_projection(self, held: _Held, part: _Part, features: slice, y: Tensor) -> Tensor:
         """Take the gradient at some features of a projection's output y, [m·E, T, features].
 
-        Where a mixer is taken as a whole, y is what it reads, which others read, too: a view has its part alone.
+        Where a mixer is taken as a whole, y is what it reads, which others read, too: a view has its part alone. A
+        projection's own output may be changed in place, which a view's hook would not see.
         """
-        y = y.view_as(y)
+        y = y.view_as(y) if isinstance(part.projection.module, Place) else y
         kept = y.detach()
 
         def take(gradient: Tensor | None) -> None:

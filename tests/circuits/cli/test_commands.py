@@ -40,9 +40,9 @@ def test_memory_bounds_evaluate_and_curve(
     asked = []
     original = circuit_values.tokens_within
 
-    def within(*given: Any) -> int:
+    def within(*given: Any, **more: Any) -> int:
         asked.append(given[0].memory)
-        return original(*given)
+        return original(*given, **more)
 
     monkeypatch.setattr(circuit_values, "tokens_within", within)
     run("evaluate", "tiny", tmp_path / "c.json", "--data", pairs, "--memory", "7MB")

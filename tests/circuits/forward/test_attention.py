@@ -99,7 +99,9 @@ def test_a_models_runs_use_it(make_model, make_pairs, monkeypatch):
         return sdpa_attention_forward(module, *args, **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attend)
-    monkeypatch.setattr(asked, "why_not_reused", lambda *_: None)  # which also runs the model as it is
+    # Which also run the model as it is.
+    monkeypatch.setattr(asked, "why_not_reused", lambda *_: None)
+    monkeypatch.setattr(asked, "fitting", lambda arch, _: arch)
     model, data = make_model("llama"), make_pairs(n=3)
     eap.evaluate(model, eap.attribute(model, data, heads="query", method="eap").select(9), data, reuse_prefix=False)
     assert groups == {1}

@@ -47,6 +47,8 @@ def test_it_runs_once_for_each_row(kind, make_model, make_pairs):
         seen.append((output[0] if isinstance(output, tuple) else output).numel() // width)
 
     watch(last, count)
+    eap.attribute(model, data, method="eap", reuse_prefix=False)  # a first call looks at one prompt besides
+    seen.clear()
     scores = eap.attribute(model, data, steps=3, reuse_prefix=False)
     assert sum(seen) == 4 * len(data)
     seen.clear()

@@ -10,7 +10,7 @@ from eap_circuits.budget import PeakBytes
 from eap_circuits.methods.gradient import method as gradient
 from eap_circuits.selfcheck import StayDouble
 from tests.circuits.budget.test_memory import longer_pairs
-from tests.circuits.conftest import fast_by_kind, groups_of, loss_of, prompts, random_edges
+from tests.circuits.conftest import fast_by_kind, groups_of, loss_of, prompts, random_edges, watch
 from tests.circuits.decoders import Decoder
 from tests.circuits.methods.test_attribution import losses
 from tests.circuits.plain_runs import differences, of_moved, plain_run, scores
@@ -99,7 +99,9 @@ def test_runs_start_at_the_senders_layer(make_model, make_pairs, monkeypatch):
     model, data = make_model("llama"), make_pairs(n=2)
     calls = [0] * 3
     for index, layer in enumerate(model.model.layers):
-        layer.mlp.register_forward_hook(lambda *_, i=index: calls.__setitem__(i, calls[i] + 1))
+        watch(layer.mlp, lambda *_, i=index: calls.__setitem__(i, calls[i] + 1))
+    eap.attribute(model, data, method="eap", reuse_prefix=False)  # a first call looks at one prompt besides
+    calls[:] = [0] * 3
     eap.attribute(model, data, method="eap-ig-activations", steps=1, quadrature="midpoint", reuse_prefix=False)
     # Two plain runs, the path of the embeddings, and those of a layer's heads and MLP for every layer up to one's own.
     batches = calls[0] // 5

@@ -43,7 +43,7 @@ def why_not_reused(arch: Architecture, heads: Heads, data: PairedDataset, reuse_
     """
     data = data.rows.data.scored_last()
     if arch.hooked:
-        refuse_hooks(arch, data, logit_tolerance(arch))
+        tried_twice(lambda: refuse_hooks(arch, data, logit_tolerance(arch)))
     pairs = _tried(data) if reuse_prefix else []
     if not pairs and arch.graph(heads).n_receivers != arch.graph("kv").n_receivers:
         pairs = [int(data.longer_lengths.argmax())]

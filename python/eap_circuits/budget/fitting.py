@@ -67,7 +67,7 @@ def tokens_within(
     copies: int | None = None,
 ) -> int:
     """How many tokens a pass may have within the budget, at most `most`; a batch has at most `per_batch`, and no more
-    than `together` copies of it need. There are no more examples than in the data, and no more than so many `copies`.
+    than `together` copies of it need. A pass has at most the data's examples, and at most `copies` of each.
 
     The memory is measured on one and two examples, but only if the `rough` estimate comes near the budget. `beside` is
     how many bytes are taken by something else throughout.

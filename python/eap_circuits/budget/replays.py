@@ -186,8 +186,7 @@ def why_not(request: Request) -> str | None:
         return "passes behind states of prefixes have not been captured yet"
     if count() > 1:
         return "processes share the work"
-    modules = list(arch.model.modules())
-    if len(arch.devices) > 1 or any(hasattr(module, "_hf_hook") for module in modules):
+    if len(arch.devices) > 1 or any(hasattr(module, "_hf_hook") for module in arch.model.modules()):
         return "the model is on several devices, or its weights are elsewhere"
     quantised = getattr(arch.model.config, "quantization_config", None) is not None
     if quantised or not all(weight.is_floating_point() for weight in arch.model.parameters()):

@@ -20,7 +20,7 @@ from ..ranks import is_lost
 from ..recording import compare_sums
 from ..tasks import PairedDataset, different_throughout
 
-_LOGITS = 64  # so many at most are computed by themselves, and compared
+_LOGITS = 64  # the most that are computed by themselves and compared
 _GROSS = 8  # a rounding may choose other experts, which moves logits by more than roundings do
 _PICKED = "some tokens' logits by themselves are not what they are beside all others"
 

@@ -102,8 +102,6 @@ def pretending(shapes: bool = False, native: bool = False) -> Iterator[None]:
         _pretend_triton(stack)
         if native:
             _pretend_native(stack)
-        if shapes:  # there is nothing to compare with what a table says
-            stack.enter_context(mock.patch("eap_circuits.request.asked.fitting", lambda arch, _: arch))
         stack.enter_context(Functions())
         stack.enter_context(Dispatch())
         try:

@@ -7,6 +7,7 @@ from ..families import (
     Family,
     Mixer,
     family_of,
+    is_built_in,
     propose,
     register_family,
     whole_layers,
@@ -17,6 +18,7 @@ from ..modules.parts import Shares, computes_in_parts, is_fully_sharded, is_in_p
 from ..modules.projections import Place, Projection, Together, concatenate, joined, linear_shape, linear_weight, restore
 from .architecture import Architecture, Layer
 from .binding import bind
+from .classes import TESTED, runs_tested_code
 from .hooks_of_others import KINDS, foreign_hooks
 from .nonlinear import nonlinear_parts
 from .pretrained import DEMO_MODEL, load_model

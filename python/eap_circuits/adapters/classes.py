@@ -5,11 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
+
+TESTED = (5, 24)  # the newest transformers with which the tests run (tests/versions)
+
+
+def runs_tested_code(model: nn.Module) -> bool:
+    """Is all of its code that of transformers, in a version with which the tests run, and of torch?"""
+    if Version(transformers.__version__).release[:2] > TESTED:
+        return False
+    libraries = ("transformers.", "torch.nn.")
+    return all(type(part).__module__.startswith(libraries) and "forward" not in vars(part) for part in model.modules())
 
 
 def is_own(model: nn.Module) -> bool:

@@ -4,5 +4,5 @@ from .around import Call
 from .discovery import propose, whole_layers
 from .encoder_decoders import ENCODER_DECODERS
 from .family import Factor, Family, Mixer, Paths, Sums
-from .registry import family_of, register_family
+from .registry import family_of, is_built_in, register_family
 from .tables import FAMILIES

@@ -12,6 +12,7 @@ from .family import Family
 from .tables import FAMILIES
 
 ENTRY_POINTS = "eap_circuits.families"
+_OWN = frozenset(map(id, (*FAMILIES.values(), *ENCODER_DECODERS.values())))  # which are never freed
 
 
 def register_family(family: Family) -> None:
@@ -34,6 +35,11 @@ def family_of(model_type: str, encoder_decoder: bool = False) -> Family | None:
     if model_type not in _tables(encoder_decoder):
         _load_announced()
     return _tables(encoder_decoder).get(model_type)
+
+
+def is_built_in(family: Family) -> bool:
+    """Is a table the package's own, with which its tests run?"""
+    return id(family) in _OWN
 
 
 def _tables(encoder_decoder: bool) -> dict[str, Family]:

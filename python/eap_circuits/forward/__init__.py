@@ -7,7 +7,7 @@ from .layers.active_tokens import skip_inactive
 from .layers.resume import LayerInputs, record_layer_inputs
 from .prefixes.prefix import parameters, passes_of
 from .prefixes.remembered import once
-from .prefixes.reuse import logit_distance, logit_tolerance, why_not_reused
+from .prefixes.reuse import logit_distance, logit_tolerance, of_rounding, why_not_reused
 from .replays.captured import Captured, signature
 from .replays.uploading import Indices, download, upload
 from .runner import EVERYWHERE, Register, Runner, each

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,9 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 import eap_circuits as eap
-from eap_circuits.adapters import bind
+from bench.pretended import pretending
+from bench.processes import ROOT
+from eap_circuits.adapters import TESTED, bind
 from eap_circuits.forward import logit_tolerance
 from eap_circuits.request import fits
 from tests.circuits.conftest import prompts, random_circuit
@@ -135,3 +138,17 @@ def test_products_that_are_rounded_to_bfloat16_may_differ_as_such_weights(make_m
         eap.attribute(model, make_pairs(), method="eap")
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_on_a_gpu_code_that_the_tests_run_is_trusted_and_other_code_is_looked_at(monkeypatch, make_model, make_pairs):
+    """There three passes of one prompt take as long as a batch."""
+    text = (ROOT / "tests/versions/newest.txt").read_text(encoding="utf-8")
+    assert max((int(a), int(b)) for a, b in re.findall(r"^transformers==(\d+)\.(\d+)", text, re.M)) == TESTED
+    with pretending():
+        model, data = make_model("llama", torch.float32).to("cuda"), make_pairs(n=4)
+        monkeypatch.setattr(fits, "_trial", lambda *_: pytest.fail("looked at"))
+        eap.attribute(model, data, method="eap", reuse_prefix=False)
+        monkeypatch.undo()
+        of_layers(Parallel)(model)
+        with pytest.raises(eap.InputError, match="sum at m0"):
+            eap.attribute(model, data, method="eap", reuse_prefix=False)

@@ -41,7 +41,7 @@ def rows_computed(graph: Graph, asked: Sequence[Asked], arch: Architecture) -> i
     graph = graph.base
     groups = [asked[start : start + size] for start in range(0, len(asked), size)]
 
-    def any_of(group: list[Asked], name: str) -> Tensor:
+    def any_of(group: Sequence[Asked], name: str) -> Tensor:
         return torch.cat([getattr(one, name) for one in group]).any(0)
 
     def held(computed: Tensor, stored: Tensor) -> int:

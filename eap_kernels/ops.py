@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -67,10 +67,15 @@ def edge_scores(
         _check_index("edge_scores", "segments", segments, tokens)
     wide = accumulation_dtype(delta.dtype)
     if out is None:
-        count = [] if segments is None else [int(segments.max()) + 1 if tokens else 0]
-        if count and not 0 <= count[0] < 2**63:
-            _fail("edge_scores", "segments from 0 to 2**63 - 2", count[0] - 1)
-        out = delta.new_zeros([*count, senders, receivers], dtype=wide)
+        shape: list[Any] = [senders, receivers]
+        if segments is not None:
+            count = segments.max().item() + 1 if tokens else 0
+            if torch.compiler.is_compiling():
+                torch._check(count >= 0)  # what a compiler must know of a size
+            elif not 0 <= count < 2**63:
+                _fail("edge_scores", "segments from 0 to 2**63 - 2", count - 1)
+            shape.insert(0, count)
+        out = delta.new_zeros(shape, dtype=wide)
     else:
         _check_out("edge_scores", out, senders, receivers, segments is not None, wide, delta.device)
     _dispatch.check_impl("edge_scores", impl, delta.device)

@@ -117,16 +117,24 @@ def _check_rows(op: str, rows: Tensor | None, x: Tensor) -> None:
 
 
 def _exact(call: Callable[P, T]) -> Callable[P, T]:
-    """An operator's function, outside of autocast, which would round what the reference multiplies."""
+    """An operator's function where torch rounds nothing that the reference multiplies."""
 
     @functools.wraps(call)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         first: Any = args[0]
         kind = (first if isinstance(first, Tensor) else first[0]).device.type
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-            return call(*args, **kwargs)
-        with torch.autocast(kind, enabled=False):
-            return call(*args, **kwargs)
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return run(*args, **kwargs)
+        # After torch.set_float32_matmul_precision("medium") oneDNN rounds fp32 to bf16.
+        precision = torch.backends.mkldnn.matmul.fp32_precision if kind == "cpu" else None  # type: ignore[attr-defined]
+        if precision == "bf16" and torch._C._get_mkldnn_enabled():
+            torch._C._set_mkldnn_enabled(False)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                torch._C._set_mkldnn_enabled(True)
+        return call(*args, **kwargs)
 
     return run
 

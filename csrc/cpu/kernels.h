@@ -55,7 +55,7 @@ struct EdgeScores {
   std::vector<Tile> tiles{};     // those with edges in them
   int64_t chunks = 1;
   std::vector<int64_t> by_segment{}, starts{};  // tokens in the order of their segments; where each begins, and the end
-  bool in_parts = false;  // whether fp32 values are multiplied as parts, by AMX
+  bool in_parts = false;                        // whether fp32 values are multiplied as parts, by AMX
   // [tiles, chunks, rows, columns] of out's type, with more than one chunk.
   std::unique_ptr<void, decltype(&std::free)> partial{nullptr, std::free};
 };

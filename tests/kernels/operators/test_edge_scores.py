@@ -255,6 +255,18 @@ BAD = {
     "features": ((D, G[..., :4], REACH), {}, ValueError, "expected grad of shape [R, 4, 5], got [2, 4, 4]"),
     "reach dtype": ((D, G, REACH.int()), {}, TypeError, "expected reach in int64, got torch.int32"),
     "reach length": ((D, G, REACH[:1]), {}, ValueError, "expected reach of shape [2], got [1]"),
+    "reach on meta": (
+        (D, G, REACH.to("meta")),
+        {},
+        ValueError,
+        "expected reach on a device that holds values, got meta",
+    ),
+    "segments on meta": (
+        (D, G, REACH, torch.zeros(1, 3, 2), torch.zeros(4, device="meta").long()),
+        {},
+        ValueError,
+        "expected segments on a device that holds values, got meta",
+    ),
     "reach high": ((D, G, REACH + 1), {}, ValueError, "expected reach within [0, 3], got 4"),
     "reach low": ((D, G, REACH - 2), {}, ValueError, "expected reach within [0, 3], got -1"),
     "out shape": (

@@ -189,10 +189,10 @@ def test_allocates_out_from_segments(impl, device):
 def test_segments_that_alternate_are_as_exact_as_others(impl, device, kind, generator):
     """Sums of positive terms, which would show if each run of tokens was added to out by itself."""
     tokens = 512 if (impl, device) == ("triton", "cpu") else 65536
-    delta, grad = (torch.rand(rows, tokens, 1, generator=generator).to(kind) for rows in (1, 2))
-    segments = torch.arange(tokens) % 2
+    delta, grad = (torch.rand(rows, tokens, 1, generator=generator, device="cpu").to(kind) for rows in (1, 2))
+    segments = torch.arange(tokens, device="cpu") % 2
     segments[5:9] = 4  # and none of number 2 and 3
-    given = delta, grad, torch.tensor([1, 1])
+    given = delta, grad, torch.tensor([1, 1], device="cpu")
     oracle = testing.edge_scores_oracle(*given, segments)
     reference = ek.edge_scores(*given, segments=segments, impl="reference")
     scores = ek.edge_scores(delta.to(device), grad.to(device), given[2], segments=segments, impl=impl)

@@ -84,7 +84,8 @@ def _share_memory(x: Tensor) -> bool:
     return len(places.unique()) < x.numel()
 
 
-def _check_memory(op: str, operands: Iterable[tuple[str, Tensor]], *written: Tensor) -> None:
+def _begin_writing(op: str, operands: Iterable[tuple[str, Tensor]], *written: Tensor) -> None:
+    """Check that results have memory of their own, and tell autograd that they change."""
     taken = [(name, x.device, *_byte_range(x)) for name, x in operands]
     for out in written:
         if _share_memory(out):
@@ -97,6 +98,7 @@ def _check_memory(op: str, operands: Iterable[tuple[str, Tensor]], *written: Ten
             if first < high and low < last and device == out.device:
                 raise ValueError(f"{op}: expected out in its own memory, got an out that overlaps {name}")
         taken.append(("out", out.device, first, last))
+    torch.autograd.graph.increment_version(written)  # torch refuses gradients that need what was there
 
 
 def _check_range(op: str, name: str, values: Tensor, high: int) -> None:
@@ -115,16 +117,24 @@ def _check_rows(op: str, rows: Tensor | None, x: Tensor) -> None:
 
 
 def _exact(call: Callable[P, T]) -> Callable[P, T]:
-    """An operator's function, outside of autocast, which would round what the reference multiplies."""
+    """An operator's function where torch rounds nothing that the reference multiplies."""
 
     @functools.wraps(call)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         first: Any = args[0]
         kind = (first if isinstance(first, Tensor) else first[0]).device.type
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-            return call(*args, **kwargs)
-        with torch.autocast(kind, enabled=False):
-            return call(*args, **kwargs)
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return run(*args, **kwargs)
+        # After torch.set_float32_matmul_precision("medium") oneDNN rounds fp32 to bf16.
+        precision = torch.backends.mkldnn.matmul.fp32_precision if kind == "cpu" else None  # type: ignore[attr-defined]
+        if precision == "bf16" and torch._C._get_mkldnn_enabled():
+            torch._C._set_mkldnn_enabled(False)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                torch._C._set_mkldnn_enabled(True)
+        return call(*args, **kwargs)
 
     return run
 
@@ -145,7 +155,7 @@ def _edge_scores(delta: Tensor, grad: Tensor, reach: Tensor, out: Tensor, segmen
     if segments is not None:
         segments = segments.cpu()
         _check_range("edge_scores", "segments", segments, out.shape[0] - 1)
-    _check_memory("edge_scores", (("delta", delta), ("grad", grad)), out)
+    _begin_writing("edge_scores", (("delta", delta), ("grad", grad)), out)
     args = (delta, grad, reach, out, segments)
     _chosen("edge_scores", impl, out.device, *args).edge_scores(*args, tf32())
 
@@ -154,7 +164,7 @@ def _head_space_scores(*args: Any) -> None:
     *lists, groups, features, reach, out, workspace, impl = args
     reach = reach.cpu()
     _check_range("head_space_scores", "reach", reach, out.shape[0])
-    _check_memory("head_space_scores", (("an operand", x) for x in chain(*lists)), out)
+    _begin_writing("head_space_scores", (("an operand", x) for x in chain(*lists)), out)
     backend = _chosen("head_space_scores", impl, out.device, *lists)
     backend.head_space_scores(*lists, groups, features, reach, out, workspace)
 
@@ -173,7 +183,7 @@ def _masked_read(base: Tensor, delta: Tensor, mask: Tensor, impl: str) -> Tensor
 def _normalise_rows(x: Tensor, eps: float, centred: bool, rows: Tensor | None, out: Tensor | None, impl: str) -> Tensor:
     _check_rows("normalise_rows", rows, x)
     if out is not None:
-        _check_memory("normalise_rows", (("x", x),), out)
+        _begin_writing("normalise_rows", (("x", x),), out)
     backend = _chosen("normalise_rows", impl, x.device, x)
     return backend.normalise_rows(x, eps, centred, rows, out)
 
@@ -182,7 +192,7 @@ def _collapse(*args: Any) -> None:
     gradient, values, r, weights, out, coefficients, _features, _gathered, rows, constant, gain, impl = args
     _check_rows("collapse", rows, gradient)
     read = {"gradient": gradient, "values": values, "r": r, "weights": weights, "constant": constant, "gain": gain}
-    _check_memory("collapse", ((name, x) for name, x in read.items() if x is not None), out, coefficients)
+    _begin_writing("collapse", ((name, x) for name, x in read.items() if x is not None), out, coefficients)
     _chosen("collapse", impl, out.device, gradient).collapse(*args[:-1])
 
 

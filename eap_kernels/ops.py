@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -62,15 +62,20 @@ def edge_scores(
     if grad.shape[1:] != delta.shape[1:]:
         _fail("edge_scores", f"grad of shape [R, {delta.shape[1]}, {delta.shape[2]}]", list(grad.shape))
     senders, tokens, receivers = delta.shape[0], delta.shape[1], grad.shape[0]
-    _check_index("edge_scores", "reach", reach, receivers)
+    _check_index("edge_scores", "reach", reach, receivers, delta)
     if segments is not None:
-        _check_index("edge_scores", "segments", segments, tokens)
+        _check_index("edge_scores", "segments", segments, tokens, delta)
     wide = accumulation_dtype(delta.dtype)
     if out is None:
-        count = [] if segments is None else [int(segments.max()) + 1 if tokens else 0]
-        if count and not 0 <= count[0] < 2**63:
-            _fail("edge_scores", "segments from 0 to 2**63 - 2", count[0] - 1)
-        out = delta.new_zeros([*count, senders, receivers], dtype=wide)
+        shape: list[Any] = [senders, receivers]
+        if segments is not None:
+            count = segments.max().item() + 1 if tokens else 0
+            if torch.compiler.is_compiling():
+                torch._check(count >= 0)  # what a compiler must know of a size
+            elif not 0 <= count < 2**63:
+                _fail("edge_scores", "segments from 0 to 2**63 - 2", count - 1)
+            shape.insert(0, count)
+        out = delta.new_zeros(shape, dtype=wide)
     else:
         _check_out("edge_scores", out, senders, receivers, segments is not None, wide, delta.device)
     _dispatch.check_impl("edge_scores", impl, delta.device)
@@ -156,7 +161,7 @@ def head_space_scores(
     for group in groups:
         _check_nodes(group, first.values, tokens, features)
     n_senders, n_receivers = (sum(group.values.shape[1] for group in side) for side in (senders, receivers))
-    _check_index(op, "reach", reach, n_receivers)
+    _check_index(op, "reach", reach, n_receivers, first.values)
     if workspace is None:
         workspace = _workspace(first.values.device)
     if isinstance(workspace, bool) or not isinstance(workspace, Integral) or not 1 <= workspace < 2**63:
@@ -282,12 +287,14 @@ def _check_like(op: str, name: str, x: Tensor, delta: Tensor) -> None:
         _fail(op, f"{name} on {like_name}'s device {delta.device}", x.device)
 
 
-def _check_index(op: str, name: str, x: Tensor, count: int) -> None:
+def _check_index(op: str, name: str, x: Tensor, count: int, values: Tensor) -> None:
     _check_tensor(op, name, x)
     if x.dtype != torch.int64:
         _fail(op, f"{name} in int64", x.dtype, TypeError)
     if list(x.shape) != [count]:
         _fail(op, f"{name} of shape [{count}]", list(x.shape))
+    if x.is_meta and not values.is_meta:  # torch would compute nothing
+        _fail(op, f"{name} on a device that holds values", x.device)
 
 
 def _check_read(base: Tensor, delta: Tensor, mask: Tensor) -> None:

@@ -20,16 +20,17 @@ constexpr int64_t kBlocksPerChunk = 6;  // at least: each chunk leaves partial s
 
 // How the inner dimension is cut: several tokens to a block, or several blocks to a token.
 struct Blocks {
+  const int64_t* order;  // as in Block
   int64_t tokens, features, inner, per_block, per_token;
   // A token's values are packed in multiples of `multiple`.
-  Blocks(int64_t tokens, int64_t features, int64_t inner, int64_t multiple = 1)
-      : tokens(tokens), features(features), inner(inner),
+  Blocks(const int64_t* order, int64_t tokens, int64_t features, int64_t inner, int64_t multiple = 1)
+      : order(order), tokens(tokens), features(features), inner(inner),
         per_block(std::max<int64_t>(1, inner / std::max<int64_t>(divide_up(features, multiple) * multiple, 1))),
         per_token(divide_up(features, inner)) {}
   int64_t count() const { return divide_up(tokens, per_block) * per_token; }
   Block operator[](int64_t i) const {
     const int64_t token = i / per_token * per_block, feature = i % per_token * inner;
-    return {token, std::min(per_block, tokens - token), feature, std::min(inner, features - feature)};
+    return {token, std::min(per_block, tokens - token), feature, std::min(inner, features - feature), order};
   }
 };
 
@@ -67,7 +68,7 @@ template <class T, class E, int BYTES> class TileTask {
   EAP_INLINE static void run(const EdgeScores& p, int64_t task) {
     const AmxScope scope(uses_amx<E>);
     TileTask work(p, p.tiles[task / p.chunks]);
-    if (p.segments) work.all_segments();
+    if (p.segments) work.segments(task % p.chunks);
     else work.one_chunk(task % p.chunks);
   }
 
@@ -102,9 +103,9 @@ template <class T, class E, int BYTES> class TileTask {
   int64_t size() const { return padded * divide_up(t.columns, width) * width; }
 
   EAP_INLINE void one_chunk(int64_t chunk) {
-    const Blocks blocks(p.delta.size[1], p.delta.size[2], Pack::inner, Pack::values);
+    const Blocks blocks(nullptr, p.delta.size[1], p.delta.size[2], Pack::inner, Pack::values);
     const int64_t count = blocks.count();
-    add_blocks(blocks, 0, chunk * count / p.chunks, (chunk + 1) * count / p.chunks);
+    add_blocks(blocks, chunk * count / p.chunks, (chunk + 1) * count / p.chunks);
     if (p.chunks == 1) return deliver(0);
     // Store: the chunk's partial sums, for `merge`.
     A* const kept = static_cast<A*>(p.partial.get()) + t.offset + chunk * t.rows * t.columns;
@@ -113,13 +114,13 @@ template <class T, class E, int BYTES> class TileTask {
         std::copy_n(sums + c * padded + i * width, std::min(width, t.columns - c), kept + i * t.columns + c);
   }
 
-  EAP_INLINE void all_segments() {
-    const int64_t tokens = p.delta.size[1];
-    for (int64_t n = 0, end; n < tokens; n = end) {
-      for (end = n + 1; end < tokens && p.segments[end] == p.segments[n];) ++end;
-      const Blocks blocks(end - n, p.delta.size[2], Pack::inner, Pack::values);
-      add_blocks(blocks, n, 0, blocks.count());
-      deliver(p.segments[n]);
+  EAP_INLINE void segments(int64_t chunk) {
+    const int64_t count = p.starts.size() - 1, end = (chunk + 1) * count / p.chunks;
+    for (int64_t s = chunk * count / p.chunks; s < end; ++s) {
+      const int64_t* const tokens = p.by_segment.data() + p.starts[s];
+      const Blocks blocks(tokens, p.starts[s + 1] - p.starts[s], p.delta.size[2], Pack::inner, Pack::values);
+      add_blocks(blocks, 0, blocks.count());
+      deliver(p.segments[*tokens]);
       std::fill_n(sums, size(), A(0));
     }
   }
@@ -131,15 +132,10 @@ template <class T, class E, int BYTES> class TileTask {
     });
   }
 
-  // Packs and multiplies blocks [begin, end), from `token` on.
-  EAP_INLINE void add_blocks(const Blocks& blocks, int64_t token, int64_t begin, int64_t end) {
-    const auto at = [&](int64_t i) {
-      Block block = blocks[i];
-      block.token += token;
-      return block;
-    };
+  // Packs and multiplies blocks [begin, end).
+  EAP_INLINE void add_blocks(const Blocks& blocks, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      add_block(at(i), i + 1 < end ? at(i + 1) : Block{});
+      add_block(blocks[i], i + 1 < end ? blocks[i + 1] : Block{});
       if ((i + 1 - begin) % kFlush == 0 && i + 1 < end) flush();
     }
     if (!deep) return;
@@ -217,9 +213,23 @@ int64_t part(int64_t size, int64_t limit, int64_t step) {
   return divide_up(divide_up(size, divide_up(size, limit)), step) * step;
 }
 
+// Puts the tokens in the order of their segments; returns how many segments there are.
+int64_t group_tokens(EdgeScores& p) {
+  const int64_t tokens = p.delta.size[1];
+  p.by_segment.resize(tokens);
+  std::iota(p.by_segment.begin(), p.by_segment.end(), 0);
+  std::stable_sort(p.by_segment.begin(), p.by_segment.end(),
+                   [&](int64_t a, int64_t b) { return p.segments[a] < p.segments[b]; });
+  for (int64_t n = 0; n < tokens; ++n)
+    if (n == 0 || p.segments[p.by_segment[n]] != p.segments[p.by_segment[n - 1]]) p.starts.push_back(n);
+  p.starts.push_back(tokens);
+  return p.starts.size() - 1;
+}
+
 }  // namespace
 
 void EdgeScores::plan() {
+  if (delta.size[1] * delta.size[2] == 0) return;  // and there may be no segment
   const int64_t R = grad.size[0];
   const auto flat = [](const View& x) { return x.stride[2] == 1 && (x.stride[1] == x.size[2] || x.size[1] == 1); };
   if (segments == nullptr && flat(delta) && flat(grad))
@@ -247,17 +257,17 @@ void EdgeScores::plan() {
       offset += tiles.back().rows * tiles.back().columns;
     }
   }
-  const int64_t blocks = Blocks(delta.size[1], delta.size[2], kInner).count();
+  const int64_t blocks = Blocks(nullptr, delta.size[1], delta.size[2], kInner).count();
   const int64_t wanted = divide_up(kTasks, tiles.size() + 1);
   // AMX multiplies a block faster, but adds partial sums no faster.
   const int64_t least = in_pairs(*this, Isa::v4_amx) ? 2 * kBlocksPerChunk : kBlocksPerChunk;
-  chunks = segments ? 1 : std::max<int64_t>(1, std::min(wanted, blocks / least));
+  chunks = std::max<int64_t>(1, std::min(wanted, segments ? group_tokens(*this) : blocks / least));
   if (chunks > 4) chunks = chunks / 4 * 4;
   for (Tile& tile : tiles) tile.offset *= chunks;
   // The last tiles reach deepest and take longest, so they come first.
   std::reverse(tiles.begin(), tiles.end());
-  if (chunks > 1) partial.reset(std::malloc(offset * chunks * (dtype == Dtype::f64 ? 8 : 4)));
-  if (chunks > 1 && !partial) throw std::bad_alloc();
+  if (merges()) partial.reset(std::malloc(offset * chunks * (dtype == Dtype::f64 ? 8 : 4)));
+  if (merges() && !partial) throw std::bad_alloc();
 }
 
 void EdgeScores::run(int64_t task) const { dispatch<Body>(dtype, *this, task); }

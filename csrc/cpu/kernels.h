@@ -46,15 +46,16 @@ struct EdgeScores {
 
   void plan();
   int64_t tasks() const { return int64_t(tiles.size()) * chunks; }
-  void run(int64_t task) const;  // one tile over one chunk of the inner dimension
-  int64_t merges() const { return chunks > 1 ? int64_t(tiles.size()) : 0; }
+  void run(int64_t task) const;  // one tile over one chunk of the inner dimension, or of the segments
+  int64_t merges() const { return chunks > 1 && !segments ? int64_t(tiles.size()) : 0; }
   void merge(int64_t tile) const;  // adds a tile's chunks to out, in their order
 
   // Set by plan(). Rows of tiles are receivers in this order, columns are senders.
   std::vector<int64_t> order{};  // receivers, those that see least first
   std::vector<Tile> tiles{};     // those with edges in them
   int64_t chunks = 1;
-  bool in_parts = false;  // whether fp32 values are multiplied as parts, by AMX
+  std::vector<int64_t> by_segment{}, starts{};  // tokens in the order of their segments; where each begins, and the end
+  bool in_parts = false;                        // whether fp32 values are multiplied as parts, by AMX
   // [tiles, chunks, rows, columns] of out's type, with more than one chunk.
   std::unique_ptr<void, decltype(&std::free)> partial{nullptr, std::free};
 };

@@ -12,7 +12,14 @@ constexpr int64_t kInner = 512;      // values of the inner dimension packed at 
 constexpr int64_t kAmxInner = 1024;  // for pairs on AMX, which waits for memory: long pieces of it are read faster
 constexpr int64_t kRowsAhead = 2;    // how many rows ahead of the one that is split are fetched
 
-struct Block { int64_t token, tokens, feature, features; };
+// Some features of some tokens, which `order` names in ascending order, or which follow each other.
+struct Block {
+  int64_t token, tokens, feature, features;
+  const int64_t* order;
+
+  EAP_INLINE int64_t at(int64_t i) const { return order ? order[token + i] : token + i; }
+  EAP_INLINE bool consecutive() const { return at(tokens - 1) - at(0) == tokens - 1; }
+};
 
 EAP_INLINE void copy(double* to, const double* from, int64_t step, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
@@ -37,7 +44,7 @@ struct Rows {
 
   template <class T> EAP_INLINE const T* at(int64_t i, const Block& block) const {
     return static_cast<const T*>(x.data) + (order ? order[first + i] : first + i) * x.stride[0] +
-           block.token * x.stride[1] + block.feature * x.stride[2];
+           block.at(0) * x.stride[1] + block.feature * x.stride[2];
   }
   Rows part(int64_t from, int64_t size) const { return {x, order, first + from, size}; }
 };
@@ -53,7 +60,8 @@ template <class T, class E> struct Packed {
 
   EAP_INLINE Packed(const View& x, const Block& block, int64_t lanes) {
     // Tokens of an odd number of values end in half a pair, whether or not the other operand is flat as well.
-    const bool flat = x.stride[2] == 1 && x.stride[1] == block.features && block.features % values == 0;
+    const bool flat = x.stride[2] == 1 && x.stride[1] == block.features && block.features % values == 0 &&
+                      block.consecutive();
     pieces = flat ? 1 : block.tokens;
     length = flat ? block.tokens * block.features : block.features;
     piece = divide_up(length, values);
@@ -62,9 +70,9 @@ template <class T, class E> struct Packed {
 
   EAP_INLINE void copy_rows(const Rows& rows, const Block& block, E* to) const {
     for (int64_t r = 0; r < rows.count; ++r, to += ld) {
-      const T* from = rows.at<T>(r, block);
-      for (int64_t i = 0; i < pieces; ++i, from += rows.x.stride[1])
-        copy(to + i * piece, from, rows.x.stride[2], length);
+      const T* const from = rows.at<T>(r, block);
+      for (int64_t i = 0; i < pieces; ++i)
+        copy(to + i * piece, from + (block.at(i) - block.at(0)) * rows.x.stride[1], rows.x.stride[2], length);
       std::fill(to + pieces * piece, to + width, E{});
     }
   }

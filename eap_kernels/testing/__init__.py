@@ -50,11 +50,18 @@ def _oracle(value: Tensor, magnitude: Tensor) -> Oracle:
 def edge_scores_oracle(
     delta: Tensor, grad: Tensor, reach: Tensor, segments: Tensor | None = None, count: int | None = None
 ) -> Oracle:
-    """Scores in float64, zero outside the staircase: [S, R], or [count, S, R] with segments; on the CPU."""
+    """Scores in float64, zero outside the staircase: [S, R], or [count, S, R] with segments; on the CPU.
+
+    Without `count`, there are as many segments as the largest number asks for.
+    """
     delta, grad, reach = delta.cpu(), grad.cpu(), reach.cpu()
     staircase = torch.arange(delta.shape[0], device="cpu")[:, None] < reach[None]
     segments_ = delta.new_zeros(delta.shape[1], dtype=torch.int64) if segments is None else segments.cpu()
-    shape = (count or 1, delta.shape[0], grad.shape[0])
+    if segments is None:
+        count = 1
+    elif count is None:
+        count = int(segments_.max()) + 1 if len(segments_) else 0
+    shape = (count, delta.shape[0], grad.shape[0])
 
     def contract(d: Tensor, g: Tensor) -> Tensor:
         per_token = torch.einsum("snd,rnd->nsr", d.double(), g.double())

@@ -1,5 +1,7 @@
 """Tensors that are none of the usual ones: right results, or one sentence that begins with the operator's name."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -50,6 +52,27 @@ def test_an_out_of_inference_mode_is_refused_outside_of_it(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_that_need_what_was_written_over_are_refused(impl):
+    """As after any change in place: the gradient of a product with `out` would be that of other values."""
+    delta, grad, _ = operands()
+    r = torch.ones(2, 4, dtype=torch.float64)
+    nodes = [ek.Nodes(delta.transpose(0, 1))], [ek.Nodes(grad.transpose(0, 1))]
+    for shape, write in {
+        (2, 2): lambda out: ek.edge_scores(delta, grad, REACH, out, impl=impl),
+        (2, 2, 1): lambda out: ek.head_space_scores(*nodes, REACH, out[..., 0], impl=impl),
+        (2, 4, 3): lambda out: ek.normalise_rows(delta, 1e-5, out=out, impl=impl),
+        (4, 1, 3): lambda out: ek.collapse(
+            delta[:, :, None], delta[:, :, None], r, r[:, 0], out, torch.empty_like(r)[None], 3, impl=impl
+        ),
+    }.items():
+        out = torch.zeros(shape, dtype=torch.float64)
+        product = torch.ones(shape, dtype=torch.float64, requires_grad=True) * out
+        write(out)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_views_that_negate(impl):
     """As the imaginary part of a conjugate is: the sign is no part of the memory."""
     delta, grad, base = (torch.complex(x, x).conj().imag for x in operands())
@@ -95,9 +118,42 @@ def test_segments_that_no_memory_holds():
         ek.edge_scores(delta, grad, REACH, segments=torch.full((4,), 2**63 - 1))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_number_of_segments_is_traced(strict):
+    delta, grad, _ = operands()
+
+    class Scores(torch.nn.Module):
+        def forward(self, segments):
+            return ek.edge_scores(delta, grad, REACH, segments=segments)
+
+    segments = torch.tensor([0, 1, 1, 0])
+    exported = torch.export.export(Scores(), (segments,), strict=strict).module()
+    compiled = torch.compile(Scores(), fullgraph=True, backend="aot_eager")
+    for each in (segments, 2 * segments):
+        for traced in (exported, compiled):
+            torch.testing.assert_close(traced(each), Scores()(each))
+
+
+@contextlib.contextmanager
+def medium_precision():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+ROUNDING = {
+    "bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "float16": lambda: torch.autocast("cpu", torch.float16),
+    "medium": medium_precision,
+}
+
+
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
-def test_autocast_rounds_nothing(impl, low, randn):
+@pytest.mark.parametrize("rounding", ROUNDING)
+def test_nothing_is_rounded_where_torch_may_round_products(impl, rounding, randn):
     delta, grad, mask, own = randn(200, 4, 5), randn(9, 4, 5), randn(200, 9), randn(2, 200, 9)
     nodes, reach = ek.Nodes(randn(4, 3, 6), randn(3, 6, 5), randn(3, 2, 4), randn(2, 4, 5)), torch.tensor([200, 7, 3])
 
@@ -114,7 +170,7 @@ def test_autocast_rounds_nothing(impl, low, randn):
         )
 
     plain = all_of_them()
-    with torch.autocast("cpu", low):
+    with ROUNDING[rounding]():
         for found, right in zip(all_of_them(), plain, strict=True):
             assert torch.equal(found, right)
 

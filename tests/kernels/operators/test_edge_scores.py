@@ -185,20 +185,44 @@ def test_allocates_out_from_segments(impl, device):
     assert scores.flatten().tolist() == [2, 0, 4]
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_segments_that_alternate_are_as_exact_as_others(impl, device, kind, generator):
+    """Sums of positive terms, which would show if each run of tokens was added to out by itself."""
+    tokens = 512 if (impl, device) == ("triton", "cpu") else 65536
+    delta, grad = (torch.rand(rows, tokens, 1, generator=generator, device="cpu").to(kind) for rows in (1, 2))
+    segments = torch.arange(tokens, device="cpu") % 2
+    segments[5:9] = 4  # and none of number 2 and 3
+    given = delta, grad, torch.tensor([1, 1], device="cpu")
+    oracle = testing.edge_scores_oracle(*given, segments)
+    reference = ek.edge_scores(*given, segments=segments, impl="reference")
+    scores = ek.edge_scores(delta.to(device), grad.to(device), given[2], segments=segments, impl=impl)
+    testing.assert_close(scores, reference, oracle)
+
+
+def test_no_tokens_and_no_segments(impl, device, dtype):
+    """Nothing is written: there is no memory to write to."""
+    delta, grad, segments = torch.ones(2, 0, 3, dtype=dtype), torch.ones(2, 0, 3, dtype=dtype), torch.zeros(0).long()
+    reach = torch.tensor([1, 2])
+    assert ek.edge_scores(delta, grad, reach, segments=segments, impl=impl).shape == (0, 2, 2)
+    assert testing.edge_scores_oracle(delta, grad, reach, segments).value.shape == (0, 2, 2)
+    assert not ek.edge_scores(delta, grad, reach, segments=segments, out=torch.zeros(3, 2, 2, dtype=wide(dtype))).any()
+
+
 def test_is_deterministic_for_any_number_of_threads(impl, device, randn):
     tokens = 200 if impl == "cpu" else 20  # enough for several chunks, whose sums are added up
     delta, grad = randn(90, tokens, 64), randn(50, tokens, 64)
     delta = delta.transpose(0, 1).contiguous().transpose(0, 1)
     reach = torch.randn(50, device="cpu").argsort() * 2 % 91
-    first = ek.edge_scores(delta, grad, reach, impl=impl)
-    assert torch.equal(first, ek.edge_scores(delta, grad, reach, impl=impl))
-    if impl == "cpu":
-        threads = torch.get_num_threads()
-        try:
-            torch.set_num_threads(1)
-            assert torch.equal(first, ek.edge_scores(delta, grad, reach, impl=impl))
-        finally:
-            torch.set_num_threads(threads)
+    for segments in (None, torch.arange(tokens, device="cpu") % 7):
+        first = ek.edge_scores(delta, grad, reach, segments=segments, impl=impl)
+        assert torch.equal(first, ek.edge_scores(delta, grad, reach, segments=segments, impl=impl))
+        if impl == "cpu":
+            threads = torch.get_num_threads()
+            try:
+                torch.set_num_threads(1)
+                assert torch.equal(first, ek.edge_scores(delta, grad, reach, segments=segments, impl=impl))
+            finally:
+                torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
@@ -231,6 +255,18 @@ BAD = {
     "features": ((D, G[..., :4], REACH), {}, ValueError, "expected grad of shape [R, 4, 5], got [2, 4, 4]"),
     "reach dtype": ((D, G, REACH.int()), {}, TypeError, "expected reach in int64, got torch.int32"),
     "reach length": ((D, G, REACH[:1]), {}, ValueError, "expected reach of shape [2], got [1]"),
+    "reach on meta": (
+        (D, G, REACH.to("meta")),
+        {},
+        ValueError,
+        "expected reach on a device that holds values, got meta",
+    ),
+    "segments on meta": (
+        (D, G, REACH, torch.zeros(1, 3, 2), torch.zeros(4, device="meta").long()),
+        {},
+        ValueError,
+        "expected segments on a device that holds values, got meta",
+    ),
     "reach high": ((D, G, REACH + 1), {}, ValueError, "expected reach within [0, 3], got 4"),
     "reach low": ((D, G, REACH - 2), {}, ValueError, "expected reach within [0, 3], got -1"),
     "out shape": (

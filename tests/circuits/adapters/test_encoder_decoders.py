@@ -20,7 +20,15 @@ from eap_circuits.intervention import circuit_runs
 from eap_circuits.selfcheck import check_model
 from eap_circuits.tasks import PairedDataset
 from tests.circuits.cli.conftest import run
-from tests.circuits.conftest import ENCODER_DECODERS, loss_of, pairs_for, prompts, random_circuit, tiny_model
+from tests.circuits.conftest import (
+    ENCODER_DECODERS,
+    VOCABULARY,
+    loss_of,
+    pairs_for,
+    prompts,
+    random_circuit,
+    tiny_model,
+)
 from tests.circuits.two_sides import TwoSides, differences, gradients, of_circuit, scores
 
 BY_HAND = ["t5", "bart-two-sides"]
@@ -203,6 +211,25 @@ def test_all_edges_are_the_model_and_none_the_corrupted_run(name):
                 logits = model(**given).logits[0, -1]
             assert float(values[e]) == pytest.approx(-float(loss_of(data, e)(logits)), rel=1e-5, abs=1e-6)
     assert found.faithfulness == pytest.approx(1, abs=1e-6)
+
+
+def test_a_decoder_with_a_vocabulary_of_its_own():
+    """Tokens beyond the encoder's are taken, and none beyond the decoder's."""
+    shared, data = tiny_model("marian-two-sides"), pairs_for("marian-two-sides")
+    made = {}
+    for size in (VOCABULARY - 9, VOCABULARY + 9):
+        apart = {"share_encoder_decoder_embeddings": False, "decoder_vocab_size": size}
+        made[size] = type(shared)(type(shared.config).from_dict(shared.config.to_dict() | apart)).double().eval()
+    small, large = made.values()
+    data = replace(data, decoder=torch.where(data.decoder < 0, -1, VOCABULARY + 8), answers=data.answers + 6)
+    found = eap.evaluate(large, eap.Circuit(bind(large).graph("kv"), bind(large).graph("kv").edge_mask), data)
+    for e in range(len(data)):
+        with torch.no_grad():
+            logits = large(input_ids=prompts(data, e)[0][None], decoder_input_ids=read(large, data, e)[None]).logits
+        assert float(found.values[e]) == pytest.approx(-float(loss_of(data, e)(logits[0, -1])), rel=1e-5, abs=1e-6)
+    for wrong, part in ((replace(data, answers=data.answers % 50), "decoder"), (data, "answers")):
+        with pytest.raises(eap.InputError, match=f"{part} of example .* below the model's 50"):
+            eap.attribute(small, wrong)
 
 
 def test_a_curve_with_random_circuits_and_a_file(tmp_path):

@@ -9,8 +9,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
-from transformers import BartForSequenceClassification, PreTrainedTokenizerFast
+from transformers import BartForSequenceClassification
 
 import eap_circuits as eap
 from docs import verdicts
@@ -29,6 +28,7 @@ from tests.circuits.conftest import (
     random_circuit,
     tiny_model,
 )
+from tests.circuits.texts.test_decoders import RECORDS, tokenizer
 from tests.circuits.two_sides import TwoSides, differences, gradients, of_circuit, scores
 
 BY_HAND = ["t5", "bart-two-sides"]
@@ -251,68 +251,7 @@ def test_a_curve_with_random_circuits_and_a_file(tmp_path):
     assert eap.plan(tiny_model("t5", torch.float32).to("meta"), data, method="eap").bytes > 0
 
 
-# Data.
-
-
-def tokenizer():
-    """As T5's: an end after each text, no beginning, and a place holder that the decoder repeats."""
-    words = ["<pad>", "</s>", "<unk>", "<x>", "▁The", "▁capital", "▁of", "▁France", "▁Italy", "▁is", "▁Paris", "▁Rome"]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    ends = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, additional_special_tokens=[AddedToken("<x>", lstrip=True)], **ends
-    )
-
-
-RECORDS = [
-    {
-        "clean": f"The capital of {land} is <x>",
-        "corrupted": f"The capital of {other} is <x>",
-        "answers": [good, bad],
-        "decoder": begun,
-    }
-    for land, other, good, bad, begun in (
-        ("France", "Italy", "Paris", "Rome", "<x>"),
-        ("Italy", "France", "Rome", "Paris", ""),
-    )
-]
-
-
-def test_texts_of_both_sides(tmp_path):
-    data = PairedDataset.from_records(RECORDS, tokenizer())
-    assert data.clean.tolist() == [[4, 5, 6, 7, 9, 3, 1], [4, 5, 6, 8, 9, 3, 1]]  # with the end that encoders expect
-    assert data.decoder.tolist() == [[3], [-1]]
-    assert data.answers.tolist() == [[10, 11], [11, 10]]
-    data.save(tmp_path / "data.safetensors")
-    assert PairedDataset.from_file(tmp_path / "data.safetensors") == data
-    assert data[[1]].decoder.tolist() == [[-1]]
-    (tmp_path / "data.csv").write_text(
-        "clean,corrupted,decoder,good,bad\n"
-        + "".join(f"{r['clean']},{r['corrupted']},{r['decoder']},{','.join(r['answers'])}\n" for r in RECORDS)
-    )
-    table = PairedDataset.from_file(tmp_path / "data.csv", tokenizer())
-    assert torch.equal(table.decoder, data.decoder) and torch.equal(table.answers, data.answers)
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ([{**RECORDS[0], "decoder": 3}], r"records\[0\], decoder: expected a text"),
-        ([RECORDS[0], {k: x for k, x in RECORDS[1].items() if k != "decoder"}], "decoder in every record or in none"),
-    ],
-)
-def test_records_that_do_not_fit(given, said):
-    with pytest.raises(eap.InputError, match=said):
-        PairedDataset.from_records(given, tokenizer())
-
-
-@pytest.mark.parametrize("decoder", [[3, 4], [[-2], [1]], [[-1, 3], [3, 3]]])
-def test_decoder_tokens_that_do_not_fit(decoder):
-    data = PairedDataset.from_records(RECORDS, tokenizer())
-    with pytest.raises(eap.InputError, match=r"^decoder"):
-        replace(data, decoder=torch.tensor(decoder))
+# Files.
 
 
 def test_from_a_file_of_texts_to_scores_and_curves(tmp_path):

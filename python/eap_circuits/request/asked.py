@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters import Architecture, bind, is_fully_sharded
 from ..errors import InputError, expected, flag, function, instance, one_of, shown, warn, whole
@@ -194,7 +194,25 @@ def _taken(arch: Architecture, data: PairedDataset, label: str) -> PairedDataset
     start = next((x for x in (getattr(each, "decoder_start_token_id", None) for each in places) if x is not None), None)
     if not isinstance(start, int) or start < 0:
         raise expected(f"{name}.generation_config.decoder_start_token_id", "a token id", repr(start))
-    return replace(data, decoder=torch.cat([torch.full_like(data.lengths[:, None], start), data.decoder], 1))
+    decoder = torch.cat([torch.full_like(data.lengths[:, None], start), data.decoder], 1)
+    _warn_of_ends(decoder, model.config, label)
+    return replace(data, decoder=decoder)
+
+
+def _warn_of_ends(decoder: Tensor, config: Any, label: str) -> None:
+    """Warn where a decoder [E, T'] reads its start token twice, or at the end what ends or pads texts."""
+    ids = [getattr(config, name, None) for name in ("pad_token_id", "eos_token_id")]
+    ends = torch.tensor([each for each in ids if isinstance(each, int)], dtype=torch.int64)
+    last = (decoder >= 0).sum(1, keepdim=True) - 1
+    ended = (last > 0) & torch.isin(decoder.gather(1, last), ends)
+    odd = (decoder[:, 1:2] == decoder[:, :1]).any(1) | ended[:, 0]
+    if odd.any():
+        row = int(odd.nonzero()[0])
+        own = decoder[row, 1 : 1 + int(last[row])].tolist()
+        warn(
+            f"{label}: of example {row} the decoder reads {own} behind its start token, {int(decoder[row, 0])}: these "
+            "begin with that token once more, or end in padding (which is -1 here) or the end of a text."
+        )
 
 
 def check_ablation(arch: Architecture, ablation: str | Constants, other: PairedDataset | None) -> Ablation:

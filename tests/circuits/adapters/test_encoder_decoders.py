@@ -314,6 +314,17 @@ def test_what_is_not_there_yet_is_refused_in_one_sentence():
         assert said in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("own", [[2, 7], [7, 0], [7, 1], []])
+def test_a_decoder_that_starts_twice_or_ends_is_warned_of(own, recwarn):
+    model, data = tiny_model("bart-two-sides"), pairs_for("bart-two-sides", n=2)
+    model.config.eos_token_id = 1  # 0 pads, and 2 starts
+    read = torch.tensor([[7, 0, 8], [*own, *[-1] * (3 - len(own))]])
+    eap.evaluate(model, random_circuit(bind(model).graph("kv"), 0, 0.5), replace(data, decoder=read))
+    said = [str(each.message) for each in recwarn if "decoder" in str(each.message)]
+    assert len(said) == bool(own)
+    assert not own or f"data: of example 1 the decoder reads {own} behind its start token, 2" in said[0]
+
+
 def test_every_table_has_a_tiny_model():
     """Here, or in docs/verdicts.py, whose committed results say that the self-check passed."""
     here = {model_type for model_type, _ in ENCODER_DECODERS.values()}

@@ -239,8 +239,14 @@ class Architecture:
 
     @property
     def picks_logits(self) -> bool:
-        """Can some tokens' logits be computed by themselves? Only a plain linear layer's can."""
-        return self.picks and type(self.head) is nn.Linear and not is_offloaded(self.head)
+        """Can some tokens' logits be computed by themselves? Only a plain linear layer's can, which in encoder-decoders
+        a bias may follow."""
+        return self.picks and not self.encoder and type(self.head) is nn.Linear and not is_offloaded(self.head)
+
+    def vocabulary(self, decoder: bool = False) -> int:
+        """How many token embeddings the model has, or its decoder, which may have its own."""
+        model: Any = self.model
+        return len((model.get_decoder() if decoder else model).get_input_embeddings().weight)
 
     @property
     def d_model(self) -> int:

@@ -208,8 +208,7 @@ def _tokens_together(request: Request, circuit: Circuit) -> int:
     rough = TOKENS_PER_LESSON * kept * request.arch.accumulate.itemsize
     # Kept throughout: the batches; both sides' logits; the means, units, moves, their gradient, Adam's two moments and
     # the best constants so far.
-    model: Any = request.arch.model
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = request.arch.vocabulary(decoder=request.arch.encoder > 0)
     batches = list(request.batches(TOKENS_PER_LESSON))
     positions = max(each.n_positions for each in batches)
     stays = 2 * len(request.data) * positions * vocabulary * request.arch.dtype.itemsize

@@ -5,6 +5,7 @@ from .constants import Constants, at_tokens, zeros
 from .hooks import Hooks, borrowed, unhook
 from .layers.active_tokens import skip_inactive
 from .layers.resume import LayerInputs, record_layer_inputs
+from .layers.two_sides import two_sides
 from .prefixes.prefix import parameters, passes_of
 from .prefixes.remembered import once
 from .prefixes.reuse import logit_distance, logit_tolerance, of_rounding, why_not_reused

@@ -226,8 +226,8 @@ def make_batches(
     tokens: int = TOKENS_PER_BATCH,
     even: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of examples with about the same number of tokens to run, or `even`, exactly as many; at most `tokens` in
-    all.
+    """Batches of examples with about the same number of tokens to run, or `even`, exactly as many on either side;
+    at most `tokens` in all.
 
     With a `batch_size`, each batch has this many examples, whatever their tokens.
     """
@@ -235,7 +235,11 @@ def make_batches(
     rows = data.rows.pair.bincount() if data.rows.answer is not None else torch.ones_like(start)
     # The longest come first, so that memory runs out in the first batch if at all.
     lengths = data.longer_lengths
-    for group in reversed(_groups((lengths - start).tolist(), lengths.tolist(), 0 if even else _PASS_OVERHEAD)):
+    alike = lengths - start
+    if even and data.decoder is not None:
+        read = (data.decoder >= 0).sum(1)
+        alike = alike * (1 + read.max()) + read
+    for group in reversed(_groups(alike.tolist(), lengths.tolist(), 0 if even else _PASS_OVERHEAD)):
         longest, suffix = int(lengths[group].max()), int((lengths - start)[group].max())
         fitting = min(tokens // suffix, _PREFIX_SHARE * tokens // longest) // int(rows[group].max())
         for index in torch.tensor(group).split(batch_size or max(1, fitting)):

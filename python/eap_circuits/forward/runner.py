@@ -77,7 +77,7 @@ class Runner:
     ) -> None:
         self.arch = arch
         self.batch = batch
-        self._tokens = None if arch.encoder else tokens  # a bias may follow the head
+        self._tokens = tokens
         self._pooled = arch.classifies and arch.head is None
         last = arch.layers[-1]
         # A layer's only block may mix tokens.

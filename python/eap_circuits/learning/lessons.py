@@ -102,7 +102,8 @@ class Lessons:
         waiting = [batch_of(request.data, self.groups[group], request.reuse_prefix, request.arch.device)]
         while waiting:
             batch = waiting.pop()
-            uneven = request.arch.hooked and batch.host["last"].unique().numel() > 1
+            ends = (stream.host["last"] for stream in (batch, batch.end))
+            uneven = request.arch.hooked and any(last.unique().numel() > 1 for last in ends)
             if batch.n_examples > 1 and (uneven or batch.clean.numel() > self.tokens):
                 waiting += reversed(halves(request.data, batch))
             else:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters import Architecture, bind, is_fully_sharded
 from ..errors import InputError, expected, flag, function, instance, one_of, shown, warn, whole
@@ -192,9 +192,27 @@ def _taken(arch: Architecture, data: PairedDataset, label: str) -> PairedDataset
         raise expected(label, f"pairs of equal lengths that one token answers, as {name} has an encoder", found)
     places: tuple[Any, ...] = getattr(model, "generation_config", None), model.config
     start = next((x for x in (getattr(each, "decoder_start_token_id", None) for each in places) if x is not None), None)
-    if not isinstance(start, int):
+    if not isinstance(start, int) or start < 0:
         raise expected(f"{name}.generation_config.decoder_start_token_id", "a token id", repr(start))
-    return replace(data, decoder=torch.cat([torch.full_like(data.lengths[:, None], start), data.decoder], 1))
+    decoder = torch.cat([torch.full_like(data.lengths[:, None], start), data.decoder], 1)
+    _warn_of_ends(decoder, model.config, label)
+    return replace(data, decoder=decoder)
+
+
+def _warn_of_ends(decoder: Tensor, config: Any, label: str) -> None:
+    """Warn where a decoder [E, T'] reads its start token twice, or at the end what ends or pads texts."""
+    ids = [getattr(config, name, None) for name in ("pad_token_id", "eos_token_id")]
+    ends = torch.tensor([each for each in ids if isinstance(each, int)], dtype=torch.int64)
+    last = (decoder >= 0).sum(1, keepdim=True) - 1
+    ended = (last > 0) & torch.isin(decoder.gather(1, last), ends)
+    odd = (decoder[:, 1:2] == decoder[:, :1]).any(1) | ended[:, 0]
+    if odd.any():
+        row = int(odd.nonzero()[0])
+        own = decoder[row, 1 : 1 + int(last[row])].tolist()
+        warn(
+            f"{label}: of example {row} the decoder reads {own} behind its start token, {int(decoder[row, 0])}: these "
+            "begin with that token once more, or end in padding (which is -1 here) or the end of a text."
+        )
 
 
 def check_ablation(arch: Architecture, ablation: str | Constants, other: PairedDataset | None) -> Ablation:
@@ -231,14 +249,9 @@ def _check_ablation(request: Request) -> None:
                 raise expected("ablation_data", f"{read} of {most} tokens, the data's most", f"at most {covered}")
 
 
-def vocabulary(model: Any) -> int:
-    """How many token embeddings a model has."""
-    return int(model.get_input_embeddings().weight.shape[0])
-
-
 def _predicted(arch: Architecture) -> int:
     """How many tokens have logits; some models embed more."""
-    embedded = vocabulary(arch.model)
+    embedded = arch.vocabulary(decoder=arch.encoder > 0)
     return min(embedded, int(getattr(arch.head, "out_features", embedded)))
 
 
@@ -250,7 +263,7 @@ def check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> No
         classes = name == "answers" and arch.classifies
         if tokens is None or (classes and label):
             continue
-        most = _predicted(arch) if name == "answers" else vocabulary(arch.model)
+        most = _predicted(arch) if name == "answers" else arch.vocabulary(name == "decoder")
         most = int(config.num_labels) if classes else most
         most += shown if name in ("clean", "corrupted") else 0
         beyond = (tokens >= most).flatten(1).any(1).nonzero()
@@ -274,7 +287,7 @@ def check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> No
 
 def _pictured(arch: Architecture, pictures: Pictures, label: str) -> int:
     """How many tokens of pictures there are; refuses those of another model."""
-    made_for, right = (pictures.first, pictures.embeddings.shape[-1]), (vocabulary(arch.model), arch.d_model)
+    made_for, right = (pictures.first, pictures.embeddings.shape[-1]), (arch.vocabulary(), arch.d_model)
     if made_for != right or arch.family.placed or arch.encoder or arch.per_layer is not None:
         wanted = (
             f"pictures as {type(arch.model).__name__} sees them (image_pairs), ids from {right[0]}, width {right[1]}"

@@ -24,6 +24,7 @@ from ..forward import (
     of_rounding,
     once,
     tried_twice,
+    two_sides,
 )
 from ..modules.shapes import Shape
 from ..ranks import is_lost
@@ -39,22 +40,21 @@ def fitting(arch: Architecture, data: PairedDataset) -> Architecture:
     """The architecture, which computes all logits where some by themselves are not the model's.
 
     The model must be borrowed. It takes three passes of the longest clean prompt, and of the same with another last
-    token. Encoder-decoders, prompts with pictures, and weights that are not there or in parts on ranks are not looked
-    at; nor, off the CPU, where few tokens take as long as many, a model whose code and table the tests run.
+    token; of an encoder-decoder one more. Prompts with pictures, and weights that are not there or in parts on ranks
+    are not looked at; nor, off the CPU, where few tokens take as long as many, a model whose code and table the tests
+    run.
 
     Raises:
         InputError: tokens see later ones, logits are not the model's own, or what nodes write does not add up to what
             others read.
     """
     without = isinstance(next(arch.model.parameters(), None), Shape)
-    if without or arch.encoder or data.pictures is not None or is_in_parts(arch.model):
+    if without or data.pictures is not None or is_in_parts(arch.model):
         return arch
     if arch.device.type != "cpu" and _is_tested(arch):
         return arch
-    longest = int(data.lengths.argmax())
-    tokens = data.clean[longest, : int(data.lengths[longest])]
     way = "fits", repr(arch.family), any(layer.post_norm for layer in arch.layers)
-    why = once(arch.model, way, [], lambda: tried_twice(lambda: _trial(arch, tokens)))
+    why = once(arch.model, way, [], lambda: tried_twice(lambda: _trial(arch, data)))
     return arch if why is None else replace(arch, picks=False)
 
 
@@ -62,17 +62,17 @@ def _is_tested(arch: Architecture) -> bool:
     return is_built_in(arch.family) and not arch.hooked and runs_tested_code(arch.model)
 
 
-def _trial(arch: Architecture, tokens: Tensor) -> str | None:
+def _trial(arch: Architecture, data: PairedDataset) -> str | None:
     name, graph, tolerance = type(arch.model).__name__, arch.graph("kv"), logit_tolerance(arch)
-    batch = _batch(arch, tokens)
-    first, own = _own(arch, batch)
-    if (
-        arch.causal
-        and not arch.classifies
-        and len(tokens) > 1
-        and not of_rounding(logit_distance(first[:1], first[1:]), tolerance)
-    ):
-        raise expected(name, "a causal language model, in which no token sees later ones", "one in which they do")
+    batch = _batch(arch, data)
+    (other, first), own = torch.stack([_own(arch, batch, tokens) for tokens in (batch.corrupted, batch.clean)], 1)
+    said = "language model"
+    if batch.decoder is not None:
+        said, changed = "decoder", _with_another_end(batch.decoder.clean[0], arch.vocabulary(decoder=True))
+        other = _own(arch, replace(batch, decoder=replace(batch.decoder, clean=changed[None])), batch.clean)[0]
+    looks_ahead = not of_rounding(logit_distance(other[None], first[None]), tolerance)
+    if (arch.causal or arch.encoder) and not arch.classifies and batch.end.clean.numel() > 1 and looks_ahead:
+        raise expected(name, f"a causal {said}, in which no token sees later ones", "one in which they do")
     last = _vocabulary(arch) - 1
     picked = torch.linspace(0, last, min(_LOGITS, 1 + last // 2)).long().to(arch.device)
     for some in (picked, None) if arch.picks_logits else (None,):
@@ -101,13 +101,24 @@ def _trial(arch: Architecture, tokens: Tensor) -> str | None:
     return _PICKED if arch.picks_logits and some is None else None
 
 
-def _batch(arch: Architecture, tokens: Tensor) -> Batch:
-    """A prompt, and the same with another last token as the corrupted one."""
+def _batch(arch: Architecture, data: PairedDataset) -> Batch:
+    """The longest prompt, and the same with another last token as the corrupted one; the most that a decoder reads."""
+    longest = int(data.lengths.argmax())
+    tokens, read = data.clean[longest, : int(data.lengths[longest])], None
+    if data.decoder is not None:
+        most = data.decoder[int((data.decoder >= 0).sum(1).argmax())]
+        read = most[None, most >= 0]
+    other = _with_another_end(tokens, _vocabulary(arch))
+    size, answers = torch.tensor([len(tokens)]), tokens.new_empty(1, 2, 0)
+    pair = PairedDataset(tokens[None], other[None], size, answers, decoder=read)
+    return batch_of(pair if arch.causal else different_throughout(pair), torch.arange(1), False, arch.device)
+
+
+def _with_another_end(tokens: Tensor, vocabulary: int) -> Tensor:
     other, different = tokens.clone(), tokens[tokens != tokens[-1]]
     # One of the prompt's own is no padding, and stands for no picture.
-    other[-1] = different[0] if len(different) else (tokens[-1] + 1) % _vocabulary(arch)
-    data = PairedDataset(tokens[None], other[None], torch.tensor([len(tokens)]), tokens.new_empty(1, 2, 0))
-    return batch_of(data if arch.causal else different_throughout(data), torch.arange(1), False, arch.device)
+    other[-1] = different[0] if len(different) else (tokens[-1] + 1) % vocabulary
+    return other
 
 
 def _vocabulary(arch: Architecture) -> int:
@@ -116,15 +127,15 @@ def _vocabulary(arch: Architecture) -> int:
     return min(len(end.weight) for end in ends if hasattr(end, "weight"))
 
 
-def _own(arch: Architecture, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The plain model's logits behind the first token and behind the last, [2, V] each; a classifier's twice."""
+def _own(arch: Architecture, batch: Batch, tokens: Tensor) -> Tensor:
+    """The plain model's logits behind the first token and behind the last, [2, V]; a classifier's twice.
+
+    Clean and corrupted tokens run by themselves, as a classifier looks for padding.
+    """
     model: Any = arch.model
-    ends = []
-    for tokens in (batch.corrupted, batch.clean):  # each by itself, as a classifier looks for padding
-        with torch.no_grad(), Hooks(tokens=tokens.shape[1]) as hooks:
-            if arch.head is not None and not arch.classifies:
-                hooks.on_input(arch.head, lambda x: x[:, [0, -1]])
-            logits = model(input_ids=tokens, use_cache=False).logits[0]
-        ends.append(logits.view(-1, logits.shape[-1])[[0, -1]])
-    first, last = torch.stack(ends, 1)
-    return first, last
+    given = {"input_ids": tokens} if batch.decoder is None else two_sides(batch, tokens)
+    with torch.no_grad(), Hooks(tokens=batch.end.clean.shape[1]) as hooks:
+        if arch.head is not None and not arch.classifies:
+            hooks.on_input(arch.head, lambda x: x[:, [0, -1]])
+        logits = model(**given, use_cache=False).logits[0]
+    return logits.view(-1, logits.shape[-1])[[0, -1]]

@@ -16,7 +16,6 @@ from ..forward import Hooks, Runner, batch_of, borrowed, logit_distance, logit_t
 from ..modules.loans import gives_back
 from ..ranks import together
 from ..tasks import PairedDataset, Pictures
-from .asked import vocabulary
 
 # Arguments of a forward with which a processor marks pictures' tokens by 1.
 _TYPES = ("token_type_ids", "mm_token_type_ids")
@@ -82,7 +81,7 @@ def paired(
         alike = torch.cat([shown.flatten(1).double(), shifts.flatten(1).double()], 1)
         distinct, which = alike.unique(dim=0, return_inverse=True)
         for side, own in zip(sides, which.split([len(side.shown) for side in sides]), strict=True):
-            side.ids[side.places] = vocabulary(arch.model) + own
+            side.ids[side.places] = arch.vocabulary() + own
         written, places = distinct.tensor_split([shown[0].numel()], 1)
         written, places = (
             written.to(shown.dtype).unflatten(1, shown.shape[1:]),
@@ -90,7 +89,7 @@ def paired(
         )
         pictures = Pictures(
             written[:, 0],
-            vocabulary(arch.model),
+            arch.vocabulary(),
             sides[0].types,
             shifts=places if places.numel() else None,
             stacked=written[:, 1:] if arch.stacked else None,
@@ -155,7 +154,7 @@ def _seen(arch: Architecture, label: str, given: Mapping[str, Tensor]) -> _Side:
         if arch.head is not None:
             hooks.on_input(arch.head, lambda x: x[rows.to(x.device), last.to(x.device)][:, None])
         logits = arch.model(**there, use_cache=False).logits
-    ids, known, real = ids.cpu().clone(), vocabulary(arch.model), mask.bool()
+    ids, known, real = ids.cpu().clone(), arch.vocabulary(), mask.bool()
     text = arch.embed(ids.clamp(max=known - 1).to(arch.device))
     far = (began[0] - text).norm(dim=-1) > _FAR * text.norm(dim=-1)
     places = real & ((ids >= known) | far.cpu())

@@ -387,8 +387,8 @@ class PairedDataset(Result):
         return replace(self, answers=answers, variants=None, scored=None, targets=None, scored_weights=None)
 
     def to_dict(self) -> dict[str, list[Any]]:
-        """The pairs by column: clean and corrupted, as texts or else as token ids; good and bad answers' ids, lists of
-        them for sets; and the number of tokens of the clean prompt."""
+        """The pairs by column: clean and corrupted, as texts or else as token ids; what a decoder reads, as ids; good
+        and bad answers' ids, lists of them for sets; and the number of tokens of the clean prompt."""
         return columns_of(self)
 
     def to_pandas(self) -> Any:

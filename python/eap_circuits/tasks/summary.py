@@ -66,8 +66,8 @@ def summary_of(data: PairedDataset) -> Summary:
     """What `PairedDataset.summary` returns."""
     corrupted_lengths = data.lengths if data.corrupted_lengths is None else data.corrupted_lengths
     lengths = torch.stack([data.lengths, corrupted_lengths], 1)
-    where = [] if data.scored is None else [data.scored]
-    rows = torch.cat([data.clean, data.corrupted, lengths, data.answers.flatten(1), *where], 1)
+    others = [each for each in (data.scored, data.decoder) if each is not None]
+    rows = torch.cat([data.clean, data.corrupted, lengths, data.answers.flatten(1), *others], 1)
     same = (data.clean == data.corrupted).all(1) & (data.lengths == corrupted_lengths)
     same &= not data.alone
     if same.sum() >= MANY * len(data):
@@ -97,6 +97,7 @@ def columns_of(data: PairedDataset) -> dict[str, list[Any]]:
     return {
         "clean": list(clean),
         "corrupted": list(corrupted),
+        **({} if data.decoder is None else {"decoder": [ids[ids >= 0].tolist() for ids in data.decoder]}),
         "good": good,
         "bad": bad,
         "tokens": data.lengths.tolist(),

@@ -24,6 +24,28 @@ def check_tokenizer(tokenizer: Any) -> None:
         raise expected("tokenizer", "a Hugging Face tokenizer", type(tokenizer).__name__)
 
 
+class _Target:
+    """A tokenizer that takes texts for a target's; all else is its own."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._own = tokenizer
+
+    def __call__(self, texts: Sequence[str], **given: Any) -> Any:
+        return self._own(text_target=texts, **given)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+
+def of_decoder(tokenizer: Any) -> Any:
+    """The tokenizer as it reads a decoder's texts, for which some have other pieces (Marian's).
+
+    Those that know a target's language (`tgt_lang`) change only special tokens, and fail where it is not set.
+    """
+    changes = hasattr(tokenizer, "_switch_to_target_mode") and not hasattr(tokenizer, "tgt_lang")
+    return _Target(tokenizer) if changes else tokenizer
+
+
 def check_text(text: str, label: str) -> None:
     """Refuse text that no tokenizer takes: JSON can hold half of a character, a lone surrogate."""
     try:

@@ -18,6 +18,7 @@ from .encoding import (
     encode_many,
     encode_prompts,
     mask_id,
+    of_decoder,
     respelled,
 )
 from .spans import spans_of
@@ -56,14 +57,14 @@ def tokenised(
     paired, answered, placed = (_in_all(records, labels, name) for name in ("corrupted", "answers", "scored"))
     masks = None if placed or begun else _masks(labels, tokenizer, clean, corrupted, answered)
     answers, odd = [], list[str]()
-    answerable = begun or [own for own, _ in texts]
+    answerable, answering = (begun, of_decoder(tokenizer)) if begun else ([own for own, _ in texts], tokenizer)
     for record, label, prompt, first, second in zip(records, labels, answerable, clean, corrupted, strict=True):
         if not first or not second:
             numbers = f"{len(first)} and {len(second)}"
             raise expected(label, "at least one token in clean and in corrupted", numbers)
         check_equal_lengths(label, len(first), len(second), align)
         if answered:
-            answers.append(_answer_sets(record["answers"], label, prompt, tokenizer, odd))
+            answers.append(_answer_sets(record["answers"], label, prompt, answering, odd))
     if odd:
         such = f"one of {len(odd)} answers that are" if len(odd) > 1 else "an answer that is"
         warn(
@@ -78,12 +79,12 @@ def tokenised(
         "answers": tensor,
         "prompts": tuple(texts),
         "corrupted_lengths": torch.tensor([len(ids) for ids in corrupted]),
-        "variants": _variants(tensor, tokenizer) if answered and tensor.dim() < 4 else None,
+        "variants": _variants(tensor, answering) if answered and tensor.dim() < 4 else None,
         "alone": not paired,
         **(_scored(records, labels, clean) if placed else {}),
         **({} if masks is None else {"scored": masks, "targets": _filling(tensor, masks)}),
         "weights": _weights(records, labels),
-        "decoder": _padded(encode_many(tokenizer, begun), -1) if begun else None,
+        "decoder": _padded(encode_many(answering, begun), -1) if begun else None,
         **spans_of(records, labels, [own for own, _ in texts], clean, tokenizer),
     }
 

@@ -9,8 +9,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
-from transformers import BartForSequenceClassification, PreTrainedTokenizerFast
+from transformers import BartForSequenceClassification
 
 import eap_circuits as eap
 from docs import verdicts
@@ -20,7 +19,16 @@ from eap_circuits.intervention import circuit_runs
 from eap_circuits.selfcheck import check_model
 from eap_circuits.tasks import PairedDataset
 from tests.circuits.cli.conftest import run
-from tests.circuits.conftest import ENCODER_DECODERS, loss_of, pairs_for, prompts, random_circuit, tiny_model
+from tests.circuits.conftest import (
+    ENCODER_DECODERS,
+    VOCABULARY,
+    loss_of,
+    pairs_for,
+    prompts,
+    random_circuit,
+    tiny_model,
+)
+from tests.circuits.texts.test_decoders import RECORDS, tokenizer
 from tests.circuits.two_sides import TwoSides, differences, gradients, of_circuit, scores
 
 BY_HAND = ["t5", "bart-two-sides"]
@@ -205,6 +213,25 @@ def test_all_edges_are_the_model_and_none_the_corrupted_run(name):
     assert found.faithfulness == pytest.approx(1, abs=1e-6)
 
 
+def test_a_decoder_with_a_vocabulary_of_its_own():
+    """Tokens beyond the encoder's are taken, and none beyond the decoder's."""
+    shared, data = tiny_model("marian-two-sides"), pairs_for("marian-two-sides")
+    made = {}
+    for size in (VOCABULARY - 9, VOCABULARY + 9):
+        apart = {"share_encoder_decoder_embeddings": False, "decoder_vocab_size": size}
+        made[size] = type(shared)(type(shared.config).from_dict(shared.config.to_dict() | apart)).double().eval()
+    small, large = made.values()
+    data = replace(data, decoder=torch.where(data.decoder < 0, -1, VOCABULARY + 8), answers=data.answers + 6)
+    found = eap.evaluate(large, eap.Circuit(bind(large).graph("kv"), bind(large).graph("kv").edge_mask), data)
+    for e in range(len(data)):
+        with torch.no_grad():
+            logits = large(input_ids=prompts(data, e)[0][None], decoder_input_ids=read(large, data, e)[None]).logits
+        assert float(found.values[e]) == pytest.approx(-float(loss_of(data, e)(logits[0, -1])), rel=1e-5, abs=1e-6)
+    for wrong, part in ((replace(data, answers=data.answers % 50), "decoder"), (data, "answers")):
+        with pytest.raises(eap.InputError, match=f"{part} of example .* below the model's 50"):
+            eap.attribute(small, wrong)
+
+
 def test_a_curve_with_random_circuits_and_a_file(tmp_path):
     model, data = tiny_model("t5"), pairs_for("t5")
     found = eap.attribute(model, data, method="eap")
@@ -224,68 +251,7 @@ def test_a_curve_with_random_circuits_and_a_file(tmp_path):
     assert eap.plan(tiny_model("t5", torch.float32).to("meta"), data, method="eap").bytes > 0
 
 
-# Data.
-
-
-def tokenizer():
-    """As T5's: an end after each text, no beginning, and a place holder that the decoder repeats."""
-    words = ["<pad>", "</s>", "<unk>", "<x>", "▁The", "▁capital", "▁of", "▁France", "▁Italy", "▁is", "▁Paris", "▁Rome"]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    ends = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, additional_special_tokens=[AddedToken("<x>", lstrip=True)], **ends
-    )
-
-
-RECORDS = [
-    {
-        "clean": f"The capital of {land} is <x>",
-        "corrupted": f"The capital of {other} is <x>",
-        "answers": [good, bad],
-        "decoder": begun,
-    }
-    for land, other, good, bad, begun in (
-        ("France", "Italy", "Paris", "Rome", "<x>"),
-        ("Italy", "France", "Rome", "Paris", ""),
-    )
-]
-
-
-def test_texts_of_both_sides(tmp_path):
-    data = PairedDataset.from_records(RECORDS, tokenizer())
-    assert data.clean.tolist() == [[4, 5, 6, 7, 9, 3, 1], [4, 5, 6, 8, 9, 3, 1]]  # with the end that encoders expect
-    assert data.decoder.tolist() == [[3], [-1]]
-    assert data.answers.tolist() == [[10, 11], [11, 10]]
-    data.save(tmp_path / "data.safetensors")
-    assert PairedDataset.from_file(tmp_path / "data.safetensors") == data
-    assert data[[1]].decoder.tolist() == [[-1]]
-    (tmp_path / "data.csv").write_text(
-        "clean,corrupted,decoder,good,bad\n"
-        + "".join(f"{r['clean']},{r['corrupted']},{r['decoder']},{','.join(r['answers'])}\n" for r in RECORDS)
-    )
-    table = PairedDataset.from_file(tmp_path / "data.csv", tokenizer())
-    assert torch.equal(table.decoder, data.decoder) and torch.equal(table.answers, data.answers)
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ([{**RECORDS[0], "decoder": 3}], r"records\[0\], decoder: expected a text"),
-        ([RECORDS[0], {k: x for k, x in RECORDS[1].items() if k != "decoder"}], "decoder in every record or in none"),
-    ],
-)
-def test_records_that_do_not_fit(given, said):
-    with pytest.raises(eap.InputError, match=said):
-        PairedDataset.from_records(given, tokenizer())
-
-
-@pytest.mark.parametrize("decoder", [[3, 4], [[-2], [1]], [[-1, 3], [3, 3]]])
-def test_decoder_tokens_that_do_not_fit(decoder):
-    data = PairedDataset.from_records(RECORDS, tokenizer())
-    with pytest.raises(eap.InputError, match=r"^decoder"):
-        replace(data, decoder=torch.tensor(decoder))
+# Files.
 
 
 def test_from_a_file_of_texts_to_scores_and_curves(tmp_path):
@@ -346,6 +312,17 @@ def test_what_is_not_there_yet_is_refused_in_one_sentence():
         with pytest.raises(eap.InputError) as error:
             call()
         assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("own", [[2, 7], [7, 0], [7, 1], []])
+def test_a_decoder_that_starts_twice_or_ends_is_warned_of(own, recwarn):
+    model, data = tiny_model("bart-two-sides"), pairs_for("bart-two-sides", n=2)
+    model.config.eos_token_id = 1  # 0 pads, and 2 starts
+    read = torch.tensor([[7, 0, 8], [*own, *[-1] * (3 - len(own))]])
+    eap.evaluate(model, random_circuit(bind(model).graph("kv"), 0, 0.5), replace(data, decoder=read))
+    said = [str(each.message) for each in recwarn if "decoder" in str(each.message)]
+    assert len(said) == bool(own)
+    assert not own or f"data: of example 1 the decoder reads {own} behind its start token, 2" in said[0]
 
 
 def test_every_table_has_a_tiny_model():

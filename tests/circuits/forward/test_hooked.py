@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import eap_circuits as eap
-from tests.circuits.conftest import logit_difference, prompts, random_circuit
+from tests.circuits.conftest import logit_difference, pairs_for, prompts, random_circuit
 
 
 def at(place, share=0.5):
@@ -155,3 +157,32 @@ def test_a_hook_that_contributions_cannot_be_told_of_is_refused(where, before, m
     ):
         with pytest.raises(eap.InputError, match=wanted):
             call()
+
+
+SIDES = ["encoder", "decoder"]
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_hook_sees_each_token_of_either_side_where_it_stands(side, make_model):
+    model, data = make_model("t5"), pairs_for("t5", n=4)
+    data = replace(data, clean=data.clean[[1] * 4], corrupted=data.corrupted[[1] * 4], lengths=data.lengths[[1] * 4])
+    model.get_submodule(f"{side}.block.1").register_forward_hook(at(-1, 1))
+    right, start = [], torch.tensor([model.config.decoder_start_token_id])
+    for e, own in enumerate(data.decoder):
+        read = torch.cat([start, own[own >= 0]])
+        with torch.no_grad():
+            logits = model(input_ids=prompts(data, e)[0][None], decoder_input_ids=read[None]).logits[0, -1]
+        right.append(float(logit_difference(logits, data, e)))
+    scores = eap.attribute(model, data, method="eap")
+    every = eap.Circuit.from_mask(scores.graph, scores.graph.edge_mask)
+    for ablation in ("patching", "mean"):
+        assert eap.evaluate(model, every, data, ablation=ablation).values.tolist() == pytest.approx(right, rel=1e-6)
+    torch.testing.assert_close(eap.attribute_circuit(model, every, data).values, scores.values)
+
+
+@pytest.mark.parametrize("where", ["encoder.final_layer_norm", "decoder.block.0.layer.0.SelfAttention.v"])
+def test_a_hook_that_scales_what_one_side_reads_of_the_other_or_of_its_own_tokens_is_refused(where, make_model):
+    model = make_model("t5")
+    hook_up(model, where, False)
+    with pytest.raises(eap.InputError, match=f"model: expected a hook on {where} that adds the same"):
+        eap.attribute(model, pairs_for("t5"), method="eap", ablation="zero")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from transformers.models.llama import modeling_llama
+from transformers.models.t5 import modeling_t5
 
 import eap_circuits as eap
 from bench.pretended import pretending
@@ -16,7 +17,7 @@ from bench.processes import ROOT
 from eap_circuits.adapters import TESTED, bind
 from eap_circuits.forward import logit_tolerance
 from eap_circuits.request import fits
-from tests.circuits.conftest import prompts, random_circuit
+from tests.circuits.conftest import pairs_for, prompts, random_circuit
 
 
 class Scaled(modeling_llama.LlamaDecoderLayer):
@@ -79,6 +80,45 @@ def test_what_a_table_does_not_say_is_refused(change, found, dtype, make_model, 
         lambda: eap.evaluate(model, circuit, data),
     ):
         with pytest.raises(eap.InputError, match=f"LlamaForCausalLM: .*{found}"):
+            call()
+
+
+class ScaledBlock(modeling_t5.T5Block):
+    def forward(self, *args, **given):
+        stream, *others = super().forward(*args, **given)
+        return 0.9 * stream, *others
+
+
+class ShiftedMLP(modeling_t5.T5DenseActDense):
+    """Reads the token before, too."""
+
+    def forward(self, x):
+        return super().forward(x + nn.functional.pad(x, (0, 0, 1, 0))[:, :-1])
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "found"),
+    [
+        ("encoder.block.0", ScaledBlock, r"sum at enc\.a1\.h0<v>"),
+        ("encoder.block.1", ScaledBlock, r"sum at dec\.x1\.h0<v>"),
+        ("decoder.block.0", ScaledBlock, r"sum at dec\.a1\.h0<v>"),
+        ("decoder.block.1.layer.2.DenseReluDense", ShiftedMLP, "found others"),
+        ("decoder", None, "expected a causal decoder"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_encoder_decoders_that_their_table_does_not_describe_are_refused(part, kind, found, dtype, make_model):
+    model, data = make_model("t5", dtype), pairs_for("t5", n=4)
+    circuit = eap.attribute(model, data, method="eap").select(n_edges=40)
+    if kind is None:
+        model.get_submodule(part).config.is_causal = False
+    else:
+        model.get_submodule(part).__class__ = kind
+    for call in (
+        lambda: eap.attribute(model, data, method="eap"),
+        lambda: eap.evaluate(model, circuit, data),
+    ):
+        with pytest.raises(eap.InputError, match=f"T5ForConditionalGeneration: .*{found}"):
             call()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +10,8 @@ from torch import Tensor, nn
 from ...adapters import Architecture, Place, Together, foreign_hooks
 from ...errors import expected
 from ...tasks import PairedDataset
-from ..batches import batch_of
+from ..batches import Batch, batch_of
 from ..hooks import Hooks
-from ..layers.two_sides import two_sides
 
 _IN, _OUT = "on_input", "on_output"
 _KINDS = {_IN: ("_forward_pre_hooks",), _OUT: ("_forward_hooks",)}
@@ -27,22 +25,27 @@ def refuse_hooks(arch: Architecture, data: PairedDataset, tolerance: float) -> N
     The model must be borrowed. It takes a pass of one prompt, and beside it of other tokens.
     """
     batch = batch_of(data[[int(data.longer_lengths.argmax())]], torch.arange(1), False, arch.device)
-    model: Any = arch.model
-    tokens = torch.cat([batch.clean, batch.clean + 1]) % len(model.get_input_embeddings().weight)
-    given = two_sides(batch, tokens) if arch.encoder else {"input_ids": tokens}
-    names = {module: name for name, module in model.named_modules()}
+    tokens = _beside_others(batch, arch.vocabulary())
+    given = {"input_ids": tokens}
+    if batch.decoder is not None:
+        given["decoder_input_ids"] = _beside_others(batch.decoder, arch.vocabulary(decoder=True))
+    names = {module: name for name, module in arch.model.named_modules()}
     seen: dict[tuple[nn.Module, str], list[Tensor]] = {}
     with torch.no_grad(), Hooks(tokens.shape[1]) as hooks:
         for module, side in _places(arch):
             changes = seen[module, side] = []
             getattr(hooks, side)(module, partial(_keep, changes), first=True)
             getattr(hooks, side)(module, partial(_keep, changes))
-        model(**given, use_cache=False)
+        arch.model(**given, use_cache=False)
     for (module, side), (before, after) in seen.items():
         one, other = (after - before).double().flatten(1)
         if (one - other).norm() > tolerance * before.double().norm():
             where = f"{'before' if side == _IN else 'on'} {names.get(module, type(module).__name__)}"
             raise expected("model", f"a hook {where} that adds the same to whatever it is given", "another")
+
+
+def _beside_others(batch: Batch, vocabulary: int) -> Tensor:
+    return torch.cat([batch.clean, batch.clean + 1]) % vocabulary
 
 
 def _keep(changes: list[Tensor], x: Tensor) -> None:
@@ -53,7 +56,8 @@ def _places(arch: Architecture) -> list[tuple[nn.Module, str]]:
     """The modules before or behind which there are hooks of others that have to add constants."""
     found: dict[tuple[nn.Module, str], None] = {}
     for layer in arch.layers:
-        norms = [each.module for each in (layer.attention_norm, layer.mlp_norm, layer.post_norm) if each is not None]
+        through = (layer.attention_norm, layer.mlp_norm, layer.post_norm, layer.memory)
+        norms = [each.module for each in through if each is not None]
         both = (layer.module, layer.attention, *layer.projection_modules, *norms, arch.final_norm.module)
         found |= dict.fromkeys([*((each, side) for each in both for side in (_IN, _OUT)), (layer.mlp_in, _IN)])
         # What enters it is what heads write.

@@ -157,14 +157,17 @@ def to_keep(keep: str | None, confidence: float | None, by_span: bool) -> list[s
     return [*found, "spans"] if by_span else found or None
 
 
-def parse_fractions(text: str | None) -> Sequence[float] | None:
-    """`0.001,0.01,0.1` -> numbers."""
+def parse_fractions(text: str | None) -> Sequence[float]:
+    """`0.001,0.01,0.1` -> numbers; by default MIB's."""
+    from ..evaluation import FRACTIONS, growing_fractions
+
     if text is None:
-        return None
+        return FRACTIONS
     try:
-        return tuple(float(part) for part in text.split(","))
+        numbers = [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise expected("--fractions", "numbers in (0, 1] with commas between", repr(text)) from error
+        raise expected("--fractions", "growing numbers in (0, 1] with commas between", repr(text)) from error
+    return growing_fractions(numbers, "--fractions")
 
 
 def parse_baselines(text: str) -> tuple[str, ...]:

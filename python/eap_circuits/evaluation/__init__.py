@@ -2,7 +2,7 @@
 
 from .baselines import BASELINES, Baseline
 from .comparison import Comparison, compare
-from .curve import FRACTIONS, Curve, faithfulness_curve
+from .curve import FRACTIONS, Curve, faithfulness_curve, growing_fractions
 from .faithfulness import EvaluationResult, evaluate
 from .optimal_ablation import optimal_constants
 from .summary import summarise
@@ -17,6 +17,7 @@ __all__ = [
     "compare",
     "evaluate",
     "faithfulness_curve",
+    "growing_fractions",
     "optimal_constants",
     "summarise",
 ]

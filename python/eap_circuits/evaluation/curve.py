@@ -27,6 +27,15 @@ if TYPE_CHECKING:
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
+def growing_fractions(fractions: object, name: str = "fractions") -> tuple[float, ...]:
+    """The shares of all edges that a curve's circuits have, checked; `name` is what the error sentence calls them."""
+    wanted = "growing numbers in (0, 1]"
+    found = tuple(number(name, each, wanted) for each in listed(name, fractions, wanted))
+    if not found or not all(a < b for a, b in pairwise((0.0, *found))) or found[-1] > 1:
+        raise expected(name, wanted, found)
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Curve(Result):
     """Circuits of growing size by the same scores, and their faithfulness.
@@ -163,11 +172,7 @@ def faithfulness_curve(
     call = called(faithfulness_curve, locals())
     if not isinstance(scores, NodeScores):
         instance("scores", scores, EdgeScores, "EdgeScores, such as attribute returns")
-    signed, wanted = flag("signed", signed), "growing numbers in (0, 1]"
-    fractions = tuple(number("fractions", f, wanted) for f in listed("fractions", fractions, wanted))
-    grows = all(a < b for a, b in pairwise(fractions))
-    if not fractions or not grows or not 0 < fractions[0] <= fractions[-1] <= 1:
-        raise expected("fractions", wanted, fractions)
+    signed, fractions = flag("signed", signed), growing_fractions(fractions)
     baselines = listed("baselines", baselines, "a list of names")
     for name in baselines:
         one_of("baselines", name, BASELINES)

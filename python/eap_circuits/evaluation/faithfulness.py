@@ -47,6 +47,7 @@ class EvaluationResult(Result):
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("values", "clean_values", "corrupted_values"):  # else those of circuits side by side share memory
             object.__setattr__(self, name, usable(getattr(self, name).clone()))
 

@@ -37,8 +37,8 @@ class Circuit(Result):
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         instance("graph", self.graph, Graph)
-        object.__setattr__(self, "info", dict(instance("info", self.info, dict, "a dictionary")))
         object.__setattr__(self, "mask", usable(edge_flags("circuit mask", self.mask, self.graph).clone()))
         if self.values is not None:
             shape = [self.graph.n_senders, self.graph.n_receivers]

@@ -16,7 +16,7 @@ from torch import nn
 from ..adapters import bind
 from ..checkpoint import data_identity
 from ..errors import SEEDS, expected, listed, one_of, whole
-from ..evaluation import FRACTIONS, Curve, evaluate, faithfulness_curve
+from ..evaluation import FRACTIONS, Curve, evaluate, faithfulness_curve, growing_fractions
 from ..forward import TOKENS_PER_BATCH, borrowed
 from ..graph import EdgeScores
 from ..learning import ibcircuit, learn_mask, prune_gradually
@@ -67,6 +67,7 @@ class Settings:
         if not seeds or len(set(seeds)) < len(seeds):
             raise expected("seeds", "one or more different ones", list(seeds) or "none")
         object.__setattr__(self, "seeds", seeds)
+        object.__setattr__(self, "fractions", growing_fractions(self.fractions))
 
 
 def of_task(name: str, tokenizer: Any, settings: Settings) -> Draw:

@@ -119,7 +119,6 @@ def curve(
     """
     import eap_circuits as eap
 
-    from ...evaluation import FRACTIONS
     from ...report import save_curve, smallest_faithful
     from ...report.tables import areas_line, curve_table
 
@@ -140,7 +139,7 @@ def curve(
             loaded,
             loaded_scores,
             pairs,
-            FRACTIONS if sizes is None else sizes,
+            sizes,
             metric=metric,
             how=how,
             signed=signed,

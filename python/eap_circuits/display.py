@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 class Result:
-    """A dataclass of results: equal to others of the same numbers, whatever their `info`, of which each has a dictionary
-    of its own; a table or a picture in a notebook."""
+    """A dataclass of results, each with an `info` of its own: equal to others of the same numbers, whatever that says;
+    a table or a picture in a notebook."""
 
     def __post_init__(self) -> None:
         if hasattr(self, "info"):

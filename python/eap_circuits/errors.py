@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import wraps
+from itertools import pairwise
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -183,6 +184,15 @@ def listed(name: str, value: object, wanted: str) -> list[Any]:
     if not one or not isinstance(value, Iterable) or isinstance(value, (str, bytes, bytearray, Mapping)):
         raise expected(name, wanted, shown(value))
     return list(value)
+
+
+def growing_shares(name: str, value: object) -> tuple[float, ...]:
+    """One or more growing numbers in (0, 1] as a tuple of `float`; refuses all else."""
+    wanted = "growing numbers in (0, 1]"
+    found = tuple(number(name, each, wanted) for each in listed(name, value, wanted))
+    if not found or not all(a < b for a, b in pairwise((0.0, *found))) or found[-1] > 1:
+        raise expected(name, wanted, found)
+    return found
 
 
 def function(name: str, value: object, wanted: str) -> None:

@@ -2,8 +2,8 @@
 
 from .baselines import BASELINES, Baseline
 from .comparison import Comparison, compare
-from .curve import FRACTIONS, Curve, faithfulness_curve, growing_fractions
-from .faithfulness import EvaluationResult, evaluate
+from .curve import FRACTIONS, Curve, faithfulness_curve
+from .faithfulness import EvaluationResult, evaluate, to_evaluate
 from .optimal_ablation import optimal_constants
 from .summary import summarise
 
@@ -17,7 +17,7 @@ __all__ = [
     "compare",
     "evaluate",
     "faithfulness_curve",
-    "growing_fractions",
     "optimal_constants",
     "summarise",
+    "to_evaluate",
 ]

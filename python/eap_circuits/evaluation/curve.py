@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..checkpoint import Where
 from ..display import Result, drawn, library
-from ..errors import SEEDS, expected, flag, instance, known_arguments, listed, number, one_of, whole
+from ..errors import SEEDS, expected, flag, growing_shares, instance, known_arguments, listed, one_of, whole
 from ..forward import Constants, one_want_of_memory
 from ..graph import Circuit, EdgeScores, NodeScores
 from ..provenance import COMMAND, called
@@ -25,15 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-
-
-def growing_fractions(fractions: object, name: str = "fractions") -> tuple[float, ...]:
-    """The shares of all edges that a curve's circuits have, checked; `name` is what the error sentence calls them."""
-    wanted = "growing numbers in (0, 1]"
-    found = tuple(number(name, each, wanted) for each in listed(name, fractions, wanted))
-    if not found or not all(a < b for a, b in pairwise((0.0, *found))) or found[-1] > 1:
-        raise expected(name, wanted, found)
-    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +162,7 @@ def faithfulness_curve(
     call = called(faithfulness_curve, locals())
     if not isinstance(scores, NodeScores):
         instance("scores", scores, EdgeScores, "EdgeScores, such as attribute returns")
-    signed, fractions = flag("signed", signed), growing_fractions(fractions)
+    signed, fractions = flag("signed", signed), growing_shares("fractions", fractions)
     baselines = listed("baselines", baselines, "a list of names")
     for name in baselines:
         one_of("baselines", name, BASELINES)

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Union
 
-from ..errors import InputError, expected, reason
-from ..evaluation import growing_fractions
+from ..errors import InputError, expected, growing_shares, reason
 from ..files import DAMAGED, read_json, write_json
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class SavedCurve:
             sizes = {len(row) for row in (baseline.faithfulness, *baseline.draws)}
             if sizes != {len(self.fractions)}:
                 raise expected(f"baseline {name!r}", f"{len(self.fractions)} values, as the curve", sorted(sizes))
-        growing_fractions(self.fractions)
+        growing_shares("fractions", self.fractions)
 
 
 BaselineLike = Union["Baseline", SavedBaseline]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits.cards import RESAMPLED
+from eap_circuits.cards import RESAMPLED, card
 from eap_circuits.evaluation import EvaluationResult
 from eap_circuits.report import write_report
 from eap_circuits.report.curves import jsonable
@@ -148,3 +148,10 @@ def test_what_cannot_be_is_refused(given, words, model, data, scores):
     asked = {"circuit": scores.select(10), "data": data, **named}
     with pytest.raises(eap.InputError, match=words):
         eap.faithfulness_card(model, **asked)
+
+
+def test_what_is_wrong_with_other_prompts_is_said_before_anything_runs(model, data, scores, monkeypatch):
+    monkeypatch.setattr(card, "evaluate", lambda *_, **__: pytest.fail("it ran"))
+    beyond = replace(data, answers=data.answers + 1000)
+    with pytest.raises(eap.InputError, match="answers of example 0: expected token ids below"):
+        eap.faithfulness_card(model, scores.select(10), data, others={"beyond": beyond})

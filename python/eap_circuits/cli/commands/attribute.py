@@ -23,7 +23,7 @@ def attribute(
     steps: options.Steps = 5,
     quadrature: options.Quadrature = "right",
     heads: options.Heads = "kv",
-    ablation: options.Ablation = "patching",
+    ablation: options.ScoringAblation = "patching",
     ablation_data: options.AblationData = None,
     batch_size: options.BatchSize = None,
     memory: options.Memory = None,
@@ -68,7 +68,7 @@ def attribute(
     from ...adapters import bind
     from ...errors import InputError, expected
     from ...formats import SUFFIXES, check_savable
-    from ...methods import METHODS
+    from ...methods import METHODS, check_method
     from ...report.tables import edge_table, plan_table
 
     check_outputs(out, circuit, checkpoint)
@@ -81,8 +81,9 @@ def attribute(
         if needs and not dry_run:
             raise expected(name, "--dry-run with it", "no --dry-run")
     kept = session.to_keep(keep, confidence, by_span)
+    check_method(method, steps, quadrature, ablation, kept, rules, only is not None, dry_run)
     measured = None if only is None else eap.Circuit.load(only)
-    prompts = session.Prompts(task, data, n, seed, align, ablation_data)
+    prompts = session.Prompts(task, data, n, seed, align, ablation_data, ablation)
     prompts.check(metric, gradient=METHODS[method].backward)
 
     loaded, tokenizer = session.load_model(model, dtype, None if dry_run else device, not no_weights, trust_remote_code)

@@ -57,6 +57,7 @@ def card(
     """
     import eap_circuits as eap
 
+    from ...cards import check_chosen
     from ...errors import expected
     from ...files import write_json
     from ...report.curves import jsonable
@@ -65,7 +66,7 @@ def card(
     check_outputs(out, html)
     check_suffix(out, ".json")
     check_suffix(html, ".html", ".htm")
-    prompts = session.Prompts(task, data, n, seed, align, ablation_data)
+    prompts = session.Prompts(task, data, n, seed, align, ablation_data, ablation)
     prompts.check(metric)
     elsewhere = {path.stem: session.Prompts(None, path, align=align) for path in other or ()}
     if len(elsewhere) < len(other or ()):
@@ -74,6 +75,8 @@ def card(
         each.check()
     kept = eap.Circuit.load(circuit)
     chosen_by = None if scores is None else eap.EdgeScores.load(scores)
+    if chosen_by is not None:
+        check_chosen(kept, chosen_by)
     shown = chosen_by
     if shown is None and kept.values is not None:
         shown = eap.EdgeScores(kept.graph, kept.values, kept.info)

@@ -47,7 +47,7 @@ def evaluate(
     from ...report.tables import result_table
 
     check_outputs(checkpoint)
-    prompts = session.Prompts(task, data, n, seed, align, ablation_data)
+    prompts = session.Prompts(task, data, n, seed, align, ablation_data, ablation)
     prompts.check(metric)
     kept = eap.Circuit.load(circuit)
 
@@ -127,7 +127,7 @@ def curve(
     check_suffix(html, ".html", ".htm")
     sizes = session.parse_fractions(fractions)
     beside = session.parse_baselines(baselines)
-    prompts = session.Prompts(task, data, n, seed, align, ablation_data)
+    prompts = session.Prompts(task, data, n, seed, align, ablation_data, ablation)
     prompts.check(metric)
     loaded_scores = eap.EdgeScores.load(scores)
     among = None if confidence is None else loaded_scores.confidence() >= confidence

@@ -248,12 +248,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     with safe_open(path, "pt") as file:
         content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
         metadata = file.metadata() or {}
+    form = metadata.get("format", _FORMAT)
+    if form != _FORMAT and form.startswith(_FORMAT.partition("/")[0]):  # others write others
+        raise expected("metadata", f"format {_FORMAT!r}", repr(form))
     if CHECKSUM in metadata:  # older files have none
         check_digest(metadata.pop(CHECKSUM), metadata, content)
     if metadata.get("kind") != "dataset":
         return content, {}
-    if (form := metadata.get("format", _FORMAT)) != _FORMAT:
-        raise expected("metadata", f"format {_FORMAT!r}", repr(form))
     texts = json.loads(metadata["dataset"])
     if texts["prompts"] is not None:
         texts["prompts"] = [(clean, corrupted) for clean, corrupted in texts["prompts"]]

@@ -100,7 +100,7 @@ def test_files_are_read_once_and_refused_before_any_model(
 
 def test_records_are_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "pairs.jsonl"
-    file.write_text(json.dumps({"clean": "Ann met", "corrupted": "Bob met", "answers": [3, 4]}) + "\n")
+    file.write_text(json.dumps({"clean": "Ann met", "corrupted": "Ann met", "answers": [3, 4]}) + "\n")
     parsed, parse = list[str](), loading.parse_json
     monkeypatch.setattr(loading, "parse_json", lambda text: parsed.append(text) or parse(text))
     prompts = session.Prompts(None, file, ablation_data=file, ablation="mean")

@@ -190,6 +190,9 @@ def check_chosen(circuit: Circuit, scores: EdgeScores) -> Tensor:
         raise expected("scores", f"those of {circuit.graph!r}", f"those of {scores.graph!r}")
     if scores.per_example is None:
         raise expected("scores", 'those of attribute(keep="examples")', "none of single examples")
+    if "among" in circuit.info.get("selection", {}):
+        found = "one chosen among edges whose sign is sure (among=, --confidence)"
+        raise expected("circuit", "one that resampled scores can choose again", found)
     if _chosen(scores, circuit) != circuit:
         raise expected("scores", "those that chose the circuit", "some that choose another by its `info`")
     return scores.per_example

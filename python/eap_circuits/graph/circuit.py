@@ -108,8 +108,8 @@ class Circuit(Result):
         """A networkx MultiDiGraph, in which paths lead through heads: an edge into a head's query, key or value enters
         the head itself, and each of the heads that share a key or value.
 
-        An edge's key is "q", "k", "v", "mlp" or "logits"; it has the attribute `score` if the circuit has scores. The
-        graph's attributes are `info`, lists and dictionaries as JSON, so that it can be written as GraphML, GML or GEXF.
+        An edge's key is "q", "k", "v", "mlp" or "logits"; it has the attribute `score` if the circuit has scores.
+        `info` is the graph's attributes, its lists and dictionaries as JSON: GraphML, GML and GEXF take no others.
 
         Example:
             >>> graph = circuit.to_networkx()

@@ -105,6 +105,13 @@ def test_seeds_side_by_side_learn_what_each_learns_alone(model, data, scores):
     assert torch.equal(learn(seed=[1])[0].values, alone[0].values)
 
 
+def test_a_target_counts_by_the_pairs_weights_as_the_models_own_value_does(model, data, scores):
+    weighted = replace(data, weights=torch.arange(1, len(data) + 1))
+    own = eap.evaluate(model, scores.select(1), data).clean_values
+    one, other = (eap.learn_mask(model, weighted, start=scores, steps=5, target=x) for x in (None, own))
+    assert torch.corrcoef(torch.stack([one.values.flatten(), other.values.flatten()]))[0, 1] > 1 - 1e-6
+
+
 def good_logit(logits, batch):
     return logits.gather(1, batch.answers[:, :1])[:, 0]
 

@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .. import options, session
-from ..console import check_outputs, check_suffix, conclude, keep_elsewhere, progress, say, show_json, show_table, write
+from ..console import (
+    check_outputs,
+    check_suffix,
+    conclude,
+    keep_elsewhere,
+    outlived,
+    progress,
+    say,
+    show_json,
+    show_table,
+    write,
+)
 from ..options import option
 
 
@@ -120,8 +131,9 @@ def attribute(
     chosen = None
     try:
         if edges is not None:
-            among = None if confidence is None else scores.confidence() >= confidence
-            chosen = scores.select(edges, how, signed, among=among, exactly=True)
+            with outlived("scores", scores.save, out):
+                among = None if confidence is None else scores.confidence() >= confidence
+                chosen = scores.select(edges, how, signed, among=among, exactly=True)
             wrong += write(files, "circuit", chosen.save, circuit)
     except InputError as error:
         wrong += [str(error), *([] if out else keep_elsewhere("scores", scores.save))]

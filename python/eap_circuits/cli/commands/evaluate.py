@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .. import options, session
-from ..console import check_outputs, check_suffix, conclude, keep_elsewhere, progress, say, show_json, show_table, write
+from ..console import (
+    check_outputs,
+    check_suffix,
+    conclude,
+    keep_elsewhere,
+    outlived,
+    progress,
+    say,
+    show_json,
+    show_table,
+    write,
+)
 from ..options import default, option
 
 
@@ -162,10 +174,12 @@ def curve(
         chosen = measured.circuits[smallest_faithful(measured)]
         write_report(path, loaded_scores, chosen, measured, pairs, files={"scores": scores.name}, tokenizer=tokenizer)
 
-    wrong = write(files, "curve", lambda path: save_curve(path, measured), out)
-    unseen = write(files, "report", page, html)
+    save = partial(save_curve, curve=measured)
+    wrong = write(files, "curve", save, out)
+    with outlived("curve", save, out):
+        unseen = write(files, "report", page, html)
     if unseen and out is None:
-        unseen += keep_elsewhere("curve", lambda path: save_curve(path, measured))
+        unseen += keep_elsewhere("curve", save)
     if as_json:
         show_json({**measured.to_dict(), "files": files})
     else:

@@ -154,6 +154,11 @@ def test_every_function_names_its_arguments(model, data):
     said = r"^attribute\(\): expected at most model, data, metric by position, and the others by name, found 4 by"
     with pytest.raises(eap.InputError, match=said):
         eap.attribute(model, data, "logit_diff", "eap")
+    scores = eap.attribute(model, data, method="eap")
+    with pytest.raises(eap.InputError, match=r"expected at most n_edges, .*, found 10 by position\.$"):
+        scores.select(*range(10))
+    with pytest.raises(eap.InputError, match=r"expected one of 'among', .*'seconds', 'signed', 'thresh"):
+        scores.select(5, zzz=1)
 
 
 def test_other_names_of_methods(model, data):

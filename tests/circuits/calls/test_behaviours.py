@@ -11,6 +11,9 @@ from torch.nn.functional import pad
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind
+from eap_circuits.forward import borrowed
+from eap_circuits.recording import deviations
+from eap_circuits.request import prepare
 from eap_circuits.selfcheck import StayDouble
 from tests.circuits.calls.behaviours import (
     CASES,
@@ -288,6 +291,11 @@ def test_weights_count_in_means_of_prompts(ablation, kind, relative):
         torch.testing.assert_close(found[0].values, found[1].values, atol=1e-9, rtol=1e-9)
         without = eap.evaluate(model, circuit, plain, ablation=ablation)
         assert (without.values - found[0].values).abs().max() > 1e-6
+        with borrowed(model):
+            asked = [prepare(model, x, None, ablation).with_constants() for x in (repeated, weighted)]
+            spread = [deviations(x.arch, x.batches(1024), x.constants) for x in asked]
+        for one, other in zip(*(each.tensors for each in spread), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-6)
         if kind == "gpt2":
             constants = [eap.optimal_constants(model, circuit, x, steps=2) for x in (repeated, weighted)]
             for one, other in zip(*(each.tensors for each in constants), strict=True):

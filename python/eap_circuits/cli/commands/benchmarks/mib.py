@@ -64,12 +64,12 @@ def mib(
 
     one_of("ENTRY", entry, MIB_ENTRIES)
     task, name = entry.split("_")
-    files = []
+    rows = []
     for label, path in (("--data", data), ("--validation", validation)):
         check_file(path, f"{label} {path}")
         check_suffix(path, ".json", ".jsonl", ".parquet")
-        files.append(read_file(path))
-        if task not in (found := mib_tasks(files[-1])):
+        rows.append(read_file(path))
+        if task not in (found := mib_tasks(rows[-1])):
             raise expected(f"{label} {path}", f"rows of {task}", f"rows of {' or '.join(found)}")
     keep = "neurons" if level == "neuron" else None
     check_method(method, steps, quadrature, ablation, keep, None)
@@ -87,7 +87,7 @@ def mib(
         wanted = f"{name} of the benchmark, {layers} layers of {heads} heads"
         raise expected(model, wanted, f"{graph.n_layers} layers of {number}")
     check_savable(file, graph)
-    scored, held_out = (eap.PairedDataset.from_mib(each, tokenizer) for each in files)
+    scored, held_out = (eap.PairedDataset.from_mib(each, tokenizer) for each in rows)
     asked: dict[str, Any] = {"batch_size": batch_size, "memory": memory}
     with progress("Scoring edges") as bar:
         scores = eap.attribute(

@@ -10,15 +10,19 @@ from dataclasses import fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import expected
+from .errors import expected, instance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 class Result:
-    """A dataclass of results: equal to others of the same numbers, whatever their `info`; a table or a picture in a
-    notebook."""
+    """A dataclass of results, each with an `info` of its own: equal to others of the same numbers, whatever that says;
+    a table or a picture in a notebook."""
+
+    def __post_init__(self) -> None:
+        if hasattr(self, "info"):
+            object.__setattr__(self, "info", dict(instance("info", self.info, dict, "a dictionary")))
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import wraps
+from itertools import pairwise
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -106,17 +107,18 @@ def near(value: object, names: list[str]) -> list[str]:
 
 def known_arguments(call: Callable[P, T]) -> Callable[P, T]:
     """`call`, which refuses arguments that it does not have, and says the right spelling; too many by position, too."""
-    signature = inspect.signature(call)
-    names = list(signature.parameters)
-    by_position = [each.name for each in signature.parameters.values() if each.kind is each.POSITIONAL_OR_KEYWORD]
+    every = inspect.signature(call).parameters
+    names = [name for name in every if name != "self"]
+    by_position = [name for name in names if every[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    unnamed = len(every) - len(names)
 
     @wraps(call)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
         for name in kwargs:
             one_of(f"{call.__name__}(), argument", name, names)
-        if len(args) > len(by_position):
+        if len(args) - unnamed > len(by_position):
             wanted = f"at most {', '.join(by_position)} by position, and the others by name"
-            raise expected(f"{call.__name__}()", wanted, f"{len(args)} by position")
+            raise expected(f"{call.__name__}()", wanted, f"{len(args) - unnamed} by position")
         return call(*args, **kwargs)
 
     return checked
@@ -183,6 +185,15 @@ def listed(name: str, value: object, wanted: str) -> list[Any]:
     if not one or not isinstance(value, Iterable) or isinstance(value, (str, bytes, bytearray, Mapping)):
         raise expected(name, wanted, shown(value))
     return list(value)
+
+
+def growing_shares(name: str, value: object) -> tuple[float, ...]:
+    """One or more growing numbers in (0, 1] as a tuple of `float`; refuses all else."""
+    wanted = "growing numbers in (0, 1]"
+    found = tuple(number(name, each, wanted) for each in listed(name, value, wanted))
+    if not found or not all(a < b for a, b in pairwise((0.0, *found))) or found[-1] > 1:
+        raise expected(name, wanted, found)
+    return found
 
 
 def function(name: str, value: object, wanted: str) -> None:

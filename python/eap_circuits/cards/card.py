@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..display import Result
 from ..errors import SEEDS, expected, instance, known_arguments, listed, warn, whole
-from ..evaluation import BASELINES, Baseline, EvaluationResult, evaluate
+from ..evaluation import BASELINES, Baseline, EvaluationResult, evaluate, to_evaluate
 from ..forward import Constants, one_want_of_memory
 from ..graph import Circuit, EdgeScores, edge_overlap
 from ..provenance import COMMAND, called
@@ -149,6 +149,8 @@ def faithfulness_card(
         edges = sorted(random.Random(0).sample(edges, most_edges))
     circuits = [circuit, *(each for draws in drawn.values() for (each,) in draws)]
     circuits += [_without(circuit, *edge) for edge in edges]
+    for each in (data, *others.values()):  # all are checked before anything runs
+        to_evaluate([circuit], model, each, metric, ablation, batch_size, ablation_data, True, memory)
     done, pairs = 0, len(data) + sum(map(len, others.values()))
 
     def run(circuits: list[Circuit], data: PairedDataset) -> list[EvaluationResult]:
@@ -181,18 +183,27 @@ def faithfulness_card(
     return FaithfulnessCard(circuit, result, elsewhere, beside, cheapest_first, forwards, info)
 
 
-def _resampled(circuit: Circuit, scores: EdgeScores, resamples: int) -> list[Circuit]:
-    """Circuits of the means over resamples of the examples, chosen as the circuit was."""
+def check_chosen(circuit: Circuit, scores: EdgeScores) -> Tensor:
+    """The scores of single examples, [E, S, R]; refuses scores that have none, or that did not choose the circuit."""
     instance("scores", scores, EdgeScores)
     if scores.graph != circuit.graph:
         raise expected("scores", f"those of {circuit.graph!r}", f"those of {scores.graph!r}")
     if scores.per_example is None:
         raise expected("scores", 'those of attribute(keep="examples")', "none of single examples")
+    if "among" in circuit.info.get("selection", {}):
+        found = "one chosen among edges whose sign is sure (among=, --confidence)"
+        raise expected("circuit", "one that resampled scores can choose again", found)
     if _chosen(scores, circuit) != circuit:
         raise expected("scores", "those that chose the circuit", "some that choose another by its `info`")
-    n, generator = len(scores.per_example), torch.Generator().manual_seed(0)
+    return scores.per_example
+
+
+def _resampled(circuit: Circuit, scores: EdgeScores, resamples: int) -> list[Circuit]:
+    """Circuits of the means over resamples of the examples, chosen as the circuit was."""
+    examples = check_chosen(circuit, scores)
+    n, generator = len(examples), torch.Generator().manual_seed(0)
     picked = (torch.randint(n, (n,), generator=generator) for _ in range(resamples))
-    means = (scores.per_example[each].mean(0) for each in picked)
+    means = (examples[each].mean(0) for each in picked)
     return [_chosen(EdgeScores(scores.graph, mean, scores.info), circuit) for mean in means]
 
 

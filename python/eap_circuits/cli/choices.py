@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).with_suffix(".json")
-_IN_PYTHON = " (in Python only)"
+_IN_PYTHON, _TO_EVALUATE = " (in Python only)", " (to evaluate only)"
 
 
 def registries() -> dict[str, dict[str, Any]]:
@@ -45,8 +45,8 @@ def described(kind: str) -> dict[str, str]:
 def _mark(kind: str, entry: Any) -> str:
     if kind == "methods" and entry.tier != "stable":
         return f" ({entry.tier})"
-    if kind == "metrics" and not entry.differentiable:
-        return " (to evaluate only)"
+    if (kind == "metrics" and not entry.differentiable) or (kind == "ablations" and entry.learned):
+        return _TO_EVALUATE
     return _IN_PYTHON if kind == "selections" and entry.choose is None else ""
 
 
@@ -55,18 +55,19 @@ def content() -> str:
     return json.dumps({kind: described(kind) for kind in registries()}, indent=1, ensure_ascii=False) + "\n"
 
 
-def written(kind: str) -> dict[str, str]:
-    """What choices.json says; nothing of a new kind, which is not yet in it."""
+def written(kind: str, scores: bool = False) -> dict[str, str]:
+    """What choices.json says; nothing of a new kind, which is not yet in it. `scores`: only of what edges are scored
+    by, too."""
     entries: dict[str, str] = json.loads(FILE.read_text(encoding="utf-8")).get(kind, {})
-    return entries
+    return {name: text for name, text in entries.items() if not (scores and name.endswith(_TO_EVALUATE))}
 
 
-def names(kind: str) -> dict[str, str]:
+def names(kind: str, scores: bool = False) -> dict[str, str]:
     """Descriptions by the names that an option takes."""
-    return {name.split(" (")[0]: text for name, text in written(kind).items() if not name.endswith(_IN_PYTHON)}
+    return {name.split(" (")[0]: text for name, text in written(kind, scores).items() if not name.endswith(_IN_PYTHON)}
 
 
-def help_text(kind: str, before: str, after: str = "") -> str:
+def help_text(kind: str, before: str, after: str = "", scores: bool = False) -> str:
     """A help text with a line for each entry."""
-    entries = written(kind)
+    entries = written(kind, scores)
     return "\n\n".join([before, *(f"[bold]{name}[/bold]: {text}" for name, text in entries.items())]) + after

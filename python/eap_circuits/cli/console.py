@@ -155,6 +155,17 @@ def write(files: dict[str, str], name: str, save: Callable[[Path], object], path
     return []
 
 
+@contextlib.contextmanager
+def outlived(name: str, save: Callable[[Path], object], path: Path | None) -> Iterator[None]:
+    """Inside, an interruption does not lose a result that is to be in no file: it is written elsewhere."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if path is None:
+            print(*keep_elsewhere(name, save), file=sys.stderr)
+        raise
+
+
 def conclude(files: dict[str, str], wrong: list[str], as_json: bool) -> None:
     """Say which files were written, if JSON has not, and raise with what went wrong, if anything did."""
     from ..errors import InputError

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import one_of
+from ..errors import SEEDS, number, one_of, whole
 from .choices import help_text, names
 
 
@@ -34,9 +34,35 @@ def among(values: Mapping[str, str], listed: bool = False) -> dict[str, Any]:
     return {"callback": check, "autocompletion": complete}
 
 
-def chosen(panel: str, kind: str, before: str, after: str = "", **limits: Any) -> Any:
-    """An option for an entry of a registry, which its help lists."""
-    return option(panel, help_text(kind, before, after), **{**among(names(kind)), **limits})
+def chosen(panel: str, kind: str, before: str, after: str = "", scores: bool = False, **limits: Any) -> Any:
+    """An option for an entry of a registry, which its help lists; `scores`: only for those that edges are scored by."""
+    return option(panel, help_text(kind, before, after, scores), **{**among(names(kind, scores)), **limits})
+
+
+def refused_by(check: Callable[[str, Any], object]) -> dict[str, Any]:
+    """Of an option whose value, if there is one, this check of the library refuses, given the option's name."""
+
+    def refuse(parameter: typer.CallbackParam, value: Any) -> Any:
+        if value is not None:
+            check(parameter.opts[0], value)
+        return value
+
+    return {"callback": refuse}
+
+
+def _memory(name: str, value: str) -> None:
+    from ..request import parse_bytes
+
+    parse_bytes(value, name)
+
+
+def within(wanted: str, least: float, most: float) -> dict[str, Any]:
+    """Of an option that takes numbers of a range, which its `wanted` says."""
+    return refused_by(lambda name, value: number(name, value, wanted, least, most))
+
+
+POSITIVE = within("a positive number", 5e-324, 1e308)
+SEEDED = refused_by(lambda name, value: whole(name, value, *SEEDS))
 
 
 def default(text: str) -> str:
@@ -84,7 +110,7 @@ Align = Annotated[
     ),
 ]
 Number = Annotated[int, option("Prompts", "Prompt pairs of the task.", "-n", min=1)]
-Seed = Annotated[int, option("Prompts", "Another seed gives other prompts of the task.")]
+Seed = Annotated[int, option("Prompts", "Another seed gives other prompts of the task.", **SEEDED)]
 Metric = Annotated[str | None, chosen("Prompts", "metrics", "What is measured.", "\n\n" + default("the task's own"))]
 
 Method = Annotated[str, chosen("Scoring", "methods", "How edges are scored; docs/methods.md.")]
@@ -114,6 +140,7 @@ Rules = Annotated[
     chosen("Scoring", "rules", "What takes the gradient's place.", "\n\n" + default("nothing")),
 ]
 Ablation = Annotated[str, chosen("Ablation", "ablations", "What an ablated edge carries.")]
+ScoringAblation = Annotated[str, chosen("Ablation", "ablations", "What an ablated edge carries.", scores=True)]
 AblationData = Annotated[
     Path | None,
     option(
@@ -127,7 +154,11 @@ BatchSize = Annotated[
 ]
 Memory = Annotated[
     str | None,
-    option("Model", "Memory for the run besides the model, such as 8GiB.  " + default("half of what is free")),
+    option(
+        "Model",
+        "Memory for the run besides the model, such as 8GiB.  " + default("half of what is free"),
+        **refused_by(_memory),
+    ),
 ]
 Checkpoint = Annotated[
     Path | None,

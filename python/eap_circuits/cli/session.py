@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import expected, one_of
+from ..errors import expected, growing_shares, one_of
 from ..files import check_file
 from .console import note, working
 
 if TYPE_CHECKING:
-    from ..tasks import PairedDataset
+    from ..tasks import PairedDataset, PairsFile
 
 PARTS: ContextVar[int] = ContextVar("parts", default=1)  # --tensor-parallel
 
@@ -28,9 +29,11 @@ class Prompts:
     seed: int = 0
     align: bool = False
     ablation_data: Path | None = None
+    ablation: str = "patching"
 
     def check(self, metric: str | None = None, gradient: bool = False) -> None:
-        """Refuse wrong options before a model is loaded; `gradient`: the metric will be differentiated."""
+        """Refuse wrong options, and read files, before a model is loaded; `gradient`: the metric will be
+        differentiated."""
         if (self.task is None) == (self.data is None):
             found = "neither" if self.task is None else "both"
             raise expected("--task, --data", "one of them (eap tasks lists the tasks)", found)
@@ -43,12 +46,26 @@ class Prompts:
             from ..metrics import METRICS
 
             one_of("--metric", metric, [m.name for m in METRICS.values() if m.differentiable])
+        if self.ablation_data is not None:
+            from ..recording import ABLATIONS
+
+            one_of("--ablation", self.ablation, [x.name for x in ABLATIONS.values() if x.from_data])
+        _ = self._files
+
+    @cached_property
+    def _files(self) -> tuple[PairsFile | None, PairsFile | None]:
+        """What --data and --ablation-data hold."""
+        from ..tasks import read_file
+
+        data, other = (None if path is None else read_file(path) for path in (self.data, self.ablation_data))
+        return data, other
 
     def load(self, model: Any, tokenizer: Any) -> PairedDataset:
         from ..tasks import load_task
 
-        if self.data is not None:
-            pairs = _from_file(self.data, model, tokenizer, self.align)
+        file, _ = self._files
+        if file is not None:
+            pairs = _from_file(file, model, tokenizer, self.align)
         else:
             pairs = load_task(str(self.task), tokenizer, n=self.n, seed=self.seed)
         note(str(pairs.summary()))
@@ -56,20 +73,21 @@ class Prompts:
 
     def load_ablation(self, model: Any, tokenizer: Any) -> PairedDataset | None:
         """The prompts of --ablation-data, or None for those of the run."""
-        return None if self.ablation_data is None else _from_file(self.ablation_data, model, tokenizer)
+        _, file = self._files
+        return None if file is None else _from_file(file, model, tokenizer)
 
 
-def _from_file(path: Path, model: Any, tokenizer: Any, align: bool = False) -> PairedDataset:
+def _from_file(file: PairsFile, model: Any, tokenizer: Any, align: bool = False) -> PairedDataset:
     """The prompts of a file, whose pictures the model looks at."""
     from ..adapters import pretrained
     from ..request import image_pairs_from_file
-    from ..tasks import PairedDataset, names_pictures
+    from ..tasks import PairedDataset
 
-    if not names_pictures(path):
-        return PairedDataset.from_file(path, tokenizer, align=align)
+    if not file.names_pictures:
+        return PairedDataset.from_file(file, tokenizer, align=align)
     with working("Looking at pictures …"):
         processor = pretrained.load_processor(tokenizer.name_or_path)
-        return image_pairs_from_file(model, path, processor, align=align)
+        return image_pairs_from_file(model, file, processor, align=align)
 
 
 def check_align(align: bool, found: str) -> None:
@@ -78,8 +96,10 @@ def check_align(align: bool, found: str) -> None:
         raise expected("--align", "--data with it (the prompts of a task have equal lengths)", found)
 
 
-def tasks_and_files(tasks: str | None, data: Sequence[Path] | None, align: bool) -> tuple[list[str], list[Path]]:
-    """What --tasks and --data name, checked: tasks, of which all are meant if neither names any, and files."""
+def tasks_and_files(
+    tasks: str | None, data: Sequence[Path] | None, align: bool
+) -> tuple[list[str], dict[str, Prompts]]:
+    """What --tasks and --data name, checked: tasks, of which all are meant if neither names any, and files by name."""
     from ..tasks import TASKS
 
     files = list(data or [])
@@ -91,9 +111,10 @@ def tasks_and_files(tasks: str | None, data: Sequence[Path] | None, align: bool)
         raise expected("--tasks, --data", "tasks and files of different names", ", ".join([*names, *map(str, files)]))
     if not files:
         check_align(align, "no --data")
-    for file in files:
-        Prompts(None, file).check()
-    return names, files
+    named = {file.stem: Prompts(None, file, align=align) for file in files}
+    for prompts in named.values():
+        prompts.check()
+    return names, named
 
 
 def load_model(
@@ -157,14 +178,17 @@ def to_keep(keep: str | None, confidence: float | None, by_span: bool) -> list[s
     return [*found, "spans"] if by_span else found or None
 
 
-def parse_fractions(text: str | None) -> Sequence[float] | None:
-    """`0.001,0.01,0.1` -> numbers."""
+def parse_fractions(text: str | None) -> Sequence[float]:
+    """`0.001,0.01,0.1` -> numbers; by default MIB's."""
     if text is None:
-        return None
+        from ..evaluation import FRACTIONS
+
+        return FRACTIONS
     try:
-        return tuple(float(part) for part in text.split(","))
+        numbers = [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise expected("--fractions", "numbers in (0, 1] with commas between", repr(text)) from error
+        raise expected("--fractions", "growing numbers in (0, 1] with commas between", repr(text)) from error
+    return growing_shares("--fractions", numbers)
 
 
 def parse_baselines(text: str) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from .baselines import BASELINES, Baseline
 from .comparison import Comparison, compare
 from .curve import FRACTIONS, Curve, faithfulness_curve
-from .faithfulness import EvaluationResult, evaluate
+from .faithfulness import EvaluationResult, evaluate, to_evaluate
 from .optimal_ablation import optimal_constants
 from .summary import summarise
 
@@ -19,4 +19,5 @@ __all__ = [
     "faithfulness_curve",
     "optimal_constants",
     "summarise",
+    "to_evaluate",
 ]

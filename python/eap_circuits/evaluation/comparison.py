@@ -13,7 +13,7 @@ from ..graph import Circuit, Overlap, edge_overlap, node_overlap
 from ..ranks import together
 from ..request import check_kind
 from ..tasks import PairedDataset
-from .faithfulness import EvaluationResult, evaluate
+from .faithfulness import EvaluationResult, evaluate, to_evaluate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,6 +89,8 @@ def compare(
     for circuit in (first, second):
         check_kind(circuit)
     nodes, edges = node_overlap(first, second), edge_overlap(first, second)
+    for data in (first_data, second_data):  # both are checked before anything runs
+        to_evaluate([first, second], model, data, metric, "patching", batch_size)
     on_first, on_second = (
         evaluate(model, [first, second], data, metric, batch_size=batch_size) for data in (first_data, second_data)
     )

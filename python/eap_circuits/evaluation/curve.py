@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..checkpoint import Where
 from ..display import Result, drawn, library
-from ..errors import SEEDS, expected, flag, instance, known_arguments, listed, number, one_of, whole
+from ..errors import SEEDS, expected, flag, growing_shares, instance, known_arguments, listed, one_of, whole
 from ..forward import Constants, one_want_of_memory
 from ..graph import Circuit, EdgeScores, NodeScores
 from ..provenance import COMMAND, called
@@ -163,11 +162,7 @@ def faithfulness_curve(
     call = called(faithfulness_curve, locals())
     if not isinstance(scores, NodeScores):
         instance("scores", scores, EdgeScores, "EdgeScores, such as attribute returns")
-    signed, wanted = flag("signed", signed), "growing numbers in (0, 1]"
-    fractions = tuple(number("fractions", f, wanted) for f in listed("fractions", fractions, wanted))
-    grows = all(a < b for a, b in pairwise(fractions))
-    if not fractions or not grows or not 0 < fractions[0] <= fractions[-1] <= 1:
-        raise expected("fractions", wanted, fractions)
+    signed, fractions = flag("signed", signed), growing_shares("fractions", fractions)
     baselines = listed("baselines", baselines, "a list of names")
     for name in baselines:
         one_of("baselines", name, BASELINES)

@@ -47,6 +47,7 @@ class EvaluationResult(Result):
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("values", "clean_values", "corrupted_values"):  # else those of circuits side by side share memory
             object.__setattr__(self, name, usable(getattr(self, name).clone()))
 
@@ -179,10 +180,8 @@ def evaluate(
     call = called(evaluate, locals())
     circuits = as_circuits(circuit)
     progress = watched(progress)
-    request = prepare(model, data, metric, ablation, batch_size, ablation_data, reuse_prefix, memory)
+    request = to_evaluate(circuits, model, data, metric, ablation, batch_size, ablation_data, reuse_prefix, memory)
     learned = ablation_of(ablation).learned
-    for item in circuits:
-        check_circuit(item, request.arch, None if learned else request.data)
     if not circuits:
         return []
     info = {
@@ -196,6 +195,14 @@ def evaluate(
         run = _with_own_constants if learned else _evaluate
         evaluated = [replace(result, info=info | result.info) for result in run(request, circuits, kept, progress)]
     return _said(evaluated)[0] if isinstance(circuit, Circuit) else _said(evaluated)
+
+
+def to_evaluate(circuits: Sequence[Circuit], model: nn.Module, data: PairedDataset, *asked: Any) -> Request:
+    """What `evaluate` is asked, checked; `asked` as of `prepare`."""
+    request = prepare(model, data, *asked)
+    for item in circuits:
+        check_circuit(item, request.arch, None if ablation_of(request.ablation).learned else request.data)
+    return request
 
 
 def _evaluate(

@@ -38,8 +38,8 @@ class Circuit(Result):
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         instance("graph", self.graph, Graph)
-        object.__setattr__(self, "info", dict(instance("info", self.info, dict, "a dictionary")))
         object.__setattr__(self, "mask", usable(edge_flags("circuit mask", self.mask, self.graph).clone()))
         if self.values is not None:
             shape = [self.graph.n_senders, self.graph.n_receivers]
@@ -110,6 +110,7 @@ class Circuit(Result):
         the head itself, and each of the heads that share a key or value.
 
         An edge's key is "q", "k", "v", "mlp" or "logits"; it has the attribute `score` if the circuit has scores.
+        `info` is the graph's attributes, its lists and dictionaries as JSON: GraphML, GML and GEXF take no others.
 
         Example:
             >>> graph = circuit.to_networkx()

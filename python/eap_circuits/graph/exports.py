@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,9 @@ def to_frame(graph: Graph, mask: Tensor, columns: dict[str, Tensor]) -> Any:
 def to_networkx(circuit: Circuit) -> Any:
     """A networkx MultiDiGraph of a circuit; an edge's key is what it enters: "q", "k", "v", "mlp" or "logits"."""
     found = library("networkx", "to_networkx()").MultiDiGraph()
-    found.graph.update(circuit.info)
+    # What graph formats take: GraphML has no lists, GML no None.
+    known = {name: value for name, value in circuit.info.items() if value is not None}
+    found.graph.update({name: x if isinstance(x, (str, int, float)) else json.dumps(x) for name, x in known.items()})
     for sender, node, kind, attributes in _joined(circuit):
         found.add_edge(sender, node, kind, **attributes)
     return found

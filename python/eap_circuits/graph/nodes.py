@@ -39,8 +39,8 @@ class NodeScores(Result):
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         instance("graph", self.graph, Graph)
-        object.__setattr__(self, "info", dict(instance("info", self.info, dict, "a dictionary")))
         object.__setattr__(self, "values", numbers("node score values", self.values, [self.graph.n_senders]))
         if self.neurons is not None:
             shape = [self.graph.n_senders, self.graph.d_model]

@@ -58,8 +58,8 @@ class EdgeScores(Result):
     within_heads: Tensor | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         instance("graph", self.graph, Graph)
-        object.__setattr__(self, "info", dict(instance("info", self.info, dict, "a dictionary")))
         shape = [self.graph.n_senders, self.graph.n_receivers]
         shapes: dict[str, list[int | str]] = {"variance": [*shape], "neurons": [shape[0], self.graph.d_model]}
         shapes["within_heads"] = ["P", "P", shape[1]]

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..adapters import bind
 from ..checkpoint import data_identity
-from ..errors import SEEDS, expected, listed, one_of, whole
+from ..errors import SEEDS, expected, growing_shares, listed, one_of, whole
 from ..evaluation import FRACTIONS, Curve, evaluate, faithfulness_curve
 from ..forward import TOKENS_PER_BATCH, borrowed
 from ..graph import EdgeScores
@@ -67,6 +67,7 @@ class Settings:
         if not seeds or len(set(seeds)) < len(seeds):
             raise expected("seeds", "one or more different ones", list(seeds) or "none")
         object.__setattr__(self, "seeds", seeds)
+        object.__setattr__(self, "fractions", growing_shares("fractions", self.fractions))
 
 
 def of_task(name: str, tokenizer: Any, settings: Settings) -> Draw:
@@ -126,9 +127,11 @@ def leaderboard(
     record.get("environment", lambda: environment(model))
     wanted = tuple(dict.fromkeys((START, *rankings)))
     found: dict[str, dict[str, dict[str, Any]]] = {task: {} for task in tasks}
-    for task, draw in tasks.items():
-        for seed in settings.seeds:
-            data = draw(seed)
+    drawn = {task: {seed: draw(seed) for seed in settings.seeds} for task, draw in tasks.items()}
+    for data in (data for by_seed in drawn.values() for data in by_seed.values()):
+        prepare(model, data, None)  # what is wrong with any is said before the work on the first
+    for task, by_seed in drawn.items():
+        for seed, data in by_seed.items():
             few, others = data[: settings.scored], data[settings.scored :]
             record.at("data", task).require(str(seed), data_identity(data))
             entry, runs = record.at("tasks", task, str(seed)), found[task].setdefault(str(seed), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..graph import EdgeScores, Graph
 from ..metrics import METRICS
 from ..provenance import provenance
 from ..recording import ablation_of
-from ..request import Request
+from ..request import Request, check_no_spans
 
 
 def check_constants(request: Request) -> None:
@@ -35,6 +36,7 @@ def check_start(start: EdgeScores, request: Request) -> None:
     """Refuse scores to start from that are not finite, or not of this model."""
     instance("start", start, EdgeScores)
     graph = start.graph
+    check_no_spans("start", graph)
     if graph != request.arch.graph(graph.heads):
         raise expected("start", f"scores of {request.arch.graph(graph.heads)!r}", f"scores of {graph!r}")
     if not start.values[graph.edge_mask].isfinite().all():
@@ -49,9 +51,14 @@ def sizes_of(n_edges: object, n: int, shares: tuple[float, float]) -> tuple[int,
     both = n_edges if isinstance(n_edges, (tuple, list)) else (n_edges, n_edges)
     if len(both) != 2:
         raise expected("n_edges", "a number of edges, or the smallest and the largest", repr(n_edges))
-    smallest, largest = (whole("n_edges", each, 1, n) for each in both)
+    return sizes_between(both, n)
+
+
+def sizes_between(both: Sequence[object], n: int, name: str = "n_edges") -> tuple[int, int]:
+    """The smallest and the largest of sizes of circuits of a graph of n edges, checked."""
+    smallest, largest = (whole(name, each, 1, n, ", the edges of the graph") for each in both)
     if smallest > largest:
-        raise expected("n_edges", "the smaller number first", repr(n_edges))
+        raise expected(name, "the smaller number first", f"{smallest} and {largest}")
     return smallest, largest
 
 

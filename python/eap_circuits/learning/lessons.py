@@ -59,7 +59,7 @@ class Lesson:
             found = torch.stack([measured.values(each) for each in logits])
             with torch.no_grad():
                 own = measured.values(self.clean)
-            wanted = own if target is None else target[batch.index].to(own)
+            wanted = own if target is None else measured.weighed(target[batch.index].to(own))
             apart = found - wanted if signed else (found - wanted).abs()
             total = apart.sum()
             # Circuits of nothing or of everything that receivers read have no gradient.

@@ -1,7 +1,7 @@
 """Attribution methods: a registry of frozen specs, and `attribute`, which runs them."""
 
 from ..recording import RULES
-from .attribution import attribute, plan
+from .attribution import attribute, check_method, plan
 from .gradient import Plan
 from .quadrature import QUADRATURES
 from .registry import METHODS
@@ -14,5 +14,6 @@ __all__ = [
     "Method",
     "Plan",
     "attribute",
+    "check_method",
     "plan",
 ]

@@ -18,7 +18,7 @@ from ..modules.loans import gives_back
 from ..modules.shapes import Weightless
 from ..provenance import called, provenance
 from ..ranks import together
-from ..recording import RULES, ablation_of
+from ..recording import ABLATIONS, RULES, ablation_of
 from ..request import Progress, prepare, watched
 from ..tasks import PairedDataset
 from .exact import edges_to_score
@@ -197,11 +197,10 @@ def plan(
     kind = None if device is None else kind_of(device)
     gpus = whole("gpus", gpus, 1)
     with Weightless(model) as shapes:
+        check_method(method, steps, quadrature, ablation, keep, rules, planned=True)
         request = _request(**asked)
         spec = request.method
-        if not isinstance(spec, GradientMethod) or not spec.planned:
-            planned = (name for name, each in METHODS.items() if each.planned)
-            raise expected("method", f"one whose memory is planned ({', '.join(map(repr, planned))})", repr(method))
+        assert isinstance(spec, GradientMethod)
         if kind is not None:
             memory = free_share(kind) if request.memory is None else request.memory
             request = replace(request, arch=replace(request.arch, planned_for=kind), memory=memory)
@@ -233,10 +232,8 @@ def _request(
     edges: Circuit | Tensor | None = None,
 ) -> AttributionRequest:
     """What is asked, checked; raises InputError with what is wrong."""
-    one_of("method", method, METHODS)
-    one_of("quadrature", quadrature, QUADRATURES)
+    steps = check_method(method, steps, quadrature, ablation, keep, rules, edges is not None)
     one_of("heads", heads, ("kv", "query"))
-    steps = whole("steps", steps, 1, _MOST_STEPS)
     if compat is not None and not (isinstance(compat, str) and compat == "eap-ig"):
         raise expected("compat", "None or 'eap-ig'", shown(compat))
     spec = METHODS[method]
@@ -246,18 +243,11 @@ def _request(
         names = (name for name, each in METHODS.items() if not each.between_prompts(steps, quadrature))
         wanted = f"one of {', '.join(map(repr, names))}, as the data have no corrupted prompts"
         raise expected("method", wanted, repr(method))
-    ablated = ablation_of(ablation)
-    if ablated.learned:
-        raise expected("ablation", "constants from eap.optimal_constants, learned for a circuit", repr(ablation))
-    if not ablated.patches and not spec.ablated:
-        raise expected("ablation", f"'patching' for method {method!r}", repr(ablation))
     if compat == "eap-ig":
         common = replace(common, arch=common.arch.before_post_norms())
-    if rules is not None:
-        one_of("rules", rules, RULES)
-        if not spec.backward:
-            raise expected("rules", f"None, as {method!r} has no backward pass", repr(rules))
-    kept = to_keep(keep, spec, data)
+    kept = to_keep(keep, spec)
+    for name in sorted(kept & BY_SPAN) if data.spans is None else []:
+        raise expected("keep", f"data with spans (docs/data.md) for {name!r}", f"{data.name!r} without")
     for name in sorted(kept & BY_SPAN):
         common.check_one_stream(f"keep={name!r}")
     if "within-heads" in kept and any(layer.keys is not None for layer in common.arch.layers):
@@ -265,8 +255,6 @@ def _request(
         raise expected("model", wanted, f"{type(model).__name__}, whose heads share an earlier layer's")
     if compat is not None:
         common.check_one_stream("compat=")
-    if not spec.selective and edges is not None:
-        raise expected("edges", 'None, except for method "exact"', f"some for {method!r}")
     graph = common.arch.graph(heads)
     return AttributionRequest(
         **{field.name: getattr(common, field.name) for field in fields(common)},
@@ -278,3 +266,42 @@ def _request(
         keep=kept,
         edges=edges_to_score(graph, edges),
     )
+
+
+def check_method(
+    method: str,
+    steps: object,
+    quadrature: str,
+    ablation: str | Constants,
+    keep: str | Collection[str] | None,
+    rules: str | None,
+    only: bool = False,
+    planned: bool = False,
+) -> int:
+    """The number of steps; refuses what no model and no data would make right.
+
+    Args:
+        only: whether only some edges are to be scored.
+        planned: whether only a plan is asked for.
+    """
+    one_of("method", method, METHODS)
+    one_of("quadrature", quadrature, QUADRATURES)
+    spec = METHODS[method]
+    if planned and not spec.planned:
+        names = (name for name, each in METHODS.items() if each.planned)
+        raise expected("method", f"one whose memory is planned ({', '.join(map(repr, names))})", repr(method))
+    if not isinstance(ablation, Constants):
+        one_of("ablation", ablation, ABLATIONS)
+    ablated = ablation_of(ablation)
+    if ablated.learned:
+        raise expected("ablation", "constants from eap.optimal_constants, learned for a circuit", repr(ablation))
+    if not ablated.patches and not spec.ablated:
+        raise expected("ablation", f"'patching' for method {method!r}", repr(ablation))
+    if rules is not None:
+        one_of("rules", rules, RULES)
+        if not spec.backward:
+            raise expected("rules", f"None, as {method!r} has no backward pass", repr(rules))
+    to_keep(keep, spec)
+    if only and not spec.selective:
+        raise expected("edges", 'None, except for method "exact"', f"some for {method!r}")
+    return whole("steps", steps, 1, _MOST_STEPS)

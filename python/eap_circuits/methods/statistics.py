@@ -26,14 +26,14 @@ from ..graph import EdgeScores
 from ..ranks import least_share
 from ..recording import contract, contract_neurons, feature_slices, lowered
 from ..request import Measurement, Progress, fetch
-from ..tasks import PairedDataset, longest, spans_in
+from ..tasks import longest, spans_in
 from .spec import KEEP, AttributionRequest, Method
 
 _EXAMPLES, _POSITIONS = {"variance", "examples"}, {"positions", "positions-from-end"}
 BY_SPAN = {"spans", "within-heads"}
 
 
-def to_keep(keep: object, method: Method, data: PairedDataset) -> frozenset[str]:
+def to_keep(keep: object, method: Method) -> frozenset[str]:
     """The names that `attribute(keep=)` asks for, checked."""
     if keep is None:
         return frozenset()
@@ -44,8 +44,6 @@ def to_keep(keep: object, method: Method, data: PairedDataset) -> frozenset[str]
     found = frozenset(names)
     if found >= _POSITIONS:
         raise expected("keep", "positions counted from one end", "both 'positions' and 'positions-from-end'")
-    for name in sorted(found & BY_SPAN) if data.spans is None else []:
-        raise expected("keep", f"data with spans (docs/data.md) for {name!r}", f"{data.name!r} without")
     if not found <= set(method.keeps):
         known = " or ".join(map(repr, method.keeps)) or "nothing"
         raise expected("keep", f"{known} for method {method.name!r}", repr(keep))

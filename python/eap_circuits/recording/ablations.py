@@ -26,7 +26,7 @@ def means(
     positions: int | None = None,
     around: Constants | None = None,
 ) -> Constants:
-    """Means of the senders' contributions over the clean prompts' real tokens.
+    """Means of the senders' contributions over the clean prompts' real tokens, by the prompts' weights.
 
     Args:
         batches: of prompts that differ throughout, without prefixes.
@@ -40,28 +40,41 @@ def means(
     count = torch.zeros(len(streams), size, dtype=torch.float64)
 
     def run(batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """How many tokens each of a batch's streams has at each position, and each site's sums over them."""
+        """How many tokens each stream of a batch has at each position, and each site's sums over them, by weights."""
         own = [batch.at(stream) for stream in streams]
-        at = [each.rows % each.shape[1] if positions else torch.zeros_like(each.rows) for each in own]
+        known = batch.host.get("pair_weights", torch.ones(batch.n_examples, dtype=torch.float64))
+        weights = [known[batch.pair][each.host["rows"] // each.shape[1]] for each in own]
+
+        def places(rows: Tensor, width: int) -> Tensor:
+            return rows % width if positions else torch.zeros_like(rows)
+
+        at = [places(each.rows, each.shape[1]) for each in own]
 
         def add(site: SenderSite, x: Tensor) -> Tensor:
             (rows,) = own[site.stream].active(site.written(x)).to(arch.accumulate)
             where = at[site.stream].to(rows.device)
             if around is not None:
                 rows = (rows - around.tensors[site.index][where]).square()
+            if batch.pair_weights is not None:
+                rows = rows * weights[site.stream].to(rows)[:, None]
             return rows.new_zeros(size, rows.shape[1]).index_add_(0, where, rows).cpu()
 
         runner = Runner(arch, arch.graph("kv"), batch, every_mlp=True)
         embeddings = runner.embed(batch.clean)
         found = [add(sites[0], embeddings), *record_senders(sites, partial(runner.record, embeddings), add)[0]]
-        return torch.stack([torch.bincount(each, minlength=size) for each in at]).cpu(), found
+        counts = [
+            places(each.host["rows"], each.shape[1]).bincount(weight, size)
+            for each, weight in zip(own, weights, strict=True)
+        ]
+        return torch.stack(counts), found
 
     for _, (tokens, found) in dealt(batches, run, arch.team, passes_of):
         count += tokens
         for total, own in zip(sums.tensors, found, strict=True):
             total += own.double()
     # No prompt of a stream may have a position that one of the other's has.
-    seen = [count[site.stream, :, None].clamp(min=1) for site in sites]
+    seen = [count[site.stream, :, None] for site in sites]
+    seen = [each.where(each > 0, 1) for each in seen]
     return Constants.of_tensors(x / n for x, n in zip(sums.tensors, seen, strict=True)).on(arch)
 
 

@@ -6,10 +6,9 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Union
 
-from ..errors import InputError, expected, reason
+from ..errors import InputError, expected, growing_shares, reason
 from ..files import DAMAGED, read_json, write_json
 
 if TYPE_CHECKING:
@@ -49,10 +48,7 @@ class SavedCurve:
             sizes = {len(row) for row in (baseline.faithfulness, *baseline.draws)}
             if sizes != {len(self.fractions)}:
                 raise expected(f"baseline {name!r}", f"{len(self.fractions)} values, as the curve", sorted(sizes))
-        if not self.fractions:
-            raise expected("curve", "at least one circuit size", "none")
-        if not all(a < b for a, b in pairwise((0.0, *self.fractions))) or self.fractions[-1] > 1:
-            raise expected("fractions", "growing numbers in (0, 1]", self.fractions)
+        growing_shares("fractions", self.fractions)
 
 
 BaselineLike = Union["Baseline", SavedBaseline]

@@ -24,7 +24,7 @@ from eap_kernels.info import processor
 
 from ..adapters import bind
 from ..checkpoint import Checkpoint, Where, data_identity, model_identity, model_name, opened
-from ..errors import expected, one_of, whole
+from ..errors import expected, growing_shares, one_of, whole
 from ..evaluation import FRACTIONS, EvaluationResult, evaluate, faithfulness_curve
 from ..graph import Circuit, EdgeScores, edge_overlap, node_overlap, score_agreement
 from ..methods import QUADRATURES, attribute
@@ -76,6 +76,7 @@ class Settings:
         for name in ("scored", "pairs", "seed", "steps", "draws", "reference"):
             object.__setattr__(self, name, whole(name, getattr(self, name), None if name == "seed" else 1))
         object.__setattr__(self, "grid", tuple(whole("grid", steps, 1) for steps in self.grid))
+        object.__setattr__(self, "fractions", growing_shares("fractions", self.fractions))
 
 
 @dataclass(frozen=True)

@@ -296,20 +296,20 @@ def _pictured(arch: Architecture, pictures: Pictures, label: str) -> int:
     return len(pictures.embeddings)
 
 
-def parse_bytes(memory: object) -> int | None:
-    """Bytes of "8GiB", "500 MB" or a whole number of bytes; None stays None."""
+def parse_bytes(memory: object, name: str = "memory") -> int | None:
+    """Bytes of "8GiB", "500 MB" or a whole number of bytes; None stays None. `name` is what an error calls it."""
     if memory is None:
         return None
     wanted = 'bytes, such as "8GiB" or 500_000_000'
     if not isinstance(memory, str):
         try:
-            return whole("memory", memory, 0)
+            return whole(name, memory, 0)
         except InputError as error:
-            raise expected("memory", wanted, shown(memory)) from error
+            raise expected(name, wanted, shown(memory)) from error
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([a-zA-Z]*)\s*", memory)
     size = float(found[1]) * _UNITS.get(found[2].lower(), math.nan) if found else math.nan
     if not size < math.inf:
-        raise expected("memory", wanted, repr(memory))
+        raise expected(name, wanted, repr(memory))
     return int(size)
 
 

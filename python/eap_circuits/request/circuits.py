@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..adapters import Architecture
 from ..errors import expected
-from ..graph import Circuit, EdgeScores, NodeScores
+from ..graph import Circuit, EdgeScores, Graph, NodeScores
 from ..tasks import PairedDataset, check_spans
 
 
@@ -44,7 +44,13 @@ def check_circuit(circuit: object, arch: Architecture, data: PairedDataset | Non
     graph = circuit.graph
     if graph.base != arch.graph(graph.heads):
         raise expected("circuit", f"one of {arch.graph(graph.heads)!r}", f"one of {graph!r}")
-    if graph.spans is not None and data is None:
-        raise expected("circuit", "one without spans", f"one of {graph!r}")
-    if data is not None:
+    if data is None:
+        check_no_spans("circuit", graph)
+    else:
         check_spans(data, graph.spans)
+
+
+def check_no_spans(name: str, graph: Graph) -> None:
+    """Refuse scores or a circuit of a graph with spans, where every edge is one at all tokens."""
+    if graph.spans is not None:
+        raise expected(name, "one without spans, such as across_spans() gives", f"one of {graph!r}")

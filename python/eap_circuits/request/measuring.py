@@ -69,8 +69,7 @@ class Measurement:
         """The metric of each example of a run, [E]; raises InputError if it is no such tensor."""
         values = self.request.metric(logits, self.given)
         check_metric_values(values, self.given, logits)
-        if self.batch.pair_weights is not None:  # so that results are means over pairs by their weights
-            values = values * self.batch.pair_weights.to(values.device, values.dtype)
+        values = self.weighed(values)
         # A copy, as a metric may use its result again.
         kept, sums = (
             values.detach().clone().to(logits.device),
@@ -78,6 +77,11 @@ class Measurement:
         )
         self.waiting.append((kept, sums, logits.dtype))
         return values
+
+    def weighed(self, values: Tensor) -> Tensor:
+        """Values of the examples [E] times the pairs' weights, so that results are means over pairs by these."""
+        weights = self.batch.pair_weights
+        return values if weights is None else values * weights.to(values.device, values.dtype)
 
     def moved(self, logits: Tensor) -> None:
         """Measure the run DRAWS times more, its logits moved at random by as much as the run's rounding moves them."""

@@ -13,10 +13,11 @@ from torch import nn
 from ..adapters import bind
 from ..display import library
 from ..errors import expected, flag, known_arguments, reason
+from ..files import suffix_of
 from ..forward import one_want_of_memory
 from ..modules.loans import gives_back
 from ..ranks import together
-from ..tasks import PairedDataset, read_records, reading
+from ..tasks import TEXTS, PairedDataset, naming, own_records, read_file
 from ..texts.records import IMAGES, check_equal_lengths, prompt_text, tokenised
 from .pictures import paired
 
@@ -55,9 +56,11 @@ def image_pairs_from_file(
     if not callable(processor) or not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise expected("processor", "the model's, which takes texts and pictures", type(processor).__name__)
     arch = bind(model)
-    with reading(path) as file:
-        records, labels = read_records(file)
-        shown = [_pictures(record, label, file.parent) for record, label in zip(records, labels, strict=True)]
+    suffix_of(path, TEXTS)
+    file = read_file(path)
+    with naming(file):
+        records, labels = own_records(file.rows, file.labels)
+        shown = [_pictures(record, label, file.path.parent) for record, label in zip(records, labels, strict=True)]
         texts = [_texts(record, label, processor) for record, label in zip(records, labels, strict=True)]
         fields = tokenised(texts, labels, processor.tokenizer, True, True)
         for name in (name for name in _REFUSED if fields.get(name) is not None):
@@ -74,7 +77,7 @@ def image_pairs_from_file(
                 yield f"{label}, ", sides[0], sides[1]
 
         kept = {name: fields[name] for name in ("answers", "weights")}
-        data = paired(arch, each(), **kept, name=file.stem)
+        data = paired(arch, each(), **kept, name=file.path.stem)
         return replace(data, prompts=fields["prompts"], variants=fields["variants"])
 
 

@@ -9,7 +9,7 @@ from .registry import TASKS, Task, load_task
 
 if TYPE_CHECKING:
     from .dataset import PairedDataset
-    from .loading import names_pictures, read_records, reading
+    from .loading import TEXTS, PairsFile, naming, own_records, read_file
     from .mib import ENTRIES as MIB_ENTRIES
     from .mib import MODELS as MIB_MODELS
     from .mib import mib_tasks
@@ -24,16 +24,18 @@ _HOME = {
     "MIB_ENTRIES": ("mib", "ENTRIES"),
     "MIB_MODELS": ("mib", "MODELS"),
     "PairedDataset": ("dataset", "PairedDataset"),
+    "PairsFile": ("loading", "PairsFile"),
     "Pictures": ("tokens.pictures", "Pictures"),
     "Summary": ("summary", "Summary"),
+    "TEXTS": ("loading", "TEXTS"),
     "check_spans": ("scoring.spans", "check_spans"),
     "decoder_prompts": ("throughout", "decoder_prompts"),
     "different_throughout": ("throughout", "different_throughout"),
     "longest": ("throughout", "longest"),
     "mib_tasks": ("mib", "mib_tasks"),
-    "names_pictures": ("loading", "names_pictures"),
-    "read_records": ("loading", "read_records"),
-    "reading": ("loading", "reading"),
+    "naming": ("loading", "naming"),
+    "own_records": ("loading", "own_records"),
+    "read_file": ("loading", "read_file"),
     "spans_in": ("scoring.spans", "spans_in"),
 }
 __all__ = [
@@ -41,7 +43,9 @@ __all__ = [
     "MIB_ENTRIES",
     "MIB_MODELS",
     "TASKS",
+    "TEXTS",
     "PairedDataset",
+    "PairsFile",
     "Pictures",
     "Summary",
     "Task",
@@ -51,9 +55,9 @@ __all__ = [
     "load_task",
     "longest",
     "mib_tasks",
-    "names_pictures",
-    "read_records",
-    "reading",
+    "naming",
+    "own_records",
+    "read_file",
     "spans_in",
 ]
 

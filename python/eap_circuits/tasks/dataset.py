@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +14,8 @@ from torch import Tensor
 
 from ..display import Result, library
 from ..errors import expected, flag, listed
-from ..files import suffix_of
 from ..texts.records import tokenised
-from .loading import SUFFIXES, Records, own_records, read_csv, read_rows, read_tokens, reading, write_tokens
+from .loading import PairsFile, Records, naming, own_records, read_csv, read_file, read_rows, write_tokens
 from .mib import is_mib, mib_records
 from .scoring.checks import check_answers, check_pair_weights, check_scored, check_shapes
 from .scoring.continuations import Rows, rows_of
@@ -234,14 +232,14 @@ class PairedDataset(Result):
         tables), good and bad, answer and wrong_answer, or correct and incorrect (texts). A cell may hold a list: a set
         of answers. Errors number rows as a spreadsheet does: the header is row 1.
         """
-        return cls._from_rows(path, lambda file: own_records(*read_csv(file)), tokenizer, prepend_bos, align)
+        return cls._from_rows(read_file(path, read_csv), own_records, tokenizer, prepend_bos, align)
 
     @classmethod
     def from_jsonl(
         cls, path: str | os.PathLike[str], tokenizer: Any, prepend_bos: bool = True, align: bool = False
     ) -> PairedDataset:
         """Read one JSON record per line, or a JSON list of records, as for `from_records` or `from_csv`."""
-        return cls._from_rows(path, lambda file: own_records(*read_rows(file)), tokenizer, prepend_bos, align)
+        return cls._from_rows(read_file(path, read_rows), own_records, tokenizer, prepend_bos, align)
 
     @classmethod
     def from_mib(
@@ -266,10 +264,10 @@ class PairedDataset(Result):
             InputError: names the file and what is missing in it.
         """
 
-        def records(file: Path) -> Records:
-            return mib_records(*read_rows(file), tokenizer, counterfactual, align)
+        def records(rows: list[Any], labels: list[str]) -> Records:
+            return mib_records(rows, labels, tokenizer, counterfactual, align)
 
-        return cls._from_rows(path, records, tokenizer, prepend_bos, align)
+        return cls._from_rows(read_file(path, read_rows), records, tokenizer, prepend_bos, align)
 
     @classmethod
     def from_file(
@@ -283,29 +281,27 @@ class PairedDataset(Result):
         Raises:
             InputError: one sentence that names the file and, if possible, the row or line.
         """
-        suffix = suffix_of(path, SUFFIXES)
-        if suffix == ".csv":
-            return cls.from_csv(path, tokenizer, prepend_bos, align)
-        if suffix in (".safetensors", ".pt"):
-            with reading(path) as file:
-                found = read_tokens(file)
-                return cls(**found) if "prompts" in found else cls.from_tokens(**found)
-
-        def records(file: Path) -> Records:
-            rows, labels = read_rows(file)
-            if rows and is_mib(rows[0]):
-                return mib_records(rows, labels, tokenizer, None, align)
-            return own_records(rows, labels)
-
-        return cls._from_rows(path, records, tokenizer, prepend_bos, align)
+        file = read_file(path)
+        if file.tokens is not None:
+            with naming(file):
+                return cls(**file.tokens) if "prompts" in file.tokens else cls.from_tokens(**file.tokens)
+        if file.rows and is_mib(file.rows[0]):
+            return cls.from_mib(file, tokenizer, None, prepend_bos, align)
+        return cls._from_rows(file, own_records, tokenizer, prepend_bos, align)
 
     @classmethod
     def _from_rows(
-        cls, path: Any, records: Callable[[Path], Records], tokenizer: Any, prepend_bos: bool, align: bool
+        cls,
+        file: PairsFile,
+        records: Callable[[list[Any], list[str]], Records],
+        tokenizer: Any,
+        prepend_bos: bool,
+        align: bool,
     ) -> PairedDataset:
         prepend_bos, align = flag("prepend_bos", prepend_bos), flag("align", align)
-        with reading(path) as file:
-            return cls(**tokenised(*records(file), tokenizer, prepend_bos, align), name=file.stem)
+        with naming(file):
+            found = records(file.rows, file.labels)
+            return cls(**tokenised(*found, tokenizer, prepend_bos, align), name=file.path.stem)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a `.safetensors` file for `from_file`, whole or not at all."""

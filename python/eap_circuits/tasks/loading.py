@@ -6,8 +6,9 @@ import ast
 import csv
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from ..files import CHECKSUM, DAMAGED, check_digest, check_file, digest, parse_j
 from ..texts.records import IMAGES
 from .tokens.pictures import Pictures
 
-SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".safetensors", ".pt")
+TEXTS, TOKENS = (".csv", ".json", ".jsonl", ".parquet"), (".safetensors", ".pt")
+SUFFIXES = (*TEXTS, *TOKENS)
 # Pairs of columns (good, bad): ids, under the names in EAP-IG's tables; then texts.
 _IDS = (
     ("correct_idx", "incorrect_idx"),
@@ -43,21 +45,55 @@ _LONGEST = 2**31 - 1  # characters of a cell; of itself csv takes 131,072
 # What json and ast raise for a cell that they cannot read: a dict as a member of a set is a TypeError.
 _UNREADABLE = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
 
-Records = tuple["list[dict[str, Any]]", "list[str]"]
+Records = tuple["list[Any]", "list[str]"]
+
+
+@dataclass(frozen=True)
+class PairsFile(os.PathLike[str]):
+    """A file of prompt pairs that has been read, and need not be read again where its path is asked for.
+
+    Args:
+        rows, labels: what it holds, and what errors call each row.
+        tokens: the fields of a dataset, if it holds tokens in place of rows.
+    """
+
+    path: Path
+    rows: list[Any]
+    labels: list[str]
+    tokens: dict[str, Any] | None = None
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def names_pictures(self) -> bool:
+        return any(isinstance(row, Mapping) and row.get(name) for row in self.rows for name in IMAGES)
+
+
+def read_file(path: str | os.PathLike[str], read: Callable[[Path], Records] | None = None) -> PairsFile:
+    """Read a file with `read`, by default as its suffix says; one that has been read is returned as it is."""
+    if isinstance(path, PairsFile):
+        return path
+    suffix = "" if read else suffix_of(path, SUFFIXES)
+    file = check_file(path)
+    with naming(file):
+        try:
+            if suffix in TOKENS:
+                return PairsFile(file, [], [], read_tokens(file))
+            return PairsFile(file, *(read or (read_csv if suffix == ".csv" else read_rows))(file))
+        except UnicodeDecodeError as error:
+            raise expected("file", "text in UTF-8", f"a byte that is not, at {error.start}") from error
+        except OSError as error:
+            raise InputError(f"cannot be read ({error.strerror or error}).") from error
 
 
 @contextmanager
-def reading(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Inside, errors from reading the file or using its content name the file."""
-    path = check_file(path)
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside, errors from using a file's content name the file."""
     try:
-        yield path
+        yield
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except UnicodeDecodeError as error:
-        raise expected(str(path), "text in UTF-8", f"a byte that is not, at {error.start}") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        raise InputError(f"{os.fspath(path)}: {error}") from error
 
 
 def read_csv(path: Path) -> Records:
@@ -125,24 +161,6 @@ def _parquet(path: Path) -> Any:
         return parquet.read_table(path).to_pylist()
     except (ArrowException, OSError, ValueError) as error:
         raise expected("file", "Parquet", f"something else ({reason(error)})") from error
-
-
-def read_records(path: Path) -> Records:
-    """The same as records, with labels, also from `.csv`."""
-    return own_records(*_any_rows(path))
-
-
-def names_pictures(path: str | os.PathLike[str]) -> bool:
-    """Do the records of a file name pictures?"""
-    if suffix_of(path, SUFFIXES) not in SUFFIXES[:4]:
-        return False
-    with reading(path) as file:
-        rows, _ = _any_rows(file)
-        return any(isinstance(row, Mapping) and row.get(name) for row in rows for name in IMAGES)
-
-
-def _any_rows(path: Path) -> Records:
-    return read_csv(path) if suffix_of(path, SUFFIXES[:4]) == ".csv" else read_rows(path)
 
 
 def own_records(rows: list[Any], labels: list[str]) -> Records:
@@ -230,12 +248,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     with safe_open(path, "pt") as file:
         content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
         metadata = file.metadata() or {}
+    form = metadata.get("format", _FORMAT)
+    if form != _FORMAT and form.startswith(_FORMAT.partition("/")[0]):  # others write others
+        raise expected("metadata", f"format {_FORMAT!r}", repr(form))
     if CHECKSUM in metadata:  # older files have none
         check_digest(metadata.pop(CHECKSUM), metadata, content)
     if metadata.get("kind") != "dataset":
         return content, {}
-    if (form := metadata.get("format", _FORMAT)) != _FORMAT:
-        raise expected("metadata", f"format {_FORMAT!r}", repr(form))
     texts = json.loads(metadata["dataset"])
     if texts["prompts"] is not None:
         texts["prompts"] = [(clean, corrupted) for clean, corrupted in texts["prompts"]]

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import expected
-from ..files import suffix_of
 from ..texts.encoding import check_text, check_tokenizer, encode_many, encode_plain
-from .loading import read_rows, reading
+from .loading import naming, read_file
 
 
 @dataclass(frozen=True)
@@ -131,6 +130,6 @@ def mib_records(
 
 def mib_tasks(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """The tasks of the benchmark whose rows a file may hold."""
-    suffix_of(path, (".json", ".jsonl", ".parquet"))
-    with reading(path) as file:
-        return layout_of(read_rows(file)[0]).tasks
+    file = read_file(path)
+    with naming(file):
+        return layout_of(file.rows).tasks

@@ -183,6 +183,12 @@ def test_commands_take_files_that_name_pictures(model, pictures, tmp_path):
     assert json.loads(curve.read_text())
     run("report", scores, "--curve", curve, "-o", page, "--edges", 5)
     assert "faithfulness" in page.read_text()
+    out = ("--data", data, "--out", tmp_path)
+    run("leaderboard", folder, *out, "--methods", "eap", "--scored", 1, "-n", 1, "--seeds", 1)
+    run("reproduce", folder, *out, "--scored", 1, "-n", 1, "--draws", 1)
+    assert (
+        "pairs" in (tmp_path / "leaderboard.md").read_text() and "pairs" in (tmp_path / "reproduction.md").read_text()
+    )
     shown = run("data", folder, "--data", data, "--json")
     assert json.loads(shown.stdout)["pairs"] == 2
     processor().tokenizer.save_pretrained(folder)

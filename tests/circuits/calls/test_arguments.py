@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
+from eap_circuits import leaderboard
 from eap_circuits.errors import expected, flag, function, listed, number, one_of, whole
 from eap_circuits.methods import METHODS
 from eap_circuits.reproduction import Settings
@@ -31,6 +32,27 @@ def data(make_pairs):
 
 def of_metric(data, metric):
     return eap.PairedDataset.from_tokens(data.clean, data.corrupted, data.lengths, data.answers, metric=metric)
+
+
+def test_results_do_not_share_their_info(model, data):
+    scores = eap.attribute(model, data, method="eap")
+    circuit = scores.select(20)
+    info = {"metric": "logit_diff"}
+    curve = eap.faithfulness_curve(model, scores, data, (0.5, 1))
+    card = eap.faithfulness_card(model, circuit, data, most_edges=0)
+    for result in (scores, circuit, scores.node_scores(), curve.results[0], curve, card):
+        mine = replace(result, info=info)
+        mine.info["metric"] = "mine"
+        assert info == {"metric": "logit_diff"} and mine == result
+        with pytest.raises(eap.InputError, match=r"^info: expected a dictionary, found list"):
+            replace(result, info=[])
+
+
+@pytest.mark.parametrize("kind", [Settings, leaderboard.Settings])
+@pytest.mark.parametrize("fractions", [(0.5, 0.1), (0.5, 0.5), (0, 1), (0.5, 2), (), "0.5"])
+def test_fractions_of_a_comparison_are_refused_before_any_work(kind, fractions):
+    with pytest.raises(eap.InputError, match=r"^fractions: expected growing numbers in \(0, 1\], found"):
+        kind(fractions=fractions)
 
 
 # The metric.
@@ -132,6 +154,11 @@ def test_every_function_names_its_arguments(model, data):
     said = r"^attribute\(\): expected at most model, data, metric by position, and the others by name, found 4 by"
     with pytest.raises(eap.InputError, match=said):
         eap.attribute(model, data, "logit_diff", "eap")
+    scores = eap.attribute(model, data, method="eap")
+    with pytest.raises(eap.InputError, match=r"expected at most n_edges, .*, found 10 by position\.$"):
+        scores.select(*range(10))
+    with pytest.raises(eap.InputError, match=r"expected one of 'among', .*'seconds', 'signed', 'thresh"):
+        scores.select(5, zzz=1)
 
 
 def test_other_names_of_methods(model, data):

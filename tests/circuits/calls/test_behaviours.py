@@ -11,6 +11,9 @@ from torch.nn.functional import pad
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind
+from eap_circuits.forward import borrowed
+from eap_circuits.recording import deviations
+from eap_circuits.request import prepare
 from eap_circuits.selfcheck import StayDouble
 from tests.circuits.calls.behaviours import (
     CASES,
@@ -23,7 +26,7 @@ from tests.circuits.calls.behaviours import (
     scores_by_hand,
     value,
 )
-from tests.circuits.conftest import random_circuit, random_edges, random_pairs, tiny_model, watch
+from tests.circuits.conftest import pairs_for, random_circuit, random_edges, random_pairs, tiny_model, watch
 from tests.circuits.decoders import Decoder
 from tests.circuits.plain_runs import gradients, of_circuit, plain_run
 from tests.circuits.recording.unequal_pairs import unequal_pairs
@@ -274,3 +277,26 @@ def test_weights_are_those_of_pairs_that_repeat(method, relative):
     circuit = other.select(20)
     one, other = (eap.evaluate(model, circuit, each) for each in (repeated, weighted))
     assert (one.mean, one.faithfulness) == pytest.approx((other.mean, other.faithfulness), abs=1e-9)
+
+
+@pytest.mark.parametrize("ablation", ["mean", "mean-positional"])
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_weights_count_in_means_of_prompts(ablation, kind, relative):
+    model, data = tiny_model(kind), pairs_for(kind)[:3]
+    repeated, weighted = data[[0, 0, 0, 1, 2]], replace(data, weights=[1.5, 0.5, 0.5])
+    plain = replace(data, weights=None)
+    circuit = random_circuit(bind(model).graph("kv"), 1, 0.4)
+    with StayDouble():
+        found = [eap.evaluate(model, circuit, plain, ablation=ablation, ablation_data=x) for x in (repeated, weighted)]
+        torch.testing.assert_close(found[0].values, found[1].values, atol=1e-9, rtol=1e-9)
+        without = eap.evaluate(model, circuit, plain, ablation=ablation)
+        assert (without.values - found[0].values).abs().max() > 1e-6
+        with borrowed(model):
+            asked = [prepare(model, x, None, ablation).with_constants() for x in (repeated, weighted)]
+            spread = [deviations(x.arch, x.batches(1024), x.constants) for x in asked]
+        for one, other in zip(*(each.tensors for each in spread), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-6)
+        if kind == "gpt2":
+            constants = [eap.optimal_constants(model, circuit, x, steps=2) for x in (repeated, weighted)]
+            for one, other in zip(*(each.tensors for each in constants), strict=True):
+                assert relative(one, other) < 1e-6

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
-from eap_circuits.cards import RESAMPLED
+from eap_circuits.cards import RESAMPLED, card
 from eap_circuits.evaluation import EvaluationResult
 from eap_circuits.report import write_report
 from eap_circuits.report.curves import jsonable
@@ -132,6 +132,10 @@ def test_prompts_that_chose_the_circuit_are_told_from_others(model, scored, scor
             {"circuit": "complement", "scores": "scores"},
             "scores: expected those that chose the circuit, found some that choose another",
         ),
+        (
+            {"circuit": "sure", "scores": "scores"},
+            "circuit: expected one that resampled scores can choose again, found one chosen among edges whose sign",
+        ),
         ({"others": "data"}, "others: expected prompts by name, found PairedDataset"),
         ({"others": {"a": 1}}, r"others\['a'\]: expected a PairedDataset, found int"),
         ({"seeds": ()}, "seeds: expected at least one, found none"),
@@ -142,9 +146,17 @@ def test_prompts_that_chose_the_circuit_are_told_from_others(model, scored, scor
 def test_what_cannot_be_is_refused(given, words, model, data, scores):
     found = {"scores": scores, "plain": replace(scores, per_example=None), "data": data}
     found["complement"] = scores.select(10).complement()
+    found["sure"] = scores.select(10, among=scores.confidence() >= 0.5)
     other = eap.Graph((3,), (3,), 8)
     found["other graph"] = eap.EdgeScores(other, torch.zeros(other.edge_mask.shape))
     named = {name: found[value] if isinstance(value, str) else value for name, value in given.items()}
     asked = {"circuit": scores.select(10), "data": data, **named}
     with pytest.raises(eap.InputError, match=words):
         eap.faithfulness_card(model, **asked)
+
+
+def test_what_is_wrong_with_other_prompts_is_said_before_anything_runs(model, data, scores, monkeypatch):
+    monkeypatch.setattr(card, "evaluate", lambda *_, **__: pytest.fail("it ran"))
+    beyond = replace(data, answers=data.answers + 1000)
+    with pytest.raises(eap.InputError, match="answers of example 0: expected token ids below"):
+        eap.faithfulness_card(model, scores.select(10), data, others={"beyond": beyond})

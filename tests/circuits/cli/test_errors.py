@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ from typer.testing import CliRunner
 
 import eap_circuits as eap
 from eap_circuits.cli import app, session
+from eap_circuits.tasks import loading
 from tests.circuits.cli.conftest import run
+from tests.circuits.generated.generated_tasks import TOKENIZERS
 
 
 @pytest.mark.parametrize(
@@ -34,7 +38,29 @@ from tests.circuits.cli.conftest import run
         (["attribute", "tiny", "--data", "none.csv"], "--data none.csv: expected a file"),
         (["evaluate", "tiny", "none.json", "--task", "ioi"], "none.json: expected a file"),
         (["curve", "tiny", "none.safetensors", "--task", "ioi"], "none.safetensors: expected a file"),
-        (["curve", "tiny", "s.pt", "--task", "ioi", "--fractions", "a,b"], "--fractions: expected numbers"),
+        *(
+            (
+                ["curve", "tiny", "s.pt", "--task", "ioi", "--fractions", given],
+                "--fractions: expected growing numbers in",
+            )
+            for given in ("a,b", "0.5,0.1", "0.1,0.1", "0,0.5", "0.5,2", "nan", "")
+        ),
+        (["attribute", "tiny", "--task", "ioi", "--ablation", "optimal"], "--ablation: expected one of"),
+        (["attribute", "tiny", "--task", "ioi", "--keep", "variance,all"], "keep: expected one of"),
+        (
+            ["attribute", "tiny", "--task", "ioi", "--method", "exact", "--keep", "neurons"],
+            "keep: expected",
+        ),
+        (["attribute", "tiny", "--task", "ioi", "--method", "exact", "--rules", "relp"], "rules: expected None"),
+        (["attribute", "tiny", "--task", "ioi", "--method", "exact", "--dry-run"], "method: expected one whose memory"),
+        (["attribute", "tiny", "--task", "ioi", "--steps", "99999"], "steps: expected a whole number from 1"),
+        (["attribute", "tiny", "--task", "ioi", "--memory", "much"], "--memory: expected bytes"),
+        (["attribute", "tiny", "--task", "ioi", "--seed", str(2**70)], "--seed: expected a whole number from"),
+        (["acdc", "tiny", "0", "--task", "ioi"], "threshold: expected a positive number"),
+        (["acdc", "tiny", "0.1", "--task", "ioi", "--ablation", "optimal"], "--ablation: expected one of"),
+        (["learn", "tiny", "s.pt", "--task", "ioi", "--rate", "0"], "--rate: expected a positive number"),
+        (["prune", "tiny", "s.pt", "--task", "ioi", "--keep", "1"], "--keep: expected a share between 0 and 1"),
+        (["ibcircuit", "tiny", "--task", "ioi", "--beta", "inf"], "--beta: expected a number of at least 0"),
         (["curve", "tiny", "s.pt", "--task", "ioi", "--baselines", "random,x"], "--baselines: expected one of"),
         (["curve", "tiny", "s.pt", "--task", "ioi", "-o", "curve.csv"], "curve.csv: expected a name ending"),
         (["report", "none.safetensors"], "none.safetensors: expected a file"),
@@ -57,6 +83,51 @@ def test_bad_input_is_one_line_before_any_model(
     assert result.stdout == ""
     assert loads == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_read_once_and_refused_before_any_model(
+    loads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty.csv").write_text("prompt,answer\n")
+    (tmp_path / "cut.jsonl").write_text('{"clean": "a')
+    for name, message in {"empty.csv": "row 1: expected columns", "cut.jsonl": "line 1: expected a JSON obj"}.items():
+        assert f"{name}: {message}" in run("attribute", "tiny", "--data", tmp_path / name, code=2).stderr
+    given = ("--ablation", "mean", "--ablation-data", tmp_path / "cut.jsonl")
+    assert "cut.jsonl" in run("evaluate", "tiny", "c.json", "--task", "ioi", *given, code=2).stderr
+    assert "--ablation: expected" in run("evaluate", "tiny", "c.json", "--task", "ioi", *given[2:], code=2).stderr
+    assert loads == []
+
+
+def test_records_are_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({"clean": "Ann met", "corrupted": "Ann met", "answers": [3, 4]}) + "\n")
+    parsed, parse = list[str](), loading.parse_json
+    monkeypatch.setattr(loading, "parse_json", lambda text: parsed.append(text) or parse(text))
+    prompts = session.Prompts(None, file, ablation_data=file, ablation="mean")
+    prompts.check()
+    assert len(prompts.load(None, TOKENIZERS["single digits"]())) == 1 and len(parsed) == 2  # one for each file
+
+
+def test_what_scores_and_circuits_do_not_allow_is_refused_before_any_model(
+    saved: Path, pairs: Path, loads: list[str], make_model: Any, make_pairs: Any, tmp_path: Path
+) -> None:
+    n, data = eap.EdgeScores.load(saved).graph.n_edges, ("--data", pairs)
+    for sizes, message in {(9, 3): "expected the smaller number first", (1, n + 1): f"from 1 to {n:,}"}.items():
+        asked = ("--smallest", sizes[0], "--largest", sizes[1])
+        for command in ("learn", "prune"):
+            assert message in run(command, "tiny", saved, *data, *asked, code=2).stderr
+    spanned = make_pairs()
+    spanned = dataclasses.replace(spanned, spans=torch.zeros_like(spanned.clean), span_names=("all",))
+    by_span = eap.attribute(make_model("llama"), spanned, method="eap", keep="spans").by_span()
+    scores, circuit = (tmp_path / f"{name}.safetensors" for name in ("by_span", "circuit"))
+    by_span.save(scores)
+    by_span.select(9).save(circuit)
+    assert "start: expected one without spans" in run("learn", "tiny", scores, *data, code=2).stderr
+    assert "circuit: expected one without spans" in run("refine", "tiny", circuit, *data, code=2).stderr
+    folder = tmp_path / "small"
+    assert "circuit: expected one without spans" in run("export", "tiny", circuit, "-o", folder, code=2).stderr
+    assert "scores: expected those of" in run("card", "tiny", circuit, *data, "--scores", saved, code=2).stderr
+    assert loads == []
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,29 @@ def test_a_curve_outlives_its_page(
     assert report.load_curve(tmp_path / "c.json").fractions == (0.5, 1.0)
 
 
+def test_results_outlive_an_interruption_of_what_follows(
+    saved: Path, spare: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    def left(*command: Any) -> str:
+        result = run(*command, "--data", pairs, code=130)
+        found = re.search(r"^The file with the \w+ is (\S+) instead\.$", result.stderr, re.M)
+        assert found and result.stderr.endswith("eap: error: interrupted\n")
+        return found[1]
+
+    circuit = tmp_path / "c.safetensors"
+    eap.EdgeScores.load(saved).select(9).save(circuit)
+    monkeypatch.setattr(report, "write_report", stop)
+    page = ("--html", tmp_path / "page.html", "--draws", 1)
+    assert report.load_curve(left("curve", "tiny", saved, *page, "--fractions", "0.5,1")).fractions == (0.5, 1)
+    assert json.loads(Path(left("card", "tiny", circuit, *page, "--most-edges", 0)).read_text())["n_edges"]
+    monkeypatch.setattr(eap.EdgeScores, "select", stop)
+    scores = eap.EdgeScores.load(left("attribute", "tiny", "--edges", 9, "--steps", 2))
+    assert torch.equal(scores.values, eap.EdgeScores.load(saved).values)
+
+
 def test_the_demo_s_results_outlive_its_page(
     loads: list[str], tmp_path: Path, spare: Path, monkeypatch: pytest.MonkeyPatch, make_pairs: Any
 ) -> None:

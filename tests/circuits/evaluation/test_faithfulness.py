@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind
+from eap_circuits.evaluation import comparison
 from eap_circuits.forward import Runner, borrowed, make_batches
 from eap_circuits.graph import Graph
 from eap_circuits.request import Measurement, prepare
@@ -222,6 +225,15 @@ def test_compare_two_circuits_on_both_tasks(make_model, make_pairs):
     assert found.edges.n_shared == shared
     assert found.edges.iou == pytest.approx(shared / int((circuits[0].mask | circuits[1].mask).sum()))
     assert set(circuits[0].nodes) & set(circuits[1].nodes) and 0 < found.nodes.iou <= 1
+
+
+def test_what_is_wrong_with_the_second_task_is_said_before_the_first_runs(make_model, make_pairs, monkeypatch):
+    model, data = make_model("llama"), make_pairs()
+    monkeypatch.setattr(comparison, "evaluate", lambda *_, **__: pytest.fail("it ran"))
+    circuit = random_circuit(graph_of(model), 0, 0.5)
+    beyond = replace(data, answers=data.answers + 1000)
+    with pytest.raises(eap.InputError, match=r"answers of example 0: expected token ids below"):
+        eap.compare(model, circuit, circuit, data, beyond)
 
 
 def test_circuit_of_another_model_is_refused(make_model, make_pairs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 import eap_circuits as eap
 from eap_circuits.cli import app, session
 from eap_circuits.errors import InputError
-from eap_circuits.leaderboard import Settings, leaderboard, of_pairs, write_page
+from eap_circuits.leaderboard import Settings, leaderboard, measure, of_pairs, of_task, write_page
 from eap_circuits.leaderboard.measure import FAITHFUL
 from eap_circuits.leaderboard.page import edges_at, page
 
@@ -106,6 +107,21 @@ def test_what_does_not_belong_together_is_refused(
     with pytest.raises(InputError, match="seeds: expected one or more different ones"):
         Settings(seeds=(1, 1))
     assert (tmp_path / "leaderboard.json").read_bytes() == before
+
+
+def test_what_is_wrong_with_a_later_task_is_said_before_the_first_is_measured(
+    model: Any, tasks: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "attribute", lambda *_, **__: pytest.fail("it ran"))
+
+    def beyond(seed: int) -> eap.PairedDataset:
+        data = tasks["first"](seed)
+        return dataclasses.replace(data, answers=data.answers + 1000)
+
+    with pytest.raises(InputError, match="answers of example 0: expected token ids below"):
+        leaderboard(model, {**tasks, "third": beyond}, tmp_path, settings=SETTINGS)
+    with pytest.raises(InputError, match="task: expected one of"):
+        leaderboard(model, {**tasks, "none": of_task("none", None, SETTINGS)}, tmp_path, settings=SETTINGS)
 
 
 def test_the_size_at_a_faithfulness_is_that_of_the_smallest_circuit_that_has_it() -> None:

@@ -85,6 +85,15 @@ def test_a_seed_gives_the_same_bits_and_another_one_others(model, data, scores):
     assert torch.equal(learn[0], learn[1]) and not torch.equal(learn[0], learn[2])
 
 
+def test_every_seed_that_is_taken_can_be_drawn_from(model, data, scores):
+    largest = 2**64 - 1
+    eap.learn_mask(model, data, start=scores, steps=1, seed=largest)
+    eap.ibcircuit(model, data, steps=1, seed=largest)
+    for call in (partial(eap.learn_mask, start=scores), eap.ibcircuit):
+        with pytest.raises(eap.InputError, match="seed: expected a whole number from 0 to"):
+            call(model, data, steps=1, seed=largest + 1)
+
+
 def test_seeds_side_by_side_learn_what_each_learns_alone(model, data, scores):
     learn = partial(eap.learn_mask, model, data, start=scores, steps=15)
     together, alone = learn(seed=[1, 2]), [learn(seed=seed) for seed in (1, 2)]
@@ -94,6 +103,13 @@ def test_seeds_side_by_side_learn_what_each_learns_alone(model, data, scores):
     assert agree[0, 1] < min(agree[0, 2], agree[1, 3]), "seeds differ"
     assert [each.info["learning"] for each in together] == [each.info["learning"] for each in alone]
     assert torch.equal(learn(seed=[1])[0].values, alone[0].values)
+
+
+def test_a_target_counts_by_the_pairs_weights_as_the_models_own_value_does(model, data, scores):
+    weighted = replace(data, weights=torch.arange(1, len(data) + 1))
+    own = eap.evaluate(model, scores.select(1), data).clean_values
+    one, other = (eap.learn_mask(model, weighted, start=scores, steps=5, target=x) for x in (None, own))
+    assert torch.corrcoef(torch.stack([one.values.flatten(), other.values.flatten()]))[0, 1] > 1 - 1e-6
 
 
 def good_logit(logits, batch):

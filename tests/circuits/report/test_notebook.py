@@ -221,6 +221,16 @@ def test_paths_of_a_networkx_graph_lead_through_heads(name, n):
             assert found["score"] == float(score)
 
 
+@pytest.mark.parametrize("kind", ["graphml", "gml", "gexf"])
+def test_other_programs_files_hold_the_networkx_graph(kind, results, tmp_path):
+    path, graph = tmp_path / f"circuit.{kind}", results["circuit"].to_networkx()
+    assert {"method", "versions", "selection"} <= graph.graph.keys()
+    getattr(networkx, f"write_{kind}")(graph, path)
+    found = getattr(networkx, f"read_{kind}")(path)
+    scores = sorted((u, v, score) for u, v, score in graph.edges(data="score"))
+    assert sorted((u, v, score) for u, v, score in found.edges(data="score")) == scores
+
+
 def test_a_shared_key_enters_each_head_of_its_group():
     graph = GRAPHS["kv"]
     mask = torch.zeros_like(graph.edge_mask)

@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .. import options, session
-from ..console import check_outputs, check_suffix, conclude, keep_elsewhere, progress, say, show_json, show_table, write
+from ..console import (
+    check_outputs,
+    check_suffix,
+    conclude,
+    keep_elsewhere,
+    outlived,
+    progress,
+    say,
+    show_json,
+    show_table,
+    write,
+)
 from ..options import option
 
 
@@ -23,7 +34,7 @@ def attribute(
     steps: options.Steps = 5,
     quadrature: options.Quadrature = "right",
     heads: options.Heads = "kv",
-    ablation: options.Ablation = "patching",
+    ablation: options.ScoringAblation = "patching",
     ablation_data: options.AblationData = None,
     batch_size: options.BatchSize = None,
     memory: options.Memory = None,
@@ -68,7 +79,7 @@ def attribute(
     from ...adapters import bind
     from ...errors import InputError, expected
     from ...formats import SUFFIXES, check_savable
-    from ...methods import METHODS
+    from ...methods import METHODS, check_method
     from ...report.tables import edge_table, plan_table
 
     check_outputs(out, circuit, checkpoint)
@@ -81,8 +92,9 @@ def attribute(
         if needs and not dry_run:
             raise expected(name, "--dry-run with it", "no --dry-run")
     kept = session.to_keep(keep, confidence, by_span)
+    check_method(method, steps, quadrature, ablation, kept, rules, only is not None, dry_run)
     measured = None if only is None else eap.Circuit.load(only)
-    prompts = session.Prompts(task, data, n, seed, align, ablation_data)
+    prompts = session.Prompts(task, data, n, seed, align, ablation_data, ablation)
     prompts.check(metric, gradient=METHODS[method].backward)
 
     loaded, tokenizer = session.load_model(model, dtype, None if dry_run else device, not no_weights, trust_remote_code)
@@ -119,8 +131,9 @@ def attribute(
     chosen = None
     try:
         if edges is not None:
-            among = None if confidence is None else scores.confidence() >= confidence
-            chosen = scores.select(edges, how, signed, among=among, exactly=True)
+            with outlived("scores", scores.save, out):
+                among = None if confidence is None else scores.confidence() >= confidence
+                chosen = scores.select(edges, how, signed, among=among, exactly=True)
             wrong += write(files, "circuit", chosen.save, circuit)
     except InputError as error:
         wrong += [str(error), *([] if out else keep_elsewhere("scores", scores.save))]

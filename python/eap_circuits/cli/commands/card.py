@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from .. import options, session
-from ..console import check_outputs, check_suffix, conclude, keep_elsewhere, progress, say, show_json, show_table, write
+from ..console import (
+    check_outputs,
+    check_suffix,
+    conclude,
+    keep_elsewhere,
+    outlived,
+    progress,
+    say,
+    show_json,
+    show_table,
+    write,
+)
 from ..options import option
 
 
@@ -57,6 +68,7 @@ def card(
     """
     import eap_circuits as eap
 
+    from ...cards import check_chosen
     from ...errors import expected
     from ...files import write_json
     from ...report.curves import jsonable
@@ -65,7 +77,8 @@ def card(
     check_outputs(out, html)
     check_suffix(out, ".json")
     check_suffix(html, ".html", ".htm")
-    prompts = session.Prompts(task, data, n, seed, align, ablation_data)
+    # --align may be meant for the other prompts.
+    prompts = session.Prompts(task, data, n, seed, align and not (other and data is None), ablation_data, ablation)
     prompts.check(metric)
     elsewhere = {path.stem: session.Prompts(None, path, align=align) for path in other or ()}
     if len(elsewhere) < len(other or ()):
@@ -74,6 +87,8 @@ def card(
         each.check()
     kept = eap.Circuit.load(circuit)
     chosen_by = None if scores is None else eap.EdgeScores.load(scores)
+    if chosen_by is not None:
+        check_chosen(kept, chosen_by)
     shown = chosen_by
     if shown is None and kept.values is not None:
         shown = eap.EdgeScores(kept.graph, kept.values, kept.info)
@@ -112,7 +127,8 @@ def card(
         write_report(path, shown, kept, None, pairs, files=named, tokenizer=tokenizer, card=found)
 
     wrong = write(files, "card", save, out)
-    unseen = write(files, "report", page, html)
+    with outlived("card", save, out):
+        unseen = write(files, "report", page, html)
     if unseen and out is None:
         unseen += keep_elsewhere("card", save)
     if as_json:

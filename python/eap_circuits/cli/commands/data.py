@@ -19,6 +19,7 @@ def data(
     memory: options.Memory = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Show what prompt pairs hold: lengths, repeats, and the probabilities that the model gives to their answers.
@@ -36,7 +37,7 @@ def data(
 
     prompts = session.Prompts(task, data, n, seed, align)
     prompts.check()
-    loaded, tokenizer = session.load_model(model, dtype, device)
+    loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     pairs = prompts.load(loaded, tokenizer)
     with progress("Running prompts") as bar:
         found = summarise(loaded, pairs, batch_size=batch_size, memory=memory, progress=bar)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .. import options, session
-from ..console import check_outputs, check_suffix, conclude, keep_elsewhere, progress, say, show_json, show_table, write
+from ..console import (
+    check_outputs,
+    check_suffix,
+    conclude,
+    keep_elsewhere,
+    outlived,
+    progress,
+    say,
+    show_json,
+    show_table,
+    write,
+)
 from ..options import default, option
 
 
@@ -47,7 +59,7 @@ def evaluate(
     from ...report.tables import result_table
 
     check_outputs(checkpoint)
-    prompts = session.Prompts(task, data, n, seed, align, ablation_data)
+    prompts = session.Prompts(task, data, n, seed, align, ablation_data, ablation)
     prompts.check(metric)
     kept = eap.Circuit.load(circuit)
 
@@ -119,7 +131,6 @@ def curve(
     """
     import eap_circuits as eap
 
-    from ...evaluation import FRACTIONS
     from ...report import save_curve, smallest_faithful
     from ...report.tables import areas_line, curve_table
 
@@ -128,7 +139,7 @@ def curve(
     check_suffix(html, ".html", ".htm")
     sizes = session.parse_fractions(fractions)
     beside = session.parse_baselines(baselines)
-    prompts = session.Prompts(task, data, n, seed, align, ablation_data)
+    prompts = session.Prompts(task, data, n, seed, align, ablation_data, ablation)
     prompts.check(metric)
     loaded_scores = eap.EdgeScores.load(scores)
     among = None if confidence is None else loaded_scores.confidence() >= confidence
@@ -140,7 +151,7 @@ def curve(
             loaded,
             loaded_scores,
             pairs,
-            FRACTIONS if sizes is None else sizes,
+            sizes,
             metric=metric,
             how=how,
             signed=signed,
@@ -163,10 +174,12 @@ def curve(
         chosen = measured.circuits[smallest_faithful(measured)]
         write_report(path, loaded_scores, chosen, measured, pairs, files={"scores": scores.name}, tokenizer=tokenizer)
 
-    wrong = write(files, "curve", lambda path: save_curve(path, measured), out)
-    unseen = write(files, "report", page, html)
+    save = partial(save_curve, curve=measured)
+    wrong = write(files, "curve", save, out)
+    with outlived("curve", save, out):
+        unseen = write(files, "report", page, html)
     if unseen and out is None:
-        unseen += keep_elsewhere("curve", lambda path: save_curve(path, measured))
+        unseen += keep_elsewhere("curve", save)
     if as_json:
         show_json({**measured.to_dict(), "files": files})
     else:

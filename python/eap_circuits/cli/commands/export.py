@@ -34,9 +34,11 @@ def export(
 
     from ...adapters import bind
     from ...files import check_folder
+    from ...request import check_no_spans
 
     check_folder(out)
     kept = eap.Circuit.load(circuit)
+    check_no_spans("circuit", kept.graph)
     loaded, tokenizer = session.load_model(model, dtype, device)
     with working("Leaving out what the circuit does not use …"):
         small = eap.export_model(loaded, kept, out, tokenizer)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ...checkpoint import Checkpoint, Where, opened, settings_of
-from ...errors import expected, known_arguments, number, one_of, whole
+from ...errors import SEEDS, expected, known_arguments, number, one_of, whole
 from ...forward import TOKENS_PER_BATCH, Constants, borrowed, one_want_of_memory
 from ...graph import EdgeScores, Graph, Heads
 from ...modules.loans import gives_back
@@ -103,7 +103,7 @@ def ibcircuit(
         whole("steps", steps, 1),
         number("rate", rate, "a positive number", 5e-324, 1e308),
         whole("examples", examples, 1),
-        whole("seed", seed, 0),
+        whole("seed", seed, 0, SEEDS[1]),
     )
     one_of("heads", heads, ("kv", "query"))
     progress = watched(progress)

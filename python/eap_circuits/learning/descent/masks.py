@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoint import Checkpoint, Where, opened, settings_of
-from ...errors import expected, flag, instance, known_arguments, number, one_of, whole
+from ...errors import SEEDS, expected, flag, instance, known_arguments, number, one_of, whole
 from ...forward import Constants, borrowed, one_want_of_memory
 from ...graph import EdgeScores
 from ...modules.loans import gives_back
@@ -157,7 +157,7 @@ def learn_mask(
     call = called(learn_mask, locals())
     steps, rate = whole("steps", steps, 1), number("rate", rate, "a positive number", 5e-324, 1e308)
     circuits, examples = whole("circuits", circuits, 1), whole("examples", examples, 1)
-    seeds = [whole("seed", each, 0) for each in (seed if isinstance(seed, Sequence) else [seed])]
+    seeds = [whole("seed", each, 0, SEEDS[1]) for each in (seed if isinstance(seed, Sequence) else [seed])]
     if not seeds:
         raise expected("seed", "at least one", "none")
     one_of("gates", gates, GATES)

@@ -112,4 +112,4 @@ class Descent:
 
 
 def _generator(seed: int, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+    return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**64)

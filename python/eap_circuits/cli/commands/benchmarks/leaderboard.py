@@ -56,7 +56,6 @@ def leaderboard(
     from ....errors import one_of
     from ....leaderboard import RANKINGS, Settings, of_pairs, of_task, write_page
     from ....leaderboard import leaderboard as measure
-    from ....tasks import PairedDataset
 
     names, files = session.tasks_and_files(tasks, data, align)
     rankings = {"rankings": methods.split(",")} if methods else {}
@@ -68,8 +67,8 @@ def leaderboard(
 
     loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     pairs = {name: of_task(name, tokenizer, settings) for name in names}
-    for file in files:
-        pairs[file.stem] = of_pairs(file.stem, PairedDataset.from_file(file, tokenizer, align=align), settings)
+    for name, prompts in files.items():
+        pairs[name] = of_pairs(name, prompts.load(loaded, tokenizer), settings)
     results = measure(loaded, pairs, folder, settings=settings, watch=progress, **rankings)
     for path in write_page(results, out):
         say(f"Wrote {path}.")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ... import options, session
-from ...console import check_outputs, keep_elsewhere, progress, say, show_json, show_table, write
+from ...console import check_outputs, check_suffix, keep_elsewhere, progress, say, show_json, show_table, write
 from ...options import among, option
 
 _FILE = "rows of the benchmark: .json, .jsonl or .parquet"
@@ -29,7 +29,7 @@ def mib(
     method: options.Method = "eap-ig-inputs",
     steps: options.Steps = 5,
     quadrature: options.Quadrature = "right",
-    ablation: options.Ablation = "patching",
+    ablation: options.ScoringAblation = "patching",
     batch_size: options.BatchSize = None,
     memory: options.Memory = None,
     dtype: options.Dtype = None,
@@ -56,18 +56,23 @@ def mib(
 
     from ....adapters import bind
     from ....errors import InputError, expected, one_of
+    from ....files import check_file
     from ....formats import check_savable
-    from ....methods import METHODS
+    from ....methods import METHODS, check_method
     from ....report.tables import curve_table
-    from ....tasks import MIB_ENTRIES, MIB_MODELS, mib_tasks
+    from ....tasks import MIB_ENTRIES, MIB_MODELS, mib_tasks, read_file
 
     one_of("ENTRY", entry, MIB_ENTRIES)
-    session.Prompts(None, data).check()
     task, name = entry.split("_")
+    rows = []
     for label, path in (("--data", data), ("--validation", validation)):
-        if task not in (found := mib_tasks(path)):
+        check_file(path, f"{label} {path}")
+        check_suffix(path, ".json", ".jsonl", ".parquet")
+        rows.append(read_file(path))
+        if task not in (found := mib_tasks(rows[-1])):
             raise expected(f"{label} {path}", f"rows of {task}", f"rows of {' or '.join(found)}")
     keep = "neurons" if level == "neuron" else None
+    check_method(method, steps, quadrature, ablation, keep, None)
     if level != "edge" and not METHODS[method].backward:
         raise expected("--method", f"a gradient method with --level {level}, whose edges add up to nodes", method)
     file = out / f"{method}_{ablation}_{level}" / entry / ("importances.pt" if keep else "importances.json")
@@ -82,7 +87,7 @@ def mib(
         wanted = f"{name} of the benchmark, {layers} layers of {heads} heads"
         raise expected(model, wanted, f"{graph.n_layers} layers of {number}")
     check_savable(file, graph)
-    scored, held_out = (eap.PairedDataset.from_mib(path, tokenizer) for path in (data, validation))
+    scored, held_out = (eap.PairedDataset.from_mib(each, tokenizer) for each in rows)
     asked: dict[str, Any] = {"batch_size": batch_size, "memory": memory}
     with progress("Scoring edges") as bar:
         scores = eap.attribute(

@@ -51,7 +51,6 @@ def reproduce(
     """
     from ....reproduction import Experiment, Settings, write_page
     from ....reproduction import reproduce as measure
-    from ....tasks import PairedDataset
 
     names, files = session.tasks_and_files(tasks, data, align)
     check_outputs(checkpoint)
@@ -62,8 +61,7 @@ def reproduce(
     loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     experiments = [Experiment.from_task(name, tokenizer, settings) for name in names]
     experiments += [
-        Experiment.from_data(file.stem, PairedDataset.from_file(file, tokenizer, align=align), settings)
-        for file in files
+        Experiment.from_data(name, prompts.load(loaded, tokenizer), settings) for name, prompts in files.items()
     ]
     results = measure(loaded, experiments, folder, settings, progress, checkpoint)
     for path in write_page(results, out):

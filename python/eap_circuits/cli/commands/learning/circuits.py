@@ -9,7 +9,7 @@ import typer
 
 from ... import options, session
 from ...console import check_outputs, check_suffix, conclude, progress, say, show_json, write
-from ...options import option
+from ...options import POSITIVE, option
 
 if TYPE_CHECKING:
     from ....graph import Circuit
@@ -21,7 +21,9 @@ _Out = Annotated[
 
 def acdc(
     model: options.Model,
-    threshold: Annotated[float, typer.Argument(help="How much an edge must matter to stay, in units of the metric.")],
+    threshold: Annotated[
+        float, typer.Argument(help="How much an edge must matter to stay, in units of the metric.", **POSITIVE)
+    ],
     task: options.Task = None,
     data: options.Data = None,
     align: options.Align = False,
@@ -29,7 +31,7 @@ def acdc(
     seed: options.Seed = 0,
     metric: options.Metric = None,
     heads: options.Heads = "kv",
-    ablation: options.Ablation = "patching",
+    ablation: options.ScoringAblation = "patching",
     ablation_data: options.AblationData = None,
     memory: options.Memory = None,
     checkpoint: options.Checkpoint = None,
@@ -56,7 +58,7 @@ def acdc(
 
     check_outputs(out, checkpoint)
     check_suffix(out, *SUFFIXES)
-    prompts = session.Prompts(task, data, n, seed, align, ablation_data)
+    prompts = session.Prompts(task, data, n, seed, align, ablation_data, ablation)
     prompts.check(metric)
 
     loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
@@ -91,7 +93,7 @@ def refine(
     metric: options.Metric = None,
     rounds: Annotated[int, option("Refining", "Rounds at most.", min=1)] = 10,
     candidates: Annotated[int, option("Refining", "Edges of either kind that run alone.", min=1)] = 16,
-    ablation: options.Ablation = "patching",
+    ablation: options.ScoringAblation = "patching",
     ablation_data: options.AblationData = None,
     memory: options.Memory = None,
     checkpoint: options.Checkpoint = None,
@@ -115,12 +117,14 @@ def refine(
     import eap_circuits as eap
 
     from ....formats import SUFFIXES, check_savable
+    from ....request import check_no_spans
 
     check_outputs(out, checkpoint)
     check_suffix(out, *SUFFIXES)
-    prompts = session.Prompts(task, data, n, seed, align, ablation_data)
+    prompts = session.Prompts(task, data, n, seed, align, ablation_data, ablation)
     prompts.check(metric, gradient=True)
     start = eap.Circuit.load(circuit)
+    check_no_spans("circuit", start.graph)
     if out is not None:
         check_savable(out, start.graph)
 

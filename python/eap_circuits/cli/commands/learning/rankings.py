@@ -9,12 +9,13 @@ import typer
 
 from ... import options, session
 from ...console import check_outputs, check_suffix, conclude, progress, show_json, show_table, write
-from ...options import chosen, default, option
+from ...options import POSITIVE, SEEDED, chosen, default, option, within
 
 if TYPE_CHECKING:
     from ....graph import EdgeScores
 
 _PANEL = "Learning"
+_KEPT, _NOT_NEGATIVE = within("a share between 0 and 1", 5e-324, 1 - 2**-53), within("a number of at least 0", 0, 1e308)
 _Out = Annotated[
     Path | None, option("Output", "Save the ranking (.safetensors, or EAP-IG's .json, .pt).", "--out", "-o")
 ]
@@ -30,7 +31,7 @@ def learn(
     seed: options.Seed = 0,
     metric: options.Metric = None,
     steps: Annotated[int, option(_PANEL, "Steps of learning.", min=1)] = 200,
-    rate: Annotated[float, option(_PANEL, "Adam's learning rate.")] = 0.08,
+    rate: Annotated[float, option(_PANEL, "Adam's learning rate.", **POSITIVE)] = 0.08,
     circuits: Annotated[int, option(_PANEL, "Circuits of different sizes in each step.", min=1)] = 2,
     examples: Annotated[int, option(_PANEL, "Prompt pairs in each step.", min=1)] = 4,
     smallest: Annotated[
@@ -42,8 +43,8 @@ def learn(
         option(_PANEL, "The most.  " + default("20 % of all"), min=1),
     ] = None,
     gates: Annotated[str, chosen(_PANEL, "gates", "How open edges are in a step.")] = "hard-concrete",
-    draw: Annotated[int, option(_PANEL, "Another number draws other sizes and gates.", min=0)] = 0,
-    ablation: options.Ablation = "patching",
+    draw: Annotated[int, option(_PANEL, "Another number draws other sizes and gates.", min=0, **SEEDED)] = 0,
+    ablation: options.ScoringAblation = "patching",
     ablation_data: options.AblationData = None,
     memory: options.Memory = None,
     checkpoint: options.Checkpoint = None,
@@ -68,7 +69,7 @@ def learn(
     """
     import eap_circuits as eap
 
-    prompts = session.Prompts(task, data, n, seed, align, ablation_data)
+    prompts = session.Prompts(task, data, n, seed, align, ablation_data, ablation)
     start, sizes = _start(scores, prompts, metric, (smallest, largest), out, checkpoint)
 
     loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
@@ -104,14 +105,16 @@ def prune(
     n: options.Number = 64,
     seed: options.Seed = 0,
     metric: options.Metric = None,
-    keep: Annotated[float, option("Pruning", "The share of its edges that a circuit keeps in a round.")] = 0.75,
+    keep: Annotated[
+        float, option("Pruning", "The share of its edges that a circuit keeps in a round.", **_KEPT)
+    ] = 0.75,
     smallest: Annotated[
         int | None, option("Pruning", "The size at which pruning ends.  " + default("0.05 % of all edges"), min=1)
     ] = None,
     largest: Annotated[
         int | None, option("Pruning", "The size at which it begins.  " + default("20 % of all edges"), min=1)
     ] = None,
-    ablation: options.Ablation = "patching",
+    ablation: options.ScoringAblation = "patching",
     ablation_data: options.AblationData = None,
     memory: options.Memory = None,
     checkpoint: options.Checkpoint = None,
@@ -135,7 +138,7 @@ def prune(
     """
     import eap_circuits as eap
 
-    prompts = session.Prompts(task, data, n, seed, align, ablation_data)
+    prompts = session.Prompts(task, data, n, seed, align, ablation_data, ablation)
     start, sizes = _start(scores, prompts, metric, (smallest, largest), out, checkpoint)
 
     loaded, tokenizer = session.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
@@ -165,11 +168,13 @@ def ibcircuit(
     n: options.Number = 64,
     seed: options.Seed = 0,
     metric: options.Metric = None,
-    beta: Annotated[float, option(_PANEL, "What a nat of information costs: more closes more edges.", min=0.0)] = 30.0,
+    beta: Annotated[
+        float, option(_PANEL, "What a nat of information costs: more closes more edges.", **_NOT_NEGATIVE)
+    ] = 30.0,
     steps: Annotated[int, option(_PANEL, "Steps of learning.", min=1)] = 200,
-    rate: Annotated[float, option(_PANEL, "Adam's learning rate.")] = 0.05,
+    rate: Annotated[float, option(_PANEL, "Adam's learning rate.", **POSITIVE)] = 0.05,
     examples: Annotated[int, option(_PANEL, "Prompts in each step.", min=1)] = 4,
-    draw: Annotated[int, option(_PANEL, "Another number draws other noise.", min=0)] = 0,
+    draw: Annotated[int, option(_PANEL, "Another number draws other noise.", min=0, **SEEDED)] = 0,
     heads: options.Heads = "kv",
     memory: options.Memory = None,
     checkpoint: options.Checkpoint = None,
@@ -237,6 +242,8 @@ def _start(
 
     from ....errors import expected
     from ....formats import SUFFIXES, check_savable
+    from ....learning import sizes_between
+    from ....request import check_no_spans
 
     check_outputs(out, checkpoint)
     check_suffix(out, *SUFFIXES)
@@ -245,9 +252,12 @@ def _start(
     if (smallest is None) != (largest is None):
         raise expected("--smallest, --largest", "both or neither", "one of them")
     start = eap.EdgeScores.load(scores)
+    check_no_spans("start", start.graph)
     if out is not None:
         check_savable(out, start.graph)
-    return start, None if smallest is None or largest is None else (smallest, largest)
+    if smallest is None or largest is None:
+        return start, None
+    return start, sizes_between((smallest, largest), start.graph.n_edges, "--smallest, --largest")
 
 
 def _show(ranking: EdgeScores, out: Path | None, top: int, as_json: bool) -> None:

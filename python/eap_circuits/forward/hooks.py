@@ -64,6 +64,11 @@ class borrowed(Changes):
             refuse_autocast(device)
         flags = [(part, name, x.requires_grad) for part, name, x in named]
         self.note(partial(_restore, modes, flags))
+        # Pruning and weight norms put a new weight there in each run.
+        for part, _ in modes:
+            made = {name: x for name, x in vars(part).items() if isinstance(x, torch.Tensor)}
+            if made:
+                self.note(partial(vars(part).update, made))
         SHARED_KEYS.make(self)
         _UNCOMPILED.make(self)
         self.keep_modes()
@@ -72,6 +77,8 @@ class borrowed(Changes):
         for module, _ in modes:
             # In eval mode its layers round what they are given, or on a CPU pack their weights and give no gradients.
             module.training = type(module).__module__.startswith("bitsandbytes.")
+            if module.training and getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+                module.state_dict()  # which unpacks what a run of the user's has packed
         _restore([], [(part, name, False) for part, name, _ in flags])
         outside.__enter__()
         torch.set_grad_enabled(True)

@@ -21,7 +21,8 @@ def nonlinear_parts(layer: Layer, width: int, kinds: Kinds) -> tuple[list[Norm],
     norms, activations = [], []
     per_head = {(p.n_heads, p.head_dim) for p in layer.projections.values()}
     # An adapter's weight for each feature scales what a linear map gives.
-    inside = {part for each in layer.module.modules() if hasattr(each, "in_features") for part in each.children()}
+    linear = [each for each in layer.module.modules() if hasattr(each, "in_features")]
+    inside = {part for each in linear for part in each.modules() if part is not each}
     for module in layer.module.modules():
         if next(module.children(), None) is not None:
             continue

@@ -19,8 +19,11 @@ def unwrapped(model: Any) -> nn.Module:
     """
     model = undivided(model)
     if hasattr(model, "get_base_model"):  # PEFT; its adapters stay where they are, inside the layers
-        if getattr(model.active_peft_config, "is_prompt_learning", False):
+        config = model.active_peft_config
+        if getattr(config, "is_prompt_learning", False):
             raise expected("model", "adapters inside the model's layers", "learned prompts before its tokens")
+        if getattr(config, "alora_invocation_tokens", None):
+            raise expected("model", "adapters that act at every token", "one that begins at its invocation tokens")
         model = undivided(model.get_base_model())
     elif type(model).__name__ == "PeftMixedModel":
         model = model.base_model.model

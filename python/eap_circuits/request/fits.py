@@ -44,13 +44,13 @@ def tried(
 
 @contextmanager
 def told(arch: Architecture) -> Iterator[None]:
-    """For a model's first runs, whose own errors, of any kind, are told in a sentence."""
+    """For a model's first runs: its own errors, of any kind, are told in a sentence; those of hooks are the user's."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        if out_of_memory(error) or is_lost(error):
+        if arch.hooked or out_of_memory(error) or is_lost(error):
             raise
         raise expected(type(arch.model).__name__, "a model that runs on a prompt's tokens", reason(error)) from error
 

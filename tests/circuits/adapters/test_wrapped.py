@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -197,7 +197,7 @@ def test_an_adapters_weight_for_each_feature_is_no_norm(make_model, make_pairs, 
     torch.manual_seed(0)
     model, right = make_model("llama"), make_model("llama")
     for layer, twin in zip(model.model.layers, right.model.layers):
-        adapter = layer.self_attn.q_proj = Around(LowRank(layer.self_attn.q_proj), Scale(24))
+        adapter = layer.self_attn.q_proj = Around(LowRank(layer.self_attn.q_proj), nn.Sequential(Scale(24)))
         twin.self_attn.q_proj.weight.data = linear_weight(adapter)
     agree(model, right, make_pairs(), relative)
 
@@ -234,6 +234,10 @@ def test_a_forward_around_the_model_that_does_more_is_refused(make_model, make_p
     refused(Adapted(model, moved), data, "LlamaForCausalLM: expected the model's own logits where its parts run")
     with pytest.raises(eap.InputError, match=r"LlamaForCausalLM: expected a model that runs .*, found task_ids should"):
         eap.attribute(Adapted(model, asks), data)
+    begins = Adapted(model, asks)
+    begins.active_peft_config = SimpleNamespace(alora_invocation_tokens=[3])
+    with pytest.raises(eap.InputError, match="model: expected adapters that act at every token, found one that begins"):
+        eap.attribute(begins, data)
 
 
 def test_an_adapted_model_may_be_compiled_inside(make_model, make_pairs, relative):

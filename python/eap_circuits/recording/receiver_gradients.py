@@ -184,8 +184,11 @@ class ReceiverGradients:
         points = embeddings.detach().requires_grad_(True)
         try:
             loss(self._runner.logits(points, register, alphas=alphas)).backward()
-        except NotImplementedError as error:  # torch's, of flex attention on a CPU or a kernel of quantised weights
-            raise expected("model", _GRADIENTS, reason(error)) from error
+        except RuntimeError as error:
+            # Of flex attention on a CPU or a kernel of quantised weights; of buffers made in inference mode.
+            if isinstance(error, NotImplementedError) or "Inference tensors" in str(error):
+                raise expected("model", _GRADIENTS, reason(error)) from error
+            raise
 
     def clear(self) -> None:
         """Forget what has been accumulated."""

@@ -314,3 +314,12 @@ def test_the_self_check_of_an_offloaded_model(make_model):
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
     checks = check_model(model)
     assert all(check.passed for check in checks), checks
+
+
+def test_buffers_of_inference_mode_that_gradients_need(make_model, make_pairs):
+    model = make_model("gemma4")
+    with torch.inference_mode():
+        for layer in model.model.layers:
+            layer.layer_scalar = layer.layer_scalar.clone()
+    with pytest.raises(eap.InputError, match=r"model: expected layers that give gradients .*, found Inference tensors"):
+        eap.attribute(model, make_pairs(n=3))

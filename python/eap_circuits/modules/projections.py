@@ -174,7 +174,7 @@ def linear_weight(module: nn.Module) -> Tensor:
         like = next((p for p in module.at.parameters() if p.dtype in FLOATS), torch.empty(0))
         return torch.eye(module.in_features, dtype=like.dtype, device=device_of(module.at))
     weight = read(module, "weight")
-    if _is_linear(module) and is_plain(weight):
+    if weight is not None and _is_linear(module) and is_plain(weight):
         return weight.T if isinstance(module, Conv1D) else weight
     return _of_units(module, slice(None))
 
@@ -271,8 +271,9 @@ def _is_linear(module: nn.Module) -> bool:
 
 def is_plain(weight: object) -> bool:
     """Is it a tensor whose numbers are there to be read, rather than quantised, sparse or a part of one?"""
-    known = isinstance(weight, Tensor) and type(weight) in (Tensor, nn.Parameter, Shape)
-    return known and weight.layout == torch.strided and weight.dtype in FLOATS
+    if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter, Shape):
+        return False
+    return weight.layout == torch.strided and weight.dtype in FLOATS
 
 
 def rows_of(order: Order, q: int, kv: int, head_dim: int) -> dict[str, slice | Tensor]:

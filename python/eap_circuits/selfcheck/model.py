@@ -22,6 +22,7 @@ from ..adapters import (
     bind,
     device_of,
     is_in_parts,
+    is_offloaded,
     is_plain,
     linear_bias,
     linear_weight,
@@ -158,6 +159,10 @@ def exact_copy(model: nn.Module) -> Any:
                 layer.weight = nn.Parameter(weight.double().clone())
                 if bias is not None:
                     layer.bias = nn.Parameter(bias.double().clone())
+                if (hook := vars(module).get("_hf_hook")) is not None and not is_offloaded(module):
+                    from accelerate.hooks import add_hook_to_module
+
+                    add_hook_to_module(layer, copy.copy(hook))  # which moves inputs to its device
                 plain[id(module)] = layer
         exact: Any = copy.deepcopy(model, plain)  # deepcopy takes these for copies already made
         exact.double()

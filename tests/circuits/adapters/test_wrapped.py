@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind, linear_weight
@@ -323,3 +324,23 @@ def test_buffers_of_inference_mode_that_gradients_need(make_model, make_pairs):
             layer.layer_scalar = layer.layer_scalar.clone()
     with pytest.raises(eap.InputError, match=r"model: expected layers that give gradients .*, found Inference tensors"):
         eap.attribute(model, make_pairs(n=3))
+
+
+def test_weights_that_a_run_has_packed_are_unpacked(make_pairs):
+    """bitsandbytes', which give no gradients then, and beside adapters only those of the adapters."""
+    bnb = pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = AutoConfig.for_model("llama", vocab_size=59, num_hidden_layers=2, initializer_range=0.3, **sizes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            new = bnb.nn.Linear4bit(64, 64, False, torch.float32)
+            new.weight = bnb.nn.Params4bit(getattr(layer.mlp, name).weight.data, requires_grad=False)
+            setattr(layer.mlp, name, new.to("cpu"))
+    data = make_pairs(n=3)
+    with torch.no_grad():
+        model.eval()(data.clean)
+    unpacked = copy.deepcopy(model)
+    unpacked.state_dict()  # packing has rounded what belongs to them
+    torch.testing.assert_close(eap.attribute(model, data).values, eap.attribute(unpacked, data).values)

@@ -103,7 +103,7 @@ def pretending(shapes: bool = False, native: bool = False) -> Iterator[None]:
         if native:
             _pretend_native(stack)
         if shapes:  # there is nothing to compare with what a table says
-            stack.enter_context(mock.patch("eap_circuits.request.asked.fitting", lambda arch, _: arch))
+            stack.enter_context(mock.patch("eap_circuits.request.fits.fitting", lambda arch, _: arch))
         stack.enter_context(Functions())
         stack.enter_context(Dispatch())
         try:

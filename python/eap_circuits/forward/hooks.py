@@ -78,7 +78,7 @@ class borrowed(Changes):
         for module, _ in modes:
             # In eval mode its layers round what they are given, or on a CPU pack their weights and give no gradients.
             module.training = type(module).__module__.startswith("bitsandbytes.")
-            weight: Any = getattr(module, "weight", None)
+            weight: Any = module._parameters.get("weight")
             if module.training and getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
                 state = weight.quant_state
                 self.note(partial(_pack, weight, weight.data, state, dict(vars(state))))

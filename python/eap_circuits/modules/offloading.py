@@ -24,10 +24,12 @@ def is_offloaded(module: nn.Module) -> bool:
 def forward_of(module: nn.Module) -> Any:
     """The function that computes what a module does: its class's, unless another was put in its place.
 
-    What fetches its weights and moves its inputs does not count.
+    What fetches its weights and moves its inputs does not count, nor what takes its place in a pass of ours.
     """
-    put = vars(module).get("_old_forward" if "_hf_hook" in vars(module) else "forward", type(module).forward)
-    return getattr(put, "__func__", put)
+    own: Any = type(module).forward
+    put = vars(module).get("_old_forward" if "_hf_hook" in vars(module) else "forward", own)
+    ours = str(getattr(getattr(put, "func", put), "__module__", "")).startswith("eap_circuits.")
+    return own if ours else getattr(put, "__func__", put)
 
 
 def read(module: nn.Module, name: str) -> Tensor | None:

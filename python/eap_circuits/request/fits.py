@@ -32,14 +32,14 @@ _PICKED = "some tokens' logits by themselves are not what they are beside all ot
 def tried(
     arch: Architecture, heads: Heads, data: PairedDataset, reuse_prefix: bool = True
 ) -> tuple[Architecture, str | None]:
-    """`_fitting`, and `why_not_reused`.
+    """`fitting`, and `why_not_reused`.
 
     Raises:
         InputError: as these, or the model does not run on a prompt's tokens.
     """
     with told(arch):
         why = why_not_reused(arch, heads, data, reuse_prefix)
-        return _fitting(arch, data), why
+        return fitting(arch, data), why
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def told(arch: Architecture) -> Iterator[None]:
         raise expected(type(arch.model).__name__, "a model that runs on a prompt's tokens", reason(error)) from error
 
 
-def _fitting(arch: Architecture, data: PairedDataset) -> Architecture:
+def fitting(arch: Architecture, data: PairedDataset) -> Architecture:
     """The architecture, which computes all logits where some by themselves are not the model's.
 
     The model must be borrowed. It takes three passes of the longest clean prompt, and of the same with another last

@@ -32,7 +32,7 @@ def snapshot(model):
         state[f"weight {name}"] = (
             parameter.requires_grad,
             None if parameter.grad is None else parameter.grad.tolist(),
-            parameter.data_ptr(),
+            parameter.data_ptr() if parameter.layout == torch.strided else id(parameter),
             0 if parameter.is_inference() else parameter._version,
         )
     return state

@@ -15,7 +15,19 @@ from ..families import (
 from ..modules.norms import Kinds, Norm, side_by_side
 from ..modules.offloading import as_given, device_of, is_offloaded, read
 from ..modules.parts import Shares, computes_in_parts, is_fully_sharded, is_in_parts, is_shard
-from ..modules.projections import Place, Projection, Together, concatenate, joined, linear_shape, linear_weight, restore
+from ..modules.projections import (
+    Place,
+    Projection,
+    Together,
+    concatenate,
+    departure,
+    is_plain,
+    joined,
+    linear_bias,
+    linear_shape,
+    linear_weight,
+    restore,
+)
 from .architecture import Architecture, Layer
 from .binding import bind
 from .classes import TESTED, runs_tested_code

@@ -193,6 +193,7 @@ class Architecture:
     """
 
     model: nn.Module
+    around: Any  # the PEFT model that it was handed in as, whose forward may do more; None: it was not
     family: Family
     layers: list[Layer]
     final_norm: Norm

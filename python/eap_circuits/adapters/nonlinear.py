@@ -20,6 +20,9 @@ def nonlinear_parts(layer: Layer, width: int, kinds: Kinds) -> tuple[list[Norm],
     """
     norms, activations = [], []
     per_head = {(p.n_heads, p.head_dim) for p in layer.projections.values()}
+    # An adapter's weight for each feature scales what a linear map gives.
+    linear = [each for each in layer.module.modules() if hasattr(each, "in_features")]
+    inside = {part for each in linear for part in each.modules() if part is not each}
     for module in layer.module.modules():
         if next(module.children(), None) is not None:
             continue
@@ -33,7 +36,7 @@ def nonlinear_parts(layer: Layer, width: int, kinds: Kinds) -> tuple[list[Norm],
                 activations.append(found)
             continue
         shape = tuple(weights["weight"].shape) if "weight" in weights else ()
-        if len(shape) == 1 or (shape in per_head and not hasattr(module, "in_features")):
+        if module not in inside and (len(shape) == 1 or (shape in per_head and not hasattr(module, "in_features"))):
             norms.append(Norm(module, kinds(module, shape[-1])))
     return norms, activations
 

@@ -12,17 +12,19 @@ from ..errors import expected
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The Hugging Face model inside a compiled or data parallel model, a PEFT model or a bridge of TransformerLens.
+    """The Hugging Face model inside an `undivided` one, a PEFT model or a bridge of TransformerLens.
 
     Raises:
         InputError: the Hugging Face model inside cannot be reached; the message has the line that loads it.
     """
-    while hasattr(model, "_orig_mod") or isinstance(model, (DataParallel, DistributedDataParallel)):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # of torch.compile; one of the copies
+    model = undivided(model)
     if hasattr(model, "get_base_model"):  # PEFT; its adapters stay where they are, inside the layers
-        if getattr(model.active_peft_config, "is_prompt_learning", False):
+        config = model.active_peft_config
+        if getattr(config, "is_prompt_learning", False):
             raise expected("model", "adapters inside the model's layers", "learned prompts before its tokens")
-        model = model.get_base_model()
+        if getattr(config, "alora_invocation_tokens", None):
+            raise expected("model", "adapters that act at every token", "one that begins at its invocation tokens")
+        model = undivided(model.get_base_model())
     elif type(model).__name__ == "PeftMixedModel":
         model = model.base_model.model
     if type(model).__module__.partition(".")[0] == "transformer_lens":
@@ -33,6 +35,19 @@ def unwrapped(model: Any) -> nn.Module:
             raise expected("model", f"the Hugging Face model itself, {line}", type(model).__name__)
         model = _without_bridges(inner)
     return model
+
+
+def undivided(model: Any) -> Any:
+    """What is inside a compiled or data parallel model, which compute the same."""
+    while hasattr(model, "_orig_mod") or isinstance(model, (DataParallel, DistributedDataParallel)):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # of torch.compile; one of the copies
+    return model
+
+
+def around(model: Any) -> Any:
+    """The PEFT model around a Hugging Face model, if there is one."""
+    model = undivided(model)
+    return model if hasattr(model, "get_base_model") or type(model).__name__ == "PeftMixedModel" else None
 
 
 def _without_bridges(module: nn.Module) -> nn.Module:

@@ -68,7 +68,7 @@ def _held(model: nn.Module, tied: bool = False) -> Iterator[tuple[str, nn.Module
 
 
 def _is_plain(x: Tensor) -> bool:
-    return type(x.data) in (Tensor, nn.Parameter) and not x.is_meta
+    return type(x.data) in (Tensor, nn.Parameter) and x.layout == torch.strided and not x.is_meta
 
 
 def _kept(model: nn.Module) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,11 @@ class borrowed(Changes):
             refuse_autocast(device)
         flags = [(part, name, x.requires_grad) for part, name, x in named]
         self.note(partial(_restore, modes, flags))
+        # Pruning and weight norms put a new weight there in each run.
+        for part, _ in modes:
+            made = {name: x for name, x in vars(part).items() if isinstance(x, torch.Tensor)}
+            if made:
+                self.note(partial(vars(part).update, made))
         SHARED_KEYS.make(self)
         _UNCOMPILED.make(self)
         self.keep_modes()
@@ -72,9 +78,20 @@ class borrowed(Changes):
         for module, _ in modes:
             # In eval mode its layers round what they are given, or on a CPU pack their weights and give no gradients.
             module.training = type(module).__module__.startswith("bitsandbytes.")
+            weight: Any = module._parameters.get("weight")
+            if module.training and getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+                state = weight.quant_state
+                self.note(partial(_pack, weight, weight.data, state, dict(vars(state))))
+                with suppress(AssertionError):  # at some widths it cannot
+                    module.state_dict()  # which unpacks what a run of the user's has packed
         _restore([], [(part, name, False) for part, name, _ in flags])
         outside.__enter__()
         torch.set_grad_enabled(True)
+
+
+def _pack(weight: Any, packed: torch.Tensor, state: Any, said: dict[str, Any]) -> None:
+    weight.data, weight.quant_state = packed, state
+    vars(state).update(said)
 
 
 def refuse_autocast(device: str) -> None:

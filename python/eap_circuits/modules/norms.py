@@ -15,7 +15,7 @@ from torch.nn import functional
 from eap_kernels import normalise_rows
 
 from ..errors import InputError, expected
-from .offloading import device_of, read
+from .offloading import device_of, forward_of, read
 from .parts import is_shard
 
 _EPS = ("eps", "variance_epsilon", "epsilon")
@@ -172,6 +172,21 @@ class Norm:
         return y if bias is None else y + bias
 
 
+def _check_replaced(module: nn.Module, width: int, kind: Kind) -> None:
+    """Refuse a norm whose forward was replaced by one that computes something else than its class's."""
+    like, norm = next(module.parameters(), torch.empty(0)).detach(), Norm(module, kind)
+    shape = like.shape if like.numel() else (width,)
+    x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(device_of(module))
+    x = x.to(like.dtype)
+    normalised = torch.empty_like(x.view(4, -1, width))
+    norm.capture(x.view(4, -1, width), None, normalised)
+    with torch.no_grad():
+        y = module.forward(x)
+        right = normalised.view_as(x) * norm.gain(x) + (0 if norm.bias is None else norm.bias)
+    if not (y - right).norm() <= max(torch.finfo(x.dtype).eps, 2.0**-20) ** 0.5 * right.norm():
+        raise expected(type(module).__name__, "a forward that computes what its class's does", "another")
+
+
 def side_by_side(norms: Sequence[Norm]) -> Norm:
     """Norms of one kind, all with a gain or none, as one for `backwards` of the rows of each, [norms, n, h, D]."""
     together = nn.Module()
@@ -193,6 +208,8 @@ class Kinds:
         key = (type(module), tuple(said.items()), weights, width)
         if key not in self._found:
             self._found[key] = kind_of(module, width)
+        if forward_of(module) is not type(module).forward:
+            _check_replaced(module, width, self._found[key])
         return self._found[key]
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .offloading import device_of, is_offloaded, read, read_part
+from .offloading import device_of, forward_of, is_offloaded, read, read_part
 from .parts import FLOATS, by_features, in_turn, is_divided, is_shard, own_features, own_part
 from .shapes import Shape
 
@@ -19,6 +21,7 @@ from .shapes import Shape
 # query heads, its key and its value; "sharded": in each of four equal parts, queries, then values, then keys.
 Order = Literal["concatenated", "grouped", "sharded"]
 _SHARDS = 4
+_TRIED = 8  # random inputs
 Projections = dict[str, "Projection"]  # by name: usually q, k and v
 
 
@@ -151,8 +154,8 @@ class Place(nn.Module):
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(features out, features in) of a linear module."""
-    if isinstance(module, Conv1D):
-        return module.weight.shape[1], module.weight.shape[0]
+    if isinstance(module, Conv1D):  # to look at a weight may change it: a spectral norm's, in training
+        return module.nf, module.nx
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
 
 
@@ -164,14 +167,14 @@ def feature_dim(module: nn.Module, out: bool) -> int:
 def linear_weight(module: nn.Module) -> Tensor:
     """The weight of a linear module as [out, in], without gradient.
 
-    If the module keeps it in another form (quantised, beside adapters, or with a forward of its class's own), it is the
-    module's output for unit vectors.
+    If the module keeps it in another form (quantised, sparse, beside adapters, or with a forward of its own), it is
+    what the module gives for unit vectors.
     """
     if isinstance(module, Place):
         like = next((p for p in module.at.parameters() if p.dtype in FLOATS), torch.empty(0))
         return torch.eye(module.in_features, dtype=like.dtype, device=device_of(module.at))
     weight = read(module, "weight")
-    if _is_linear(module) and weight is not None and _plain(weight):
+    if weight is not None and _is_linear(module) and is_plain(weight):
         return weight.T if isinstance(module, Conv1D) else weight
     return _of_units(module, slice(None))
 
@@ -186,7 +189,7 @@ def linear_bias(module: nn.Module) -> Tensor | None:
 def linear_part(module: nn.Module, dim: int, features: slice) -> Tensor:
     """`linear_weight` at some features of a dimension, of which no more is fetched or kept."""
     own: Any = getattr(module, "weight", None)
-    if _is_linear(module) and is_offloaded(module) and _plain(own):
+    if _is_linear(module) and is_offloaded(module) and is_plain(own):
         turned = isinstance(module, Conv1D)
         weight = read_part(module, "weight", 1 - dim if turned else dim, features)
         return weight.T if turned else weight
@@ -203,11 +206,53 @@ def _of_units(module: nn.Module, features: slice) -> Tensor:
 
 def _forward(module: nn.Module, features: slice) -> Tensor:
     """What a linear module gives for zeros, and for unit vectors, [1 + features, out]."""
-    dtype = next((p.dtype for p in module.parameters() if p.dtype in FLOATS), torch.float32)
-    units = torch.eye(linear_shape(module)[1], dtype=dtype, device=device_of(module))[features]
+    units = _for(module, torch.eye(linear_shape(module)[1], dtype=torch.float32)[features])
     with torch.no_grad():
         found: Tensor = module.forward(torch.cat([units.new_zeros(1, units.shape[1]), units]))
     return found
+
+
+def _for(module: nn.Module, x: Tensor) -> Tensor:
+    """x as a linear module takes it: where nothing in it says in which dtype, in the first one in which it runs."""
+    x = x.to(device_of(module))
+    held = next((p.dtype for p in chain(module.parameters(), module.buffers()) if p.dtype in FLOATS), None)
+    for dtype in () if held else (torch.float32, *FLOATS):
+        with suppress(RuntimeError), torch.no_grad():
+            module.forward(x[:1].to(dtype))
+            return x.to(dtype)
+    return x.to(held or torch.float32)
+
+
+def departure(module: nn.Module) -> tuple[float, float]:
+    """How far a module that is not read by its weight alone is from a linear map and a constant, relative to it, for a
+    few random inputs: in what it gives, and in the gradients that it passes on, if any."""
+    if isinstance(module, Place) or (_is_linear(module) and is_plain(getattr(module, "weight", None))):
+        return 0.0, 0.0
+
+    def apart(found: Tensor, right: Tensor) -> float:
+        return float((found - right).norm() / right.norm().clamp(min=1e-30))
+
+    generator = torch.Generator().manual_seed(0)
+    x = _for(module, torch.randn(_TRIED, linear_shape(module)[1], generator=generator, dtype=torch.float32))
+    sums = x + x.roll(1, 0)
+    with torch.enable_grad():
+        given = torch.cat([x[:1] * 0, x, sums]).requires_grad_()
+        y = module.forward(given)
+        # In double, so that only the module rounds.
+        zero, each, together = y.detach().double().split([1, _TRIED, _TRIED])
+        moved = each - zero
+        value = apart(together - zero, moved + moved.roll(1, 0))
+        if not y.requires_grad:
+            return value, 0.0
+        g = torch.randn(y.shape, generator=generator, dtype=torch.float32).to(y)
+        try:
+            (slope,) = torch.autograd.grad(y, given, g, allow_unused=True)
+        except NotImplementedError:
+            slope = None
+    # Where there is no gradient there is none to be wrong: circuits run without.
+    return value, 0.0 if slope is None else apart(
+        slope[1 : 1 + _TRIED].double() @ x.double().T, g[1 : 1 + _TRIED].double() @ moved.T
+    )
 
 
 def is_at_hand(module: nn.Module) -> bool:
@@ -215,16 +260,20 @@ def is_at_hand(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not _is_linear(module) or not isinstance(weight, Tensor) or is_offloaded(module):
         return False
-    return is_shard(weight) or _plain(weight)
+    return is_shard(weight) or is_plain(weight)
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Does it compute as linear layers do? A class made from theirs may do something else with its weight."""
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    """Does it compute as linear layers do? A class made from theirs may do something else with its weight, and so may
+    what was put in the place of its forward."""
+    return forward_of(module) in (nn.Linear.forward, Conv1D.forward)
 
 
-def _plain(weight: Tensor) -> bool:
-    return type(weight) in (Tensor, nn.Parameter, Shape) and weight.dtype in FLOATS
+def is_plain(weight: object) -> bool:
+    """Is it a tensor whose numbers are there to be read, rather than quantised, sparse or a part of one?"""
+    if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter, Shape):
+        return False
+    return weight.layout == torch.strided and weight.dtype in FLOATS
 
 
 def rows_of(order: Order, q: int, kv: int, head_dim: int) -> dict[str, slice | Tensor]:

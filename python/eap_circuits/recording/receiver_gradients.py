@@ -26,10 +26,12 @@ from torch import Tensor
 from eap_kernels import Nodes, collapse
 
 from ..adapters import Norm, Place, Projection, ReceiverSite, joined, read, receiver_sites, side_by_side
-from ..errors import expected
+from ..errors import expected, reason
 from ..forward import Batch, Hooks, Runner, skip_inactive
 from ..graph import Graph
 from .rules import BackwardRules, Rules
+
+_GRADIENTS = "layers that give gradients to activations"
 
 
 @dataclass
@@ -180,7 +182,13 @@ class ReceiverGradients:
                 after(hooks)
 
         points = embeddings.detach().requires_grad_(True)
-        loss(self._runner.logits(points, register, alphas=alphas)).backward()
+        try:
+            loss(self._runner.logits(points, register, alphas=alphas)).backward()
+        except RuntimeError as error:
+            # Of flex attention on a CPU or a kernel of quantised weights; of buffers made in inference mode.
+            if isinstance(error, NotImplementedError) or "Inference tensors" in str(error):
+                raise expected("model", _GRADIENTS, reason(error)) from error
+            raise
 
     def clear(self) -> None:
         """Forget what has been accumulated."""
@@ -262,6 +270,8 @@ class ReceiverGradients:
         Where a mixer is taken as a whole, y is what it reads, which others read, too: a view has its part alone. A
         projection's own output may be changed in place, which a view's hook would not see.
         """
+        if not y.requires_grad:
+            raise expected("model", _GRADIENTS, f"a {type(part.projection.module).__name__} that gives none")
         y = y.view_as(y) if isinstance(part.projection.module, Place) else y
         kept = y.detach()
 
@@ -347,5 +357,5 @@ def _constant(norm: Norm, projection: Projection, repeat_kv: int, dtype: torch.d
 def _given(gradient: Tensor | None) -> Tensor:
     """The gradient; raises where there is none: some quantised layers give their inputs none."""
     if gradient is None:
-        raise expected("model", "layers that give gradients to activations", "one that gives none")
+        raise expected("model", _GRADIENTS, "one that gives none")
     return gradient

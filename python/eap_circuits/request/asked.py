@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ..adapters import Architecture, bind, is_fully_sharded
 from ..errors import InputError, expected, flag, function, instance, one_of, shown, warn, whole
-from ..forward import Batch, Constants, Indices, Runner, make_batches, why_not_reused, zeros
+from ..forward import Batch, Constants, Indices, Runner, make_batches, zeros
 from ..graph import Graph, Heads
 from ..metrics import METRICS, Metric, get_metric
 from ..ranks import rank
 from ..recording import ABLATIONS, Ablation, ablation_of
 from ..tasks import PairedDataset, Pictures, different_throughout, longest
-from .fits import fitting
+from .fits import tried
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,10 +65,9 @@ class Request:
             raise expected("model", f"one that is no encoder-decoder, for {what}", found)
 
     def verified(self, heads: Heads) -> Self:
-        """The request, after a look at whether the model does what its table says (`fitting`), without prefix reuse if
+        """The request, after a look at whether the model does what its table says (`tried`), without prefix reuse if
         its cache cannot serve, which a warning says; the model must be borrowed already."""
-        why = why_not_reused(self.arch, heads, self.data, self.reuse_prefix)
-        arch = fitting(self.arch, self.data)
+        arch, why = tried(self.arch, heads, self.data, self.reuse_prefix)
         if why is not None:
             name = type(self.arch.model).__name__
             warn(f"{name}: prefixes are not reused, as its cache cannot serve ({why}).")

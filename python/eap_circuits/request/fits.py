@@ -6,14 +6,17 @@ something else of the same modules, and results would be wrong in silence.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 
-from ..adapters import Architecture, is_built_in, is_in_parts, runs_tested_code
-from ..errors import expected, out_of_memory
+from ..adapters import Architecture, departure, is_built_in, is_in_parts, runs_tested_code
+from ..errors import InputError, expected, out_of_memory, reason
 from ..forward import (
     Batch,
     Hooks,
@@ -25,7 +28,9 @@ from ..forward import (
     once,
     tried_twice,
     two_sides,
+    why_not_reused,
 )
+from ..graph import Heads
 from ..modules.shapes import Shape
 from ..ranks import is_lost
 from ..recording import compare_sums
@@ -36,30 +41,81 @@ _GROSS = 8  # a rounding may choose other experts, which moves logits by more th
 _PICKED = "some tokens' logits by themselves are not what they are beside all others"
 
 
+def tried(
+    arch: Architecture, heads: Heads, data: PairedDataset, reuse_prefix: bool = True
+) -> tuple[Architecture, str | None]:
+    """`fitting`, and `why_not_reused`.
+
+    Raises:
+        InputError: as these, or the model does not run on a prompt's tokens.
+    """
+    with told(arch):
+        why = why_not_reused(arch, heads, data, reuse_prefix)
+        return fitting(arch, data), why
+
+
+@contextmanager
+def told(arch: Architecture) -> Iterator[None]:
+    """For a model's first runs: its own errors, of any kind, are told in a sentence; those of hooks are the user's."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if arch.hooked or out_of_memory(error) or is_lost(error):
+            raise
+        raise expected(type(arch.model).__name__, "a model that runs on a prompt's tokens", reason(error)) from error
+
+
 def fitting(arch: Architecture, data: PairedDataset) -> Architecture:
     """The architecture, which computes all logits where some by themselves are not the model's.
 
     The model must be borrowed. It takes three passes of the longest clean prompt, and of the same with another last
-    token; of an encoder-decoder one more. Prompts with pictures, and weights that are not there or in parts on ranks
-    are not looked at; nor, off the CPU, where few tokens take as long as many, a model whose code and table the tests
-    run.
+    token; of an encoder-decoder one more. Weights that are not there or in parts on ranks are not looked at, nor, off
+    the CPU, where few tokens take as long as many, a model whose code and table the tests run; of prompts with pictures
+    only projections are.
 
     Raises:
-        InputError: tokens see later ones, logits are not the model's own, or what nodes write does not add up to what
-            others read.
+        InputError: a projection is not linear, tokens see later ones, logits are not the model's own, or what nodes
+            write does not add up to what others read.
     """
-    without = isinstance(next(arch.model.parameters(), None), Shape)
-    if without or data.pictures is not None or is_in_parts(arch.model):
+    if isinstance(next(arch.model.parameters(), None), Shape) or is_in_parts(arch.model):
         return arch
     if arch.device.type != "cpu" and _is_tested(arch):
         return arch
-    way = "fits", repr(arch.family), any(layer.post_norm for layer in arch.layers)
+    once(arch.model, ("linear", repr(arch.family)), [], lambda: _check_linear(arch))
+    if data.pictures is not None:
+        return arch
+    way = "fits", repr(arch.family), any(layer.post_norm for layer in arch.layers), arch.around and ref(arch.around)
     why = once(arch.model, way, [], lambda: tried_twice(lambda: _trial(arch, data)))
     return arch if why is None else replace(arch, picks=False)
 
 
 def _is_tested(arch: Architecture) -> bool:
-    return is_built_in(arch.family) and not arch.hooked and runs_tested_code(arch.model)
+    own = is_built_in(arch.family) and not arch.hooked and arch.around is None
+    return own and runs_tested_code(arch.model)
+
+
+def _check_linear(arch: Architecture) -> None:
+    """Refuse projections that are not what their weights say, with which scores and circuits count, and any linear
+    layer with other gradients than those of what it computes."""
+    names, tolerance = {module: name for name, module in arch.model.named_modules()}, logit_tolerance(arch)
+    read = dict.fromkeys(each for layer in arch.layers for each in (*layer.projection_modules, layer.out))
+    others = [each for layer in arch.layers for each in layer.module.modules() if hasattr(each, "in_features")]
+    for module in dict.fromkeys([*read, *others]):
+        try:
+            value, slope = departure(module)
+        except Exception as error:
+            if module in read or out_of_memory(error):
+                raise
+            continue  # some take more than one tensor
+        name = f"{type(arch.model).__name__}.{names.get(module, 'a projection')}"
+        if module in read and value > tolerance:
+            wanted = "a linear layer, as its weights are read from what it gives for unit vectors"
+            raise expected(name, wanted, f"a {type(module).__name__} that is {value:.2g} away from one")
+        if value <= tolerance < slope:
+            found = f"others, {slope:.2g} away, in {type(module).__name__}"
+            raise expected(name, "the gradients of what it computes", found)
 
 
 def _trial(arch: Architecture, data: PairedDataset) -> str | None:
@@ -124,7 +180,7 @@ def _with_another_end(tokens: Tensor, vocabulary: int) -> Tensor:
 def _vocabulary(arch: Architecture) -> int:
     model: Any = arch.model
     ends: tuple[Any, Any] = (model.get_input_embeddings(), arch.head)
-    return min(len(end.weight) for end in ends if hasattr(end, "weight"))
+    return min(len(end.weight) for end in ends if isinstance(getattr(end, "weight", None), Tensor))
 
 
 def _own(arch: Architecture, batch: Batch, tokens: Tensor) -> Tensor:
@@ -132,7 +188,7 @@ def _own(arch: Architecture, batch: Batch, tokens: Tensor) -> Tensor:
 
     Clean and corrupted tokens run by themselves, as a classifier looks for padding.
     """
-    model: Any = arch.model
+    model: Any = arch.model if arch.around is None else arch.around
     given = {"input_ids": tokens} if batch.decoder is None else two_sides(batch, tokens)
     with torch.no_grad(), Hooks(tokens=batch.end.clean.shape[1]) as hooks:
         if arch.head is not None and not arch.classifies:

@@ -16,7 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Architecture, Family, bind, is_in_parts, linear_weight, sender_sites, unwrapped
+from ..adapters import (
+    Architecture,
+    Family,
+    bind,
+    device_of,
+    is_in_parts,
+    is_offloaded,
+    is_plain,
+    linear_bias,
+    linear_weight,
+    sender_sites,
+    unwrapped,
+)
 from ..errors import InputError, expected, known_arguments
 from ..errors import whole as whole_number
 from ..forward import Batch, Hooks, Runner, borrowed, make_batches, why_not_reused
@@ -25,6 +37,7 @@ from ..intervention import run_circuits
 from ..modules.loans import FunctionMode, gives_back
 from ..ranks import together
 from ..recording import ReceiverGradients, compare_sums, contract, record_both_sides, record_run
+from ..request import told
 from ..tasks import PairedDataset, different_throughout
 
 EXACT = 1e-8  # relative error; rounding in a deep float64 model stays far below this
@@ -99,7 +112,8 @@ def check_model(model: nn.Module, *, n_edges: int = 8, seed: int = 0, family: Fa
         (batch,) = make_batches(data, len(data), True, arch.device)
         (whole,) = make_batches(data, len(data), False, arch.device)
         try:
-            why = why_not_reused(arch, "kv", data)
+            with told(arch):
+                why = why_not_reused(arch, "kv", data)
         except InputError as error:
             return [*checks, Check("a causal language model", False, str(error))]
         if not arch.causal:
@@ -137,12 +151,19 @@ def exact_copy(model: nn.Module) -> Any:
     plain: dict[int, Any] = {}
     with borrowed(model):
         for module in model.modules():
-            if hasattr(module, "in_features") and not getattr(module, "weight", torch.empty(0)).is_floating_point():
-                weight, bias = linear_weight(module), getattr(module, "bias", None)
-                plain[id(module)] = layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-                layer.weight.data = weight.double().clone()
+            if hasattr(module, "in_features") and not is_plain(getattr(module, "weight", torch.empty(0))):
+                weight = linear_weight(module)
+                bias = None if getattr(module, "bias", None) is None else linear_bias(module)
+                # On no device, where it draws no random numbers.
+                layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, torch.device("meta"))
+                layer.weight = nn.Parameter(weight.double().clone())
                 if bias is not None:
-                    layer.bias.data = bias.detach().double().clone()
+                    layer.bias = nn.Parameter(bias.double().clone())
+                if (hook := vars(module).get("_hf_hook")) is not None and not is_offloaded(module):
+                    from accelerate.hooks import add_hook_to_module
+
+                    add_hook_to_module(layer, copy.copy(hook))  # which moves inputs to its device
+                plain[id(module)] = layer
         exact: Any = copy.deepcopy(model, plain)  # deepcopy takes these for copies already made
         exact.double()
         if getattr(exact.config, "_experts_implementation", None) is not None:
@@ -157,7 +178,7 @@ def _random_pairs(arch: Architecture, seed: int) -> PairedDataset:
     model: Any = arch.model
     # Some embed more tokens than they predict.
     ends: tuple[Any, Any] = (model.get_input_embeddings(), None if arch.classifies else arch.head)
-    vocabulary = min(len(end.weight) for end in ends if end is not None and hasattr(end, "weight"))
+    vocabulary = min(len(end.weight) for end in ends if isinstance(getattr(end, "weight", None), Tensor))
     padding = getattr(model.config, "pad_token_id", None)  # which some do not count as a position
     known = torch.tensor([token for token in range(vocabulary) if token != padding])
     examples, tokens, shared = 3, 9, 4
@@ -183,8 +204,13 @@ def _state(model: nn.Module) -> list[object]:
         ]
         plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)) and _RECORDS not in k}
         state.append((module.training, hooks, plain))
-    state += [(p.requires_grad, p.grad is None, p.data_ptr()) for p in model.parameters()]
+    state += [(p.requires_grad, p.grad is None, _place(p)) for p in model.parameters()]
     return [*state, getattr(model.config, "_attn_implementation", None)]
+
+
+def _place(x: Tensor) -> int:
+    """Where a tensor's numbers are; of a sparse one, which tensor it is."""
+    return x.data_ptr() if x.layout == torch.strided else id(x)
 
 
 def _same(name: str, error: float, what: str, bound: float = EXACT) -> Check:
@@ -284,7 +310,7 @@ def _runs(
 
 def _plain(model: Any, data: PairedDataset, side: str) -> Tensor:
     """The model's own logits of the last tokens, or of whole prompts, [E, V]: each by itself, without padding."""
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model.get_input_embeddings())
     own = [{"input_ids": ids[None, :n]} for ids, n in zip(getattr(data, side), data.lengths, strict=True)]
     for given, ids in zip(own, data.decoder if data.decoder is not None else (), strict=False):
         given["decoder_input_ids"] = ids[None, ids >= 0]

@@ -13,13 +13,13 @@ from transformers.modeling_outputs import CausalLMOutput
 from ..adapters import Architecture, bind, foreign_hooks
 from ..errors import expected, instance, known_arguments, number, shown
 from ..evaluation import optimal_constants
-from ..forward import Constants, Hooks, Runner, batch_of, borrowed, parameters, why_not_reused
+from ..forward import Constants, Hooks, Runner, batch_of, borrowed, parameters
 from ..graph import Circuit
 from ..intervention import run_circuits
 from ..modules.loans import gives_back
 from ..ranks import together
 from ..recording import record_run
-from ..request import check_ablation, check_circuit, check_tokens, prepare
+from ..request import check_ablation, check_circuit, check_tokens, prepare, tried
 from ..tasks import PairedDataset, different_throughout
 
 Factors = dict[tuple[str, str], float]
@@ -44,7 +44,7 @@ class CircuitModel(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.circuit, self.ablation, self.constants, self._mask = model, circuit, ablation, constants, mask
-        self._tried: list[Any] | None = None  # the hooks of others with which it was
+        self._tried: list[Any] | None = None  # the modules and hooks of others with which it was
 
     @together
     @gives_back
@@ -194,11 +194,11 @@ class CircuitModel(nn.Module):
         return self._circuit(arch, runner, runner)
 
     def _try(self, arch: Architecture, data: PairedDataset) -> None:
-        """Once: that attention takes a key and a value for each query head, where the graph has them; and hooks."""
-        hooks = [hook for module in arch.model.modules() for hook in foreign_hooks(module)]
-        if self._tried != hooks:
-            why_not_reused(arch, self.circuit.graph.heads, data, reuse_prefix=False)
-            self._tried = hooks
+        """Once, and again with other modules or hooks: what `evaluate` tries, except for prefixes."""
+        now = [each for module in arch.model.modules() for each in (module, *foreign_hooks(module))]
+        if self._tried != now:
+            tried(arch, self.circuit.graph.heads, data, reuse_prefix=False)
+            self._tried = now
 
     def _circuit(self, arch: Architecture, ablating: Runner, runner: Runner) -> Tensor:
         ablated = record_run(ablating, True, self.constants and self.constants.on(arch))

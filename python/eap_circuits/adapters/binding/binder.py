@@ -21,7 +21,8 @@ from ...modules.projections import Place, Together, linear_shape
 from ...ranks import form_team
 from ..architecture import Architecture, Layer
 from ..classes import classifies_prompts, head_of, is_own, may_fit
-from ..wrappers import unwrapped
+from ..hooks_of_others import refuse_hooks_of_all
+from ..wrappers import around, unwrapped
 from .between_layers import keys_of, per_layer_part, scale_of, stacked_part
 from .mixers import Mixers, present
 from .paths import configured, factor, maybe, site
@@ -43,9 +44,10 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
         InputError: another object, an unsupported architecture, a missing head or site, or a layer on several devices.
     """
     refuse_default_device()
+    refuse_hooks_of_all()
     if torch._C._functorch.maybe_current_level() is not None:
         raise expected("the call", "one outside of torch.func's transforms (grad, vmap)", "one inside of them")
-    model = unwrapped(model)
+    outside, model = around(model), unwrapped(model)
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if not isinstance(model, nn.Module) or model_type is None:
@@ -82,7 +84,7 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
         raise expected("model", "weights made outside of torch.inference_mode", "inference tensors")
     if family.unshared is not None:
         model = family.unshared(model)
-    return _Binder(model, model.config, family).architecture()
+    return replace(_Binder(model, model.config, family).architecture(), around=outside)
 
 
 def _check_parts(model: nn.Module) -> None:
@@ -146,6 +148,7 @@ class _Binder:
         holder = inputs.rpartition(".")[0]
         bound = Architecture(
             model=self.model,
+            around=None,
             family=family,
             layers=layers,
             final_norm=self._final_norm(width, layers[-1].module),

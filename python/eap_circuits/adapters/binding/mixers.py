@@ -27,7 +27,7 @@ class Mixers:
     def mixer(self, layer: nn.Module) -> Found:
         """That of attention, or of one of the other mixers, or of a layer that is one node."""
         family = self.family
-        usual = all(path and maybe(layer, path) for path in (family.q, family.k, family.v, family.out))
+        usual = all(maybe(layer, path or None) is not None for path in (family.q, family.k, family.v, family.out))
         for mixer in () if usual else sorted(family.mixers, key=lambda one: -present(layer, one)):
             first, last = (mixer.module, mixer.module) if isinstance(mixer.module, str) else mixer.module
             if mixer.out is None and maybe(layer, first) is not None:

@@ -17,7 +17,7 @@ from ..errors import expected, out_of_memory
 from ..forward import Batch, Hooks, Runner, batch_of, logit_distance, logit_tolerance, once, tried_twice
 from ..modules.shapes import Shape
 from ..ranks import is_lost
-from ..recording import compare_sums
+from ..recording import compare_sums, reads_past_receivers
 from ..tasks import PairedDataset, different_throughout
 
 _LOGITS = 64  # the most that are computed by themselves and compared
@@ -28,20 +28,20 @@ _PICKED = "some tokens' logits by themselves are not what they are beside all ot
 def fitting(arch: Architecture, data: PairedDataset) -> Architecture:
     """The architecture, which computes all logits where some by themselves are not the model's.
 
-    The model must be borrowed. It takes three passes of the longest clean prompt, and of the same with another last
+    The model must be borrowed. It takes four passes of the longest clean prompt, and of the same with another last
     token. Encoder-decoders, prompts with pictures, and weights that are not there or in parts on ranks are not looked
     at.
 
     Raises:
-        InputError: tokens see later ones, logits are not the model's own, or what nodes write does not add up to what
-            others read.
+        InputError: tokens see later ones, logits are not the model's own, what nodes write does not add up to what
+            others read, or they read the residual stream in another way, too.
     """
     without = isinstance(next(arch.model.parameters(), None), Shape)
     if without or arch.encoder or data.pictures is not None or is_in_parts(arch.model):
         return arch
     longest = int(data.lengths.argmax())
     tokens = data.clean[longest, : int(data.lengths[longest])]
-    way = "fits", repr(arch.family), any(layer.post_norm for layer in arch.layers)
+    way = "fits", repr(arch.family), arch.after_norms
     why = once(arch.model, way, [], lambda: tried_twice(lambda: _trial(arch, tokens)))
     return arch if why is None else replace(arch, picks=False)
 
@@ -73,15 +73,17 @@ def _trial(arch: Architecture, tokens: Tensor) -> str | None:
     else:
         wanted = f"the model's own logits where its parts run as its table ({arch.family.name!r}) says"
         raise expected(name, wanted, f"others, {float(apart.max()):.2g} of their size away")
-    # Before norms after attention heads do not add up, by the published package's definition.
-    whole = arch.family.attention_post_norm is None or any(layer.post_norm for layer in arch.layers)
-    for site, difference, missing, size in sums if whole else ():
+    # What enters norms after attention does not add up.
+    for site, difference, missing, size in sums if arch.after_norms else ():
         # Each of the senders may have rounded the stream.
         if missing > tolerance * difference + tolerance**2 * size * site.reach**0.5:
             where = graph.receivers[site.receivers.start]
             wanted = f"nodes that add what they write to the residual stream, as its table ({arch.family.name!r}) says"
             share = f"{missing / difference:.2g} of its change"
             raise expected(name, wanted, f"a stream that is {share} away from their sum at {where}")
+    if (sender := reads_past_receivers(Runner(arch, graph, batch))) is not None:
+        wanted = f"layers that read the residual stream only where its table ({arch.family.name!r}) says"
+        raise expected(name, wanted, f"another way from it to {sender}")
     return _PICKED if arch.picks_logits and some is None else None
 
 

@@ -29,9 +29,6 @@ from ..tasks import PairedDataset, different_throughout
 
 EXACT = 1e-8  # relative error; rounding in a deep float64 model stays far below this
 ONLY_STREAM = "blocks read nothing but the residual stream"
-_MOVE = (
-    0.1  # change of what a head reads: few values are clipped with it that were not before, and rounding is far less
-)
 _STEP = 1e-5  # change of a mask entry for finite differences; their error is of this order
 _RECORDS = "output_capturing"  # transformers' own hooks, which a first run may leave, to return what layers give
 
@@ -233,7 +230,7 @@ def _heads(arch: Architecture, data: PairedDataset) -> Check:
         for row, (layer, letter, size) in enumerate(moves, 1):
             if layer == index and letter in columns:
                 head = y[row, at, columns[letter]][-arch.layers[index].projections[letter].head_dim :]
-                head += size * _MOVE * torch.linspace(-1, 1, len(head), dtype=y.dtype, device=y.device)
+                head += size * torch.linspace(-1, 1, len(head), dtype=y.dtype, device=y.device)
         return y
 
     def register(hooks: Hooks) -> None:

@@ -64,8 +64,6 @@ def tables(monkeypatch):
             ]
         ),
         ("marian", {**MIXERS["marian"][1], "scale_embedding": True}),
-        # Of which the self-check changes a value, by little, or it would be clipped there.
-        ("olmo", {**CONFIGS["olmo"][1], "clip_qkv": 1.5}),
         # A query that is the first of a chunk sees no other token.
         ("llama4_text", {**CONFIGS["llama4"][1], "attention_chunk_size": 4}),
     ],

@@ -21,7 +21,7 @@ from ..budget import (
 )
 from ..forward import TOKENS_PER_BATCH, Batch
 from ..graph import Circuit
-from ..intervention import TOKENS_TOGETHER, CircuitRuns, rows_computed
+from ..intervention import TOKENS_TOGETHER, CircuitRuns
 from ..recording import record_run
 from ..request import DRAWS, Measurement, Request, fetch, variance_by_rounding
 
@@ -108,7 +108,7 @@ class CircuitValues(Replayable[Measurement, Tensor]):
         rough = self._bytes(min(tokens_in_all(request, 1), TOKENS_PER_BATCH), at_once)
 
         def cost(batch: Batch) -> Cost:
-            largest = max(circuits, key=lambda item: rows_computed(item.graph, [item.mask], request.arch))
+            largest = max(circuits, key=lambda item: CircuitRuns(item.graph, [item.mask]).rows(request.arch))
 
             def measured(few: Batch, n: int) -> None:
                 # The clean run and n − 1 circuits run together, and then n circuits.
@@ -124,4 +124,4 @@ class CircuitValues(Replayable[Measurement, Tensor]):
 
     @cached_property
     def _rows(self) -> int:
-        return max(rows_computed(runs.graph, runs.masks, self._request.arch) for runs in self._runs)
+        return max(runs.rows(self._request.arch) for runs in self._runs)

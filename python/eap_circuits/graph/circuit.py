@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,7 +59,7 @@ class Circuit(Result):
 
     @property
     def n_edges(self) -> int:
-        return int(torch.count_nonzero(self.mask))
+        return int(np.count_nonzero(self.mask.numpy()))  # a third of the library's time
 
     @property
     def nodes(self) -> list[str]:

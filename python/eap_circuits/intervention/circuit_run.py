@@ -23,18 +23,8 @@ from ..adapters import Norm, ReceiverSite, SenderSite, receiver_sites, sender_si
 from ..forward import EVERYWHERE, Hooks, Indices, Runner
 from ..graph import Graph
 from ..recording import ReferenceRun
-from .groups import Asked, CircuitGroup, Places, SharedGroup, numbers
-from .groups.grouping import (
-    Sites,
-    attention_of,
-    begun_together,
-    by_rank,
-    consecutive,
-    first_of,
-    heads_of,
-    join,
-    read_with,
-)
+from .groups import Asked, CircuitGroup, Places, SharedGroup, consecutive, numbers, places_of
+from .groups.grouping import Sites, attention_of, begun_together, by_rank, first_of, heads_of, join, read_with
 
 
 @dataclass(frozen=True)
@@ -189,10 +179,8 @@ class CircuitsRun:
         return x[places] if isinstance(places, slice) else x.index_select(0, places)
 
     def _places(self, device: torch.device, chosen: list[int]) -> Places:
-        if consecutive(chosen):
-            start = chosen[0] if chosen else 0
-            return slice(start, start + len(chosen))
-        return self.indices.on(device, chosen)
+        places = places_of(chosen)
+        return places if isinstance(places, slice) else self.indices.on(device, places)
 
     # Receivers.
 
@@ -388,6 +376,14 @@ class CircuitsRun:
                 read = [site.receivers for site in sites.values() if site.projection is not None]
                 lists += [self.asked.whole[whole][:, receivers] for receivers in read]
         for device, (lists, weights) in wanted.items():
-            there = self.indices.send(device, lists, *(each for *_, each in weights))
+            there = self._sent(device, lists, [each for *_, each in weights])
             for (group, to, start, _), each in zip(weights, there, strict=True):
                 group.ready(to, start, each)
+
+    def _sent(self, device: torch.device, lists: list[Sequence[int] | Tensor], weights: list[Tensor]) -> list[Tensor]:
+        """Lists that index and weights of reads, on a device; bools come as bytes, which one kernel widens there."""
+        if not weights or weights[0].dtype != torch.bool:
+            return self.indices.send(device, lists, *weights)
+        (flat,) = self.indices.send(device, lists, torch.cat([each.flatten() for each in weights]))
+        pieces = flat.to(self.dtype).split([each.numel() for each in weights])
+        return [piece.view_as(each) for piece, each in zip(pieces, weights, strict=True)]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ..adapters import Architecture
 from ..forward import Runner
 from ..graph import Graph
 from ..recording import ReferenceRun
 from .circuit_run import CircuitsRun, Together
-from .groups import CircuitGroup, LearningGroup, SharedGroup, SpanGroup, asked_of, together
-from .groups.grouping import arrange, shared
+from .groups import Asked, CircuitGroup, LearningGroup, SharedGroup, SpanGroup, asked_of, together
+from .groups.grouping import arrange, rows_computed, shared
 
 TOKENS_TOGETHER = 2048  # of circuits that run together
 
@@ -39,6 +41,15 @@ class CircuitRuns:
         self._size: object = None
         self._kept: list[Together] = []  # for batches of this size
 
+    @cached_property
+    def _asked(self) -> list[Asked]:
+        """Of each circuit."""
+        return [asked_of(self.graph, together(self.graph, [mask])) for mask in self.masks]
+
+    def rows(self, arch: Architecture) -> int:
+        """`rows_computed` by these circuits."""
+        return rows_computed(self.graph, self._asked, arch)
+
     def on(self, runner: Runner, corrupted: ReferenceRun, tokens: int = TOKENS_TOGETHER) -> Iterator[Tensor]:
         """Logits [E, V] of each circuit at the scored positions, in order.
 
@@ -62,13 +73,14 @@ class CircuitRuns:
         one = CircuitGroup if graph.spans is None else SpanGroup
         count, row = max(1, tokens // batch.clean.numel()), batch.clean.numel() * arch.width * arch.dtype.itemsize
         for start in range(0, len(self.masks), count):
-            masks = together(graph, self.masks[start : start + count])
-            asked, kind = asked_of(graph, masks), SharedGroup if at_once else one
+            some = slice(start, start + count)
+            masks, asked = together(graph, self.masks[some]), Asked.joined(self._asked[some])
+            kind = SharedGroup if at_once else one
             order, groups = arrange(asked, at_once, row, graph.n_layers)
             masks, asked = masks[order], asked.of(order)
-            some = Together(order, asked, [kind(runner, graph, members, masks, asked) for members in groups])
-            self._kept += [some] if at_once else []
-            yield some
+            made = Together(order, asked, [kind(runner, graph, members, masks, asked) for members in groups])
+            self._kept += [made] if at_once else []
+            yield made
         self._size = size if at_once else None
 
 

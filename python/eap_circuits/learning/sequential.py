@@ -18,7 +18,7 @@ from ..checkpoint import Checkpoint, Where, opened, settings_of
 from ..errors import known_arguments, number, one_of
 from ..forward import TOKENS_PER_BATCH, Batch, Constants, borrowed, one_want_of_memory
 from ..graph import Circuit, Graph, Heads
-from ..intervention import TOKENS_TOGETHER, rows_computed
+from ..intervention import TOKENS_TOGETHER, CircuitRuns
 from ..modules.loans import gives_back
 from ..provenance import called
 from ..ranks import together
@@ -184,9 +184,8 @@ def _tokens_together(request: Request, graph: Graph) -> int:
     largest = graph.edge_mask.clone()
     largest[0] = False  # every receiver but the first layer's reads a part
     most = max(TOKENS_TOGETHER, most_tokens(device.type))
-    rough = bytes_without_gradient(
-        request, TOKENS_PER_BATCH, most, rows_computed(graph, [largest], request.arch) * request.arch.width
-    )
+    rows = CircuitRuns(graph, [largest]).rows(request.arch)
+    rough = bytes_without_gradient(request, TOKENS_PER_BATCH, most, rows * request.arch.width)
 
     def measured(few: Batch, copies: int) -> None:
         lesson = prepare_lesson(request, graph, few)

@@ -45,7 +45,7 @@ FOR_WEIGHTS, A_WAIT = 9, 1
 # Those beyond these and the model's own passes: of a layer, which a kernel for each RMSNorm saves, and of the rest of a
 # batch.
 OF_ATTRIBUTE = {"llama": (-25, 83), "gpt2": (17, 106)}
-OF_EVALUATE = {"llama": (8, 105), "gpt2": (33, 104)}
+OF_EVALUATE = {"llama": (8, 106), "gpt2": (33, 105)}
 OF_A_METRIC = 7  # at one circuit's logits
 OF_A_REPLAY = 5  # of circuits: the batch is sent and put in its place, and what was measured joined and brought back
 

@@ -12,7 +12,7 @@ from bench.pretended import pretending
 from eap_circuits.adapters import bind
 from eap_circuits.forward import Runner, make_batches
 from eap_circuits.intervention import circuit_run, circuit_runs, run_circuits
-from eap_circuits.intervention.groups import grouping, shared_group
+from eap_circuits.intervention.groups import asked_of, grouping, shared_group
 from eap_circuits.recording import record_run
 from eap_circuits.selfcheck import StayDouble
 from tests.circuits.conftest import prompts
@@ -66,7 +66,7 @@ def test_groups_are_of_circuits_alike_and_the_cheapest(make_model, monkeypatch):
     graph, generator = bind(make_model("gpt2")).graph("kv"), torch.Generator().manual_seed(0)
     order = torch.rand(graph.edge_mask.shape, generator=generator)
     masks = [graph.edge_mask & (order < share) for share in (0.9, 0, 0.03, 1, 0.5, 0.05, 0.2)]
-    asked = grouping.asked_of(graph, torch.stack(masks))
+    asked = asked_of(graph, torch.stack(masks))
 
     def cost(groups, another):
         computed = [asked.of([order[c] for c in range(*group.indices(len(masks)))]) for group in groups]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import partial
 from types import FunctionType, MethodType
@@ -15,6 +16,7 @@ from transformers import masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+_CONTAINERS = {dict, OrderedDict, set}
 _REGISTRIES = (ALL_ATTENTION_FUNCTIONS, masking_utils.ALL_MASK_ATTENTION_FUNCTIONS)
 # Of each model and each way in which a trial goes: the model's state, and the most tokens that were tried.
 _known: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[object, list[int]]]] = WeakKeyDictionary()
@@ -44,34 +46,42 @@ def _state(model: nn.Module) -> object:
     attention functions, and of `torch.nn.functional`. What an object of a hook or of a function holds is not looked at.
     """
     seen: dict[int, object] = {}
-    classes = dict.fromkeys(kind for module in model.modules() for kind in type(module).__mro__)
+    modules = list(model.named_modules())
+    classes = dict.fromkeys(kind for known in {type(module) for _, module in modules} for kind in known.__mro__)
     registered = [each for registry in _REGISTRIES for each in registry.values()]
     # While a call runs, a function of ours passes on to transformers'.
     functions = [f for each in registered for f in (each.args if isinstance(each, partial) else [each])]
     names = dict.fromkeys(getattr(each, "__module__", None) for each in (*classes, *functions))
     files = [nn.functional, *(sys.modules[name] for name in names if name in sys.modules)]
     return (
-        [(name, _The(type(module)), _held(vars(module), seen)) for name, module in model.named_modules()],
+        [(name, _The(type(module)), _attributes(module, seen)) for name, module in modules],
         [[_The(f) for f in list(vars(x).values()) if isinstance(f, FunctionType)] for x in (*classes, *files)],
         [_held(dict(registry), seen) for registry in _REGISTRIES],
     )
 
 
+def _attributes(module: nn.Module, seen: dict[int, object]) -> object:
+    """Of a module. Most are dictionaries of hooks without any: as there are so many, these are left out."""
+    every = vars(module).items()
+    return [(key, _held(value, seen)) for key, value in every if type(value) not in _CONTAINERS or value]
+
+
 def _held(value: Any, seen: dict[int, object]) -> object:
     """What tells whether a value is still the same; what cannot be referred to weakly never is."""
-    if isinstance(value, _PLAIN):
+    kind = type(value)  # `isinstance` asks a configuration for its class, which takes as long as all else here
+    if issubclass(kind, _PLAIN):
         return value
-    if isinstance(value, Tensor):
-        return _The(type(value)), value.dtype, value.device, value.shape
-    if isinstance(value, dict):
+    if issubclass(kind, Tensor):
+        return _The(kind), value.dtype, value.device, value.shape
+    if issubclass(kind, dict):
         return [(_held(key, seen), _held(each, seen)) for key, each in value.items()]
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if issubclass(kind, (list, tuple, set, frozenset)):
         return [_held(each, seen) for each in value]
-    if isinstance(value, partial):
+    if issubclass(kind, partial):
         return _held((value.func, value.args, value.keywords), seen)
-    if isinstance(value, MethodType):
+    if issubclass(kind, MethodType):
         return _held((value.__self__, value.__func__), seen)
-    if hasattr(value, "to_diff_dict"):  # a configuration, which many modules share
+    if hasattr(kind, "to_diff_dict"):  # a configuration, which many modules share
         if id(value) not in seen:
             seen[id(value)] = None
             seen[id(value)] = _held(vars(value), seen)

@@ -74,6 +74,8 @@ class Indices:
 
     def on(self, device: torch.device, values: Sequence[int] | Tensor) -> Tensor:
         """A list, or a tensor of the CPU, on a device."""
+        if device.type == "cpu":
+            return torch.as_tensor(values)
         key, host = _keyed(device, values)
         if key not in self._there:
             self.send(device, [host])
@@ -81,6 +83,8 @@ class Indices:
 
     def send(self, device: torch.device, lists: Sequence[Sequence[int] | Tensor], *others: Tensor) -> list[Tensor]:
         """Send lists that are wanted later in one piece with other tensors, which are returned."""
+        if device.type == "cpu":
+            return list(others)
         new = dict(_keyed(device, values) for values in lists)
         new = {key: host.flatten() for key, host in new.items() if key not in self._there}
         there = upload(device, *new.values(), *others)

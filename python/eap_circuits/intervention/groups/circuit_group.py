@@ -41,6 +41,11 @@ class Asked:
         """What some of the masks ask for."""
         return Asked(*(getattr(self, field.name)[members] for field in fields(self)))
 
+    @classmethod
+    def joined(cls, parts: Sequence[Asked]) -> Asked:
+        """What masks ask for of which each part has some."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
     def reads_own(self, receiver: int) -> list[int]:
         """Circuits of which a receiver from this one on reads the circuit's own residual stream."""
         return numbers(self.whole[:, receiver:].any(1))
@@ -86,21 +91,23 @@ class CircuitGroup:
 
     Args:
         graph: the circuits'.
-        members: which of the circuits that run together.
+        members: which of the circuits that run together; `size` is their number.
         masks, asked: those of all circuits that run together, on the host.
     """
 
     def __init__(self, runner: Runner, graph: Graph, members: slice, masks: Tensor, asked: Asked) -> None:
         self.members, self.asked, masks = members, asked.of(members), masks[members]
-        self.dtype = self._dtype(runner.arch)
+        self.dtype, self.size = self._dtype(runner.arch), len(masks)
         stored, computed = self.asked.stored.any(0), self.asked.partial.any(0)
         self.stored, self.computed = stored.tolist(), computed.tolist()  # [S], [R]
         # How many of the senders before one are stored, and of the receivers before one computed.
         self._before, self._computed = ([0, *some.cumsum(0).tolist()] for some in (stored, computed))
-        masks = masks[..., stored, :][..., computed]
-        self.mask = masks.to(self.dtype)  # [C, stored, computed], or by span [C, P, stored, computed]
-        if masks.dtype != torch.bool and not torch.equal(self.mask.to(masks.dtype), masks):
-            self.mask = masks.to(runner.arch.accumulate)
+        # Columns are picked, and bools widened, for each read: of most of a whole mask there is none.
+        self.mask = masks[..., stored, :]  # [C, stored, R], or by span [C, P, stored, R]
+        if masks.dtype != torch.bool:
+            exact = self.mask.to(self.dtype)
+            same = torch.equal(exact.to(masks.dtype), self.mask)
+            self.mask = exact if same else self.mask.to(runner.arch.accumulate)
         # Of each stream the first sender, and the shape of its differences, cur − corr, [stored, C, N, D]. Of a tensor
         # parallel model, here and in what is stored and read D are only this rank's features.
         streams = [stream.senders for stream in graph.base.streams]
@@ -110,11 +117,6 @@ class CircuitGroup:
             for number, senders in enumerate(streams)
         ]
         self.differences: list[Tensor] = []
-
-    @property
-    def size(self) -> int:
-        """How many circuits they are."""
-        return len(self.mask)
 
     def _dtype(self, arch: Architecture) -> torch.dtype:
         """Of the differences.
@@ -186,7 +188,7 @@ class CircuitGroup:
         return slice(self._before[start], self._before[stop])
 
     def _weights(self, receivers: slice, start: int, stop: int) -> Tensor:
-        return self.mask[..., self._rows(start, stop), self.places(receivers)]
+        return self.mask[..., self._rows(start, stop), places_of(self.wanted(receivers))]
 
 
 class SpanGroup(CircuitGroup):
@@ -221,7 +223,8 @@ class LearningGroup(CircuitGroup):
         return arch.accumulate
 
     def allocate(self, device: torch.device) -> None:
-        mask = self._shares.summed(self.mask.to(device))
+        mask = self.mask[..., torch.tensor(self.computed)].to(device, torch.promote_types(self.mask.dtype, self.dtype))
+        mask = self._shares.summed(mask)
         self._one = self.size == 1
         mask = mask[0] if self._one else mask
         ends = [self._before[start] for start in (*self._starts, len(self._before) - 1)]
@@ -252,6 +255,19 @@ class LearningGroup(CircuitGroup):
         rows = slice(first, first + count)
         y = self._reads[stream].read(base.to(self._device), columns, rows, where).to(base.device)
         return y[:, None] if self._one else y.transpose(0, 1)
+
+
+def places_of(chosen: list[int]) -> slice | list[int]:
+    """As an index, which takes no copy where each follows the one before."""
+    if not consecutive(chosen):
+        return chosen
+    start = chosen[0] if chosen else 0
+    return slice(start, start + len(chosen))
+
+
+def consecutive(chosen: list[int]) -> bool:
+    """Does each follow the one before?"""
+    return not chosen or chosen == list(range(chosen[0], chosen[0] + len(chosen)))
 
 
 def numbers(chosen: Tensor) -> list[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...adapters import Architecture, ReceiverSite, Shares
 from ...graph import Graph
-from .circuit_group import Asked, CircuitGroup, asked_of, together
+from .circuit_group import Asked, CircuitGroup
 
 _ANOTHER_GROUP = 1 << 28  # bytes that a GPU moves while the host launches another group's kernels of a layer
 Sites = dict[str, ReceiverSite]  # a layer's, by name
@@ -34,10 +34,9 @@ def begun_together(arch: Architecture, graph: Graph) -> bool:
     return shared(arch.device) and arch.dtype.itemsize < 4 and len(graph.streams) == 1 and graph.beside is None
 
 
-def rows_computed(graph: Graph, masks: Sequence[Tensor], arch: Architecture) -> int:
+def rows_computed(graph: Graph, asked: Sequence[Asked], arch: Architecture) -> int:
     """How many rows of tokens × features a circuit holds at most: the senders that are read, two for each receiver of
     a layer that has to be computed, and what is begun together. Circuits of one group hold what any of them needs."""
-    asked = [asked_of(graph, together(graph, [mask])) for mask in masks]
     size, beside = (len(asked), 1) if shared(arch.device) and graph.spans is None else (1, 0)
     graph = graph.base
     groups = [asked[start : start + size] for start in range(0, len(asked), size)]
@@ -204,8 +203,3 @@ def join(rows: Iterable[tuple[Tensor, int]]) -> Tensor:
         else:
             parts.append((x, row, row + 1))
     return torch.cat([x[start:stop] for x, start, stop in parts])
-
-
-def consecutive(chosen: list[int]) -> bool:
-    """Does each follow the one before?"""
-    return not chosen or chosen == list(range(chosen[0], chosen[0] + len(chosen)))

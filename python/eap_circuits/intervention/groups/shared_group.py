@@ -38,7 +38,7 @@ class SharedGroup(CircuitGroup):
 
     def begin_together(self, reads: Sequence[tuple[slice, int]]) -> None:
         """Begin reads (receivers, stop) of a stream's senders together where that pays; they come in this order."""
-        if self.mask.dtype != self.dtype:
+        if self._is_wide:
             return
         sizes = [(self._before[stop], len(self.wanted(receivers))) for receivers, stop in reads]
         for section in sections(sizes, True):
@@ -50,15 +50,22 @@ class SharedGroup(CircuitGroup):
                 self._goes_on[receivers.start] = stop, slice(place.start - before, place.stop - before)
 
     def weights(self, receivers: slice, stop: int, start: int = 0) -> Tensor:
-        """What `read` multiplies, on the host: [C, rows, columns], or the mask [C, rows, r] if its dtype is wider."""
+        """What `read` multiplies, on the host: [C, rows, columns], or the mask [C, rows, r] if its dtype is wider.
+
+        Bool, if the masks are; `ready` takes it widened.
+        """
         start, _ = self._goes_on.get(receivers.start, (start, None))
         mask = self._weights(self._columns(receivers), start, stop)
-        if self.mask.dtype != self.dtype:
+        if self._is_wide:
             return mask
         # Columns of a whole number of 16 bytes, without which tensor cores multiply at a fraction of their rate.
         weights = pad(mask, (0, -mask.shape[2] % 8, 0, 1), value=1)
         weights[:, -1, len(self.wanted(receivers)) :] = 0  # what is begun gets its own row later
         return weights
+
+    @property
+    def _is_wide(self) -> bool:
+        return self.mask.dtype not in (torch.bool, self.dtype)
 
     def _columns(self, receivers: slice) -> slice:
         """The receivers of a read, and of those that it begins."""
@@ -75,7 +82,7 @@ class SharedGroup(CircuitGroup):
 
     def read(self, base: Tensor, receivers: slice, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
         weights, count = self._ready[receivers.start, start], len(self.wanted(receivers))
-        if weights.dtype != self.dtype:
+        if self._is_wide:
             delta = self._stored(start, stop, base.device)[:, :, at].transpose(0, 1)
             base = base[None, None] if base.dim() == 2 else base[:, None]
             return masked_read(base.expand(self.size, count, -1, -1), delta, weights).transpose(0, 1)

@@ -105,14 +105,8 @@ def test_options_of_types_with_a_table(kind, fields):
         # One key head, and attention that takes a view of what its function gives.
         (
             "afmoe",
-            {**_GROUPED, **_EXPERTS, "num_key_value_heads": 1, "num_experts": 3, "num_dense_layers": 1},
+            {**_GROUPED, **_EXPERTS, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 3, "sliding_window": 4},
             {"q": "self_attn.q_proj", "more": {"gate_proj": "self_attn.gate_proj"}},
-        ),
-        # A shared expert of no features.
-        (
-            "afmoe",
-            {**_GROUPED, **_EXPERTS, "num_experts": 3, "num_dense_layers": 1, "num_shared_experts": 0},
-            {"q": "self_attn.q_proj"},
         ),
     ],
 )
@@ -122,6 +116,15 @@ def test_options_of_types_without_one(kind, fields, says):
     family, checks = eap.discover(model)
     assert {name: getattr(family, name) for name in says} == says
     assert all(check.passed for check in checks)
+
+
+def test_shared_experts_may_have_no_features(make_pairs, relative):
+    need_transformers("afmoe")
+    fields = {**_GROUPED, **_EXPERTS, "num_experts": 3, "num_shared_experts": 0, "num_dense_layers": 0}
+    model = random_model("afmoe", fields)
+    eap.register_family(eap.discover(model)[0])
+    found, right = (eap.attribute(model, make_pairs(n=3), steps=2, reuse_prefix=reuse) for reuse in (False, True))
+    assert relative(found.values, right.values) < 1e-6
 
 
 def test_norms_after_blocks_may_be_left_out(make_pairs):

@@ -389,6 +389,8 @@ ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 # Of older transformers: what the model itself cannot do that tests need.
 SINCE = {
     **dict.fromkeys(("axk2", "beam", "olmo-hybrid"), ("5.24", "it is there")),
+    **dict.fromkeys(("afmoe", "lfm3", "mimo_v2_flash"), ("5.24", "it is there, and right")),
+    **dict.fromkeys(("granite_swa", "granitemoe_swa", "hyperclovax"), ("5.24", "it is there")),
     **dict.fromkeys(("gemma4", "gemma4-experts", "gemma4-large"), ("5.24", "it has a table")),
     "ministral3": ("5.4", "its attention heeds the positions that it is given"),
     "mpt": ("5.2", "its mask fits float64"),

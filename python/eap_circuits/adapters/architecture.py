@@ -209,6 +209,7 @@ class Architecture:
     dtype: torch.dtype
     planned_for: str | None = None
     picks: bool = True  # are the logits that the model gives those of its head, each token's by itself?
+    after_norms: bool = True  # is what leaves a norm after attention what heads contribute, and not what enters it?
     encoder: int = 0  # how many of the layers, the first ones, are an encoder's; 0: it is no encoder-decoder
 
     @cached_property
@@ -333,7 +334,7 @@ class Architecture:
 
     def before_post_norms(self) -> Architecture:
         """The published EAP-IG package's definition: a head's contribution is what enters a norm after attention."""
-        return replace(self, layers=[replace(layer, post_norm=None) for layer in self.layers])
+        return replace(self, after_norms=False, layers=[replace(layer, post_norm=None) for layer in self.layers])
 
     @cached_property
     def norms(self) -> list[Norm]:

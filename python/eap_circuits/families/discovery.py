@@ -46,10 +46,12 @@ def propose(model: nn.Module, calls: Sequence[Call], embeddings: Tensor) -> list
     sites = [_LayerSites(model, one, frame.inside(one)) for one in frame.kinds]
     table = replace(frame.table, **_merged(model, [site.common() for site in sites]))
     mixers = [site.mixers() for site in sites]
-    attention = next((site for site in sites if site.attention_fields() is not None), None)
     proposals: list[Family] = []
-    if attention is not None:
-        fields = attention.attention_fields() or {}
+    # What has queries, keys and values by name, or at least as many projections, is the likeliest attention.
+    for attention in sorted(sites, key=lambda site: (not site.named, len(site.linears) < 3)):
+        fields = attention.attention_fields()
+        if fields is None:
+            continue
         others = [m[0] for site, m in zip(sites, mixers, strict=True) if site.attention_fields() != fields]
         table_of = replace(table, mixers=tuple(others), **fields)
         if table_of.q == table_of.k:
@@ -57,6 +59,7 @@ def propose(model: nn.Module, calls: Sequence[Call], embeddings: Tensor) -> list
         else:
             orders = permutations((table_of.q, table_of.k, table_of.v))
             proposals += [replace(table_of, q=q, k=k, v=v, k_norm=attention.k_norms.get(k)) for q, k, v in orders]
+    proposals = list({repr(table): table for table in proposals}.values())
     for least in range(max(map(len, mixers))):
         proposals.append(replace(table, mixers=tuple(each[min(least, len(each) - 1)] for each in mixers)))
     return proposals
@@ -130,7 +133,7 @@ class _LayerSites:
         linears = self.linears
         if self.out is None or len(linears) in (0, 2):
             return None
-        q, k, v = self._letters(linears) if len(linears) > 2 else linears * 3
+        q, k, v = (self.named or linears[:3]) if len(linears) > 2 else linears * 3
         more = [self._short(c) for c in linears if c not in (q, k, v)]
         return {
             "q": self._short(q),
@@ -206,7 +209,8 @@ class _LayerSites:
             # A bias may be added outside of any module.
             both = centred(sum((c.output for c in third), first.output + second.output))
             scale = float((added * both).sum() / both.square().sum().clamp(min=1e-30))
-            scale = 1.0 if abs(scale - 1) < 1e-5 else scale
+            # Rounded, so that it is the same in all layers.
+            scale = 1.0 if abs(scale - 1) < 1e-5 else float(f"{scale:.13g}")
             if same(both * scale, added) and not same(first.output, second.output):
                 depth = sum(c.path.count(".") for c in (first, second, *third))
                 found.append((depth, len(found), first, second, third[0] if third else None, scale))
@@ -259,14 +263,15 @@ class _LayerSites:
                 return None, plain
         return None, []
 
-    def _letters(self, linears: list[Call]) -> list[Call]:
-        """q, k and v by name if the names tell, else in order of call."""
+    @property
+    def named(self) -> list[Call]:
+        """q, k and v if the projections' names tell."""
         named = {}
-        for call in linears:
+        for call in self.linears:
             found = re.search(r"(?:^|_|w|to)([qkv])", call.path.rpartition(".")[2])
             if found:
                 named[found.group(1)] = call
-        return [named[letter] for letter in "qkv"] if len(named) == 3 else linears[:3]
+        return [named[letter] for letter in "qkv"] if len(named) == 3 else []
 
     def _find_k_norms(self, linears: list[Call]) -> None:
         """Find modules with weights that take a projection's output, in any shape."""

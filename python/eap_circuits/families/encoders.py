@@ -24,12 +24,14 @@ MARIAN = Family(
     out="self_attn.out_proj",
     mlp=("self_attn_layer_norm", "final_layer_norm"),
     rewrites=True,
+    embedding_multiplier=lambda model: model.model.decoder.embed_scale,
     requires={"is_encoder_decoder": False, "is_decoder": True},
 )
 BART = replace(
     MARIAN,
     name="bart",
     model_types=("bart", "plbart", "mvp"),
+    embedding_multiplier=None,
     embedding_norm="model.decoder.layernorm_embedding",
     placed=True,
 )

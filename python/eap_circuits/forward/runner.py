@@ -222,7 +222,7 @@ class Runner:
         """
         inputs = embeddings if self.arch.given_scale == 1 else embeddings / self.arch.given_scale
         inputs = inputs.clone() if self.arch.hooked else inputs  # which hooks may change in place
-        if self.arch.family.placed:  # what comes before the norm is not looked at, and may have another width
+        if self.arch.embedding_norm is not None:  # what comes before it is not looked at, and may have another width
             inputs = embeddings.new_zeros(*embeddings.shape[:2], self._model.get_input_embeddings().weight.shape[1])
         if not self.arch.encoder:
             given["inputs_embeds"] = inputs

@@ -6,5 +6,5 @@ from .contributions import BothSides, less_clean, record_both_sides, record_cont
 from .receiver_gradients import ReceiverGradients
 from .reference_run import ReceiverInputs, ReferenceRun, record_receiver_inputs, record_run
 from .rules import RULES, Rules
-from .sums import compare_sums
+from .sums import compare_sums, reads_past_receivers
 from .within_heads import WithinHeads

@@ -1,14 +1,16 @@
-"""Does what senders write add up to what receivers read?"""
+"""Does what senders write add up to what receivers read, and do they read nothing else?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
-from ..adapters import Norm, ReceiverSite, receiver_sites
+from ..adapters import Norm, ReceiverSite, SenderSite, receiver_sites, sender_sites
 from ..forward import Hooks, Runner
 from .contributions import BothSides, record_both_sides
 
@@ -51,6 +53,56 @@ def compare_sums(runner: Runner) -> tuple[list[Sum], BothSides]:
                 size = float(corrupted.norm() + clean.norm())
                 found.append(Sum(site, float((corrupted - clean).norm()), float(missing.norm()), size))
     return found, sides
+
+
+def reads_past_receivers(runner: Runner) -> str | None:
+    """The first sender that depends on the residual stream in another way than through receivers; one clean pass.
+
+    What receivers read is cut off the stream in the graph of gradients, so nothing that a sender writes may lead there.
+    No gradient is computed, and nothing kept for one.
+    """
+    arch, graph = runner.arch, runner.arch.graph("kv")
+    streams: dict[nn.Module, Tensor] = {}  # what layers read
+    found: list[int] = []
+
+    def begin(layer: nn.Module, x: Tensor) -> Tensor:
+        streams[layer] = x.detach().requires_grad_()
+        return streams[layer].view_as(x)  # a model may change it in place, which a leaf forbids
+
+    def see(site: SenderSite, x: Tensor) -> None:
+        # The norm with which the next layer begins may be the last part of this one's MLP.
+        if _leads_to(x, [streams[layer.module] for layer in arch.layers[: site.layer + 1]]):
+            found.append(site.senders.start)
+
+    def register(hooks: Hooks) -> None:
+        for module in dict.fromkeys(layer.module for layer in arch.layers):
+            hooks.on_input(module, partial(begin, module))
+        for index, layer in enumerate(arch.layers):
+            for module in layer.projection_modules:
+                hooks.on_output(module, Tensor.detach)
+            if graph.has_mlp(index):
+                hooks.on_input(layer.mlp_in, Tensor.detach)
+        for site in sender_sites(arch):
+            hooks.on_senders(site, partial(see, site))
+
+    nothing = saved_tensors_hooks(lambda _: None, lambda _: torch.empty(0))
+    with torch.enable_grad(), nothing:
+        runner.logits(runner.embed(runner.batch.clean).detach(), register)
+    return graph.senders[min(found)] if found else None
+
+
+def _leads_to(x: Tensor, leaves: list[Tensor]) -> bool:
+    """Is x made of any of these, in the graph of gradients?"""
+    ahead, seen = [x.grad_fn], set[Any]()
+    while ahead:
+        node: Any = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if any(getattr(node, "variable", None) is leaf for leaf in leaves):
+            return True
+        ahead += [after for after, _ in node.next_functions]
+    return False
 
 
 def _sums(runner: Runner, sides: BothSides) -> Iterator[tuple[int, int, Tensor]]:

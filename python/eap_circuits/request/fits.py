@@ -33,7 +33,7 @@ from ..forward import (
 from ..graph import Heads
 from ..modules.shapes import Shape
 from ..ranks import is_lost
-from ..recording import compare_sums
+from ..recording import compare_sums, reads_past_receivers
 from ..tasks import PairedDataset, different_throughout
 
 _LOGITS = 64  # the most that are computed by themselves and compared
@@ -70,14 +70,14 @@ def told(arch: Architecture) -> Iterator[None]:
 def fitting(arch: Architecture, data: PairedDataset) -> Architecture:
     """The architecture, which computes all logits where some by themselves are not the model's.
 
-    The model must be borrowed. It takes three passes of the longest clean prompt, and of the same with another last
-    token; of an encoder-decoder one more. Weights that are not there or in parts on ranks are not looked at, nor, off
-    the CPU, where few tokens take as long as many, a model whose code and table the tests run; of prompts with pictures
-    only projections are.
+    The model must be borrowed. It takes four passes of the longest clean prompt, and of the same with another last
+    token. Weights that are not there or in parts on ranks are not looked at, nor, off the CPU, where few tokens take as
+    long as many, a model whose code and table the tests run; of prompts with pictures only projections are, and of
+    encoder-decoders not what they read.
 
     Raises:
-        InputError: a projection is not linear, tokens see later ones, logits are not the model's own, or what nodes
-            write does not add up to what others read.
+        InputError: a projection is not linear, tokens see later ones, logits are not the model's own, what nodes write
+            does not add up to what others read, or they read the residual stream in another way, too.
     """
     if isinstance(next(arch.model.parameters(), None), Shape) or is_in_parts(arch.model):
         return arch
@@ -86,7 +86,7 @@ def fitting(arch: Architecture, data: PairedDataset) -> Architecture:
     once(arch.model, ("linear", repr(arch.family)), [], lambda: _check_linear(arch))
     if data.pictures is not None:
         return arch
-    way = "fits", repr(arch.family), any(layer.post_norm for layer in arch.layers), arch.around and ref(arch.around)
+    way = "fits", repr(arch.family), arch.after_norms, arch.around and ref(arch.around)
     why = once(arch.model, way, [], lambda: tried_twice(lambda: _trial(arch, data)))
     return arch if why is None else replace(arch, picks=False)
 
@@ -145,15 +145,17 @@ def _trial(arch: Architecture, data: PairedDataset) -> str | None:
     else:
         wanted = f"the model's own logits where its parts run as its table ({arch.family.name!r}) says"
         raise expected(name, wanted, f"others, {float(apart.max()):.2g} of their size away")
-    # Before norms after attention heads do not add up, by the published package's definition.
-    whole = arch.family.attention_post_norm is None or any(layer.post_norm for layer in arch.layers)
-    for site, difference, missing, size in sums if whole else ():
+    # What enters norms after attention does not add up.
+    for site, difference, missing, size in sums if arch.after_norms else ():
         # Each of the senders may have rounded the stream.
         if missing > tolerance * difference + tolerance**2 * size * site.reach**0.5:
             where = graph.receivers[site.receivers.start]
             wanted = f"nodes that add what they write to the residual stream, as its table ({arch.family.name!r}) says"
             share = f"{missing / difference:.2g} of its change"
             raise expected(name, wanted, f"a stream that is {share} away from their sum at {where}")
+    if not arch.encoder and (sender := reads_past_receivers(Runner(arch, graph, batch))) is not None:
+        wanted = f"layers that read the residual stream only where its table ({arch.family.name!r}) says"
+        raise expected(name, wanted, f"another way from it to {sender}")
     return _PICKED if arch.picks_logits and some is None else None
 
 

@@ -37,6 +37,18 @@ class Gated(modeling_llama.LlamaAttention):
         return heads * hidden_states.mean(-1, keepdim=True).sigmoid(), weights
 
 
+class GatedHeads(modeling_llama.LlamaAttention):
+    """Multiplies heads by what it makes of the residual stream in another way than by its projections."""
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, **given):
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        parts = [each(hidden_states).view(shape).transpose(1, 2) for each in (self.q_proj, self.k_proj, self.v_proj)]
+        parts[:2] = modeling_llama.apply_rotary_pos_emb(*parts[:2], *position_embeddings)
+        attend = modeling_llama.ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        heads, weights = attend(self, *parts, attention_mask, scaling=self.scaling)
+        return self.o_proj(heads.flatten(-2) * hidden_states.mean(-1, keepdim=True).sigmoid()), weights
+
+
 class Shifted(modeling_llama.LlamaMLP):
     """Reads the token before, too."""
 
@@ -62,6 +74,7 @@ def sees_everything(model):
         (of_layers(Scaled), r"sum at a1\.h0<v>"),
         (of_layers(Parallel), "sum at m0"),
         (of_layers(Gated, "self_attn"), "sum at m0"),
+        (of_layers(GatedHeads, "self_attn"), r"another way from it to a0\.h0"),
         (of_layers(Shifted, "mlp"), "found others"),
         (sees_everything, "expected a causal language model"),
     ],

@@ -72,7 +72,8 @@ def bind(model: nn.Module, family: Family | None = None) -> Architecture:
         )
     for name, value in family.requires.items():
         if (found := configured(config, name, value)) != value:
-            raise expected(f"{type(model).__name__}.config.{name}", repr(value), repr(found))
+            wanted = f"{value!r}, or a table of its own (eap_circuits.discover)"
+            raise expected(f"{type(model).__name__}.config.{name}", wanted, repr(found))
     _check_parts(model)
     if is_in_parts(model):
         if family.decoder is not None:
@@ -139,7 +140,7 @@ class _Binder:
         if not isinstance(getattr(embed, "weight", None), torch.Tensor):
             name = f"{type(self.model).__name__}'s token embeddings"
             raise expected(name, "a module with a weight [tokens, features]", type(embed).__name__)
-        if getattr(embed, "embedding_dim", width) != width and not family.placed:
+        if getattr(embed, "embedding_dim", width) != width and family.embedding_norm is None:
             raise expected(
                 f"{type(self.model).__name__}'s token embeddings", f"{width} features, the layers'", embed.embedding_dim
             )
@@ -241,8 +242,10 @@ class _Binder:
         kept = dict.fromkeys(_GROUPS, 1) | dict.fromkeys(_KV_HEADS, n_heads)
         ungrouped = {name: value for name, value in kept.items() if hasattr(attention, name)}
         post = family.attention_post_norm
+        post = None if post is None or isinstance(site(layer, post), nn.Identity) else post
         if post is not None and getattr(out, "bias", None) is not None:
-            raise expected(f"{type(layer).__name__}.{family.out}", "no bias, as a norm follows it", "a bias")
+            (name,) = (name for name, module in layer.named_modules() if module is out)
+            raise expected(f"{type(layer).__name__}.{name}", "no bias, as a norm follows it", "a bias")
         return Layer(
             module=layer,
             attention_norm=norm,

@@ -97,17 +97,18 @@ class Mixers:
         `values` is the number of features of all heads' values together.
         """
         family, name = self.family, type(layer).__name__
-        head_dim = self._head_dim(attention)
-        heads = values // head_dim
-        if heads * head_dim != values:
-            raise expected(f"{name}.{family.out}", f"heads of {head_dim} input features", values)
+        head_dim, fused = self._head_dim(attention), family.q == family.k == family.v
+        own = None if fused else getattr(attention, "v_head_dim", None)  # where values have another width
+        value_dim = own if isinstance(own, int) else head_dim
+        heads = values // value_dim
+        if heads * value_dim != values:
+            raise expected(f"{name}.{family.out}", f"heads of {value_dim} input features", values)
         modules = [linear_at(layer, path) for path in (family.q, family.k, family.v)]
         features = [linear_shape(module)[0] for module in modules]
-        fused = family.q == family.k == family.v
         kv_width = (features[0] - values) // 2 if fused else features[1]
-        kv = kv_width // head_dim
-        queries = 2 * values if not fused and features[0] == 2 * values else values
-        right = [values + 2 * kv * head_dim] * 3 if fused else [queries, kv * head_dim, kv * head_dim]
+        kv, queries = kv_width // head_dim, heads * head_dim
+        queries = 2 * queries if not fused and features[0] == 2 * queries else queries
+        right = [values + 2 * kv * head_dim] * 3 if fused else [queries, kv * head_dim, kv * value_dim]
         fits = kv > 0 and heads % kv == 0
         for path, found, wanted in zip((family.q, family.k, family.v), features, right, strict=True):
             if found != wanted or (path == family.k and not fits):

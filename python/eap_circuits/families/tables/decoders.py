@@ -12,7 +12,7 @@ LLAMA = Family(
     model_types=(
         *("llama", "mistral", "ministral", "mixtral", "smollm3", "starcoder2", "olmo", "gpt_oss"),
         *("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "arcee", "cwm", "seed_oss", "helium"),
-        *("ernie4_5", "ernie4_5_moe", "glm", "glm4_moe", "hunyuan_v1_dense"),
+        *("ernie4_5", "ernie4_5_moe", "glm", "glm4_moe", "hunyuan_v1_dense", "exaone", "internlm3", "iquestcoder"),
     ),
     layers="model.layers",
     final_norm="model.norm",
@@ -36,9 +36,16 @@ PHI3 = replace(
 GRANITE = replace(
     LLAMA,
     name="granite",
-    model_types=("granite",),
+    model_types=("granite", "granite_swa"),
     embedding_multiplier="embedding_multiplier",
     residual_multiplier="residual_multiplier",
+)
+HYPERCLOVAX = replace(
+    GRANITE,
+    name="hyperclovax",
+    model_types=("hyperclovax",),
+    attention_post_norm="post_norm1",
+    mlp_post_norm="post_norm2",
 )
 GRANITE_MOE = replace(GRANITE, name="granite_moe", model_types=("granitemoe",), mlp="block_sparse_moe")
 LLAMA4 = replace(LLAMA, name="llama4", model_types=("llama4_text",), mlp="feed_forward")
@@ -274,7 +281,10 @@ XGLM = replace(
 )
 BITNET = replace(LLAMA, name="bitnet", model_types=("bitnet",), inner_norm="self_attn.attn_sub_norm")
 GRANITE_MOE_SHARED = replace(
-    GRANITE_MOE, name="granite_moe_shared", model_types=("granitemoeshared",), beside="shared_mlp"
+    GRANITE_MOE,
+    name="granite_moe_shared",
+    model_types=("granitemoeshared", "granitemoe_swa"),
+    beside="shared_mlp",
 )
 # Its one final norm is applied to the embeddings, too.
 NANOCHAT = replace(LLAMA, name="nanochat", model_types=("nanochat",), embedding_norm="model.norm")

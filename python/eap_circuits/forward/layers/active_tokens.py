@@ -59,5 +59,5 @@ class _Linear(torch.autograd.Function):
         weight, rows = ctx.saved_tensors
         (gradient,) = gradients
         x = gradient.new_zeros(*gradient.shape[:-1], weight.shape[1])
-        x.view(-1, weight.shape[1])[rows] = gradient.reshape(-1, weight.shape[0])[rows] @ weight
+        x.flatten(0, -2)[rows] = gradient.flatten(0, -2)[rows] @ weight
         return x, None, None, None

@@ -60,7 +60,8 @@ def _attend(
     mask = attention_mask.repeat(1, 1, groups, 1) if attention_mask.shape[1] == 1 else _pack(attention_mask, groups)
     alone = SimpleNamespace(num_key_value_groups=1)
     out, *rest = attend(alone, _pack(query, groups), key, value, mask, *args, **kwargs)
-    return out.unflatten(1, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3), *rest
+    out = out.unflatten(1, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    return out.contiguous(), *rest  # of one key head it is a view, which some models cannot view again
 
 
 def _pack(x: Tensor, groups: int) -> Tensor:

@@ -63,7 +63,7 @@ def means(
         embeddings = runner.embed(batch.clean)
         found = [add(sites[0], embeddings), *record_senders(sites, partial(runner.record, embeddings), add)[0]]
         counts = [
-            places(each.host["rows"], each.shape[1]).bincount(weight, size)
+            weight.new_zeros(size).index_add_(0, places(each.host["rows"], each.shape[1]), weight)
             for each, weight in zip(own, weights, strict=True)
         ]
         return torch.stack(counts), found

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from .parts import is_shard
+from .parts import computes_in_parts, is_shard
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -24,9 +24,12 @@ def is_offloaded(module: nn.Module) -> bool:
 def forward_of(module: nn.Module) -> Any:
     """The function that computes what a module does: its class's, unless another was put in its place.
 
-    What fetches its weights and moves its inputs does not count, nor what takes its place in a pass of ours.
+    What fetches its weights and moves its inputs does not count, nor a tensor parallel module's exchange, nor what
+    takes its place in a pass of ours.
     """
     own: Any = type(module).forward
+    if computes_in_parts(module):
+        return own
     put = vars(module).get("_old_forward" if "_hf_hook" in vars(module) else "forward", own)
     ours = str(getattr(getattr(put, "func", put), "__module__", "")).startswith("eap_circuits.")
     return own if ours else getattr(put, "__func__", put)

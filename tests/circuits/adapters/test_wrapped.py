@@ -322,7 +322,7 @@ def test_buffers_of_inference_mode_that_gradients_need(make_model, make_pairs):
     with torch.inference_mode():
         for layer in model.model.layers:
             layer.layer_scalar = layer.layer_scalar.clone()
-    with pytest.raises(eap.InputError, match="expected .*, found Inference tensors"):
+    with pytest.raises(eap.InputError, match=r"expected .*, found Inference tensors"):
         eap.attribute(model, make_pairs(n=3))
 
 

@@ -1,7 +1,7 @@
-"""Turn a pytest-benchmark JSON into a committed result, the machine's stored ratios, the tables of the docs, and the
-table of what `auto` takes on a GPU. A GPU's benches are measured in parts, and each part is merged into the others.
+"""Turn a pytest-benchmark JSON into the machine's committed result, the tables of the docs, and the table of what `auto`
+takes on a GPU. A GPU's benches are measured in parts, and each part is merged into the others.
 
-python -m bench.record RUN.json ...          # bench/results/, bench/ratios/, then the tables
+python -m bench.record RUN.json ...          # bench/results/, then the tables
 python -m bench.record GPU.json ...          # the same with results that were recorded on another machine
 python -m bench.record --compare RUN.json    # fails on a ratio under its share of the machine's stored one
 python -m bench.record                       # all documents, from the committed results
@@ -56,26 +56,20 @@ def merged(old: dict | None, new: dict) -> dict:
     return {**new, "benches": {**stays, **new["benches"]}, "states": old.get("states", []) + new.get("states", [])}
 
 
-def result_name(result: dict) -> str:
-    return f"{measure.slug(result['machine'])}.json" if "gpu" in result["machine"] else "cpu.json"
-
-
 def write_choices() -> None:
     CHOICES.write_text(choices.text(tables.committed(ROOT)))
 
 
 def record(run: dict) -> None:
     result = condense(run)
-    machine, target = measure.slug(result["machine"]), ROOT / "bench/results" / result_name(result)
+    target = regressions.path(measure.slug(result["machine"]))
     if "gpu" in result["machine"]:
         result = merged(json.loads(target.read_text()) if target.exists() else None, result)
     target.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-    regressions.store(result, machine)
     write_choices()
     if "OUT" in os.environ:  # only this folder comes back from a machine whose checkout is thrown away
         for file in (target, CHOICES):
             shutil.copy(file, os.environ["OUT"])
-        shutil.copy(regressions.path(machine), Path(os.environ["OUT"], f"{machine}-ratios.json"))
     documents.write(ROOT)
 
 

@@ -1,4 +1,4 @@
-"""The ratios stored for each machine, bench/ratios/<machine>.json, and what counts as a regression."""
+"""The results stored for each machine, bench/results/<machine>.json, and what counts as a regression."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-FOLDER = Path(__file__).parent / "ratios"
+FOLDER = Path(__file__).parent / "results"
 # Ratios of minima taken in turns spread by 10 % between runs on two busy cores, and a stored and a new one each
 # have that spread. A bench that falls below is tried again before it fails.
 TOLERANCE = 0.8
@@ -21,19 +21,12 @@ def path(machine: str) -> Path:
 def load(machine: str) -> dict[str, dict[str, float]] | None:
     """The ratios stored for a machine, or None if it has none."""
     file = path(machine)
-    return json.loads(file.read_text())["ratios"] if file.exists() else None
+    return ratios(json.loads(file.read_text())) if file.exists() else None
 
 
 def ratios(result: Mapping) -> dict[str, dict[str, float]]:
     """The ratios of a condensed result."""
     return {name: info["ratios"] for name, info in result["benches"].items() if "ratios" in info}
-
-
-def store(result: Mapping, machine: str) -> None:
-    file = path(machine)
-    file.parent.mkdir(exist_ok=True)
-    kept = {key: result[key] for key in ("commit", "date", "versions")} | {"ratios": ratios(result)}
-    file.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
 
 
 def below(found: Mapping[str, float], stored: Mapping[str, float], share: float = TOLERANCE) -> list[str]:

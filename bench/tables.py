@@ -41,8 +41,8 @@ README_ROWS = (
 
 
 def committed(root: Path) -> dict[str, dict]:
-    """Every committed result by its file's name, the CPU's first."""
-    files = sorted(root.glob("bench/results/*.json"), key=lambda file: (file.stem != "cpu", file.stem))
+    """Every committed result by its file's name."""
+    files = sorted(root.glob("bench/results/*.json"))
     others = (root / f"docs/results/{name}.json" for name in ("performance", "fuzz"))
     return {file.stem: json.loads(file.read_text()) for file in (*files, *others)}
 
@@ -75,9 +75,15 @@ def markdown(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def readme(results: Results) -> str:
-    result = results["cpu"]
-    rows = [(words, f"{1 / result['benches'][name]['ratios'][key]:.2f}") for name, key, words in README_ROWS]
-    return f"{markdown(('what', 'ratio'), rows)}\n{provenance(result)}\n"
+    """A column for each processor on which the first row was measured."""
+    found = [result for result in results.values() if README_ROWS[0][0] in result.get("benches", {})]
+    of_cpus = [result for result in found if "gpu" not in result["machine"]]
+    rows = [
+        [words, *(f"{1 / result['benches'][name]['ratios'][key]:.2f}" for result in of_cpus)]
+        for name, key, words in README_ROWS
+    ]
+    columns = ["what", *(f"{machine(result)}, {result['machine']['instruction_set']}" for result in of_cpus)]
+    return "\n".join([markdown(columns, rows), *map(provenance, of_cpus)]) + "\n"
 
 
 Row = Callable[[dict, dict[str, float]], list[str]]

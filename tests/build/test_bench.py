@@ -80,14 +80,15 @@ def test_turns_go_back_and_forth_and_keep_the_least(monkeypatch):
 
 @pytest.fixture
 def elsewhere(monkeypatch, tmp_path):
-    """Results, ratios and pages in a folder of their own, on a made-up GPU."""
-    for name in (*documents.OF_BENCHES, "bench/results/cpu.json", "docs/results/performance.json", documents.FUZZ):
+    """Results and pages in a folder of their own, on a made-up GPU."""
+    of_cpus = [file.relative_to(ROOT) for file in ROOT.glob("bench/results/*-cores.json")]
+    for name in (*documents.OF_BENCHES, *of_cpus, "docs/results/performance.json", documents.FUZZ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text())
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(record, "ROOT", tmp_path)
     monkeypatch.setattr(record, "CHOICES", tmp_path / "measured.json")
-    monkeypatch.setattr(regressions, "FOLDER", tmp_path / "ratios")
+    monkeypatch.setattr(regressions, "FOLDER", tmp_path / "bench/results")
     monkeypatch.setattr(measure, "machine", lambda: GPU_FACTS)
     monkeypatch.setattr(measure, "versions", lambda: {"python": "3.12.3", "torch": "2.11.0"})
     monkeypatch.setenv("EAP_COMMIT", "0123456789")
@@ -95,7 +96,7 @@ def elsewhere(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_record_writes_result_ratios_and_tables(elsewhere):
+def test_record_writes_result_and_tables(elsewhere):
     facts = {"model": "gpt2", "dtype": "bfloat16", "layout": "contiguous", "receivers": 445, "tokens": 64}
     facts["seconds"] = {"reference": 3.0, "triton": 2.0, "cuda": 1.0, "matmul": 0.1}
     ratios = {"auto_of_floor": 0.42, "auto_of_matrix_rate": 0.31, "over_dense": 1.7}
@@ -119,7 +120,7 @@ def test_record_writes_result_ratios_and_tables(elsewhere):
     operators = {"edge_scores": {"bfloat16, flat": ranking}}
     assert chosen == {"NVIDIA H200": {"capability": "9.0", "operators": operators}}
     brought_back = sorted(path.name for path in (elsewhere / "out").iterdir())
-    assert brought_back == ["measured.json", "nvidia-h200-ratios.json", "nvidia-h200.json"]
+    assert brought_back == ["measured.json", "nvidia-h200.json"]
 
 
 def test_parts_of_a_gpu_s_benches_are_merged(elsewhere, monkeypatch):
@@ -151,8 +152,9 @@ def test_parts_of_a_gpu_s_benches_are_merged(elsewhere, monkeypatch):
 
 def test_a_comparison_fails_on_a_regression_and_writes_nothing(elsewhere):
     record.fail_on_regressions(run_json(STORED))
-    assert not (elsewhere / "ratios").exists(), "a comparison stores nothing"
-    regressions.store(record.condense(run_json(STORED)), "nvidia-h200")
+    stored = regressions.path("nvidia-h200")
+    assert not stored.exists(), "a comparison stores nothing"
+    stored.write_text(json.dumps(record.condense(run_json(STORED))))
     record.fail_on_regressions(run_json(STORED))
     before = sorted(elsewhere.rglob("*"))
     with pytest.raises(SystemExit, match=r"test_b: memory 1 is below 1.6"):
@@ -160,10 +162,9 @@ def test_a_comparison_fails_on_a_regression_and_writes_nothing(elsewhere):
     assert sorted(elsewhere.rglob("*")) == before
 
 
-def test_a_cpu_s_result_and_ratios_are_named_apart():
+def test_a_cpu_s_result_is_named_after_what_sets_its_speed():
     facts = {"processor": "Intel(R) Xeon(R) Processor", "cores": 2, "instruction_set": "x86-64-v4"}
     assert measure.slug(facts) == "intel-r-xeon-r-processor-x86-64-v4-2-cores"
-    assert record.result_name({"machine": facts}) == "cpu.json"
 
 
 def test_every_table_has_rows_for_every_case():

@@ -1,5 +1,5 @@
-"""Turn a pytest-benchmark JSON into the machine's committed result, the tables of the docs, and the table of what `auto`
-takes on a GPU. A GPU's benches are measured in parts, and each part is merged into the others.
+"""Turn a pytest-benchmark JSON into the machine's committed result, the tables of the docs, and the table of what
+`auto` takes on a GPU. Benches may be measured in parts; each part is merged into the others.
 
 python -m bench.record RUN.json ...          # bench/results/, then the tables
 python -m bench.record GPU.json ...          # the same with results that were recorded on another machine
@@ -63,8 +63,7 @@ def write_choices() -> None:
 def record(run: dict) -> None:
     result = condense(run)
     target = regressions.path(measure.slug(result["machine"]))
-    if "gpu" in result["machine"]:
-        result = merged(json.loads(target.read_text()) if target.exists() else None, result)
+    result = merged(json.loads(target.read_text()) if target.exists() else None, result)
     target.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
     write_choices()
     if "OUT" in os.environ:  # only this folder comes back from a machine whose checkout is thrown away

@@ -55,8 +55,11 @@ def parts(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _on_cpu(base: Tensor, delta: Tensor, mask: Tensor, wide: torch.dtype) -> Tensor:
-    read = (mask != 0).any(1)
-    rows = None if bool(read.all()) else read.nonzero().flatten()
+    rows = (mask != 0).any(1).nonzero().flatten()
+    if len(rows) and int(rows[-1] - rows[0]) + 1 == len(rows):
+        # Those of a layer's receivers: senders after it are unread. What lies together is read in place.
+        read = slice(int(rows[0]), int(rows[-1]) + 1)
+        delta, mask, rows = delta[read], mask[read], None
     _, tokens, features = delta.shape
     weights = (mask if rows is None else mask[rows]).T.to(wide)  # [R, senders]
     y = delta.new_empty((weights.shape[0], tokens, features))

@@ -13,6 +13,7 @@ from eap_kernels import _auto, info, testing
 from eap_kernels._registry import BACKENDS
 from eap_kernels._schemas import OPERATORS
 from eap_kernels.reference import Backend
+from eap_kernels.tune import choices
 
 BLOCK = """
 import importlib.abc, sys
@@ -209,9 +210,11 @@ def test_one_kernel_is_taken_without_a_measurement_on_a_device_where_it_was_test
         assert _auto.choose(op, torch.zeros(1)).impl == on_cpu
 
 
-def test_auto_follows_its_rule(randn):
+@pytest.mark.parametrize(("instruction_set", "dense"), [("x86-64-v3", "cpu"), ("x86-64-v4-amx", "reference")])
+def test_auto_follows_its_rule(instruction_set, dense, randn, monkeypatch):
     if "cpu" not in testing.available_backends():
         return
+    monkeypatch.setattr(choices, "instruction_set", lambda: instruction_set)
     delta, grad = randn(3, 4, 5), randn(20, 4, 5)
     strided, reach = delta.transpose(0, 1).contiguous().transpose(0, 1), torch.tensor([1, 3])
     mask, many = torch.ones(3, 9), randn(200, 1, 5)
@@ -221,11 +224,13 @@ def test_auto_follows_its_rule(randn):
     assert "auto runs cpu" in ek.explain("edge_scores", strided, grad, reach)
     assert "auto runs cpu" in ek.explain("edge_scores", delta.bfloat16(), grad.bfloat16(), reach)
     assert "auto runs cpu" in ek.explain("edge_scores", delta, grad, reach, None, torch.zeros(4).long())
-    assert "auto runs reference" in ek.explain("masked_read", many[0], many, torch.ones(200, 9))
+    assert f"auto runs {dense}" in ek.explain("masked_read", many[0], many, torch.ones(200, 9))
     assert "auto runs cpu" in ek.explain("masked_read", many[0], many, torch.ones(200, 8))
+    wide = torch.zeros(500, 1, 1)
+    assert "auto runs reference" in ek.explain("masked_read", wide[0], wide, torch.ones(500, 9))
     assert "auto runs cpu" in ek.explain("masked_read", delta[0], delta, mask)
     assert "auto runs cpu" in ek.explain("masked_read", delta[0], delta, torch.stack([mask, mask, mask]))
-    assert "auto runs reference" in ek.explain("masked_read", many[0], many, torch.ones(9, 200, 1))
+    assert f"auto runs {dense}" in ek.explain("masked_read", many[0], many, torch.ones(9, 200, 1))
     with pytest.raises(ValueError, match="explain: expected one circuit's delta"):
         ek.explain("masked_read", delta[0], delta[None], mask[None])
     known = ", ".join(OPERATORS)

@@ -142,12 +142,13 @@ def test_senders_that_no_circuit_keeps_do_not_matter(impl, device, own):
     assert y[:, 0, 0, 0].tolist() == [2, 3]
 
 
-def test_unused_senders_are_never_read(impl, device, dtype):
-    delta = torch.ones(4, 2, 3, dtype=dtype)
-    delta[1:3] = math.nan
-    mask = torch.tensor([[1, 0], [0, 0], [0, 0], [1, 1]], dtype=torch.bool)
+@pytest.mark.parametrize("used", [[0, 3], [1, 2], [2, 3], [0, 1]], ids=["inner", "outer", "first", "last"])
+def test_unused_senders_are_never_read(impl, device, dtype, used):
+    delta, mask = torch.full((4, 2, 3), math.nan, dtype=dtype), torch.zeros(4, 2, dtype=torch.bool)
+    delta[used] = torch.tensor([1.0, 2.0], dtype=dtype)[:, None, None]
+    mask[used] = torch.tensor([[True, False], [True, True]])
     y = ek.masked_read(torch.ones(2, 3, dtype=dtype), delta, mask, impl=impl)
-    assert y[:, 0, 0].tolist() == [3, 2]
+    assert y[:, 0, 0].tolist() == [4, 3]
 
 
 @pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16])

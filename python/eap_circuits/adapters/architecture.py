@@ -251,6 +251,12 @@ class Architecture:
         return len((model.get_decoder() if decoder else model).get_input_embeddings().weight)
 
     @property
+    def predicted(self) -> int:
+        """How many tokens, or classes, have logits; some models embed more."""
+        embedded = self.vocabulary(decoder=self.encoder > 0)
+        return min(embedded, int(getattr(self.head, "out_features", embedded)))
+
+    @property
     def d_model(self) -> int:
         return linear_shape(self.layers[0].out)[0]
 

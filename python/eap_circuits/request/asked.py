@@ -129,7 +129,7 @@ def prepare(
     data = request.data
     check_tokens(request.arch, data)
     _check_places(request.arch, data)
-    known = 0 if request.arch.classifies else _predicted(request.arch)
+    known = 0 if request.arch.classifies else request.arch.predicted
     if data.variants is not None and (data.variants >= known).any():
         data = replace(data, variants=data.variants.where(data.variants < known, -1))
         request = replace(request, data=data)
@@ -248,12 +248,6 @@ def _check_ablation(request: Request) -> None:
                 raise expected("ablation_data", f"{read} of {most} tokens, the data's most", f"at most {covered}")
 
 
-def _predicted(arch: Architecture) -> int:
-    """How many tokens have logits; some models embed more."""
-    embedded = arch.vocabulary(decoder=arch.encoder > 0)
-    return min(embedded, int(getattr(arch.head, "out_features", embedded)))
-
-
 def check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> None:
     config: Any = arch.model.config
     shown = 0 if data.pictures is None else _pictured(arch, data.pictures, label)
@@ -262,7 +256,7 @@ def check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> No
         classes = name == "answers" and arch.classifies
         if tokens is None or (classes and label):
             continue
-        most = _predicted(arch) if name == "answers" else arch.vocabulary(name == "decoder")
+        most = arch.predicted if name == "answers" else arch.vocabulary(name == "decoder")
         most = int(config.num_labels) if classes else most
         most += shown if name in ("clean", "corrupted") else 0
         beyond = (tokens >= most).flatten(1).any(1).nonzero()

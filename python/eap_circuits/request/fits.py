@@ -129,7 +129,7 @@ def _trial(arch: Architecture, data: PairedDataset) -> str | None:
     looks_ahead = not of_rounding(logit_distance(other[None], first[None]), tolerance)
     if (arch.causal or arch.encoder) and not arch.classifies and batch.end.clean.numel() > 1 and looks_ahead:
         raise expected(name, f"a causal {said}, in which no token sees later ones", "one in which they do")
-    last = _vocabulary(arch) - 1
+    last = arch.predicted - 1
     picked = torch.linspace(0, last, min(_LOGITS, 1 + last // 2)).long().to(arch.device)
     for some in (picked, None) if arch.picks_logits else (None,):
         try:
@@ -166,7 +166,7 @@ def _batch(arch: Architecture, data: PairedDataset) -> Batch:
     if data.decoder is not None:
         most = data.decoder[int((data.decoder >= 0).sum(1).argmax())]
         read = most[None, most >= 0]
-    other = _with_another_end(tokens, _vocabulary(arch))
+    other = _with_another_end(tokens, arch.vocabulary())
     size, answers = torch.tensor([len(tokens)]), tokens.new_empty(1, 2, 0)
     pair = PairedDataset(tokens[None], other[None], size, answers, decoder=read)
     return batch_of(pair if arch.causal else different_throughout(pair), torch.arange(1), False, arch.device)
@@ -177,12 +177,6 @@ def _with_another_end(tokens: Tensor, vocabulary: int) -> Tensor:
     # One of the prompt's own is no padding, and stands for no picture.
     other[-1] = different[0] if len(different) else (tokens[-1] + 1) % vocabulary
     return other
-
-
-def _vocabulary(arch: Architecture) -> int:
-    model: Any = arch.model
-    ends: tuple[Any, Any] = (model.get_input_embeddings(), arch.head)
-    return min(len(end.weight) for end in ends if isinstance(getattr(end, "weight", None), Tensor))
 
 
 def _own(arch: Architecture, batch: Batch, tokens: Tensor) -> Tensor:

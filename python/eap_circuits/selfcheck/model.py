@@ -179,9 +179,7 @@ def exact_copy(model: nn.Module) -> Any:
 def _random_pairs(arch: Architecture, seed: int) -> PairedDataset:
     generator = torch.Generator().manual_seed(seed)
     model: Any = arch.model
-    # Some embed more tokens than they predict.
-    ends: tuple[Any, Any] = (model.get_input_embeddings(), None if arch.classifies else arch.head)
-    vocabulary = min(len(end.weight) for end in ends if isinstance(getattr(end, "weight", None), Tensor))
+    vocabulary = arch.vocabulary() if arch.classifies else min(arch.vocabulary(), arch.predicted)
     padding = getattr(model.config, "pad_token_id", None)  # which some do not count as a position
     known = torch.tensor([token for token in range(vocabulary) if token != padding])
     examples, tokens, shared = 3, 9, 4

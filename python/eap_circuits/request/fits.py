@@ -83,12 +83,13 @@ def fitting(arch: Architecture, data: PairedDataset) -> Architecture:
         return arch
     if arch.device.type != "cpu" and _is_tested(arch):
         return arch
-    once(arch.model, ("linear", repr(arch.family)), [], lambda: _check_linear(arch))
-    if data.pictures is not None:
-        return arch
-    way = "fits", repr(arch.family), arch.after_norms, arch.around and ref(arch.around)
-    why = once(arch.model, way, [], lambda: tried_twice(lambda: _trial(arch, data)))
-    return arch if why is None else replace(arch, picks=False)
+
+    def look() -> str | None:
+        _check_linear(arch)
+        return tried_twice(lambda: _trial(arch, data)) if data.pictures is None else None
+
+    way = "fits", repr(arch.family), arch.after_norms, arch.around and ref(arch.around), data.pictures is None
+    return arch if once(arch.model, way, [], look) is None else replace(arch, picks=False)
 
 
 def _is_tested(arch: Architecture) -> bool:

@@ -18,13 +18,14 @@ from transformers.cache_utils import DynamicCache
 
 from ..edges import Reads
 from ..errors import expected
-from ..families import Family
+from ..families import Family, is_built_in
 from ..graph import Graph, Heads
 from ..modules.norms import Norm
 from ..modules.offloading import device_of, is_offloaded, read
 from ..modules.parts import Shares, Split, add_up, computes_in_parts, own_features, run_whole, team
 from ..modules.projections import Order, Projections, Together, Weight, linear_shape
 from ..ranks import Team
+from .classes import runs_tested_code
 from .hooks_of_others import foreign_hooks
 
 
@@ -238,6 +239,11 @@ class Architecture:
         """Has the model hooks of others? They may go by a token's place. So every prompt runs as in a plain run: whole,
         beside others of its length, through every module."""
         return any(map(foreign_hooks, self.model.modules()))
+
+    @property
+    def tested(self) -> bool:
+        """Is all that it runs, and its table, what the package's own tests run?"""
+        return is_built_in(self.family) and not self.hooked and self.around is None and runs_tested_code(self.model)
 
     @property
     def picks_logits(self) -> bool:

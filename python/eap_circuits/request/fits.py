@@ -15,7 +15,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from ..adapters import Architecture, departure, is_built_in, is_in_parts, runs_tested_code
+from ..adapters import Architecture, departure, is_in_parts
 from ..errors import InputError, expected, out_of_memory, reason
 from ..forward import (
     Batch,
@@ -81,7 +81,7 @@ def fitting(arch: Architecture, data: PairedDataset) -> Architecture:
     """
     if isinstance(next(arch.model.parameters(), None), Shape) or is_in_parts(arch.model):
         return arch
-    if arch.device.type != "cpu" and _is_tested(arch):
+    if arch.device.type != "cpu" and arch.tested:
         return arch
 
     def look() -> str | None:
@@ -90,11 +90,6 @@ def fitting(arch: Architecture, data: PairedDataset) -> Architecture:
 
     way = "fits", repr(arch.family), arch.after_norms, arch.around and ref(arch.around), data.pictures is None
     return arch if once(arch.model, way, [], look) is None else replace(arch, picks=False)
-
-
-def _is_tested(arch: Architecture) -> bool:
-    own = is_built_in(arch.family) and not arch.hooked and arch.around is None
-    return own and runs_tested_code(arch.model)
 
 
 def _check_linear(arch: Architecture) -> None:

@@ -19,12 +19,12 @@ from ..modules.projections import (
     Projection,
     Together,
     concatenate,
-    departure,
     is_plain,
     joined,
     linear_bias,
     linear_shape,
     linear_weight,
+    nonlinearity,
     restore,
 )
 from .architecture import Architecture, Layer

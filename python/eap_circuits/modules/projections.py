@@ -223,7 +223,7 @@ def _for(module: nn.Module, x: Tensor) -> Tensor:
     return x.to(held or torch.float32)
 
 
-def departure(module: nn.Module) -> tuple[float, float]:
+def nonlinearity(module: nn.Module) -> tuple[float, float]:
     """How far a module that is not read by its weight alone is from a linear map and a constant, relative to it, for a
     few random inputs: in what it gives, and in the gradients that it passes on, if any."""
     if isinstance(module, Place) or (_is_linear(module) and is_plain(getattr(module, "weight", None))):

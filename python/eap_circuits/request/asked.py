@@ -19,7 +19,7 @@ from ..metrics import METRICS, Metric, get_metric
 from ..ranks import rank
 from ..recording import ABLATIONS, Ablation, ablation_of
 from ..tasks import PairedDataset, Pictures, different_throughout, longest
-from .fits import tried
+from .fits import try_model
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,9 +65,9 @@ class Request:
             raise expected("model", f"one that is no encoder-decoder, for {what}", found)
 
     def verified(self, heads: Heads) -> Self:
-        """The request, after a look at whether the model does what its table says (`tried`), without prefix reuse if
-        its cache cannot serve, which a warning says; the model must be borrowed already."""
-        arch, why = tried(self.arch, heads, self.data, self.reuse_prefix)
+        """The request after `try_model`, without prefix reuse if the model's cache cannot serve, which a warning says;
+        the model must be borrowed already."""
+        arch, why = try_model(self.arch, heads, self.data, self.reuse_prefix)
         if why is not None:
             name = type(self.arch.model).__name__
             warn(f"{name}: prefixes are not reused, as its cache cannot serve ({why}).")

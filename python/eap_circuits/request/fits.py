@@ -15,7 +15,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from ..adapters import Architecture, departure, is_in_parts
+from ..adapters import Architecture, is_in_parts, nonlinearity
 from ..errors import InputError, expected, out_of_memory, reason
 from ..forward import (
     Batch,
@@ -41,22 +41,22 @@ _GROSS = 8  # a rounding may choose other experts, which moves logits by more th
 _PICKED = "some tokens' logits by themselves are not what they are beside all others"
 
 
-def tried(
+def try_model(
     arch: Architecture, heads: Heads, data: PairedDataset, reuse_prefix: bool = True
 ) -> tuple[Architecture, str | None]:
-    """`fitting`, and `why_not_reused`.
+    """Does the model do what its table says (`checked`), and why can its prefixes not be reused (`why_not_reused`)?
 
     Raises:
         InputError: as these, or the model does not run on a prompt's tokens.
     """
-    with told(arch):
+    with as_input_errors(arch):
         why = why_not_reused(arch, heads, data, reuse_prefix)
-        return fitting(arch, data), why
+        return checked(arch, data), why
 
 
 @contextmanager
-def told(arch: Architecture) -> Iterator[None]:
-    """For a model's first runs: its own errors, of any kind, are told in a sentence; those of hooks are the user's."""
+def as_input_errors(arch: Architecture) -> Iterator[None]:
+    """For a model's first runs: its own errors, of any kind, become one sentence; those of hooks are the user's."""
     try:
         yield
     except InputError:
@@ -67,7 +67,7 @@ def told(arch: Architecture) -> Iterator[None]:
         raise expected(type(arch.model).__name__, "a model that runs on a prompt's tokens", reason(error)) from error
 
 
-def fitting(arch: Architecture, data: PairedDataset) -> Architecture:
+def checked(arch: Architecture, data: PairedDataset) -> Architecture:
     """The architecture, which computes all logits where some by themselves are not the model's.
 
     The model must be borrowed. It takes four passes of the longest clean prompt, and of the same with another last
@@ -100,7 +100,7 @@ def _check_linear(arch: Architecture) -> None:
     others = [each for layer in arch.layers for each in layer.module.modules() if hasattr(each, "in_features")]
     for module in dict.fromkeys([*read, *others]):
         try:
-            value, slope = departure(module)
+            value, slope = nonlinearity(module)
         except Exception as error:
             if module in read or out_of_memory(error):
                 raise

@@ -194,7 +194,6 @@ class Architecture:
     """
 
     model: nn.Module
-    around: Any  # the PEFT model that it was handed in as, whose forward may do more; None: it was not
     family: Family
     layers: list[Layer]
     final_norm: Norm
@@ -209,6 +208,7 @@ class Architecture:
     device: torch.device
     dtype: torch.dtype
     planned_for: str | None = None
+    around: Any = None  # the PEFT model that it was handed in as, whose forward may do more; None: it was not
     picks: bool = True  # are the logits that the model gives those of its head, each token's by itself?
     after_norms: bool = True  # is what leaves a norm after attention what heads contribute, and not what enters it?
     encoder: int = 0  # how many of the layers, the first ones, are an encoder's; 0: it is no encoder-decoder

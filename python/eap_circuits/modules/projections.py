@@ -244,7 +244,8 @@ def nonlinearity(module: nn.Module) -> tuple[float, float]:
         value = apart(together - zero, moved + moved.roll(1, 0))
         if not y.requires_grad:
             return value, 0.0
-        g, slope = torch.randn(y.shape, generator=generator, dtype=torch.float32).to(y), None
+        g = torch.randn(y.shape, generator=generator, dtype=torch.float32).to(y)
+        slope: Tensor | None = None
         with suppress(NotImplementedError):
             (slope,) = torch.autograd.grad(y, given, g, allow_unused=True)
     if slope is None:  # there is none to be wrong: circuits run without

@@ -1,7 +1,6 @@
 """What results have in common: equality, and how they show themselves in a notebook.
 
-Drawing stands above the rooms whose results it draws. It is looked up only when something is to be shown: the one place
-that reaches up.
+Drawing stands above the rooms whose results it draws. It is looked up only when something is to be shown.
 """
 
 from __future__ import annotations

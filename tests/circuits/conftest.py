@@ -72,6 +72,19 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -
     return model.to(dtype).eval()
 
 
+def random_model(kind: str, fields: dict[str, Any]) -> Any:
+    """A random model of a type that is none of the tiny ones, or with other settings."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    if getattr(model.config, "_experts_implementation", None) is not None:
+        model.set_experts_implementation("eager")
+    return model.double().eval()
+
+
 def random_pairs(seed: int = 0, n: int = 7, longest: int = 11) -> PairedDataset:
     """Pairs of several lengths whose first difference lies anywhere, one pair without any."""
     generator = torch.Generator().manual_seed(seed)

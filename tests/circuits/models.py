@@ -376,7 +376,6 @@ _TWO_SIDES = {
     "encoder_layers": 2,
     "encoder_attention_heads": 3,
     "encoder_ffn_dim": 40,
-    "decoder_layers": 2,
 }
 ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("t5", _T5),
@@ -388,14 +387,13 @@ ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Of older transformers: what the model itself cannot do that tests need.
 SINCE = {
-    **dict.fromkeys(("axk2", "beam", "olmo-hybrid"), ("5.24", "it is there")),
+    **dict.fromkeys(("axk2", "beam", "granite_swa", "granitemoe_swa"), ("5.24", "it is there")),
+    **dict.fromkeys(("hyperclovax", "olmo-hybrid"), ("5.24", "it is there")),
     **dict.fromkeys(("afmoe", "lfm3", "mimo_v2_flash"), ("5.24", "it is there, and right")),
-    **dict.fromkeys(("granite_swa", "granitemoe_swa", "hyperclovax"), ("5.24", "it is there")),
     **dict.fromkeys(("gemma4", "gemma4-experts", "gemma4-large"), ("5.24", "it has a table")),
     "ministral3": ("5.4", "its attention heeds the positions that it is given"),
     "mpt": ("5.2", "its mask fits float64"),
-    "stablelm": ("5.2", "its cache and its mask are of one size"),
-    "stablelm-parallel": ("5.2", "its cache and its mask are of one size"),
+    **dict.fromkeys(("stablelm", "stablelm-parallel"), ("5.2", "its cache and its mask are of one size")),
 }
 # One of each way in which families differ, for what does not depend on the modules' names.
 KINDS = ["falcon", "gemma2", "gpt2", "gpt-neox", "llama", "mistral-window", "olmo2", "qwen3-moe"]

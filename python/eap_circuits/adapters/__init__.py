@@ -7,7 +7,6 @@ from ..families import (
     Family,
     Mixer,
     family_of,
-    is_built_in,
     propose,
     register_family,
     whole_layers,
@@ -20,17 +19,17 @@ from ..modules.projections import (
     Projection,
     Together,
     concatenate,
-    departure,
     is_plain,
     joined,
     linear_bias,
     linear_shape,
     linear_weight,
+    nonlinearity,
     restore,
 )
 from .architecture import Architecture, Layer
 from .binding import bind
-from .classes import TESTED, runs_tested_code
+from .classes import TESTED
 from .hooks_of_others import KINDS, foreign_hooks
 from .nonlinear import nonlinear_parts
 from .pretrained import DEMO_MODEL, load_model

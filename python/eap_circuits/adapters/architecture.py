@@ -18,13 +18,14 @@ from transformers.cache_utils import DynamicCache
 
 from ..edges import Reads
 from ..errors import expected
-from ..families import Family
+from ..families import Family, is_built_in
 from ..graph import Graph, Heads
 from ..modules.norms import Norm
 from ..modules.offloading import device_of, is_offloaded, read
 from ..modules.parts import Shares, Split, add_up, computes_in_parts, own_features, run_whole, team
 from ..modules.projections import Order, Projections, Together, Weight, linear_shape
 from ..ranks import Team
+from .classes import runs_tested_code
 from .hooks_of_others import foreign_hooks
 
 
@@ -193,7 +194,6 @@ class Architecture:
     """
 
     model: nn.Module
-    around: Any  # the PEFT model that it was handed in as, whose forward may do more; None: it was not
     family: Family
     layers: list[Layer]
     final_norm: Norm
@@ -208,6 +208,7 @@ class Architecture:
     device: torch.device
     dtype: torch.dtype
     planned_for: str | None = None
+    around: Any = None  # the PEFT model that it was handed in as, whose forward may do more; None: it was not
     picks: bool = True  # are the logits that the model gives those of its head, each token's by itself?
     after_norms: bool = True  # is what leaves a norm after attention what heads contribute, and not what enters it?
     encoder: int = 0  # how many of the layers, the first ones, are an encoder's; 0: it is no encoder-decoder
@@ -240,6 +241,11 @@ class Architecture:
         return any(map(foreign_hooks, self.model.modules()))
 
     @property
+    def tested(self) -> bool:
+        """Is all that it runs, and its table, what the package's own tests run?"""
+        return is_built_in(self.family) and not self.hooked and self.around is None and runs_tested_code(self.model)
+
+    @property
     def picks_logits(self) -> bool:
         """Can some tokens' logits be computed by themselves? Only a plain linear layer's can, which in encoder-decoders
         a bias may follow."""
@@ -249,6 +255,12 @@ class Architecture:
         """How many token embeddings the model has, or its decoder, which may have its own."""
         model: Any = self.model
         return len((model.get_decoder() if decoder else model).get_input_embeddings().weight)
+
+    @property
+    def predicted(self) -> int:
+        """How many tokens, or classes, have logits; some models embed more."""
+        embedded = self.vocabulary(decoder=self.encoder > 0)
+        return min(embedded, int(getattr(self.head, "out_features", embedded)))
 
     @property
     def d_model(self) -> int:

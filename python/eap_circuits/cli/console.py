@@ -166,6 +166,21 @@ def outlived(name: str, save: Callable[[Path], object], path: Path | None) -> It
         raise
 
 
+def write_with_report(
+    files: dict[str, str],
+    name: str,
+    save: Callable[[Path], object],
+    path: Path | None,
+    report: Callable[[Path], object],
+    html: Path | None,
+) -> list[str]:
+    """`write` a result and its report; without the report, a result that is to be in no file is written elsewhere."""
+    wrong = write(files, name, save, path)
+    with outlived(name, save, path):
+        unseen = write(files, "report", report, html)
+    return [*wrong, *unseen, *(keep_elsewhere(name, save) if unseen and path is None else [])]
+
+
 def conclude(files: dict[str, str], wrong: list[str], as_json: bool) -> None:
     """Say which files were written, if JSON has not, and raise with what went wrong, if anything did."""
     from ..errors import InputError

@@ -246,9 +246,9 @@ def _request(
     if compat == "eap-ig":
         common = replace(common, arch=common.arch.before_post_norms())
     kept = to_keep(keep, spec)
-    for name in sorted(kept & BY_SPAN) if data.spans is None else []:
-        raise expected("keep", f"data with spans (docs/data.md) for {name!r}", f"{data.name!r} without")
     for name in sorted(kept & BY_SPAN):
+        if data.spans is None:
+            raise expected("keep", f"data with spans (docs/data.md) for {name!r}", f"{data.name!r} without")
         common.check_one_stream(f"keep={name!r}")
     if "within-heads" in kept and any(layer.keys is not None for layer in common.arch.layers):
         wanted = "one whose heads attend to keys and values of their own layer, for keep='within-heads'"

@@ -223,7 +223,7 @@ def _for(module: nn.Module, x: Tensor) -> Tensor:
     return x.to(held or torch.float32)
 
 
-def departure(module: nn.Module) -> tuple[float, float]:
+def nonlinearity(module: nn.Module) -> tuple[float, float]:
     """How far a module that is not read by its weight alone is from a linear map and a constant, relative to it, for a
     few random inputs: in what it gives, and in the gradients that it passes on, if any."""
     if isinstance(module, Place) or (_is_linear(module) and is_plain(getattr(module, "weight", None))):
@@ -245,22 +245,19 @@ def departure(module: nn.Module) -> tuple[float, float]:
         if not y.requires_grad:
             return value, 0.0
         g = torch.randn(y.shape, generator=generator, dtype=torch.float32).to(y)
-        try:
+        slope: Tensor | None = None
+        with suppress(NotImplementedError):
             (slope,) = torch.autograd.grad(y, given, g, allow_unused=True)
-        except NotImplementedError:
-            slope = None
-    # Where there is no gradient there is none to be wrong: circuits run without.
-    return value, 0.0 if slope is None else apart(
-        slope[1 : 1 + _TRIED].double() @ x.double().T, g[1 : 1 + _TRIED].double() @ moved.T
-    )
+    if slope is None:  # there is none to be wrong: circuits run without
+        return value, 0.0
+    of_x = slice(1, 1 + _TRIED)
+    return value, apart(slope[of_x].double() @ x.double().T, g[of_x].double() @ moved.T)
 
 
 def is_at_hand(module: nn.Module) -> bool:
     """Is `linear_weight` the module's own tensor, or put together from all ranks' parts?"""
     weight = getattr(module, "weight", None)
-    if not _is_linear(module) or not isinstance(weight, Tensor) or is_offloaded(module):
-        return False
-    return is_shard(weight) or is_plain(weight)
+    return _is_linear(module) and not is_offloaded(module) and (is_shard(weight) or is_plain(weight))
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from ..metrics import METRICS, Metric, get_metric
 from ..ranks import rank
 from ..recording import ABLATIONS, Ablation, ablation_of
 from ..tasks import PairedDataset, Pictures, different_throughout, longest
-from .fits import tried
+from .fits import try_model
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,9 +65,9 @@ class Request:
             raise expected("model", f"one that is no encoder-decoder, for {what}", found)
 
     def verified(self, heads: Heads) -> Self:
-        """The request, after a look at whether the model does what its table says (`tried`), without prefix reuse if
-        its cache cannot serve, which a warning says; the model must be borrowed already."""
-        arch, why = tried(self.arch, heads, self.data, self.reuse_prefix)
+        """The request after `try_model`, without prefix reuse if the model's cache cannot serve, which a warning says;
+        the model must be borrowed already."""
+        arch, why = try_model(self.arch, heads, self.data, self.reuse_prefix)
         if why is not None:
             name = type(self.arch.model).__name__
             warn(f"{name}: prefixes are not reused, as its cache cannot serve ({why}).")
@@ -129,7 +129,7 @@ def prepare(
     data = request.data
     check_tokens(request.arch, data)
     _check_places(request.arch, data)
-    known = 0 if request.arch.classifies else _predicted(request.arch)
+    known = 0 if request.arch.classifies else request.arch.predicted
     if data.variants is not None and (data.variants >= known).any():
         data = replace(data, variants=data.variants.where(data.variants < known, -1))
         request = replace(request, data=data)
@@ -248,12 +248,6 @@ def _check_ablation(request: Request) -> None:
                 raise expected("ablation_data", f"{read} of {most} tokens, the data's most", f"at most {covered}")
 
 
-def _predicted(arch: Architecture) -> int:
-    """How many tokens have logits; some models embed more."""
-    embedded = arch.vocabulary(decoder=arch.encoder > 0)
-    return min(embedded, int(getattr(arch.head, "out_features", embedded)))
-
-
 def check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> None:
     config: Any = arch.model.config
     shown = 0 if data.pictures is None else _pictured(arch, data.pictures, label)
@@ -262,7 +256,7 @@ def check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> No
         classes = name == "answers" and arch.classifies
         if tokens is None or (classes and label):
             continue
-        most = _predicted(arch) if name == "answers" else arch.vocabulary(name == "decoder")
+        most = arch.predicted if name == "answers" else arch.vocabulary(name == "decoder")
         most = int(config.num_labels) if classes else most
         most += shown if name in ("clean", "corrupted") else 0
         beyond = (tokens >= most).flatten(1).any(1).nonzero()

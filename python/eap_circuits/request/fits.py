@@ -15,7 +15,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from ..adapters import Architecture, departure, is_built_in, is_in_parts, runs_tested_code
+from ..adapters import Architecture, is_in_parts, nonlinearity
 from ..errors import InputError, expected, out_of_memory, reason
 from ..forward import (
     Batch,
@@ -41,22 +41,22 @@ _GROSS = 8  # a rounding may choose other experts, which moves logits by more th
 _PICKED = "some tokens' logits by themselves are not what they are beside all others"
 
 
-def tried(
+def try_model(
     arch: Architecture, heads: Heads, data: PairedDataset, reuse_prefix: bool = True
 ) -> tuple[Architecture, str | None]:
-    """`fitting`, and `why_not_reused`.
+    """Does the model do what its table says (`checked`), and why can its prefixes not be reused (`why_not_reused`)?
 
     Raises:
         InputError: as these, or the model does not run on a prompt's tokens.
     """
-    with told(arch):
+    with as_input_errors(arch):
         why = why_not_reused(arch, heads, data, reuse_prefix)
-        return fitting(arch, data), why
+        return checked(arch, data), why
 
 
 @contextmanager
-def told(arch: Architecture) -> Iterator[None]:
-    """For a model's first runs: its own errors, of any kind, are told in a sentence; those of hooks are the user's."""
+def as_input_errors(arch: Architecture) -> Iterator[None]:
+    """For a model's first runs: its own errors, of any kind, become one sentence; those of hooks are the user's."""
     try:
         yield
     except InputError:
@@ -67,7 +67,7 @@ def told(arch: Architecture) -> Iterator[None]:
         raise expected(type(arch.model).__name__, "a model that runs on a prompt's tokens", reason(error)) from error
 
 
-def fitting(arch: Architecture, data: PairedDataset) -> Architecture:
+def checked(arch: Architecture, data: PairedDataset) -> Architecture:
     """The architecture, which computes all logits where some by themselves are not the model's.
 
     The model must be borrowed. It takes four passes of the longest clean prompt, and of the same with another last
@@ -81,19 +81,15 @@ def fitting(arch: Architecture, data: PairedDataset) -> Architecture:
     """
     if isinstance(next(arch.model.parameters(), None), Shape) or is_in_parts(arch.model):
         return arch
-    if arch.device.type != "cpu" and _is_tested(arch):
+    if arch.device.type != "cpu" and arch.tested:
         return arch
-    once(arch.model, ("linear", repr(arch.family)), [], lambda: _check_linear(arch))
-    if data.pictures is not None:
-        return arch
-    way = "fits", repr(arch.family), arch.after_norms, arch.around and ref(arch.around)
-    why = once(arch.model, way, [], lambda: tried_twice(lambda: _trial(arch, data)))
-    return arch if why is None else replace(arch, picks=False)
 
+    def look() -> str | None:
+        _check_linear(arch)
+        return tried_twice(lambda: _trial(arch, data)) if data.pictures is None else None
 
-def _is_tested(arch: Architecture) -> bool:
-    own = is_built_in(arch.family) and not arch.hooked and arch.around is None
-    return own and runs_tested_code(arch.model)
+    way = "fits", repr(arch.family), arch.after_norms, arch.around and ref(arch.around), data.pictures is None
+    return arch if once(arch.model, way, [], look) is None else replace(arch, picks=False)
 
 
 def _check_linear(arch: Architecture) -> None:
@@ -104,7 +100,7 @@ def _check_linear(arch: Architecture) -> None:
     others = [each for layer in arch.layers for each in layer.module.modules() if hasattr(each, "in_features")]
     for module in dict.fromkeys([*read, *others]):
         try:
-            value, slope = departure(module)
+            value, slope = nonlinearity(module)
         except Exception as error:
             if module in read or out_of_memory(error):
                 raise
@@ -120,16 +116,11 @@ def _check_linear(arch: Architecture) -> None:
 
 def _trial(arch: Architecture, data: PairedDataset) -> str | None:
     name, graph, tolerance = type(arch.model).__name__, arch.graph("kv"), logit_tolerance(arch)
-    batch = _batch(arch, data)
-    (other, first), own = torch.stack([_own(arch, batch, tokens) for tokens in (batch.corrupted, batch.clean)], 1)
-    said = "language model"
-    if batch.decoder is not None:
-        said, changed = "decoder", _with_another_end(batch.decoder.clean[0], arch.vocabulary(decoder=True))
-        other = _own(arch, replace(batch, decoder=replace(batch.decoder, clean=changed[None])), batch.clean)[0]
-    looks_ahead = not of_rounding(logit_distance(other[None], first[None]), tolerance)
-    if (arch.causal or arch.encoder) and not arch.classifies and batch.end.clean.numel() > 1 and looks_ahead:
-        raise expected(name, f"a causal {said}, in which no token sees later ones", "one in which they do")
-    last = _vocabulary(arch) - 1
+    says, batch = f"as its table ({arch.family.name!r}) says", _batch(arch, data)
+    first, own = torch.stack([_own(arch, batch, tokens) for tokens in (batch.corrupted, batch.clean)], 1)
+    if (arch.causal or arch.encoder) and not arch.classifies and batch.end.clean.numel() > 1:
+        _check_causal(arch, batch, *first)
+    last = arch.predicted - 1
     picked = torch.linspace(0, last, min(_LOGITS, 1 + last // 2)).long().to(arch.device)
     for some in (picked, None) if arch.picks_logits else (None,):
         try:
@@ -143,20 +134,31 @@ def _trial(arch: Architecture, data: PairedDataset) -> str | None:
         if of_rounding(apart, _GROSS * tolerance):
             break
     else:
-        wanted = f"the model's own logits where its parts run as its table ({arch.family.name!r}) says"
+        wanted = f"the model's own logits where its parts run {says}"
         raise expected(name, wanted, f"others, {float(apart.max()):.2g} of their size away")
     # What enters norms after attention does not add up.
     for site, difference, missing, size in sums if arch.after_norms else ():
         # Each of the senders may have rounded the stream.
         if missing > tolerance * difference + tolerance**2 * size * site.reach**0.5:
             where = graph.receivers[site.receivers.start]
-            wanted = f"nodes that add what they write to the residual stream, as its table ({arch.family.name!r}) says"
+            wanted = f"nodes that add what they write to the residual stream, {says}"
             share = f"{missing / difference:.2g} of its change"
             raise expected(name, wanted, f"a stream that is {share} away from their sum at {where}")
     if not arch.encoder and (sender := reads_past_receivers(Runner(arch, graph, batch))) is not None:
-        wanted = f"layers that read the residual stream only where its table ({arch.family.name!r}) says"
+        wanted = f"layers that read the residual stream only {says}"
         raise expected(name, wanted, f"another way from it to {sender}")
     return _PICKED if arch.picks_logits and some is None else None
+
+
+def _check_causal(arch: Architecture, batch: Batch, other: Tensor, first: Tensor) -> None:
+    """Refuse a model whose logits behind the first token, [V], are `other` ones where the last token is another."""
+    said = "language model"
+    if batch.decoder is not None:
+        said, changed = "decoder", _with_another_end(batch.decoder.clean[0], arch.vocabulary(decoder=True))
+        other = _own(arch, replace(batch, decoder=replace(batch.decoder, clean=changed[None])), batch.clean)[0]
+    if not of_rounding(logit_distance(other[None], first[None]), logit_tolerance(arch)):
+        wanted = f"a causal {said}, in which no token sees later ones"
+        raise expected(type(arch.model).__name__, wanted, "one in which they do")
 
 
 def _batch(arch: Architecture, data: PairedDataset) -> Batch:
@@ -166,7 +168,7 @@ def _batch(arch: Architecture, data: PairedDataset) -> Batch:
     if data.decoder is not None:
         most = data.decoder[int((data.decoder >= 0).sum(1).argmax())]
         read = most[None, most >= 0]
-    other = _with_another_end(tokens, _vocabulary(arch))
+    other = _with_another_end(tokens, arch.vocabulary())
     size, answers = torch.tensor([len(tokens)]), tokens.new_empty(1, 2, 0)
     pair = PairedDataset(tokens[None], other[None], size, answers, decoder=read)
     return batch_of(pair if arch.causal else different_throughout(pair), torch.arange(1), False, arch.device)
@@ -177,12 +179,6 @@ def _with_another_end(tokens: Tensor, vocabulary: int) -> Tensor:
     # One of the prompt's own is no padding, and stands for no picture.
     other[-1] = different[0] if len(different) else (tokens[-1] + 1) % vocabulary
     return other
-
-
-def _vocabulary(arch: Architecture) -> int:
-    model: Any = arch.model
-    ends: tuple[Any, Any] = (model.get_input_embeddings(), arch.head)
-    return min(len(end.weight) for end in ends if isinstance(getattr(end, "weight", None), Tensor))
 
 
 def _own(arch: Architecture, batch: Batch, tokens: Tensor) -> Tensor:

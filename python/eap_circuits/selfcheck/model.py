@@ -37,7 +37,7 @@ from ..intervention import run_circuits
 from ..modules.loans import FunctionMode, gives_back
 from ..ranks import together
 from ..recording import ReceiverGradients, compare_sums, contract, record_both_sides, record_run
-from ..request import told
+from ..request import as_input_errors
 from ..tasks import PairedDataset, different_throughout
 
 EXACT = 1e-8  # relative error; rounding in a deep float64 model stays far below this
@@ -112,7 +112,7 @@ def check_model(model: nn.Module, *, n_edges: int = 8, seed: int = 0, family: Fa
         (batch,) = make_batches(data, len(data), True, arch.device)
         (whole,) = make_batches(data, len(data), False, arch.device)
         try:
-            with told(arch):
+            with as_input_errors(arch):
                 why = why_not_reused(arch, "kv", data)
         except InputError as error:
             return [*checks, Check("a causal language model", False, str(error))]
@@ -179,9 +179,7 @@ def exact_copy(model: nn.Module) -> Any:
 def _random_pairs(arch: Architecture, seed: int) -> PairedDataset:
     generator = torch.Generator().manual_seed(seed)
     model: Any = arch.model
-    # Some embed more tokens than they predict.
-    ends: tuple[Any, Any] = (model.get_input_embeddings(), None if arch.classifies else arch.head)
-    vocabulary = min(len(end.weight) for end in ends if isinstance(getattr(end, "weight", None), Tensor))
+    vocabulary = arch.vocabulary() if arch.classifies else min(arch.vocabulary(), arch.predicted)
     padding = getattr(model.config, "pad_token_id", None)  # which some do not count as a position
     known = torch.tensor([token for token in range(vocabulary) if token != padding])
     examples, tokens, shared = 3, 9, 4

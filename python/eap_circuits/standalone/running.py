@@ -19,7 +19,7 @@ from ..intervention import run_circuits
 from ..modules.loans import gives_back
 from ..ranks import together
 from ..recording import record_run
-from ..request import check_ablation, check_circuit, check_tokens, prepare, tried
+from ..request import check_ablation, check_circuit, check_tokens, prepare, try_model
 from ..tasks import PairedDataset, different_throughout
 
 Factors = dict[tuple[str, str], float]
@@ -197,7 +197,7 @@ class CircuitModel(nn.Module):
         """Once, and again with other modules or hooks: what `evaluate` tries, except for prefixes."""
         now = [each for module in arch.model.modules() for each in (module, *foreign_hooks(module))]
         if self._tried != now:
-            tried(arch, self.circuit.graph.heads, data, reuse_prefix=False)
+            try_model(arch, self.circuit.graph.heads, data, reuse_prefix=False)
             self._tried = now
 
     def _circuit(self, arch: Architecture, ablating: Runner, runner: Runner) -> Tensor:

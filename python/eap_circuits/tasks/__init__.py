@@ -38,28 +38,7 @@ _HOME = {
     "read_file": ("loading", "read_file"),
     "spans_in": ("scoring.spans", "spans_in"),
 }
-__all__ = [
-    "MANY",
-    "MIB_ENTRIES",
-    "MIB_MODELS",
-    "TASKS",
-    "TEXTS",
-    "PairedDataset",
-    "PairsFile",
-    "Pictures",
-    "Summary",
-    "Task",
-    "check_spans",
-    "decoder_prompts",
-    "different_throughout",
-    "load_task",
-    "longest",
-    "mib_tasks",
-    "naming",
-    "own_records",
-    "read_file",
-    "spans_in",
-]
+__all__ = sorted([*_HOME, "TASKS", "Task", "load_task"])
 
 
 def __getattr__(name: str) -> Any:

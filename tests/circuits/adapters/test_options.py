@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import eap_circuits as eap
 from eap_circuits.adapters import FAMILIES, bind
 from eap_circuits.selfcheck import check_model
 from eap_circuits.selfcheck.model import exact_copy
-from tests.circuits.conftest import need_transformers
+from tests.circuits.conftest import need_transformers, random_model
 from tests.circuits.models import CONFIGS, MIXERS
 
 _WIDE = {
@@ -27,18 +26,6 @@ _GROUPED = {**_WIDE, "num_key_value_heads": 2, "head_dim": 4}
 _OPT = {**CONFIGS["opt"][1], "do_layer_norm_before": False, "word_embed_proj_dim": 12}
 _FACTORS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.0, "attention_multiplier": 0.3}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-
-
-def random_model(kind, fields):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields))
-    if getattr(model.config, "_experts_implementation", None) is not None:
-        model.set_experts_implementation("eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.double().eval()
 
 
 @pytest.fixture(autouse=True)

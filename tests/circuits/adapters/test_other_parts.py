@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind
 from eap_circuits.selfcheck import check_model
+from tests.circuits.conftest import random_model
 from tests.circuits.models import CONFIGS, MIXERS
 
 
@@ -108,18 +108,6 @@ def test_layers_may_share_what_only_holds_weights(kind, make_model):
     for layer in model.model.layers:
         layer.mlp.bank = bank
     assert len(bind(model).layers) == 3
-
-
-def random_model(kind, fields):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields))
-    if getattr(model.config, "_experts_implementation", None) is not None:
-        model.set_experts_implementation("eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.double().eval()
 
 
 @pytest.mark.parametrize("name", ["apertus", "olmoe"])

@@ -8,13 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import eap_circuits as eap
 from eap_circuits.adapters import FAMILIES
 from eap_circuits.families import registry
-from tests.circuits.conftest import need_transformers
+from tests.circuits.conftest import need_transformers, random_model
 
 ROOT = Path(__file__).parents[3]
 _WIDE = {
@@ -64,18 +62,6 @@ def tables(monkeypatch):
     yield
     for name in set(FAMILIES) - before:
         del FAMILIES[name]
-
-
-def random_model(kind, fields, dtype=torch.float64):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    if getattr(model.config, "_experts_implementation", None):
-        model.set_experts_implementation("eager")
-    return model.to(dtype).eval()
 
 
 @pytest.mark.filterwarnings("ignore:.*prefixes are not reused")

@@ -1,4 +1,4 @@
-"""A model so small that all of its circuits can be run."""
+"""A model to learn circuits of, and one so small that all of its circuits can be run."""
 
 from itertools import combinations
 
@@ -8,6 +8,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import eap_circuits as eap
 from tests.circuits.conftest import VOCABULARY
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model("llama", torch.float32)
+
+
+@pytest.fixture
+def data(make_pairs):
+    return make_pairs(seed=3, n=6)
+
+
+@pytest.fixture
+def scores(model, data):
+    return eap.attribute(model, data, method="eap")
 
 
 @pytest.fixture

@@ -15,21 +15,6 @@ from eap_circuits.learning.lessons import prepare_lesson, tokens_together
 from eap_circuits.request import prepare
 
 
-@pytest.fixture
-def model(make_model):
-    return make_model("llama", torch.float32)
-
-
-@pytest.fixture
-def data(make_pairs):
-    return make_pairs(seed=3, n=6)
-
-
-@pytest.fixture
-def scores(model, data):
-    return eap.attribute(model, data, method="eap")
-
-
 def divergence(model, circuits, data):
     """Of each circuit from the model, in nats."""
     return torch.tensor([-result.mean for result in eap.evaluate(model, circuits, data, "kl_divergence")])

@@ -9,21 +9,6 @@ import eap_circuits as eap
 from eap_circuits.learning.pruning import centre, nearest
 
 
-@pytest.fixture
-def model(make_model):
-    return make_model("llama", torch.float32)
-
-
-@pytest.fixture
-def data(make_pairs):
-    return make_pairs(seed=3, n=6)
-
-
-@pytest.fixture
-def scores(model, data):
-    return eap.attribute(model, data, method="eap")
-
-
 @pytest.mark.parametrize("groups", [1, 2])
 def test_what_goes_has_the_least_squares_of_all_sets_with_its_sums(groups):
     """Of slopes in small whole numbers many sets have the same sums."""

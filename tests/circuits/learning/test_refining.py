@@ -7,16 +7,6 @@ import eap_circuits as eap
 
 
 @pytest.fixture
-def model(make_model):
-    return make_model("llama", torch.float32)
-
-
-@pytest.fixture
-def data(make_pairs):
-    return make_pairs(seed=3, n=6)
-
-
-@pytest.fixture
 def circuit(model, data):
     return eap.attribute(model, data, method="eap").select(30, exactly=True)
 

@@ -194,7 +194,7 @@ def test_products_that_are_rounded_to_bfloat16_may_differ_as_such_weights(make_m
 
 
 def test_on_a_gpu_code_that_the_tests_run_is_trusted_and_other_code_is_looked_at(monkeypatch, make_model, make_pairs):
-    """There three passes of one prompt take as long as a batch."""
+    """There a pass of one prompt takes as long as one of a batch."""
     text = (ROOT / "tests/versions/newest.txt").read_text(encoding="utf-8")
     assert max((int(a), int(b)) for a, b in re.findall(r"^transformers==(\d+)\.(\d+)", text, re.M)) == TESTED
     with pretending():

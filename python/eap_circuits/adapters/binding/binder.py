@@ -149,7 +149,6 @@ class _Binder:
         holder = inputs.rpartition(".")[0]
         bound = Architecture(
             model=self.model,
-            around=None,
             family=family,
             layers=layers,
             final_norm=self._final_norm(width, layers[-1].module),

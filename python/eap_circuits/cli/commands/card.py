@@ -8,18 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import options, session
-from ..console import (
-    check_outputs,
-    check_suffix,
-    conclude,
-    keep_elsewhere,
-    outlived,
-    progress,
-    say,
-    show_json,
-    show_table,
-    write,
-)
+from ..console import check_outputs, check_suffix, conclude, progress, say, show_json, show_table, write_with_report
 from ..options import option
 
 
@@ -126,11 +115,7 @@ def card(
         named = {"scores": (scores or circuit).name, "circuit": circuit.name}
         write_report(path, shown, kept, None, pairs, files=named, tokenizer=tokenizer, card=found)
 
-    wrong = write(files, "card", save, out)
-    with outlived("card", save, out):
-        unseen = write(files, "report", page, html)
-    if unseen and out is None:
-        unseen += keep_elsewhere("card", save)
+    wrong = write_with_report(files, "card", save, out, page, html)
     if as_json:
         show_json({**found.to_dict(), "files": files})
     else:
@@ -138,4 +123,4 @@ def card(
         if found.cost:
             show_table(cost_table(found))
         say(card_line(found))
-    conclude(files, [*wrong, *unseen], as_json)
+    conclude(files, wrong, as_json)

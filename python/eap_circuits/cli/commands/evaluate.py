@@ -9,18 +9,7 @@ from typing import Annotated
 import typer
 
 from .. import options, session
-from ..console import (
-    check_outputs,
-    check_suffix,
-    conclude,
-    keep_elsewhere,
-    outlived,
-    progress,
-    say,
-    show_json,
-    show_table,
-    write,
-)
+from ..console import check_outputs, check_suffix, conclude, progress, say, show_json, show_table, write_with_report
 from ..options import default, option
 
 
@@ -174,15 +163,10 @@ def curve(
         chosen = measured.circuits[smallest_faithful(measured)]
         write_report(path, loaded_scores, chosen, measured, pairs, files={"scores": scores.name}, tokenizer=tokenizer)
 
-    save = partial(save_curve, curve=measured)
-    wrong = write(files, "curve", save, out)
-    with outlived("curve", save, out):
-        unseen = write(files, "report", page, html)
-    if unseen and out is None:
-        unseen += keep_elsewhere("curve", save)
+    wrong = write_with_report(files, "curve", partial(save_curve, curve=measured), out, page, html)
     if as_json:
         show_json({**measured.to_dict(), "files": files})
     else:
         show_table(curve_table(measured))
         say(areas_line(measured))
-    conclude(files, [*wrong, *unseen], as_json)
+    conclude(files, wrong, as_json)

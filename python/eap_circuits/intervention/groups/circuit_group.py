@@ -247,7 +247,7 @@ class LearningGroup(CircuitGroup):
         self._reads[stream].write(place, written[0] if self._one else written)
 
     def read(self, base: Tensor, receivers: slice, stop: int, start: int = 0, at: Places = EVERYWHERE) -> Tensor:
-        columns = slice(self._computed[receivers.start], self._computed[receivers.stop])
+        columns = self.places(receivers)
         if base.dim() == 3:
             base = base[0] if self._one else base[:, None].expand(-1, columns.stop - columns.start, -1, -1)
         where = None if at is EVERYWHERE else at if isinstance(at, slice) else at.to(self._device)

@@ -39,10 +39,7 @@ def rows_computed(graph: Graph, asked: Sequence[Asked], arch: Architecture) -> i
     a layer that has to be computed, and what is begun together. Circuits of one group hold what any of them needs."""
     size, beside = (len(asked), 1) if shared(arch.device) and graph.spans is None else (1, 0)
     graph = graph.base
-    groups = [asked[start : start + size] for start in range(0, len(asked), size)]
-
-    def any_of(group: Sequence[Asked], name: str) -> Tensor:
-        return torch.cat([getattr(one, name) for one in group]).any(0)
+    groups = [Asked.joined(asked[start : start + size]) for start in range(0, len(asked), size)]
 
     def held(computed: Tensor, stored: Tensor) -> int:
         counts = [int(computed[graph.receivers_of(i)].sum()) for i in range(graph.n_layers)]
@@ -51,7 +48,7 @@ def rows_computed(graph: Graph, asked: Sequence[Asked], arch: Architecture) -> i
         begun = max(sum(counts[section]) for section in cuts)
         return max(3, 2 * max(counts) + begun) + int(stored.sum())
 
-    return beside + max(held(any_of(group, "partial"), any_of(group, "stored")) for group in groups)
+    return beside + max(held(group.partial.any(0), group.stored.any(0)) for group in groups)
 
 
 def arrange(asked: Asked, together: bool, row: int, layers: int) -> tuple[list[int], list[slice]]:

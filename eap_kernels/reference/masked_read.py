@@ -55,21 +55,22 @@ def parts(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _on_cpu(base: Tensor, delta: Tensor, mask: Tensor, wide: torch.dtype) -> Tensor:
-    rows = (mask != 0).any(1).nonzero().flatten()
-    if len(rows) and int(rows[-1] - rows[0]) + 1 == len(rows):
-        # Those of a layer's receivers: senders after it are unread. What lies together is read in place.
-        read = slice(int(rows[0]), int(rows[-1]) + 1)
-        delta, mask, rows = delta[read], mask[read], None
+    read = (mask != 0).any(1).nonzero().flatten()
+    apart = not len(read) or int(read[-1] - read[0]) >= len(read)
+    if not apart:
+        # As those of a layer's receivers, which later senders do not reach. They are read in place.
+        some = slice(int(read[0]), int(read[-1]) + 1)
+        delta, mask = delta[some], mask[some]
     _, tokens, features = delta.shape
-    weights = (mask if rows is None else mask[rows]).T.to(wide)  # [R, senders]
+    weights = (mask[read] if apart else mask).T.to(wide)  # [R, senders]
     y = delta.new_empty((weights.shape[0], tokens, features))
     step = max(1, _CHUNK // max(1, weights.shape[1] * features))
-    if rows is None and delta.dtype == wide:
+    if not apart and delta.dtype == wide:
         step = max(1, tokens)
     for a in range(0, tokens, step):
         part = delta[:, a : a + step]
-        if rows is not None:
-            part = part.index_select(0, rows)
+        if apart:
+            part = part.index_select(0, read)
         product = (weights @ part.to(wide).flatten(1)).unflatten(1, (part.shape[1], features))  # [R, n, D]
         y[:, a : a + step] = product.add_(base[..., a : a + step, :])
     return y

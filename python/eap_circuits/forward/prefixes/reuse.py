@@ -129,8 +129,8 @@ def logit_distance(found: Tensor, plain: Tensor) -> Tensor:
 
 def of_rounding(apart: Tensor, tolerance: float) -> bool:
     """Are distances no larger than this? Logits that are not finite are said to be so where the metric is taken."""
-    # Of tensors without numbers (`Shape`) nothing is true, and so nothing is too large.
-    return not bool((apart.nan_to_num(0) > tolerance).any())
+    # Tensors that have shapes alone pass, whether what is asked of them is never true (`Shape`) or always.
+    return not bool((~(apart.nan_to_num(0) <= tolerance)).any())
 
 
 def logit_tolerance(arch: Architecture) -> float:

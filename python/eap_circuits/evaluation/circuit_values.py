@@ -46,7 +46,8 @@ class CircuitValues(Replayable[Measurement, Tensor]):
                 masks.setdefault(item.graph, []).append(item.mask)
                 rows.setdefault(item.graph, []).append(row)
         self._ran = [row for each in rows.values() for row in each]  # their rows in the result, as they run
-        self._runs = [CircuitRuns(graph, each) for graph, each in masks.items()]
+        constants = request.constants is not None
+        self._runs = [CircuitRuns(graph, each, constants) for graph, each in masks.items()]
 
     def run(self, batch: Batch, tokens: int) -> Tensor:
         return self.finish(self.record(batch, tokens), batch)
@@ -107,8 +108,11 @@ class CircuitValues(Replayable[Measurement, Tensor]):
         at_once = min(tokens_in_all(request, copies), most)
         rough = self._bytes(min(tokens_in_all(request, 1), TOKENS_PER_BATCH), at_once)
 
+        def rows(item: Circuit) -> int:
+            return CircuitRuns(item.graph, [item.mask], request.constants is not None).rows(request.arch)
+
         def cost(batch: Batch) -> Cost:
-            largest = max(circuits, key=lambda item: CircuitRuns(item.graph, [item.mask]).rows(request.arch))
+            largest = max(circuits, key=rows)
 
             def measured(few: Batch, n: int) -> None:
                 # The clean run and n − 1 circuits run together, and then n circuits.

@@ -23,7 +23,7 @@ def run_circuits(
     runner: Runner, graph: Graph, corrupted: ReferenceRun, masks: Sequence[Tensor], tokens: int = TOKENS_TOGETHER
 ) -> Iterator[Tensor]:
     """`CircuitRuns` on one batch."""
-    return CircuitRuns(graph, masks).on(runner, corrupted, tokens)
+    return CircuitRuns(graph, masks, corrupted.of_constants).on(runner, corrupted, tokens)
 
 
 class CircuitRuns:
@@ -34,17 +34,19 @@ class CircuitRuns:
     Args:
         graph: of masks that keep other edges at other spans, the one with spans.
         masks: bool or floating [S, R] each; values between 0 and 1 keep an edge in part.
+        of_constants: whether their ablated runs are of constants.
     """
 
-    def __init__(self, graph: Graph, masks: Sequence[Tensor]) -> None:
-        self.graph, self.masks = graph, masks
+    def __init__(self, graph: Graph, masks: Sequence[Tensor], of_constants: bool = False) -> None:
+        self.graph, self.masks, self._of_constants = graph, masks, of_constants
         self._size: object = None
         self._kept: list[Together] = []  # for batches of this size
 
     @cached_property
     def _asked(self) -> list[Asked]:
         """Of each circuit."""
-        return [asked_of(self.graph, together(self.graph, [mask])) for mask in self.masks]
+        graph = self.graph
+        return [asked_of(graph, together(graph, [mask]), of_constants=self._of_constants) for mask in self.masks]
 
     def rows(self, arch: Architecture) -> int:
         """`rows_computed` by these circuits."""
@@ -93,6 +95,7 @@ def learning_run(
     edges that these keep in part, and at the edges `at`, bool [S, R]. Of others the gradient may be missing, as
     receivers that read nothing or everything are not computed.
     """
-    asked, size = asked_of(graph, masks.detach(), at), len(masks) if shared(runner.arch.device) else 1
+    asked = asked_of(graph, masks.detach(), at, ablated.of_constants)
+    size = len(masks) if shared(runner.arch.device) else 1
     groups = [LearningGroup(runner, graph, slice(c, c + size), masks, asked) for c in range(0, len(masks), size)]
     return CircuitsRun(runner, graph, ablated, Together(list(range(len(masks))), asked, groups)).logits()

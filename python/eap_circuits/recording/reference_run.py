@@ -62,10 +62,12 @@ class ReferenceRun(ReceiverInputs):
         written: of each of `sender_sites` the embeddings [E, T, D], what the heads write [E, T, H·K], or the MLP's
             output [E, T, D].
         logits: [E, V].
+        of_constants: whether senders gave constants, and not what they make of what they read.
     """
 
     written: list[Tensor]
     logits: Tensor
+    of_constants: bool = False
 
 
 def record_run(runner: Runner, corrupted: bool, constants: Constants | None = None) -> ReferenceRun:
@@ -106,4 +108,4 @@ def record_run(runner: Runner, corrupted: bool, constants: Constants | None = No
     inputs, (written, logits) = record_receiver_inputs(
         runner, aligned, lambda receivers: record_senders(sender_sites(arch), partial(run, receivers), keep)
     )
-    return ReferenceRun(inputs.norm_inputs, inputs.projections, [given, *written], logits)
+    return ReferenceRun(inputs.norm_inputs, inputs.projections, [given, *written], logits, constants is not None)

@@ -143,13 +143,13 @@ def test_a_circuit_by_span_is_run_as_it_is_defined(metric, kind, make_model):
             circuits = [eap.Circuit(graph, graph.to_spans(cube)) for cube in masks]
             pruned = [circuit.pruned() for circuit in circuits]
             assert [c.n_edges for c in pruned] < [c.n_edges for c in circuits]
-            if ablation == "zero":  # a node that reads nothing has its constant only where it writes nothing
-                masks, circuits = [graph.per_span(circuit.mask) for circuit in pruned], pruned
             found = eap.evaluate(model, [*circuits, *pruned], data, metric, ablation=ablation)
             for cube, own, same in zip(masks, found, found[2:]):
                 right = circuit_values(model, data, metric, cube, heads, ablation == "zero")
                 torch.testing.assert_close(own.values.tolist(), right, rtol=0, atol=1e-8)
-                if kind not in ("gemma2", "olmo2"):  # where a norm's scale brings other heads into what a head writes
+                # A node that reads nothing writes what it makes of constants; a norm's scale brings other heads into
+                # what a head writes.
+                if ablation == "patching" and kind not in ("gemma2", "olmo2"):
                     torch.testing.assert_close(same.values, own.values, rtol=0, atol=1e-8)
 
 

@@ -42,6 +42,11 @@ def test_circuits_scores_and_single_edges_are_their_definitions(kind, heads, mak
     none = eap.Circuit(graph, torch.zeros_like(graph.edge_mask))
     circuits = [random_circuit(graph, 3, 0.3), random_circuit(graph, 4, 0.9), none]
     assert circuits[0].n_edges and circuits[1].n_edges
+    # What MLPs that read nothing of the circuit make of constants is not their own.
+    unfed = graph.edge_mask.clone()
+    for layer in range(graph.n_layers):
+        unfed[:, graph.receivers_at(layer, "mlp")] = False
+    circuits += [eap.Circuit(graph, unfed), eap.Circuit(graph, unfed & random_circuit(graph, 5, 0.9).mask)]
     all_but_one = [eap.Circuit(graph, graph.edge_mask & ~circuit_of(graph, [edge]).mask) for edge in edges]
     with StayDouble():
         embeddings = [[decoder.embed(tokens) for tokens in prompts(data, e)] for e in range(len(data))]

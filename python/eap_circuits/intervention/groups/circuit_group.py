@@ -56,10 +56,11 @@ def together(graph: Graph, masks: Sequence[Tensor]) -> Tensor:
     return torch.stack([mask if graph.spans is None else graph.per_span(mask) for mask in masks]).cpu()
 
 
-def asked_of(graph: Graph, masks: Tensor, at: Tensor | None = None) -> Asked:
+def asked_of(graph: Graph, masks: Tensor, at: Tensor | None = None, of_constants: bool = False) -> Asked:
     """What masks ask for, as `together` gives them: with spans, at any of them.
 
-    The receivers of edges `at`, bool [S, R], have to be computed, whatever masks keep of them.
+    The receivers of edges `at`, bool [S, R], have to be computed, whatever masks keep of them, and those of all needed
+    nodes if the ablated run is one `of_constants`: what a node makes of others' constants is not its own.
     """
     kept, changed = (masks, ~masks) if masks.dtype == torch.bool else (masks != 0, masks != 1)
     changed = changed & (graph.edge_mask if graph.spans is None else graph.per_span(graph.edge_mask))
@@ -73,7 +74,7 @@ def asked_of(graph: Graph, masks: Tensor, at: Tensor | None = None) -> Asked:
     stored, needed = _any(kept & partial[:, None], 2), _any(kept, 2)
     for index in filter(graph.has_mlp, range(graph.n_layers)):
         sender, receiver = graph.mlp_sender(index), graph.receivers_at(index, "mlp").start
-        if graph.sources[sender]:
+        if of_constants or graph.sources[sender]:
             partial[:, receiver] |= closed[:, receiver] & needed[:, sender]
             closed[:, receiver] &= ~needed[:, sender]
         # An MLP that reads the corrupted run alone gives what it gave there.

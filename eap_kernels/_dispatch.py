@@ -6,7 +6,9 @@ Registers the implementations: the reference as every device's default kernel, a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from operator import mul
 from typing import Any, ParamSpec, TypeVar
@@ -116,6 +118,24 @@ def _check_rows(op: str, rows: Tensor | None, x: Tensor) -> None:
         _check_range(op, "rows", rows, x.shape[1] - 1)
 
 
+_switch = threading.Lock()
+_before: list[bool] = []  # for each call inside `_without_onednn`, whether oneDNN is on without them
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """oneDNN is off until the last call has left: it has one switch for all threads."""
+    with _switch:
+        _before.append(_before[0] if _before else torch._C._get_mkldnn_enabled())
+        torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        with _switch:
+            on = _before.pop()
+            torch._C._set_mkldnn_enabled(on and not _before)
+
+
 def _exact(call: Callable[P, T]) -> Callable[P, T]:
     """An operator's function where torch rounds nothing that the reference multiplies."""
 
@@ -128,12 +148,9 @@ def _exact(call: Callable[P, T]) -> Callable[P, T]:
                 return run(*args, **kwargs)
         # After torch.set_float32_matmul_precision("medium") oneDNN rounds fp32 to bf16.
         precision = torch.backends.mkldnn.matmul.fp32_precision if kind == "cpu" else None  # type: ignore[attr-defined]
-        if precision == "bf16" and torch._C._get_mkldnn_enabled():
-            torch._C._set_mkldnn_enabled(False)
-            try:
+        if precision == "bf16":
+            with _without_onednn():
                 return call(*args, **kwargs)
-            finally:
-                torch._C._set_mkldnn_enabled(True)
         return call(*args, **kwargs)
 
     return run

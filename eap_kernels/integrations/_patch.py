@@ -61,6 +61,15 @@ def _there(module: str) -> bool:
         return False
 
 
+def part(op: str, owner: Any, *names: str) -> Any:
+    """What a module, or a class in it, has under a name: another version may have nothing there."""
+    for name in names:
+        if not hasattr(owner, name):
+            raise RuntimeError(f"{op}: expected {owner.__name__} to have {name!r}, got another version of it")
+        owner = getattr(owner, name)
+    return owner
+
+
 def expect(op: str, function: Any, *words: str) -> None:
     """Check that a function is the one a patch was written for: its code uses these names and strings."""
     missing = set(words) - set(_words(function.__code__))

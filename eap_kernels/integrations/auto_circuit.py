@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
 import eap_kernels
-from eap_kernels.integrations._patch import Patch, Replacement, expect, load
+from eap_kernels.integrations._patch import Patch, Replacement, expect, load, part
 
 _OP = "auto_circuit.patch"
 _INTERFACE = (
@@ -38,7 +38,7 @@ def patch() -> Patch:
         RuntimeError: its patch wrapper is not the one that this patch was written for.
     """
     wrapper = load(_OP, "auto_circuit.utils.patch_wrapper")
-    original = wrapper.PatchWrapperImpl.forward
+    original = part(_OP, wrapper, "PatchWrapperImpl", "forward")
     if original.__module__ != __name__:
         expect(_OP, original, *_INTERFACE)
     return Patch(Replacement(wrapper.PatchWrapperImpl, "forward", _forward(original, wrapper)))
@@ -77,14 +77,16 @@ class _Sources:
     def __init__(self) -> None:
         # Outputs of the latest pass that can receive a gradient, by the rows that they fill.
         self.outputs: dict[tuple[int, int], Tensor] = {}
-        self._ablations: Tensor | None = None
+        self.ablations: Tensor | None = None
+        self._version = -1
         # ablations - outputs, [S, batch, ...]; rows before `kept` are kept for a backward.
         self._rows, self._kept = torch.empty(0), 0
 
     def start(self, ablations: Tensor, current: Tensor) -> None:
-        """Before a read: take the difference, unless it was already taken from these ablations."""
-        if ablations is not self._ablations:
-            self._ablations, self._kept = ablations, 0
+        """Before a read: take the difference, unless it was already taken from these ablations as they are."""
+        version = -1 if ablations.is_inference() else ablations._version  # a step of an optimiser changes them in place
+        if ablations is not self.ablations or version != self._version:
+            self.ablations, self._version, self._kept = ablations, version, 0
             with _no_autograd():
                 self._rows = ablations - current
 
@@ -93,13 +95,13 @@ class _Sources:
         self.outputs.pop(key, None)
         if rows.requires_grad:
             self.outputs[key] = rows
-        if self._ablations is None:
+        if self.ablations is None:
             return
         with _no_autograd():
             # A second pass must not change what the first one's backward will read.
             if span.start < self._kept:
                 self._rows, self._kept = self._rows.clone(), 0
-            self._rows[span] = self._ablations[span] - rows
+            self._rows[span] = self.ablations[span] - rows
 
     def read(self, span: slice) -> Tensor:
         if torch.is_grad_enabled():
@@ -134,11 +136,12 @@ def _read(wrapper: Any, x: Tensor, sources: _Sources, package: Any) -> Tensor:
         for (start, stop), rows in sources.outputs.items()
         if span.start <= start and stop <= span.stop
     }
-    return _apply(x, mask, sources.read(span), how, list(outputs), *outputs.values())
+    ablations = wrapper.patch_src_outs[span]
+    return _apply(x, mask, sources.read(span), how, list(outputs), ablations, *outputs.values())
 
 
 class _Read(torch.autograd.Function):
-    """x + sum_u mask[..., u] * rows[u], with a gradient in x, in mask and in the outputs behind the rows."""
+    """x + sum_u mask[..., u] * rows[u], with a gradient in x, mask, and the ablations and outputs behind the rows."""
 
     @staticmethod
     def forward(
@@ -148,6 +151,7 @@ class _Read(torch.autograd.Function):
         rows: Tensor,
         how: _Shared | _Separate,
         spans: list[tuple[int, int]],
+        ablations: Tensor,
         *outputs: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(mask, rows)
@@ -162,12 +166,14 @@ class _Read(torch.autograd.Function):
         used = (mask != 0).reshape(-1, len(rows)).any(0).tolist()
         wanted = [any(used[start:stop]) for start, stop in ctx.spans]
         # The rows are ablations - outputs, hence the sign.
-        to_rows = ctx.how.rows_gradient(rows, grad, -mask) if any(wanted) else None
+        learned = ctx.needs_input_grad[5]
+        to_rows = ctx.how.rows_gradient(rows, grad, -mask) if learned or any(wanted) else None
         to_outputs = (
             None if to_rows is None or not want else to_rows[start:stop]
             for want, (start, stop) in zip(wanted, ctx.spans, strict=True)
         )
-        return (grad, to_mask, None, None, None, *to_outputs)
+        to_ablations = -to_rows if learned and to_rows is not None else None
+        return (grad, to_mask, None, None, None, to_ablations, *to_outputs)
 
 
 _apply: Callable[..., Tensor] = _Read.apply

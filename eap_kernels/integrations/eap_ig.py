@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import eap_kernels
-from eap_kernels.integrations._patch import Patch, Replacement, expect, load
+from eap_kernels.integrations._patch import Patch, Replacement, expect, load, part
 
 _SCORES = "batch pos forward hidden, batch pos backward hidden -> forward backward"
 _READ = "batch pos previous hidden, previous ... -> batch pos ... hidden"
@@ -34,11 +34,12 @@ def patch(module: str = "eap") -> Patch:
     """
     op = "eap_ig.patch"
     utils, evaluate = load(op, f"{module}.utils", f"{module}.eap_utils"), load(op, f"{module}.evaluate")
-    expect(op, utils.make_hooks_and_matrices, "einsum", _SCORES)
-    expect(op, evaluate.evaluate_graph, "einsum", _READ)
+    expect(op, part(op, utils, "make_hooks_and_matrices"), "einsum", _SCORES)
+    expect(op, part(op, evaluate, "evaluate_graph"), "einsum", _READ)
+    einsums = [part(op, each, "einsum") for each in (utils, evaluate)]
     return Patch(
-        Replacement(utils, "einsum", _instead_of(utils.einsum, _SCORES, _edge_scores)),
-        Replacement(evaluate, "einsum", _instead_of(evaluate.einsum, _READ, _masked_read)),
+        Replacement(utils, "einsum", _instead_of(einsums[0], _SCORES, _edge_scores)),
+        Replacement(evaluate, "einsum", _instead_of(einsums[1], _READ, _masked_read)),
     )
 
 

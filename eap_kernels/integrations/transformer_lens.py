@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import eap_kernels
-from eap_kernels.integrations._patch import Patch, Replacement, expect, load
+from eap_kernels.integrations._patch import Patch, Replacement, expect, load, part
 
 _OP = "transformer_lens.patch"
 
@@ -29,11 +29,11 @@ def patch() -> Patch:
         RuntimeError: its functions are not those that this patch was written for.
     """
     module = load(_OP, "transformer_lens.tools.analysis.attribution_patching")
-    original = module._edge_effects
+    original, hook_of = part(_OP, module, "_edge_effects"), part(_OP, module, "_writer_hook_name")
     if original.__module__ != __name__:
         expect(_OP, original, "_writer_hook_name", "clean_cache", "corrupt_cache", "activations", "gradients")
-        expect(_OP, module.enumerate_edges, "parallel_attn_mlp", "_assert_edges_unique")
-    return Patch(Replacement(module, "_edge_effects", _instead_of(original, module._writer_hook_name)))
+        expect(_OP, part(_OP, module, "enumerate_edges"), "parallel_attn_mlp", "_assert_edges_unique")
+    return Patch(Replacement(module, "_edge_effects", _instead_of(original, hook_of)))
 
 
 def _instead_of(original: Callable[..., Any], hook_of: Callable[[Any], str]) -> Callable[..., Any]:

@@ -1,11 +1,13 @@
 """Tensors that are none of the usual ones: right results, or one sentence that begins with the operator's name."""
 
 import contextlib
+import threading
 
 import pytest
 import torch
 
 import eap_kernels as ek
+from eap_kernels import _dispatch
 
 IMPLS = ("auto", "reference", *(["cpu"] if ek.backends()["cpu"] is None else []))
 REACH = torch.tensor([1, 2])
@@ -173,6 +175,31 @@ def test_nothing_is_rounded_where_torch_may_round_products(impl, rounding, randn
     with ROUNDING[rounding]():
         for found, right in zip(all_of_them(), plain, strict=True):
             assert torch.equal(found, right)
+
+
+def test_nothing_is_rounded_while_another_thread_leaves_an_operator():
+    """What rounds is switched off for all threads at once, until the last one has left."""
+    entered, left, seen, before = threading.Event(), threading.Event(), [], torch.backends.mkldnn.enabled
+
+    @_dispatch._exact
+    def first(_):
+        assert entered.wait(60)
+
+    @_dispatch._exact
+    def second(_):
+        entered.set()
+        assert left.wait(60)
+        seen.append(torch.backends.mkldnn.enabled)
+
+    with medium_precision():
+        other = threading.Thread(target=second, args=(torch.ones(1),))
+        thread = threading.Thread(target=first, args=(torch.ones(1),))
+        thread.start()
+        other.start()
+        thread.join()
+        left.set()
+        other.join()
+    assert seen == [False] and torch.backends.mkldnn.enabled is before
 
 
 def test_forward_mode_is_refused_as_it_would_lose_tangents():

@@ -10,6 +10,7 @@ import torch
 import eap_kernels as ek
 from eap_kernels import testing
 from eap_kernels.integrations import auto_circuit, eap_ig, transformer_lens
+from tests.kernels.integrations.stand_ins import install
 
 ROOT = Path(__file__).parents[3]
 
@@ -26,6 +27,22 @@ def test_a_missing_package_is_one_sentence(monkeypatch, adapter, module):
     monkeypatch.setitem(sys.modules, module, None)
     name = adapter.__name__.rsplit(".", 1)[1]
     with pytest.raises(ImportError, match=rf"^{name}.patch: expected {module} to be importable, got "):
+        adapter.patch()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "module", "has", "missing"),
+    [
+        (eap_ig, "eap__utils", "", "make_hooks_and_matrices"),
+        (auto_circuit, "auto_circuit__utils__patch_wrapper", "", "PatchWrapperImpl"),
+        (auto_circuit, "auto_circuit__utils__patch_wrapper", "class PatchWrapperImpl:\n    pass", "forward"),
+        (transformer_lens, "transformer_lens__tools__analysis__attribution_patching", "", "_edge_effects"),
+    ],
+)
+def test_a_package_without_what_is_replaced_is_one_sentence(monkeypatch, adapter, module, has, missing):
+    install(monkeypatch, **({"eap__evaluate": ""} if adapter is eap_ig else {}), **{module: has})
+    name = adapter.__name__.rsplit(".", 1)[1]
+    with pytest.raises(RuntimeError, match=rf"^{name}.patch: expected .* to have '{missing}', got another version"):
         adapter.patch()
 
 

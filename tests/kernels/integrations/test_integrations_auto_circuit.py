@@ -229,6 +229,46 @@ def test_auto_circuit_other_ablations_with_the_same_buffer(wrapper):
         torch.testing.assert_close(run(), published)
 
 
+@pytest.mark.parametrize("positions", [None, 5])
+@pytest.mark.parametrize("kind", ["plain", "zero", "hard concrete"])
+def test_auto_circuit_ablations_that_are_learned(wrapper, kind, positions):
+    model = Model(wrapper, positions)
+    KINDS[kind](model)
+    x, ablations = inputs()
+
+    def run():
+        torch.manual_seed(0)
+        learned, found = ablations.clone().requires_grad_(), []
+        for _ in range(2):
+            model.zero_grad()
+            with model.patching(learned):
+                found.append(model(x))
+                (gradient,) = torch.autograd.grad(found[-1].square().sum(), learned)
+            found.append(gradient)
+            with torch.no_grad():
+                learned -= 0.1 * gradient
+        return found
+
+    published = run()
+    with auto_circuit.patch():
+        torch.testing.assert_close(run(), published)
+
+
+def test_auto_circuit_ablations_that_change_in_place(wrapper):
+    model = Model(wrapper)
+    x, ablations = inputs()
+
+    @torch.no_grad()
+    def run():
+        changed = ablations.clone()
+        with model.patching(changed):
+            return model(x), model(changed.mul_(2)[0])
+
+    published = run()
+    with auto_circuit.patch():
+        torch.testing.assert_close(run(), published)
+
+
 def test_auto_circuit_runs_from_a_later_layer_in_inference_mode(wrapper):
     """The senders before it keep the outputs they were given; ablations may come from inference mode."""
     model = Model(wrapper)

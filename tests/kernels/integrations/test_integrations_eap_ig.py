@@ -150,6 +150,13 @@ def test_a_patch_is_restored_where_a_generator_is_abandoned(eap):
     assert eap.utils.einsum is named_einsum and eap.evaluate.einsum is named_einsum
 
 
+def test_a_version_with_its_einsum_elsewhere_is_refused_before_anything_is_touched(monkeypatch, eap):
+    monkeypatch.delattr(eap.evaluate, "einsum")  # such as in code that calls einops.einsum
+    with pytest.raises(RuntimeError, match=r"^eap_ig.patch: expected eap.evaluate to have 'einsum', got another ver"):
+        eap_ig.patch()
+    assert eap.utils.einsum is named_einsum
+
+
 def test_another_version_is_refused_before_anything_is_touched(monkeypatch):
     install(monkeypatch, eap__utils=UTILS, eap__evaluate=EVALUATE.replace("previous ...", "previous"))
     message = "eap_ig.patch: expected eap.evaluate.evaluate_graph to use 'batch pos previous hidden, "

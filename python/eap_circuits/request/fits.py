@@ -180,9 +180,8 @@ def _with_another_end(tokens: Tensor, vocabulary: int) -> Tensor:
 
 
 def _vocabulary(arch: Architecture) -> int:
-    model: Any = arch.model
-    ends: tuple[Any, Any] = (model.get_input_embeddings(), arch.head)
-    return min(len(end.weight) for end in ends if isinstance(getattr(end, "weight", None), Tensor))
+    head = getattr(arch.head, "weight", None)
+    return min(arch.vocabulary(), len(head)) if isinstance(head, Tensor) else arch.vocabulary()
 
 
 def _own(arch: Architecture, batch: Batch, tokens: Tensor) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import sys
+from collections.abc import Iterable
 
 import torch
 
@@ -48,11 +51,20 @@ def _choices() -> dict[str, str]:
     return lines
 
 
+def show(lines: Iterable[str]) -> None:
+    """Print lines as they come. Where nobody reads on, as behind `| head`, the process ends without a word."""
+    try:
+        for line in lines:
+            print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes what is left
+        sys.exit(1)
+
+
 def main() -> None:
     lines = facts()
     width = max(map(len, lines))
-    for name, value in lines.items():
-        print(f"{name:<{width}}  {value}")
+    show(f"{name:<{width}}  {value}" for name, value in lines.items())
 
 
 if __name__ == "__main__":

@@ -6,16 +6,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from types import ModuleType
+
+import torch
+
+Device = str | int | torch.device
 
 
 class _Tune(ModuleType):
-    def __call__(self, devices: Sequence[str] = (), again: bool = False) -> list[str]:
+    def __call__(self, devices: Device | Iterable[Device] | None = (), again: bool = False) -> list[str]:
         """Measure which backends are right and fastest where that is not stored yet; returns what was found, in lines.
 
         Args:
-            devices: names such as "cuda:1" or "cpu"; by default every kind of GPU there is, else the CPU.
+            devices: one or several, as torch takes them, such as "cuda:1"; by default every kind of GPU there is, else
+                the CPU.
             again: measure anew what is stored.
 
         Raises:

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import sys
 
+from eap_kernels.info import show
 from eap_kernels.tune.devices import tune
 
 
 def main() -> None:
     words = sys.argv[1:]
     if "-h" in words or "--help" in words:
-        print(__doc__)
+        show([str(__doc__)])
         return
     try:
-        for line in tune([word for word in words if word != "--again"], "--again" in words):
-            print(line, flush=True)
+        show(tune([word for word in words if word != "--again"], "--again" in words))
     except RuntimeError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from eap_kernels import _auto
-from eap_kernels.tune import choices
+from eap_kernels.tune import Device, choices
 
 
-def tune(devices: Sequence[str] = (), again: bool = False) -> Iterator[str]:
+def tune(devices: Device | Iterable[Device] | None = (), again: bool = False) -> Iterator[str]:
     """Measure what is not stored yet, and say in lines what was found.
 
     Raises:
@@ -29,15 +29,16 @@ def tune(devices: Sequence[str] = (), again: bool = False) -> Iterator[str]:
         yield f"stored in {choices.path(device)}"
 
 
-def _chosen(devices: Sequence[str]) -> list[torch.device]:
+def _chosen(devices: Device | Iterable[Device] | None) -> list[torch.device]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    named = devices or [f"cuda:{index}" for index in range(count)] or ["cpu"]
+    given = () if devices is None else [devices] if isinstance(devices, Device) else devices
+    named = list(given) or [f"cuda:{index}" for index in range(count)] or ["cpu"]
     found: dict[str, torch.device] = {}
     for name in named:
         try:
             device = torch.device(name)
-        except RuntimeError as error:
-            raise RuntimeError(f"tune: expected names of devices, got {name!r}") from error
+        except (RuntimeError, TypeError) as error:
+            raise RuntimeError(f"tune: expected devices or names of devices, got {name!r}") from error
         if device.type not in choices.ARITHMETICS or (device.type == "cuda" and (device.index or 0) >= count):
             raise RuntimeError(f"tune: expected a GPU of this machine or the CPU, got {name!r}")
         found.setdefault(choices.name_of(device), device)

@@ -252,15 +252,18 @@ class Architecture:
         return self.picks and not self.encoder and type(self.head) is nn.Linear and not is_offloaded(self.head)
 
     def vocabulary(self, decoder: bool = False) -> int:
-        """How many token embeddings the model has, or its decoder, which may have its own."""
+        """How many token embeddings the model has, or its decoder, which may have its own: of several tables, those of
+        the smallest, as per-layer embeddings may be fewer."""
         model: Any = self.model
-        return len((model.get_decoder() if decoder else model).get_input_embeddings().weight)
+        tables = [(model.get_decoder() if decoder else model).get_input_embeddings()]
+        if self.per_layer is not None:
+            tables += [each for each in self.per_layer[0].children() if isinstance(each, nn.Embedding)]
+        return min(len(table.weight) for table in tables)
 
     @property
     def predicted(self) -> int:
-        """How many tokens, or classes, have logits; some models embed more."""
-        embedded = self.vocabulary(decoder=self.encoder > 0)
-        return min(embedded, int(getattr(self.head, "out_features", embedded)))
+        """How many tokens, or classes, have logits; some models embed more, or fewer."""
+        return int(getattr(self.head, "out_features", 0)) or self.vocabulary(decoder=self.encoder > 0)
 
     @property
     def d_model(self) -> int:

@@ -129,3 +129,13 @@ def test_a_layer_that_forgets_the_residual_stream_is_refused():
     model.model.layers[0].layer_scalar.fill_(0)
     with pytest.raises(eap.InputError, match=r"Gemma4TextDecoderLayer.layer_scalar: expected a number other than 0"):
         bind(model)
+
+
+def test_fewer_per_layer_embeddings_than_tokens(make_model, make_pairs):
+    model, fewer = make_model("gemma4"), VOCABULARY // 2
+    table = model.model.embed_tokens_per_layer
+    table.weight = torch.nn.Parameter(table.weight[:fewer])
+    assert all(check.passed for check in eap.check_model(model))
+    data = make_pairs(n=3)
+    with pytest.raises(eap.InputError, match=f"expected token ids below the model's {fewer}"):
+        eap.attribute(model, data)

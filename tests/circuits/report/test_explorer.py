@@ -164,6 +164,12 @@ def test_mouse_and_keyboard_select_pan_and_zoom(page: Browser, tmp_path: Path) -
     assert state["pins"] == [state["node"]] and state["view"]["k"] > 1
     assert page.run("document.querySelector('#node-pin').ariaPressed") == "true"
     assert page.run("document.querySelector('#node-paths').ariaPressed") == "false"
+    pressed = """["graph.element", "table.window"].map(at => at.split(".").reduce((x, name) => x[name], explorer))
+      .flatMap(x => ["ctrlKey", "metaKey", "altKey"].flatMap(held => ["p", "0", "-", "ArrowDown"].map(key =>
+        x.dispatchEvent(new KeyboardEvent("keydown", { key, [held]: true, cancelable: true })))))"""
+    assert all(page.run(pressed)), "what the browser prints or zooms by"
+    page.settle()
+    assert json.loads(page.run("JSON.stringify(explorer.store.state)")) == state
 
 
 def test_a_group_is_one_node_whose_edges_are_summed(page: Browser, tmp_path: Path) -> None:

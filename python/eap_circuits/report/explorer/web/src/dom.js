@@ -42,3 +42,6 @@ export function onScheme(redraw) {
     });
   }
 }
+
+/** Is a key the browser's own: print, zoom the page, go back? */
+export const ofBrowser = (event) => event.ctrlKey || event.metaKey || event.altKey;

@@ -3,7 +3,7 @@
 
 import { select } from "d3-selection";
 import { zoom, zoomIdentity } from "d3-zoom";
-import { colour, framed, h, onScheme } from "./dom.js";
+import { colour, framed, h, ofBrowser, onScheme } from "./dom.js";
 import { drawNodes, drawRows } from "./drawing.js";
 import { edgePath, layout, Nearness } from "./layout.js";
 
@@ -291,6 +291,7 @@ export class Graph {
   // The keyboard.
 
   key(event) {
+    if (ofBrowser(event)) return;
     const arrows = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] };
     const { state } = this.store;
     if (arrows[event.key]) this.focusOn(this.neighbour(arrows[event.key]));

@@ -1,7 +1,7 @@
 // All edges of the file as a table, of which only the rows in view exist.
 
 import { edgeName } from "./data.js";
-import { h, signed, whole } from "./dom.js";
+import { h, ofBrowser, signed, whole } from "./dom.js";
 
 const ROW = 28; // pixels
 const SPARE = 8; // rows above and below those in view
@@ -173,7 +173,7 @@ export class Table {
 
   key(event) {
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-    if (!step || event.target !== this.window) return;
+    if (!step || event.target !== this.window || ofBrowser(event)) return;
     event.preventDefault();
     const at = this.rows.indexOf(this.store.state.edge ?? -1);
     const next = Math.max(0, Math.min(this.rows.length - 1, at + step));

@@ -105,13 +105,9 @@ def _restore(modes: list[tuple[nn.Module, bool]], flags: list[tuple[nn.Module, s
     for module, training in modes:
         module.training = training
     for part, name, requires_grad in flags:
-        _parameter(part, name).requires_grad_(requires_grad)
-
-
-def _parameter(part: nn.Module, name: str) -> torch.Tensor:
-    found = part._parameters[name]
-    assert found is not None
-    return found
+        found = part._parameters.get(name)
+        if found is not None:  # else the user's own code has removed it meanwhile
+            found.requires_grad_(requires_grad)
 
 
 class Hooks(Changes):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial, wraps
 from threading import get_ident
 from time import sleep
@@ -71,13 +72,19 @@ class Changes:
                 raise expected("model", wanted, f"a call of another thread that is using this {type(model).__name__}")
 
     def close(self) -> None:
-        """Undo everything; does nothing the second time."""
+        """Undo everything, also what comes after something that cannot be undone; does nothing the second time."""
+        failed: Exception | None = None
         while self._undo:
-            self._undo[-1]()
+            try:
+                self._undo[-1]()
+            except Exception as error:  # the user's own code may have changed the model meanwhile
+                failed = failed or error
             self._undo.pop()
         for each in (_claims, _open):
             if self in each:
                 each.remove(self)
+        if failed is not None:
+            raise failed
 
 
 def _restore_stacks(functions: list[Any], operators: int) -> None:
@@ -166,9 +173,9 @@ def gives_back(call: Callable[P, T]) -> Callable[P, T]:
             _end_what_hangs(error)
             raise
         finally:
-            thread = get_ident()
-            for changes in reversed([x for x in list(_open) if x not in before and x._thread == thread]):
-                changes.close()
-            around.close()
+            with ExitStack() as ends:  # the latest comes first, and all come, whatever one raises
+                ends.callback(around.close)
+                for changes in [x for x in list(_open) if x not in before and x._thread == get_ident()]:
+                    ends.callback(changes.close)
 
     return made

@@ -11,7 +11,7 @@ import torch
 import eap_circuits as eap
 from eap_circuits.forward import Hooks, borrowed
 from eap_circuits.modules.loans import Changes, SharedChange, gives_back
-from tests.circuits.untouched import process_state, snapshot
+from tests.circuits.untouched import differences, process_state, snapshot
 
 
 def interrupted(call, event, nth, files):
@@ -176,3 +176,25 @@ def test_a_shared_change_lasts_until_its_last_user_has_left():
             assert state == [1]
         assert not state
         assert not shared.used_here()
+
+
+@pytest.mark.parametrize("error", [None, ValueError("mine")])
+def test_what_was_changed_comes_back_though_the_model_is_another_by_then(error, model, make_pairs):
+    """A metric takes a weight out, as parametrisations do, and puts another one where it can have no gradient."""
+    layer, head, data = model.model.layers[0].mlp, model.lm_head, make_pairs(n=2)
+    codes = torch.nn.Parameter(head.weight.data.to(torch.int8), requires_grad=False)
+
+    def metric(logits, batch):
+        if "weight" in layer.up_proj._parameters:
+            layer.up_proj.weight = layer.up_proj._parameters.pop("weight").data
+            head._parameters["weight"] = codes
+        if error is not None:
+            raise error
+        return logits[:, 0]
+
+    before, process = snapshot(model), process_state()
+    with pytest.raises((ValueError, RuntimeError)):
+        eap.attribute(model, data, metric, method="eap")
+    assert process_state() == process
+    changed = {"model.layers.0.mlp.up_proj", "weight model.layers.0.mlp.up_proj.weight", "weight lm_head.weight"}
+    assert differences(before, snapshot(model)).keys() == changed

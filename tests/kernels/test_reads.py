@@ -98,15 +98,20 @@ def test_any_reads_in_any_order_and_two_backward_passes(seed, circuits):
             assert torch.allclose(one, two, rtol=1e-10, atol=1e-11)
 
 
-def test_backward_passes_side_by_side():
-    """In threads that meet halfway."""
+@pytest.mark.parametrize("how", ["threads", "within"])
+def test_backward_passes_side_by_side(how):
+    """In threads that meet halfway, and one that begins and ends within the other."""
     mask = torch.rand(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found, right = mask.clone().requires_grad_(), mask.clone().requires_grad_()
-    barrier = threading.Barrier(2, timeout=20)
+    barrier, within = threading.Barrier(2, timeout=20), []
     plain, reads, halfway = Plain(right), eap_kernels.MaskedReads(found, tokens=5, features=4), []
 
     def meet(gradient):
-        barrier.wait()
+        if how == "threads":
+            barrier.wait()
+        elif not within:
+            within.append(None)
+            within[:] = [gradients(-1.0)]
 
     def read(base, v, u, at):
         halfway.append(reads.read(base, v, u, at))
@@ -116,10 +121,13 @@ def test_backward_passes_side_by_side():
     halfway[1].register_hook(meet)
 
     def gradients(factor):
-        return torch.autograd.grad(value * factor, [found, *leaves], retain_graph=True)
+        return torch.autograd.grad(value, [found, *leaves], torch.tensor(factor).double(), retain_graph=True)
 
-    with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(gradients, (1.0, -1.0)))
+    if how == "threads":
+        with ThreadPoolExecutor(2) as pool:
+            both = list(pool.map(gradients, (1.0, -1.0)))
+    else:
+        both = [gradients(1.0), *within]
     value, leaves = run(right, plain.read, plain.write)
     for sign, slopes in zip((1, -1), both, strict=True):
         for one, two in zip(slopes, torch.autograd.grad(value, [right, *leaves], retain_graph=True), strict=True):

@@ -138,6 +138,7 @@ class Hooks(Changes):
             return self._on_shared(module.parts, hook)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self.refuse_other_threads(module)
             if args:
                 new = self._call(hook, as_given(module, args[0]))
                 return None if new is None else ((new, *args[1:]), kwargs)
@@ -217,6 +218,7 @@ class Hooks(Changes):
         """Call `hook(result)` with all that the module returns; what it returns, if anything, takes its place."""
 
         def after(_: nn.Module, __: object, result: Any) -> Any:
+            self.refuse_other_threads(module)
             return hook(result)
 
         self.hooked.add(module)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from ..errors import expected
+from ..errors import InputError, expected
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -68,8 +68,16 @@ class Changes:
             if other is self:
                 break
             if other._thread != self._thread and not self._parts.isdisjoint(other._parts):
-                wanted = "one call at a time, or a copy of the model for each thread"
-                raise expected("model", wanted, f"a call of another thread that is using this {type(model).__name__}")
+                raise self._in_use(f"a call of another thread that is using this {type(model).__name__}")
+
+    def refuse_other_threads(self, module: nn.Module) -> None:
+        """Refuse a run of another thread, which would be changed, and mistaken for one of this call's."""
+        # Backward passes on GPUs are in threads of torch's, where checkpointed modules run again.
+        if get_ident() != self._thread and torch._C._current_graph_task_id() < 0:
+            raise self._in_use(f"a run in another thread, of a {type(module).__name__} that a call is using")
+
+    def _in_use(self, found: str) -> InputError:
+        return expected("model", "one call at a time, or a copy of the model for each thread", found)
 
     def close(self) -> None:
         """Undo everything, also what comes after something that cannot be undone; does nothing the second time."""

@@ -158,6 +158,25 @@ def test_a_second_thread_is_refused_and_another_model_is_not(model, make_model, 
     assert relative(scores.values, eap.attribute(model, data, metric=lambda logits, _: logits[:, 0]).values) < 1e-6
 
 
+def test_a_run_of_another_thread_in_the_middle_of_one_is_refused(model, make_pairs, relative):
+    data, found, within = make_pairs(n=3), [], []
+    prompt = data.clean[:1, : data.lengths[0]]
+    right = eap.attribute(model, data, method="eap").values
+
+    def hook(*_):
+        if not within:
+            within.append(None)
+            found.append(in_thread(lambda: model(prompt)))
+            within.clear()
+
+    model.model.layers[1].register_forward_hook(hook)
+    assert relative(eap.attribute(model, data, method="eap").values, right) < 1e-6
+    assert len(found) > 2
+    for each in found:
+        assert isinstance(each, eap.InputError)
+        assert "or a copy of the model for each thread, found a run in another thread, of a" in str(each)
+
+
 def test_autocast_is_refused(model, make_pairs):
     data = make_pairs(n=2)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(eap.InputError, match=r"torch.autocast: expected off"):

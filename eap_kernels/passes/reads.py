@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Integral
+from threading import Lock
 from typing import Any, NoReturn
 
 import torch
@@ -21,7 +22,8 @@ class MaskedReads:
     contributions that is made anew for every read, all of it would be copied each time, and as many gradients of its
     size be added up. Here a contribution is stored once. Its gradient, sum_v mask[u, v] * dL/dy[v], is one
     `masked_read` of the gradients of all reads of it, and the mask's gradient is one `edge_scores` at the end of the
-    backward pass. Differentiable once, in bases, contributions and mask.
+    backward pass. Differentiable once, in bases, contributions and mask. Threads may write, read and go backward side
+    by side.
 
     Args:
         mask: [S, R], or [C, S, R] for circuits whose contributions and reads then have a leading [C]; floating, in
@@ -64,12 +66,13 @@ class MaskedReads:
         if list(delta.shape) != wanted or not 0 <= sender <= stored.delta.shape[-3] - wanted[-3]:
             _fail(f"contributions within {list(stored.delta.shape)}", f"{list(delta.shape)} from sender {sender} on")
         rows = slice(sender, sender + wanted[-3])
-        if any(stored.written[rows]):
-            _fail("each sender to be written once", f"one of {rows.start} to {rows.stop - 1} again")
         if delta.dtype != stored.mask.dtype or delta.device != stored.mask.device:
             _fail(f"contributions in {stored.mask.dtype} on {stored.mask.device}", f"{delta.dtype} on {delta.device}")
-        stored.written[rows] = [True] * wanted[-3]
-        self._written = _write(self._written, delta, sender, stored)
+        with stored.lock:
+            if any(stored.written[rows]):
+                _fail("each sender to be written once", f"one of {rows.start} to {rows.stop - 1} again")
+            self._written = _write(self._written, delta, sender, stored)
+            stored.written[rows] = [True] * wanted[-3]
 
     def read(self, base: Tensor, receivers: slice, senders: slice, at: slice | Tensor | None = None) -> Tensor:
         """What receivers read of senders that have been written, [r, n, D] or [C, r, n, D]; as often as you like.
@@ -93,7 +96,7 @@ class MaskedReads:
 
 
 class _Stored:
-    """Contributions, and the gradients of what was read of them."""
+    """Contributions, what was read of them, and the backward passes that run."""
 
     def __init__(self, mask: Tensor, tokens: int, features: int) -> None:
         *lead, senders, _ = mask.shape
@@ -101,37 +104,42 @@ class _Stored:
         self.delta = mask.new_empty(*lead, senders, tokens, features)
         self.written = [False] * senders
         # Of every receiver of one read after another: its column of the mask, and the senders from … to that are read.
-        self.columns: list[int] = []
-        self.starts: list[int] = []
-        self.stops: list[int] = []
-        self._gradients: Tensor | None = None
-        self._pass = -1
+        self.read: list[tuple[int, int, int]] = []
+        self.lock = Lock()
+        self._passes: dict[int, _Pass] = {}
 
     def note(self, receivers: slice, senders: slice) -> slice:
         """Where the gradients of a read are among those of all reads."""
-        first, count = len(self.columns), receivers.stop - receivers.start
-        self.columns += range(receivers.start, receivers.stop)
-        self.starts += [senders.start] * count
-        self.stops += [senders.stop] * count
-        return slice(first, first + count)
+        with self.lock:
+            first = len(self.read)
+            self.read += [(column, senders.start, senders.stop) for column in range(receivers.start, receivers.stop)]
+            return slice(first, len(self.read))
 
-    @property
-    def gradients(self) -> Tensor:
-        """Of all that was read, [..., reads, N, D]; zero where this backward pass has not come yet."""
+    def running(self) -> _Pass:
+        """The backward pass that asks; each has gradients of its own, until its end or, if it fails, the graph's."""
         this = torch._C._current_graph_task_id()
-        if self._gradients is None or self._pass != this:
-            self._gradients = None  # an earlier pass's, which may have come along other reads
-            *lead, _, tokens, features = self.delta.shape
-            self._gradients = self.mask.new_zeros(*lead, len(self.columns), tokens, features)
-            noted = torch.tensor([self.columns, self.starts, self.stops], dtype=torch.int64)
-            self.noted, self._pass = noted.to(self.mask.device), this
-        return self._gradients
+        with self.lock:
+            if this not in self._passes:
+                self._passes[this] = _Pass(self)
+                torch.autograd.Variable._execution_engine.queue_callback(lambda: self._passes.__delitem__(this))
+            return self._passes[this]
 
-    def weights(self, senders: slice) -> Tensor:
+
+class _Pass:
+    """Gradients of all that was read by now, [..., reads, N, D]; zero where this backward pass has not come yet."""
+
+    def __init__(self, stored: _Stored) -> None:
+        *lead, _, tokens, features = stored.delta.shape
+        self.gradients = stored.mask.new_zeros(*lead, len(stored.read), tokens, features)
+        read = torch.tensor(stored.read, dtype=torch.int64).view(-1, 3).T.contiguous()
+        _, self.starts, self.stops = read
+        self.noted = read.to(stored.mask.device)
+
+    def weights(self, mask: Tensor, senders: slice) -> Tensor:
         """The mask's entries with which these senders were read, [..., s, reads]; zero where they were not."""
         columns, starts, stops = self.noted
-        rows = torch.arange(senders.start, senders.stop, device=self.mask.device)[:, None]
-        return self.mask[..., senders, :][..., columns].where((starts <= rows) & (rows < stops), 0)
+        rows = torch.arange(senders.start, senders.stop, device=mask.device)[:, None]
+        return mask[..., senders, :][..., columns].where((starts <= rows) & (rows < stops), 0)
 
 
 def _at(x: Tensor, nodes: slice, tokens: slice | Tensor | None) -> Tensor:
@@ -151,16 +159,15 @@ class _Begin(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
-        (mask,), stored = ctx.saved_tensors, ctx.stored
-        wide, gradients = accumulation_dtype(mask.dtype), stored.gradients
-        scores = gradients.new_zeros([*mask.shape[:-1], len(stored.columns)], dtype=wide)
-        stops = torch.tensor(stored.stops, dtype=torch.int64)
-        kept = stored.delta, gradients, scores
+        (mask,), stored, running = ctx.saved_tensors, ctx.stored, ctx.stored.running()
+        wide = accumulation_dtype(mask.dtype)
+        scores = mask.new_zeros([*mask.shape[:-1], len(running.stops)], dtype=wide)
+        kept = stored.delta, running.gradients, scores
         for circuit in zip(*kept, strict=True) if scores.dim() == 3 else [kept]:
             delta, gradients, out = circuit
-            edge_scores(delta, gradients, stops, out)
-        columns, starts, _ = stored.noted
-        if any(stored.starts):
+            edge_scores(delta, gradients, running.stops, out)
+        columns, starts, _ = running.noted
+        if running.starts.any():
             scores.masked_fill_(torch.arange(len(stored.written), device=mask.device)[:, None] < starts, 0)
         return torch.zeros_like(mask, dtype=wide).index_add_(-1, columns, scores).to(mask.dtype), None
 
@@ -168,6 +175,7 @@ class _Begin(torch.autograd.Function):
 class _Write(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, written: Tensor, delta: Tensor, sender: int, stored: _Stored) -> Tensor:
+        ctx.save_for_backward(stored.mask)
         ctx.rows, ctx.stored = slice(sender, sender + delta.shape[-3]), stored
         stored.delta[..., ctx.rows, :, :] = delta
         return written.clone()
@@ -175,12 +183,11 @@ class _Write(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, to_written: Tensor) -> tuple[Any, ...]:
-        stored = ctx.stored
-        to_delta = None
+        (mask,), to_delta = ctx.saved_tensors, None
         if ctx.needs_input_grad[1]:
-            gradients = stored.gradients
-            nothing = gradients.new_zeros(()).expand(gradients.shape[-2:])
-            to_delta = masked_read(nothing, gradients, stored.weights(ctx.rows).mT)
+            running = ctx.stored.running()
+            nothing = mask.new_zeros(()).expand(running.gradients.shape[-2:])
+            to_delta = masked_read(nothing, running.gradients, running.weights(mask, ctx.rows).mT)
         return to_written, to_delta, None, None
 
 
@@ -195,15 +202,18 @@ class _Read(torch.autograd.Function):
         at: slice | Tensor | None,
         stored: _Stored,
     ) -> Tensor:
-        ctx.rows, ctx.at, ctx.stored, ctx.dims = stored.note(receivers, senders), at, stored, base.dim()
+        indexed = isinstance(at, Tensor)
+        ctx.save_for_backward(*[at] if indexed else [])
+        ctx.at = None if indexed else at
+        ctx.rows, ctx.stored, ctx.dims = stored.note(receivers, senders), stored, base.dim()
         return masked_read(base, _at(stored.delta, senders, at), stored.mask[..., senders, receivers])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        kept = ctx.stored.gradients[..., ctx.rows, :, :]
-        if isinstance(ctx.at, Tensor):  # maybe a token more than once
-            tokens = torch.arange(kept.shape[-2], device=kept.device)[ctx.at]
+        kept = ctx.stored.running().gradients[..., ctx.rows, :, :]
+        if ctx.saved_tensors:  # maybe a token more than once
+            tokens = torch.arange(kept.shape[-2], device=kept.device)[ctx.saved_tensors]
             kept.index_add_(-2, tokens, gradient)
         else:
             _at(kept, slice(None), ctx.at).copy_(gradient)

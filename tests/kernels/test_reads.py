@@ -1,6 +1,9 @@
 """All reads of a run, against autograd through a run written out with einsum, in float64."""
 
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -95,13 +98,62 @@ def test_any_reads_in_any_order_and_two_backward_passes(seed, circuits):
             assert torch.allclose(one, two, rtol=1e-10, atol=1e-11)
 
 
-def test_a_mask_that_has_changed_has_no_gradient():
-    mask = torch.rand(2, 2, requires_grad=True)
+@pytest.mark.parametrize("how", ["threads", "within"])
+def test_backward_passes_side_by_side(how):
+    """In threads that meet halfway, and one that begins and ends within the other."""
+    mask = torch.rand(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found, right = mask.clone().requires_grad_(), mask.clone().requires_grad_()
+    barrier, within = threading.Barrier(2, timeout=20), []
+    plain, reads, halfway = Plain(right), eap_kernels.MaskedReads(found, tokens=5, features=4), []
+
+    def meet(gradient):
+        if how == "threads":
+            barrier.wait()
+        elif not within:
+            within.append(None)
+            within[:] = [gradients(-1.0)]
+
+    def read(base, v, u, at):
+        halfway.append(reads.read(base, v, u, at))
+        return halfway[-1]
+
+    value, leaves = run(found, read, reads.write)
+    halfway[1].register_hook(meet)
+
+    def gradients(factor):
+        return torch.autograd.grad(value, [found, *leaves], torch.tensor(factor).double(), retain_graph=True)
+
+    if how == "threads":
+        with ThreadPoolExecutor(2) as pool:
+            both = list(pool.map(gradients, (1.0, -1.0)))
+    else:
+        both = [gradients(1.0), *within]
+    value, leaves = run(right, plain.read, plain.write)
+    for sign, slopes in zip((1, -1), both, strict=True):
+        for one, two in zip(slopes, torch.autograd.grad(value, [right, *leaves], retain_graph=True), strict=True):
+            assert torch.allclose(one, two * sign, rtol=1e-10, atol=1e-12)
+
+
+def test_a_write_that_was_interrupted_wrote_nothing(monkeypatch):
+    reads = eap_kernels.MaskedReads(torch.ones(1, 1), 1, 2)
+    interrupted = Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(torch.autograd.function.FunctionCtx, "save_for_backward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reads.write(0, torch.ones(1, 1, 2))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="expected a read of senders that have been written"):
+        reads.read(torch.zeros(1, 2), slice(0, 1), slice(0, 1))
+    reads.write(0, torch.ones(1, 1, 2))
+
+
+@pytest.mark.parametrize("what", ["mask", "mask without gradient", "tokens"])
+def test_what_has_changed_has_no_gradient(what):
+    mask, at = torch.rand(2, 2, requires_grad=what == "mask"), torch.tensor([0])
     reads = eap_kernels.MaskedReads(mask, tokens=1, features=3)
-    reads.write(0, torch.ones(2, 1, 3))
-    y = reads.read(torch.zeros(1, 3), slice(0, 2), slice(0, 2))
+    reads.write(0, torch.ones(2, 1, 3, requires_grad=True))
+    y = reads.read(torch.zeros(1, 3), slice(0, 2), slice(0, 2), at)
     with torch.no_grad():
-        mask.add_(1)
+        (at if what == "tokens" else mask).add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 

@@ -236,15 +236,18 @@ def _termination_raised() -> Iterator[None]:
         yield
         return
 
+    asked = []
+
     def terminate(number: int, frame: object) -> None:
+        asked.append(number)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what follows is the way out
         raise _Terminated
 
     signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except _Terminated:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if asked or signal.getsignal(signal.SIGTERM) is terminate:  # else the user's own code has put another there
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if asked:  # though the user's own code may have caught what was raised
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -9,6 +9,16 @@ import torch
 from torch import Tensor
 
 
+class _Made:
+    """A tensor, and its version when it was made. Copies and pickles have none of it: they could not tell."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor, tensor._version
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
 class unspoilt(cached_property[Tensor]):
     """A cached property whose tensor is made anew after someone has changed it in place, as one does with masks."""
 
@@ -16,12 +26,11 @@ class unspoilt(cached_property[Tensor]):
         if it is None:
             return self  # type: ignore[return-value]
         assert self.attrname is not None
-        kept: tuple[Tensor, int] | None = vars(it).get(self.attrname)
-        if kept is None or kept[0]._version != kept[1]:
+        kept = vars(it).get(self.attrname)
+        if not isinstance(kept, _Made) or kept.tensor._version != kept.version:
             with torch.inference_mode(False):  # whose tensors have no version
-                made = self.func(it)
-            kept = vars(it)[self.attrname] = made, made._version
-        return kept[0]
+                kept = vars(it)[self.attrname] = _Made(self.func(it))
+        return kept.tensor
 
     def __set__(self, it: Any, value: object) -> None:  # so that Python asks `__get__` each time
         raise AttributeError(f"{self.attrname} cannot be set")

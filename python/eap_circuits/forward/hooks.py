@@ -105,13 +105,9 @@ def _restore(modes: list[tuple[nn.Module, bool]], flags: list[tuple[nn.Module, s
     for module, training in modes:
         module.training = training
     for part, name, requires_grad in flags:
-        _parameter(part, name).requires_grad_(requires_grad)
-
-
-def _parameter(part: nn.Module, name: str) -> torch.Tensor:
-    found = part._parameters[name]
-    assert found is not None
-    return found
+        found = part._parameters.get(name)
+        if found is not None:  # else the user's own code has removed it meanwhile
+            found.requires_grad_(requires_grad)
 
 
 class Hooks(Changes):
@@ -142,6 +138,7 @@ class Hooks(Changes):
             return self._on_shared(module.parts, hook)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self.refuse_other_threads(module)
             if args:
                 new = self._call(hook, as_given(module, args[0]))
                 return None if new is None else ((new, *args[1:]), kwargs)
@@ -221,6 +218,7 @@ class Hooks(Changes):
         """Call `hook(result)` with all that the module returns; what it returns, if anything, takes its place."""
 
         def after(_: nn.Module, __: object, result: Any) -> Any:
+            self.refuse_other_threads(module)
             return hook(result)
 
         self.hooked.add(module)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial, wraps
 from threading import get_ident
 from time import sleep
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from ..errors import expected
+from ..errors import InputError, expected
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -67,17 +68,31 @@ class Changes:
             if other is self:
                 break
             if other._thread != self._thread and not self._parts.isdisjoint(other._parts):
-                wanted = "one call at a time, or a copy of the model for each thread"
-                raise expected("model", wanted, f"a call of another thread that is using this {type(model).__name__}")
+                raise self._in_use(f"a call of another thread that is using this {type(model).__name__}")
+
+    def refuse_other_threads(self, module: nn.Module) -> None:
+        """Refuse a run of another thread, which would be changed, and mistaken for one of this call's."""
+        # Backward passes on GPUs are in threads of torch's, where checkpointed modules run again.
+        if get_ident() != self._thread and torch._C._current_graph_task_id() < 0:
+            raise self._in_use(f"a run in another thread, of a {type(module).__name__} that a call is using")
+
+    def _in_use(self, found: str) -> InputError:
+        return expected("model", "one call at a time, or a copy of the model for each thread", found)
 
     def close(self) -> None:
-        """Undo everything; does nothing the second time."""
+        """Undo everything, also what comes after something that cannot be undone; does nothing the second time."""
+        failed: Exception | None = None
         while self._undo:
-            self._undo[-1]()
+            try:
+                self._undo[-1]()
+            except Exception as error:  # the user's own code may have changed the model meanwhile
+                failed = failed or error
             self._undo.pop()
         for each in (_claims, _open):
             if self in each:
                 each.remove(self)
+        if failed is not None:
+            raise failed
 
 
 def _restore_stacks(functions: list[Any], operators: int) -> None:
@@ -166,9 +181,9 @@ def gives_back(call: Callable[P, T]) -> Callable[P, T]:
             _end_what_hangs(error)
             raise
         finally:
-            thread = get_ident()
-            for changes in reversed([x for x in list(_open) if x not in before and x._thread == thread]):
-                changes.close()
-            around.close()
+            with ExitStack() as ends:  # the latest comes first, and all come, whatever one raises
+                ends.callback(around.close)
+                for changes in [x for x in list(_open) if x not in before and x._thread == get_ident()]:
+                    ends.callback(changes.close)
 
     return made

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +178,36 @@ def test_constants_learned_for_each_circuit_go_on_wherever_they_stopped(make_mod
             call(checkpoint=file)
     monkeypatch.setattr(checkpoint_file._File, "save", real)
     assert same(call(checkpoint=file), right)
+
+
+def test_a_termination_that_the_users_code_catches_comes_all_the_same(make_model, make_pairs, tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(os, "kill", lambda _, number: sent.append((number, signal.getsignal(number))))
+
+    def metric(logits, batch):
+        if not sent:
+            with contextlib.suppress(BaseException):
+                signal.raise_signal(signal.SIGTERM)
+        return logits[:, 0]
+
+    eap.attribute(make_model("gpt2"), make_pairs(n=3), metric, method="eap", checkpoint=tmp_path / "x.safetensors")
+    assert sent == [(signal.SIGTERM, signal.SIG_DFL)]
+
+
+def test_a_signals_handler_that_the_users_code_sets_stays(make_model, make_pairs, tmp_path):
+    def own(*_):
+        pass
+
+    def metric(logits, batch):
+        signal.signal(signal.SIGTERM, own)
+        return logits[:, 0]
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        eap.attribute(make_model("gpt2"), make_pairs(n=3), metric, method="eap", checkpoint=tmp_path / "x.safetensors")
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow

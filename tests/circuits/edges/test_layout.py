@@ -59,6 +59,15 @@ def test_a_mask_changed_in_place_changes_no_graph(made_in: Callable[[], Abstract
         assert again == graph and torch.equal(again.edge_mask, kept)
 
 
+@pytest.mark.parametrize("encoder", [0, 1])
+def test_a_mask_changed_in_place_changes_no_copy(encoder: int) -> None:
+    graph = Graph((2, 2, 2), (2, 2, 2), d_model=8, encoder=encoder, mlps=(True, False, True))
+    kept = graph.edge_mask.clone()
+    for copied in (copy.deepcopy, copy.copy, lambda it: pickle.loads(pickle.dumps(it))):
+        graph.edge_mask[:] = False
+        assert torch.equal(copied(graph).edge_mask, kept)
+
+
 def test_a_small_graph_by_hand() -> None:
     graph = Graph((2, 2), (1, 1), d_model=8)
     assert graph.senders == ["input", "a0.h0", "a0.h1", "m0", "a1.h0", "a1.h1", "m1"]

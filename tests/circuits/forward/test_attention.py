@@ -100,7 +100,7 @@ def test_a_models_runs_use_it(make_model, make_pairs, monkeypatch):
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attend)
     # Which also run the model as it is.
-    monkeypatch.setattr(asked, "tried", lambda arch, *_: (arch, None))
+    monkeypatch.setattr(asked, "try_model", lambda arch, *_: (arch, None))
     model, data = make_model("llama"), make_pairs(n=3)
     eap.evaluate(model, eap.attribute(model, data, heads="query", method="eap").select(9), data, reuse_prefix=False)
     assert groups == {1}

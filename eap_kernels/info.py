@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterable
 
 import torch
 
@@ -51,11 +50,10 @@ def _choices() -> dict[str, str]:
     return lines
 
 
-def show(lines: Iterable[str]) -> None:
-    """Print lines as they come. Where nobody reads on, as behind `| head`, the process ends without a word."""
+def show(line: str) -> None:
+    """Print a line at once. Where nobody reads on, as behind `| head`, the process ends without a word."""
     try:
-        for line in lines:
-            print(line, flush=True)
+        print(line, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes what is left
         sys.exit(1)
@@ -64,7 +62,8 @@ def show(lines: Iterable[str]) -> None:
 def main() -> None:
     lines = facts()
     width = max(map(len, lines))
-    show(f"{name:<{width}}  {value}" for name, value in lines.items())
+    for name, value in lines.items():
+        show(f"{name:<{width}}  {value}")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from eap_kernels.tune.devices import tune
 def main() -> None:
     words = sys.argv[1:]
     if "-h" in words or "--help" in words:
-        show([str(__doc__)])
+        show(str(__doc__))
         return
     try:
-        show(tune([word for word in words if word != "--again"], "--again" in words))
+        for line in tune([word for word in words if word != "--again"], "--again" in words):
+            show(line)
     except RuntimeError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

@@ -129,7 +129,7 @@ def logit_distance(found: Tensor, plain: Tensor) -> Tensor:
 
 def of_rounding(apart: Tensor, tolerance: float) -> bool:
     """Are distances no larger than this? Logits that are not finite are said to be so where the metric is taken."""
-    # Tensors that have shapes alone pass, whether what is asked of them is never true (`Shape`) or always.
+    # A tensor that has only a shape passes, whether it answers every question with no, as `Shape` does, or with yes.
     return not bool((~(apart.nan_to_num(0) <= tolerance)).any())
 
 

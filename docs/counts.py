@@ -225,7 +225,8 @@ def calls(_: tables.Results) -> str:
 
     def row(each: dict[str, float]) -> list[str]:
         launches = f"{each['launches']:,}", f"{each['own launches']:,}", f"{each['beyond']:.1f}"
-        return [*launches, f"{each['waits']}", f"{each['bytes beside']:.2f}", f"{each['time over own']:.2f}"]
+        beside = round(each["bytes beside"], 2) + 0.0  # no -0.00
+        return [*launches, f"{each['waits']}", f"{beside:.2f}", f"{each['time over own']:.2f}"]
 
     return _table("calls", columns, row)
 

@@ -89,6 +89,16 @@ def test_accumulates_and_repeats_to_the_bit(impl, device):
     torch.testing.assert_close(out, 2 * once)
 
 
+def test_no_more_rows_are_expanded_at_once_than_fit_in_the_workspace(impl, device, randn):
+    """Of 8 MB, in 200 kB: no allocation is larger."""
+    if device != "cpu":
+        return  # torch's profiler tells of a CPU's allocations
+    heads = [ek.Nodes(randn(2000, 8, 4), randn(8, 4, 64))]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+        ek.head_space_scores(heads, heads, torch.full((8,), 8), impl=impl, workspace=200_000)
+    assert 50_000 < max(event.cpu_memory_usage for event in found.events()) <= 200_000
+
+
 # Where the reference's roundings happened to cancel out, and a kernel's did not.
 UNEVEN = {**LARGE, "layers": 2, "heads": 1, "shared": 1, "tokens": 6, "features": 1, "workspace": 1, "seed": 30}
 

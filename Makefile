@@ -108,7 +108,7 @@ bench: $(VENV)/.test
 	mkdir -p build
 	$(BENCH); status=$$?; $(BIN)/python -m bench.record --compare build/bench.json && exit $$status
 
-# Runs the benches; writes bench/results, this machine's file in bench/ratios and the tables in the docs from them.
+# Runs the benches; writes this machine's file in bench/results, and the tables in the docs from it.
 record: $(VENV)/.test
 	mkdir -p build
 	$(BENCH) --record
@@ -119,7 +119,7 @@ EXPLORER := python/eap_circuits/report/explorer/web
 explorer:
 	cd $(EXPLORER) && npm ci && npm run lint && npm run build
 
-# For a machine with a GPU; needs only its Python. bench/gpu.py explains the stages, STAGES="bench record" picks some.
+# For a machine with a GPU; needs only its Python. bench/gpu.py explains the stages; STAGES="build tune" picks some.
 gpu:
 	$(PYTHON) bench/gpu.py $(STAGES) $(if $(filter command line,$(origin SECONDS)),--seconds=$(SECONDS))
 

@@ -18,6 +18,7 @@ import torch
 
 import eap_circuits as eap
 from bench import measure
+from bench.circuits.passes import random_pairs
 from bench.processes import ROOT, commit
 
 RESULT = ROOT / "docs" / "results" / "large.json"
@@ -116,7 +117,8 @@ def exact() -> dict[str, float]:
         raise _FirstPass
 
     sizes = {**SIZES["70b"], "hidden_size": 128, "intermediate_size": 64, "head_dim": 2, "vocab_size": 128}
-    model, data = llama(**sizes), pairs(128)
+    model = llama(**sizes)
+    data = random_pairs(model, 4, 12)
     PatchedEdges.logits = stop
 
     def run() -> None:
@@ -132,7 +134,7 @@ def exact() -> dict[str, float]:
 def plan(name: str, memory: str) -> dict[str, float]:
     with torch.device("meta"):
         model = llama(vocab_size=128256, **SIZES[name]).to(torch.bfloat16)
-    data = pairs(128256, n=64, tokens=64)
+    data = random_pairs(model, 64, 64)
     found = []
     taken = cost(lambda: found.append(eap.plan(model, data, memory=memory, device="cuda", gpus=8)))
     passes = max(examples * tokens * points for examples, tokens, points in found[0].batches)
@@ -144,16 +146,6 @@ def llama(**sizes: int) -> torch.nn.Module:
 
     given = {"num_key_value_heads": 8, "max_position_embeddings": 8192, "tie_word_embeddings": False, **sizes}
     return LlamaForCausalLM(LlamaConfig(**given)).eval()
-
-
-def pairs(vocabulary: int, n: int = 4, tokens: int = 12) -> eap.PairedDataset:
-    """Random prompts that differ in their first token, so that nothing is a prefix."""
-    generator = torch.Generator().manual_seed(0)
-    clean = torch.randint(1, vocabulary, (n, tokens), generator=generator)
-    corrupted = clean.clone()
-    corrupted[:, 0] = clean[:, 0] % (vocabulary - 1) + 1
-    answers = torch.tensor([[1, 2]]).expand(n, -1)
-    return eap.PairedDataset.from_tokens(clean, corrupted, torch.full((n,), tokens), answers)
 
 
 CASES: dict[str, tuple[Callable[..., dict[str, float]], tuple[object, ...]]] = {

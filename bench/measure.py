@@ -9,6 +9,7 @@ import re
 import subprocess
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Seconds for all rounds of a bench, and how often a ratio below its bar is measured again; nobody shares the GPU.
 BUDGET, TRIES = (3.0, 3) if DEVICE == "cpu" else (0.0 if PRETENDED else 1.0, 1)
 
-
-def seconds(run: Run, count: int, device: str = DEVICE) -> float:
-    return timing.seconds(run, count, device)
-
-
-def in_turns(
-    runs: Mapping[str, Run],
-    rounds: int | None = None,
-    min_seconds: float = 0.02,
-    budget: float = BUDGET,
-    device: str = DEVICE,
-) -> dict[str, float]:
-    return timing.in_turns(runs, device, rounds, min_seconds, budget)
+in_turns = partial(timing.in_turns, device=DEVICE, budget=BUDGET)
 
 
 def matmul(dtype: torch.dtype) -> tuple[Run, float]:

@@ -12,7 +12,6 @@
 #include <type_traits>
 #include <vector>
 
-#include "checks.h"
 #include "cpu/convert.h"
 #include "cpu/kernels.h"
 #include "tensors.h"
@@ -112,12 +111,12 @@ void head_space_scores(std::vector<Tensor> values, std::vector<Tensor> weights, 
   const int64_t R = rows - S;
   const auto reach_values = indices(op, "reach", reach, R, S);
   STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == S && out.size(1) == R &&
-                      out.scalar_type() == (dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float),
+                      out.scalar_type() == accumulation_type(dtype),
                   op, ": expected out [S, R] in the accumulation dtype");
   if (rows == 0 || N == 0 || D == 0) return;
 
-  const bool wide = dtype == Dtype::f64;
-  const int64_t element = wide ? 8 : 4, budget = std::min(workspace, kSliceBytes);
+  const Dtype wide = accumulation(dtype);
+  const int64_t element = bytes_of(wide), budget = std::min(workspace, kSliceBytes);
   const auto [tokens, width] = slice_shape(std::max<int64_t>(64, budget / (rows * element)), N, D);
   Tensor space = torch::stable::new_empty(out, {rows, tokens * width});
   char* const data = static_cast<char*>(space.mutable_data_ptr());
@@ -137,7 +136,7 @@ void head_space_scores(std::vector<Tensor> values, std::vector<Tensor> weights, 
       const int64_t inner = expand.tokens * expand.features;
       EdgeScores kernel{{data, {S, 1, inner}, {row, inner, 1}},
                         {data + S * row * element, {R, 1, inner}, {row, inner, 1}},
-                        wide ? Dtype::f64 : Dtype::f32,
+                        wide,
                         reach_values.data(),
                         nullptr,
                         out.mutable_data_ptr(),
@@ -255,10 +254,10 @@ Tensor normalise_rows(Tensor x, double eps, bool centred, std::optional<Tensor> 
   const int64_t M = x.size(0), D = x.size(2);
   const Wanted wanted(op, rows, x.size(1));
   STD_TORCH_CHECK(!out || has_shape(*out, {M, wanted.count, D}), op, ": expected out [M, n, D] on the CPU");
-  const bool wide = x.scalar_type() == ScalarType::Double;
-  Tensor r = torch::stable::new_empty(x, {M, wanted.count}, wide ? ScalarType::Double : ScalarType::Float);
+  const Dtype dtype = dtype_of(op, x);
+  Tensor r = torch::stable::new_empty(x, {M, wanted.count}, accumulation_type(dtype));
   NormaliseRows kernel{.x = view(x),
-                       .dtype = dtype_of(op, x),
+                       .dtype = dtype,
                        .rows = wanted.data,
                        .count = wanted.count,
                        .eps = eps,

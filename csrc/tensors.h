@@ -1,12 +1,18 @@
-// Tensors as the kernels take them: pointers, sizes, strides, and small index tensors as checked values.
+// Tensors as the kernels take them: pointers, sizes, strides, and small index tensors as values. What memory safety
+// rests on is checked; the Python wrappers report the same mistakes earlier, in one sentence.
 #pragma once
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
 #include <optional>
 #include <vector>
 
-#include "checks.h"
 #include "cpu/kernels.h"
 
 namespace eap {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 inline Dtype dtype_of(const char* op, const Tensor& x) {
   switch (x.scalar_type()) {
@@ -16,6 +22,10 @@ inline Dtype dtype_of(const char* op, const Tensor& x) {
     case ScalarType::Half: return Dtype::f16;
     default: STD_TORCH_CHECK(false, op, ": expected float64, float32, bfloat16 or float16, got another dtype");
   }
+}
+
+inline ScalarType accumulation_type(Dtype dtype) {
+  return accumulation(dtype) == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
 }
 
 inline MaskDtype mask_dtype_of(const char* op, const Tensor& mask) {
@@ -34,10 +44,15 @@ inline View view(const Tensor& x) {
 }
 
 inline std::vector<int64_t> indices(const char* op, const char* name, const Tensor& x, int64_t count, int64_t high) {
-  check_index(op, name, x, count);
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 1 && x.size(0) == count && x.scalar_type() == ScalarType::Long, op,
+                  ": expected ", name, " to be an int64 vector of ", count, " values on the CPU");
   const int64_t* data = static_cast<const int64_t*>(x.const_data_ptr());
   std::vector<int64_t> values(count);
-  for (int64_t i = 0; i < count; ++i) check_range(op, name, values[i] = data[i * x.stride(0)], 0, high);
+  for (int64_t i = 0; i < count; ++i) {
+    values[i] = data[i * x.stride(0)];
+    STD_TORCH_CHECK(0 <= values[i] && values[i] <= high, op, ": expected ", name, " within [0, ", high, "], got ",
+                    values[i]);
+  }
   return values;
 }
 
@@ -52,14 +67,14 @@ struct EdgeScoresRest {
 
 inline EdgeScoresRest check_edge_scores(const char* op, const Tensor& delta, const Tensor& grad, const Tensor& reach,
                                         const Tensor& out, const std::optional<Tensor>& segments) {
-  STD_TORCH_CHECK(delta.dim() == 3 && grad.dim() == 3, op, ": expected delta [S, N, D] and grad [R, N, D]");
-  check_same(op, "grad", grad, delta, grad.size(0));
+  STD_TORCH_CHECK(delta.dim() == 3 && grad.dim() == 3 && grad.size(1) == delta.size(1) &&
+                      grad.size(2) == delta.size(2) && grad.scalar_type() == delta.scalar_type(),
+                  op, ": expected delta [S, N, D] and grad [R, N, D] of one dtype");
   const int64_t S = delta.size(0), R = grad.size(0), rank = segments ? 3 : 2;
   const Dtype dtype = dtype_of(op, delta);
   STD_TORCH_CHECK(out.dim() == rank && out.size(rank - 2) == S && out.size(rank - 1) == R, op,
                   ": expected out [S, R], or [segments, S, R] with segments");
-  STD_TORCH_CHECK(out.scalar_type() == (dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float), op,
-                  ": expected out in the accumulation dtype");
+  STD_TORCH_CHECK(out.scalar_type() == accumulation_type(dtype), op, ": expected out in the accumulation dtype");
   auto reach_values = indices(op, "reach", reach, R, S);
   std::vector<int64_t> segment_values;
   if (segments) segment_values = indices(op, "segments", *segments, delta.size(1), out.size(0) - 1);

@@ -16,6 +16,7 @@ from bench import measure
 from bench.circuits import passes
 from bench.processes import ROOT, commit
 from docs import documents
+from eap_kernels.testing import timing
 
 RESULT = ROOT / "docs" / "results" / "performance.json"
 STEPS, EXAMPLES, LAYERS, EDGES = (1, 5, 15, 30), (8, 16, 32), (10, 20, 30), (100, 200, 400)
@@ -30,8 +31,8 @@ KINDS = {
 def both(model: Any, data: Any, steps: int) -> dict[str, float]:
     """The seconds of attribution and of its floor."""
     return {
-        "attribute": measure.seconds(lambda: eap.attribute(model, data, steps=steps), 1, "cpu"),
-        "floor": measure.seconds(lambda: passes.floor(model, data, steps), 1, "cpu"),
+        "attribute": timing.seconds(lambda: eap.attribute(model, data, steps=steps), 1, "cpu"),
+        "floor": timing.seconds(lambda: passes.floor(model, data, steps), 1, "cpu"),
     }
 
 
@@ -60,7 +61,7 @@ def run() -> None:
     for count in EDGES:
         mask = torch.zeros_like(graph.edge_mask)
         mask[tuple(edges[order[:count]].T)] = True
-        exact[count] = measure.seconds(
+        exact[count] = timing.seconds(
             lambda mask=mask: eap.attribute(model, data, method="exact", edges=mask), 1, "cpu"
         )
     more = data[[i % len(data) for i in range(max(EXAMPLES))]]

@@ -9,7 +9,6 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from operator import mul
 from typing import Any, ParamSpec, TypeVar
 
@@ -181,7 +180,8 @@ def _head_space_scores(*args: Any) -> None:
     *lists, groups, features, reach, out, workspace, impl = args
     reach = reach.cpu()
     _check_range("head_space_scores", "reach", reach, out.shape[0])
-    _begin_writing("head_space_scores", (("an operand", x) for x in chain(*lists)), out)
+    named = zip(("values", "weight", "coefficients", "normalised"), lists, strict=True)
+    _begin_writing("head_space_scores", ((name, x) for name, column in named for x in column), out)
     backend = _chosen("head_space_scores", impl, out.device, *lists)
     backend.head_space_scores(*lists, groups, features, reach, out, workspace)
 

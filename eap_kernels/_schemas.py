@@ -27,6 +27,12 @@ def tf32() -> bool:
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
+def refuse_second_order(op: str) -> None:
+    """In a backward pass: what it computes of saved operands has no gradient of its own."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: expected a first-order backward, got create_graph=True")
+
+
 def _in_place_fake(*args: Any, **kwargs: Any) -> None:
     return None
 
@@ -51,8 +57,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("masked_read: expected a first-order backward, got create_graph=True")
+    refuse_second_order("masked_read")
     delta, mask = ctx.saved_tensors
     need_base, need_delta, need_mask, *_ = ctx.needs_input_grad
     grad_base = grad_delta = grad_mask = None

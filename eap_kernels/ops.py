@@ -72,7 +72,7 @@ def edge_scores(
             count = segments.max().item() + 1 if tokens else 0
             if torch.compiler.is_compiling():
                 torch._check(count >= 0)  # what a compiler must know of a size
-            elif not 0 <= count < 2**63:
+            elif tokens and not 1 <= count < 2**63:
                 _fail("edge_scores", "segments from 0 to 2**63 - 2", count - 1)
             shape.insert(0, count)
         out = delta.new_zeros(shape, dtype=wide)
@@ -104,6 +104,9 @@ class Nodes:
     weight: Tensor | None = None
     coefficients: Tensor | None = None
     normalised: Tensor | None = None
+
+
+_SHAPES = {"values": "[N, h, K]", "weight": "[g, K, D]", "coefficients": "[h, M, N]", "normalised": "[M, N, D]"}
 
 
 def _workspace(device: torch.device) -> int:
@@ -154,25 +157,21 @@ def head_space_scores(
     if not (listed and senders and receivers and all(isinstance(group, Nodes) for group in groups)):
         kinds = [type(each).__name__ for each in (groups if listed else (senders, receivers))]
         _fail(op, "senders and receivers to be lists of at least one Nodes", kinds, TypeError)
-    first = groups[0]
-    _check_floating(op, "values", first.values, "[N, h, K]")
-    tokens = first.values.shape[0]
-    features = first.values.shape[2] if first.weight is None else first.weight.shape[-1]
-    for group in groups:
-        _check_nodes(group, first.values, tokens, features)
+    features = _check_nodes(groups)
+    first = groups[0].values
     n_senders, n_receivers = (sum(group.values.shape[1] for group in side) for side in (senders, receivers))
-    _check_index(op, "reach", reach, n_receivers, first.values)
+    _check_index(op, "reach", reach, n_receivers, first)
     if workspace is None:
-        workspace = _workspace(first.values.device)
+        workspace = _workspace(first.device)
     if isinstance(workspace, bool) or not isinstance(workspace, Integral) or not 1 <= workspace < 2**63:
         _fail(op, "a workspace of 1 to 2**63 - 1 bytes", repr(workspace))
-    wide = accumulation_dtype(first.values.dtype)
+    wide = accumulation_dtype(first.dtype)
     if out is None:
-        out = first.values.new_zeros((n_senders, n_receivers), dtype=wide)
+        out = first.new_zeros((n_senders, n_receivers), dtype=wide)
     else:
-        _check_out(op, out, n_senders, n_receivers, False, wide, first.values.device)
+        _check_out(op, out, n_senders, n_receivers, False, wide, first.device)
     _dispatch.check_impl(op, impl, out.device)
-    none = first.values.new_empty(0)
+    none = first.new_empty(0)
     lists = [
         [none if x is None else x.detach() for x in column]
         for column in zip(*((g.values, g.weight, g.coefficients, g.normalised) for g in groups), strict=True)
@@ -280,11 +279,11 @@ def _check_floating(op: str, name: str, x: Tensor, shape: str = "", like: Tensor
 
 
 def _check_like(op: str, name: str, x: Tensor, delta: Tensor) -> None:
-    like_name = "values" if op == "head_space_scores" else "delta"
+    of = "the first values'" if op == "head_space_scores" else "delta's"
     if x.dtype != delta.dtype:
-        _fail(op, f"{name} in {like_name}'s dtype {delta.dtype}", x.dtype, TypeError)
+        _fail(op, f"{name} in {of} dtype {delta.dtype}", x.dtype, TypeError)
     if x.device != delta.device:
-        _fail(op, f"{name} on {like_name}'s device {delta.device}", x.device)
+        _fail(op, f"{name} on {of} device {delta.device}", x.device)
 
 
 def _check_index(op: str, name: str, x: Tensor, count: int, values: Tensor) -> None:
@@ -318,9 +317,23 @@ def _check_read(base: Tensor, delta: Tensor, mask: Tensor) -> None:
         _fail(op, f"base of shape {' or '.join(map(str, shapes))}", list(base.shape))
 
 
-def _check_nodes(group: Nodes, like: Tensor, tokens: int, features: int) -> None:
+def _check_nodes(groups: Sequence[Nodes]) -> int:
+    """D, the features of residual-space rows."""
+    op, first = "head_space_scores", groups[0].values
+    _check_floating(op, "values", first, _SHAPES["values"])
+    for group in groups:
+        for name, shape in _SHAPES.items():
+            x = getattr(group, name)
+            if x is not None or name == "values":
+                _check_floating(op, name, x, shape, like=first)
+    features = (first if groups[0].weight is None else groups[0].weight).shape[2]
+    for group in groups:
+        _check_sizes(group, first.shape[0], features)
+    return features
+
+
+def _check_sizes(group: Nodes, tokens: int, features: int) -> None:
     op = "head_space_scores"
-    _check_floating(op, "values", group.values, "[N, h, K]", like)
     heads, width = group.values.shape[1:]
     if group.values.shape[0] != tokens:
         _fail(op, f"values of shape [{tokens}, h, K]", list(group.values.shape))
@@ -328,7 +341,6 @@ def _check_nodes(group: Nodes, like: Tensor, tokens: int, features: int) -> None
         if width != features:
             _fail(op, f"values of shape [{tokens}, h, {features}] where there is no weight", list(group.values.shape))
     else:
-        _check_floating(op, "weight", group.weight, "[g, K, D]", like)
         shared = group.weight.shape[0]
         if list(group.weight.shape[1:]) != [width, features] or not shared or heads % shared:
             expected = f"weight of shape [g, {width}, {features}] with g a divisor of {heads}"
@@ -336,8 +348,6 @@ def _check_nodes(group: Nodes, like: Tensor, tokens: int, features: int) -> None
     if (group.coefficients is None) != (group.normalised is None):
         _fail(op, "coefficients and normalised together", "only one of them")
     if group.coefficients is not None and group.normalised is not None:
-        _check_floating(op, "coefficients", group.coefficients, "[h, M, N]", like)
-        _check_floating(op, "normalised", group.normalised, "[M, N, D]", like)
         points = group.normalised.shape[0]
         if list(group.normalised.shape[1:]) != [tokens, features]:
             _fail(op, f"normalised of shape [M, {tokens}, {features}]", list(group.normalised.shape))

@@ -44,7 +44,7 @@ def test_more_steps_over_floor(in_turns, model_and_data, floor):
 def test_few_shot_over_floor(speedup, model_and_data):
     """400 tokens that all prompts share, then 20 that differ."""
     model, _ = model_and_data
-    data = passes.few_shot(model)
+    data = passes.random_pairs(model, 4, 420, shared=400)
     speedup(
         lambda: eap.attribute(model, data, steps=STEPS),
         lambda: passes.floor(model, data, STEPS),

@@ -74,22 +74,12 @@ def random_model():
     return make
 
 
-def random_pairs(model, examples, tokens):
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.vocab_size
-    clean = torch.randint(vocabulary, (examples, tokens), generator=generator)
-    corrupted = torch.randint(vocabulary, (examples, tokens), generator=generator)
-    corrupted[:, 0] = (clean[:, 0] + 1) % vocabulary
-    answers = torch.tensor([[0, 1]]).expand(examples, -1)
-    return eap.PairedDataset.from_tokens(clean, corrupted, torch.full((examples,), tokens), answers)
-
-
 @pytest.mark.skipif(DEVICE != "cuda", reason="bench_attribute.py evaluates a curve on a CPU")
 @pytest.mark.parametrize("shape", ["gpt2", "llama-3.1-8b"])
 def test_shape_over_floor_of_evaluation(in_turns, random_model, shape):
     """Ten circuits; the floor is a forward over the corrupted prompts, and one over all circuits and the clean run."""
     model = random_model(shape)
-    data = random_pairs(model, 16, 20)
+    data = passes.random_pairs(model, 16, 20)
     scores = eap.attribute(model, data, method="eap", reuse_prefix=False)
     circuits = [scores.select(int(share * scores.graph.n_edges)) for share in SHARES]
     copies = data[list(range(len(data))) * (1 + len(circuits))]
@@ -117,7 +107,7 @@ def test_shape_over_floor(in_turns, random_model, monkeypatch, case):
     if case.endswith("reference"):
         monkeypatch.setattr(_auto, "choose", lambda *_: _auto.Choice("reference", "as without a measurement"))
     model = random_model(shape)
-    data = random_pairs(model, examples, tokens)
+    data = passes.random_pairs(model, examples, tokens)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     memory = None if most is None else most - weights
     peaks = []
@@ -153,7 +143,7 @@ def test_shape_over_floor(in_turns, random_model, monkeypatch, case):
 def test_shape_replayed(in_turns, random_model, call):
     """Many small batches, whose passes are replayed from a CUDA graph, against the same batches as ever."""
     model = random_model("gpt2")
-    data = random_pairs(model, 16 if PRETENDED else 64, 20)
+    data = passes.random_pairs(model, 16 if PRETENDED else 64, 20)
     attribute = partial(eap.attribute, model, data, method="eap", batch_size=2, reuse_prefix=False)
     scores = attribute()
     circuits = [scores.select(int(share * scores.graph.n_edges)) for share in SHARES[:3]]
@@ -178,7 +168,7 @@ def test_shape_replayed(in_turns, random_model, call):
 def test_large_data_fit(benchmark, hold, random_model):
     """128 prompts of 128 tokens of the 8B shape in the 80 GB of a card, weights included, whatever card it is."""
     model = random_model("llama-3.1-8b")
-    data = random_pairs(model, 128, 128)
+    data = passes.random_pairs(model, 128, 128)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
 
     def measured():

@@ -16,16 +16,16 @@ def model_and_data():
     return model.requires_grad_(False), eap.load_task("ioi", tokenizer, n=16, seed=0)
 
 
-def few_shot(model, examples=4, shared=400, own=20):
-    """Random prompts with a shared beginning; clean and corrupted differ in the first token after it."""
+def random_pairs(model, examples, tokens, shared=0):
+    """Random prompts whose first `shared` tokens are the same; clean and corrupted differ in the next one alone."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
-    start = torch.randint(vocabulary, (1, shared), generator=generator).expand(examples, -1)
-    clean = torch.cat([start, torch.randint(vocabulary, (examples, own), generator=generator)], 1)
+    clean = torch.randint(vocabulary, (examples, tokens), generator=generator)
+    clean[:, :shared] = clean[0, :shared].clone()
     corrupted = clean.clone()
     corrupted[:, shared] = (clean[:, shared] + 1) % vocabulary
     answers = torch.tensor([[0, 1]]).expand(examples, -1)
-    return eap.PairedDataset.from_tokens(clean, corrupted, torch.full((examples,), shared + own), answers)
+    return eap.PairedDataset.from_tokens(clean, corrupted, torch.full((examples,), tokens), answers)
 
 
 def scored_logits(model, data, **inputs):

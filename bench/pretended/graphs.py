@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.pretended.tensors import Pretend, is_cuda, replayed, state, tell, tensors_of
+from bench.pretended.tensors import Pretend, is_cuda, replayed, state, tell, tensors_of, written
 
 _WAITING = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "_unique2", "unique_dim", "unique_consecutive",
             "masked_select")  # fmt: skip
@@ -210,15 +210,7 @@ def guard(func: Any, args: Any, kwargs: Any) -> None:
     if source is not None and not isinstance(source, Pretend) and source.numel():
         tape.forbid("copy to the device")
     if not isinstance(func, str):
-        tape.keep(_written(func, args, kwargs))
-
-
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """What stands on the CPU for the tensors that an operator writes into."""
-    names = [argument.name for argument in func._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    changed = [each.name for each in func._schema.arguments if each.alias_info is not None and each.alias_info.is_write]
-    return [x.held for x in tensors_of([given.get(name) for name in changed]) if isinstance(x, Pretend)]
+        tape.keep([x.held for x in written(func, args, kwargs) if isinstance(x, Pretend)])
 
 
 def answers() -> dict[str, Any]:

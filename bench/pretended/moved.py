@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.pretended.tensors import Pretend, tensors_of
+from bench.pretended.tensors import Pretend, tensors_of, written
 
 # Of one H100: bytes a second, operations a second by dtype (as tensor cores were measured; else by its data sheet), and
 # the host's seconds for a launch.
@@ -36,10 +36,7 @@ def moved(name: str, func: Any, args: Any, kwargs: Any, out: Any) -> int:
         return sum(map(_size, (*given, given[-1], *made)))
     changed, unread = {id(x) for x in made} & {id(x) for x in given}, set[int]()
     if hasattr(func, "_schema"):
-        for place, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[place] if place < len(args) else kwargs.get(argument.name)
-                changed |= {id(x) for x in tensors_of([value])}
+        changed |= {id(x) for x in written(func, args, kwargs)}
         if name in _WRITTEN_ONLY or func._overloadname.endswith("out"):
             unread = changed
     total = sum(_size(x) for x in made if id(x) not in changed)

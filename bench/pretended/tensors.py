@@ -1,9 +1,9 @@
 """Tensors that say cuda:0 and compute on the CPU, or have a shape and no values.
 
 Numbers (0-d tensors) and indices may come from the CPU; any other tensor on another device raises RuntimeError, as on a
-GPU. Attention is one operator, as there. Of the operators in `torch.ops.eap_kernels`, `.select` of the three public
-ones runs the package's own choice and the operator that it picks. Every other one counts as one fused kernel and is
-computed by what the package registered for the CPU.
+GPU. Attention is one operator, as there. Of the operators in `torch.ops.eap_kernels`, `.select` runs the package's own
+choice and the operator that it picks. A plain one counts as one fused kernel and is computed by what the package
+registered for the CPU.
 
 Observers: `observers.append(f)`; f(event, func, args, kwargs, out) with event "op" for each operator that touches the
 device, or "wait" for each moment in which the host waits for it (func is then a word for why).
@@ -297,6 +297,13 @@ def tensors_of(values: Any) -> list[Tensor]:
         elif isinstance(value, (list, tuple)):
             found += [x for x in value if isinstance(x, Tensor)]
     return found
+
+
+def written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that an operator writes into."""
+    arguments = func._schema.arguments
+    given = {**dict(zip((each.name for each in arguments), args, strict=False)), **kwargs}
+    return tensors_of(given.get(each.name) for each in arguments if each.alias_info and each.alias_info.is_write)
 
 
 def _known(held: Tensor) -> Tensor:

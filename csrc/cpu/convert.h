@@ -25,6 +25,14 @@ EAP_INLINE float load(f16 x) {
   return std::bit_cast<float>(bits | uint32_t(x.bits & 0x8000) << 16);
 }
 
+// `count` numbers, `step` apart, side by side as A. Neighbours have a loop of their own, which compilers vectorise.
+template <class A, class T> EAP_INLINE void widen(const T* from, int64_t step, int64_t count, A* to) {
+  if (step == 1)
+    for (int64_t i = 0; i < count; ++i) to[i] = A(load(from[i]));
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = A(load(from[i * step]));
+}
+
 EAP_INLINE void store(double& to, double x) { to = x; }
 EAP_INLINE void store(float& to, float x) { to = x; }
 EAP_INLINE void store(bf16& to, float x) {

@@ -266,7 +266,7 @@ void EdgeScores::plan() {
   for (Tile& tile : tiles) tile.offset *= chunks;
   // The last tiles reach deepest and take longest, so they come first.
   std::reverse(tiles.begin(), tiles.end());
-  if (merges()) partial.reset(std::malloc(offset * chunks * (dtype == Dtype::f64 ? 8 : 4)));
+  if (merges()) partial.reset(std::malloc(offset * chunks * bytes_of(accumulation(dtype))));
   if (merges() && !partial) throw std::bad_alloc();
 }
 

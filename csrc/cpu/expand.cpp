@@ -166,13 +166,6 @@ template <class T, int BYTES> struct Body {
     }
   }
 
-  EAP_INLINE static void widen(const T* from, int64_t step, int64_t count, A* to) {
-    if (step == 1)
-      for (int64_t i = 0; i < count; ++i) to[i] = load(from[i]);
-    else
-      for (int64_t i = 0; i < count; ++i) to[i] = load(from[i * step]);
-  }
-
   // M points at once: one load and one store of the row for all of them.
   template <int M> EAP_INLINE static void subtract(const Expand& p, const Nodes& g, int64_t i, int64_t m, A* to) {
     for (int64_t n = 0; n < p.tokens; ++n) {

@@ -12,6 +12,10 @@ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 enum class Dtype { f64, f32, bf16, f16 };
 enum class MaskDtype { f64, f32, bf16, f16, boolean };
 
+constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+// What sums are kept in.
+constexpr Dtype accumulation(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
+
 // A strided [rows, tokens, features] array.
 struct View {
   const void* data;

@@ -80,7 +80,7 @@ template <class T, int BYTES> struct Body {
                           d * p.base.stride[2];
     // Load: the base, into sums that stay in the cache.
     A acc[kLong];
-    for (int64_t i = 0; i < count; ++i) acc[i] = load(base[i * p.base.stride[2]]);
+    widen(base, p.base.stride[2], count, acc);
     // Multiply: adds the kept senders, four at a time.
     int64_t e = p.first[v];
     const int64_t end = p.first[v + 1];
@@ -105,7 +105,7 @@ template <class T, int BYTES> struct Body {
 }  // namespace
 
 void MaskedRead::plan(int64_t threads) {
-  const int64_t D = delta.size[2], element = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+  const int64_t D = delta.size[2];
   if (delta.stride[2] == 1 && base.stride[2] == 1 && delta.stride[1] == D && base.stride[1] == D) {
     // Tokens follow each other without gaps: one long row, so that small D does not mean short loops.
     for (View* x : {&delta, &base}) {
@@ -114,7 +114,8 @@ void MaskedRead::plan(int64_t threads) {
       x->size[1] = 1;
     }
   }
-  const int64_t row = delta.size[2], tokens = delta.size[1], R = base.size[0], bytes = R * tokens * row * element;
+  const int64_t row = delta.size[2], tokens = delta.size[1], R = base.size[0];
+  const int64_t bytes = R * tokens * row * bytes_of(dtype);
   chunk = first[R] <= kFewEdges * R ? kLong : kShort;
   past_caches = bytes >= kLargeBytes;
   if (past_caches) in_huge_pages(out, bytes);

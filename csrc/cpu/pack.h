@@ -21,17 +21,8 @@ struct Block {
   EAP_INLINE bool consecutive() const { return at(tokens - 1) - at(0) == tokens - 1; }
 };
 
-EAP_INLINE void copy(double* to, const double* from, int64_t step, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
-}
-template <class T> EAP_INLINE void copy(float* to, const T* from, int64_t step, int64_t count) {
-  if (step == 1)
-    for (int64_t i = 0; i < count; ++i) to[i] = load(from[i]);
-  else
-    for (int64_t i = 0; i < count; ++i) to[i] = load(from[i * step]);
-}
 // Pairs of neighbours as they lie in memory; the last of an odd number is paired with zero.
-EAP_INLINE void copy(bf16x2* to, const bf16* from, int64_t, int64_t count) {
+EAP_INLINE void copy_pairs(const bf16* from, int64_t count, bf16x2* to) {
   std::memcpy(to, from, count * sizeof(bf16));
   if (count % 2) to[count / 2].bits = from[count - 1].bits;
 }
@@ -71,8 +62,11 @@ template <class T, class E> struct Packed {
   EAP_INLINE void copy_rows(const Rows& rows, const Block& block, E* to) const {
     for (int64_t r = 0; r < rows.count; ++r, to += ld) {
       const T* const from = rows.at<T>(r, block);
-      for (int64_t i = 0; i < pieces; ++i)
-        copy(to + i * piece, from + (block.at(i) - block.at(0)) * rows.x.stride[1], rows.x.stride[2], length);
+      for (int64_t i = 0; i < pieces; ++i) {
+        const T* const some = from + (block.at(i) - block.at(0)) * rows.x.stride[1];
+        if constexpr (values == 2) copy_pairs(some, length, to + i * piece);
+        else widen(some, rows.x.stride[2], length, to + i * piece);
+      }
       std::fill(to + pieces * piece, to + width, E{});
     }
   }

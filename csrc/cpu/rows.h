@@ -10,13 +10,9 @@ namespace eap {
 constexpr int64_t kRow = 1024;
 
 template <class A, class T> EAP_INLINE const A* widened(const T* x, int64_t step, int64_t count, A* buffer) {
-  if (step == 1) {
-    if constexpr (std::is_same_v<A, T>) return x;
-    else
-      for (int64_t i = 0; i < count; ++i) buffer[i] = A(load(x[i]));
-  } else {
-    for (int64_t i = 0; i < count; ++i) buffer[i] = A(load(x[i * step]));
-  }
+  if constexpr (std::is_same_v<A, T>)
+    if (step == 1) return x;
+  widen(x, step, count, buffer);
   return buffer;
 }
 

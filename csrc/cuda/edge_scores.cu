@@ -242,8 +242,6 @@ void run_all(const EdgeScores& call, const Plan& plan, void* partial, CUstream_s
          plan, scores);
 }
 
-int64_t padded(int64_t bytes) { return divide_up(bytes, 256) * 256; }
-
 // The arrays of a schedule one after the other, in the order in which `plan_at` finds them.
 template <class Visit> void each_array(const Schedule& s, const Visit& visit) {
   visit(s.tiles);
@@ -327,7 +325,7 @@ void EdgeScores::plan() {
 
 int64_t EdgeScores::workspace() const {
   const int64_t tiles = schedule.slots + schedule.workers(), entries = kind().max_slabs * kSlab * kind().columns;
-  return int64_t(header.size()) + tiles * entries * (dtype == Dtype::f64 ? 8 : 4);
+  return int64_t(header.size()) + tiles * entries * bytes_of(accumulation(dtype));
 }
 
 void EdgeScores::run(void* workspace, CUstream_st* stream) const {

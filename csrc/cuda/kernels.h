@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <vector>
 
-#include "../cpu/kernels.h"
 #include "schedule.h"
 
 struct CUstream_st;

@@ -48,7 +48,8 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int thread
   launch_clusters(op, 1, kernel, grid, threads, shared_bytes, stream, arguments...);
 }
 
-inline int bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+// Arrays of a workspace begin at multiples of this many bytes, as allocations do.
+inline int64_t padded(int64_t bytes) { return divide_up(bytes, 256) * 256; }
 
 // Whether rows of features lie in aligned pieces of 16 bytes.
 inline bool in_pieces(const View& x, int element_bytes) {

@@ -98,8 +98,6 @@ __global__ void __launch_bounds__(kThreads) add_up(const __grid_constant__ Call<
   }
 }
 
-int64_t padded(int64_t bytes) { return divide_up(bytes, 256) * 256; }
-
 // What the first kernel writes.
 struct Workspace {
   int64_t counts, senders, weights;
@@ -107,7 +105,7 @@ struct Workspace {
     const int64_t S = call.delta.size[0], R = call.base.size[0];
     counts = padded(R * 4);
     senders = padded(R * S * 4);
-    weights = padded(R * S * (call.dtype == Dtype::f64 ? 8 : 4));
+    weights = padded(R * S * bytes_of(accumulation(call.dtype)));
   }
 };
 

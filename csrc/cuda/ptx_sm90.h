@@ -14,11 +14,7 @@ __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.proxy.async;" ::: "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// At the barrier in the same place of the shared memory of a block of the cluster.
+// Arrives at the barrier in the same place of the shared memory of a block of the cluster.
 __device__ __forceinline__ void barrier_arrive_in(int block, uint32_t barrier) {
   asm volatile(
       "{\n"

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "../cpu/kernels.h"
 #include "layout.h"
 
 namespace eap::cuda {
@@ -105,8 +106,6 @@ constexpr int64_t kLeast = 8;
 // what one has fetched. What a period's steps read fits in this many bytes, a fraction of the cache.
 constexpr int64_t kPeriodBytes = 4 << 20;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // What a step of a tile costs. Products follow the tile's slabs; bytes read, those and its receivers; and what waits
 // for memory costs the same for all. This lies between.
 inline int64_t cost(const Tile& tile) { return tile.slabs + 2; }
@@ -123,7 +122,7 @@ inline void order_receivers(Schedule& s, const int64_t* reach, int64_t receivers
   std::stable_sort(boxes.begin(), boxes.end(), [](const Box& a, const Box& b) { return a.deepest < b.deepest; });
   const int64_t used = int64_t(boxes.size()) * box;
   s.box = box;
-  s.receiver.assign(ceil_div(used, columns) * columns - used, -1);
+  s.receiver.assign(divide_up(used, columns) * columns - used, -1);
   for (const Box& x : boxes)
     for (int64_t v = x.first; v < x.first + box; ++v) s.receiver.push_back(v < receivers ? int32_t(v) : -1);
   s.reach.clear();
@@ -133,11 +132,11 @@ inline void order_receivers(Schedule& s, const int64_t* reach, int64_t receivers
 // Every column of tiles is as deep as its deepest receiver, cut into tiles of nearly equal height.
 inline void add_tiles(Schedule& s, const Kind& kind) {
   const auto deepest = [&](int64_t first, int64_t count) {
-    return ceil_div(*std::max_element(s.reach.begin() + first, s.reach.begin() + first + count), kSlab);
+    return divide_up(*std::max_element(s.reach.begin() + first, s.reach.begin() + first + count), kSlab);
   };
   s.tiles.clear();
   for (int64_t column = 0; column < int64_t(s.reach.size()); column += kind.columns) {
-    const int64_t slabs = deepest(column, kind.columns), tiles = ceil_div(slabs, kind.max_slabs);
+    const int64_t slabs = deepest(column, kind.columns), tiles = divide_up(slabs, kind.max_slabs);
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t first = slabs * i / tiles, last = slabs * (i + 1) / tiles;
       Tile tile{int32_t(first * kSlab), int32_t(last - first), int32_t(column), 0};
@@ -204,7 +203,7 @@ inline void deal(Schedule& s, const std::vector<Segment>& segments, int64_t step
         throw std::runtime_error("edge_scores: expected fewer than 2^31 tokens x blocks of features, got more");
     }
   const int64_t least = kLeast * (kind.max_slabs + 2);
-  const int64_t workers = std::min(most_workers, ceil_div(total, least)), count = int64_t(units.size());
+  const int64_t workers = std::min(most_workers, divide_up(total, least)), count = int64_t(units.size());
   const int64_t share = total / workers;
 
   std::vector<std::vector<Piece>> pieces(workers);
@@ -212,7 +211,7 @@ inline void deal(Schedule& s, const std::vector<Segment>& segments, int64_t step
   const int64_t longest = std::max<int64_t>(1, kPeriodBytes / (kind.row_bytes * rows));  // period, in steps
   // Steps [from, to) of a unit.
   const auto add = [&](int64_t worker, const Unit& unit, int64_t from, int64_t to, int32_t slot) {
-    const int64_t periods = ceil_div(unit.steps, longest);
+    const int64_t periods = divide_up(unit.steps, longest);
     const auto mark = [&](int64_t x) { return Mark{int32_t(x / periods), int32_t(x % periods)}; };
     pieces[worker].push_back({int32_t(unit.tile),
                               int32_t(unit.segment->number),
@@ -270,7 +269,7 @@ inline void deal(Schedule& s, const std::vector<Segment>& segments, int64_t step
     }
   }
 
-  if (segments.size() == 1) set_pace(s, pieces, size_t(whole / workers), int32_t(ceil_div(units[0].steps, longest)));
+  if (segments.size() == 1) set_pace(s, pieces, size_t(whole / workers), int32_t(divide_up(units[0].steps, longest)));
   s.pieces.reserve(units.size() + size_t(s.slots));
   for (const auto& some : pieces) {
     s.begin.push_back(int32_t(s.pieces.size()));

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
 import eap_kernels
+from eap_kernels._schemas import refuse_second_order
 from eap_kernels.integrations._patch import Patch, Replacement, expect, load, part
 
 _OP = "auto_circuit.patch"
@@ -159,8 +159,8 @@ class _Read(torch.autograd.Function):
         return how.read(x, rows, mask)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        refuse_second_order(_OP)
         mask, rows = ctx.saved_tensors
         to_mask = ctx.how.mask_gradient(rows, grad, mask) if ctx.needs_input_grad[1] else None
         used = (mask != 0).reshape(-1, len(rows)).any(0).tolist()

@@ -34,7 +34,8 @@ def normalise_rows(
         rows: int64 [n] on x's device, the tokens that are wanted, in 0 … N − 1; all without it. A kernel on a GPU gives
             NaN for one outside, since to refuse it the host would have to wait.
         out: [M, n, D] in any floating dtype, any strides without overlap: takes x̂. Without it only r is computed.
-        impl: "auto", the one kernel on a GPU where it is known to be right, else the reference; or one of `backends()`.
+        impl: "auto", one kernel on a CPU, and on a GPU where it is known to be right, else the reference; or one of
+            `backends()`.
 
     Returns:
         r [M, n], fp64 for fp64 inputs, else fp32. Not differentiable: x is detached.
@@ -103,7 +104,8 @@ def collapse(
             a GPU gives NaN for one outside, since to refuse it the host would have to wait.
         constant: [h, K]; zero without it.
         gain: [K]; one without it.
-        impl: "auto", the one kernel on a GPU where it is known to be right, else the reference; or one of `backends()`.
+        impl: "auto", one kernel on a CPU, and on a GPU where it is known to be right, else the reference; or one of
+            `backends()`.
 
     Raises:
         TypeError, ValueError: an argument does not fit; nothing has been written then.

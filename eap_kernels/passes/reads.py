@@ -9,9 +9,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from eap_kernels._schemas import accumulation_dtype
+from eap_kernels._schemas import accumulation_dtype, refuse_second_order
 from eap_kernels.ops import FLOATS, edge_scores, masked_read
 
 
@@ -32,6 +31,7 @@ class MaskedReads:
 
     Raises:
         TypeError, ValueError: an argument does not fit.
+        RuntimeError: a second-order gradient was asked for.
 
     Example:
         >>> import torch, eap_kernels
@@ -63,8 +63,9 @@ class MaskedReads:
             _fail("contributions as a tensor", type(delta).__name__)
         wanted = list(stored.delta.shape)
         wanted[-3] = delta.shape[-3] if delta.dim() == len(wanted) else 0
-        if list(delta.shape) != wanted or not 0 <= sender <= stored.delta.shape[-3] - wanted[-3]:
-            _fail(f"contributions within {list(stored.delta.shape)}", f"{list(delta.shape)} from sender {sender} on")
+        fits = isinstance(sender, Integral) and 0 <= sender <= stored.delta.shape[-3] - wanted[-3]
+        if list(delta.shape) != wanted or not fits:
+            _fail(f"contributions within {list(stored.delta.shape)}", f"{list(delta.shape)} from sender {sender!r} on")
         rows = slice(sender, sender + wanted[-3])
         if delta.dtype != stored.mask.dtype or delta.device != stored.mask.device:
             _fail(f"contributions in {stored.mask.dtype} on {stored.mask.device}", f"{delta.dtype} on {delta.device}")
@@ -90,8 +91,11 @@ class MaskedReads:
                 _fail(f"{name} as a slice with a start and a stop from 0 to {size}", chosen)
         if not all(self._stored.written[senders]):
             _fail("a read of senders that have been written", f"{senders} with {sum(self._stored.written)} of them")
-        if not (at is None or isinstance(at, slice) or (isinstance(at, Tensor) and at.dim() == 1)):
-            _fail("tokens as a slice or a tensor [n]", f"{at!r:.40}")
+        numbers = isinstance(at, Tensor) and at.dim() == 1 and not (at.is_floating_point() or at.is_complex())
+        if not (at is None or isinstance(at, slice) or numbers):
+            _fail("tokens as a slice or a tensor [n] of numbers or bools", f"{at!r:.40}")
+        if not isinstance(base, Tensor):
+            _fail("base as a tensor", type(base).__name__)
         return _read(self._written, base, receivers, senders, at, self._stored)
 
 
@@ -117,6 +121,7 @@ class _Stored:
 
     def running(self) -> _Pass:
         """The backward pass that asks; each has gradients of its own, until its end or, if it fails, the graph's."""
+        refuse_second_order("MaskedReads")
         this = torch._C._current_graph_task_id()
         with self.lock:
             if this not in self._passes:
@@ -131,7 +136,7 @@ class _Pass:
     def __init__(self, stored: _Stored) -> None:
         *lead, _, tokens, features = stored.delta.shape
         self.gradients = stored.mask.new_zeros(*lead, len(stored.read), tokens, features)
-        read = torch.tensor(stored.read, dtype=torch.int64).view(-1, 3).T.contiguous()
+        read = torch.tensor(stored.read, dtype=torch.int64, device="cpu").view(-1, 3).T.contiguous()
         _, self.starts, self.stops = read
         self.noted = read.to(stored.mask.device)
 
@@ -157,7 +162,6 @@ class _Begin(torch.autograd.Function):
         return mask.new_zeros(())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
         (mask,), stored, running = ctx.saved_tensors, ctx.stored, ctx.stored.running()
         wide = accumulation_dtype(mask.dtype)
@@ -181,7 +185,6 @@ class _Write(torch.autograd.Function):
         return written.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, to_written: Tensor) -> tuple[Any, ...]:
         (mask,), to_delta = ctx.saved_tensors, None
         if ctx.needs_input_grad[1]:
@@ -209,7 +212,6 @@ class _Read(torch.autograd.Function):
         return masked_read(base, _at(stored.delta, senders, at), stored.mask[..., senders, receivers])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         kept = ctx.stored.running().gradients[..., ctx.rows, :, :]
         if ctx.saved_tensors:  # maybe a token more than once

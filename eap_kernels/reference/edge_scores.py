@@ -76,7 +76,7 @@ def _add(delta: Tensor, grad: Tensor, reach: list[int], out: Tensor) -> None:
         _product(delta[:deepest], _take(grad, 0, _index(block)), scores[:deepest, start:stop])
         start = stop
     # All that lies outside the staircase is left out at once: a step of it by itself is a launch.
-    depths = torch.tensor([reach[v] for v in order]).to(out.device, non_blocking=True)
+    depths = torch.tensor([reach[v] for v in order], device="cpu").to(out.device, non_blocking=True)
     scores.masked_fill_(torch.arange(len(out), device=out.device)[:, None] >= depths, 0)
     to = _index(order)
     if isinstance(to, slice):

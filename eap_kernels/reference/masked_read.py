@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from eap_kernels._schemas import accumulation_dtype
+
 # Elements of delta that are copied at once on a CPU where a copy is needed (unread senders, low precision): what its
 # cache holds. Elsewhere, of all that is made on the way: what a GPU has room for.
 _CHUNK, _CHUNK_ON_DEVICE = 1 << 20, 1 << 28
@@ -20,7 +22,7 @@ def masked_read(base: Tensor, delta: Tensor, mask: Tensor) -> Tensor:
     With a leading dimension of circuits on all three, [C, R, N, D]: one product, in which every sender is read and must
     be finite.
     """
-    wide = torch.float64 if delta.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(delta.dtype)
     if delta.dim() == 4:
         return _products(base, delta, mask, wide)
     if delta.is_cpu:
@@ -44,7 +46,7 @@ def parts(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype in (torch.bool, dtype):
         return mask.to(dtype)[None]
     if dtype != torch.bfloat16:
-        return mask.to(torch.float64 if dtype == torch.float64 else torch.float32)[None]
+        return mask.to(accumulation_dtype(dtype))[None]
     rest = mask.float()
     weights = rest.new_empty((3, *mask.shape), dtype=dtype)
     for part in weights:

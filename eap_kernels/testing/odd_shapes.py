@@ -77,6 +77,7 @@ def masked_read(impl: str, device: str, shape: Shape, name: str, layout: str, ge
             reference = ek.masked_read(base, delta, mask, impl="reference")
             read = ek.masked_read(base.to(device), delta.to(device), mask.to(device), impl=impl)
             testing.assert_close(read, reference, oracle, _eps(name))
+            # Its gradients are operators that are held to the rule by themselves; here they need only run.
             base_, delta_, mask_ = (x.to(device, dtype).detach().requires_grad_() for x in (base, delta, mask))
             ek.masked_read(base_, delta_, mask_, impl=impl).sum().backward()
 
@@ -87,7 +88,7 @@ def head_space_scores(impl: str, device: str, shape: Shape, name: str, layout: s
     with arithmetic(name) as dtype:
 
         def normal(*size: int) -> Tensor:
-            return torch.randn(size, generator=generator).to(device, dtype)
+            return testing.random_tensor(size, dtype, generator, layout, device)
 
         normalised = normal(3, tokens, width)
         senders = [

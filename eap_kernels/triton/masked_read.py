@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eap_kernels._schemas import accumulation_dtype
 from eap_kernels.reference.masked_read import parts
 from eap_kernels.triton import configs
 from eap_kernels.triton.configs import Tile
@@ -99,7 +100,7 @@ def sparse(base: Tensor, delta: Tensor, mask: Tensor, kept: Tensor, y: Tensor) -
     """Writes y; cost grows with the kept edges. base, y [R, N, D]; delta [S, N, D]; mask [S, R]; kept [R, S]."""
     starts, row, senders = lists(kept)
     receivers, tokens, features = y.shape
-    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(y.dtype)
     at_once = _BYTES // wide.itemsize
     blocks = triton.cdiv(features, at_once)
     _sparse[(receivers * tokens * blocks,)](

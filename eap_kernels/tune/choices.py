@@ -178,6 +178,7 @@ def stored(device: torch.device) -> dict[str, Found]:
 def _read(file: Path) -> dict[str, Found]:
     try:
         content = json.loads(file.read_bytes())
+        # What is read of it later is read here, too: what cannot be read raises.
         for found in content["found"].values():
             list(ranks(found))
             found["date"], [by.items() for by in found["failed"].values()], [*map(list, found["verified"].values())]
@@ -196,6 +197,7 @@ def ranks(found: Found) -> Iterator[tuple[str, str, int, list[str]]]:
     for op, cases in found["seconds"].items():
         for case, sizes in cases.items():
             for size, seconds in sizes.items():
+                # + 0.0: words would be sorted, too.
                 yield op, case, int(size), sorted(seconds, key=lambda impl: seconds[impl] + 0.0)
 
 

@@ -15,10 +15,11 @@ ODD = "my drive (é) & 'q' \"$HOME\" #1;%"
 
 
 def copy_of_the_sources(folder):
+    """Of what builds read: a build leaves files beside the sources."""
     hidden = shutil.ignore_patterns("*.so", "__pycache__", "_build_failure.txt", "build")
     for name in ("csrc", "eap_kernels", "python"):
         shutil.copytree(ROOT / name, folder / name, ignore=hidden)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     return folder
 

@@ -2,14 +2,12 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
 from bench import tables
 from docs import documents, models
-
-ROOT = Path(__file__).parents[2]
+from tests.build.building import ROOT
 
 
 @pytest.mark.parametrize("name", documents.ALL)

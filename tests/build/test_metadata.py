@@ -6,7 +6,6 @@ import itertools
 import os
 import pkgutil
 import re
-import shutil
 import subprocess
 import sys
 import venv
@@ -18,9 +17,7 @@ import pytest
 
 import eap_circuits
 import eap_kernels
-from tests.build.building import ODD
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.build.building import ODD, ROOT, copy_of_the_sources
 
 
 def test_metadata():
@@ -58,18 +55,10 @@ def test_the_headers_of_every_source_are_in_the_source_distribution():
 
 
 def build_wheel(folder: Path, python: Path | str = sys.executable, **env: str) -> subprocess.CompletedProcess[str]:
-    """Builds a copy, because a build leaves files beside the sources, in a folder with an odd name."""
+    """Builds a copy in a folder with an odd name."""
     source = folder / ODD / "source"
     if not source.exists():
-        source.mkdir(parents=True)
-        for name in ("csrc", "eap_kernels", "python"):
-            shutil.copytree(
-                ROOT / name,
-                source / name,
-                ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build_failure.txt"),
-            )
-        for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
-            shutil.copy(ROOT / name, source)
+        copy_of_the_sources(source)
     command = [str(python), "-m", "pip", "wheel", "--no-deps", "-w", str(folder), "."]
     return subprocess.run(command, cwd=source, env={**os.environ, **env}, capture_output=True, text=True)
 

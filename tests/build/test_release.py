@@ -2,9 +2,8 @@
 
 import io
 import tarfile
-from pathlib import Path
 
-from tests.build.release import absolute, lacking, left_out, older_names
+from tests.build.release import ROOT, absolute, lacking, left_out, older_names
 
 METADATA = """Metadata-Version: 2.4
 Name: eap-kernels
@@ -41,7 +40,7 @@ def test_links_lead_to_the_files_of_the_commit():
         "![a](https://example.org/us/it/raw/abc/docs/a.png) [b](https://example.org/us/it/blob/abc/docs/b.md#c)"
     )
     assert "[d](#e), [f](https://example.org/f.md)" in found
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     changelog = "## 1.2.0 — 2026-12-01\n"
     assert len(lacking(METADATA + readme, changelog)) == 1
     assert lacking(METADATA + absolute(readme, "https://example.org/us/it", "abc"), changelog) == []

@@ -146,6 +146,16 @@ def test_a_write_that_was_interrupted_wrote_nothing(monkeypatch):
     reads.write(0, torch.ones(1, 1, 2))
 
 
+def test_second_order_gradients_are_refused():
+    """Of a linear loss, too, whose own gradient has none: what depends on the saved mask would be left out."""
+    mask = torch.rand(2, 1, requires_grad=True)
+    reads = eap_kernels.MaskedReads(mask, tokens=1, features=3)
+    reads.write(0, mask.sum() * torch.ones(2, 1, 3))
+    y = reads.read(torch.zeros(1, 3), slice(0, 1), slice(0, 2))
+    with pytest.raises(RuntimeError, match=r"^MaskedReads: expected a first-order backward, got create_graph=True"):
+        torch.autograd.grad(y.sum(), mask, create_graph=True)
+
+
 @pytest.mark.parametrize("what", ["mask", "mask without gradient", "tokens"])
 def test_what_has_changed_has_no_gradient(what):
     mask, at = torch.rand(2, 2, requires_grad=what == "mask"), torch.tensor([0])
@@ -162,7 +172,14 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"MaskedReads: expected a floating mask .*got torch\.bool of shape \[2, 3\]"):
         eap_kernels.MaskedReads(torch.ones(2, 3, dtype=torch.bool), 1, 2)
     reads = eap_kernels.MaskedReads(torch.ones(2, 3), 1, 2)
-    for sender, shape in ((0, (3, 1, 2)), (2, (1, 1, 2)), (0, (1, 2, 2)), (0, (1, 2))):
+    for sender, shape in (
+        (0, (3, 1, 2)),
+        (2, (1, 1, 2)),
+        (0, (1, 2, 2)),
+        (0, (1, 2)),
+        (0.0, (1, 1, 2)),
+        ("0", (1, 1, 2)),
+    ):
         with pytest.raises(ValueError, match="MaskedReads: expected contributions within"):
             reads.write(sender, torch.ones(shape))
     with pytest.raises(ValueError, match="expected a read of senders that have been written"):
@@ -172,8 +189,13 @@ def test_what_does_not_fit_is_refused():
         reads.write(0, torch.ones(1, 1, 2))
     with pytest.raises(ValueError, match=r"expected contributions in torch\.float32 on cpu, got torch\.float64"):
         reads.write(1, torch.ones(1, 1, 2, dtype=torch.float64))
-    for tokens in ([0], 0, torch.tensor([[0]])):  # a list would index, but not in the backward pass
-        with pytest.raises(ValueError, match=r"MaskedReads: expected tokens as a slice or a tensor \[n\], got "):
+    with pytest.raises(ValueError, match="MaskedReads: expected base as a tensor, got NoneType"):
+        reads.read(None, slice(0, 1), slice(0, 1))
+    # A list would index, but not in the backward pass.
+    for tokens in ([0], 0, torch.tensor([[0]]), torch.tensor([0.0])):
+        with pytest.raises(
+            ValueError, match=r"MaskedReads: expected tokens as a slice or a tensor \[n\] of numbers or"
+        ):
             reads.read(torch.zeros(1, 2), slice(0, 1), slice(0, 1), tokens)
     for size in (-1, 1.5, True):
         with pytest.raises(ValueError, match=f"expected tokens to be a whole number of at least 0, got {size}"):

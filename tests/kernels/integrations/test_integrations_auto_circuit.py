@@ -204,6 +204,16 @@ def test_auto_circuit_sends_no_gradient_to_an_earlier_pass(wrapper):
         torch.testing.assert_close(run(), published)
 
 
+def test_auto_circuit_second_order_gradients_are_refused(wrapper):
+    """Of a linear loss, too, whose own gradient has none: what depends on the saved masks would be left out."""
+    model = Model(wrapper)
+    x, ablations = inputs()
+    with auto_circuit.patch(), model.patching(ablations):
+        loss = model(x).sum()
+        with pytest.raises(RuntimeError, match=r"^auto_circuit.patch: expected a first-order backward, got create_gr"):
+            torch.autograd.grad(loss, list(model.masks().values()), create_graph=True)
+
+
 def test_auto_circuit_modules_may_write_to_their_input(wrapper):
     model = Model(wrapper)
     x, ablations = inputs()

@@ -1,6 +1,6 @@
 """What is particular to the Triton backend: every configuration, both paths of the read, the work list, addresses.
 
-Runs on a GPU, or on CPU tensors with TRITON_INTERPRET=1: test_triton_interpreter.py does that where there is no GPU.
+Runs on a GPU, or on CPU tensors with TRITON_INTERPRET=1: test_triton_without_gpu.py does that where there is no GPU.
 """
 
 import math

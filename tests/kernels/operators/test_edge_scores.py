@@ -306,7 +306,12 @@ BAD = {
         ValueError,
         "expected segments within [0, 1], got 2",
     ),
-    "segments negative": ((D, G, REACH, None, torch.full((4,), -1)), {}, ValueError, "expected segments"),
+    "segments negative": (
+        (D, G, REACH, None, torch.full((4,), -1)),
+        {},
+        ValueError,
+        "expected segments from 0 to 2**63 - 2, got -1",
+    ),
     "impl": ((D, G, REACH), {"impl": "fast"}, ValueError, "expected impl to be one of auto, reference, cpu"),
 }
 

@@ -89,6 +89,16 @@ def test_accumulates_and_repeats_to_the_bit(impl, device):
     torch.testing.assert_close(out, 2 * once)
 
 
+def test_no_more_rows_are_expanded_at_once_than_fit_in_the_workspace(impl, device, randn):
+    """Of 8 MB, in 200 kB: no allocation is larger."""
+    if device != "cpu":
+        return  # torch's profiler tells of a CPU's allocations
+    heads = [ek.Nodes(randn(2000, 8, 4), randn(8, 4, 64))]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+        ek.head_space_scores(heads, heads, torch.full((8,), 8), impl=impl, workspace=200_000)
+    assert 50_000 < max(event.cpu_memory_usage for event in found.events()) <= 200_000
+
+
 # Where the reference's roundings happened to cancel out, and a kernel's did not.
 UNEVEN = {**LARGE, "layers": 2, "heads": 1, "shared": 1, "tokens": 6, "features": 1, "workspace": 1, "seed": 30}
 
@@ -138,8 +148,14 @@ BAD = {
     "not nodes": (([V], [MLP], REACH), TypeError, "expected senders and receivers to be lists"),
     "rank": (([ek.Nodes(V[0])], [MLP], REACH), ValueError, "expected values of shape [N, h, K], got [2, 4]"),
     "tokens": (([HEADS], [ek.Nodes(torch.zeros(2, 1, 5))], REACH), ValueError, "expected values of shape [3, h, K]"),
-    "dtype": (([HEADS], [ek.Nodes(V.double(), W)], REACH), TypeError, "expected values in values's dtype"),
+    "dtype": (([HEADS], [ek.Nodes(V.double(), W)], REACH), TypeError, "expected values in the first values' dtype"),
     "no weight": (([HEADS], [ek.Nodes(V)], REACH), ValueError, "expected values of shape [3, h, 5] where there is no"),
+    "weight's type": (([ek.Nodes(V, [W])], [MLP], REACH), TypeError, "expected weight to be a tensor, got list"),
+    "weight's rank": (
+        ([ek.Nodes(V, W[0, 0, 0])], [MLP], REACH),
+        ValueError,
+        "expected weight of shape [g, K, D], got []",
+    ),
     "weight": (([HEADS], [ek.Nodes(V, W[:, :3])], REACH), ValueError, "expected weight of shape [g, 4, 5] with g a"),
     "groups": (([HEADS], [ek.Nodes(V[:, :1], W)], REACH), ValueError, "with g a divisor of 1, got [2, 4, 5]"),
     "alone": (([HEADS], [ek.Nodes(MLP.values, None, C)], REACH), ValueError, "expected coefficients and normalised"),
@@ -147,7 +163,7 @@ BAD = {
     "normalised": (([HEADS], [ek.Nodes(MLP.values, None, C, X[:, :2])], REACH), ValueError, "expected normalised of"),
     "reach": (([HEADS], [MLP], REACH + 2), ValueError, "expected reach within [0, 2], got 3"),
     "out": (([HEADS], [MLP], REACH, torch.zeros(1, 2)), ValueError, "expected out of shape [2, 1], got [1, 2]"),
-    "overlap": (([HEADS], [MLP], REACH, W[0, 0, :2, None]), ValueError, "expected out in its own memory"),
+    "overlap": (([HEADS], [MLP], REACH, W[0, 0, :2, None]), ValueError, "own memory, got an out that overlaps weight"),
     "impl": (([HEADS], [MLP], REACH, None, "fast"), ValueError, "expected impl to be one of auto"),
     "workspace": (([HEADS], [MLP], REACH, None, "auto", 0), ValueError, "expected a workspace of 1 to"),
 }

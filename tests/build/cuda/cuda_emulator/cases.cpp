@@ -30,7 +30,6 @@ void check(bool condition, const std::string& what) {
   exit(1);
 }
 
-int bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 double read(Dtype dtype, const void* data, int64_t i) {
   switch (dtype) {
     case Dtype::f64: return static_cast<const double*>(data)[i];
@@ -122,7 +121,7 @@ struct Workspace {
 void scores() {
   // A third of the cases is for the TMA and wgmma kernel.
   const bool hopper = draw(0, 2) == 0, aligned = hopper || coin(), segmented = coin();
-  const Dtype dtype = Dtype(draw(hopper ? 1 : 0, 3)), wide = dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+  const Dtype dtype = Dtype(draw(hopper ? 1 : 0, 3)), wide = accumulation(dtype);
   const bool tf32 = dtype == Dtype::f32 && (hopper || coin());
   emulator::device = {hopper || coin() ? 90 : 80, int(hopper ? draw(1, 10) : draw(1, coin() ? 1 : 8)), false};
   const int64_t S = draw(1, coin() ? 20 : 450), R = draw(1, coin() ? 20 : 150);
@@ -231,7 +230,7 @@ void scores() {
 }
 
 void masked_read() {
-  const Dtype dtype = Dtype(draw(0, 3)), wide = dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+  const Dtype dtype = Dtype(draw(0, 3)), wide = accumulation(dtype);
   const auto mask_dtype = MaskDtype(draw(0, 4));
   const bool boolean = mask_dtype == MaskDtype::boolean, aligned = coin();
   emulator::device = {80, int(draw(1, 5)), false};

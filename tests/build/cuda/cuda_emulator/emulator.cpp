@@ -15,7 +15,6 @@ emulator::Index threadIdx, blockIdx, gridDim;
 namespace emulator {
 
 Device device{80, 4, false};
-int hopper_launches = 0;
 std::function<void()> after_block;
 
 void fail(const char* what) {
@@ -272,7 +271,6 @@ void run(dim3 grid, unsigned cluster_size, int threads, size_t shared_bytes, con
   require(grid.x > 0 && grid.x % cluster_size == 0 && grid.y > 0 && grid.y < 65536, "a grid of a wrong size");
   // What a block may have on every card of the kind: 8.6 and 8.9 have least of 8.x.
   require(shared_bytes <= size_t(device.capability == 90 ? 227 : 99) << 10, "more shared memory than a block may have");
-  hopper_launches += threads == 384;
   body = &kernel;
   gridDim = {grid.x, grid.y, 1};
   for (unsigned y = 0; y < grid.y; ++y)
@@ -289,8 +287,8 @@ static CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ra
                        CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   const bool half = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const uint32_t bytes = half ? 2 : 4;
-  bool good = (half || type == CU_TENSOR_MAP_DATA_TYPE_TFLOAT32) && rank == 3 && uintptr_t(map) % 64 == 0 && uintptr_t(data) % 16 == 0 && box[0] * bytes <= 128 &&
-              swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+  bool good = (half || type == CU_TENSOR_MAP_DATA_TYPE_TFLOAT32) && rank == 3 && uintptr_t(map) % 64 == 0 &&
+              uintptr_t(data) % 16 == 0 && box[0] * bytes <= 128 && swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
   for (int i = 0; i < 2; ++i) good = good && stride[i] > 0 && stride[i] % 16 == 0 && stride[i] >> 40 == 0;
   for (int i = 0; i < 3; ++i)
     good = good && size[i] > 0 && size[i] >> 32 == 0 && box[i] > 0 && box[i] <= 256 && step[i] == 1;
@@ -317,10 +315,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
   memcpy(to, from, bytes);
-  return cudaSuccess;
-}
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  memset(to, value, bytes);
   return cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {

@@ -1,5 +1,5 @@
-// Runs the CUDA kernels on the CPU, one block, or cluster of blocks, after the other, every thread a fiber. Included before everything else:
-// the words of CUDA C++ that the kernels use, and what ptx.h and ptx_sm90.h are replaced by.
+// Runs the CUDA kernels on the CPU, one block, or cluster of blocks, after the other, every thread a fiber. Included
+// before everything else: the words of CUDA C++ that the kernels use, and what ptx.h and ptx_sm90.h are replaced by.
 //
 // Fibers stop where threads meet or wait, and go on in random order. What a GPU does in the background happens as late
 // as allowed (cp.async, wgmma: when waited for) or at a random time (TMA), so that a missing wait shows.
@@ -43,7 +43,6 @@ struct Index { unsigned x, y, z; };
 // The device that the kernels see.
 struct Device { int capability, processors; bool capturing; };
 extern Device device;
-extern int hopper_launches;
 // Called after each block or cluster, if set.
 extern std::function<void()> after_block;
 
@@ -135,6 +134,3 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   return vote.all;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long x) {
-  return std::exchange(*to, *to + x);
-}

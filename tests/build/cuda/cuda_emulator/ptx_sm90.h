@@ -6,7 +6,6 @@ namespace eap::cuda {
 
 inline void barrier_init(uint32_t barrier, uint32_t arrivals) { emulator::barrier_init(barrier, arrivals); }
 inline void barrier_init_fence() {}
-inline void barrier_arrive(uint32_t barrier) { emulator::barrier_arrive(barrier, 0); }
 inline void barrier_arrive_in(int block, uint32_t barrier) { emulator::barrier_arrive_in(unsigned(block), barrier); }
 inline void cluster_sync() { emulator::meet(emulator::kCluster, nullptr, [](void**) {}); }
 inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) { emulator::barrier_arrive(barrier, bytes); }

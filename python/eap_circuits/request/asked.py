@@ -270,6 +270,7 @@ def check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> No
             continue
         if (first := getattr(module, "padding_idx", None)) is not None:  # RoBERTa counts positions from there
             limit = int(module.num_embeddings) - first - 1
+            _refuse_padding(arch, data, int(first), label)
     lengths = data.longer_lengths
     if data.decoder is not None:
         lengths = lengths.maximum((data.decoder >= 0).sum(1))
@@ -284,6 +285,18 @@ def check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> No
             why = f"as {type(arch.model).__name__} turns longer ones by other angles (longrope)"
             wanted = f"prompts of at most {most} tokens each, or only longer ones, {why}"
             raise expected(f"{label}data", wanted, f"some of {int(run.min())} and some of {int(run.max())}")
+
+
+def _refuse_padding(arch: Architecture, data: PairedDataset, padding: int, label: str) -> None:
+    """Refuse prompts that hold a token which the model counts no position for: of embeddings it cannot tell."""
+    others = data.lengths if data.corrupted_lengths is None else data.corrupted_lengths
+    for name, lengths in (("clean", data.lengths), ("corrupted", others)) if not arch.family.placed else ():
+        tokens: Tensor = getattr(data, name)
+        real = torch.arange(tokens.shape[1]) < lengths[:, None]
+        found = ((tokens == padding) & real).any(1).nonzero()
+        if len(found):
+            wanted = f"no padding token ({padding}), for which {type(arch.model).__name__} counts no position"
+            raise expected(f"{label}{name} of example {int(found[0])}", wanted, "one")
 
 
 def _turning_points(arch: Architecture) -> list[int]:

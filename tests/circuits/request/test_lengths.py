@@ -1,13 +1,16 @@
-"""Models that turn queries and keys by other angles where the longest prompt of a pass is a long one (longrope)."""
+"""Positions that depend on what else is in a pass: on the longest prompt (longrope), on padding (RoBERTa)."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 import eap_circuits as eap
+from eap_circuits.adapters import FAMILIES
 from tests.circuits.conftest import random_model
-from tests.circuits.models import CONFIGS, VOCABULARY
+from tests.circuits.models import CONFIGS, ENCODERS, VOCABULARY
 
 _MOST = 6
 _ANGLES = {
@@ -17,6 +20,17 @@ _ANGLES = {
     "original_max_position_embeddings": _MOST,
     "short_factor": [1.0, 1.2],
     "long_factor": [4.0, 9.0],
+}
+_SITES = {
+    "layers": "roberta.encoder.layer",
+    "final_norm": "roberta.encoder.LayerNorm",
+    "attention_norm": "attention.self_attn_layer_norm",
+    "mlp_norm": "LayerNorm",
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "out": "attention.output.dense",
+    "mlp": ("intermediate", "output.dense"),
 }
 _WHAT = r"data: expected prompts of at most 6 tokens each, or only longer ones, as \w+ForCausalLM turns longer ones"
 
@@ -71,3 +85,21 @@ def test_answers_of_several_tokens_count(model):
     longer = eap.PairedDataset.from_tokens(data.clean, data.corrupted, data.lengths, answers)
     with pytest.raises(eap.InputError, match="some of 6 and some of 8"):
         eap.attribute(model, longer, "sequence_logprob_diff")
+
+
+@pytest.mark.parametrize("side", ["clean", "corrupted"])
+def test_padding_that_counts_no_position_is_refused(side, monkeypatch):
+    """Where runs begin with embeddings, which do not tell it from other tokens: after a table without `placed`."""
+    fields = {**ENCODERS["roberta"][1], "is_decoder": True}
+    model = random_model("xlm-roberta-xl", fields)
+    # Of a large vocabulary discovery draws no padding, and finds embeddings and positions side by side.
+    table = replace(FAMILIES["gpt2"], name="xlm-roberta-xl", requires={}, **_SITES)
+    monkeypatch.setitem(FAMILIES, "xlm-roberta-xl", table)
+    data = _pairs((5, 2), (7, 3))
+    data.clean[:], data.corrupted[:] = data.clean.clamp(min=2), data.corrupted.clamp(min=2)
+    circuit = eap.attribute(model, data, method="eap", reuse_prefix=False).select(9)
+    result = eap.evaluate(model, circuit, data, reuse_prefix=False)
+    assert float(result.clean_values[1]) == pytest.approx(_own(model, data, 1), rel=1e-5)
+    getattr(data, side)[0, 1] = fields["pad_token_id"]
+    with pytest.raises(eap.InputError, match=rf"{side} of example 0: expected no padding token \(1\), for which XLM"):
+        eap.attribute(model, data)

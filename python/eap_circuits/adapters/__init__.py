@@ -28,7 +28,7 @@ from ..modules.projections import (
     restore,
 )
 from .architecture import Architecture, Layer
-from .binding import bind
+from .binding import bind, configured
 from .classes import TESTED
 from .hooks_of_others import KINDS, foreign_hooks
 from .nonlinear import nonlinear_parts

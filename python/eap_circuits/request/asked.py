@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Architecture, bind, is_fully_sharded
+from ..adapters import Architecture, bind, configured, is_fully_sharded
 from ..errors import InputError, expected, flag, function, instance, one_of, shown, warn, whole
 from ..forward import Batch, Constants, Indices, Runner, make_batches, zeros
 from ..graph import Graph, Heads
@@ -117,7 +117,7 @@ def prepare(
         ablation=ablation,
         ablation_data=ablation_data,
         batch_size=batch_size,
-        reuse_prefix=flag("reuse_prefix", reuse_prefix) and data.pictures is None and not arch.hooked,
+        reuse_prefix=flag("reuse_prefix", reuse_prefix) and _may_reuse(arch, data),
         memory=parse_bytes(memory),
     )
     _check_ablation(request)
@@ -270,12 +270,48 @@ def check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> No
             continue
         if (first := getattr(module, "padding_idx", None)) is not None:  # RoBERTa counts positions from there
             limit = int(module.num_embeddings) - first - 1
+            _refuse_padding(arch, data, int(first), label)
     lengths = data.longer_lengths
     if data.decoder is not None:
         lengths = lengths.maximum((data.decoder >= 0).sum(1))
     longest = int(lengths.argmax())
     if limit is not None and int(lengths[longest]) > limit:
         raise expected(f"{label}example {longest}", f"at most the model's {limit} tokens", f"{int(lengths[longest])}")
+    rows = data.rows.data
+    run = torch.cat([rows.lengths] if rows.corrupted_lengths is None else [rows.lengths, rows.corrupted_lengths])
+    for most in _turning_points(arch):
+        if int(run.min()) <= most < int(run.max()):
+            # The longest prompt of a pass decides for all of them.
+            why = f"as {type(arch.model).__name__} turns longer ones by other angles (longrope)"
+            wanted = f"prompts of at most {most} tokens each, or only longer ones, {why}"
+            raise expected(f"{label}data", wanted, f"some of {int(run.min())} and some of {int(run.max())}")
+
+
+def _refuse_padding(arch: Architecture, data: PairedDataset, padding: int, label: str) -> None:
+    """Refuse prompts that hold a token which the model counts no position for: of embeddings it cannot tell."""
+    others = data.lengths if data.corrupted_lengths is None else data.corrupted_lengths
+    for name, lengths in (("clean", data.lengths), ("corrupted", others)) if not arch.family.placed else ():
+        tokens: Tensor = getattr(data, name)
+        real = torch.arange(tokens.shape[1]) < lengths[:, None]
+        found = ((tokens == padding) & real).any(1).nonzero()
+        if len(found):
+            wanted = f"no padding token ({padding}), for which {type(arch.model).__name__} counts no position"
+            raise expected(f"{label}{name} of example {int(found[0])}", wanted, "one")
+
+
+def _turning_points(arch: Architecture) -> list[int]:
+    """The lengths beyond which a pass turns all of its queries and keys by other angles."""
+    config: Any = arch.model.config
+    said = configured(config, "rope_parameters") or {}
+    every = [said, *(each for each in said.values() if isinstance(each, dict))]  # one for each kind of layers
+    found = (each.get("original_max_position_embeddings") for each in every if each.get("rope_type") == "longrope")
+    return [int(most) for most in found if most]
+
+
+def _may_reuse(arch: Architecture, data: PairedDataset) -> bool:
+    """May prefixes be tried to be reused? Not those which by themselves would be turned by other angles."""
+    turned = any(int(data.longer_lengths.max()) > most for most in _turning_points(arch))
+    return data.pictures is None and not arch.hooked and not turned
 
 
 def _pictured(arch: Architecture, pictures: Pictures, label: str) -> int:

@@ -150,6 +150,11 @@ def test_a_table_that_does_not_fit_points_to_discovery():
         bind(random_model("opt", _OPT))
 
 
+def test_latents_of_no_features_are_refused():
+    with pytest.raises(eap.InputError, match=r"\.self_attn\.q_a_proj: expected output features for 1 heads, found 0"):
+        bind(random_model("minicpm3", {**MIXERS["minicpm3"][1], "q_lora_rank": 0}))
+
+
 def test_states_that_a_run_has_left_are_copied():
     model = random_model("recurrent_gemma", {**_WIDE, "block_types": ["recurrent", "attention"], "lru_width": 24})
     model(input_ids=torch.arange(3, 9)[None])  # with gradients: the state has a graph

@@ -144,3 +144,8 @@ def test_files_of_others_may_hold_a_mask(tmp_path: Path) -> None:
     torch.save({**tensors, "lengths": mask.sum(1)}, tmp_path / "a.pt")
     with pytest.raises(InputError, match=r"a\.pt: clean\[1\]: expected padding on the right"):
         PairedDataset.from_file(tmp_path / "a.pt")
+
+
+def test_weights_in_a_list_are_not_rounded():
+    pairs = [[1, 2]] * 2, [[1, 3]] * 2, [2, 2], [[4, 5]] * 2
+    assert PairedDataset.from_tokens(*pairs, weights=[0.1, 1e300]).weights.tolist() == [0.1, 1e300]

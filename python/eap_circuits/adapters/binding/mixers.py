@@ -87,7 +87,7 @@ class Mixers:
         """A projection whose features are divided evenly among the heads."""
         module = linear_at(layer, path)
         features = linear_shape(module)[0]
-        if features % heads:
+        if not features or features % heads:
             raise expected(f"{type(layer).__name__}.{path}", f"output features for {heads} heads", features)
         return Projection(module, slice(0, features), heads, features // heads)
 

@@ -31,7 +31,8 @@ def real_numbers(name: str, values: Any) -> Tensor:
         raise expected(name, "a tensor of numbers", type(values).__name__) from error
     if tensor.is_complex() or tensor.dtype == torch.bool:
         raise expected(name, "real numbers", tensor.dtype)
-    return tensor.detach().to("cpu", torch.float64, copy=True)
+    # Read anew, as torch has rounded a list's numbers to its default dtype.
+    return torch.as_tensor(values, dtype=torch.float64).detach().to("cpu", copy=True)
 
 
 def unpadded(name: str, ids: Any, lengths: Any, mask: Any) -> tuple[Tensor, Tensor]:

@@ -87,6 +87,17 @@ def test_what_lies_beyond_keeps_its_order(model, data, scores):
     assert found.info["pruning"] == asked
 
 
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_a_single_size_is_where_pruning_ends(share, model, data, scores):
+    """It begins at a fifth of all edges, or at all of them where it ends with more than that."""
+    n = scores.graph.n_edges
+    size, first = round(share * n), round(0.2 * n) if share < 0.2 else n
+    found, both = (eap.prune_gradually(model, data, start=scores, n_edges=each) for each in (size, (size, first)))
+    assert torch.equal(found.values, both.values) and found.info["pruning"]["largest"] == first
+    before, after = (each.select(size, exactly=True) for each in (scores, found))
+    assert not torch.equal(before.mask, after.mask), "other edges are left"
+
+
 @pytest.mark.parametrize("metric", [None, "prob_diff", "kl_divergence"])
 def test_circuits_come_nearer_to_the_model(metric, model, data, scores):
     found = eap.prune_gradually(model, data, metric, start=scores, n_edges=(10, 200))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
+from eap_circuits.learning import pruning
 from eap_circuits.learning.pruning import centre, nearest
 
 
@@ -72,6 +73,29 @@ def test_each_round_runs_the_circuit_that_the_last_one_left(make_model, data):
     for mask in rounds[:-1]:
         for how in ("top", "greedy"):
             assert torch.equal(found.select(int(mask.sum()), how=how).mask, mask)
+
+
+@pytest.mark.parametrize(("examples", "sizes"), [(None, [2, 2, 1]), (4, [4, 1])])
+def test_groups_count_alike_whatever_their_size(examples, sizes, make_model, data, monkeypatch):
+    """The gap and the slopes of each are means over its pairs."""
+    model, data, seen = make_model("llama"), data[:5], []
+
+    class Seen(pruning.Runs):
+        def slopes(self, mask, edges):
+            seen.append((mask, self.lessons.groups, super().slopes(mask, edges)))
+            return seen[-1][2]
+
+    monkeypatch.setattr(pruning, "Runs", Seen)
+    start = eap.attribute(model, data, method="eap")
+    eap.prune_gradually(model, data, start=start, n_edges=(60, 150), keep=0.5, examples=examples)
+    mask, groups, (above, slopes) = seen[0]
+    circuit = eap.Circuit(start.graph, mask)
+    assert [len(group) for group in groups] == sizes
+    for group, gap, slope in zip(groups, above, slopes, strict=True):
+        ran = eap.evaluate(model, circuit, data[group])
+        assert float(gap) == pytest.approx(ran.mean - ran.clean, rel=1e-5)
+        right = eap.attribute_circuit(model, circuit, data[group]).values[mask]
+        assert (slope - right).abs().max() < 1e-5 * right.abs().max()
 
 
 def test_what_lies_beyond_keeps_its_order(model, data, scores):

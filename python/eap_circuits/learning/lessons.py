@@ -157,9 +157,10 @@ class Runs:
         self, mask: Tensor, edges: Tensor, signed: bool = True, progress: Progress | None = None
     ) -> tuple[Tensor, Tensor]:
         """How far a circuit's metric is above the model's, or unsigned, from it, and the gradient of that in its mask
-        [S, R] at n edges, bool [S, R], in their order: of each group, [G] and [G, n], float64, shares of the means over
-        all examples."""
-        apart = torch.zeros(len(self.lessons.groups), dtype=torch.float64)
+        [S, R] at n edges, bool [S, R], in their order: of each group, [G] and [G, n], float64, means over its
+        examples."""
+        sizes = torch.tensor([len(members) for members in self.lessons.groups], dtype=torch.float64)
+        apart = torch.zeros_like(sizes)
         slopes, done = torch.zeros(len(apart), int(edges.sum()), dtype=torch.float64), 0
         masks = mask[None].to(self.request.arch.accumulate)
 
@@ -174,7 +175,7 @@ class Runs:
             done += batch.n_examples
             if progress is not None:
                 progress(done, len(self.request.data))
-        return apart / len(self.request.data), slopes / len(self.request.data)
+        return apart / sizes, slopes / sizes[:, None]
 
     def _each(self, run: Callable[[Lesson, int], T]) -> Iterator[tuple[Batch, T]]:
         """(batch, `run(lesson, tokens)`) of all batches of all groups."""

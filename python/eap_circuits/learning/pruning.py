@@ -72,7 +72,7 @@ def prune_gradually(
         keep: the share of its edges that a circuit keeps in a round.
         examples: how many pairs are few: whose metric is kept as a mean; by default a quarter of all.
         n_edges: the sizes at which pruning ends and begins, or the one at which it ends; by default 0.05 % and 20 % of
-            all edges. What lies beyond keeps the order in which it was.
+            all edges, or all of them where it ends at 20 % or more. What lies beyond keeps the order in which it was.
         ablation, ablation_data: what edges outside the circuit carry, as in `evaluate`; not "optimal".
         reuse_prefix: as in `attribute`.
         memory: what pruning may take besides the model and the data, in bytes or as "8GiB"; by default half of what is
@@ -100,7 +100,11 @@ def prune_gradually(
     check_start(start, request)
     graph = start.graph
     few = examples or -(-len(data) // _GROUPS)
-    asked = _Asked(keep, few, *sizes_of(n_edges, graph.n_edges, _SHARES))
+    smallest, largest = sizes_of(n_edges, graph.n_edges, _SHARES)
+    if not isinstance(n_edges, (tuple, list)):  # says where pruning ends
+        _, largest = sizes_of(None, graph.n_edges, _SHARES)
+        largest = largest if smallest < largest else graph.n_edges
+    asked = _Asked(keep, few, smallest, largest)
     info = {
         **origin(request, call, graph, "pruned", request.arch.accumulate),
         "additive": False,

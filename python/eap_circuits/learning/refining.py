@@ -119,7 +119,8 @@ class _State:
         self.runs = Runs(request, self.graph, len(request.data), checkpoint.tokens(fitting))
         self._own = self.runs.values([edges])  # the circuit of all edges is the model
         if self.apart.isnan().any():
-            self.apart.fill_(self._apart([self.mask])[0])
+            # Where constants are carried, edges on no path may change what a circuit does.
+            self.apart.copy_(self._apart([circuit.mask, self.mask]))
 
     def take(self, better: tuple[Tensor, Tensor] | None, rounds: int) -> None:
         """A round is done; without a better circuit it is the last."""

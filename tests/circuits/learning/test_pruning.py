@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
+from eap_circuits.learning import pruning
 from eap_circuits.learning.pruning import centre, nearest
 
 
@@ -74,6 +75,29 @@ def test_each_round_runs_the_circuit_that_the_last_one_left(make_model, data):
             assert torch.equal(found.select(int(mask.sum()), how=how).mask, mask)
 
 
+@pytest.mark.parametrize(("examples", "sizes"), [(None, [2, 2, 1]), (4, [4, 1])])
+def test_groups_count_alike_whatever_their_size(examples, sizes, make_model, data, monkeypatch):
+    """The gap and the slopes of each are means over its pairs."""
+    model, data, seen = make_model("llama"), data[:5], []
+
+    class Seen(pruning.Runs):
+        def slopes(self, mask, edges):
+            seen.append((mask, self.lessons.groups, super().slopes(mask, edges)))
+            return seen[-1][2]
+
+    monkeypatch.setattr(pruning, "Runs", Seen)
+    start = eap.attribute(model, data, method="eap")
+    eap.prune_gradually(model, data, start=start, n_edges=(60, 150), keep=0.5, examples=examples)
+    mask, groups, (above, slopes) = seen[0]
+    circuit = eap.Circuit(start.graph, mask)
+    assert [len(group) for group in groups] == sizes
+    for group, gap, slope in zip(groups, above, slopes, strict=True):
+        ran = eap.evaluate(model, circuit, data[group])
+        assert float(gap) == pytest.approx(ran.mean - ran.clean, rel=1e-5)
+        right = eap.attribute_circuit(model, circuit, data[group]).values[mask]
+        assert (slope - right).abs().max() < 1e-5 * right.abs().max()
+
+
 def test_what_lies_beyond_keeps_its_order(model, data, scores):
     found, edges = eap.prune_gradually(model, data, start=scores, n_edges=(20, 60)), scores.graph.edge_mask
     n = scores.graph.n_edges
@@ -85,6 +109,17 @@ def test_what_lies_beyond_keeps_its_order(model, data, scores):
     assert (found.values[beyond][order].diff() > 0).all()
     asked = {"keep": 0.75, "examples": 2, "smallest": 20, "largest": 60, "start": "eap"}  # 2 is a quarter of 6
     assert found.info["pruning"] == asked
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_a_single_size_is_where_pruning_ends(share, model, data, scores):
+    """It begins at a fifth of all edges, or at all of them where it ends with more than that."""
+    n = scores.graph.n_edges
+    size, first = round(share * n), round(0.2 * n) if share < 0.2 else n
+    found, both = (eap.prune_gradually(model, data, start=scores, n_edges=each) for each in (size, (size, first)))
+    assert torch.equal(found.values, both.values) and found.info["pruning"]["largest"] == first
+    before, after = (each.select(size, exactly=True) for each in (scores, found))
+    assert not torch.equal(before.mask, after.mask), "other edges are left"
 
 
 @pytest.mark.parametrize("metric", [None, "prob_diff", "kl_divergence"])

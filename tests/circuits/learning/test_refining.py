@@ -51,6 +51,19 @@ def test_no_swap_of_edges_whose_gradient_asks_for_it_helps_any_more(model, data,
     assert (distances(model, swapped, data) > after - 1e-4 * before).all()
 
 
+def test_before_is_the_distance_of_the_circuit_that_was_given(model, data, circuit):
+    """Under constants, edges on no path change what a circuit does."""
+    graph = circuit.graph
+    later = torch.arange(graph.n_receivers) >= graph.n_receivers // 2  # heads of the first layers read nothing
+    given = eap.Circuit(graph, graph.edge_mask & ~circuit.mask & later)
+    found = eap.refine(model, given, data, rounds=1, candidates=1, ablation="mean")
+    ran = eap.evaluate(model, [given, given.pruned(), found], data, ablation="mean")
+    before, pruned, after = (float((each.values - each.clean_values).abs().mean()) for each in ran)
+    said = found.info["refining"]
+    assert before != pytest.approx(pruned, rel=1e-3)
+    assert [said["before"], said["after"]] == pytest.approx([before, after], rel=1e-4)
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_circuit_of_nothing_or_of_everything_stays(whole, model, data, circuit):
     edges = circuit.graph.edge_mask

@@ -33,9 +33,11 @@ def build_info() -> ModuleType | None:
 def say_missing() -> None:
     """Warn, once in a process, that the compiled kernels are missing and how to get them."""
     warnings.warn(
+        # Without its cache: there pip keeps the wheel without kernels.
         f"eap_kernels has no compiled kernels and computes more slowly: {failure}. To get them, install torch and a "
-        "C++ compiler, then this package again from its folder: `pip install --force-reinstall --no-deps .`, or "
-        "`uv pip install --reinstall --no-deps .`.",
+        "C++ compiler, then this package again, from its folder or with its name for the dot: "
+        "`pip install --force-reinstall --no-deps --no-cache-dir .`, or `uv pip install --reinstall --no-deps "
+        "--no-cache .`.",
         stacklevel=2,
     )
 

@@ -54,6 +54,13 @@ def test_the_headers_of_every_source_are_in_the_source_distribution():
         assert re.search(rf"recursive-include csrc .*\*\{suffix}\b", rules), suffix
 
 
+def test_the_source_distribution_has_the_versions_that_its_makefile_installs():
+    rules = (ROOT / "MANIFEST.in").read_text()
+    assert "Makefile" in rules
+    assert "tests/versions/$(VERSIONS).txt" in (ROOT / "Makefile").read_text()
+    assert "recursive-include tests/versions *.txt" in rules
+
+
 def build_wheel(folder: Path, python: Path | str = sys.executable, **env: str) -> subprocess.CompletedProcess[str]:
     """Builds a copy in a folder with an odd name."""
     source = folder / ODD / "source"

@@ -95,7 +95,8 @@ print(json.dumps(counts))
 """
     reference, first, second = python(code, blocked=["eap_kernels._C"])
     assert not reference and not second and len(first) == 1
-    assert "(eap_kernels._C is blocked)" in first[0] and "pip install --force-reinstall" in first[0]
+    assert "(eap_kernels._C is blocked)" in first[0]
+    assert "pip install --force-reinstall --no-deps --no-cache-dir" in first[0]
     if "cpu" in testing.available_backends():
         assert python(code) == [[], [], []]
 

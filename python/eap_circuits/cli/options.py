@@ -129,7 +129,7 @@ Keep = Annotated[
     option(
         "Scoring",
         "What else to save with the scores, separated by commas: variance, examples, positions or positions-from-end, "
-        "spans, neurons.",
+        "spans, neurons, within-heads.",
     ),
 ]
 BySpan = Annotated[

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator
 
 from ..files import write_whole
 from ..report.figures.style import INK, LETTERS, MUTED, NEGATIVE, PAPER, POSITIVE
-from ..reproduction.figures import panels
+from ..reproduction.figures import panels, plain_numbers
 from ..reproduction.page import FORMATS, markdown
 from .measure import FAITHFUL, IBCIRCUIT, LEARNED, PRUNED, PRUNED_LEARNED, START
 
@@ -274,6 +274,7 @@ def draw_faithfulness(results: Mapping[str, Any]) -> Figure:
                 ax.fill_between(sizes, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12,
                                 linewidth=0)  # fmt: skip
         ax.set_xscale("log")
+        plain_numbers(ax.xaxis)
         ax.set_ylim(-0.2, 1.4)
 
     return panels(list(results["tasks"]), panel, "edges kept", "faithfulness")
@@ -293,8 +294,9 @@ def draw_cost(results: Mapping[str, Any]) -> Figure:
             ax.plot(cost, size, "o", color=colour, markersize=6, label=ranking, zorder=3)
         front = [p for p in sorted(points) if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]
         ax.plot(*zip(*front, strict=True), color=MUTED, linewidth=1.2, drawstyle="steps-post", zorder=1)
-        ax.set_xscale("log")
-        ax.xaxis.set_minor_formatter(NullFormatter())  # panels are too narrow for labels between powers of ten
-        ax.set_yscale("log")
+        ax.loglog()
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            plain_numbers(axis)
 
     return panels(list(results["tasks"]), panel, "forward passes", f"edges at {FAITHFUL[0]}")

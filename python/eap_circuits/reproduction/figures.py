@@ -19,12 +19,14 @@ from .experiment import GRADIENTS, LEFT_OUT, METHODS, STRONGEST
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 NAMES = {"eap": "EAP", "eap-ig-inputs": "EAP-IG", "exact": "exact patching"}
 COLOURS = {"eap": NEGATIVE, "eap-ig-inputs": POSITIVE, "exact": INK}
 _GRIDS = dict(zip(QUADRATURES, (POSITIVE, NEGATIVE, *LETTERS.values()), strict=False))
 _COLUMNS = 3
 _DARKEST = 1.4  # faithfulness may exceed 1; shares may not
+_DARK = 0.95  # from here on light text is read more easily
 # The paper's Pearson correlations of EAP and of EAP-IG with exact patching, on GPT-2 (arXiv 2403.17806, §4).
 PAPER_PEARSON = {
     "ioi": (0.78, 0.95),
@@ -65,8 +67,7 @@ def draw_faithfulness(results: Mapping[str, Any]) -> Figure:
                 zorder=3,
             )
         ax.set_xscale("symlog", linthresh=10)
-        ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
-        ax.xaxis.set_minor_formatter(NullFormatter())
+        plain_numbers(ax.xaxis)
         # One circuit far out of the range must not hide the others.
         shown = [f for curve in curves.values() for f in curve.faithfulness if math.isfinite(f)]
         ax.set_ylim(max(min([*shown, 0.0]) - 0.1, -1.0), min(max([*shown, 1.0]) + 0.1, 2.0))
@@ -137,7 +138,7 @@ def draw_cross(results: Mapping[str, Any]) -> Figure:
     """(d) What the tasks' circuits share, and the faithfulness of each on the others' prompts."""
     names = list(results["cross"])
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(4.2 + 0.95 * len(names), 2.5 + 0.42 * len(names)), layout="constrained")
+        figure = Figure(figsize=(4.2 + 0.95 * len(names), 1.9 + 0.42 * len(names)), layout="constrained")
         titles = {"edges": "edges shared", "nodes": "nodes shared", "faithfulness": "faithfulness"}
         for index, (kind, title) in enumerate(titles.items()):
             ax = figure.add_subplot(1, 3, index + 1)
@@ -148,7 +149,7 @@ def draw_cross(results: Mapping[str, Any]) -> Figure:
             for i, row in enumerate(values):
                 for j, value in enumerate(row):
                     if value is not None:
-                        colour = PAPER if value > 1 and kind == "faithfulness" else INK
+                        colour = PAPER if value > _DARK else INK
                         ax.text(j, i, number(value, 2), ha="center", va="center", color=colour, fontsize=7)
             ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
             ax.set_yticks(range(len(names)), names if index == 0 else [""] * len(names))
@@ -180,6 +181,12 @@ def panels(names: Sequence[str], panel: Callable[[Axes, str], None], x: str, y: 
         handles, labels = ax.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8, labelcolor=INK)
         return figure
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Label the ticks of a logarithmic axis by numbers, not by powers of ten."""
+    axis.set_major_formatter(FuncFormatter(_thousands))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _thousands(value: float, _: int) -> str:

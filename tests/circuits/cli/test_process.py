@@ -58,11 +58,14 @@ def test_help_of_each_command_teaches(command: str) -> None:
 
 def test_help_names_what_the_registries_hold() -> None:
     from eap_circuits.cli.choices import described, registries
+    from eap_circuits.methods.spec import KEEP
 
     words = re.sub(r"[\s│]+", " ", "".join(eap(call, "--help").stdout for call in ("attribute", "curve", "learn")))
     for kind in registries().keys() - {"tasks"}:  # `eap tasks` lists them
         for name, description in described(kind).items():
             assert f"{name}: {description}" in words
+    for name in KEEP:
+        assert re.search(rf" {name}[,.]| {name} or ", words), name
 
 
 @pytest.mark.parametrize(

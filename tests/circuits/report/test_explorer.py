@@ -369,6 +369,18 @@ def test_contrast_phone_and_print(page: Browser, tmp_path: Path, scheme: str) ->
     assert page.pdf().startswith(b"%PDF")
 
 
+def test_a_phone_cuts_no_number_of_a_table_with_all_columns(page: Browser, tmp_path: Path) -> None:
+    scores = scored(GRAPHS["kv"])
+    scores = replace(scores, values=0.1 + scores.values / 9, variance=scores.values.abs() / 7 + 0.1)
+    opened(page, tmp_path, scores, against=scored(GRAPHS["kv"], 1))
+    page.size(390, 844, phone=True)
+    page.settle()
+    numbers = "[...document.querySelectorAll('.rows td.number')]"
+    assert page.run(f"{numbers}.length") > 0
+    assert page.run(f"{numbers}.filter(x => x.scrollWidth > x.clientWidth).map(x => x.innerText)") == []
+    page.size(1280, 900)
+
+
 def contrast(colour: str, background: str, alpha: float = 1.0) -> float:
     """WCAG's contrast of two colours #rrggbb, the first drawn with this opacity."""
     back, front = ([int(x[i : i + 2], 16) / 255 for i in (1, 3, 5)] for x in (background, colour))

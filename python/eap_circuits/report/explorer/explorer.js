@@ -1,4 +1,4 @@
-/* sources 85b3f9373065f50c23cd54b0c580170e9080aa3b6d8a2f644a8750992a195f35
+/* sources 830d6e5fb50bad6ef6571b46ef190b8d8a8a2c4a975418d52666da960403895c
 
 Licences of the libraries in this file:
 

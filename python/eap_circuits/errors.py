@@ -6,6 +6,7 @@ import difflib
 import inspect
 import math
 import operator
+import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -16,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_PACKAGE = os.path.join(os.path.dirname(__file__), "")
 SEEDS = -(2**63), 2**64 - 1  # what torch takes
 
 
@@ -31,8 +33,13 @@ class InputWarning(UserWarning):
 
 
 def warn(message: str) -> None:
-    """Warn of what was handed in."""
-    warnings.warn(message, InputWarning, stacklevel=3)
+    """Warn of what was handed in, at the line that called the package: of one line, Python shows a message only once."""
+    frame, depth, level = inspect.currentframe(), 1, 1
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(_PACKAGE):
+            level = depth + 1
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(message, InputWarning, stacklevel=level)
 
 
 def expected(name: str, wanted: str, found: object) -> InputError:

@@ -11,7 +11,6 @@ import os
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..adapters import is_in_parts
-from ..errors import InputError, expected
+from ..errors import InputError, expected, warn
 from ..files import CHECKSUM, DAMAGED, check_digest, check_writable, digest, write_whole
 from ..forward import Batch, some_of
 from ..ranks import alike, count, exchange, follows, least, rank
@@ -173,7 +172,7 @@ def opened(where: Where, model: nn.Module, settings: Callable[[], dict[str, Any]
             try:
                 file.write()
             except InputError as error:  # the first error is what matters
-                warnings.warn(f"What was done last is not in the checkpoint. {error}", stacklevel=3)
+                warn(f"What was done last is not in the checkpoint. {error}")
             raise
         file.write()
 

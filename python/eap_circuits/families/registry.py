@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 from importlib.metadata import entry_points
 
-from ..errors import expected
+from ..errors import expected, warn
 from .encoder_decoders import ENCODER_DECODERS
 from .family import Family
 from .tables import FAMILIES
@@ -54,7 +53,7 @@ def _load_announced() -> None:
         for model_type in family.model_types:
             if _tables(family.decoder is not None).setdefault(model_type, family) != family:
                 message = f"{model_type}: the table of {announced.value} is not used, as there is one already"
-                warnings.warn(f"{message}; eap_circuits.register_family puts it in its place.", stacklevel=3)
+                warn(f"{message}; eap_circuits.register_family puts it in its place.")
 
 
 def _check(family: object) -> None:

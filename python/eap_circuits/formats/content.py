@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..edges import Graph
-from ..errors import expected, reason
+from ..errors import expected, reason, warn
 from ..files import parse_json
 
 _TENSORS = ("values", "mask", "variance", "per_example", "per_position", "per_span", "neurons", "within_heads")
@@ -78,7 +77,7 @@ def cleared(content: Content) -> Content:
     if "values" in tensors:
         beyond = int(torch.count_nonzero(tensors["values"].masked_fill(graph.edge_mask, 0)))
         if beyond:
-            warnings.warn(f"values: {beyond} where there is no edge are not saved.", stacklevel=4)
+            warn(f"values: {beyond} where there is no edge are not saved.")
             tensors["values"] = tensors["values"].masked_fill(~graph.edge_mask, 0)
     return Content(graph, tensors, info)
 

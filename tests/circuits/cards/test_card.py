@@ -118,8 +118,9 @@ def test_tables_show_it_in_notebooks_and_reports(model, scored, data, scores, tm
 
 
 def test_prompts_that_chose_the_circuit_are_told_from_others(model, scored, scores):
-    with pytest.warns(UserWarning, match="was chosen by the prompts it is measured on"):
+    with pytest.warns(UserWarning, match="was chosen by the prompts it is measured on") as seen:
         eap.faithfulness_card(model, scores.select(10), scored, most_edges=0)
+    assert seen[0].filename == __file__  # the line that called, not one of ours
 
 
 @pytest.mark.parametrize(

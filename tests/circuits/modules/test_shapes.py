@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 import eap_circuits as eap
 from eap_circuits.cli import app
 from eap_circuits.methods.gradient import method as gradient
+from eap_circuits.modules import shapes
 
 SETTINGS = [
     {},
@@ -61,6 +63,25 @@ def test_a_model_that_fits_nowhere(make_pairs):
     assert [id(parameter) for parameter in model.parameters()] == before
     with pytest.raises(eap.InputError, match="model: expected all weights, found some on the device meta"):
         eap.attribute(model, make_pairs())
+
+
+def test_a_plan_of_another_thread_may_end_at_any_moment(make_model, make_pairs):
+    """It forgets what operators have made, which is what it shares with this one."""
+    model, data, cleared = make_model("gpt2", torch.float32).to("meta"), make_pairs(n=2), []
+    right = eap.plan(model, data, method="eap")
+
+    def forget(*_):
+        cleared.append(len(shapes._MADE))
+        shapes._MADE.clear()
+        return forget
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, *_: forget if frame.f_code is shapes._run.__code__ else None)
+    try:
+        assert eap.plan(model, data, method="eap") == right
+    finally:
+        sys.settrace(before)
+    assert sum(cleared) > 100
 
 
 def test_command(tmp_path, make_model, make_pairs):

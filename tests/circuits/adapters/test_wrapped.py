@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import eap_circuits as eap
@@ -344,3 +344,10 @@ def test_weights_that_a_run_has_packed_are_unpacked(make_pairs):
     unpacked = copy.deepcopy(model)
     unpacked.state_dict()  # packing has rounded what belongs to them
     torch.testing.assert_close(eap.attribute(model, data).values, eap.attribute(unpacked, data).values)
+
+
+def test_a_norm_whose_weight_is_made_of_another_is_refused(make_model, make_pairs):
+    model = make_model("llama")
+    parametrize.register_parametrization(model.model.layers[1].input_layernorm, "weight", nn.Tanh())
+    with pytest.raises(eap.InputError, match="with plain weights, found one with parametrizations"):
+        eap.attribute(model, make_pairs())

@@ -74,7 +74,7 @@ class borrowed(Changes):
         _UNCOMPILED.make(self)
         self.keep_modes()
         outside = torch._C._InferenceMode(False)
-        self.note(partial(outside.__exit__, None, None, None))
+        self.note_here(partial(outside.__exit__, None, None, None))
         for module, _ in modes:
             # In eval mode its layers round what they are given, or on a CPU pack their weights and give no gradients.
             module.training = type(module).__module__.startswith("bitsandbytes.")
@@ -123,7 +123,6 @@ class Hooks(Changes):
 
     def __init__(self, tokens: int, select: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
         super().__init__()
-        self.hooked: set[nn.Module] = set()
         self._tokens = tokens
         self._select = select
 

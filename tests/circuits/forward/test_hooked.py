@@ -186,3 +186,22 @@ def test_a_hook_that_scales_what_one_side_reads_of_the_other_or_of_its_own_token
     hook_up(model, where, False)
     with pytest.raises(eap.InputError, match=f"model: expected a hook on {where} that adds the same"):
         eap.attribute(model, pairs_for("t5"), method="eap", ablation="zero")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt-neox", "llama"])
+def test_a_hook_may_change_in_place_what_it_is_given(kind, make_model, relative):
+    model, tokens = make_model(kind), torch.arange(24).view(3, 8)
+    corrupted = tokens.clone()
+    corrupted[:, 6] += 1  # most tokens are the same, so that linear layers give no gradient there
+    data = eap.PairedDataset.from_tokens(tokens, corrupted, [8, 8, 8], [[1, 2]] * 3)
+    mlp = next(module for name, module in model.named_modules() if name.endswith("1.mlp"))
+
+    def add(_, __, y):
+        y[:, -2] += 1
+
+    found = []
+    for hook in (add, at(-2, 1)):
+        handle = mlp.register_forward_hook(hook)
+        found.append(eap.attribute(model, data, method="eap").values)
+        handle.remove()
+    assert relative(*found) < 1e-6

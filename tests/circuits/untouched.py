@@ -16,7 +16,7 @@ def snapshot(model):
     for name, module in model.named_modules():
         fields = {}
         for key, value in vars(module).items():
-            if key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+            if isinstance(value, dict) and key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
                 # Some models hook themselves in their first run, to return what every layer gave.
                 fields[key] = [
                     hook for hook, f in value.items() if "output_capturing" not in str(getattr(f, "__module__", ""))

@@ -28,11 +28,14 @@ def snapshot(model):
             else:
                 fields[key] = id(value)
         state[name] = fields
+    # What accelerate casts for a run is elsewhere afterwards.
+    cast = {p for module in model.modules() if "_hf_hook" in vars(module) for p in module._parameters.values()}
     for name, parameter in model.named_parameters():
+        there = parameter.data_ptr() if parameter.layout == torch.strided else id(parameter)
         state[f"weight {name}"] = (
             parameter.requires_grad,
             None if parameter.grad is None else parameter.grad.tolist(),
-            parameter.data_ptr() if parameter.layout == torch.strided else id(parameter),
+            parameter in cast or there,
             0 if parameter.is_inference() else parameter._version,
         )
     return state

@@ -16,6 +16,7 @@ import eap_circuits as eap
 from eap_circuits.adapters import bind, linear_weight
 from eap_circuits.selfcheck import check_model
 from tests.circuits.adapters.test_wrappers import LowRank, agree
+from tests.circuits.conftest import tiny_model
 from tests.circuits.untouched import differences, snapshot
 
 QUERIES_TO_VALUES = ("q_proj", "k_proj", "v_proj")
@@ -315,6 +316,18 @@ def test_the_self_check_of_an_offloaded_model(make_model):
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
     checks = check_model(model)
     assert all(check.passed for check in checks), checks
+
+
+def test_the_self_check_of_a_model_whose_weights_are_cast_for_each_run():
+    """Stored in another dtype than they compute in, and so elsewhere after each run."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = tiny_model("llama", torch.float32)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            hooks.add_hook_to_module(module, hooks.LayerwiseCastingHook(torch.bfloat16, torch.float32, False))
+    checks = check_model(model)
+    assert all(check.passed for check in checks), checks
+    assert model.lm_head.weight.dtype == torch.bfloat16
 
 
 def test_buffers_of_inference_mode_that_gradients_need(make_model, make_pairs):

@@ -123,7 +123,7 @@ class borrowed(Changes):
                     behind = Mark(before)
                     for mark in (before, behind):
                         self.note(partial(unhook, module, mark))
-                        register(mark, prepend=mark is before)  # type: ignore[operator]
+                        register(mark, prepend=mark is before)
 
 
 def _pack(weight: Any, packed: torch.Tensor, state: Any, said: dict[str, Any]) -> None:

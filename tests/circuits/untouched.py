@@ -16,7 +16,7 @@ def snapshot(model):
     for name, module in model.named_modules():
         fields = {}
         for key, value in vars(module).items():
-            if key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+            if isinstance(value, dict) and key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
                 # Some models hook themselves in their first run, to return what every layer gave.
                 fields[key] = [
                     hook for hook, f in value.items() if "output_capturing" not in str(getattr(f, "__module__", ""))
@@ -28,11 +28,14 @@ def snapshot(model):
             else:
                 fields[key] = id(value)
         state[name] = fields
+    # What accelerate casts for a run is elsewhere afterwards.
+    cast = {p for module in model.modules() if "_hf_hook" in vars(module) for p in module._parameters.values()}
     for name, parameter in model.named_parameters():
+        there = parameter.data_ptr() if parameter.layout == torch.strided else id(parameter)
         state[f"weight {name}"] = (
             parameter.requires_grad,
             None if parameter.grad is None else parameter.grad.tolist(),
-            parameter.data_ptr() if parameter.layout == torch.strided else id(parameter),
+            parameter in cast or there,
             0 if parameter.is_inference() else parameter._version,
         )
     return state

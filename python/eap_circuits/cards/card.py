@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import Checkpoint, Where, opened, settings_of
 from ..display import Result
 from ..errors import SEEDS, expected, instance, known_arguments, listed, warn, whole
 from ..evaluation import BASELINES, Baseline, EvaluationResult, evaluate, to_evaluate
@@ -103,6 +105,7 @@ def faithfulness_card(
     batch_size: int | None = None,
     memory: int | str | None = None,
     progress: Progress | bool | None = None,
+    checkpoint: Where = None,
 ) -> FaithfulnessCard:
     """What there is to know of a circuit before it is believed: does it hold on other prompts, would other prompts have
     given it, do other circuits do as well, and does it need all of its edges?
@@ -122,6 +125,7 @@ def faithfulness_card(
         seeds: one random circuit of as many edges is drawn for each.
         most_edges: how many edges of the circuit are left out, one at a time; of a larger circuit as many at random.
         progress: called with (pairs done, pairs in all); True shows a bar.
+        checkpoint: as in `attribute`; it keeps what all prompts have given.
 
     Raises:
         InputError: scores that did not choose the circuit or without single examples', or anything that `evaluate`
@@ -149,11 +153,13 @@ def faithfulness_card(
         edges = sorted(random.Random(0).sample(edges, most_edges))
     circuits = [circuit, *(each for draws in drawn.values() for (each,) in draws)]
     circuits += [_without(circuit, *edge) for edge in edges]
-    for each in (data, *others.values()):  # all are checked before anything runs
+    request, *_ = (  # all are checked before anything runs
         to_evaluate([circuit], model, each, metric, ablation, batch_size, ablation_data, True, memory)
+        for each in (data, *others.values())
+    )
     done, pairs = 0, len(data) + sum(map(len, others.values()))
 
-    def run(circuits: list[Circuit], data: PairedDataset) -> list[EvaluationResult]:
+    def run(circuits: list[Circuit], data: PairedDataset, checkpoint: Checkpoint) -> list[EvaluationResult]:
         nonlocal done
         before, done = done, done + len(data)
         return evaluate(
@@ -166,9 +172,14 @@ def faithfulness_card(
             batch_size=batch_size,
             memory=memory,
             progress=progress and (lambda now, _: progress(before + now, pairs)),
+            checkpoint=checkpoint,
         )
 
-    result, *rest = run(circuits, data)
+    elsewhere = {"names": list(others), "others": list(others.values())}
+    settings = partial(settings_of, request, call="faithfulness_card", circuits=circuits, **elsewhere)
+    with opened(checkpoint, request.arch.model, settings) as kept:
+        result, *rest = run(circuits, data, kept.named("0"))
+        held = {name: run([circuit], others[name], kept.named(str(i)))[0] for i, name in enumerate(others, 1)}
     source = circuit.info if scores is None else scores.info
     if any(source.get(name) is not None and source.get(name) == result.info[name] for name in _SAME):
         warn("The circuit was chosen by the prompts it is measured on; others tell whether it holds.")
@@ -176,11 +187,10 @@ def faithfulness_card(
     share = (circuit.n_edges / circuit.graph.n_edges,)
     beside = {name: Baseline(share, draws, tuple((next(found),) for _ in draws)) for name, draws in drawn.items()}
     cost = {circuit.graph.edge_name(*edge): result.faithfulness - next(found).faithfulness for edge in edges}
-    elsewhere = {name: run([circuit], other)[0] for name, other in others.items()}
     forwards = len(data) * (2 + len(circuits)) + 3 * (pairs - len(data))
     info = {**result.info, "call": COMMAND.get() or call, "seeds": seeds, "circuit": circuit.info}
     cheapest_first = dict(sorted(cost.items(), key=lambda item: item[1]))
-    return FaithfulnessCard(circuit, result, elsewhere, beside, cheapest_first, forwards, info)
+    return FaithfulnessCard(circuit, result, held, beside, cheapest_first, forwards, info)
 
 
 def check_chosen(circuit: Circuit, scores: EdgeScores) -> Tensor:

@@ -125,6 +125,10 @@ class Checkpoint:
         """Called after every change: writes the file, at most once a second."""
         self._file.save()
 
+    def named(self, name: str) -> Checkpoint:
+        """That of one of several calls inside this one, each of which keeps what it has."""
+        return Checkpoint(self._file, f"{self._prefix}{name}/")
+
     def part(self, call: Any) -> Checkpoint:
         """That of a call inside this one; what another part has kept is forgotten."""
         prefix = self._prefix + _PART

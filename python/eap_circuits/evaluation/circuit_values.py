@@ -46,8 +46,8 @@ class CircuitValues(Replayable[Measurement, Tensor]):
                 masks.setdefault(item.graph, []).append(item.mask)
                 rows.setdefault(item.graph, []).append(row)
         self._ran = [row for each in rows.values() for row in each]  # their rows in the result, as they run
-        constants = request.constants is not None
-        self._runs = [CircuitRuns(graph, each, constants) for graph, each in masks.items()]
+        self._of_constants = request.constants is not None  # the fully ablated run; else it is the corrupted one
+        self._runs = [CircuitRuns(graph, each, self._of_constants) for graph, each in masks.items()]
 
     def run(self, batch: Batch, tokens: int) -> Tensor:
         return self.finish(self.record(batch, tokens), batch)
@@ -62,8 +62,9 @@ class CircuitValues(Replayable[Measurement, Tensor]):
             if measured is None:
                 clean = next(outputs)
                 # Whatever the ablation, metrics get the logits of the corrupted run.
-                patched = request.constants is None
-                corrupted = record.logits if patched else runner.logits(runner.embed(batch.corrupted), None, 1)
+                corrupted = record.logits
+                if self._of_constants:
+                    corrupted = runner.logits(runner.embed(batch.corrupted), None, 1)
                 measured = Measurement(request, batch, clean, corrupted)
                 for logits in (clean, record.logits):
                     measured.values(logits)
@@ -80,7 +81,7 @@ class CircuitValues(Replayable[Measurement, Tensor]):
         (found[0], *near_clean), (found[1], *near_ablated) = sides[: 1 + DRAWS], sides[1 + DRAWS :]
         found[-1] = variance_by_rounding(sides[0], near_clean) + variance_by_rounding(sides[1 + DRAWS], near_ablated)
         request = self._request
-        if request.constants is None and batch.alignment is None:
+        if not self._of_constants and batch.alignment is None:
             # If both prompts are equal, so are their values, even if the two runs round differently.
             equal = (request.data.clean[batch.index] == request.data.corrupted[batch.index]).all(1)
             found[1, equal] = found[0, equal]
@@ -109,7 +110,7 @@ class CircuitValues(Replayable[Measurement, Tensor]):
         rough = self._bytes(min(tokens_in_all(request, 1), TOKENS_PER_BATCH), at_once)
 
         def rows(item: Circuit) -> int:
-            return CircuitRuns(item.graph, [item.mask], request.constants is not None).rows(request.arch)
+            return CircuitRuns(item.graph, [item.mask], self._of_constants).rows(request.arch)
 
         def cost(batch: Batch) -> Cost:
             largest = max(circuits, key=rows)

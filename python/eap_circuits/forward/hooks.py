@@ -6,12 +6,13 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..adapters import Place, SenderSite, Together, as_given
+from ..adapters import Place, SenderSite, Together, as_given, foreign_hooks
 from ..errors import expected
 from ..modules.loans import Changes, SharedChange
 from .layers.grouped_attention import SHARED_KEYS
@@ -31,6 +32,27 @@ def _without_compiler() -> tuple[Callable[[], object], Callable[[], object]]:
 
 
 _UNCOMPILED = SharedChange(_without_compiler)
+# By thread, each where hooks of others begin that are running now.
+_running: dict[int, list[Mark]] = {}
+
+
+def _amid_others() -> bool:
+    """Is this a run by a hook of others, as of a norm and the head by a logit lens, and so no part of ours?"""
+    return bool(_running.get(get_ident()))
+
+
+class Mark:
+    """A hook before all hooks of others on a module or, with the one `before` them, behind them."""
+
+    def __init__(self, before: Mark | None = None) -> None:
+        self._before = before
+
+    def __call__(self, *_: object) -> None:
+        running = _running.setdefault(get_ident(), [])
+        if self._before is None:
+            running.append(self)
+        while self._before is not None and running and running.pop() is not self._before:
+            pass  # of hooks that raised
 
 
 class borrowed(Changes):
@@ -58,6 +80,7 @@ class borrowed(Changes):
 
     def _take(self) -> None:
         self.claim(self._model)
+        self._mark()
         modes = [(module, module.training) for module in self._model.modules()]
         # By their names: accelerate puts others in the place of those that it offloads.
         named = [(part, name, x) for part, _ in modes for name, x in part._parameters.items() if x is not None]
@@ -74,7 +97,7 @@ class borrowed(Changes):
         _UNCOMPILED.make(self)
         self.keep_modes()
         outside = torch._C._InferenceMode(False)
-        self.note(partial(outside.__exit__, None, None, None))
+        self.note_here(partial(outside.__exit__, None, None, None))
         for module, _ in modes:
             # In eval mode its layers round what they are given, or on a CPU pack their weights and give no gradients.
             module.training = type(module).__module__.startswith("bitsandbytes.")
@@ -87,6 +110,20 @@ class borrowed(Changes):
         _restore([], [(part, name, False) for part, name, _ in flags])
         outside.__enter__()
         torch.set_grad_enabled(True)
+
+    def _mark(self) -> None:
+        """Let it be known where hooks of others run."""
+        for module in self._model.modules():
+            for kind, register in (
+                ("_forward_pre_hooks", module.register_forward_pre_hook),
+                ("_forward_hooks", module.register_forward_hook),
+            ):
+                if foreign_hooks(module, (kind,)):
+                    before = Mark()
+                    behind = Mark(before)
+                    for mark in (before, behind):
+                        self.note(partial(unhook, module, mark))
+                        register(mark, prepend=mark is before)
 
 
 def _pack(weight: Any, packed: torch.Tensor, state: Any, said: dict[str, Any]) -> None:
@@ -114,7 +151,7 @@ class Hooks(Changes):
     """Hooks and attribute changes on modules, all undone on exit.
 
     Hooks see [B, T, X] even if a model flattens batch and positions before it calls the module, and inputs on the
-    device on which the module computes.
+    device on which the module computes. What hooks of others run of the model they leave alone.
 
     Args:
         tokens: T.
@@ -123,9 +160,15 @@ class Hooks(Changes):
 
     def __init__(self, tokens: int, select: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
         super().__init__()
-        self.hooked: set[nn.Module] = set()
         self._tokens = tokens
         self._select = select
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        running = _running.setdefault(get_ident(), [])
+        self.note_here(partial(running.__setitem__, slice(None), [*running]))
+        running.clear()  # of hooks that raised, or whose own call this is
+        return self
 
     def on_input(self, module: nn.Module, hook: _Hook, first: bool = False) -> None:
         """Call `hook(x)` with the module's first input; what it returns, if anything, takes its place.
@@ -139,6 +182,8 @@ class Hooks(Changes):
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self.refuse_other_threads(module)
+            if _amid_others():
+                return None
             if args:
                 new = self._call(hook, as_given(module, args[0]))
                 return None if new is None else ((new, *args[1:]), kwargs)
@@ -219,7 +264,7 @@ class Hooks(Changes):
 
         def after(_: nn.Module, __: object, result: Any) -> Any:
             self.refuse_other_threads(module)
-            return hook(result)
+            return None if _amid_others() else hook(result)
 
         self.hooked.add(module)
         self.note(partial(unhook, module, after))
@@ -260,7 +305,13 @@ class Hooks(Changes):
         self.note(
             partial(vars(module).pop, "forward", None) if own is None else partial(setattr, module, "forward", own)
         )
-        setattr(module, "forward", forward)  # noqa: B010 - mypy refuses the assignment
+        theirs = module.forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return (theirs if _amid_others() else forward)(*args, **kwargs)
+
+        run.__wrapped__ = forward  # type: ignore[attr-defined]  # for those who ask for its arguments
+        setattr(module, "forward", run)  # noqa: B010 - mypy refuses the assignment
 
 
 def unhook(module: nn.Module, hook: Callable[..., Any]) -> None:

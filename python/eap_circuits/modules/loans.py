@@ -6,6 +6,7 @@ change is undone: on exit of its own scope, or, where that very exit was interru
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -28,6 +29,7 @@ T = TypeVar("T")
 # Of all threads, the latest last. There are no locks: one whose holder is interrupted as it lets go would stay locked.
 _open: list[Changes] = []
 _claims: list[Changes] = []
+_shared: list[SharedChange] = []
 
 
 class Changes:
@@ -35,6 +37,7 @@ class Changes:
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
+        self.hooked: set[nn.Module] = set()  # modules whose runs are changed
         self._thread = get_ident()
         self._parts: frozenset[int] = frozenset()
 
@@ -51,16 +54,25 @@ class Changes:
 
     def keep_modes(self) -> None:
         """Leave this thread's grad mode and torch's stacks of modes on exit as they are now."""
-        self.note(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
-        self.note(partial(_restore_stacks, _get_current_function_mode_stack(), torch._C._len_torch_dispatch_stack()))
+        self.note_here(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+        stacks = _get_current_function_mode_stack(), torch._C._len_torch_dispatch_stack()
+        self.note_here(partial(_restore_stacks, *stacks))
+
+    def note_here(self, undo: Callable[[], object]) -> None:
+        """The same for a change of this thread alone, which a process forked from another does not have."""
+        thread = self._thread
+        self.note(lambda: undo() if get_ident() == thread else None)
 
     def claim(self, model: nn.Module) -> None:
         """Keep other threads away from a model until exit, and from others that share a module or a weight with it.
 
         Raises:
-            InputError: another thread has claimed it.
+            InputError: another thread has claimed it, or it is in the middle of a run that a call changes.
         """
         parts = [*model.modules()]
+        if any(each._thread == self._thread and not each.hooked.isdisjoint(parts) for each in _open.copy()):
+            found = f"one in the middle of another's run of this {type(model).__name__}, as from a hook on it"
+            raise expected("model", "calls one after another, or a copy of the model for each", found)
         weights = (x for part in parts for x in part._parameters.values() if x is not None)
         self._parts = frozenset(map(id, (*parts, *weights)))
         _claims.append(self)  # of two that overlap, the later one sees the earlier
@@ -125,6 +137,7 @@ class SharedChange:
         self._held: dict[None, Changes] = {}  # by whom
         self._users: dict[Changes, int] = {}
         self._undo: Callable[[], object] | None = None
+        _shared.append(self)
 
     def make(self, user: Changes) -> None:
         """Let it hold until this user's exit."""
@@ -155,6 +168,25 @@ class SharedChange:
     def _release(self, user: Changes) -> None:
         if self._held.get(None) is user:
             del self._held[None]
+
+    def release_others(self) -> None:
+        """Go on without threads that are no more."""
+        if any(user._thread != get_ident() for user in self._held.values()):
+            self._held.clear()
+
+
+def _undo_of_others() -> None:
+    """In a forked process only this thread is left: what the others' calls have changed is undone here."""
+    for shared in _shared:
+        shared.release_others()
+    # Letting go of their modes would change this thread's.
+    with torch.inference_mode(torch.is_inference_mode_enabled()), ExitStack() as ends:
+        for changes in [each for each in _open.copy() if each._thread != get_ident()]:
+            ends.callback(changes.close)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_undo_of_others)
 
 
 def _end_what_hangs(error: BaseException | None) -> None:

@@ -248,8 +248,11 @@ def kind_of(module: nn.Module, width: int) -> Kind:
         InputError: the module is neither an RMSNorm nor a LayerNorm, with or without gain and bias.
     """
     weights = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    refusal = expected(type(module).__name__, f"an RMSNorm or LayerNorm of {width} features", type(module).__name__)
-    if set(weights) - {"weight", "bias"} or any(shape[-1:] != (width,) for shape in weights.values()):
+    wanted = f"an RMSNorm or LayerNorm of {width} features"
+    refusal = expected(type(module).__name__, wanted, type(module).__name__)
+    if others := sorted(set(weights) - {"weight", "bias"}):  # of parametrisations, say
+        raise expected(type(module).__name__, f"{wanted}, with plain weights", f"one with {', '.join(others)}")
+    if any(shape[-1:] != (width,) for shape in weights.values()):
         raise refusal
     said = [float(getattr(module, name)) for name in _EPS if isinstance(getattr(module, name, None), float)]
     generator = torch.Generator().manual_seed(0)

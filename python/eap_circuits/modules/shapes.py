@@ -70,8 +70,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     if func is _aten._local_scalar_dense.default:
         return False if tensors[0].dtype == torch.bool else 0  # unknown values read as 0
     asked = _asked(func, args, kwargs)
-    if asked in _MADE:
-        again = [Shape(torch.empty_strided(*layout, dtype=dtype, device=_META)) for *layout, dtype in _MADE[asked]]
+    if (made := _MADE.get(asked)) is not None:  # looked up once, as another thread may forget it meanwhile
+        again = [Shape(torch.empty_strided(*layout, dtype=dtype, device=_META)) for *layout, dtype in made]
         return again[0] if len(again) == 1 else tuple(again)
     change = _held if func in _INDEXING else _meta
     given = {name: _each(change, value) for name, value in kwargs.items()}
@@ -83,9 +83,9 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         raise expected("model", f"weights, without which {func} does not run", "none") from error
     if not tensors and not out.is_floating_point():
         return func(*args, **kwargs)
-    made = [out] if isinstance(out, Tensor) else out
-    if asked is not None and all(isinstance(x, Tensor) for x in made):  # an output that is not wanted is None
-        _remember(asked, tensors, made)
+    results = [out] if isinstance(out, Tensor) else out
+    if asked is not None and all(isinstance(x, Tensor) for x in results):  # an output that is not wanted is None
+        _remember(asked, tensors, results)
     return _each(lambda y: _shape(y, changed), out)
 
 

@@ -170,6 +170,10 @@ def exact_copy(model: nn.Module) -> Any:
                 plain[id(module)] = layer
         exact: Any = copy.deepcopy(model, plain)  # deepcopy takes these for copies already made
         exact.double()
+        for hook in (vars(module).get("_hf_hook") for module in exact.modules()):
+            for each in (hook, *getattr(hook, "hooks", ())):
+                if hasattr(each, "compute_dtype"):  # in which accelerate's layerwise casting puts weights for a run
+                    each.storage_dtype = each.compute_dtype = torch.float64
         if getattr(exact.config, "_experts_implementation", None) is not None:
             exact.set_experts_implementation("eager")  # grouped products of experts do not support float64
         if "flash" in str(getattr(exact.config, "_attn_implementation", None)):  # nor does flash attention
@@ -206,7 +210,9 @@ def _state(model: nn.Module) -> list[object]:
         ]
         plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)) and _RECORDS not in k}
         state.append((module.training, hooks, plain))
-    state += [(p.requires_grad, p.grad is None, _place(p)) for p in model.parameters()]
+    # What accelerate fetches or casts is elsewhere after each run.
+    fetched = {p for module in model.modules() if "_hf_hook" in vars(module) for p in module._parameters.values()}
+    state += [(p.requires_grad, p.grad is None, p in fetched or _place(p)) for p in model.parameters()]
     return [*state, getattr(model.config, "_attn_implementation", None)]
 
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import eap_circuits as eap
 from eap_circuits.adapters import bind, linear_weight
 from eap_circuits.selfcheck import check_model
 from tests.circuits.adapters.test_wrappers import LowRank, agree
+from tests.circuits.conftest import tiny_model
 from tests.circuits.untouched import differences, snapshot
 
 QUERIES_TO_VALUES = ("q_proj", "k_proj", "v_proj")
@@ -317,6 +318,18 @@ def test_the_self_check_of_an_offloaded_model(make_model):
     assert all(check.passed for check in checks), checks
 
 
+def test_the_self_check_of_a_model_whose_weights_are_cast_for_each_run():
+    """Stored in another dtype than they compute in, and so elsewhere after each run."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = tiny_model("llama", torch.float32)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            hooks.add_hook_to_module(module, hooks.LayerwiseCastingHook(torch.bfloat16, torch.float32, False))
+    checks = check_model(model)
+    assert all(check.passed for check in checks), checks
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
 def test_buffers_of_inference_mode_that_gradients_need(make_model, make_pairs):
     model = make_model("gemma4")
     with torch.inference_mode():
@@ -344,3 +357,10 @@ def test_weights_that_a_run_has_packed_are_unpacked(make_pairs):
     unpacked = copy.deepcopy(model)
     unpacked.state_dict()  # packing has rounded what belongs to them
     torch.testing.assert_close(eap.attribute(model, data).values, eap.attribute(unpacked, data).values)
+
+
+def test_a_norm_whose_weight_is_made_of_another_is_refused(make_model, make_pairs):
+    model = make_model("llama")
+    parametrize.register_parametrization(model.model.layers[1].input_layernorm, "weight", nn.Tanh())
+    with pytest.raises(eap.InputError, match="with plain weights, found one with parametrizations"):
+        eap.attribute(model, make_pairs())

@@ -25,6 +25,9 @@ def numbers(result: Any) -> list[torch.Tensor]:
         return [x for each in result for x in numbers(each)]
     if isinstance(result, eap.Curve):
         return numbers([*result.results, *(each for row in result.baselines["random"].results for each in row)])
+    if isinstance(result, eap.FaithfulnessCard):
+        beside = [each for baseline in result.beside.values() for row in baseline.results for each in row]
+        return [torch.tensor(list(result.cost.values())), *numbers([result.result, *result.others.values(), *beside])]
     if hasattr(result, "tensors"):
         return result.tensors
     return [result.values, result.clean_values, result.corrupted_values]
@@ -49,6 +52,9 @@ def long_calls(model: Any, data: Any) -> dict[str, Callable[..., Any]]:
         "evaluate-mean": partial(eap.evaluate, model, circuit, data, ablation="mean-positional", **SIZE),
         "curve": partial(
             eap.faithfulness_curve, model, scores, data, (0.1, 0.5), baselines=["random"], seeds=[0], **SIZE
+        ),
+        "card": partial(
+            eap.faithfulness_card, model, circuit, data[:3], others={"a": data[1:], "b": data}, most_edges=2, **SIZE
         ),
         "learn_mask": partial(eap.learn_mask, model, data, start=scores, steps=3, examples=2),
         "ibcircuit": partial(eap.ibcircuit, model, data, steps=3, examples=2),

@@ -22,8 +22,8 @@ from tests.circuits.checkpoint.calls import long_calls, numbers
 
 NAMES = (
     "eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupted", "eap-conductance", "eap-gp",
-    "information-flow-routes", "exact", "evaluate", "evaluate-mean", "curve", "learn_mask", "prune_gradually", "refine",
-    "ibcircuit", "optimal_constants",
+    "information-flow-routes", "exact", "evaluate", "evaluate-mean", "curve", "card", "learn_mask", "prune_gradually",
+    "refine", "ibcircuit", "optimal_constants",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import eap_circuits as eap
+from eap_circuits.adapters import bind
 from tests.circuits.conftest import logit_difference, pairs_for, prompts, random_circuit
 
 
@@ -186,3 +187,63 @@ def test_a_hook_that_scales_what_one_side_reads_of_the_other_or_of_its_own_token
     hook_up(model, where, False)
     with pytest.raises(eap.InputError, match=f"model: expected a hook on {where} that adds the same"):
         eap.attribute(model, pairs_for("t5"), method="eap", ablation="zero")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt-neox", "llama"])
+def test_a_hook_may_change_in_place_what_it_is_given(kind, make_model, relative):
+    model, tokens = make_model(kind), torch.arange(24).view(3, 8)
+    corrupted = tokens.clone()
+    corrupted[:, 6] += 1  # most tokens are the same, so that linear layers give no gradient there
+    data = eap.PairedDataset.from_tokens(tokens, corrupted, [8, 8, 8], [[1, 2]] * 3)
+    mlp = next(module for name, module in model.named_modules() if name.endswith("1.mlp"))
+
+    def add(_, __, y):
+        y[:, -2] += 1
+
+    found = []
+    for hook in (add, at(-2, 1)):
+        handle = mlp.register_forward_hook(hook)
+        found.append(eap.attribute(model, data, method="eap").values)
+        handle.remove()
+    assert relative(*found) < 1e-6
+
+
+RUNS = {
+    "a logit lens": lambda model, x: model.lm_head(model.model.norm(x)),
+    "a layer's MLP": lambda model, x: model.model.layers[2].mlp(x),
+    "all of it": lambda model, x: model(inputs_embeds=x).logits,
+}
+
+
+@pytest.mark.parametrize("what", RUNS)
+def test_what_a_hook_runs_of_the_model_is_no_part_of_the_calls_run(what, make_model, make_pairs, relative):
+    model, data, seen = make_model("llama"), make_pairs(n=3), []
+    circuits = [random_circuit(bind(model).graph("kv"), seed, 0.5) for seed in (0, 1)]
+    calls = [
+        lambda: eap.attribute(model, data, method="eap").values,
+        lambda: eap.attribute(model, data, method="eap-ig-activations", steps=1).values,
+        lambda: eap.attribute(model, data, method="exact", edges=random_circuit(circuits[0].graph, 2, 0.05)).values,
+        lambda: torch.stack([result.values for result in eap.evaluate(model, circuits, data)]),
+        lambda: torch.stack([result.values for result in eap.evaluate(model, circuits, data, ablation="mean")]),
+        lambda: eap.attribute_circuit(model, circuits[0], data).values,
+    ]
+
+    def hook(_, __, output):
+        if seen and seen[-1] is None:
+            return
+        seen.append(None)
+        x = (output[0] if isinstance(output, tuple) else output).detach()
+        with torch.no_grad():
+            seen[-1] = x, RUNS[what](model, x)
+
+    handle = model.model.layers[0].register_forward_hook(lambda *_: None)
+    right = [call() for call in calls]
+    handle.remove()
+    handle = model.model.layers[0].register_forward_hook(hook)
+    for call, values in zip(calls, right, strict=True):
+        assert relative(call(), values) < 1e-6
+    handle.remove()
+    assert len(seen) > 20
+    with torch.no_grad():
+        for x, found in seen:
+            assert torch.equal(found, RUNS[what](model, x))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import threading
 
@@ -10,6 +12,8 @@ import torch
 
 import eap_circuits as eap
 from eap_circuits.forward import Hooks, borrowed
+from eap_circuits.forward.layers.grouped_attention import SHARED_KEYS
+from eap_circuits.modules import loans
 from eap_circuits.modules.loans import Changes, SharedChange, gives_back
 from tests.circuits.untouched import differences, process_state, snapshot
 
@@ -177,10 +181,77 @@ def test_a_run_of_another_thread_in_the_middle_of_one_is_refused(model, make_pai
         assert "or a copy of the model for each thread, found a run in another thread, of a" in str(each)
 
 
+@pytest.mark.parametrize("call", ["attribute", "evaluate", "plan", "circuit_model", "summarise"])
+def test_a_call_in_the_middle_of_a_run_is_refused(call, make_model, make_pairs, relative):
+    """From a hook of the user's own on a model whose run has our hooks, which would be taken for the call's."""
+    model, data, found = make_model("llama"), make_pairs(n=3), []
+    circuit = eap.attribute(model, data, method="eap").select(20)
+    calls = {
+        "attribute": lambda: eap.attribute(model, data, method="eap"),
+        "evaluate": lambda: eap.evaluate(model, circuit, data),
+        "plan": lambda: eap.plan(model, data),
+        "circuit_model": lambda: eap.circuit_model(model, circuit, "zero")(data.clean[:, :3]),
+        "summarise": lambda: eap.summarise(model, data),
+    }
+
+    def hook(*_):
+        try:
+            found.append(calls[call]())
+        except Exception as error:
+            found.append(error)
+
+    model.model.layers[1].register_forward_hook(lambda *_: None)
+    right = eap.attribute(model, data, method="eap").values
+    model.model.layers[1].register_forward_hook(hook)
+    assert relative(eap.attribute(model, data, method="eap").values, right) < 1e-6
+    assert len(found) > 2
+    for each in found:
+        assert isinstance(each, eap.InputError)
+        assert "expected calls one after another, or a copy of the model for each, found one in the" in str(each)
+
+
 def test_autocast_is_refused(model, make_pairs):
     data = make_pairs(n=2)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(eap.InputError, match=r"torch.autocast: expected off"):
         eap.attribute(model, data)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_process_forked_amid_another_threads_call_has_the_model_back(inference, model, make_pairs, monkeypatch):
+    """What that thread has changed is undone in the new process, in which it is no more."""
+    data, inside, ended = make_pairs(n=2), threading.Event(), threading.Event()
+    before, process = snapshot(model), process_state()
+    right = eap.attribute(model, data, method="eap").values
+
+    def hook(*_):
+        inside.set()
+        ended.wait(30)
+
+    handle = model.model.layers[1].register_forward_hook(hook)
+    thread = threading.Thread(target=lambda: eap.attribute(model, data, method="eap"))
+    thread.start()
+    assert inside.wait(30)
+    with torch.inference_mode(inference):
+        own = {name: value for name, value in process_state().items() if name not in ("attention", "compiler", "open")}
+        # As where that thread is exchanging what all share.
+        monkeypatch.setitem(SHARED_KEYS._held, None, loans._open[0])
+        child = os.fork()
+        if not child:
+            same = False
+            try:
+                signal.alarm(30)
+                torch.set_num_threads(1)  # others do not exist here
+                handle.remove()
+                same = process_state() == {**process, **own} and snapshot(model) == before
+                same &= torch.equal(eap.attribute(model, data, method="eap").values, right)
+            finally:
+                os._exit(not same)
+    monkeypatch.undo()
+    _, status = os.waitpid(child, 0)
+    ended.set()
+    thread.join(30)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_a_shared_change_lasts_until_its_last_user_has_left():

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import eap_circuits as eap
 from eap_circuits.cli import app
 from eap_circuits.methods.gradient import method as gradient
+from eap_circuits.modules import shapes
 
 SETTINGS = [
     {},
@@ -61,6 +62,27 @@ def test_a_model_that_fits_nowhere(make_pairs):
     assert [id(parameter) for parameter in model.parameters()] == before
     with pytest.raises(eap.InputError, match="model: expected all weights, found some on the device meta"):
         eap.attribute(model, make_pairs())
+
+
+class Forgets(dict):
+    """Empty after each look at it, as where another thread's plan ends right then."""
+
+    def __contains__(self, key):
+        found = super().__contains__(key)
+        self.clear()
+        return found
+
+    def get(self, key, default=None):
+        found = super().get(key, default)
+        self.clear()
+        return found
+
+
+def test_a_plan_of_another_thread_may_end_at_any_moment(make_model, make_pairs, monkeypatch):
+    model, data = make_model("gpt2", torch.float32).to("meta"), make_pairs(n=2)
+    right = eap.plan(model, data, method="eap", memory="1GiB")
+    monkeypatch.setattr(shapes, "_MADE", Forgets())
+    assert eap.plan(model, data, method="eap", memory="1GiB") == right
 
 
 def test_command(tmp_path, make_model, make_pairs):

@@ -36,6 +36,7 @@ def card(
     ablation_data: options.AblationData = None,
     batch_size: options.BatchSize = None,
     memory: options.Memory = None,
+    checkpoint: options.Checkpoint = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -63,7 +64,7 @@ def card(
     from ...report.curves import jsonable
     from ...report.tables import card_line, card_table, cost_table
 
-    check_outputs(out, html)
+    check_outputs(out, html, checkpoint)
     check_suffix(out, ".json")
     check_suffix(html, ".html", ".htm")
     # --align may be meant for the other prompts.
@@ -102,6 +103,7 @@ def card(
             batch_size=batch_size,
             memory=memory,
             progress=bar,
+            checkpoint=checkpoint,
         )
     files: dict[str, str] = {}
 

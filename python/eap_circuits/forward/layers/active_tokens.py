@@ -52,7 +52,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
         ctx.save_for_backward(weight, rows)
-        return functional.linear(x, weight, bias)
+        y = functional.linear(x.flatten(0, -2), weight, bias)
+        # No view, which hooks of others could not change in place.
+        found: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(weight)])
+        return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..hooks import Mark
+
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _CONTAINERS = {dict, OrderedDict, set}
 _REGISTRIES = (ALL_ATTENTION_FUNCTIONS, masking_utils.ALL_MASK_ATTENTION_FUNCTIONS)
@@ -74,7 +76,7 @@ def _held(value: Any, seen: dict[int, object]) -> object:
     if issubclass(kind, Tensor):
         return _The(kind), value.dtype, value.device, value.shape
     if issubclass(kind, dict):
-        return [(_held(key, seen), _held(each, seen)) for key, each in value.items()]
+        return [(_held(key, seen), _held(each, seen)) for key, each in value.items() if not isinstance(each, Mark)]
     if issubclass(kind, (list, tuple, set, frozenset)):
         return [_held(each, seen) for each in value]
     if issubclass(kind, partial):

@@ -33,7 +33,7 @@ class InputWarning(UserWarning):
 
 
 def warn(message: str) -> None:
-    """Warn of what was handed in, at the line that called the package: of one line, Python shows a message only once."""
+    """Warn of what was handed in, at the line that called the package, as Python shows a line's message only once."""
     frame, depth, level = inspect.currentframe(), 1, 1
     while frame is not None:
         if frame.f_code.co_filename.startswith(_PACKAGE):

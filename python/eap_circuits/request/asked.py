@@ -277,9 +277,9 @@ def check_tokens(arch: Architecture, data: PairedDataset, label: str = "") -> No
     longest = int(lengths.argmax())
     if limit is not None and int(lengths[longest]) > limit:
         raise expected(f"{label}example {longest}", f"at most the model's {limit} tokens", f"{int(lengths[longest])}")
-    rows = data.rows.data
-    run = torch.cat([rows.lengths] if rows.corrupted_lengths is None else [rows.lengths, rows.corrupted_lengths])
     for most in _turning_points(arch):
+        rows = data.rows.data  # only here, as answers of several tokens make many
+        run = torch.cat([rows.lengths] if rows.corrupted_lengths is None else [rows.lengths, rows.corrupted_lengths])
         if int(run.min()) <= most < int(run.max()):
             # The longest prompt of a pass decides for all of them.
             why = f"as {type(arch.model).__name__} turns longer ones by other angles (longrope)"

@@ -162,6 +162,14 @@ def test_a_second_thread_is_refused_and_another_model_is_not(model, make_model, 
     assert relative(scores.values, eap.attribute(model, data, metric=lambda logits, _: logits[:, 0]).values) < 1e-6
 
 
+def assert_refused(found, words):
+    """In each of several runs by a hook."""
+    assert len(found) > 2
+    for each in found:
+        assert isinstance(each, eap.InputError)
+        assert words in str(each)
+
+
 def test_a_run_of_another_thread_in_the_middle_of_one_is_refused(model, make_pairs, relative):
     data, found, within = make_pairs(n=3), [], []
     prompt = data.clean[:1, : data.lengths[0]]
@@ -174,11 +182,9 @@ def test_a_run_of_another_thread_in_the_middle_of_one_is_refused(model, make_pai
             within.clear()
 
     model.model.layers[1].register_forward_hook(hook)
-    assert relative(eap.attribute(model, data, method="eap").values, right) < 1e-6
-    assert len(found) > 2
-    for each in found:
-        assert isinstance(each, eap.InputError)
-        assert "or a copy of the model for each thread, found a run in another thread, of a" in str(each)
+    scores = eap.attribute(model, data, method="eap").values
+    assert relative(scores, right) < 1e-6
+    assert_refused(found, "or a copy of the model for each thread, found a run in another thread, of a")
 
 
 @pytest.mark.parametrize("call", ["attribute", "evaluate", "plan", "circuit_model", "summarise"])
@@ -203,11 +209,9 @@ def test_a_call_in_the_middle_of_a_run_is_refused(call, make_model, make_pairs, 
     model.model.layers[1].register_forward_hook(lambda *_: None)
     right = eap.attribute(model, data, method="eap").values
     model.model.layers[1].register_forward_hook(hook)
-    assert relative(eap.attribute(model, data, method="eap").values, right) < 1e-6
-    assert len(found) > 2
-    for each in found:
-        assert isinstance(each, eap.InputError)
-        assert "expected calls one after another, or a copy of the model for each, found one in the" in str(each)
+    scores = eap.attribute(model, data, method="eap").values
+    assert relative(scores, right) < 1e-6
+    assert_refused(found, "expected calls one after another, or a copy of the model for each, found one in the")
 
 
 def test_autocast_is_refused(model, make_pairs):

@@ -126,7 +126,7 @@ class Checkpoint:
         self._file.save()
 
     def named(self, name: str) -> Checkpoint:
-        """That of one of several calls inside this one, each of which keeps what it has."""
+        """The checkpoint of one of several calls inside this one; what the others have kept stays."""
         return Checkpoint(self._file, f"{self._prefix}{name}/")
 
     def part(self, call: Any) -> Checkpoint:
